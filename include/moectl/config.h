@@ -1,0 +1,96 @@
+// ControllerConfig: everything a controller is told before it starts; and the strict YAML reader that makes one.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "moectl/metrics.h"
+#include "moectl/monitor.h"
+#include "moectl/policy.h"
+#include "moectl/safety.h"
+#include "moectl/types.h"
+
+namespace moectl {
+
+enum class Mode {
+  kActive,  ///< Decide and apply.
+  kShadow,  ///< Decide and log as if applied; what the host reads stays at the initial values.
+  kOff,     ///< Record nothing, decide nothing.
+};
+std::string_view name_of(Mode mode);
+
+enum class Scope {
+  kLayer,  ///< One value a layer.
+  kModel,  ///< One value for all layers (scalars only).
+};
+std::string_view name_of(Scope scope);
+
+struct ModelConfig {
+  int layers = 0;   ///< MoE layers, ≥ 1.
+  int experts = 0;  ///< N ≥ 1 in each.
+  int top_k = 0;    ///< 1 ≤ k ≤ N.
+  std::int64_t tokens_per_step = 0;  ///< Tokens of one step over all ranks; 0 = not known. Sets the noise floor.
+  ScoreSpace score_space = ScoreSpace::kProbability;
+  int delay = 0;  ///< Steps by which the recorded routing is late, beyond the loop's own one; ≥ 0.
+  std::vector<std::string> domains;  ///< Names of the domains whose tokens are counted apart.
+  std::vector<double> targets;       ///< Wanted share of the load of each expert [N], summing to 1; empty = uniform.
+};
+
+struct ActuatorConfig {
+  std::string policy = "fixed";
+  PolicyOptions options;
+  double initial = 0;
+  Scope scope = Scope::kLayer;
+  Limits limits;
+};
+
+struct LogConfig {
+  std::int64_t every = 1;  ///< Steps between records, ≥ 1.
+  bool per_expert = true;  ///< Arrays over experts in each record.
+};
+
+struct ControllerConfig {
+  Mode mode = Mode::kActive;
+  ModelConfig model;
+  MetricsOptions metrics;
+  MonitorOptions monitor;
+  ActuatorConfig expert_bias;
+  ActuatorConfig aux_loss_weight;
+  ActuatorConfig router_temperature;
+  SafetyOptions safety;
+  LogConfig log;
+  StatsNeeds collect;  ///< Collected whether or not a policy asks for it.
+
+  /// All actuators fixed at their neutral values, for the given model.
+  ControllerConfig();
+  ActuatorConfig& actuator(Actuator which);
+  const ActuatorConfig& actuator(Actuator which) const;
+};
+
+/// A config that cannot be used. `what()` reads "file:line:column: key: value: constraint".
+class ConfigError : public std::invalid_argument {
+ public:
+  using std::invalid_argument::invalid_argument;
+};
+
+/// Strict: unknown keys, wrong types and values outside their constraints are ConfigErrors that name the place, the
+/// value, the constraint and the nearest valid key. Options not given take the policy's defaults.
+ControllerConfig load_config(const std::string& path, const PolicyRegistry& registry = PolicyRegistry::builtin());
+/// The same from text; `name` stands for the file in messages.
+ControllerConfig parse_config(std::string_view text, const std::string& name = "config",
+                              const PolicyRegistry& registry = PolicyRegistry::builtin());
+/// Checks a config made in code and fills in the options not given. Throws ConfigError ("key: value: constraint").
+void validate(ControllerConfig& config, const PolicyRegistry& registry = PolicyRegistry::builtin());
+/// The whole config, every default filled in, as YAML that parses back to the same config.
+std::string to_yaml(const ControllerConfig& config);
+/// The same as one JSON object, as it stands in the first line of a run log.
+std::string to_json(const ControllerConfig& config);
+
+/// The key nearest to `key` in edit distance, or empty if none is near.
+std::string nearest_key(std::string_view key, const std::vector<std::string>& known);
+
+}  // namespace moectl

@@ -1,0 +1,87 @@
+// Traces (what a router did) and run logs (that, and what the controller did about it): JSON lines, plain or gzip.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "moectl/config.h"
+#include "moectl/controller.h"
+#include "moectl/stats.h"
+
+namespace moectl {
+
+/// Input that is not a trace or a run log. `what()` reads "file:line: field: value: constraint".
+class LogError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+/// What an actuator's entry in a run log says.
+struct LoggedActuator {
+  std::vector<double> proposed, applied;
+  std::vector<std::string> reasons;
+};
+
+/// One line of a trace or a run log.
+struct LogRecord {
+  std::int64_t line = 0;
+  std::int64_t step = 0;
+  int layer = -1;         ///< -1 for the record of `scope: model` actuators.
+  std::string tag = "train";
+  RoutingStats stats;     ///< Its needs are those of the fields present.
+  std::vector<std::string> domains;  ///< Names of the stats' domains, sorted.
+  std::optional<double> loss;
+  std::map<std::string, std::int64_t> next_mixture;
+  // Run logs only.
+  std::map<std::string, double> metrics;  ///< Those that were present.
+  std::string health;
+  std::vector<std::string> alerts;
+  std::map<std::string, LoggedActuator> actuators;
+};
+
+/// The first line of a file, as far as it is given.
+struct LogHeader {
+  bool is_run = false;
+  std::optional<int> layers, experts, top_k;
+  std::string config_json;  ///< Run logs: the config object, else empty.
+};
+
+/// Reads one record after another. `-` is standard input; gzip is recognised by its content.
+class LogReader {
+ public:
+  /// Throws LogError if the file cannot be opened or its header is wrong.
+  explicit LogReader(const std::string& path);
+  ~LogReader();
+  const LogHeader& header() const;
+  /// The next record, or nothing at the end. Throws LogError with the line on anything that is not a record: counts
+  /// that sum above tokens · top_k, a repeated (step, layer, tag), a negative or non-integer count.
+  std::optional<LogRecord> next();
+
+ private:
+  struct File;
+  std::unique_ptr<File> file_;
+};
+
+/// Writes a run log: pass `[&](const StepReport& r) { writer.write(r); }` to Controller::set_log. Does not allocate in
+/// the steady state. A file that cannot be written is reported once on standard error and never stops training.
+class RunLogWriter {
+ public:
+  /// `-` is standard output. Throws LogError if the file cannot be created.
+  RunLogWriter(const std::string& path, const ControllerConfig& config, bool append = false);
+  ~RunLogWriter();
+  void write(const StepReport& report, std::string_view tag = "train");
+  void flush();
+
+ private:
+  struct File;
+  std::unique_ptr<File> file_;
+};
+
+}  // namespace moectl

@@ -1,0 +1,165 @@
+// RoutingStats: what one layer's router did, as sums that add.
+//
+// Micro-batches, threads, ranks and steps are all joined by the same `+`, so gradient accumulation, data parallelism
+// and windows need no code of their own. Counts are exact 64-bit integers; every other sum is fixed point with a unit
+// of 2^-24, held in an int64, so a sum has the same bits in whatever order it was formed. All of one layer's sums lie
+// in one flat array of int64: that array is the payload of a collective.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <vector>
+
+namespace moectl {
+
+/// Fixed-point sums: int64 in units of 2^-24 (about 6e-8), range about ±5.5e11.
+inline constexpr double kFixedUnit = 1.0 / 16777216.0;
+
+/// Rounds one term to the unit, ties to even. `value` must be finite and of magnitude at most `kFixedMax`.
+std::int64_t to_fixed(double value);
+constexpr double from_fixed(std::int64_t sum) { return static_cast<double>(sum) * kFixedUnit; }
+/// The largest magnitude a single term may have (2^24); larger or non-finite terms make their record invalid.
+inline constexpr double kFixedMax = 16777216.0;
+bool fits_fixed(double value);
+
+/// What is collected beyond counts. The union of what the policies, the metrics and the log ask for fixes the payload.
+struct StatsNeeds {
+  bool gap = false;            ///< Σ_t (v_k - v_{k+1}) of the sorted, biased scores v.
+  bool sequences = false;      ///< Per-sequence squares, for the sampling floor.
+  bool probabilities = false;  ///< Σ_t p_ti, Σ_t √p_ti, Σ_t H(p_t).
+  bool gradients = false;      ///< Gradient norm per expert.
+  bool losses = false;         ///< Loss per expert (sum over its tokens).
+  bool latencies = false;      ///< Host-timed latency per expert, seconds.
+  int domains = 0;             ///< Number of domains whose tokens are counted apart.
+
+  StatsNeeds& operator|=(const StatsNeeds& other);
+  friend bool operator==(const StatsNeeds&, const StatsNeeds&) = default;
+};
+
+/// Size and meaning of a layer's flat array. Two RoutingStats add only if their shapes are equal.
+struct StatsShape {
+  int experts = 0;  ///< N ≥ 1.
+  int top_k = 0;    ///< k, 1 ≤ k ≤ N.
+  StatsNeeds needs;
+
+  std::size_t flat_size() const;
+  friend bool operator==(const StatsShape&, const StatsShape&) = default;
+};
+
+/// One micro-batch of one layer's routing, as views of the caller's memory. Only `experts` is required.
+struct RoutingBatch {
+  /// [tokens × k], row by row: the experts chosen for each token, before any capacity limit.
+  std::span<const std::int64_t> experts;
+  /// [tokens], non-zero = a real token, zero = padding that is not counted. Empty = all real.
+  std::span<const std::uint8_t> mask;
+  /// Tokens per sequence when the tokens are [B, S] row by row; 0 = not known. Excludes `sequence_ids`.
+  std::int64_t sequence_length = 0;
+  /// [tokens], non-decreasing: the sequence of each token. Empty = not known.
+  std::span<const std::int64_t> sequence_ids;
+  /// [tokens × (k+1)] the k+1 largest biased scores of each token, largest first. Empty = no gap. Wants k < N.
+  std::span<const float> top_values;
+  /// [tokens × N] router probabilities. Empty = none.
+  std::span<const float> probabilities;
+  /// [tokens], in [0, domains): the domain of each token. Empty = none.
+  std::span<const std::int64_t> domain_ids;
+  /// Assignments the router dropped for lack of capacity; absent = it reports none.
+  std::optional<std::int64_t> dropped;
+};
+
+/// One layer's mergeable sums. Copying allocates; adding and clearing do not.
+class RoutingStats {
+ public:
+  RoutingStats() = default;
+  /// Throws std::invalid_argument unless 1 ≤ top_k ≤ experts and domains ≥ 0.
+  explicit RoutingStats(const StatsShape& shape);
+
+  const StatsShape& shape() const { return shape_; }
+  int experts() const { return shape_.experts; }
+  int top_k() const { return shape_.top_k; }
+
+  /// Adds a micro-batch. Malformed *data* (an index outside [0, N), NaN scores, a decreasing sequence id) adds nothing
+  /// but one to `invalid_records` and returns false. Sizes that do not fit together throw std::invalid_argument.
+  bool add(const RoutingBatch& batch);
+  /// Adds counts already summed elsewhere. Negative values make the record invalid, as above.
+  bool add_counts(std::span<const std::int64_t> counts, std::int64_t tokens);
+  /// Adds another layer-step's sums. Throws std::invalid_argument if the shapes differ.
+  RoutingStats& operator+=(const RoutingStats& other);
+  /// Back to zero tokens.
+  void clear();
+
+  /// c_i, assignments to each expert before capacity. [N]
+  std::span<const std::int64_t> counts() const { return array(kCounts); }
+  /// S = Σ c_i.
+  std::int64_t assignments() const;
+  std::int64_t tokens() const { return scalar(kTokens); }
+  std::int64_t invalid_records() const { return scalar(kInvalidRecords); }
+  /// False if a record was invalid, or a sum is negative (which only corrupted input or overflow can make it).
+  bool valid() const;
+
+  // What not every counted token contributed to is absent, never a partial sum.
+  std::optional<double> mean_gap() const;  ///< mean_t (v_k - v_{k+1}).
+  std::optional<double> dropped() const;   ///< Dropped assignments.
+  bool has_sequences() const;              ///< At least one, and all tokens belong to one.
+  bool has_probabilities() const;
+  bool has_domains() const;
+  std::int64_t domain_tokens(int domain) const;  ///< Tokens of the domain (its assignments / k).
+  std::span<const std::int64_t> domain_counts(int domain) const;  ///< [N]
+
+  /// Optional per-expert inputs: each call adds one observation for every expert (values [N], finite and ≥ 0).
+  /// The mean over observations is what metrics report. Bad values make the record invalid and return false.
+  bool add_grad_norms(std::span<const double> norms);
+  bool add_latencies(std::span<const double> seconds);
+  /// Σ of the losses of each expert's tokens [N], and how many tokens each sum covers [N].
+  bool add_expert_losses(std::span<const double> loss_sums, std::span<const std::int64_t> tokens);
+
+  /// The payload: every sum as int64. Adding two payloads elementwise adds the stats.
+  std::span<std::int64_t> flat() { return sums_; }
+  std::span<const std::int64_t> flat() const { return sums_; }
+
+  /// The scalar sums, in the order of the flat form; the arrays follow.
+  enum Scalar : int {
+    kTokens,
+    kInvalidRecords,
+    kGapSum,
+    kGapTokens,
+    kSequences,
+    kSequenceTokens,
+    kSequenceLenSq,
+    kProbTokens,
+    kTokenEntropySum,
+    kDropped,
+    kDropTokens,
+    kDomainTokens,
+    kGradRecords,
+    kLatencyRecords,
+    kScalarCount
+  };
+  /// The arrays that follow the scalars; those not asked for in StatsNeeds are empty.
+  enum Array : int {
+    kCounts,            ///< c_i. [N]
+    kSequenceSq,        ///< Σ_j c_ji². [N]
+    kSequenceCross,     ///< Σ_j n_j c_ji. [N]
+    kProbSum,           ///< Σ_t p_ti, fixed point. [N]
+    kSqrtProbSum,       ///< Σ_t √p_ti, fixed point. [N]
+    kGradNormSum,       ///< Fixed point. [N]
+    kLatencySum,        ///< Seconds, fixed point. [N]
+    kExpertLossSum,     ///< Fixed point. [N]
+    kExpertLossTokens,  ///< [N]
+    kDomainCounts,      ///< [domains × N]
+    kArrayCount
+  };
+  std::int64_t scalar(Scalar which) const { return sums_.empty() ? 0 : sums_[which]; }
+  std::span<const std::int64_t> array(Array which) const;
+  /// For readers of recorded sums: direct access. The caller keeps the sums consistent.
+  void set_scalar(Scalar which, std::int64_t value) { sums_[which] = value; }
+  std::span<std::int64_t> mutable_array(Array which);
+
+ private:
+  StatsShape shape_;
+  std::vector<std::int64_t> sums_;
+  std::vector<std::int64_t> scratch_;  // one sequence's counts, kept so that add() never allocates
+};
+
+}  // namespace moectl
