@@ -1,7 +1,7 @@
 // Policy: what decides where one actuator of one layer should go; and the registry of all policies by name.
 //
-// A policy proposes, the safety limits decide, and the policy is told what became of its proposal. It sees no clock
-// and no random numbers, so every rank decides the same bits, and a saved state continues exactly.
+// A policy proposes, the safety limits decide, and the policy is told what became of its proposal. It sees no
+// clock and no random numbers, so every rank decides the same bits, and a saved state continues exactly.
 #pragma once
 
 #include <cstdint>
@@ -27,10 +27,11 @@ class LimitReport;
 
 /// What the host said of the step, reduced over ranks: the same on every rank.
 struct StepInfo {
-  std::optional<double> loss;               ///< Mean training loss of the step, nats a token.
-  std::optional<double> gradient_norm;      ///< Global gradient norm.
-  bool skipped = false;                     ///< The optimizer skipped the step (overflow, NaN gradient).
-  std::span<const std::int64_t> next_mixture;  ///< Tokens per domain of the next batch [domains]; empty = not known.
+  std::optional<double> loss;           ///< Mean training loss of the step, nats a token.
+  std::optional<double> gradient_norm;  ///< Global gradient norm.
+  bool skipped = false;                 ///< The optimizer skipped the step (overflow, NaN gradient).
+  std::span<const std::int64_t>
+      next_mixture;  ///< Tokens per domain of the next batch [domains]; empty = not known.
 };
 
 /// All a policy may look at. Views are valid during the call only.
@@ -43,8 +44,8 @@ struct LayerView {
   const Metrics& metrics;
   /// The largest over layers of each metric for `scope: model`; else the same as `metrics`.
   const Metrics& worst;
-  const LayerMonitor& monitor;       ///< For `scope: model`, the first layer's.
-  std::span<const double> targets;   ///< Wanted share of the load of each expert, summing to 1. [N]
+  const LayerMonitor& monitor;      ///< For `scope: model`, the first layer's.
+  std::span<const double> targets;  ///< Wanted share of the load of each expert, summing to 1. [N]
   const StepInfo& info;
 };
 
@@ -52,8 +53,9 @@ struct LayerView {
 class Policy {
  public:
   virtual ~Policy() = default;
-  /// Required. `value` holds what is in force and receives what is wanted: [N] for biases, [1] for scalars. Called at
-  /// every cadence point with valid data, also while a hold is in force, so that the state stays warm.
+  /// Required. `value` holds what is in force and receives what is wanted: [N] for biases, [1] for scalars.
+  /// Called at every cadence point with valid data, also while a hold is in force, so that the state stays
+  /// warm.
   virtual void propose(const LayerView& layer, std::span<double> value) = 0;
   /// Optional: what became of the proposal; the place for anti-windup. Follows every `propose`.
   virtual void on_applied(std::span<const double> /*applied*/, const LimitReport& /*why*/) {}
@@ -102,13 +104,13 @@ struct PolicyContext {
   int top_k = 0;
   int delay = 0;  ///< Steps between the routing and the decision that uses it, beyond the loop's own one.
   ScoreSpace score_space = ScoreSpace::kProbability;
-  double initial = 0;  ///< The actuator's value at the start.
+  double initial = 0;       ///< The actuator's value at the start.
   double min = 0, max = 0;  ///< Its range.
 };
 
 struct PolicyDescription {
   std::string name;
-  std::string summary;  ///< One line.
+  std::string summary;              ///< One line.
   std::vector<Actuator> actuators;  ///< Which it can serve; at least one.
   std::vector<OptionSpec> options;
   std::function<std::unique_ptr<Policy>(const PolicyContext&, const PolicyOptions&)> make;
@@ -118,8 +120,8 @@ struct PolicyDescription {
 
 class PolicyRegistry {
  public:
-  /// Throws std::invalid_argument if the name is empty or taken, `make` is missing, no actuator is named, or two
-  /// options share a name.
+  /// Throws std::invalid_argument if the name is empty or taken, `make` is missing, no actuator is named, or
+  /// two options share a name.
   void add(PolicyDescription description);
   const PolicyDescription* find(std::string_view name) const;
   /// Sorted by name.

@@ -1,7 +1,10 @@
 // Safety: what becomes of a proposal, and why.
 //
-// The invariant, for every input whatsoever: what is applied is finite, inside [min, max], and within `rate` of the
-// last applied value (a rollback or a fallback excepted). Bad data never moves an actuator: it holds, counts and logs.
+// The invariant, for every input whatsoever: what is applied is finite, inside [min, max], and within `rate`
+// of the last applied value (a rollback or a fallback excepted). Bad data never moves an actuator: it holds,
+// counts and logs. Where the last applied value itself lies outside [min, max], which only a state loaded
+// under a narrower range can bring about, range goes before rate: the value is brought inside at the first
+// decision.
 #pragma once
 
 #include <cstdint>
@@ -54,27 +57,30 @@ class LimitReport {
   std::uint32_t bits_ = 0;
 };
 
-/// The limits of one actuator. Rates: score units a step for biases, |ln(new/old)| a step for the two scalars.
+/// The limits of one actuator. Rates: score units a step for biases, |ln(new/old)| a step for the two
+/// scalars.
 struct Limits {
   double min = 0;
   double max = 0;
-  double rate = 0;       ///< > 0. The largest move of one step.
-  bool center = false;   ///< Biases only: keep the mean of the applied biases at zero.
-  double deadband = 0;   ///< ≥ 0, same unit as rate: moves no larger than this are not made.
+  double rate = 0;            ///< > 0. The largest move of one decision.
+  bool center = false;        ///< Biases only: keep the mean of the applied biases at zero.
+  double deadband = 0;        ///< ≥ 0, same unit as rate: moves no larger than this are not made.
   std::int64_t warmup = 0;    ///< Steps at the start in which nothing moves.
   std::int64_t cadence = 1;   ///< ≥ 1. Decide every so many steps, on the sums of all of them.
   std::int64_t cooldown = 0;  ///< Steps without a move after each move.
 };
-/// The defaults of the actuator: biases ±16 at 0.01 a step; aux weight 1e-4…0.1 at 10 % a step; temperature 0.1…10.
-Limits default_limits(Actuator actuator);
+/// The defaults of the actuator: biases ±16 at 0.01 a step, centred; aux weight 1e-4…0.1 and temperature
+/// 0.1…10, both at 0.1 a step. An aux weight that starts at 0 (off) has its range widened down to 0: since
+/// its moves are ratios, it then stays there.
+Limits default_limits(Actuator actuator, std::optional<double> initial = {});
 /// What is wrong with the limits and the initial value, as "key: constraint"; empty if nothing.
 std::string check_limits(Actuator actuator, const Limits& limits, double initial);
 
 /// Supervision that works on every actuator alike. Absent = off.
 struct RollbackOptions {
-  double loss_jump = 0.5;   ///< Nats above the loss's moving average; > 0.
-  double drop_jump = 0.1;   ///< Of the drop rate, above its moving average; > 0.
-  std::int64_t within = 5;  ///< Steps after a move during which a jump is laid to it; ≥ 1.
+  double loss_jump = 0.5;      ///< Nats above the loss's moving average; > 0.
+  double drop_jump = 0.1;      ///< Of the drop rate, above its moving average; > 0.
+  std::int64_t within = 5;     ///< Steps after a move during which a jump is laid to it; ≥ 1.
   std::int64_t cooldown = 50;  ///< Steps held after a rollback; ≥ 0.
 };
 struct OscillationOptions {
@@ -84,14 +90,15 @@ struct OscillationOptions {
 struct SafetyOptions {
   std::optional<RollbackOptions> rollback;
   std::optional<OscillationOptions> oscillation;
-  std::int64_t fallback_after = 50;  ///< Invalid steps in a row after which the safe value is applied; 0 = never.
+  std::int64_t fallback_after =
+      50;  ///< Invalid steps in a row after which the safe value is applied; 0 = never.
 };
 
 /// What the limiter has to know of a step.
 struct LimitContext {
   std::int64_t step = 0;
-  bool valid = true;      ///< The window's data can be used.
-  bool has_data = true;   ///< The window holds at least one token.
+  bool valid = true;     ///< The window's data can be used.
+  bool has_data = true;  ///< The window holds at least one token.
   bool skipped = false;
   bool frozen = false;
   bool at_cadence = true;
@@ -103,10 +110,11 @@ struct LimitContext {
 class SafetyLimiter {
  public:
   /// `size` = N for biases, 1 for scalars. `safe_value` is what a fallback applies.
-  SafetyLimiter(Actuator actuator, const Limits& limits, const SafetyOptions& options, int size, double safe_value);
+  SafetyLimiter(Actuator actuator, const Limits& limits, const SafetyOptions& options, int size,
+                double safe_value);
 
-  /// Turns `wanted` into `applied`, which holds the last applied value on entry. `wanted` is ignored when the context
-  /// says hold. Both [size].
+  /// Turns `wanted` into `applied`, which holds the last applied value on entry. `wanted` is ignored when the
+  /// context says hold. Both [size].
   LimitReport apply(const LimitContext& context, std::span<const double> wanted, std::span<double> applied);
 
   void save(StateWriter& out) const;
@@ -115,25 +123,31 @@ class SafetyLimiter {
  private:
   std::optional<Reason> hold_reason(const LimitContext& context) const;
   bool must_roll_back(const LimitContext& context);
-  double back_off(std::span<const double> wanted, std::span<const double> applied);
-  void clip_biases(std::span<const double> wanted, std::span<double> applied, LimitReport& report);
-  void clip_scalar(double wanted, double& applied, LimitReport& report);
+  void remember_good(std::int64_t step, std::span<const double> applied);
+  bool track_invalid(bool valid);
+  double largest_move(std::span<const double> applied) const;
+  double back_off(std::span<const double> applied);
+  void clip_biases(std::span<const double> applied, LimitReport& report);
+  void clip_scalar(double applied, LimitReport& report);
 
   Actuator actuator_;
   Limits limits_;
   SafetyOptions options_;
   double safe_value_;
-  std::vector<double> last_good_;   // applied before the last move
-  std::vector<double> last_move_;   // for reversal
-  std::vector<double> next_;        // scratch
+  // Two snapshots: the older was in force at least `rollback.within` steps ago, before any move that a jump
+  // of the loss can be laid to.
+  std::vector<double> last_good_, candidate_;
+  std::int64_t candidate_step_ = kNever;
+  std::vector<double> last_move_;       // for reversal
+  std::vector<double> next_, lo_, hi_;  // scratch
   std::int64_t invalid_in_row_ = 0;
-  std::int64_t last_move_step_;
-  std::int64_t hold_until_;         // after a rollback
+  std::int64_t last_move_step_ = kNever;
+  std::int64_t hold_until_ = kNever;  // after a rollback
   double loss_ema_ = 0, drop_ema_ = 0;
   bool loss_seen_ = false, drop_seen_ = false;
   double reversal_ema_ = 0;
   double gain_ = 1;
-  bool in_fallback_ = false;
+  static constexpr std::int64_t kNever = -(std::int64_t{1} << 62);
 };
 
 }  // namespace moectl
