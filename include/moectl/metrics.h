@@ -1,8 +1,8 @@
 // Metrics: what the sums of a window say about the balance of a layer. Pure functions of a RoutingStats.
 //
-// Notation: c_i assignments to expert i before capacity, S = Σ c_i, p_i = c_i / S, N experts, k choices a token,
-// T tokens. Logarithms are natural, standard deviations are population (divide by N). With S = 0 every metric is
-// absent: "no data" is never 0 and never NaN.
+// Notation: c_i assignments to expert i before capacity, S = Σ c_i, p_i = c_i / S, N experts, k choices a
+// token, T tokens. Logarithms are natural, standard deviations are population (divide by N). With S = 0 every
+// metric is absent: "no data" is never 0 and never NaN.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +15,8 @@
 
 namespace moectl {
 
-/// One field a row of the table of metrics. Absent = not defined for this input (no data, N = 1, input not given).
-/// `metric_fields()` is the same list by name, with units and formulas.
+/// One field a row of the table of metrics. Absent = not defined for this input (no data, N = 1, input not
+/// given). `metric_fields()` is the same list by name, with units and formulas.
 struct Metrics {
   using Value = std::optional<double>;
 
@@ -62,15 +62,17 @@ struct MetricField {
   std::string_view name;
   std::string_view unit;
   std::string_view formula;
-  Metrics::Value Metrics::* value;
+  Metrics::Value Metrics::*value;
 };
 
-/// Every scalar metric, in the order of the table: the names are those of run logs, configs and `moectl metrics`.
+/// Every scalar metric, in the order of the table: the names are those of run logs, configs and `moectl
+/// metrics`.
 std::span<const MetricField> metric_fields();
 /// nullptr if there is no metric of that name.
 const MetricField* find_metric(std::string_view name);
 
-/// Computes metrics without allocating: holds the scratch space that sorting needs. Not thread-safe; one a thread.
+/// Computes metrics without allocating: holds the scratch space that sorting needs. Not thread-safe; one a
+/// thread.
 class Measurer {
  public:
   /// Throws std::invalid_argument on options out of range or a placement that is not [N].
@@ -79,11 +81,19 @@ class Measurer {
   void measure(const RoutingStats& stats, Metrics& out);
 
  private:
+  void measure_load(std::span<const std::int64_t> counts, std::int64_t min, std::int64_t max,
+                    std::int64_t sum, Metrics& out);
+  void measure_floors(const RoutingStats& stats, std::int64_t sum, Metrics& out);
+  double gini(std::span<const std::int64_t> counts, std::int64_t min, std::int64_t max, std::int64_t sum);
+  double straggler(std::span<const std::int64_t> counts, std::int64_t max, std::int64_t sum);
+  double sampling_floor(const RoutingStats& stats, std::int64_t sum) const;
+
   StatsShape shape_;
   MetricsOptions options_;
-  std::vector<std::int64_t> sorted_, swap_;
+  std::vector<std::int64_t> sorted_, swap_;  // of the sort
   std::vector<std::int64_t> device_load_;
-  double floor_to_max_vio_linear_ = 0;     // MaxVio of a CV floor f: linear · f + square · f²
+  double log_experts_ = 0;              // ln N
+  double floor_to_max_vio_linear_ = 0;  // MaxVio of a CV floor f: linear · f + square · f²
   double floor_to_max_vio_square_ = 0;
 };
 
@@ -95,7 +105,8 @@ std::optional<double> noise_floor_cv(int experts, int top_k, double tokens);
 /// Expected MaxVio of N experts whose loads scatter with this CV, `f z √(N/(N-1)) + f² (z²-1)/6` with
 /// z = Φ⁻¹((N-.375)/(N+.25)) (Blom's score of the largest of N). Absent for N = 1.
 std::optional<double> max_vio_of_cv(int experts, double cv);
-/// load_cv² - floor², signed, with the sampling floor where known, else the noise floor. Average this, not excess_cv.
+/// load_cv² - floor², signed, with the sampling floor where known, else the noise floor. Average this, not
+/// excess_cv.
 std::optional<double> signed_excess_cv_sq(const Metrics& metrics);
 /// The sampling floor of MaxVio where known, else the noise floor.
 std::optional<double> floor_max_vio(const Metrics& metrics);

@@ -1,7 +1,8 @@
-// Saved state: named, typed, exact values in one buffer. Reading back in another order, under another name, with
-// another length or from an altered file is an error that says what was expected and what was found.
+// Saved state: named, typed, exact values in one buffer. Reading back in another order, under another name,
+// with another length or from an altered file is an error that says what was expected and what was found.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <span>
 #include <stdexcept>
@@ -28,7 +29,7 @@ class StateWriter {
   std::string finish() const;
 
  private:
-  void entry(std::string_view name, char type, const void* data, std::size_t count, std::size_t size);
+  void entry(std::string_view name, char type, std::size_t count);
   std::string body_;
 };
 
@@ -37,7 +38,8 @@ class StateReader {
   /// Checks header and checksum. Throws StateError.
   explicit StateReader(std::string_view bytes);
 
-  /// Each get reads the next entry and throws StateError if its name, type or length is not the one asked for.
+  /// Each get reads the next entry and throws StateError if its name, type or length is not the one asked
+  /// for.
   void get(std::string_view name, std::span<double> values);
   void get(std::string_view name, std::span<std::int64_t> values);
   double get_double(std::string_view name);
@@ -47,6 +49,7 @@ class StateReader {
   void finish() const;
 
  private:
+  static constexpr std::size_t kAnyCount = static_cast<std::size_t>(-1);
   std::string_view entry(std::string_view name, char type, std::size_t size, std::size_t* count);
   std::string_view rest_;
 };

@@ -1,9 +1,9 @@
 // RoutingStats: what one layer's router did, as sums that add.
 //
-// Micro-batches, threads, ranks and steps are all joined by the same `+`, so gradient accumulation, data parallelism
-// and windows need no code of their own. Counts are exact 64-bit integers; every other sum is fixed point with a unit
-// of 2^-24, held in an int64, so a sum has the same bits in whatever order it was formed. All of one layer's sums lie
-// in one flat array of int64: that array is the payload of a collective.
+// Micro-batches, threads, ranks and steps are all joined by the same `+`, so gradient accumulation, data
+// parallelism and windows need no code of their own. Counts are exact 64-bit integers; every other sum is
+// fixed point with a unit of 2^-24, held in an int64, so a sum has the same bits in whatever order it was
+// formed. All of one layer's sums lie in one flat array of int64: that array is the payload of a collective.
 #pragma once
 
 #include <cstddef>
@@ -19,12 +19,15 @@ inline constexpr double kFixedUnit = 1.0 / 16777216.0;
 
 /// Rounds one term to the unit, ties to even. `value` must be finite and of magnitude at most `kFixedMax`.
 std::int64_t to_fixed(double value);
-constexpr double from_fixed(std::int64_t sum) { return static_cast<double>(sum) * kFixedUnit; }
+constexpr double from_fixed(std::int64_t sum) {
+  return static_cast<double>(sum) * kFixedUnit;
+}
 /// The largest magnitude a single term may have (2^24); larger or non-finite terms make their record invalid.
 inline constexpr double kFixedMax = 16777216.0;
 bool fits_fixed(double value);
 
-/// What is collected beyond counts. The union of what the policies, the metrics and the log ask for fixes the payload.
+/// What is collected beyond counts. The union of what the policies, the metrics and the log ask for fixes the
+/// payload.
 struct StatsNeeds {
   bool gap = false;            ///< Σ_t (v_k - v_{k+1}) of the sorted, biased scores v.
   bool sequences = false;      ///< Per-sequence squares, for the sampling floor.
@@ -58,7 +61,8 @@ struct RoutingBatch {
   std::int64_t sequence_length = 0;
   /// [tokens], non-decreasing: the sequence of each token. Empty = not known.
   std::span<const std::int64_t> sequence_ids;
-  /// [tokens × (k+1)] the k+1 largest biased scores of each token, largest first. Empty = no gap. Wants k < N.
+  /// [tokens × (k+1)] the k+1 largest biased scores of each token, largest first. Empty = no gap. Wants k <
+  /// N.
   std::span<const float> top_values;
   /// [tokens × N] router probabilities. Empty = none.
   std::span<const float> probabilities;
@@ -79,8 +83,9 @@ class RoutingStats {
   int experts() const { return shape_.experts; }
   int top_k() const { return shape_.top_k; }
 
-  /// Adds a micro-batch. Malformed *data* (an index outside [0, N), NaN scores, a decreasing sequence id) adds nothing
-  /// but one to `invalid_records` and returns false. Sizes that do not fit together throw std::invalid_argument.
+  /// Adds a micro-batch. Malformed *data* (an index outside [0, N), NaN scores, a decreasing sequence id)
+  /// adds nothing but one to `invalid_records` and returns false. Sizes that do not fit together throw
+  /// std::invalid_argument.
   bool add(const RoutingBatch& batch);
   /// Adds counts already summed elsewhere. Negative values make the record invalid, as above.
   bool add_counts(std::span<const std::int64_t> counts, std::int64_t tokens);
@@ -95,7 +100,8 @@ class RoutingStats {
   std::int64_t assignments() const;
   std::int64_t tokens() const { return scalar(kTokens); }
   std::int64_t invalid_records() const { return scalar(kInvalidRecords); }
-  /// False if a record was invalid, or a sum is negative (which only corrupted input or overflow can make it).
+  /// False if a record was invalid, or a sum is negative (which only corrupted input or overflow can make
+  /// it).
   bool valid() const;
 
   // What not every counted token contributed to is absent, never a partial sum.
@@ -107,8 +113,9 @@ class RoutingStats {
   std::int64_t domain_tokens(int domain) const;  ///< Tokens of the domain (its assignments / k).
   std::span<const std::int64_t> domain_counts(int domain) const;  ///< [N]
 
-  /// Optional per-expert inputs: each call adds one observation for every expert (values [N], finite and ≥ 0).
-  /// The mean over observations is what metrics report. Bad values make the record invalid and return false.
+  /// Optional per-expert inputs: each call adds one observation for every expert (values [N], finite and ≥
+  /// 0). The mean over observations is what metrics report. Bad values make the record invalid and return
+  /// false.
   bool add_grad_norms(std::span<const double> norms);
   bool add_latencies(std::span<const double> seconds);
   /// Σ of the losses of each expert's tokens [N], and how many tokens each sum covers [N].
@@ -157,9 +164,25 @@ class RoutingStats {
   std::span<std::int64_t> mutable_array(Array which);
 
  private:
+  void check_sizes(const RoutingBatch& batch) const;
+  template <std::size_t lanes>
+  bool count(std::span<const std::int64_t> indices);
+  bool count_tokens(const RoutingBatch& batch, std::size_t from, std::size_t to, std::int64_t& tokens);
+  bool gather_counts(const RoutingBatch& batch);
+  bool gather_domains(const RoutingBatch& batch);
+  bool gather_gap(const RoutingBatch& batch);
+  bool gather_probabilities(const RoutingBatch& batch);
+  bool gather_dropped(const RoutingBatch& batch);
+  bool add_observation(Array which, Scalar records, std::span<const double> values);
+  bool commit(bool good);
+  std::span<std::int64_t> delta(Array which);
+
   StatsShape shape_;
   std::vector<std::int64_t> sums_;
-  std::vector<std::int64_t> scratch_;  // one sequence's counts, kept so that add() never allocates
+  // Scratch, kept so that adding never allocates: one record's sums, one sequence's counts, one token's
+  // probabilities.
+  std::vector<std::int64_t> delta_, histogram_;
+  std::vector<double> row_;
 };
 
 }  // namespace moectl

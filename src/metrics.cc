@@ -1,0 +1,388 @@
+#include "moectl/metrics.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <numbers>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "fast_log.h"
+
+namespace moectl {
+namespace {
+
+__extension__ using Wide = __int128;
+
+constexpr MetricField kFields[] = {
+    {"entropy", "nats", "-sum p ln p", &Metrics::entropy},
+    {"entropy_normalized", "", "entropy / ln N", &Metrics::entropy_normalized},
+    {"effective_experts", "experts", "exp(entropy)", &Metrics::effective_experts},
+    {"kl_to_uniform", "nats", "ln N - entropy", &Metrics::kl_to_uniform},
+    {"load_std", "percentage points", "100 std(p)", &Metrics::load_std},
+    {"load_cv", "", "N std(p)", &Metrics::load_cv},
+    {"max_load", "", "max p", &Metrics::max_load},
+    {"min_load", "", "min p", &Metrics::min_load},
+    {"max_to_mean", "", "N max p", &Metrics::max_to_mean},
+    {"max_vio", "", "N max p - 1", &Metrics::max_vio},
+    {"gini", "", "sum_ij |p_i - p_j| / (2N)", &Metrics::gini},
+    {"utilization_variance", "tokens^2", "var(c)", &Metrics::utilization_variance},
+    {"inactive_experts", "experts", "#(c = 0)", &Metrics::inactive_experts},
+    {"inactive_fraction", "", "#(c = 0) / N", &Metrics::inactive_fraction},
+    {"dead_experts", "experts", "#(smoothed p < dead_fraction / N for dead_after steps)",
+     &Metrics::dead_experts},
+    {"hot_experts", "experts", "#(c > capacity_factor S/N)", &Metrics::hot_experts},
+    {"cold_experts", "experts", "#(c < cold_fraction S/N)", &Metrics::cold_experts},
+    {"drop_rate", "", "dropped / S", &Metrics::drop_rate},
+    {"predicted_drop_rate", "", "sum max(0, c - ceil(capacity_factor S/N)) / S",
+     &Metrics::predicted_drop_rate},
+    {"straggler_slowdown", "", "max device load / mean device load", &Metrics::straggler_slowdown},
+    {"noise_floor_cv", "", "sqrt((N/k - 1) / T)", &Metrics::noise_floor_cv},
+    {"noise_floor_max_vio", "", "max_vio expected at noise_floor_cv", &Metrics::noise_floor_max_vio},
+    {"sampling_floor_cv", "", "sqrt(mean_i var_i) / (S/N), var_i between sequences",
+     &Metrics::sampling_floor_cv},
+    {"sampling_floor_max_vio", "", "max_vio expected at sampling_floor_cv", &Metrics::sampling_floor_max_vio},
+    {"excess_cv", "", "sqrt(max(0, load_cv^2 - floor^2))", &Metrics::excess_cv},
+};
+
+// Coefficients of "MaxVio of a CV floor f": linear · f + square · f². N ≥ 2.
+struct FloorToMaxVio {
+  double linear, square;
+};
+
+FloorToMaxVio floor_to_max_vio(int experts) {
+  const double n = experts;
+  const double z = normal_quantile((n - 0.375) / (n + 0.25));  // Blom's score of the largest of N
+  return {z * std::sqrt(n / (n - 1)), (z * z - 1) / 6};
+}
+
+// What one pass over the counts can tell.
+struct Totals {
+  std::int64_t min, max, sum;
+  bool usable;  // no negative count, no overflow
+};
+
+Totals total(std::span<const std::int64_t> counts) {
+  Totals t{counts[0], counts[0], 0, true};
+  std::uint64_t sum = 0;
+  std::int64_t signs = 0;
+  for (const std::int64_t c : counts) {
+    t.min = std::min(t.min, c);
+    t.max = std::max(t.max, c);
+    sum += static_cast<std::uint64_t>(c);
+    signs |=
+        static_cast<std::int64_t>(sum);  // the first overflow of a sum of non-negative numbers shows here
+  }
+  t.sum = static_cast<std::int64_t>(sum);
+  t.usable = t.min >= 0 && signs >= 0;
+  return t;
+}
+
+// Sums of one pass in floating point, two experts at a time.
+struct Sums {
+  double q_ln_q;        // q = c / mean
+  double deviation_sq;  // (c - mean)²
+  std::int64_t inactive, hot, cold;
+};
+
+struct Thresholds {
+  double hot, cold;
+};
+
+Sums sums_over(std::span<const std::int64_t> counts, const Totals& t, const Thresholds& at) {
+  const double n = static_cast<double>(counts.size());
+  const Double2 per_mean = splat(n / static_cast<double>(t.sum));
+  // Deviations are taken from the smallest count: exact where counts are huge and nearly equal.
+  const auto base = t.min;
+  double above_base = 0;
+  {
+    Wide exact = static_cast<Wide>(t.sum) - static_cast<Wide>(base) * static_cast<Wide>(counts.size());
+    above_base = static_cast<double>(exact) / n;
+  }
+  const Double2 mean = splat(above_base);
+  struct Pair {
+    Double2 q_ln_q, deviation_sq;
+    Int2 inactive, hot, cold;
+  };
+  const auto look = [&](std::int64_t a, std::int64_t b) {
+    const Double2 c{static_cast<double>(a), static_cast<double>(b)};
+    const Double2 above{static_cast<double>(a - base), static_cast<double>(b - base)};
+    const Double2 q = c * per_mean;
+    const Int2 none = c == 0.0;
+    return Pair{q * fast_log(select(none, splat(1), q)), (above - mean) * (above - mean), none, c > at.hot,
+                c < at.cold};
+  };
+  Pair even{}, odd{};
+  const auto take = [](Pair& into, const Pair& one) {
+    into.q_ln_q += one.q_ln_q;
+    into.deviation_sq += one.deviation_sq;
+    into.inactive -= one.inactive;  // comparisons give -1
+    into.hot -= one.hot;
+    into.cold -= one.cold;
+  };
+  std::size_t i = 0;
+  for (; i + 4 <= counts.size(); i += 4) {
+    take(even, look(counts[i], counts[i + 1]));
+    take(odd, look(counts[i + 2], counts[i + 3]));
+  }
+  if (i + 2 <= counts.size()) {
+    take(even, look(counts[i], counts[i + 1]));
+    i += 2;
+  }
+  take(even, odd);
+  Sums sums{even.q_ln_q[0] + even.q_ln_q[1], even.deviation_sq[0] + even.deviation_sq[1],
+            even.inactive[0] + even.inactive[1], even.hot[0] + even.hot[1], even.cold[0] + even.cold[1]};
+  if (i < counts.size()) {
+    const Pair last = look(counts[i], counts[i]);
+    sums.q_ln_q += last.q_ln_q[0];
+    sums.deviation_sq += last.deviation_sq[0];
+    sums.inactive -= last.inactive[0];
+    sums.hot -= last.hot[0];
+    sums.cold -= last.cold[0];
+  }
+  return sums;
+}
+
+std::int64_t predicted_drops(std::span<const std::int64_t> counts, const Totals& t, double capacity_factor) {
+  const double capacity =
+      std::ceil(capacity_factor * static_cast<double>(t.sum) / static_cast<double>(counts.size()));
+  if (capacity >= static_cast<double>(t.max)) return 0;
+  const auto whole = static_cast<std::int64_t>(capacity);
+  std::int64_t drops = 0;
+  for (const std::int64_t c : counts) drops += std::max<std::int64_t>(0, c - whole);
+  return drops;
+}
+
+void check(const StatsShape& shape, const MetricsOptions& options) {
+  if (!(options.capacity_factor > 0) || !std::isfinite(options.capacity_factor)) {
+    throw std::invalid_argument("capacity_factor: " + std::to_string(options.capacity_factor) +
+                                ": must be above 0");
+  }
+  if (!(options.cold_fraction >= 0 && options.cold_fraction <= 1)) {
+    throw std::invalid_argument("cold_fraction: " + std::to_string(options.cold_fraction) +
+                                ": must be 0 to 1");
+  }
+  if (!options.placement.empty() && options.placement.size() != static_cast<std::size_t>(shape.experts)) {
+    throw std::invalid_argument("placement: " + std::to_string(options.placement.size()) +
+                                " devices: must name one for each of " + std::to_string(shape.experts) +
+                                " experts");
+  }
+  for (const int device : options.placement) {
+    if (device < 0 || device >= shape.experts) {
+      throw std::invalid_argument("placement: " + std::to_string(device) + ": must be 0 to " +
+                                  std::to_string(shape.experts - 1));
+    }
+  }
+}
+
+}  // namespace
+
+std::span<const MetricField> metric_fields() {
+  return kFields;
+}
+
+const MetricField* find_metric(std::string_view name) {
+  for (const MetricField& field : kFields) {
+    if (field.name == name) return &field;
+  }
+  return nullptr;
+}
+
+Measurer::Measurer(const StatsShape& shape, MetricsOptions options)
+    : shape_(shape), options_(std::move(options)) {
+  RoutingStats{shape};  // checks the shape
+  check(shape_, options_);
+  sorted_.resize(static_cast<std::size_t>(shape.experts));
+  swap_.resize(sorted_.size());
+  if (!options_.placement.empty()) {
+    device_load_.resize(
+        static_cast<std::size_t>(*std::max_element(options_.placement.begin(), options_.placement.end())) +
+        1);
+  }
+  if (shape.experts > 1) {
+    const FloorToMaxVio floor = floor_to_max_vio(shape.experts);
+    floor_to_max_vio_linear_ = floor.linear;
+    floor_to_max_vio_square_ = floor.square;
+  }
+  log_experts_ = fast_log(splat(static_cast<double>(shape.experts)))[0];
+}
+
+void Measurer::measure(const RoutingStats& stats, Metrics& out) {
+  if (!(stats.shape() == shape_))
+    throw std::invalid_argument("stats: shape differs from the measurer's: must be equal");
+  out = Metrics{};
+  const std::span<const std::int64_t> counts = stats.counts();
+  const Totals t = total(counts);
+  if (!t.usable || t.sum == 0) return;
+  measure_load(counts, t.min, t.max, t.sum, out);
+  if (const auto dropped = stats.dropped()) out.drop_rate = *dropped / static_cast<double>(t.sum);
+  measure_floors(stats, t.sum, out);
+}
+
+void Measurer::measure_load(std::span<const std::int64_t> counts, std::int64_t min, std::int64_t max,
+                            std::int64_t sum, Metrics& out) {
+  const Totals t{min, max, sum, true};
+  const double n = shape_.experts, s = static_cast<double>(sum), mean = s / n;
+  const Sums sums = sums_over(counts, t, {options_.capacity_factor * mean, options_.cold_fraction * mean});
+
+  // Σ p ln(N p), the distance from uniform, and the entropy from it; clipped where rounding would leave the
+  // range.
+  const double ln_n = log_experts_;
+  const double kl = sums.inactive == shape_.experts - 1 ? ln_n : std::clamp(sums.q_ln_q / n, 0.0, ln_n);
+  out.kl_to_uniform = kl;
+  out.entropy = ln_n - kl;
+  if (shape_.experts > 1) out.entropy_normalized = (ln_n - kl) / ln_n;
+  out.effective_experts = std::clamp(std::exp(ln_n - kl), 1.0, n);
+
+  const double variance = sums.deviation_sq / n;
+  out.utilization_variance = variance;
+  out.load_cv = std::sqrt(variance) / mean;
+  out.load_std = 100 * std::sqrt(variance) / s;
+
+  out.max_load = static_cast<double>(max) / s;
+  out.min_load = static_cast<double>(min) / s;
+  out.max_to_mean = static_cast<double>(max) / mean;
+  out.max_vio = *out.max_to_mean - 1;
+  out.gini = gini(counts, min, max, sum);
+
+  out.inactive_experts = static_cast<double>(sums.inactive);
+  out.inactive_fraction = static_cast<double>(sums.inactive) / n;
+  out.hot_experts = static_cast<double>(sums.hot);
+  out.cold_experts = static_cast<double>(sums.cold);
+  out.predicted_drop_rate = static_cast<double>(predicted_drops(counts, t, options_.capacity_factor)) / s;
+  out.straggler_slowdown = straggler(counts, max, sum);
+}
+
+double Measurer::straggler(std::span<const std::int64_t> counts, std::int64_t max, std::int64_t sum) {
+  if (options_.placement.empty()) return static_cast<double>(max) * shape_.experts / static_cast<double>(sum);
+  std::fill(device_load_.begin(), device_load_.end(), 0);
+  for (std::size_t i = 0; i < counts.size(); ++i) {
+    device_load_[static_cast<std::size_t>(options_.placement[i])] += counts[i];
+  }
+  return static_cast<double>(*std::max_element(device_load_.begin(), device_load_.end())) *
+         static_cast<double>(device_load_.size()) / static_cast<double>(sum);
+}
+
+// With counts ascending, Σ_ij |c_i - c_j| = 2 Σ_r (2r - N + 1) c_(r), r = 0…N-1: exact in integers. Ranks
+// come from a radix sort, least significant digit first, of c - min; the last pass need not move anything,
+// since an expert's place is all the sum wants of it.
+double Measurer::gini(std::span<const std::int64_t> counts, std::int64_t min, std::int64_t max,
+                      std::int64_t sum) {
+  const int bits = static_cast<int>(std::bit_width(static_cast<std::uint64_t>(max - min)));
+  if (bits == 0) return 0;
+  constexpr int kMaxDigit = 8;
+  const int passes = (bits + kMaxDigit - 1) / kMaxDigit;
+  const int digit = (bits + passes - 1) / passes;
+  const std::uint64_t mask = (std::uint64_t{1} << digit) - 1;
+  const auto n = static_cast<std::int64_t>(counts.size());
+
+  std::uint32_t place[1 << kMaxDigit];
+  const std::int64_t* from = counts.data();
+  std::int64_t* to = sorted_.data();
+  for (int pass = 0; pass < passes; ++pass) {
+    const int shift = pass * digit;
+    const auto key = [&](std::int64_t c) { return (static_cast<std::uint64_t>(c - min) >> shift) & mask; };
+    std::fill_n(place, mask + 1, 0);
+    for (std::size_t i = 0; i < counts.size(); ++i) ++place[key(from[i])];
+    std::uint32_t before = 0;
+    for (std::uint64_t d = 0; d <= mask; ++d) before += std::exchange(place[d], before);
+    if (pass + 1 < passes) {
+      for (std::size_t i = 0; i < counts.size(); ++i) to[place[key(from[i])]++] = from[i];
+      from = to;
+      to = to == sorted_.data() ? swap_.data() : sorted_.data();
+      continue;
+    }
+    // |2r - N + 1| < N: the sum stays under N S.
+    if (sum < (std::int64_t{1} << 62) / n) {
+      std::int64_t ranked = 0;
+      for (std::size_t i = 0; i < counts.size(); ++i)
+        ranked += (2 * std::int64_t{place[key(from[i])]++} - n + 1) * from[i];
+      return static_cast<double>(ranked) / static_cast<double>(n * sum);
+    }
+    Wide ranked = 0;
+    for (std::size_t i = 0; i < counts.size(); ++i) {
+      ranked += static_cast<Wide>(2 * std::int64_t{place[key(from[i])]++} - n + 1) * from[i];
+    }
+    return static_cast<double>(ranked) / static_cast<double>(static_cast<Wide>(n) * sum);
+  }
+  return 0;
+}
+
+void Measurer::measure_floors(const RoutingStats& stats, std::int64_t sum, Metrics& out) {
+  const auto max_vio = [this](double f) {
+    return floor_to_max_vio_linear_ * f + floor_to_max_vio_square_ * f * f;
+  };
+  const bool has_max_vio = shape_.experts > 1;
+  out.noise_floor_cv =
+      moectl::noise_floor_cv(shape_.experts, shape_.top_k, static_cast<double>(stats.tokens()));
+  if (out.noise_floor_cv && has_max_vio) out.noise_floor_max_vio = max_vio(*out.noise_floor_cv);
+  if (stats.has_sequences() && stats.scalar(RoutingStats::kSequences) >= 2) {
+    out.sampling_floor_cv = sampling_floor(stats, sum);
+    if (has_max_vio) out.sampling_floor_max_vio = max_vio(*out.sampling_floor_cv);
+  }
+  if (const auto excess = signed_excess_cv_sq(out)) out.excess_cv = std::sqrt(std::max(0.0, *excess));
+}
+
+// Cluster-robust variance of each count, the sequence being the cluster: J/(J-1) Σ_j (c_ji - p_i n_j)².
+double Measurer::sampling_floor(const RoutingStats& stats, std::int64_t sum) const {
+  const std::span<const std::int64_t> counts = stats.counts();
+  const std::span<const std::int64_t> squares = stats.array(RoutingStats::kSequenceSq);
+  const std::span<const std::int64_t> cross = stats.array(RoutingStats::kSequenceCross);
+  const auto sequences = static_cast<double>(stats.scalar(RoutingStats::kSequences));
+  const auto length_sq = static_cast<double>(stats.scalar(RoutingStats::kSequenceLenSq));
+  const double s = static_cast<double>(sum), n = shape_.experts;
+  double total = 0;
+  for (std::size_t i = 0; i < counts.size(); ++i) {
+    const double p = static_cast<double>(counts[i]) / s;
+    total += static_cast<double>(squares[i]) - 2 * p * static_cast<double>(cross[i]) + p * p * length_sq;
+  }
+  const double mean_variance = sequences / (sequences - 1) * std::max(0.0, total) / n;
+  return std::sqrt(mean_variance) / (s / n);
+}
+
+Metrics measure(const RoutingStats& stats, const MetricsOptions& options) {
+  Metrics out;
+  Measurer(stats.shape(), options).measure(stats, out);
+  return out;
+}
+
+std::optional<double> noise_floor_cv(int experts, int top_k, double tokens) {
+  if (!(tokens > 0) || experts < 1 || top_k < 1) return std::nullopt;
+  return std::sqrt(std::max(0.0, static_cast<double>(experts) / top_k - 1) / tokens);
+}
+
+std::optional<double> max_vio_of_cv(int experts, double cv) {
+  if (experts < 2 || !(cv >= 0)) return std::nullopt;
+  const FloorToMaxVio floor = floor_to_max_vio(experts);
+  return floor.linear * cv + floor.square * cv * cv;
+}
+
+std::optional<double> signed_excess_cv_sq(const Metrics& metrics) {
+  const Metrics::Value floor = metrics.sampling_floor_cv ? metrics.sampling_floor_cv : metrics.noise_floor_cv;
+  if (!metrics.load_cv || !floor) return std::nullopt;
+  return *metrics.load_cv * *metrics.load_cv - *floor * *floor;
+}
+
+std::optional<double> floor_max_vio(const Metrics& metrics) {
+  return metrics.sampling_floor_max_vio ? metrics.sampling_floor_max_vio : metrics.noise_floor_max_vio;
+}
+
+double normal_quantile(double p) {
+  if (!(p > 0 && p < 1))
+    throw std::invalid_argument("p: " + std::to_string(p) + ": must be above 0 and below 1");
+  if (p > 0.5) return -normal_quantile(1 - p);  // 1 - p is exact here
+  // Abramowitz & Stegun 26.2.23, error below 4.5e-4, then Halley's method on Φ(x) = erfc(-x/√2)/2, which
+  // cubes the error: twice is enough.
+  const double t = std::sqrt(-2 * std::log(p));
+  double x =
+      (2.515517 + t * (0.802853 + t * 0.010328)) / (1 + t * (1.432788 + t * (0.189269 + t * 0.001308))) - t;
+  for (int i = 0; i < 2; ++i) {
+    const double error = 0.5 * std::erfc(-x / std::numbers::sqrt2) - p;
+    const double u = error * std::sqrt(2 * std::numbers::pi) * std::exp(x * x / 2);
+    x -= u / (1 + x * u / 2);
+  }
+  return x;
+}
+
+}  // namespace moectl
