@@ -54,22 +54,22 @@ struct StatsShape {
 /// One micro-batch of one layer's routing, as views of the caller's memory. Only `experts` is required.
 struct RoutingBatch {
   /// [tokens × k], row by row: the experts chosen for each token, before any capacity limit.
-  std::span<const std::int64_t> experts;
+  std::span<const std::int64_t> experts{};
   /// [tokens], non-zero = a real token, zero = padding that is not counted. Empty = all real.
-  std::span<const std::uint8_t> mask;
+  std::span<const std::uint8_t> mask{};
   /// Tokens per sequence when the tokens are [B, S] row by row; 0 = not known. Excludes `sequence_ids`.
   std::int64_t sequence_length = 0;
   /// [tokens], non-decreasing: the sequence of each token. Empty = not known.
-  std::span<const std::int64_t> sequence_ids;
+  std::span<const std::int64_t> sequence_ids{};
   /// [tokens × (k+1)] the k+1 largest biased scores of each token, largest first. Empty = no gap. Wants k <
   /// N.
-  std::span<const float> top_values;
+  std::span<const float> top_values{};
   /// [tokens × N] router probabilities. Empty = none.
-  std::span<const float> probabilities;
+  std::span<const float> probabilities{};
   /// [tokens], in [0, domains): the domain of each token. Empty = none.
-  std::span<const std::int64_t> domain_ids;
+  std::span<const std::int64_t> domain_ids{};
   /// Assignments the router dropped for lack of capacity; absent = it reports none.
-  std::optional<std::int64_t> dropped;
+  std::optional<std::int64_t> dropped{};
 };
 
 /// One layer's mergeable sums. Copying allocates; adding and clearing do not.
