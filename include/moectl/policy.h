@@ -27,11 +27,11 @@ class LimitReport;
 
 /// What the host said of the step, reduced over ranks: the same on every rank.
 struct StepInfo {
-  std::optional<double> loss;           ///< Mean training loss of the step, nats a token.
-  std::optional<double> gradient_norm;  ///< Global gradient norm.
-  bool skipped = false;                 ///< The optimizer skipped the step (overflow, NaN gradient).
-  std::span<const std::int64_t>
-      next_mixture;  ///< Tokens per domain of the next batch [domains]; empty = not known.
+  std::optional<double> loss{};           ///< Mean training loss of the step, nats a token.
+  std::optional<double> gradient_norm{};  ///< Global gradient norm.
+  bool skipped = false;                   ///< The optimizer skipped the step (overflow, NaN gradient).
+  /// Tokens per domain of the next batch [domains]; empty = not known.
+  std::span<const std::int64_t> next_mixture{};
 };
 
 /// All a policy may look at. Views are valid during the call only.
