@@ -1,0 +1,130 @@
+// ControllerConfig → YAML and JSON: one tree for both, since JSON's values are YAML's.
+#include <nlohmann/json.hpp>
+
+#include "config_check.h"
+#include "moectl/config.h"
+
+namespace moectl {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+Json tree(const ActuatorConfig& actuator) {
+  Json options = Json::object();
+  for (const auto& [name, value] : actuator.options.values()) {
+    std::visit([&, &key = name](const auto& typed) { options[key] = typed; }, value);
+  }
+  const Limits& limits = actuator.limits;
+  return {{"policy", actuator.policy},
+          {"options", options},
+          {"initial", actuator.initial},
+          {"scope", name_of(actuator.scope)},
+          {"limits",
+           {{"min", limits.min},
+            {"max", limits.max},
+            {"rate", limits.rate},
+            {"center", limits.center},
+            {"deadband", limits.deadband},
+            {"warmup", limits.warmup},
+            {"cadence", limits.cadence},
+            {"cooldown", limits.cooldown}}}};
+}
+
+Json tree(const SafetyOptions& safety) {
+  Json rollback = false, oscillation = false;
+  if (const auto& r = safety.rollback) {
+    rollback = {{"loss_jump", r->loss_jump},
+                {"drop_jump", r->drop_jump},
+                {"within", r->within},
+                {"cooldown", r->cooldown}};
+  }
+  if (const auto& o = safety.oscillation)
+    oscillation = {{"threshold", o->threshold}, {"min_gain", o->min_gain}};
+  return {{"rollback", rollback}, {"oscillation", oscillation}, {"fallback_after", safety.fallback_after}};
+}
+
+Json tree(const ControllerConfig& config) {
+  const ModelConfig& m = config.model;
+  Json model = {{"layers", m.layers},
+                {"experts", m.experts},
+                {"top_k", m.top_k},
+                {"tokens_per_step", m.tokens_per_step},
+                {"score_space", name_of(m.score_space)},
+                {"delay", m.delay}};
+  if (!m.domains.empty()) model["domains"] = m.domains;
+  if (!m.targets.empty()) model["targets"] = m.targets;
+  Json metrics = {{"capacity_factor", config.metrics.capacity_factor},
+                  {"cold_fraction", config.metrics.cold_fraction},
+                  {"dead_fraction", config.monitor.dead_fraction},
+                  {"dead_after", config.monitor.dead_after},
+                  {"ema", config.monitor.ema}};
+  if (!config.metrics.placement.empty()) metrics["placement"] = config.metrics.placement;
+  Json all = {{"version", 1}, {"mode", name_of(config.mode)}, {"model", model}, {"metrics", metrics}};
+  for (const Actuator which : kActuators) all[std::string(name_of(which))] = tree(config.actuator(which));
+  all["safety"] = tree(config.safety);
+  all["log"] = {{"every", config.log.every}, {"per_expert", config.log.per_expert}};
+  const StatsNeeds& c = config.collect;
+  all["collect"] = {{"gap", c.gap},
+                    {"sequences", c.sequences},
+                    {"probabilities", c.probabilities},
+                    {"gradients", c.gradients},
+                    {"losses", c.losses},
+                    {"latencies", c.latencies}};
+  return all;
+}
+
+// What is not UTF-8 cannot be written as JSON; a name made in code may hold anything.
+std::string dumped(const Json& value) {
+  return value.dump(-1, ' ', false, Json::error_handler_t::replace);
+}
+
+/// A value in YAML's flow style. Words that YAML would read as something else are quoted.
+std::string flow(const Json& value) {
+  std::string text;
+  if (value.is_object() || value.is_array()) {
+    for (const auto& [key, item] : value.items()) {
+      text += (text.empty() ? "" : ", ") + (value.is_object() ? key + ": " : "") + flow(item);
+    }
+    return value.is_object() ? '{' + text + '}' : '[' + text + ']';
+  }
+  if (value.is_boolean()) return value.get<bool>() ? "true" : "false";
+  if (value.is_number_float()) return shown(value.get<double>());
+  if (!value.is_string()) return dumped(value);
+  text = value.get<std::string>();
+  for (const char c : text) {
+    if (!(c == '_' || (c >= 'a' && c <= 'z'))) return dumped(value);
+  }
+  for (const char* word : {"", "true", "false", "on", "yes", "no", "y", "n", "null"}) {
+    if (text == word) return dumped(value);
+  }
+  return text;
+}
+
+}  // namespace
+
+std::string to_json(const ControllerConfig& config) {
+  return dumped(tree(config));
+}
+
+std::string to_yaml(const ControllerConfig& config) {
+  std::string text;
+  const auto is_actuator = [](const std::string& key) {
+    for (const Actuator which : kActuators) {
+      if (key == name_of(which)) return true;
+    }
+    return false;
+  };
+  const Json all = tree(config);
+  for (const auto& [key, value] : all.items()) {
+    text += key + ':';
+    if (is_actuator(key)) {
+      text += '\n';
+      for (const auto& [inner, item] : value.items()) text += "  " + inner + ": " + flow(item) + '\n';
+    } else {
+      text += ' ' + flow(value) + '\n';
+    }
+  }
+  return text;
+}
+
+}  // namespace moectl

@@ -1,0 +1,98 @@
+// A YAML file read strictly: every key is asked for by name and type, what was not asked for is an error, and
+// every error knows its place. Knows nothing of what the keys mean.
+#pragma once
+
+#include <yaml-cpp/yaml.h>
+
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "moectl/config.h"
+
+namespace moectl {
+
+/// Where something stands in a file, counted from 1.
+struct Place {
+  int line = 1;
+  int column = 1;
+};
+
+/// What is wrong with one value: the last three parts of a ConfigError's message.
+struct ConfigProblem {
+  std::string key;  ///< Dotted path, as "expert_bias.limits.rate".
+  std::string value;
+  std::string constraint;
+};
+
+class YamlMap;
+
+/// One document; owns the places of all keys that were read.
+class YamlFile {
+ public:
+  /// Throws ConfigError on anything that is not one YAML document holding a map.
+  YamlFile(std::string_view text, std::string name);
+
+  YamlMap root();
+  /// The error for a problem found after reading: at the place of its key, or of the innermost part of it
+  /// that stands in the file.
+  ConfigError error(const ConfigProblem& problem) const;
+  ConfigError error(Place place, const ConfigProblem& problem) const;
+
+ private:
+  friend class YamlMap;
+  std::string name_;
+  YAML::Node root_;
+  std::map<std::string, Place, std::less<>> places_;
+};
+
+/// One map of the file. Each read returns false and leaves `out` alone if the key is absent.
+class YamlMap {
+ public:
+  bool read(std::string_view key, bool& out);
+  bool read(std::string_view key, int& out);
+  bool read(std::string_view key, std::int64_t& out);
+  bool read(std::string_view key, double& out);
+  bool read(std::string_view key, std::string& out);
+  bool read(std::string_view key, std::vector<int>& out);
+  bool read(std::string_view key, std::vector<double>& out);
+  bool read(std::string_view key, std::vector<std::string>& out);
+  std::optional<YamlMap> map(std::string_view key);
+  /// For a feature that `off` switches off, and `on` or a map of its options switches on. Sets `out` where
+  /// the key is given; returns the map if it was one.
+  std::optional<YamlMap> map_or_switch(std::string_view key, bool& out);
+
+  /// Throws ConfigError for a key that nobody asked for, naming the nearest one that was asked for.
+  void finish() const;
+  /// Throws ConfigError if the key is absent.
+  void require(std::string_view key) const;
+  bool has(std::string_view key) const;
+  /// The error for one of this map's keys.
+  ConfigError error(std::string_view key, std::string value, std::string constraint) const;
+
+ private:
+  friend class YamlFile;
+  struct Entry {
+    Place key_place, place;
+    YAML::Node value;
+  };
+  YamlMap(YamlFile& file, std::string path, const YAML::Node& node, Place place);
+  const Entry* find(std::string_view key);
+  template <typename T>
+  bool read_scalar(std::string_view key, T& out);
+  template <typename T>
+  bool read_list(std::string_view key, std::vector<T>& out);
+  std::string path_to(std::string_view key) const;
+
+  YamlFile& file_;
+  std::string path_;
+  Place place_;
+  std::vector<std::string> order_;  // of the file
+  std::map<std::string, Entry, std::less<>> entries_;
+  std::vector<std::string> asked_;
+};
+
+}  // namespace moectl
