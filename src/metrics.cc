@@ -117,9 +117,9 @@ Sums sums_over(std::span<const std::int64_t> counts, const Totals& t, const Thre
   const auto take = [](Pair& into, const Pair& one) {
     into.q_ln_q += one.q_ln_q;
     into.deviation_sq += one.deviation_sq;
-    into.inactive -= one.inactive;  // comparisons give -1
-    into.hot -= one.hot;
-    into.cold -= one.cold;
+    into.inactive += one.inactive;
+    into.hot += one.hot;
+    into.cold += one.cold;
   };
   std::size_t i = 0;
   for (; i + 4 <= counts.size(); i += 4) {
@@ -130,18 +130,17 @@ Sums sums_over(std::span<const std::int64_t> counts, const Totals& t, const Thre
     take(even, look(counts[i], counts[i + 1]));
     i += 2;
   }
-  take(even, odd);
-  Sums sums{even.q_ln_q[0] + even.q_ln_q[1], even.deviation_sq[0] + even.deviation_sq[1],
-            even.inactive[0] + even.inactive[1], even.hot[0] + even.hot[1], even.cold[0] + even.cold[1]};
   if (i < counts.size()) {
-    const Pair last = look(counts[i], counts[i]);
-    sums.q_ln_q += last.q_ln_q[0];
-    sums.deviation_sq += last.deviation_sq[0];
-    sums.inactive -= last.inactive[0];
-    sums.hot -= last.hot[0];
-    sums.cold -= last.cold[0];
+    Pair last = look(counts[i], counts[i]);
+    last.q_ln_q[1] = last.deviation_sq[1] = 0;
+    last.inactive[1] = last.hot[1] = last.cold[1] = 0;
+    take(odd, last);
   }
-  return sums;
+  take(even, odd);
+  // Comparisons give -1.
+  return {even.q_ln_q[0] + even.q_ln_q[1], even.deviation_sq[0] + even.deviation_sq[1],
+          -(even.inactive[0] + even.inactive[1]), -(even.hot[0] + even.hot[1]),
+          -(even.cold[0] + even.cold[1])};
 }
 
 std::int64_t predicted_drops(std::span<const std::int64_t> counts, const Totals& t, double capacity_factor) {
@@ -371,6 +370,7 @@ std::optional<double> floor_max_vio(const Metrics& metrics) {
 double normal_quantile(double p) {
   if (!(p > 0 && p < 1))
     throw std::invalid_argument("p: " + std::to_string(p) + ": must be above 0 and below 1");
+  if (p == 0.5) return 0;
   if (p > 0.5) return -normal_quantile(1 - p);  // 1 - p is exact here
   // Abramowitz & Stegun 26.2.23, error below 4.5e-4, then Halley's method on Φ(x) = erfc(-x/√2)/2, which
   // cubes the error: twice is enough.

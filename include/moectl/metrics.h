@@ -54,7 +54,7 @@ struct MetricsOptions {
   double capacity_factor = 1.25;  ///< > 0; also the threshold of hot_experts.
   double cold_fraction = 0.1;     ///< in [0, 1].
   /// Device of each expert [N], numbered from 0; empty = one expert a device.
-  std::vector<int> placement;
+  std::vector<int> placement{};
 };
 
 /// Name, unit and meaning of one metric, and where it lies in Metrics.

@@ -1,0 +1,81 @@
+// Counting and measuring against the least that could be done: a plain loop of increments over the same
+// memory.
+
+#include "moectl/stats.h"
+
+#include <benchmark/benchmark.h>
+
+#include <random>
+#include <vector>
+
+#include "moectl/metrics.h"
+
+namespace moectl {
+namespace {
+
+constexpr int kExperts = 256, kTopK = 8, kTokens = 8192, kLayers = 58;
+
+std::vector<std::int64_t> random_indices() {
+  std::mt19937_64 random(1);
+  std::vector<std::int64_t> indices(kTokens * kTopK);
+  for (auto& index : indices) index = static_cast<std::int64_t>(random() % kExperts);
+  return indices;
+}
+
+void plain_increments(benchmark::State& state) {
+  const std::vector<std::int64_t> indices = random_indices();
+  std::vector<std::int64_t> counts(kExperts);
+  for (auto _ : state) {
+    for (const std::int64_t index : indices) ++counts[static_cast<std::size_t>(index)];
+    benchmark::DoNotOptimize(counts.data());
+    benchmark::ClobberMemory();
+  }
+}
+BENCHMARK(plain_increments)->Unit(benchmark::kMicrosecond);
+
+void record(benchmark::State& state) {
+  const std::vector<std::int64_t> indices = random_indices();
+  RoutingStats stats({kExperts, kTopK, {}});
+  for (auto _ : state) {
+    stats.add({.experts = indices});
+    benchmark::DoNotOptimize(stats.flat().data());
+    benchmark::ClobberMemory();
+  }
+}
+BENCHMARK(record)->Unit(benchmark::kMicrosecond);
+
+void record_sequences(benchmark::State& state) {
+  const std::vector<std::int64_t> indices = random_indices();
+  RoutingStats stats({kExperts, kTopK, {.sequences = true}});
+  for (auto _ : state) {
+    stats.add({.experts = indices, .sequence_length = 1024});
+    benchmark::DoNotOptimize(stats.flat().data());
+    benchmark::ClobberMemory();
+  }
+}
+BENCHMARK(record_sequences)->Unit(benchmark::kMicrosecond);
+
+// All load metrics of one step: `layers` layers of `experts`.
+void measure(benchmark::State& state) {
+  const int layers = static_cast<int>(state.range(0)), experts = static_cast<int>(state.range(1));
+  std::mt19937_64 random(2);
+  std::poisson_distribution<std::int64_t> load(kTokens * kTopK / kExperts);
+  std::vector<RoutingStats> stats(static_cast<std::size_t>(layers), RoutingStats({experts, kTopK, {}}));
+  std::vector<std::int64_t> counts(static_cast<std::size_t>(experts));
+  for (RoutingStats& layer : stats) {
+    for (auto& count : counts) count = load(random);
+    layer.add_counts(counts, kTokens);
+  }
+  Measurer measurer(stats.front().shape(), {});
+  Metrics metrics;
+  for (auto _ : state) {
+    for (const RoutingStats& layer : stats) {
+      measurer.measure(layer, metrics);
+      benchmark::DoNotOptimize(metrics);
+    }
+  }
+}
+BENCHMARK(measure)->Args({kLayers, kExperts})->Args({100, 4096})->Unit(benchmark::kMicrosecond);
+
+}  // namespace
+}  // namespace moectl

@@ -1,0 +1,119 @@
+#include "moectl/monitor.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+
+#include "allocation_counter.h"
+
+namespace moectl {
+namespace {
+
+using ::testing::ElementsAre;
+using Counts = std::vector<std::int64_t>;
+
+Metrics observe(LayerMonitor& monitor, const Counts& counts) {
+  RoutingStats stats({static_cast<int>(counts.size()), 1, {}});
+  EXPECT_TRUE(stats.add_counts(counts, 1));
+  Metrics metrics = measure(stats);
+  monitor.observe(stats, metrics);
+  return metrics;
+}
+
+TEST(LayerMonitor, SmoothsTheLoadFromItsFirstValue) {
+  LayerMonitor monitor({2, 1, {}}, {.ema = 0.5});
+  EXPECT_THAT(monitor.smoothed_load(), ElementsAre(0, 0));
+  observe(monitor, {1, 3});
+  EXPECT_THAT(monitor.smoothed_load(), ElementsAre(0.25, 0.75));
+  observe(monitor, {3, 1});
+  EXPECT_THAT(monitor.smoothed_load(), ElementsAre(0.5, 0.5));
+  observe(monitor, {4, 0});
+  EXPECT_THAT(monitor.smoothed_load(), ElementsAre(0.75, 0.25));
+  EXPECT_EQ(monitor.steps_observed(), 3);
+}
+
+TEST(LayerMonitor, AnExpertIsDeadAfterLongEnough) {
+  LayerMonitor monitor({4, 1, {}}, {.ema = 1, .dead_fraction = 0.1, .dead_after = 3});
+  for (int step = 1; step <= 5; ++step) {
+    const Metrics m = observe(monitor, {100, 100, 100, 0});
+    EXPECT_EQ(*m.dead_experts, step >= 3 ? 1 : 0) << step;
+    EXPECT_EQ(monitor.is_dead(3), step >= 3);
+    EXPECT_EQ(monitor.steps_below()[3], step);
+  }
+  // mean load ¼, threshold 0.025: 100 of 4000 is not under it.
+  EXPECT_EQ(*observe(monitor, {1300, 1300, 1300, 100}).dead_experts, 0);
+  EXPECT_EQ(monitor.steps_below()[3], 0);
+}
+
+// At ema 0.1 a load of zero falls under 1 % of the mean after ⌈ln 0.01 / ln 0.9⌉ = 44 steps, and is dead 20
+// steps on.
+TEST(LayerMonitor, DefaultsTakeSixtyFourSteps) {
+  LayerMonitor monitor({4, 1, {}}, {});
+  EXPECT_EQ(*observe(monitor, {1, 1, 1, 1}).dead_experts, 0);
+  int step = 1;
+  while (*observe(monitor, {1, 1, 1, 0}).dead_experts == 0 && step < 1000) ++step;
+  EXPECT_EQ(step, 44 + 19);
+}
+
+TEST(LayerMonitor, AStepWithoutDataChangesNothing) {
+  LayerMonitor monitor({2, 1, {}}, {.ema = 0.5, .dead_after = 1});
+  observe(monitor, {1, 0});
+  const Metrics m = observe(monitor, {0, 0});
+  EXPECT_FALSE(m.dead_experts);
+  EXPECT_THAT(monitor.smoothed_load(), ElementsAre(1, 0));
+  EXPECT_EQ(monitor.steps_observed(), 1);
+  EXPECT_EQ(monitor.steps_below()[1], 1);
+}
+
+TEST(LayerMonitor, ContinuesBitForBitAfterLoading) {
+  const StatsShape shape{3, 1, {}};
+  LayerMonitor a(shape, {}), b(shape, {});
+  for (int step = 0; step < 30; ++step) observe(a, {step, 7, step * step});
+  StateWriter out;
+  a.save(out);
+  const std::string bytes = out.finish();
+  StateReader in(bytes);
+  b.load(in);
+  in.finish();
+  for (int step = 0; step < 30; ++step) {
+    observe(a, {1, 2, step});
+    observe(b, {1, 2, step});
+  }
+  EXPECT_EQ(std::vector(a.smoothed_load().begin(), a.smoothed_load().end()),
+            std::vector(b.smoothed_load().begin(), b.smoothed_load().end()));
+  EXPECT_EQ(std::vector(a.steps_below().begin(), a.steps_below().end()),
+            std::vector(b.steps_below().begin(), b.steps_below().end()));
+  EXPECT_EQ(a.steps_observed(), b.steps_observed());
+  LayerMonitor other({4, 1, {}}, {});
+  StateReader again(bytes);
+  EXPECT_THROW(other.load(again), StateError);
+  EXPECT_EQ(other.steps_observed(), 0);
+}
+
+TEST(LayerMonitor, OptionsOutOfRangeThrow) {
+  const StatsShape shape{2, 1, {}};
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  for (const double bad : {0.0, 1.5, -1.0, nan}) {
+    EXPECT_THROW(LayerMonitor(shape, {.ema = bad}), std::invalid_argument);
+  }
+  for (const double bad : {1.0, -0.1, nan}) {
+    EXPECT_THROW(LayerMonitor(shape, {.dead_fraction = bad}), std::invalid_argument);
+  }
+  EXPECT_THROW(LayerMonitor(shape, {.dead_after = 0}), std::invalid_argument);
+  LayerMonitor monitor(shape, {});
+  EXPECT_THROW(observe(monitor, {1, 2, 3}), std::invalid_argument);
+}
+
+TEST(LayerMonitor, ObservingAllocatesNothing) {
+  const StatsShape shape{3, 1, {}};
+  LayerMonitor monitor(shape, {});
+  RoutingStats stats(shape);
+  ASSERT_TRUE(stats.add_counts(Counts{1, 2, 3}, 6));
+  Metrics metrics = measure(stats);
+  EXPECT_EQ(testing::allocations_of([&] { monitor.observe(stats, metrics); }), 0);
+}
+
+}  // namespace
+}  // namespace moectl
