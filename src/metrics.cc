@@ -90,11 +90,14 @@ struct Thresholds {
   double hot, cold;
 };
 
+// kSmall: every count is under 2^52, so that it converts to double in the vector unit.
+template <bool kSmall>
 Sums sums_over(std::span<const std::int64_t> counts, const Totals& t, const Thresholds& at) {
   const double n = static_cast<double>(counts.size());
   const Double2 per_mean = splat(n / static_cast<double>(t.sum));
   // Deviations are taken from the smallest count: exact where counts are huge and nearly equal.
-  const auto base = t.min;
+  const std::int64_t base = t.min;
+  constexpr double kTiny = 1e-300;  // 0 ln 0 = 0
   double above_base = 0;
   {
     Wide exact = static_cast<Wide>(t.sum) - static_cast<Wide>(base) * static_cast<Wide>(counts.size());
@@ -105,13 +108,18 @@ Sums sums_over(std::span<const std::int64_t> counts, const Totals& t, const Thre
     Double2 q_ln_q, deviation_sq;
     Int2 inactive, hot, cold;
   };
-  const auto look = [&](std::int64_t a, std::int64_t b) {
-    const Double2 c{static_cast<double>(a), static_cast<double>(b)};
-    const Double2 above{static_cast<double>(a - base), static_cast<double>(b - base)};
+  const auto look = [&](const std::int64_t* pair, std::size_t second) {
+    Double2 c, above;
+    if constexpr (kSmall) {
+      c = to_double(Int2{pair[0], pair[second]});
+      above = c - static_cast<double>(base);
+    } else {
+      c = Double2{static_cast<double>(pair[0]), static_cast<double>(pair[second])};
+      above = Double2{static_cast<double>(pair[0] - base), static_cast<double>(pair[second] - base)};
+    }
     const Double2 q = c * per_mean;
-    const Int2 none = c == 0.0;
-    return Pair{q * fast_log(select(none, splat(1), q)), (above - mean) * (above - mean), none, c > at.hot,
-                c < at.cold};
+    return Pair{q * fast_log(q > kTiny ? q : splat(kTiny)), (above - mean) * (above - mean), c == 0.0,
+                c > at.hot, c < at.cold};
   };
   Pair even{}, odd{};
   const auto take = [](Pair& into, const Pair& one) {
@@ -123,15 +131,15 @@ Sums sums_over(std::span<const std::int64_t> counts, const Totals& t, const Thre
   };
   std::size_t i = 0;
   for (; i + 4 <= counts.size(); i += 4) {
-    take(even, look(counts[i], counts[i + 1]));
-    take(odd, look(counts[i + 2], counts[i + 3]));
+    take(even, look(&counts[i], 1));
+    take(odd, look(&counts[i + 2], 1));
   }
   if (i + 2 <= counts.size()) {
-    take(even, look(counts[i], counts[i + 1]));
+    take(even, look(&counts[i], 1));
     i += 2;
   }
   if (i < counts.size()) {
-    Pair last = look(counts[i], counts[i]);
+    Pair last = look(&counts[i], 0);
     last.q_ln_q[1] = last.deviation_sq[1] = 0;
     last.inactive[1] = last.hot[1] = last.cold[1] = 0;
     take(odd, last);
@@ -223,7 +231,9 @@ void Measurer::measure_load(std::span<const std::int64_t> counts, std::int64_t m
                             std::int64_t sum, Metrics& out) {
   const Totals t{min, max, sum, true};
   const double n = shape_.experts, s = static_cast<double>(sum), mean = s / n;
-  const Sums sums = sums_over(counts, t, {options_.capacity_factor * mean, options_.cold_fraction * mean});
+  const Thresholds at{options_.capacity_factor * mean, options_.cold_fraction * mean};
+  const Sums sums =
+      max < (std::int64_t{1} << 52) ? sums_over<true>(counts, t, at) : sums_over<false>(counts, t, at);
 
   // Σ p ln(N p), the distance from uniform, and the entropy from it; clipped where rounding would leave the
   // range.

@@ -372,7 +372,7 @@ bool RoutingStats::gather_probabilities(const RoutingBatch& batch) {
     Double2 entropy = splat(0);
     for (std::size_t i = 0; i < n; i += 2) {  // row_[n], where n is odd, is 1 and adds nothing
       const Double2 p{row_[i], row_[i + 1]};
-      entropy -= p * fast_log(select(p > 1e-300, p, splat(1)));
+      entropy -= p * fast_log(p > 1e-300 ? p : splat(1e-300));
     }
     delta_[kTokenEntropySum] += to_fixed(std::max(0.0, entropy[0] + entropy[1]));
   }
