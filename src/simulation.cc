@@ -2,22 +2,27 @@
 
 #include <algorithm>
 #include <array>
-#include <bit>
 #include <cmath>
 #include <stdexcept>
 #include <string>
-#include <type_traits>
 #include <utility>
+
+#include "simulation_options.h"
+#include "simulation_random.h"
 
 namespace moectl {
 namespace {
 
-constexpr int kTopics = 3;           // clusters of one sequence
-constexpr double kOffsetLimit = 12;  // logits; what weight decay and z-loss allow
-constexpr double kSink = 6;          // logits
-constexpr double kSharpenSteps = 300;
+using simulated::AliasTable;
+using simulated::hash;
+using simulated::normal;
+using simulated::quick_exp;
+
+constexpr int kTopics = 3;                 // clusters of one sequence
+constexpr double kOffsetLimit = 12;        // logits; what weight decay and z-loss allow
+constexpr double kSink = 6;                // logits
 constexpr double kLockIn = 30;             // factor on `rich` in a collapse
-constexpr double kDriftFactor = 10;        // scenario drift
+constexpr double kDriftFactor = 50;        // scenario drift
 constexpr double kForeignWeight = 0.05;    // a cluster's weight in domains that are not its home
 constexpr std::size_t kNoiseRows = 65536;  // places in the noise table at which a token's row may start
 constexpr std::size_t kLane = 8;           // rows are padded to this, so that loops over experts vectorise
@@ -35,139 +40,8 @@ enum class Stream : std::uint64_t {
   kWalk
 };
 
-// The finaliser of SplitMix64 (Steele, Lea, Flood 2014): a bijection whose output passes as random on a
-// counter.
-std::uint64_t mix(std::uint64_t x) {
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ULL;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebULL;
-  return x ^ (x >> 31);
-}
-std::uint64_t hash(std::uint64_t key, std::uint64_t index) {
-  return mix(key + (index + 1) * 0x9e3779b97f4a7c15ULL);
-}
-
-// Standard normal to the eye (sum of 12 uniforms, tails end at ±6): only integer and IEEE basic operations,
-// so that no platform's logarithm or cosine can change a bit.
-double normal(std::uint64_t key, std::uint64_t index) {
-  std::int64_t sum = 0;
-  for (std::uint64_t part = 0; part < 3; ++part) {
-    const std::uint64_t bits = hash(key, 3 * index + part);
-    sum += static_cast<std::int64_t>(bits & 0xffff) + static_cast<std::int64_t>((bits >> 16) & 0xffff) +
-           static_cast<std::int64_t>((bits >> 32) & 0xffff) + static_cast<std::int64_t>(bits >> 48);
-  }
-  return (static_cast<double>(sum) - 12 * 32767.5) / 65536.0;
-}
-
-// exp for float, relative error below 1e-6 (Cephes' polynomial): vectorises, and gives the same bits
-// everywhere.
-inline float quick_exp(float x) {
-  x = x < -87.0F ? -87.0F : x;
-  x = x > 88.0F ? 88.0F : x;
-  const float shifted = x * 1.44269504F + 12582912.0F;  // the rounded multiple of ln 2 in the low bits
-  const std::int32_t exponent = std::bit_cast<std::int32_t>(shifted) - 0x4B400000;
-  const float n = shifted - 12582912.0F;
-  const float r = (x - n * 0.693359375F) + n * 2.12194440e-4F;
-  float p = 1.9875691500e-4F;
-  p = p * r + 1.3981999507e-3F;
-  p = p * r + 8.3334519073e-3F;
-  p = p * r + 4.1665795894e-2F;
-  p = p * r + 1.6666665459e-1F;
-  p = p * r + 5.0000001201e-1F;
-  p = p * (r * r) + r + 1.0F;
-  return p * std::bit_cast<float>((exponent + 127) * (1 << 23));
-}
-
 std::size_t index_of(std::int64_t value) {
   return static_cast<std::size_t>(value);
-}
-
-// Draws from a fixed discrete distribution with one 32-bit number (Walker's alias method).
-class AliasTable {
- public:
-  explicit AliasTable(std::span<const double> weights) : keep_(weights.size()), other_(weights.size()) {
-    const std::size_t n = weights.size();
-    double total = 0;
-    for (double w : weights) total += w;
-    std::vector<double> scaled(n);
-    std::vector<std::size_t> small, large;
-    for (std::size_t i = 0; i < n; ++i) {
-      scaled[i] = weights[i] * static_cast<double>(n) / total;
-      (scaled[i] < 1 ? small : large).push_back(i);
-      keep_[i] = 65536;
-      other_[i] = static_cast<std::uint16_t>(i);
-    }
-    while (!small.empty() && !large.empty()) {
-      const std::size_t low = small.back(), high = large.back();
-      small.pop_back();
-      keep_[low] = static_cast<std::uint32_t>(scaled[low] * 65536);
-      other_[low] = static_cast<std::uint16_t>(high);
-      scaled[high] -= 1 - scaled[low];
-      if (scaled[high] < 1) {
-        large.pop_back();
-        small.push_back(high);
-      }
-    }
-  }
-  std::size_t draw(std::uint32_t bits) const {
-    const std::size_t i = (static_cast<std::uint64_t>(bits >> 16) * keep_.size()) >> 16;
-    return (bits & 0xffff) < keep_[i] ? i : other_[i];
-  }
-
- private:
-  std::vector<std::uint32_t> keep_;
-  std::vector<std::uint16_t> other_;
-};
-
-[[noreturn]] void reject(const char* name, const std::string& value, const char* constraint) {
-  throw std::invalid_argument(std::string("SimulationOptions: ") + name + " = " + value + ": " + constraint);
-}
-template <typename T>
-void require(bool good, const char* name, T value, const char* constraint) {
-  if (good) return;
-  if constexpr (std::is_arithmetic_v<T>)
-    reject(name, std::to_string(value), constraint);
-  else
-    reject(name, value, constraint);
-}
-
-SimulationOptions checked(const SimulationOptions& o) {
-  require(o.layers >= 1, "layers", o.layers, "must be at least 1");
-  require(o.experts >= 1 && o.experts <= 65535, "experts", o.experts, "must be in [1, 65535]");
-  require(o.top_k >= 1 && o.top_k <= o.experts, "top_k", o.top_k, "must be in [1, experts]");
-  require(o.tokens >= 1, "tokens", o.tokens, "must be at least 1");
-  require(o.sequence_length >= 0, "sequence_length", o.sequence_length, "must not be negative");
-  require(o.sequence_length == 0 || o.tokens % o.sequence_length == 0, "sequence_length", o.sequence_length,
-          "must divide tokens");
-  require(o.event_step >= 0, "event_step", o.event_step, "must not be negative");
-  require(o.delay >= 0, "delay", o.delay, "must not be negative");
-  require(o.scenario != Scenario::kDelay || o.delay >= 1, "delay", o.delay,
-          "must be at least 1 in scenario delay");
-  require(o.scenario != Scenario::kDead || (o.sunk_experts >= 1 && o.sunk_experts < o.experts),
-          "sunk_experts", o.sunk_experts, "must be in [1, experts) in scenario dead");
-  require(o.domains >= 1, "domains", o.domains, "must be at least 1");
-  require(o.scenario != Scenario::kShift || o.domains >= 2, "domains", o.domains,
-          "must be at least 2 in scenario shift");
-  require(o.clusters >= o.domains && o.clusters <= 65535, "clusters", o.clusters,
-          "must be in [domains, 65535]");
-  const auto at_least_0 = [](double value, const char* name) {
-    require(std::isfinite(value) && value >= 0, name, value, "must be finite and not negative");
-  };
-  at_least_0(o.mixture_spread, "mixture_spread");
-  at_least_0(o.cluster_spread, "cluster_spread");
-  at_least_0(o.token_spread, "token_spread");
-  at_least_0(o.preference, "preference");
-  at_least_0(o.jitter, "jitter");
-  at_least_0(o.capacity_factor, "capacity_factor");
-  at_least_0(o.task_pull, "task_pull");
-  at_least_0(o.rich, "rich");
-  at_least_0(o.aux_pull, "aux_pull");
-  require(o.domain_share >= 0 && o.domain_share <= 1, "domain_share", o.domain_share, "must be in [0, 1]");
-  require(o.coherence >= 0 && o.coherence <= 1, "coherence", o.coherence, "must be in [0, 1]");
-  require(o.affinity_walk >= 0 && o.affinity_walk * kDriftFactor < 1, "affinity_walk", o.affinity_walk,
-          "must be in [0, 0.1)");
-  require(std::isfinite(o.score_scale) && o.score_scale > 0, "score_scale", o.score_scale,
-          "must be finite and positive");
-  return o;
 }
 
 }  // namespace
@@ -200,15 +74,17 @@ struct SimulatedRouter::Plant {
   std::int64_t step = 0;
 
   // What is drawn once.
-  std::vector<float> noise;     // [kNoiseRows + stride], standard normal; a token's row starts anywhere
-  std::vector<float> affinity;  // A [clusters × stride]
-  std::vector<double> wanted;   // w [N]
+  std::vector<float> noise;    // [kNoiseRows + stride], standard normal; a token's row starts anywhere
+  std::vector<double> wanted;  // w [N]
   std::vector<AliasTable> clusters_of_domain;
   std::vector<double> poison;      // [N], score units
   std::size_t victim = 0;          // first expert of the permutation below: who sinks, or takes all
   std::vector<std::size_t> order;  // experts in random order
 
-  // What training moves.
+  // What training moves. Affinity A_c = common of c's home domain, c mod domains, + c's own.
+  double common_spread, own_spread;
+  std::vector<double> common;  // [domains × N]
+  std::vector<double> own;     // [clusters × N]
   std::vector<double> offset;  // o [N]
 
   // The batch.
@@ -231,7 +107,7 @@ struct SimulatedRouter::Plant {
 };
 
 SimulatedRouter::Plant::Plant(const SimulationOptions& given, int which_layer)
-    : options(checked(given)),
+    : options(given),
       layer(which_layer),
       experts(static_cast<std::size_t>(options.experts)),
       stride((experts + kLane - 1) / kLane * kLane),
@@ -244,15 +120,12 @@ SimulatedRouter::Plant::Plant(const SimulationOptions& given, int which_layer)
     noise[i] = static_cast<float>(normal(stream(Stream::kNoise, of_layer), i));
 
   const std::uint64_t affinity_key = stream(Stream::kAffinity, of_layer);
-  const double common = options.cluster_spread * std::sqrt(options.domain_share);
-  const double own = options.cluster_spread * std::sqrt(1 - options.domain_share);
-  affinity.assign(clusters * stride, 0);
-  for (std::size_t c = 0; c < clusters; ++c) {
-    for (std::size_t i = 0; i < experts; ++i) {
-      affinity[c * stride + i] =
-          static_cast<float>(common * normal(affinity_key, (c % domains) * experts + i) +
-                             own * normal(affinity_key, (domains + c) * experts + i));
-    }
+  common_spread = options.cluster_spread * std::sqrt(options.domain_share);
+  own_spread = options.cluster_spread * std::sqrt(1 - options.domain_share);
+  for (std::size_t i = 0; i < domains * experts; ++i)
+    common.push_back(common_spread * normal(affinity_key, i));
+  for (std::size_t i = 0; i < clusters * experts; ++i) {
+    own.push_back(own_spread * normal(affinity_key, domains * experts + i));
   }
   const std::uint64_t preference_key = stream(Stream::kPreference, of_layer);
   order.resize(experts);
@@ -294,7 +167,7 @@ SimulatedRouter::Plant::Plant(const SimulationOptions& given, int which_layer)
 
 void SimulatedRouter::Plant::resize_batch(std::int64_t tokens) {
   options.tokens = tokens;
-  checked(options);
+  simulated::check(options);
   const std::size_t t = index_of(tokens);
   next_domain_ids.resize(t);
   domain_ids.resize(t);
@@ -404,14 +277,14 @@ void SimulatedRouter::Plant::select(const float* biased, std::int64_t* chosen_ro
 
 void SimulatedRouter::Plant::route_tokens(double temperature, bool keep_probabilities) {
   const std::size_t tokens = chosen.size() / k;
-  const double settled =
-      1 - static_cast<double>(quick_exp(-static_cast<float>(static_cast<double>(step) / kSharpenSteps)));
-  const auto sharp = static_cast<float>(0.5 + 0.5 * settled);
-  const auto formed = static_cast<float>(0.2 + 0.8 * settled);
-  const float spread = sharp * static_cast<float>(options.token_spread);
+  const double age = options.forming > 0 ? static_cast<double>(step) / options.forming : 1e3;
+  const double settled = 1 - static_cast<double>(quick_exp(-static_cast<float>(age)));
+  const double sharp = 0.5 + 0.5 * settled, formed = 0.2 + 0.8 * settled;
+  const auto spread = static_cast<float>(sharp * options.token_spread);
   for (std::size_t c = 0; c < clusters; ++c) {
     for (std::size_t i = 0; i < experts; ++i) {
-      base[c * stride + i] = sharp * affinity[c * stride + i] + formed * static_cast<float>(offset[i]);
+      const double affinity = common[c % domains * experts + i] + own[c * experts + i];
+      base[c * stride + i] = static_cast<float>(sharp * affinity + formed * offset[i]);
     }
     // Padding never wins, and weighs nothing in a softmax.
     for (std::size_t i = experts; i < stride; ++i) base[c * stride + i] = -1.0e30F;
@@ -514,29 +387,39 @@ void SimulatedRouter::Plant::train() {
   }
 }
 
-// One cluster a step, all in turn: the same diffusion as all at once, at a fraction of the work.
+// One cluster and one domain a step, all in turn: the same diffusion as all at once, at a fraction of the
+// work.
 void SimulatedRouter::Plant::walk() {
   const bool drifting = options.scenario == Scenario::kDrift && after_event();
   const double renewed = options.affinity_walk * (drifting ? kDriftFactor : 1);
   const auto at = static_cast<std::uint64_t>(step);
   const std::uint64_t key = hash(stream(Stream::kWalk, at), static_cast<std::uint64_t>(layer));
+
+  const std::size_t c = at % clusters, d = at % domains;
   const double part = std::min(1.0, renewed * static_cast<double>(clusters));
-  const double keep = std::sqrt(1 - part), fresh = std::sqrt(part) * options.cluster_spread;
-  float* row_of = &affinity[(at % clusters) * stride];
+  const double keep = std::sqrt(1 - part), fresh = std::sqrt(part) * own_spread;
   for (std::size_t i = 0; i < experts; ++i) {
-    row_of[i] = static_cast<float>(keep * static_cast<double>(row_of[i]) + fresh * normal(key, i));
+    own[c * experts + i] = keep * own[c * experts + i] + fresh * normal(key, i);
+  }
+  const double part_common = std::min(1.0, renewed * static_cast<double>(domains));
+  const double keep_common = std::sqrt(1 - part_common),
+               fresh_common = std::sqrt(part_common) * common_spread;
+  for (std::size_t i = 0; i < experts; ++i) {
+    common[d * experts + i] = keep_common * common[d * experts + i] + fresh_common * normal(key, experts + i);
   }
   if (!drifting) return;
   const double keep_wanted = std::sqrt(1 - renewed), fresh_wanted = std::sqrt(renewed) * options.preference;
   for (std::size_t i = 0; i < experts; ++i) {
     const double before = wanted[i];
-    wanted[i] = keep_wanted * before + fresh_wanted * normal(key, experts + i);
+    wanted[i] = keep_wanted * before + fresh_wanted * normal(key, 2 * experts + i);
     offset[i] += wanted[i] - before;
   }
 }
 
-SimulatedRouter::SimulatedRouter(const SimulationOptions& options, int layer)
-    : plant_(std::make_unique<Plant>(options, layer)) {}
+SimulatedRouter::SimulatedRouter(const SimulationOptions& options, int layer) {
+  simulated::check(options);
+  plant_ = std::make_unique<Plant>(options, layer);
+}
 SimulatedRouter::~SimulatedRouter() = default;
 SimulatedRouter::SimulatedRouter(SimulatedRouter&&) noexcept = default;
 SimulatedRouter& SimulatedRouter::operator=(SimulatedRouter&&) noexcept = default;
@@ -608,55 +491,6 @@ double SimulatedRouter::displacement() const {
 
 void SimulatedRouter::set_tokens(std::int64_t tokens) {
   plant_->resize_batch(tokens);
-}
-
-std::string_view name_of(Gate gate) {
-  return gate == Gate::kSoftmax ? "softmax" : "sigmoid";
-}
-std::string_view name_of(Scenario scenario) {
-  switch (scenario) {
-    case Scenario::kSteady:
-      return "steady";
-    case Scenario::kShift:
-      return "shift";
-    case Scenario::kCollapse:
-      return "collapse";
-    case Scenario::kDead:
-      return "dead";
-    case Scenario::kDrift:
-      return "drift";
-    case Scenario::kDelay:
-      return "delay";
-    case Scenario::kNoise:
-      return "noise";
-  }
-  return "";
-}
-std::string_view name_of(CollapseKind kind) {
-  switch (kind) {
-    case CollapseKind::kRunaway:
-      return "runaway";
-    case CollapseKind::kColdStart:
-      return "cold_start";
-    case CollapseKind::kDeadThird:
-      return "dead_third";
-    case CollapseKind::kPoisonedBias:
-      return "poisoned_bias";
-  }
-  return "";
-}
-std::optional<Gate> gate_of(std::string_view name) {
-  for (Gate gate : {Gate::kSoftmax, Gate::kSigmoid}) {
-    if (name == name_of(gate)) return gate;
-  }
-  return std::nullopt;
-}
-std::optional<Scenario> scenario_of(std::string_view name) {
-  for (Scenario s : {Scenario::kSteady, Scenario::kShift, Scenario::kCollapse, Scenario::kDead,
-                     Scenario::kDrift, Scenario::kDelay, Scenario::kNoise}) {
-    if (name == name_of(s)) return s;
-  }
-  return std::nullopt;
 }
 
 }  // namespace moectl
