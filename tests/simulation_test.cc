@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "allocation_counter.h"
 #include "moectl/metrics.h"
 
 namespace moectl {
@@ -136,7 +137,7 @@ TEST(Simulation, EveryExpertWhenKIsN) {
   options.tokens = 64;
   SimulatedRouter router(options);
   const RoutingBatch batch = router.route(zeros(3));
-  EXPECT_THAT(loads(batch, 3), testing::Each(1.0));
+  EXPECT_THAT(loads(batch, 3), ::testing::Each(1.0));
   EXPECT_TRUE(batch.top_values.empty());
 }
 
@@ -414,6 +415,23 @@ TEST(Simulation, DriftMovesWhatSteadyLeaves) {
   EXPECT_GT(travelled(Scenario::kDrift), 0.05);
 }
 
+TEST(Simulation, RoutesWithoutAllocating) {
+  SimulationOptions options;
+  options.sequence_length = 128;
+  options.scenario = Scenario::kDrift;
+  options.event_step = 0;
+  SimulatedRouter router(options);
+  const std::vector<double> bias = zeros(16);
+  router.route(bias, 0.01);
+  EXPECT_EQ(testing::allocations_of([&] {
+              for (int step = 0; step < 3; ++step) {
+                router.next_mixture();
+                router.route(bias, 0.01);
+              }
+            }),
+            0);
+}
+
 TEST(Simulation, BatchSizeCanChange) {
   SimulationOptions options;
   options.sequence_length = 64;
@@ -434,7 +452,7 @@ TEST(Simulation, RejectsWhatMakesNoSense) {
       SimulatedRouter router(options);
       ADD_FAILURE() << name << " was accepted";
     } catch (const std::invalid_argument& error) {
-      EXPECT_THAT(error.what(), testing::HasSubstr(name + " = "));
+      EXPECT_THAT(error.what(), ::testing::HasSubstr(name + " = "));
     }
   };
   rejects([](auto& o) { o.experts = 0; }, "experts");
