@@ -4,7 +4,10 @@
 namespace moectl {
 
 void register_builtin_policies(PolicyRegistry& registry) {
+  registry.add(policies::adaptive_bias());
   registry.add(policies::fixed());
+  registry.add(policies::pi());
+  registry.add(policies::sign_bias());
 }
 
 }  // namespace moectl

@@ -5,6 +5,9 @@
 
 namespace moectl::policies {
 
+PolicyDescription adaptive_bias();
 PolicyDescription fixed();
+PolicyDescription pi();
+PolicyDescription sign_bias();
 
 }  // namespace moectl::policies

@@ -17,13 +17,12 @@
 
 #include "moectl/metrics.h"
 #include "moectl/monitor.h"
+#include "moectl/safety.h"
 #include "moectl/state.h"
 #include "moectl/stats.h"
 #include "moectl/types.h"
 
 namespace moectl {
-
-class LimitReport;
 
 /// What the host said of the step, reduced over ranks: the same on every rank.
 struct StepInfo {
@@ -72,13 +71,13 @@ using OptionValue = std::variant<bool, std::int64_t, double, std::string>;
 
 /// One option of a policy. The default's type is the option's type; an empty string default means "required".
 struct OptionSpec {
-  std::string name;
-  OptionValue default_value;
-  std::string unit;         ///< "" = dimensionless.
-  std::string description;  ///< One line.
-  double min = -1e308;      ///< Numbers only, inclusive.
+  std::string name = {};
+  OptionValue default_value = {};
+  std::string unit = {};         ///< "" = dimensionless.
+  std::string description = {};  ///< One line.
+  double min = -1e308;           ///< Numbers only, inclusive.
   double max = 1e308;
-  std::vector<std::string> choices;  ///< Strings only; empty = any.
+  std::vector<std::string> choices = {};  ///< Strings only; empty = any.
 };
 
 /// Option values after validation: every declared option has one, given or default.

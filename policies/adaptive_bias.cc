@@ -1,0 +1,289 @@
+// adaptive_bias: integral control of the biases whose step has the right unit and whose gain tunes itself.
+//
+//   e_i = (c̄_i - c_i) / c̄_i                            c̄_i target load, S/N unless targets are configured
+//   Ḡ  += gap_ema · (G - Ḡ),  G = k · mean_t(v_k - v_{k+1})     v sorted biased scores; counts only: Ḡ ≡ 1
+//   r_l = ⟨e_t, e_{t-l}⟩ / (|e_t| |e_{t-l}|),   a_l += correlation_ema · (r_l - a_l)        l = D … 3D+5, D =
+//   d+1 drive = min_l a_l  if that is below -0.8/√(N-1),  else r_D g   = clip(g · exp(adaptation · drive),
+//   g_min, g_max) b_i += g · Ḡ · clip(e_i, -1, 1),   b -= mean(b)
+//
+// Two facts carry it.
+//
+// The gap is the unit. How many tokens change expert when a bias moves by δ is the density of tokens at the
+// selection threshold times δ, and the gap between the k-th and the (k+1)-th score is the inverse of that
+// density. Measured in gaps, the gain at which an integrator becomes unstable is nearly the same for softmax,
+// sigmoid and raw scores, sharp or flat; measured in scores it spreads over more than an order of magnitude.
+// Multiply all scores by a hundred and the gap, and with it the step, follows.
+//
+// The best integrator whitens its error. At the gain of least variance successive errors are uncorrelated
+// (the minimum-variance controller of Åström, "Introduction to Stochastic Control Theory", 1970, ch. 6).
+// Positive correlation between neighbouring errors says that the loop is too slow; negative correlation at
+// any lag says that it overshoots. So each layer finds its own gain while it runs, without a model of the
+// router. N errors give a correlation a standard error of about 1/√(N-1), which is where the threshold comes
+// from: only a correlation that chance does not explain may overrule the nearest lag.
+//
+// With a declared delay of d steps an error answers to the bias of D = d+1 steps ago, so nearer lags say
+// nothing about the gain. The first gain and its bounds are divided by D, and the lags reach to three times
+// D, past the half period 2D of the slowest oscillation that the delay can cause.
+//
+// What the limits do to a proposal comes back through on_applied: after a hold, a rate limit or a clip the
+// errors stay alike for a reason that is not the gain, so the gain may then fall but not rise. The bias
+// itself cannot wind up, because every step starts from what is in force.
+//
+// Form. `gap` needs the k+1 largest scores from the router; `counts` does without and starts from a gain that
+// fits common routers (1e-3 on probabilities, 1e-2 on logits), trusting the correlation to find the rest
+// within wide bounds; `auto` takes the gap if the first window has one.
+//
+// Limitations
+// - An undeclared delay of more than a few steps makes it overshoot; declare it (`model.delay`).
+// - Lumpy routing (a dozen clusters of nearly identical tokens) moves whole clusters at once; no integral law
+// on the
+//   counts alone is smooth there.
+// - It balances every window as it comes. Errors that come from the data's order rather than from the router,
+// such as
+//   alternating domains, are seen only once they have happened.
+#include <algorithm>
+#include <array>
+#include <cmath>
+
+#include "builtin.h"
+#include "sums.h"
+
+namespace moectl::policies {
+namespace {
+
+struct Options {
+  std::string form = "auto";
+  double gain = 0;
+  double gain_min = 0;
+  double gain_max = 0;
+  double adaptation = 0.1;
+  double correlation_ema = 0.2;
+  double gap_ema = 0.1;
+
+  static Options from(const PolicyOptions& o) {
+    return {.form = o.text("form"),
+            .gain = o.number("gain"),
+            .gain_min = o.number("gain_min"),
+            .gain_max = o.number("gain_max"),
+            .adaptation = o.number("adaptation"),
+            .correlation_ema = o.number("correlation_ema"),
+            .gap_ema = o.number("gap_ema")};
+  }
+};
+
+// Gains are in gaps (gap form) or in score units (counts only), before division by D.
+struct Gains {
+  double first, min, max;
+};
+constexpr Gains kGapGains{0.25, 0.01, 1.0};
+constexpr Gains kCountsGains{1e-3, 1e-6, 1.0};
+constexpr Gains kCountsLogitGains{1e-2, 1e-6, 1.0};
+
+// Correlations nearer to zero than this many standard errors are chance.
+constexpr double kSignificance = 0.8;
+
+class AdaptiveBias final : public Policy {
+ public:
+  AdaptiveBias(const Options& options, const PolicyContext& context)
+      : options_(options),
+        score_space_(context.score_space),
+        first_lag_(static_cast<std::size_t>(context.delay) + 1),
+        lag_count_(2 * first_lag_ + 6),
+        experts_(static_cast<std::size_t>(context.experts)),
+        errors_(experts_, 0.0),
+        history_((first_lag_ + lag_count_ - 1) * experts_, 0.0),
+        norms_(first_lag_ + lag_count_ - 1, 0.0),
+        correlations_(lag_count_, 0.0) {
+    if (options_.form != "auto") choose_form(options_.form == "gap");
+  }
+
+  StatsNeeds needs() const override { return {.gap = options_.form != "counts"}; }
+
+  void propose(const LayerView& layer, std::span<double> bias) override {
+    const std::optional<double> gap = measured_gap(layer.stats);
+    if (!form_known_) choose_form(gap.has_value());
+    if (!follow_gap(gap)) return;
+    measure_errors(layer);
+    tune_gain();
+    const double step = gain_ * (uses_gap_ ? gap_ : 1.0);
+    for (std::size_t i = 0; i < experts_; ++i) bias[i] += step * std::min(std::max(errors_[i], -1.0), 1.0);
+    const double mean = sum_of(bias) / static_cast<double>(experts_);
+    for (double& b : bias) b -= mean;
+  }
+
+  void on_applied(std::span<const double>, const LimitReport& why) override { limited_ = !why.empty(); }
+
+  void save(StateWriter& out) const override {
+    const std::array<std::int64_t, 5> flags = {form_known_, uses_gap_, gap_known_, limited_, past_};
+    out.put("adaptive_flags", flags);
+    const std::array<double, 2> scalars = {gain_, gap_};
+    out.put("adaptive_gain_gap", scalars);
+    out.put("adaptive_history", history_);
+    out.put("adaptive_norms", norms_);
+    out.put("adaptive_correlations", correlations_);
+  }
+
+  void load(StateReader& in) override {
+    std::array<std::int64_t, 5> flags{};
+    in.get("adaptive_flags", flags);
+    std::array<double, 2> scalars{};
+    in.get("adaptive_gain_gap", scalars);
+    if (flags[0] != 0) choose_form(flags[1] != 0);
+    gap_known_ = flags[2] != 0;
+    limited_ = flags[3] != 0;
+    past_ = flags[4];
+    gain_ = scalars[0];
+    gap_ = scalars[1];
+    in.get("adaptive_history", history_);
+    in.get("adaptive_norms", norms_);
+    in.get("adaptive_correlations", correlations_);
+  }
+
+ private:
+  void choose_form(bool gap) {
+    form_known_ = true;
+    uses_gap_ = gap;
+    const Gains& form = gap                                  ? kGapGains
+                        : score_space_ == ScoreSpace::kLogit ? kCountsLogitGains
+                                                             : kCountsGains;
+    const double share = 1.0 / static_cast<double>(first_lag_);
+    gain_min_ = share * (options_.gain_min > 0 ? options_.gain_min : form.min);
+    gain_max_ = share * (options_.gain_max > 0 ? options_.gain_max : form.max);
+    gain_ = std::clamp(share * (options_.gain > 0 ? options_.gain : form.first), gain_min_,
+                       std::max(gain_min_, gain_max_));
+  }
+
+  std::optional<double> measured_gap(const RoutingStats& stats) const {
+    const std::optional<double> mean = stats.mean_gap();
+    if (!mean || !(*mean >= 0)) return std::nullopt;
+    return static_cast<double>(stats.top_k()) * *mean;
+  }
+
+  // False if the gap is the unit and none was ever seen: without a unit there is no step.
+  bool follow_gap(std::optional<double> gap) {
+    if (!uses_gap_) return true;
+    if (gap) gap_ = gap_known_ ? gap_ + options_.gap_ema * (*gap - gap_) : *gap;
+    gap_known_ = gap_known_ || gap.has_value();
+    return gap_known_;
+  }
+
+  void measure_errors(const LayerView& layer) {
+    const std::span<const std::int64_t> counts = layer.stats.counts();
+    const auto total = static_cast<double>(layer.stats.assignments());
+    for (std::size_t i = 0; i < experts_; ++i) {
+      const double target = layer.targets[i] * total;
+      const auto count = static_cast<double>(counts[i]);
+      errors_[i] = target > 0 ? (target - count) / target : (count > 0 ? -1.0 : 0.0);
+    }
+  }
+
+  // Correlates the errors with those of earlier windows, moves the gain, and remembers the errors.
+  void tune_gain() {
+    const double norm = std::sqrt(dot(errors_, errors_));
+    const auto rows = static_cast<std::int64_t>(norms_.size());
+    double nearest = 0, lowest = 0;
+    for (std::size_t j = 0; j < lag_count_; ++j) {
+      const auto lag = static_cast<std::int64_t>(first_lag_ + j);
+      if (lag > past_) break;
+      const auto row = static_cast<std::size_t>((past_ - lag) % rows);
+      const double scale = norm * norms_[row];
+      const double r = scale > 0 ? dot(errors_, {&history_[row * experts_], experts_}) / scale : 0;
+      correlations_[j] += options_.correlation_ema * (r - correlations_[j]);
+      lowest = std::min(lowest, correlations_[j]);
+      if (j == 0) nearest = r;
+    }
+    const double chance = kSignificance / std::sqrt(std::max(1.0, static_cast<double>(experts_) - 1.0));
+    double drive = lowest < -chance ? lowest : nearest;
+    if (limited_) drive = std::min(drive, 0.0);
+    gain_ = std::min(std::max(gain_ * std::exp(options_.adaptation * drive), gain_min_), gain_max_);
+    const auto row = static_cast<std::size_t>(past_ % rows);
+    std::copy(errors_.begin(), errors_.end(), history_.begin() + static_cast<std::ptrdiff_t>(row * experts_));
+    norms_[row] = norm;
+    ++past_;
+  }
+
+  Options options_;
+  ScoreSpace score_space_;
+  std::size_t first_lag_, lag_count_, experts_;
+  bool form_known_ = false, uses_gap_ = false;
+  double gain_ = 0, gain_min_ = 0, gain_max_ = 0;
+  bool gap_known_ = false;
+  double gap_ = 0;
+  bool limited_ = false;
+  std::vector<double> errors_;
+  std::vector<double> history_;  // [rows × N], a ring: the errors of window w in row w % rows
+  std::vector<double> norms_;    // [rows]
+  std::vector<double> correlations_;
+  std::int64_t past_ = 0;  // windows seen
+};
+
+std::string check(const PolicyContext& context, const PolicyOptions& options) {
+  const Options o = Options::from(options);
+  if (o.form == "gap" && context.top_k >= context.experts) {
+    return "form: gap: needs top_k below the number of experts";
+  }
+  if (o.gain_min > 0 && o.gain_max > 0 && o.gain_min > o.gain_max)
+    return "gain_min: must not exceed gain_max";
+  return "";
+}
+
+}  // namespace
+
+PolicyDescription adaptive_bias() {
+  const Options defaults;
+  PolicyDescription d;
+  d.name = "adaptive_bias";
+  d.summary = "integral step in units of the score gap, with a gain that tunes itself until errors are white";
+  d.actuators = {Actuator::kExpertBias};
+  d.options = {
+      {.name = "form",
+       .default_value = defaults.form,
+       .unit = "",
+       .description =
+           "unit of the step: the score gap, or counts only; auto = the gap if the router gives it",
+       .choices = {"auto", "gap", "counts"}},
+      {.name = "gain",
+       .default_value = defaults.gain,
+       .unit = "gaps (counts: score)",
+       .description = "first gain; 0 = the form's own: gap 0.25, counts 0.001 (logits 0.01)",
+       .min = 0,
+       .max = 1e6},
+      {.name = "gain_min",
+       .default_value = defaults.gain_min,
+       .unit = "gaps (counts: score)",
+       .description = "smallest gain; 0 = the form's own: gap 0.01, counts 1e-6",
+       .min = 0,
+       .max = 1e6},
+      {.name = "gain_max",
+       .default_value = defaults.gain_max,
+       .unit = "gaps (counts: score)",
+       .description = "largest gain; 0 = the form's own: 1",
+       .min = 0,
+       .max = 1e6},
+      {.name = "adaptation",
+       .default_value = defaults.adaptation,
+       .unit = "1/step",
+       .description = "how fast the gain follows the correlation of the errors; 0 = fixed gain",
+       .min = 0,
+       .max = 1},
+      {.name = "correlation_ema",
+       .default_value = defaults.correlation_ema,
+       .unit = "",
+       .description = "weight of the newest correlation in its average",
+       .min = 1e-3,
+       .max = 1},
+      {.name = "gap_ema",
+       .default_value = defaults.gap_ema,
+       .unit = "",
+       .description = "weight of the newest gap in its average",
+       .min = 1e-3,
+       .max = 1},
+  };
+  d.make = [](const PolicyContext& context, const PolicyOptions& options) {
+    return std::make_unique<AdaptiveBias>(Options::from(options), context);
+  };
+  d.check = check;
+  return d;
+}
+
+}  // namespace moectl::policies

@@ -1,0 +1,115 @@
+// sign_bias: the published loss-free law. Every expert's bias moves by the same small step towards its target
+// load.
+//
+//   e_i = c̄_i - c_i,     Δ_i = u · sign(e_i),  sign(0) = 0
+//   centred:    Δ_i -= mean(Δ)
+//   b_i += Δ_i
+//
+// c_i assignments of expert i in the window, c̄_i its target load (S/N unless targets are configured), u the
+// step.
+//
+// Source: "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", arXiv 2408.15664, u = 1e-3 on
+// sigmoid scores. Uncentred it is what Megatron-Core does, centred what torchtitan does; DeepSeek-V3 (arXiv
+// 2412.19437) sets u to 0 for the last 500 billion tokens, which is `freeze_after` here. With uniform targets
+// the comparison is made on the integers N·c_i and S, so that no rounding of a mean can flip a sign.
+//
+// Limitations
+// - u carries the unit of a score. 1e-3 fits sigmoid gates of moderate spread; with a sharper or flatter
+// router it is
+//   slow early and noisy late, and no one value is right for both.
+// - The size of an error is thrown away: an expert with no token at all moves no faster than one that lacks a
+// single
+//   token, and at balance every bias keeps stepping by ±u for ever.
+// - Uncentred, the mean of the biases drifts. That changes no selection, but it uses up range and precision.
+#include <algorithm>
+#include <cmath>
+
+#include "builtin.h"
+
+namespace moectl::policies {
+namespace {
+
+struct Options {
+  double step = 1e-3;
+  bool centred = true;
+  std::int64_t freeze_after = 0;
+
+  static Options from(const PolicyOptions& o) {
+    return {
+        .step = o.number("step"), .centred = o.flag("centred"), .freeze_after = o.integer("freeze_after")};
+  }
+};
+
+class SignBias final : public Policy {
+ public:
+  SignBias(const Options& options, int experts)
+      : options_(options), delta_(static_cast<std::size_t>(experts), 0.0) {}
+
+  void propose(const LayerView& layer, std::span<double> bias) override {
+    if (options_.freeze_after > 0 && layer.step >= options_.freeze_after) return;
+    move_towards_target(layer.stats, layer.targets);
+    double shift = 0;
+    if (options_.centred) {
+      for (const double d : delta_) shift += d;
+      shift /= static_cast<double>(delta_.size());
+    }
+    for (std::size_t i = 0; i < bias.size(); ++i) bias[i] += delta_[i] - shift;
+  }
+
+ private:
+  void move_towards_target(const RoutingStats& stats, std::span<const double> targets) {
+    const std::span<const std::int64_t> counts = stats.counts();
+    const std::int64_t total = stats.assignments();
+    const auto n = static_cast<std::int64_t>(counts.size());
+    const bool uniform =
+        std::all_of(targets.begin(), targets.end(), [&](double t) { return t == targets[0]; });
+    for (std::size_t i = 0; i < delta_.size(); ++i) {
+      int sign = 0;
+      if (uniform) {
+        // N·c against S without the product, which hostile counts could overflow: S = N·q + r.
+        const std::int64_t q = total / n, r = total % n;
+        sign = counts[i] < q || (counts[i] == q && r > 0) ? 1 : (counts[i] > q ? -1 : 0);
+      } else {
+        const double error = targets[i] * static_cast<double>(total) - static_cast<double>(counts[i]);
+        sign = error > 0 ? 1 : (error < 0 ? -1 : 0);
+      }
+      delta_[i] = options_.step * sign;
+    }
+  }
+
+  Options options_;
+  std::vector<double> delta_;
+};
+
+}  // namespace
+
+PolicyDescription sign_bias() {
+  const Options defaults;
+  PolicyDescription d;
+  d.name = "sign_bias";
+  d.summary = "fixed step on the sign of each expert's load error (DeepSeek loss-free; Megatron, torchtitan)";
+  d.actuators = {Actuator::kExpertBias};
+  d.options = {
+      {.name = "step",
+       .default_value = defaults.step,
+       .unit = "score a step",
+       .description = "how far each bias moves at every decision",
+       .min = 0,
+       .max = 1e6},
+      {.name = "centred",
+       .default_value = defaults.centred,
+       .unit = "",
+       .description = "take the mean out of each move (torchtitan); false moves all by ±step (Megatron)"},
+      {.name = "freeze_after",
+       .default_value = defaults.freeze_after,
+       .unit = "steps",
+       .description = "from this step on the biases stay as they are; 0 = never",
+       .min = 0},
+  };
+  d.make = [](const PolicyContext& context, const PolicyOptions& options) {
+    return std::make_unique<SignBias>(Options::from(options), context.experts);
+  };
+  return d;
+}
+
+}  // namespace moectl::policies

@@ -1,0 +1,321 @@
+#include "loop.h"
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+#include <utility>
+
+namespace moectl {
+namespace {
+
+StepInfo usable(StepInfo info) {
+  if (info.loss && !std::isfinite(*info.loss)) info.loss.reset();
+  if (info.gradient_norm && !std::isfinite(*info.gradient_norm)) info.gradient_norm.reset();
+  return info;
+}
+
+}  // namespace
+
+Controller::Loop::Layer::Layer(const ControllerConfig& config, const PolicyRegistry& registry, int index) {
+  for (std::size_t a = 0; a < kActuatorCount; ++a) {
+    if (config.actuator(kActuators[a]).scope == Scope::kLayer) {
+      servos[a].emplace(kActuators[a], config, registry, index);
+    }
+  }
+}
+
+Controller::Loop::Loop(ControllerConfig config, const PolicyRegistry& registry)
+    : config_(std::move(config)), registry_(registry), payload_(0, 0, 0) {
+  validate(config_, registry_);
+  const ModelConfig& model = config_.model;
+  const auto layers = static_cast<std::size_t>(model.layers);
+  const auto experts = static_cast<std::size_t>(model.experts);
+  for (int l = 0; l < model.layers; ++l) layers_.push_back(std::make_unique<Layer>(config_, registry_, l));
+  for (std::size_t a = 0; a < kActuatorCount; ++a) {
+    const ActuatorConfig& own = config_.actuator(kActuators[a]);
+    if (own.scope == Scope::kModel) model_servos_[a].emplace(kActuators[a], config_, registry_, -1);
+    initial_[a].assign(kActuators[a] == Actuator::kExpertBias ? experts : 1, own.initial);
+  }
+
+  shape_ = {.experts = model.experts, .top_k = model.top_k, .needs = config_.collect};
+  shape_.needs.domains = static_cast<int>(model.domains.size());
+  for_each_servo([this](Servo& servo, std::size_t, int) { shape_.needs |= servo.needs(); });
+  for_each_servo(
+      [&](Servo& servo, std::size_t, int layer) { servo.make_windows(shape_, layer < 0 ? layers : 1); });
+  for (const auto& layer : layers_) {
+    layer->intake = RoutingStats(shape_);
+    layer->stats = RoutingStats(shape_);
+    layer->monitor.emplace(shape_, config_.monitor);
+  }
+  description_ = describe_for_state(config_, shape_);
+  measurer_.emplace(shape_, config_.metrics);
+  targets_ = model.targets;
+  if (targets_.empty()) targets_.assign(experts, 1.0 / static_cast<double>(experts));
+  mixture_.assign(model.domains.size(), 0);
+  payload_ = Payload(layers, shape_.flat_size(), model.domains.size());
+  if (config_.mode != Mode::kOff) layer_reports_.resize(layers);
+}
+
+const StepReport& Controller::Loop::step(const StepInfo& info) {
+  check_mixture(info);
+  if (config_.mode == Mode::kOff) {
+    info_ = usable(info);
+  } else {
+    reduce(info);
+    measure();
+    watch();
+    propose();
+    limit();
+  }
+  log();
+  return report_;
+}
+
+// This rank's sums become everybody's. Until the collective has succeeded nothing else changes, so that a
+// step whose reduction throws can be tried again.
+void Controller::Loop::reduce(const StepInfo& info) {
+  if (!reduction_) {
+    take_alone(info);
+    return;
+  }
+  if (!ranks_checked_) {
+    check_same_everywhere(reduction_, hash_bytes(describe_for_ranks(config_, shape_)));
+    ranks_checked_ = true;
+  }
+  for (std::size_t l = 0; l < layers_.size(); ++l) {
+    const std::span<const std::int64_t> own = layers_[l]->intake.flat();
+    std::copy(own.begin(), own.end(), payload_.layer(l).begin());
+  }
+  payload_.put(info, actuation_hash());
+  payload_.reduce(reduction_);
+  for (std::size_t l = 0; l < layers_.size(); ++l) {
+    Layer& layer = *layers_[l];
+    const std::span<const std::int64_t> total = payload_.layer(l);
+    std::copy(total.begin(), total.end(), layer.stats.flat().begin());
+    layer.intake.clear();
+    layer.seen.clear();
+  }
+  info_ = payload_.info(mixture_);
+}
+
+void Controller::Loop::take_alone(const StepInfo& info) {
+  for (const auto& layer : layers_) {
+    std::swap(layer->stats, layer->intake);
+    layer->intake.clear();
+    layer->seen.clear();
+  }
+  info_ = usable(info);
+  const bool negative =
+      std::any_of(info.next_mixture.begin(), info.next_mixture.end(), [](std::int64_t n) { return n < 0; });
+  info_.next_mixture = {};
+  if (!info.next_mixture.empty() && !negative) {
+    std::copy(info.next_mixture.begin(), info.next_mixture.end(), mixture_.begin());
+    info_.next_mixture = mixture_;
+  }
+}
+
+// Metrics of the step, and at cadence points of the windows. Sums that cannot be used are left out of the
+// windows, so that one bad record does not spoil the steps around it.
+void Controller::Loop::measure() {
+  for (const auto& layer : layers_) {
+    layer->valid = layer->stats.valid();
+    layer->has_data = layer->stats.tokens() > 0;
+    layer->metrics = Metrics{};
+    if (layer->valid && layer->has_data) measurer_->measure(layer->stats, layer->metrics);
+  }
+  for_each_servo([this](Servo& servo, std::size_t, int only) {
+    if (!servo.has_windows()) return;
+    for (std::size_t l = 0; l < layers_.size(); ++l) {
+      if (only >= 0 && l != static_cast<std::size_t>(only)) continue;
+      const std::size_t window = only < 0 ? l : 0;
+      if (layers_[l]->valid && layers_[l]->has_data) servo.window(window) += layers_[l]->stats;
+      if (!servo.due(steps_)) continue;
+      servo.window_metrics(window) = Metrics{};
+      if (servo.window(window).tokens() > 0) {
+        measurer_->measure(servo.window(window), servo.window_metrics(window));
+      }
+    }
+  });
+}
+
+// What needs history: smoothed loads and dead experts, which windows take from the last step.
+void Controller::Loop::watch() {
+  for (const auto& layer : layers_) {
+    if (layer->valid && layer->has_data) layer->monitor->observe(layer->stats, layer->metrics);
+  }
+  for_each_servo([this](Servo& servo, std::size_t, int only) {
+    if (!servo.has_windows() || !servo.due(steps_)) return;
+    for (std::size_t l = 0; l < layers_.size(); ++l) {
+      if (only >= 0 && l != static_cast<std::size_t>(only)) continue;
+      servo.window_metrics(only < 0 ? l : 0).dead_experts = layers_[l]->metrics.dead_experts;
+    }
+  });
+}
+
+// Every policy with valid data at its cadence point is asked, also while a hold is in force: its state stays
+// warm.
+void Controller::Loop::propose() {
+  for_each_servo([this](Servo& servo, std::size_t actuator, int layer) {
+    servo.begin();
+    if (!servo.due(steps_)) return;
+    const Evidence seen = evidence(servo, actuator, layer);
+    if (!seen.valid || !seen.has_data) return;
+    servo.propose({.step = steps_,
+                   .layer = layer,
+                   .stats = *seen.stats,
+                   .metrics = *seen.metrics,
+                   .worst = *seen.worst,
+                   .monitor = *seen.monitor,
+                   .targets = targets_,
+                   .info = info_});
+  });
+}
+
+void Controller::Loop::limit() {
+  for_each_servo([this](Servo& servo, std::size_t actuator, int layer) {
+    const Evidence seen = evidence(servo, actuator, layer);
+    servo.limit({.step = steps_,
+                 .valid = seen.valid,
+                 .has_data = seen.has_data,
+                 .skipped = info_.skipped,
+                 .frozen = seen.frozen,
+                 .at_cadence = servo.due(steps_),
+                 .loss = info_.loss,
+                 .drop_rate = seen.drop_rate});
+  });
+}
+
+void Controller::Loop::log() {
+  for (std::size_t l = 0; l < layer_reports_.size(); ++l) {
+    const Layer& layer = *layers_[l];
+    LayerReport& out = layer_reports_[l];
+    out.layer = static_cast<int>(l);
+    out.stats = &layer.stats;
+    out.metrics = &layer.metrics;
+    for (std::size_t a = 0; a < kActuatorCount; ++a) {
+      if (layer.servos[a]) out.actuators[a] = layer.servos[a]->report();
+    }
+  }
+  if (config_.mode != Mode::kOff) {
+    for (std::size_t a = 0; a < kActuatorCount; ++a) {
+      if (model_servos_[a]) report_.model[a] = model_servos_[a]->report();
+    }
+  }
+  report_.step = steps_++;
+  report_.info = info_;
+  report_.layers = layer_reports_;
+  if (log_ && config_.mode != Mode::kOff && report_.step % config_.log.every == 0) log_(report_);
+}
+
+Controller::Loop::Layer& Controller::Loop::layer_at(int layer) const {
+  if (layer < 0 || layer >= config_.model.layers) {
+    throw std::invalid_argument("layer: " + std::to_string(layer) + ": must be in [0, " +
+                                std::to_string(config_.model.layers) + ")");
+  }
+  return *layers_[static_cast<std::size_t>(layer)];
+}
+
+void Controller::Loop::check_mixture(const StepInfo& info) const {
+  if (!info.next_mixture.empty() && info.next_mixture.size() != mixture_.size()) {
+    throw std::invalid_argument("next_mixture: " + std::to_string(info.next_mixture.size()) +
+                                " values: must be one for each of the " + std::to_string(mixture_.size()) +
+                                " domains of the model");
+  }
+}
+
+void Controller::Loop::set_reduction(Reduction reduction) {
+  reduction_ = std::move(reduction);
+  ranks_checked_ = false;
+}
+
+std::span<const double> Controller::Loop::in_force(Actuator actuator, int layer) const {
+  const Layer& own = layer_at(layer);
+  const auto a = static_cast<std::size_t>(actuator);
+  if (config_.mode != Mode::kActive) return initial_[a];
+  return own.servos[a] ? own.servos[a]->applied() : model_servos_[a]->applied();
+}
+
+// Of all that the next step depends on and the host can see: a rank whose values, step or freezing differ has
+// diverged.
+std::uint64_t Controller::Loop::actuation_hash() const {
+  auto hash = static_cast<std::uint64_t>(steps_);
+  for (const auto& layer : layers_) {
+    hash = hash * 31 + (layer->frozen ? 1 : 0);
+    for (const auto& servo : layer->servos) {
+      if (servo) hash = hash_values(servo->applied(), hash);
+    }
+  }
+  for (const auto& servo : model_servos_) {
+    if (servo) hash = hash_values(servo->applied(), hash);
+  }
+  return hash;
+}
+
+template <class Visit>
+void Controller::Loop::for_each_servo(Visit&& visit) {
+  for (std::size_t a = 0; a < kActuatorCount; ++a) {
+    for (std::size_t l = 0; l < layers_.size(); ++l) {
+      if (auto& servo = layers_[l]->servos[a]) visit(*servo, a, static_cast<int>(l));
+    }
+    if (model_servos_[a]) visit(*model_servos_[a], a, -1);
+  }
+}
+
+Controller::Loop::Evidence Controller::Loop::evidence(Servo& servo, std::size_t actuator, int layer) {
+  return layer < 0 ? model_evidence(servo, actuator)
+                   : layer_evidence(servo, *layers_[static_cast<std::size_t>(layer)], 0);
+}
+
+Controller::Loop::Evidence Controller::Loop::layer_evidence(Servo& servo, Layer& layer, std::size_t window) {
+  const bool windowed = servo.has_windows() && servo.due(steps_);
+  const RoutingStats& stats = windowed ? servo.window(window) : layer.stats;
+  const Metrics& metrics = windowed ? servo.window_metrics(window) : layer.metrics;
+  return {.valid = layer.valid && stats.valid(),
+          .has_data = stats.tokens() > 0,
+          .frozen = layer.frozen,
+          .stats = &stats,
+          .metrics = &metrics,
+          .worst = &metrics,
+          .monitor = &*layer.monitor,
+          .drop_rate = layer.metrics.drop_rate};
+}
+
+// The model's actuators see the mean and the largest over layers of each metric. One layer's bad data holds
+// them; they are frozen once all layers are.
+Controller::Loop::Evidence Controller::Loop::model_evidence(Servo& servo, std::size_t actuator) {
+  Metrics& mean = model_mean_[actuator];
+  Metrics& worst = model_worst_[actuator];
+  Evidence all = layer_evidence(servo, *layers_[0], 0);
+  std::optional<double> drop_sum;
+  double drops = 0;
+  for (std::size_t l = 1; l < layers_.size(); ++l) {
+    const Evidence one = layer_evidence(servo, *layers_[l], l);
+    all.valid &= one.valid;
+    all.has_data |= one.has_data;
+    all.frozen &= one.frozen;
+  }
+  for (const auto& layer : layers_) {
+    if (!layer->metrics.drop_rate) continue;
+    drop_sum = drop_sum.value_or(0) + *layer->metrics.drop_rate;
+    drops += 1;
+  }
+  all.drop_rate = drop_sum ? std::optional<double>(*drop_sum / drops) : std::nullopt;
+  all.metrics = &mean;
+  all.worst = &worst;
+  if (!servo.due(steps_) || !all.valid) return all;
+  for (const MetricField& field : metric_fields()) {
+    double sum = 0, count = 0, largest = 0;
+    for (std::size_t l = 0; l < layers_.size(); ++l) {
+      const Metrics::Value value = (*layer_evidence(servo, *layers_[l], l).metrics).*field.value;
+      if (!value) continue;
+      sum += *value;
+      largest = count == 0 ? *value : std::max(largest, *value);
+      count += 1;
+    }
+    mean.*field.value = count > 0 ? Metrics::Value(sum / count) : std::nullopt;
+    worst.*field.value = count > 0 ? Metrics::Value(largest) : std::nullopt;
+  }
+  return all;
+}
+
+}  // namespace moectl

@@ -1,0 +1,58 @@
+// Payload: one step's sums of all layers and what the host said of the step, as one array of int64 that a
+// single all-reduce (SUM) turns from this rank's share into everybody's total.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string_view>
+#include <vector>
+
+#include "moectl/controller.h"
+#include "moectl/policy.h"
+
+namespace moectl {
+
+/// 64-bit FNV-1a, four lanes at a time for long arrays of doubles.
+std::uint64_t hash_bytes(std::string_view bytes);
+std::uint64_t hash_values(std::span<const double> values, std::uint64_t seed);
+
+/// Throws ReductionError unless all ranks hold the same fingerprint. One small collective of fixed size, so
+/// that ranks whose payloads differ in size find out before they hang in the large one.
+void check_same_everywhere(const Reduction& reduction, std::uint64_t fingerprint);
+
+class Payload {
+ public:
+  /// `layers` arrays of `flat_size`, then the host's words.
+  Payload(std::size_t layers, std::size_t flat_size, std::size_t domains);
+
+  std::span<std::int64_t> layer(std::size_t i) { return {sums_.data() + i * flat_size_, flat_size_}; }
+  /// This rank's share of all but the layers.
+  void put(const StepInfo& info, std::uint64_t actuation);
+  /// Sums over ranks, then checks that all of them applied the same values. Throws ReductionError.
+  void reduce(const Reduction& reduction);
+  /// What all ranks' hosts said together; `mixture` [domains] receives what next_mixture views.
+  StepInfo info(std::span<std::int64_t> mixture) const;
+
+ private:
+  enum Word : std::size_t {
+    kRanks,
+    kLossSum,
+    kLossCount,
+    kLossBad,
+    kGradientSum,
+    kGradientCount,
+    kGradientBad,
+    kSkipped,
+    kMixtures,
+    kHash,
+    kHashSquare,
+    kWordCount
+  };
+  std::int64_t& word(Word which) { return sums_[sums_.size() - domains_ - kWordCount + which]; }
+  std::int64_t word(Word which) const { return sums_[sums_.size() - domains_ - kWordCount + which]; }
+
+  std::size_t flat_size_, domains_;
+  std::vector<std::int64_t> sums_;
+};
+
+}  // namespace moectl

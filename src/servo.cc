@@ -1,0 +1,89 @@
+#include "servo.h"
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+#include <string>
+
+namespace moectl {
+namespace {
+
+std::unique_ptr<Policy> make_policy(Actuator actuator, const ControllerConfig& config,
+                                    const PolicyRegistry& registry, int layer) {
+  const ActuatorConfig& own = config.actuator(actuator);
+  const PolicyDescription* description = registry.find(own.policy);
+  if (description == nullptr) {
+    throw std::invalid_argument(std::string(name_of(actuator)) + ".policy: " + own.policy +
+                                ": not registered");
+  }
+  const PolicyContext context{.actuator = actuator,
+                              .layer = layer,
+                              .experts = config.model.experts,
+                              .top_k = config.model.top_k,
+                              .delay = config.model.delay,
+                              .score_space = config.model.score_space,
+                              .initial = own.initial,
+                              .min = own.limits.min,
+                              .max = own.limits.max};
+  return description->make(context, own.options);
+}
+
+int size_of(Actuator actuator, const ControllerConfig& config) {
+  return actuator == Actuator::kExpertBias ? config.model.experts : 1;
+}
+
+}  // namespace
+
+Servo::Servo(Actuator actuator, const ControllerConfig& config, const PolicyRegistry& registry, int layer)
+    : policy_(make_policy(actuator, config, registry, layer)),
+      limiter_(actuator, config.actuator(actuator).limits, config.safety, size_of(actuator, config),
+               config.actuator(actuator).initial),
+      cadence_(config.actuator(actuator).limits.cadence) {
+  applied_.assign(static_cast<std::size_t>(size_of(actuator, config)), config.actuator(actuator).initial);
+  proposed_ = applied_;
+}
+
+void Servo::make_windows(const StatsShape& shape, std::size_t layers) {
+  if (cadence_ == 1) return;
+  windows_.assign(layers, RoutingStats(shape));
+  window_metrics_.resize(layers);
+}
+
+void Servo::propose(const LayerView& view) {
+  std::copy(applied_.begin(), applied_.end(), proposed_.begin());
+  asked_ = true;
+  policy_->propose(view, proposed_);
+}
+
+void Servo::limit(const LimitContext& context) {
+  reasons_ = limiter_.apply(context, asked_ ? std::span<const double>(proposed_) : std::span<const double>(),
+                            applied_);
+  if (!asked_) return;
+  policy_->on_applied(applied_, reasons_);
+  for (RoutingStats& window : windows_) window.clear();
+}
+
+ActuatorReport Servo::report() const {
+  return {.proposed = asked_ ? std::span<const double>(proposed_) : std::span<const double>(),
+          .applied = applied_,
+          .reasons = reasons_};
+}
+
+void Servo::save(StateWriter& out) const {
+  out.put("applied", applied_);
+  limiter_.save(out);
+  policy_->save(out);
+  for (const RoutingStats& window : windows_) out.put("window", window.flat());
+}
+
+void Servo::load(StateReader& in) {
+  in.get("applied", applied_);
+  for (const double v : applied_) {
+    if (!std::isfinite(v)) throw StateError("applied: a saved value is not finite");
+  }
+  limiter_.load(in);
+  policy_->load(in);
+  for (RoutingStats& window : windows_) in.get("window", window.flat());
+}
+
+}  // namespace moectl
