@@ -26,7 +26,7 @@ void line(std::string& out, std::string_view key, int value) {
   line(out, key, std::to_string(value));
 }
 void line(std::string& out, std::string_view key, bool value) {
-  line(out, key, value ? "true" : "false");
+  line(out, key, std::string_view(value ? "true" : "false"));  // char* would be a bool again
 }
 void line(std::string& out, std::string_view key, const std::string& value) {
   line(out, key, std::string_view(value));

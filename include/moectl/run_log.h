@@ -1,4 +1,5 @@
-// Traces (what a router did) and run logs (that, and what the controller did about it): JSON lines, plain or gzip.
+// Traces (what a router did) and run logs (that, and what the controller did about it): JSON lines, plain or
+// gzip.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +26,7 @@ class LogError : public std::runtime_error {
 
 /// What an actuator's entry in a run log says.
 struct LoggedActuator {
-  std::vector<double> proposed, applied;
+  std::vector<double> proposed, applied;  ///< Empty if not logged; NaN where a proposal was not a number.
   std::vector<std::string> reasons;
 };
 
@@ -33,13 +34,15 @@ struct LoggedActuator {
 struct LogRecord {
   std::int64_t line = 0;
   std::int64_t step = 0;
-  int layer = -1;         ///< -1 for the record of `scope: model` actuators.
+  int layer = -1;  ///< -1 for the record of `scope: model` actuators.
   std::string tag = "train";
-  RoutingStats stats;     ///< Its needs are those of the fields present.
+  RoutingStats
+      stats;  ///< Its needs are those of the fields present; without experts where a run log has no counts.
   std::vector<std::string> domains;  ///< Names of the stats' domains, sorted.
   std::optional<double> loss;
   std::map<std::string, std::int64_t> next_mixture;
   // Run logs only.
+  std::int64_t tokens = 0;
   std::map<std::string, double> metrics;  ///< Those that were present.
   std::string health;
   std::vector<std::string> alerts;
@@ -50,7 +53,8 @@ struct LogRecord {
 struct LogHeader {
   bool is_run = false;
   std::optional<int> layers, experts, top_k;
-  std::string config_json;  ///< Run logs: the config object, else empty.
+  std::optional<std::int64_t> shift;  ///< The step at which the host says the data changed.
+  std::string config_json;            ///< Run logs: the config object, else empty.
 };
 
 /// Reads one record after another. `-` is standard input; gzip is recognised by its content.
@@ -60,8 +64,8 @@ class LogReader {
   explicit LogReader(const std::string& path);
   ~LogReader();
   const LogHeader& header() const;
-  /// The next record, or nothing at the end. Throws LogError with the line on anything that is not a record: counts
-  /// that sum above tokens · top_k, a repeated (step, layer, tag), a negative or non-integer count.
+  /// The next record, or nothing at the end. Throws LogError with the line on anything that is not a record:
+  /// counts that sum above tokens · top_k, a repeated (step, layer, tag), a negative or non-integer count.
   std::optional<LogRecord> next();
 
  private:
@@ -69,15 +73,22 @@ class LogReader {
   std::unique_ptr<File> file_;
 };
 
-/// Writes a run log: pass `[&](const StepReport& r) { writer.write(r); }` to Controller::set_log. Does not allocate in
-/// the steady state. A file that cannot be written is reported once on standard error and never stops training.
+/// Writes a run log: pass `[&](const StepReport& r) { writer.write(r); }` to Controller::set_log. Does not
+/// allocate in the steady state. A file that cannot be written is reported once on standard error and never
+/// stops training.
 class RunLogWriter {
  public:
-  /// `-` is standard output. Throws LogError if the file cannot be created.
-  RunLogWriter(const std::string& path, const ControllerConfig& config, bool append = false);
+  /// `-` is standard output; a name that ends in `.gz` is compressed. With `append`, a log that exists is
+  /// continued: what it holds from the first step written on (the run was resumed from before its end) and a
+  /// torn last line are cut off, and no second header is written. `shift`: the step at which the data will
+  /// change, if the host knows.
+  RunLogWriter(const std::string& path, const ControllerConfig& config, bool append = false,
+               std::optional<std::int64_t> shift = std::nullopt);
   ~RunLogWriter();
   void write(const StepReport& report, std::string_view tag = "train");
   void flush();
+  /// False once something could not be written; nothing is written from then on.
+  bool ok() const;
 
  private:
   struct File;

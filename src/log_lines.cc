@@ -1,0 +1,86 @@
+#include "log_lines.h"
+
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <filesystem>
+
+#include "moectl/run_log.h"
+
+namespace moectl {
+namespace {
+
+constexpr std::size_t kFirstBuffer = std::size_t{1} << 18;
+// 4096 experts with every optional array and 20 characters a number take under 2 MB.
+constexpr std::size_t kLongestLine = std::size_t{1} << 28;
+
+}  // namespace
+
+LogLines::LogLines(const std::string& path) : name_(path == "-" ? "<stdin>" : path), buffer_(kFirstBuffer) {
+  std::error_code ignored;
+  if (std::filesystem::is_directory(path, ignored))
+    throw LogError(name_ + ": cannot be opened: is a directory");
+  errno = 0;
+  file_ = path == "-" ? gzdopen(dup(STDIN_FILENO), "rb") : gzopen(path.c_str(), "rb");
+  if (!file_) throw LogError(name_ + ": cannot be opened: " + std::strerror(errno ? errno : ENOMEM));
+  gzbuffer(file_, 1U << 17);
+}
+
+LogLines::~LogLines() {
+  gzclose(file_);
+}
+
+bool LogLines::fill() {
+  if (begin_ > 0) {
+    std::memmove(buffer_.data(), buffer_.data() + begin_, end_ - begin_);
+    end_ -= begin_;
+    begin_ = 0;
+  }
+  if (end_ == buffer_.size()) {
+    if (end_ >= kLongestLine) {
+      throw LogError(name_ + ':' + std::to_string(number_ + 1) + ": line: longer than " +
+                     std::to_string(kLongestLine) + " bytes: must hold one record");
+    }
+    buffer_.resize(buffer_.size() * 2);
+  }
+  // gzread passes plain files through, and reads the members of a file that was appended to one after the
+  // other.
+  const int got = gzread(file_, buffer_.data() + end_, static_cast<unsigned>(buffer_.size() - end_));
+  int code = Z_OK;
+  const char* message = gzerror(file_, &code);
+  if (got < 0 || (got == 0 && code == Z_BUF_ERROR)) {
+    const bool cut = code == Z_BUF_ERROR;
+    throw LogError(name_ + ':' + std::to_string(number_ + 1) +
+                   ": gzip: " + (cut ? "unexpected end of file" : message) + ": must be a whole gzip file");
+  }
+  end_ += static_cast<std::size_t>(got);
+  return got > 0;
+}
+
+bool LogLines::next(std::string_view& line) {
+  std::size_t searched = begin_;
+  for (;;) {
+    if (const void* found = std::memchr(buffer_.data() + searched, '\n', end_ - searched)) {
+      const auto at = static_cast<std::size_t>(static_cast<const char*>(found) - buffer_.data());
+      line = {buffer_.data() + begin_, at - begin_};
+      offset_ += static_cast<std::int64_t>(at - begin_) + 1;
+      begin_ = at + 1;
+      break;
+    }
+    const std::size_t held = end_ - begin_;
+    if (!fill()) {
+      if (held == 0) return false;
+      line = {buffer_.data() + begin_, held};
+      offset_ += static_cast<std::int64_t>(held);
+      begin_ = end_;
+      complete_ = false;
+      break;
+    }
+    searched = begin_ + held;
+  }
+  ++number_;
+  return true;
+}
+
+}  // namespace moectl

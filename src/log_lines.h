@@ -1,0 +1,43 @@
+// Lines of a file, plain or gzip, or of standard input.
+#pragma once
+
+#include <zlib.h>
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace moectl {
+
+class LogLines {
+ public:
+  /// `-` is standard input. Throws LogError if the file cannot be opened.
+  explicit LogLines(const std::string& path);
+  ~LogLines();
+  LogLines(const LogLines&) = delete;
+  LogLines& operator=(const LogLines&) = delete;
+
+  /// The next line without its end; false at the end of the file. The view holds until the next call. Throws
+  /// LogError on a damaged gzip file and on lines longer than any record can be.
+  bool next(std::string_view& line);
+  /// Number of the line that next() returned last, from 1.
+  std::int64_t number() const { return number_; }
+  /// False if the line that next() returned last was cut off before its end: only the last one can be.
+  bool complete() const { return complete_; }
+  /// Bytes (uncompressed) up to the end of that line.
+  std::int64_t offset() const { return offset_; }
+  const std::string& name() const { return name_; }
+
+ private:
+  bool fill();
+
+  std::string name_;
+  gzFile file_ = nullptr;
+  std::vector<char> buffer_;
+  std::size_t begin_ = 0, end_ = 0;
+  std::int64_t number_ = 0, offset_ = 0;
+  bool complete_ = true;
+};
+
+}  // namespace moectl

@@ -1,0 +1,443 @@
+// JSON lines → records, strictly: what is accepted can be replayed, what is not names its line and field.
+#include <nlohmann/json.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <set>
+#include <utility>
+
+#include "log_lines.h"
+#include "moectl/run_log.h"
+
+namespace moectl {
+namespace {
+
+using nlohmann::json;
+
+// Above 2^53 a reader of JSON that uses doubles no longer gives the integer that was written.
+constexpr std::int64_t kLargestInteger = std::int64_t{1} << 53;
+// A fixed-point sum holds up to 2^39; beyond it the file holds nothing that this library wrote.
+constexpr double kLargestSum = 5.4e11;
+
+/// One line being read: reads fields by name and type; a LogError names the line, the field and the value.
+class Line {
+ public:
+  Line(const std::string& file, std::int64_t number, const json& object)
+      : file_(file), number_(number), object_(object) {}
+
+  [[noreturn]] void fail(const std::string& field, const std::string& value,
+                         const std::string& constraint) const {
+    throw LogError(file_ + ':' + std::to_string(number_) + ": " + field + ": " + value + ": " + constraint);
+  }
+  [[noreturn]] void reject(const std::string& field, const json& value, const std::string& constraint) const {
+    std::string text = value.dump(-1, ' ', false, json::error_handler_t::replace);
+    if (text.size() > 60) text = text.substr(0, 60) + "...";
+    fail(field, text, constraint);
+  }
+
+  const json* find(const char* field) const {
+    const auto it = object_.find(field);
+    return it == object_.end() ? nullptr : &*it;
+  }
+  const json& need(const char* field) const {
+    const json* value = find(field);
+    if (!value) fail(field, "missing", "required");
+    return *value;
+  }
+
+  std::int64_t integer(const std::string& field, const json& value, std::int64_t least = 0,
+                       std::int64_t most = kLargestInteger) const {
+    if (!value.is_number_integer()) reject(field, value, "must be a whole number");
+    if (value.is_number_unsigned() ? value.get<std::uint64_t>() > static_cast<std::uint64_t>(most)
+                                   : value.get<std::int64_t>() > most) {
+      reject(field, value,
+             most == kLargestInteger ? "must be at most 2^53" : "must be at most " + std::to_string(most));
+    }
+    if (!value.is_number_unsigned() && value.get<std::int64_t>() < least) {
+      reject(field, value, "must be at least " + std::to_string(least));
+    }
+    if (value.get<std::int64_t>() < least) reject(field, value, "must be at least " + std::to_string(least));
+    return value.get<std::int64_t>();
+  }
+  double number(const std::string& field, const json& value) const {
+    if (!value.is_number()) reject(field, value, "must be a number");
+    return value.get<double>();
+  }
+  std::string text(const std::string& field, const json& value) const {
+    if (!value.is_string() || value.get_ref<const std::string&>().empty()) {
+      reject(field, value, "must be a word in quotes");
+    }
+    return value.get<std::string>();
+  }
+  /// Checks that the value is an array of one element an expert.
+  void check_array(const std::string& field, const json& value, std::size_t experts) const {
+    if (!value.is_array()) reject(field, value, "must be an array");
+    if (value.size() != experts) {
+      fail(field, std::to_string(value.size()) + " values",
+           "must have " + std::to_string(experts) + ", one for each expert");
+    }
+  }
+  void integers(const std::string& field, const json& value, std::span<std::int64_t> out) const {
+    check_array(field, value, out.size());
+    for (std::size_t i = 0; i < out.size(); ++i) out[i] = integer(at(field, i), value[i]);
+  }
+  /// Sums in fixed point.
+  std::int64_t fixed(const std::string& field, const json& value, double least = 0) const {
+    const double sum = number(field, value);
+    if (!(sum >= least)) reject(field, value, "must be at least 0");
+    if (!(std::abs(sum) <= kLargestSum)) reject(field, value, "must be at most 5.4e11");
+    return std::llrint(sum / kFixedUnit);
+  }
+  void fixed(const std::string& field, const json& value, std::span<std::int64_t> out) const {
+    check_array(field, value, out.size());
+    for (std::size_t i = 0; i < out.size(); ++i) out[i] = fixed(at(field, i), value[i]);
+  }
+  /// All of a group of fields, or none.
+  bool has_all(std::initializer_list<const char*> fields) const {
+    const char* present = nullptr;
+    for (const char* field : fields) present = find(field) ? field : present;
+    if (!present) return false;
+    for (const char* field : fields) {
+      if (!find(field)) fail(field, "missing", std::string("required with ") + present);
+    }
+    return true;
+  }
+
+  static std::string at(const std::string& field, std::size_t i) {
+    return field + '[' + std::to_string(i) + ']';
+  }
+
+ private:
+  const std::string& file_;
+  std::int64_t number_;
+  const json& object_;
+};
+
+LogHeader read_header(const Line& line, const json& object) {
+  LogHeader header;
+  const std::string format = line.text("format", object.at("format"));
+  if (format != "moectl-trace" && format != "moectl-run") {
+    line.reject("format", object.at("format"), "must be moectl-trace or moectl-run");
+  }
+  header.is_run = format == "moectl-run";
+  if (line.integer("version", line.need("version")) != 1) {
+    line.reject("version", object.at("version"), "must be 1, the only version there is");
+  }
+  constexpr std::int64_t kMost = 1 << 30;
+  const json* from = &object;
+  std::string prefix;
+  if (header.is_run) {
+    const json& config = line.need("config");
+    if (!config.is_object()) line.reject("config", config, "must be an object");
+    header.config_json = config.dump();
+    const auto model = config.find("model");
+    if (model == config.end() || !model->is_object()) line.fail("config.model", "missing", "required");
+    from = &*model;
+    prefix = "config.model.";
+  }
+  for (const auto& [key, out] : {std::pair{"layers", &header.layers}, std::pair{"experts", &header.experts},
+                                 std::pair{"top_k", &header.top_k}}) {
+    if (const auto it = from->find(key); it != from->end()) {
+      *out = static_cast<int>(line.integer(prefix + key, *it, 1, kMost));
+    }
+  }
+  if (header.top_k && header.experts && *header.top_k > *header.experts) {
+    line.fail(prefix + "top_k", std::to_string(*header.top_k),
+              "must be at most experts (" + std::to_string(*header.experts) + ")");
+  }
+  if (const json* shift = line.find("shift")) header.shift = line.integer("shift", *shift);
+  return header;
+}
+
+// ---- The sums of a record. ----
+
+void read_sequences(const Line& line, RoutingStats& stats) {
+  stats.set_scalar(RoutingStats::kSequences, line.integer("sequences", line.need("sequences")));
+  stats.set_scalar(RoutingStats::kSequenceTokens, stats.tokens());
+  stats.set_scalar(RoutingStats::kSequenceLenSq,
+                   line.integer("sequence_len_sq", line.need("sequence_len_sq")));
+  line.integers("sequence_sq", line.need("sequence_sq"), stats.mutable_array(RoutingStats::kSequenceSq));
+  line.integers("sequence_cross", line.need("sequence_cross"),
+                stats.mutable_array(RoutingStats::kSequenceCross));
+}
+
+void read_probabilities(const Line& line, RoutingStats& stats) {
+  stats.set_scalar(RoutingStats::kProbTokens, stats.tokens());
+  stats.set_scalar(RoutingStats::kTokenEntropySum,
+                   line.fixed("token_entropy_sum", line.need("token_entropy_sum")));
+  line.fixed("prob_sum", line.need("prob_sum"), stats.mutable_array(RoutingStats::kProbSum));
+  line.fixed("sqrt_prob_sum", line.need("sqrt_prob_sum"), stats.mutable_array(RoutingStats::kSqrtProbSum));
+}
+
+/// `expert_loss` is the mean over each expert's assignments, null where it had none; the sums weigh it by
+/// those.
+void read_losses(const Line& line, const json& losses, RoutingStats& stats) {
+  const auto counts = stats.counts();
+  const auto sums = stats.mutable_array(RoutingStats::kExpertLossSum);
+  const auto tokens = stats.mutable_array(RoutingStats::kExpertLossTokens);
+  line.check_array("expert_loss", losses, sums.size());
+  for (std::size_t i = 0; i < sums.size(); ++i) {
+    if (losses[i].is_null()) continue;
+    const std::string field = Line::at("expert_loss", i);
+    const double sum = line.number(field, losses[i]) * static_cast<double>(counts[i]);
+    sums[i] = line.fixed(field, sum, -kLargestSum);
+    tokens[i] = counts[i];
+  }
+}
+
+void read_domains(const Line& line, const json& domains, RoutingStats& stats) {
+  const auto counts = stats.counts();
+  const std::span<std::int64_t> all = stats.mutable_array(RoutingStats::kDomainCounts);
+  std::vector<std::int64_t> sums(counts.size(), 0);
+  std::size_t at = 0;
+  std::int64_t assignments = 0;
+  for (const auto& [name, values] : domains.items()) {
+    const std::string field = "domain_counts." + name;
+    const std::span<std::int64_t> out = all.subspan(at++ * counts.size(), counts.size());
+    line.integers(field, values, out);
+    for (std::size_t i = 0; i < out.size(); ++i) {
+      sums[i] += out[i];
+      assignments += out[i];
+      if (sums[i] > counts[i]) {
+        line.fail(Line::at(field, i), std::to_string(out[i]),
+                  "must not sum over domains above counts[" + std::to_string(i) + "] (" +
+                      std::to_string(counts[i]) + ")");
+      }
+    }
+  }
+  // All tokens belong to a domain, or the sums are partial and no metric may use them.
+  const bool whole = assignments == stats.assignments();
+  stats.set_scalar(RoutingStats::kDomainTokens, whole ? stats.tokens() : assignments / stats.top_k());
+}
+
+void check_sum(const Line& line, std::span<const std::int64_t> counts, std::int64_t tokens, int top_k) {
+  // Each term is at most 2^53 and there is one for every two bytes of a line, so the sum needs its own guard.
+  std::int64_t sum = 0, most = 0;
+  bool above = false;
+  for (const std::int64_t count : counts) above = __builtin_add_overflow(sum, count, &sum) || above;
+  if (__builtin_mul_overflow(tokens, std::int64_t{top_k}, &most))
+    most = std::numeric_limits<std::int64_t>::max();
+  if (above || sum > most) {
+    line.fail("counts", "sum " + std::to_string(sum),
+              "must be at most tokens * top_k (" + std::to_string(most) + ")");
+  }
+}
+
+RoutingStats read_stats(const Line& line, const LogHeader& header, std::int64_t tokens, const json& counts) {
+  if (!counts.is_array() || counts.empty())
+    line.reject("counts", counts, "must be an array, one for each expert");
+  if (header.experts) line.check_array("counts", counts, static_cast<std::size_t>(*header.experts));
+  StatsShape shape;
+  shape.experts = static_cast<int>(counts.size());
+  shape.top_k = header.top_k.value_or(0);
+  if (const json* top_k = line.find("top_k")) {
+    shape.top_k = static_cast<int>(line.integer("top_k", *top_k, 1, shape.experts));
+    if (header.top_k && shape.top_k != *header.top_k) {
+      line.reject("top_k", *top_k, "must be " + std::to_string(*header.top_k) + ", as the first line says");
+    }
+  } else if (!header.top_k) {
+    line.fail("top_k", "missing", "required where the first line does not give it");
+  }
+  const json* gap = line.find("gap_sum");
+  const json* gradients = line.find("grad_norm");
+  const json* losses = line.find("expert_loss");
+  const json* latencies = line.find("latency");
+  const json* domains = line.find("domain_counts");
+  if (domains && !domains->is_object()) line.reject("domain_counts", *domains, "must be an object of arrays");
+  shape.needs = {.gap = gap != nullptr,
+                 .sequences = line.has_all({"sequences", "sequence_sq", "sequence_cross", "sequence_len_sq"}),
+                 .probabilities = line.has_all({"prob_sum", "sqrt_prob_sum", "token_entropy_sum"}),
+                 .gradients = gradients != nullptr,
+                 .losses = losses != nullptr,
+                 .latencies = latencies != nullptr,
+                 .domains = domains ? static_cast<int>(domains->size()) : 0};
+  RoutingStats stats(shape);
+  stats.set_scalar(RoutingStats::kTokens, tokens);
+  line.integers("counts", counts, stats.mutable_array(RoutingStats::kCounts));
+  check_sum(line, stats.counts(), tokens, shape.top_k);
+  if (gap) {
+    stats.set_scalar(RoutingStats::kGapSum, line.fixed("gap_sum", *gap));
+    stats.set_scalar(RoutingStats::kGapTokens, tokens);
+  }
+  if (shape.needs.sequences) read_sequences(line, stats);
+  if (shape.needs.probabilities) read_probabilities(line, stats);
+  if (const json* dropped = line.find("dropped"); dropped && !dropped->is_null()) {
+    stats.set_scalar(RoutingStats::kDropped, line.integer("dropped", *dropped, 0, stats.assignments()));
+    stats.set_scalar(RoutingStats::kDropTokens, tokens);
+  }
+  if (gradients) {
+    line.fixed("grad_norm", *gradients, stats.mutable_array(RoutingStats::kGradNormSum));
+    stats.set_scalar(RoutingStats::kGradRecords, 1);
+  }
+  if (latencies) {
+    line.fixed("latency", *latencies, stats.mutable_array(RoutingStats::kLatencySum));
+    stats.set_scalar(RoutingStats::kLatencyRecords, 1);
+  }
+  if (losses) read_losses(line, *losses, stats);
+  if (domains) read_domains(line, *domains, stats);
+  return stats;
+}
+
+// ---- What only run logs have. ----
+
+void read_values(const Line& line, const std::string& field, const json& entry, const char* key,
+                 std::vector<double>& out) {
+  const auto it = entry.find(key);
+  if (it == entry.end() || it->is_null()) return;
+  const std::string path = field + '.' + key;
+  if (!it->is_array()) line.reject(path, *it, "must be an array");
+  for (std::size_t i = 0; i < it->size(); ++i) {
+    const json& value = (*it)[i];
+    out.push_back(value.is_null() ? std::nan("") : line.number(Line::at(path, i), value));
+  }
+}
+
+void read_words(const Line& line, const std::string& field, const json& list, std::vector<std::string>& out) {
+  if (!list.is_array()) line.reject(field, list, "must be an array");
+  for (std::size_t i = 0; i < list.size(); ++i) out.push_back(line.text(Line::at(field, i), list[i]));
+}
+
+void read_decisions(const Line& line, LogRecord& record) {
+  if (const json* metrics = line.find("metrics")) {
+    if (!metrics->is_object()) line.reject("metrics", *metrics, "must be an object");
+    for (const auto& [name, value] : metrics->items()) {
+      if (value.is_null() || value.is_array()) continue;
+      record.metrics.emplace(name, line.number("metrics." + name, value));
+    }
+  }
+  if (const json* health = line.find("health")) record.health = line.text("health", *health);
+  if (const json* alerts = line.find("alerts")) read_words(line, "alerts", *alerts, record.alerts);
+  if (const json* actuators = line.find("actuators")) {
+    if (!actuators->is_object()) line.reject("actuators", *actuators, "must be an object");
+    for (const auto& [name, entry] : actuators->items()) {
+      const std::string field = "actuators." + name;
+      if (!entry.is_object()) line.reject(field, entry, "must be an object");
+      LoggedActuator& actuator = record.actuators[name];
+      read_values(line, field, entry, "proposed", actuator.proposed);
+      read_values(line, field, entry, "applied", actuator.applied);
+      if (const auto reasons = entry.find("reasons"); reasons != entry.end()) {
+        read_words(line, field + ".reasons", *reasons, actuator.reasons);
+      }
+    }
+  }
+}
+
+LogRecord read_record(const Line& line, const LogHeader& header, std::int64_t number) {
+  LogRecord record;
+  record.line = number;
+  record.step = line.integer("step", line.need("step"));
+  const json& layer = line.need("layer");
+  const bool whole_model = header.is_run && layer.is_null();
+  if (!whole_model) {
+    const std::int64_t last = header.layers ? *header.layers - 1 : std::int64_t{1} << 30;
+    record.layer = static_cast<int>(line.integer("layer", layer, 0, last));
+  }
+  if (const json* tag = line.find("tag")) record.tag = line.text("tag", *tag);
+  if (const json* loss = line.find("loss"); loss && !loss->is_null())
+    record.loss = line.number("loss", *loss);
+  if (const json* mixture = line.find("next_mixture")) {
+    if (!mixture->is_object()) line.reject("next_mixture", *mixture, "must be an object of token counts");
+    for (const auto& [name, tokens] : mixture->items()) {
+      record.next_mixture[name] = line.integer("next_mixture." + name, tokens);
+    }
+  }
+  if (!whole_model) {
+    record.tokens = line.integer("tokens", line.need("tokens"));
+    // A run log with `per_expert: false` has no counts; a trace without them is none.
+    const json* counts = header.is_run ? line.find("counts") : &line.need("counts");
+    if (counts) record.stats = read_stats(line, header, record.tokens, *counts);
+    if (const json* domains = line.find("domain_counts"); domains && counts) {
+      for (const auto& item : domains->items()) record.domains.push_back(item.key());
+    }
+  }
+  if (header.is_run) read_decisions(line, record);
+  return record;
+}
+
+/// Which (step, layer, tag) have been seen. Files come in the order of the steps, so one number a record is
+/// enough.
+class Seen {
+ public:
+  bool add(const LogRecord& record) {
+    Steps& steps = steps_[{record.layer, record.tag}];
+    if (steps.ordered.empty() || record.step > steps.ordered.back()) {
+      steps.ordered.push_back(record.step);
+      return true;
+    }
+    return !std::binary_search(steps.ordered.begin(), steps.ordered.end(), record.step) &&
+           steps.late.insert(record.step).second;
+  }
+
+ private:
+  struct Steps {
+    std::vector<std::int64_t> ordered;
+    std::set<std::int64_t> late;
+  };
+  std::map<std::pair<int, std::string>, Steps> steps_;
+};
+
+}  // namespace
+
+struct LogReader::File {
+  explicit File(const std::string& path) : lines(path) { read_first(); }
+
+  /// The next line that is not blank, as an object.
+  bool next_object() {
+    std::string_view text;
+    do {
+      if (!lines.next(text)) return false;
+    } while (text.find_first_not_of(" \t\r") == std::string_view::npos);
+    try {
+      object = json::parse(text);
+    } catch (const json::exception& e) {
+      const std::string_view what = e.what();
+      const std::size_t said = what.find(": ");
+      throw LogError(lines.name() + ':' + std::to_string(lines.number()) + ": line: not JSON: " +
+                     std::string(what.substr(said == std::string_view::npos ? 0 : said + 2)) +
+                     (lines.complete() ? "" : " (the file ends within this line)"));
+    }
+    if (!object.is_object()) line().reject("line", object, "must be a JSON object");
+    return true;
+  }
+  Line line() const { return {lines.name(), lines.number(), object}; }
+
+  void read_first() {
+    if (!next_object()) return;
+    if (object.contains("format")) {
+      header = read_header(line(), object);
+    } else {
+      first_is_record = true;
+    }
+  }
+
+  LogLines lines;
+  json object;
+  LogHeader header;
+  bool first_is_record = false;
+  Seen seen;
+};
+
+LogReader::LogReader(const std::string& path) : file_(std::make_unique<File>(path)) {}
+LogReader::~LogReader() = default;
+const LogHeader& LogReader::header() const {
+  return file_->header;
+}
+
+std::optional<LogRecord> LogReader::next() {
+  File& file = *file_;
+  if (!std::exchange(file.first_is_record, false) && !file.next_object()) return std::nullopt;
+  const Line line = file.line();
+  if (file.object.contains("format")) {
+    line.reject("format", file.object["format"], "must stand in the first line: two files were joined here");
+  }
+  LogRecord record = read_record(line, file.header, file.lines.number());
+  if (!file.seen.add(record)) {
+    line.fail("step", std::to_string(record.step),
+              "repeated for layer " + (record.layer < 0 ? "null" : std::to_string(record.layer)) + ", tag " +
+                  record.tag);
+  }
+  return record;
+}
+
+}  // namespace moectl

@@ -1,0 +1,385 @@
+// Records → JSON lines, without allocating once the buffer has grown to the size of a step.
+#include <fcntl.h>
+#include <unistd.h>
+#include <zlib.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <charconv>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <filesystem>
+#include <utility>
+
+#include "log_lines.h"
+#include "moectl/run_log.h"
+
+namespace moectl {
+namespace {
+
+/// Appends JSON to a buffer that keeps its memory.
+class Json {
+ public:
+  void raw(std::string_view text) { text_.append(text); }
+  void raw(char c) { text_.push_back(c); }
+  void value(std::int64_t v) {
+    char digits[24];
+    text_.append(digits, std::to_chars(digits, digits + sizeof digits, v).ptr);
+  }
+  /// The shortest form that reads back exactly; JSON has no word for what is not a number.
+  void value(double v) {
+    if (!std::isfinite(v)) return raw("null");
+    char digits[32];
+    text_.append(digits, std::to_chars(digits, digits + sizeof digits, v).ptr);
+  }
+  void value(std::string_view v) {
+    raw('"');
+    for (const char c : v) {
+      if (c == '"' || c == '\\') raw('\\');
+      if (static_cast<unsigned char>(c) >= ' ') {
+        raw(c);
+      } else {
+        char escape[8];
+        std::snprintf(escape, sizeof escape, "\\u%04x", static_cast<unsigned>(c));
+        raw(escape);
+      }
+    }
+    raw('"');
+  }
+  /// A key, after a comma unless it is the first of its object.
+  void key(std::string_view name) {
+    if (!text_.ends_with('{')) raw(',');
+    value(name);
+    raw(':');
+  }
+  template <typename T>
+  void field(std::string_view name, T v) {
+    key(name);
+    value(v);
+  }
+  template <typename T, typename Map>
+  void array(std::span<const T> values, Map map) {
+    raw('[');
+    for (std::size_t i = 0; i < values.size(); ++i) {
+      if (i) raw(',');
+      value(map(values[i]));
+    }
+    raw(']');
+  }
+  template <typename T>
+  void array(std::span<const T> values) {
+    array(values, [](T v) { return v; });
+  }
+  std::string& text() { return text_; }
+
+ private:
+  std::string text_;
+};
+
+/// Where bytes go. Written to at once, so that a reader of a growing log sees whole steps.
+class Sink {
+ public:
+  Sink(const std::string& path, bool append) {
+    errno = 0;
+    if (path.ends_with(".gz")) {
+      zip_ = gzopen(path.c_str(), append ? "ab" : "wb");
+    } else {
+      file_ = path == "-"
+                  ? STDOUT_FILENO
+                  : open(path.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC | (append ? O_APPEND : O_TRUNC), 0666);
+    }
+  }
+  ~Sink() {
+    if (zip_) gzclose(zip_);
+    if (file_ > STDERR_FILENO) close(file_);
+  }
+  Sink(const Sink&) = delete;
+  Sink& operator=(const Sink&) = delete;
+
+  bool is_open() const { return zip_ || file_ >= 0; }
+  bool write(std::string_view text) {
+    errno = 0;
+    if (zip_) return text.empty() || gzwrite(zip_, text.data(), static_cast<unsigned>(text.size())) > 0;
+    while (!text.empty()) {
+      const ssize_t wrote = ::write(file_, text.data(), text.size());
+      if (wrote < 0 && errno == EINTR) continue;
+      if (wrote < 0) return false;
+      text.remove_prefix(static_cast<std::size_t>(wrote));
+    }
+    return true;
+  }
+  bool flush() { return !zip_ || gzflush(zip_, Z_SYNC_FLUSH) == Z_OK; }
+
+ private:
+  gzFile zip_ = nullptr;
+  int file_ = -1;
+};
+
+/// The step of a record that this writer wrote, or -1 for a header.
+std::int64_t step_of(std::string_view line) {
+  constexpr std::string_view kStart = "{\"step\":";
+  std::int64_t step = -1;
+  if (line.starts_with(kStart)) std::from_chars(line.data() + kStart.size(), line.data() + line.size(), step);
+  return step;
+}
+
+/// Cuts off a log what stands in it from `step` on, and a last line that was torn. Throws on files that
+/// cannot be read or rewritten.
+void keep_before(const std::string& path, std::int64_t step) {
+  std::int64_t keep = 0;
+  std::string kept;
+  const bool zipped = path.ends_with(".gz");
+  try {
+    LogLines lines(path);
+    std::string_view line;
+    while (lines.next(line) && lines.complete() && step_of(line) < step) {
+      keep = lines.offset();
+      if (zipped) kept.append(line).push_back('\n');
+    }
+  } catch (const LogError&) {
+    // A run that was killed leaves its gzip file without an end; what came before can be kept.
+    if (!zipped) throw;
+  }
+  if (!zipped) {
+    std::filesystem::resize_file(path, static_cast<std::uintmax_t>(keep));
+    return;
+  }
+  const std::string part = path + ".part.gz";
+  Sink sink(part, false);
+  if (!sink.is_open() || !sink.write(kept) || !sink.flush()) throw LogError(part + ": cannot be written");
+  std::filesystem::rename(part, path);
+}
+
+}  // namespace
+
+struct RunLogWriter::File {
+  File(const std::string& name, const ControllerConfig& c) : path(name), config(c) {}
+
+  void open(bool append) {
+    sink = std::make_unique<Sink>(path, append);
+    if (!sink->is_open()) give_up(std::strerror(errno ? errno : ENOMEM));
+  }
+
+  /// Training goes on without its log; that is said once.
+  void give_up(const char* why) {
+    if (!good) return;
+    good = false;
+    sink.reset();
+    std::fprintf(stderr, "moectl: %s: run log cannot be written (%s); going on without it\n", path.c_str(),
+                 why);
+  }
+
+  void put() {
+    if (good && !sink->write(json.text())) give_up(std::strerror(errno ? errno : EIO));
+    json.text().clear();
+  }
+
+  void header(std::optional<std::int64_t> shift) {
+    json.raw("{\"format\":\"moectl-run\",\"version\":1");
+    if (shift) json.field("shift", *shift);
+    json.raw(",\"config\":");
+    json.raw(to_json(config));
+    json.raw("}\n");
+    put();
+  }
+
+  /// A resumed run repeats the steps after its checkpoint.
+  void resume(std::int64_t step) {
+    try {
+      keep_before(path, step);
+    } catch (const std::exception& e) {
+      return give_up(e.what());
+    }
+    open(true);
+  }
+
+  std::string path;
+  ControllerConfig config;
+  std::unique_ptr<Sink> sink;
+  bool good = true;
+  bool resuming = false;
+  Json json;
+
+  void record(const StepReport& report, const LayerReport& layer, std::string_view tag);
+  void model_record(const StepReport& report, std::string_view tag);
+  void info(const StepReport& report, std::string_view tag);
+  void sums(const RoutingStats& stats);
+  void metrics(const Metrics& metrics);
+  void actuators(const ActuatorReport (&reports)[kActuatorCount]);
+};
+
+RunLogWriter::RunLogWriter(const std::string& path, const ControllerConfig& config, bool append,
+                           std::optional<std::int64_t> shift)
+    : file_(std::make_unique<File>(path, config)) {
+  std::error_code none;
+  if (append && path != "-" && std::filesystem::file_size(path, none) > 0 && !none) {
+    file_->resuming = true;
+    return;
+  }
+  file_->open(false);
+  file_->header(shift);
+}
+
+RunLogWriter::~RunLogWriter() = default;
+bool RunLogWriter::ok() const {
+  return file_->good;
+}
+
+void RunLogWriter::flush() {
+  if (file_->good && file_->sink && !file_->sink->flush()) file_->give_up("compression failed");
+}
+
+void RunLogWriter::write(const StepReport& report, std::string_view tag) {
+  File& file = *file_;
+  if (!file.good) return;
+  if (std::exchange(file.resuming, false)) file.resume(report.step);
+  for (const LayerReport& layer : report.layers) file.record(report, layer, tag);
+  file.model_record(report, tag);
+  file.put();
+}
+
+namespace {
+
+bool decided(const ActuatorReport& report) {
+  return !report.applied.empty();
+}
+bool decided(const ActuatorReport (&reports)[kActuatorCount]) {
+  return std::any_of(std::begin(reports), std::end(reports),
+                     [](const ActuatorReport& r) { return decided(r); });
+}
+
+}  // namespace
+
+void RunLogWriter::File::record(const StepReport& report, const LayerReport& layer, std::string_view tag) {
+  json.raw("{\"step\":");
+  json.value(report.step);
+  json.field("layer", std::int64_t{layer.layer});
+  if (layer.stats) sums(*layer.stats);
+  info(report, tag);
+  if (layer.metrics) metrics(*layer.metrics);
+  if (decided(layer.actuators)) actuators(layer.actuators);
+  json.raw("}\n");
+}
+
+void RunLogWriter::File::model_record(const StepReport& report, std::string_view tag) {
+  if (!decided(report.model)) return;
+  json.raw("{\"step\":");
+  json.value(report.step);
+  json.raw(",\"layer\":null");
+  info(report, tag);
+  actuators(report.model);
+  json.raw("}\n");
+}
+
+void RunLogWriter::File::info(const StepReport& report, std::string_view tag) {
+  if (tag != "train") json.field("tag", tag);
+  if (report.info.loss && std::isfinite(*report.info.loss)) json.field("loss", *report.info.loss);
+  const auto& mixture = report.info.next_mixture;
+  if (mixture.empty() || mixture.size() != config.model.domains.size()) return;
+  json.key("next_mixture");
+  json.raw('{');
+  for (std::size_t d = 0; d < mixture.size(); ++d) json.field(config.model.domains[d], mixture[d]);
+  json.raw('}');
+}
+
+void RunLogWriter::File::sums(const RoutingStats& stats) {
+  using S = RoutingStats;
+  // Sums that an invalid record or an overflow has spoilt would not read back; the reasons say what happened.
+  const bool valid = stats.valid();
+  json.field("tokens", valid ? stats.tokens() : 0);
+  json.field("top_k", std::int64_t{stats.top_k()});
+  if (!config.log.per_expert || !valid) return;
+  const auto whole = [&](std::string_view name, S::Array which) {
+    json.key(name);
+    json.array(stats.array(which));
+  };
+  const auto fixed = [&](std::string_view name, S::Array which, double factor = 1) {
+    json.key(name);
+    json.array(stats.array(which), [&](std::int64_t sum) { return from_fixed(sum) * factor; });
+  };
+  whole("counts", S::kCounts);
+  if (stats.mean_gap()) json.field("gap_sum", from_fixed(stats.scalar(S::kGapSum)));
+  if (stats.has_sequences()) {
+    json.field("sequences", stats.scalar(S::kSequences));
+    json.field("sequence_len_sq", stats.scalar(S::kSequenceLenSq));
+    whole("sequence_sq", S::kSequenceSq);
+    whole("sequence_cross", S::kSequenceCross);
+  }
+  if (stats.has_probabilities()) {
+    json.field("token_entropy_sum", from_fixed(stats.scalar(S::kTokenEntropySum)));
+    fixed("prob_sum", S::kProbSum);
+    fixed("sqrt_prob_sum", S::kSqrtProbSum);
+  }
+  if (stats.dropped()) json.field("dropped", stats.scalar(S::kDropped));
+  if (const auto n = stats.scalar(S::kGradRecords); n > 0)
+    fixed("grad_norm", S::kGradNormSum, 1.0 / static_cast<double>(n));
+  if (const auto n = stats.scalar(S::kLatencyRecords); n > 0)
+    fixed("latency", S::kLatencySum, 1.0 / static_cast<double>(n));
+  if (const auto tokens = stats.array(S::kExpertLossTokens); !tokens.empty()) {
+    const auto losses = stats.array(S::kExpertLossSum);
+    json.key("expert_loss");
+    json.raw('[');
+    for (std::size_t i = 0; i < losses.size(); ++i) {
+      if (i) json.raw(',');
+      // 0/0 is written as null: an expert without tokens has no loss.
+      json.value(from_fixed(losses[i]) / static_cast<double>(tokens[i]));
+    }
+    json.raw(']');
+  }
+  if (stats.has_domains()) {
+    json.key("domain_counts");
+    json.raw('{');
+    for (std::size_t d = 0; d < config.model.domains.size(); ++d) {
+      json.key(config.model.domains[d]);
+      json.array(stats.domain_counts(static_cast<int>(d)));
+    }
+    json.raw('}');
+  }
+}
+
+void RunLogWriter::File::metrics(const Metrics& metrics) {
+  json.key("metrics");
+  json.raw('{');
+  for (const MetricField& field : metric_fields()) {
+    const Metrics::Value& value = metrics.*field.value;
+    json.field(field.name, value ? *value : std::nan(""));
+  }
+  json.raw('}');
+}
+
+void RunLogWriter::File::actuators(const ActuatorReport (&reports)[kActuatorCount]) {
+  json.key("actuators");
+  json.raw('{');
+  for (const Actuator which : kActuators) {
+    const ActuatorReport& report = reports[static_cast<std::size_t>(which)];
+    if (!decided(report)) continue;
+    json.key(name_of(which));
+    json.raw('{');
+    if (which != Actuator::kExpertBias || config.log.per_expert) {
+      if (!report.proposed.empty()) {
+        json.key("proposed");
+        json.array(report.proposed);
+      }
+      json.key("applied");
+      json.array(report.applied);
+    } else {
+      const auto [min, max] = std::minmax_element(report.applied.begin(), report.applied.end());
+      json.field("min", *min);
+      json.field("max", *max);
+    }
+    json.key("reasons");
+    json.raw('[');
+    bool first = true;
+    for (int r = 0; r < kReasonCount; ++r) {
+      if (!report.reasons.has(static_cast<Reason>(r))) continue;
+      if (!first) json.raw(',');
+      first = false;
+      json.value(name_of(static_cast<Reason>(r)));
+    }
+    json.raw("]}");
+  }
+  json.raw('}');
+}
+
+}  // namespace moectl

@@ -1,0 +1,599 @@
+#include "moectl/run_log.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <zlib.h>
+
+#include <cmath>
+#include <limits>
+#include <nlohmann/json.hpp>
+#include <random>
+
+#include "allocation_counter.h"
+#include "temp_dir.h"
+
+namespace moectl {
+namespace {
+
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+
+std::vector<std::int64_t> counts_of(const LogRecord& record) {
+  return {record.stats.counts().begin(), record.stats.counts().end()};
+}
+
+std::vector<LogRecord> read_all(const std::string& path) {
+  LogReader reader(path);
+  std::vector<LogRecord> records;
+  while (auto record = reader.next()) records.push_back(std::move(*record));
+  return records;
+}
+
+void write_gzip(const std::string& path, const std::string& text, const char* mode = "wb") {
+  gzFile file = gzopen(path.c_str(), mode);
+  ASSERT_EQ(gzwrite(file, text.data(), static_cast<unsigned>(text.size())), static_cast<int>(text.size()));
+  gzclose(file);
+}
+
+const char* const kHeader = R"({"format":"moectl-trace","version":1,"layers":2,"experts":4,"top_k":2})";
+
+// ---- Reading. ----
+
+TEST(LogReader, ReadsEveryFieldOfATrace) {
+  const TempDir dir;
+  const std::string path = dir.write(
+      "t.jsonl", std::string(kHeader) +
+                     "\n\n"
+                     R"({"step":7,"layer":1,"tokens":10,"top_k":2,"counts":[5,6,7,2],"sequences":2,)"
+                     R"("sequence_sq":[13,18,25,2],"sequence_cross":[50,60,70,20],"sequence_len_sq":200,)"
+                     R"("gap_sum":1.5,"prob_sum":[2.5,2.5,2.5,2.5],"sqrt_prob_sum":[5,5,5,5],)"
+                     R"("token_entropy_sum":13.5,"dropped":3,"domain_counts":{"b":[5,6,0,1],"a":[0,0,7,1]},)"
+                     R"("next_mixture":{"a":4,"b":6},"grad_norm":[0.5,0.25,0,1],"expert_loss":[2,null,3,4],)"
+                     R"("latency":[0.001,0,0,0],"loss":-0.25,"tag":"validation","epoch":3})"
+                     "\r\n");
+  LogReader reader(path);
+  EXPECT_FALSE(reader.header().is_run);
+  EXPECT_EQ(reader.header().layers, 2);
+  EXPECT_EQ(reader.header().experts, 4);
+  EXPECT_EQ(reader.header().top_k, 2);
+  const auto record = reader.next();
+  ASSERT_TRUE(record);
+  EXPECT_EQ(record->line, 3);
+  EXPECT_EQ(record->step, 7);
+  EXPECT_EQ(record->layer, 1);
+  EXPECT_EQ(record->tag, "validation");
+  EXPECT_EQ(record->loss, -0.25);
+  EXPECT_EQ(record->next_mixture, (std::map<std::string, std::int64_t>{{"a", 4}, {"b", 6}}));
+  EXPECT_EQ(record->domains, (std::vector<std::string>{"a", "b"}));
+  const RoutingStats& stats = record->stats;
+  EXPECT_TRUE(stats.valid());
+  EXPECT_EQ(stats.tokens(), 10);
+  EXPECT_THAT(counts_of(*record), ElementsAre(5, 6, 7, 2));
+  EXPECT_TRUE(stats.has_sequences());
+  EXPECT_EQ(stats.scalar(RoutingStats::kSequences), 2);
+  EXPECT_EQ(stats.scalar(RoutingStats::kSequenceLenSq), 200);
+  EXPECT_THAT(stats.array(RoutingStats::kSequenceSq), ElementsAre(13, 18, 25, 2));
+  EXPECT_THAT(stats.array(RoutingStats::kSequenceCross), ElementsAre(50, 60, 70, 20));
+  EXPECT_EQ(stats.mean_gap(), 0.15);
+  EXPECT_TRUE(stats.has_probabilities());
+  EXPECT_EQ(from_fixed(stats.array(RoutingStats::kProbSum)[3]), 2.5);
+  EXPECT_EQ(from_fixed(stats.array(RoutingStats::kSqrtProbSum)[0]), 5);
+  EXPECT_EQ(from_fixed(stats.scalar(RoutingStats::kTokenEntropySum)), 13.5);
+  EXPECT_EQ(stats.dropped(), 3);
+  EXPECT_TRUE(stats.has_domains());
+  EXPECT_THAT(stats.domain_counts(0), ElementsAre(0, 0, 7, 1));
+  EXPECT_THAT(stats.domain_counts(1), ElementsAre(5, 6, 0, 1));
+  EXPECT_EQ(from_fixed(stats.array(RoutingStats::kGradNormSum)[1]), 0.25);
+  EXPECT_EQ(stats.scalar(RoutingStats::kGradRecords), 1);
+  EXPECT_EQ(from_fixed(stats.array(RoutingStats::kExpertLossSum)[2]), 21);
+  EXPECT_THAT(stats.array(RoutingStats::kExpertLossTokens), ElementsAre(5, 0, 7, 2));
+  EXPECT_EQ(stats.scalar(RoutingStats::kLatencyRecords), 1);
+  EXPECT_FALSE(reader.next());
+}
+
+TEST(LogReader, TakesFilesWithoutHeaderAndEmptyOnes) {
+  const TempDir dir;
+  const auto records =
+      read_all(dir.write("t", R"({"step":0,"layer":3,"tokens":1,"top_k":1,"counts":[1,0]})"));
+  ASSERT_EQ(records.size(), 1U);
+  EXPECT_EQ(records[0].layer, 3);
+  EXPECT_EQ(records[0].tag, "train");
+  EXPECT_FALSE(records[0].stats.has_sequences());
+  EXPECT_FALSE(records[0].stats.mean_gap());
+  EXPECT_TRUE(read_all(dir.write("empty", "")).empty());
+  EXPECT_TRUE(read_all(dir.write("blank", "\n\n \t\n")).empty());
+}
+
+TEST(LogReader, GzipIsKnownByItsContent) {
+  const TempDir dir;
+  const std::string a =
+      std::string(kHeader) + "\n" + R"({"step":0,"layer":0,"tokens":1,"counts":[1,1,0,0]})" + "\n";
+  const std::string b = R"({"step":1,"layer":0,"tokens":1,"counts":[0,0,1,1]})"
+                        "\n";
+  write_gzip(dir.path("named.txt"), a);
+  write_gzip(dir.path("named.txt"), b, "ab");  // a second member, as after a restart
+  const auto records = read_all(dir.path("named.txt"));
+  ASSERT_EQ(records.size(), 2U);
+  EXPECT_EQ(records[1].step, 1);
+  EXPECT_EQ(records[1].stats.top_k(), 2);
+  EXPECT_EQ(records[1].line, 3);
+
+  const std::string bytes = TempDir::read(dir.path("named.txt"));
+  const std::string cut = dir.write("cut.gz", bytes.substr(0, bytes.size() - 9));
+  EXPECT_THAT([&] { read_all(cut); },
+              ::testing::ThrowsMessage<LogError>(HasSubstr("gzip: unexpected end of file")));
+}
+
+TEST(LogReader, LinesLongerThanTheFirstBuffer) {
+  const TempDir dir;
+  std::string counts;
+  for (int i = 0; i < 200000; ++i) counts += (i ? ",1" : "1");
+  const std::string line = R"({"layer":0,"tokens":200000,"top_k":1,"counts":[)" + counts + "],\"step\":";
+  const auto records = read_all(dir.write("t", line + "0}\n" + line + "1}"));
+  ASSERT_EQ(records.size(), 2U);
+  EXPECT_EQ(records[1].stats.experts(), 200000);
+  EXPECT_EQ(records[1].stats.assignments(), 200000);
+}
+
+struct WrongLine {
+  const char* name;
+  std::string text;
+  std::string message;  // after "FILE:"
+};
+void PrintTo(const WrongLine& wrong, std::ostream* out) {
+  *out << wrong.name;
+}
+
+class WrongTrace : public ::testing::TestWithParam<WrongLine> {};
+
+TEST_P(WrongTrace, NamesLineFieldValueAndConstraint) {
+  const TempDir dir;
+  const std::string path = dir.write("t.jsonl", GetParam().text);
+  try {
+    read_all(path);
+    FAIL() << "accepted";
+  } catch (const LogError& e) {
+    const std::string what = e.what();
+    EXPECT_EQ(what.substr(0, path.size() + 1), path + ":");
+    EXPECT_EQ(what.substr(path.size() + 1, GetParam().message.size()), GetParam().message);
+  }
+}
+
+std::string record(const std::string& fields) {
+  return std::string(kHeader) + "\n{\"step\":0,\"layer\":0,\"tokens\":3" + fields + "}\n";
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Table, WrongTrace,
+    ::testing::Values(
+        WrongLine{"NotJson", "step 0\n", "1: line: not JSON: "},
+        WrongLine{"Torn", std::string(kHeader) + "\n{\"step\":0,\"lay", "2: line: not JSON: "},
+        WrongLine{"NaN", record(R"(,"counts":[1,1,1,1],"loss":NaN)"), "2: line: not JSON: "},
+        WrongLine{"NotAnObject", "[1]\n", "1: line: [1]: must be a JSON object"},
+        WrongLine{"OtherFormat", R"({"format":"x","version":1})",
+                  "1: format: \"x\": must be moectl-trace or moectl-run"},
+        WrongLine{"OtherVersion", R"({"format":"moectl-trace","version":2})",
+                  "1: version: 2: must be 1, the only version there is"},
+        WrongLine{"NoVersion", R"({"format":"moectl-trace"})", "1: version: missing: required"},
+        WrongLine{"HeaderTopK", R"({"format":"moectl-trace","version":1,"experts":2,"top_k":3})",
+                  "1: top_k: 3: must be at most experts (2)"},
+        WrongLine{"RunWithoutConfig", R"({"format":"moectl-run","version":1})",
+                  "1: config: missing: required"},
+        WrongLine{"Joined", std::string(kHeader) + "\n" + kHeader,
+                  "2: format: \"moectl-trace\": must stand in the first line: two files were joined here"},
+        WrongLine{"NoStep", R"({"layer":0})", "1: step: missing: required"},
+        WrongLine{"NegativeStep", R"({"step":-1})", "1: step: -1: must be at least 0"},
+        WrongLine{"NoCounts", record(""), "2: counts: missing: required"},
+        WrongLine{"NoTopK", R"({"step":0,"layer":0,"tokens":3,"counts":[1]})",
+                  "1: top_k: missing: required where the first line does not give it"},
+        WrongLine{"TopKAboveExperts", R"({"step":0,"layer":0,"tokens":3,"top_k":2,"counts":[1]})",
+                  "1: top_k: 2: must be at most 1"},
+        WrongLine{"OtherTopK", record(R"(,"top_k":1,"counts":[1,1,1,1])"),
+                  "2: top_k: 1: must be 2, as the first line says"},
+        WrongLine{"LayerAbove",
+                  std::string(kHeader) + "\n" + R"({"step":0,"layer":2,"tokens":1,"counts":[0,0,0,0]})",
+                  "2: layer: 2: must be at most 1"},
+        WrongLine{"NullLayer", std::string(kHeader) + "\n" + R"({"step":0,"layer":null})",
+                  "2: layer: null: must be a whole number"},
+        WrongLine{"TooManyExperts", record(R"(,"counts":[1,1,1,1,0])"),
+                  "2: counts: 5 values: must have 4, one for each expert"},
+        WrongLine{"SumAbove", record(R"(,"counts":[4,1,1,1])"),
+                  "2: counts: sum 7: must be at most tokens * top_k (6)"},
+        WrongLine{"Negative", record(R"(,"counts":[1,-1,1,1])"), "2: counts[1]: -1: must be at least 0"},
+        WrongLine{"Fraction", record(R"(,"counts":[1,1.5,1,1])"),
+                  "2: counts[1]: 1.5: must be a whole number"},
+        WrongLine{"Exponent", record(R"(,"counts":[1,1e0,1,1])"),
+                  "2: counts[1]: 1.0: must be a whole number"},
+        WrongLine{"String", record(R"(,"counts":[1,"1",1,1])"),
+                  "2: counts[1]: \"1\": must be a whole number"},
+        WrongLine{"Null", record(R"(,"counts":[1,null,1,1])"), "2: counts[1]: null: must be a whole number"},
+        WrongLine{"Huge", record(R"(,"counts":[1,9007199254740993,1,1])"),
+                  "2: counts[1]: 9007199254740993: must be at most 2^53"},
+        WrongLine{"Huger", record(R"(,"counts":[1,18446744073709551615,1,1])"),
+                  "2: counts[1]: 18446744073709551615: must be at most 2^53"},
+        WrongLine{"CountsNotAnArray", record(R"(,"counts":3)"), "2: counts: 3: must be an array"},
+        WrongLine{"NegativeTokens",
+                  std::string(kHeader) + "\n" + R"({"step":0,"layer":0,"tokens":-3,"counts":[]})",
+                  "2: tokens: -3: must be at least 0"},
+        WrongLine{"Repeated",
+                  std::string(kHeader) + "\n" + R"({"step":4,"layer":0,"tokens":1,"counts":[0,0,0,0]})" +
+                      "\n" + R"({"step":2,"layer":0,"tokens":1,"counts":[0,0,0,0]})" + "\n" +
+                      R"({"step":4,"layer":0,"tokens":1,"counts":[0,0,0,0],"tag":"validation"})" + "\n" +
+                      R"({"step":4,"layer":1,"tokens":1,"counts":[0,0,0,0]})" + "\n" +
+                      R"({"step":2,"layer":0,"tokens":1,"counts":[0,0,0,0],"tag":"train"})",
+                  "6: step: 2: repeated for layer 0, tag train"},
+        WrongLine{"RepeatedInOrder",
+                  std::string(kHeader) + "\n" + R"({"step":4,"layer":0,"tokens":1,"counts":[0,0,0,0]})" +
+                      "\n" + R"({"step":4,"layer":0,"tokens":1,"counts":[0,0,0,0]})",
+                  "3: step: 4: repeated for layer 0, tag train"},
+        WrongLine{"PartialSequences", record(R"(,"counts":[1,1,1,1],"sequences":2)"),
+                  "2: sequence_sq: missing: required with sequences"},
+        WrongLine{"PartialProbabilities", record(R"(,"counts":[1,1,1,1],"prob_sum":[1,1,1,0])"),
+                  "2: sqrt_prob_sum: missing: required with prob_sum"},
+        WrongLine{"GapNegative", record(R"(,"counts":[1,1,1,1],"gap_sum":-1)"),
+                  "2: gap_sum: -1: must be at least 0"},
+        WrongLine{"GapHuge", record(R"(,"counts":[1,1,1,1],"gap_sum":1e12)"),
+                  "2: gap_sum: 1000000000000.0: must be at most 5.4e11"},
+        WrongLine{"GapOverflow", record(R"(,"counts":[1,1,1,1],"gap_sum":1e999)"), "2: line: not JSON: "},
+        WrongLine{"DroppedAbove", record(R"(,"counts":[1,1,1,1],"dropped":5)"),
+                  "2: dropped: 5: must be at most 4"},
+        WrongLine{"DomainAbove",
+                  record(R"(,"counts":[1,1,1,1],"domain_counts":{"a":[1,0,0,0],"b":[1,0,0,0]})"),
+                  "2: domain_counts.b[0]: 1: must not sum over domains above counts[0] (1)"},
+        WrongLine{"DomainLength", record(R"(,"counts":[1,1,1,1],"domain_counts":{"a":[1]})"),
+                  "2: domain_counts.a: 1 values: must have 4, one for each expert"},
+        WrongLine{"Mixture", record(R"(,"counts":[1,1,1,1],"next_mixture":{"a":-1})"),
+                  "2: next_mixture.a: -1: must be at least 0"},
+        WrongLine{"Loss", record(R"(,"counts":[1,1,1,1],"loss":"low")"),
+                  "2: loss: \"low\": must be a number"},
+        WrongLine{"Tag", record(R"(,"counts":[1,1,1,1],"tag":1)"), "2: tag: 1: must be a word in quotes"},
+        WrongLine{"GradNorm", record(R"(,"counts":[1,1,1,1],"grad_norm":[1,1,1])"),
+                  "2: grad_norm: 3 values: must have 4, one for each expert"}),
+    [](const ::testing::TestParamInfo<WrongLine>& info) { return info.param.name; });
+
+TEST(LogReader, SumsThatWouldOverflowAreRefused) {
+  const TempDir dir;
+  std::string counts = "9007199254740992";
+  for (int i = 0; i < 2047; ++i) counts += ",9007199254740992";
+  const std::string path = dir.write(
+      "t", R"({"step":0,"layer":0,"tokens":9007199254740992,"top_k":2048,"counts":[)" + counts + "]}");
+  EXPECT_THAT([&] { read_all(path); }, ::testing::ThrowsMessage<LogError>(HasSubstr(":1: counts: sum ")));
+}
+
+TEST(LogReader, FilesThatCannotBeOpened) {
+  EXPECT_THAT(
+      [] { LogReader("/nonexistent.jsonl"); },
+      ::testing::ThrowsMessage<LogError>("/nonexistent.jsonl: cannot be opened: No such file or directory"));
+  EXPECT_THAT([] { LogReader("/"); },
+              ::testing::ThrowsMessage<LogError>("/: cannot be opened: is a directory"));
+}
+
+// Whatever the bytes, the reader answers with records or a LogError.
+TEST(LogReader, MutatedTracesAreReadOrRefused) {
+  const TempDir dir;
+  const std::string good =
+      std::string(kHeader) + "\n" +
+      R"({"step":0,"layer":0,"tokens":3,"counts":[1,2,3,0],"loss":1.5,"dropped":1,"gap_sum":0.5})" + "\n" +
+      R"({"step":0,"layer":1,"tokens":3,"counts":[1,2,3,0],"domain_counts":{"a":[1,2,3,0]}})" + "\n";
+  std::mt19937_64 random(7);
+  int read = 0, refused = 0;
+  for (int i = 0; i < 2000; ++i) {
+    std::string text = good;
+    const std::size_t at = random() % text.size();
+    switch (random() % 3) {
+      case 0:
+        text[at] = static_cast<char>(random());
+        break;
+      case 1:
+        text.erase(at, 1 + random() % 5);
+        break;
+      default:
+        text.insert(at, text.substr(random() % text.size(), random() % 9));
+    }
+    try {
+      read_all(dir.write("t", text));
+      ++read;
+    } catch (const LogError& e) {
+      ++refused;
+      ASSERT_THAT(e.what(), ::testing::StartsWith(dir.path("t") + ":")) << text;
+    }
+  }
+  EXPECT_GT(read, 100);
+  EXPECT_GT(refused, 1000);
+}
+
+// ---- Writing. ----
+
+ControllerConfig config_of(int layers, int experts, int top_k) {
+  ControllerConfig config;
+  config.model = {.layers = layers, .experts = experts, .top_k = top_k, .domains = {}, .targets = {}};
+  config.expert_bias.limits = default_limits(Actuator::kExpertBias, 0);
+  return config;
+}
+
+/// A step of `layers` layers with made-up decisions, and the memory it views.
+struct MadeStep {
+  MadeStep(int layers, const StatsShape& shape, std::uint64_t seed) : random(seed) {
+    stats.assign(static_cast<std::size_t>(layers), RoutingStats(shape));
+    measured.resize(stats.size());
+    bias.assign(stats.size(), std::vector<double>(static_cast<std::size_t>(shape.experts)));
+    reports.resize(stats.size());
+    refresh();
+  }
+  void refresh() {
+    std::uniform_real_distribution<double> uniform(-1, 1);
+    for (std::size_t l = 0; l < stats.size(); ++l) {
+      RoutingStats& s = stats[l];
+      s.clear();
+      std::vector<std::int64_t> counts(static_cast<std::size_t>(s.experts()));
+      std::int64_t sum = 0;
+      for (auto& c : counts) sum += c = static_cast<std::int64_t>(random() % 1000);
+      s.add_counts(counts, sum);
+      measured[l] = measure(s);
+      for (double& b : bias[l]) b = uniform(random) * std::pow(10, 8 * uniform(random));
+      LayerReport& r = reports[l];
+      r.layer = static_cast<int>(l);
+      r.stats = &s;
+      r.metrics = &measured[l];
+      r.actuators[0] = {.proposed = bias[l], .applied = bias[l], .reasons = {}};
+      r.actuators[0].reasons.add(Reason::kRate);
+      r.actuators[0].reasons.add(Reason::kRange);
+    }
+    report.layers = reports;
+  }
+  std::mt19937_64 random;
+  std::vector<RoutingStats> stats;
+  std::vector<Metrics> measured;
+  std::vector<std::vector<double>> bias;
+  std::vector<LayerReport> reports;
+  StepReport report;
+};
+
+TEST(RunLogWriter, WhatIsWrittenReadsBackExactly) {
+  const TempDir dir;
+  for (const char* name : {"run.jsonl", "run.jsonl.gz"}) {
+    const std::string path = dir.path(name);
+    const ControllerConfig config = config_of(3, 5, 2);
+    std::vector<std::vector<double>> biases;
+    std::vector<Metrics> metrics;
+    std::vector<std::vector<std::int64_t>> counts;
+    MadeStep made(3, {.experts = 5, .top_k = 2, .needs = {}}, 11);
+    {
+      RunLogWriter writer(path, config, false, 40);
+      for (int step = 0; step < 50; ++step) {
+        made.refresh();
+        made.report.step = step;
+        made.report.info.loss = 1.0 / (step + 3);
+        writer.write(made.report);
+        for (int l = 0; l < 3; ++l) {
+          biases.push_back(made.bias[static_cast<std::size_t>(l)]);
+          metrics.push_back(made.measured[static_cast<std::size_t>(l)]);
+          const auto c = made.stats[static_cast<std::size_t>(l)].counts();
+          counts.emplace_back(c.begin(), c.end());
+        }
+      }
+      EXPECT_TRUE(writer.ok());
+    }
+    LogReader reader(path);
+    EXPECT_TRUE(reader.header().is_run);
+    EXPECT_EQ(reader.header().layers, 3);
+    EXPECT_EQ(reader.header().experts, 5);
+    EXPECT_EQ(reader.header().top_k, 2);
+    EXPECT_EQ(reader.header().shift, 40);
+    EXPECT_EQ(nlohmann::json::parse(reader.header().config_json), nlohmann::json::parse(to_json(config)));
+    std::size_t i = 0;
+    while (const auto record = reader.next()) {
+      EXPECT_EQ(record->step, static_cast<std::int64_t>(i / 3));
+      EXPECT_EQ(record->layer, static_cast<int>(i % 3));
+      EXPECT_EQ(record->loss, 1.0 / static_cast<double>(record->step + 3));
+      EXPECT_EQ(counts_of(*record), counts[i]);
+      const LoggedActuator& bias = record->actuators.at("expert_bias");
+      EXPECT_EQ(bias.proposed, biases[i]);
+      EXPECT_EQ(bias.applied, biases[i]);
+      EXPECT_THAT(bias.reasons, ElementsAre("rate", "range"));
+      for (const MetricField& field : metric_fields()) {
+        const auto it = record->metrics.find(std::string(field.name));
+        const Metrics::Value expected = metrics[i].*field.value;
+        ASSERT_EQ(it != record->metrics.end(), expected.has_value()) << field.name;
+        if (expected) {
+          EXPECT_EQ(it->second, *expected) << field.name;
+        }
+      }
+      ++i;
+    }
+    EXPECT_EQ(i, 150U);
+  }
+}
+
+TEST(RunLogWriter, EveryOptionalSumComesBack) {
+  const TempDir dir;
+  ControllerConfig config = config_of(1, 4, 2);
+  config.model.domains = {"z", "a"};
+  const StatsShape shape{.experts = 4,
+                         .top_k = 2,
+                         .needs = {.gap = true,
+                                   .sequences = true,
+                                   .probabilities = true,
+                                   .gradients = true,
+                                   .losses = true,
+                                   .latencies = true,
+                                   .domains = 2}};
+  MadeStep made(1, shape, 3);
+  RoutingStats& stats = made.stats[0];
+  stats.clear();
+  const std::vector<std::int64_t> experts = {0, 1, 2, 3, 0, 2, 1, 2};
+  const std::vector<float> top = {.5F, .25F, .125F, .5F, .375F, .25F, .75F, .125F, 0, .5F, .25F, .25F};
+  const std::vector<float> probabilities = {.5F,  .25F, .125F, .125F, .1F, .2F, .3F, .4F,
+                                            .25F, .25F, .25F,  .25F,  0,   .5F, .5F, 0};
+  const std::vector<std::int64_t> domains = {0, 0, 1, 1};
+  ASSERT_TRUE(stats.add({.experts = experts,
+                         .sequence_length = 2,
+                         .top_values = top,
+                         .probabilities = probabilities,
+                         .domain_ids = domains,
+                         .dropped = 1}));
+  ASSERT_TRUE(stats.add_grad_norms(std::vector<double>{1, .5, .25, 0}));
+  ASSERT_TRUE(stats.add_latencies(std::vector<double>{1e-3, 2e-3, 0, 0}));
+  ASSERT_TRUE(
+      stats.add_expert_losses(std::vector<double>{2, 3, 4, 0.5}, std::vector<std::int64_t>{2, 2, 3, 1}));
+  const std::vector<std::int64_t> mixture = {3, 1};
+  made.report.info.next_mixture = mixture;
+  const std::string path = dir.path("run.jsonl");
+  RunLogWriter(path, config).write(made.report);
+  const auto records = read_all(path);
+  ASSERT_EQ(records.size(), 1U);
+  const RoutingStats& back = records[0].stats;
+  EXPECT_EQ(records[0].domains, (std::vector<std::string>{"a", "z"}));
+  EXPECT_EQ(records[0].next_mixture, (std::map<std::string, std::int64_t>{{"z", 3}, {"a", 1}}));
+  for (int s = 0; s < RoutingStats::kScalarCount; ++s) {
+    const auto which = static_cast<RoutingStats::Scalar>(s);
+    EXPECT_EQ(back.scalar(which), stats.scalar(which)) << s;
+  }
+  for (int a = 0; a < RoutingStats::kDomainCounts; ++a) {
+    const auto which = static_cast<RoutingStats::Array>(a);
+    EXPECT_THAT(back.array(which), ::testing::ElementsAreArray(stats.array(which))) << a;
+  }
+  EXPECT_THAT(back.domain_counts(0), ::testing::ElementsAreArray(stats.domain_counts(1)));
+  EXPECT_THAT(back.domain_counts(1), ::testing::ElementsAreArray(stats.domain_counts(0)));
+}
+
+TEST(RunLogWriter, ModelScopeStandsInARecordWithoutLayer) {
+  const TempDir dir;
+  const std::string path = dir.path("run.jsonl");
+  MadeStep made(1, {.experts = 4, .top_k = 2, .needs = {}}, 3);
+  const std::vector<double> wanted = {std::numeric_limits<double>::quiet_NaN()}, applied = {0.0125};
+  made.report.model[1] = {.proposed = wanted, .applied = applied, .reasons = {}};
+  made.report.model[1].reasons.add(Reason::kInvalid);
+  RunLogWriter(path, config_of(1, 4, 2)).write(made.report, "validation");
+  EXPECT_THAT(TempDir::read(path),
+              HasSubstr(R"({"step":0,"layer":null,"tag":"validation","actuators":{"aux_loss_weight":)"
+                        R"({"proposed":[null],"applied":[0.0125],"reasons":["invalid"]}}})"));
+  const auto records = read_all(path);
+  ASSERT_EQ(records.size(), 2U);
+  EXPECT_EQ(records[1].layer, -1);
+  EXPECT_EQ(records[1].tag, "validation");
+  EXPECT_TRUE(std::isnan(records[1].actuators.at("aux_loss_weight").proposed.at(0)));
+  EXPECT_EQ(records[1].actuators.at("aux_loss_weight").applied.at(0), 0.0125);
+}
+
+TEST(RunLogWriter, WithoutPerExpertArraysTheRecordIsShort) {
+  const TempDir dir;
+  const std::string path = dir.path("run.jsonl");
+  ControllerConfig config = config_of(1, 256, 8);
+  config.log.per_expert = false;
+  MadeStep made(1, {.experts = 256, .top_k = 8, .needs = {}}, 3);
+  RunLogWriter(path, config).write(made.report);
+  const auto records = read_all(path);
+  ASSERT_EQ(records.size(), 1U);
+  EXPECT_EQ(records[0].stats.experts(), 0);
+  EXPECT_EQ(records[0].tokens, made.stats[0].tokens());
+  EXPECT_EQ(records[0].metrics.at("load_cv"), *made.measured[0].load_cv);
+  EXPECT_TRUE(records[0].actuators.at("expert_bias").applied.empty());
+  EXPECT_THAT(records[0].actuators.at("expert_bias").reasons, ElementsAre("rate", "range"));
+  const std::string text = TempDir::read(path);
+  EXPECT_LT(text.size() - text.find('\n'), 2000U);
+}
+
+TEST(RunLogWriter, AnInvalidStepCanStillBeRead) {
+  const TempDir dir;
+  const std::string path = dir.path("run.jsonl");
+  MadeStep made(1, {.experts = 4, .top_k = 2, .needs = {}}, 3);
+  made.stats[0].add_counts(std::vector<std::int64_t>{-1, 0, 0, 0}, 1);
+  made.stats[0].set_scalar(RoutingStats::kTokens, -5);
+  ASSERT_FALSE(made.stats[0].valid());
+  made.measured[0] = Metrics();
+  made.report.info.loss = std::numeric_limits<double>::infinity();
+  RunLogWriter(path, config_of(1, 4, 2)).write(made.report);
+  const auto records = read_all(path);
+  ASSERT_EQ(records.size(), 1U);
+  EXPECT_EQ(records[0].tokens, 0);
+  EXPECT_FALSE(records[0].loss);
+  EXPECT_TRUE(records[0].metrics.empty());
+}
+
+// A run that was killed at step 7, 3 steps after its last checkpoint, and in the middle of a line.
+TEST(RunLogWriter, AppendContinuesAsIfTheRunHadNeverStopped) {
+  for (const char* name : {"run.jsonl", "run.jsonl.gz"}) {
+    const TempDir dir;
+    const ControllerConfig config = config_of(2, 4, 2);
+    const auto steps = [&](const std::string& path, int from, int to, bool append) {
+      RunLogWriter writer(path, config, append);
+      for (int step = from; step < to; ++step) {
+        MadeStep made(2, {.experts = 4, .top_k = 2, .needs = {}}, static_cast<std::uint64_t>(step));
+        made.report.step = step;
+        writer.write(made.report);
+        if (step == 3) writer.write(made.report, "validation");
+      }
+      EXPECT_TRUE(writer.ok());
+    };
+    const std::string whole = dir.path(std::string("whole.") + name), parts = dir.path(name);
+    steps(whole, 0, 12, false);
+    steps(parts, 0, 8, true);  // appending to what is not there begins it
+    const auto bytes = std::filesystem::file_size(parts);
+    std::filesystem::resize_file(parts, bytes - 25);
+    steps(parts, 5, 12, true);
+    const auto a = read_all(whole), b = read_all(parts);
+    ASSERT_EQ(a.size(), b.size()) << name;
+    for (std::size_t i = 0; i < a.size(); ++i) {
+      EXPECT_EQ(a[i].step, b[i].step);
+      EXPECT_EQ(a[i].tag, b[i].tag);
+      EXPECT_EQ(a[i].metrics, b[i].metrics);
+    }
+    if (parts.ends_with(".jsonl")) {
+      EXPECT_EQ(TempDir::read(whole), TempDir::read(parts));
+    }
+  }
+}
+
+TEST(RunLogWriter, DoesNotAllocateInTheSteadyState) {
+  const TempDir dir;
+  for (const char* name : {"run.jsonl", "run.jsonl.gz"}) {
+    RunLogWriter writer(dir.path(name), config_of(4, 64, 8));
+    MadeStep made(4, {.experts = 64, .top_k = 8, .needs = {}}, 1);
+    writer.write(made.report);
+    for (int step = 1; step < 20; ++step) {
+      made.refresh();
+      made.report.step = step;
+      const std::int64_t allocated = testing::allocations_of([&] { writer.write(made.report); });
+      // The numbers of one step may take a few more characters than those of all before it.
+      if (step > 3) {
+        EXPECT_EQ(allocated, 0) << step;
+      }
+    }
+  }
+}
+
+TEST(RunLogWriter, AFullDiskIsSaidOnceAndNeverStopsTraining) {
+  if (!std::filesystem::exists("/dev/full")) GTEST_SKIP() << "no /dev/full here";
+  MadeStep made(2, {.experts = 4, .top_k = 2, .needs = {}}, 1);
+  ::testing::internal::CaptureStderr();
+  {
+    RunLogWriter writer("/dev/full", config_of(2, 4, 2));
+    for (int step = 0; step < 5; ++step) {
+      made.report.step = step;
+      EXPECT_NO_THROW(writer.write(made.report));
+      EXPECT_NO_THROW(writer.flush());
+    }
+    EXPECT_FALSE(writer.ok());
+  }
+  EXPECT_EQ(::testing::internal::GetCapturedStderr(),
+            "moectl: /dev/full: run log cannot be written (No space left on device); going on without it\n");
+}
+
+TEST(RunLogWriter, AnUnwritablePathIsSaidOnce) {
+  MadeStep made(1, {.experts = 4, .top_k = 2, .needs = {}}, 1);
+  for (const char* path : {"/nonexistent/run.jsonl", "/nonexistent/run.jsonl.gz"}) {
+    ::testing::internal::CaptureStderr();
+    RunLogWriter writer(path, config_of(1, 4, 2));
+    EXPECT_FALSE(writer.ok());
+    writer.write(made.report);
+    writer.flush();
+    EXPECT_EQ(::testing::internal::GetCapturedStderr(),
+              "moectl: " + std::string(path) +
+                  ": run log cannot be written (No such file or directory); "
+                  "going on without it\n");
+  }
+}
+
+}  // namespace
+}  // namespace moectl
