@@ -1,0 +1,325 @@
+#include "moectl/feasibility.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <random>
+
+#include "moectl/metrics.h"
+
+namespace moectl {
+namespace {
+
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+
+constexpr LoadSpace kPublished{.experts = 16, .top_k = 2};
+
+double normalized(double entropy, int n) {
+  return entropy / std::log(n);
+}
+
+// ---- Extremal values ----
+
+TEST(Feasibility, ExtentsAtTheTabulatedCvs) {
+  struct Row {
+    double cv, kl_min, kl_max, en_min, en_max, max_min, max_max, gini_min, gini_max;
+    int dead;
+  };
+  for (const Row& r : {Row{0.2, .0165, .0287, .9897, .9941, .0657, .1109, .0484, .1152, 0},
+                       Row{0.6, .1162, .2996, .8919, .9581, .0869, .2077, .1452, .3457, 4},
+                       Row{1.0, .2746, .6931, .7500, .9009, .1250, .3046, .2421, .5546, 8}}) {
+    const double half = 0.5001e-4;
+    const Extent entropy = entropy_at_cv(kPublished, r.cv), top = max_load_at_cv(kPublished, r.cv);
+    const Extent gini = gini_at_cv(kPublished, r.cv);
+    EXPECT_NEAR(std::log(16) - entropy.max, r.kl_min, half);
+    EXPECT_NEAR(std::log(16) - entropy.min, r.kl_max, half);
+    EXPECT_NEAR(normalized(entropy.min, 16), r.en_min, half);
+    EXPECT_NEAR(normalized(entropy.max, 16), r.en_max, half);
+    EXPECT_NEAR(top.min, r.max_min, half);
+    EXPECT_NEAR(top.max, r.max_max, half);
+    EXPECT_NEAR(gini.min, r.gini_min, half);
+    EXPECT_NEAR(gini.max, r.gini_max, half);
+    EXPECT_EQ(max_idle_at_cv(kPublished, r.cv), r.dead);
+  }
+}
+
+TEST(Feasibility, NoExpertGetsMoreThanEveryToken) {
+  EXPECT_NEAR(entropy_at_cv({16, 2}, 2.2).max, 1.441, 0.0005);
+  EXPECT_NEAR(entropy_at_cv({16, 1}, 2.2).max, 1.772, 0.0005);
+  EXPECT_EQ(max_load_at_cv({16, 2}, 2.2).max, 0.5);
+  // At the largest CV all load lies on k experts, whatever is asked.
+  for (const int k : {1, 2, 3, 8}) {
+    const double top = std::sqrt(16.0 / k - 1);
+    EXPECT_NEAR(entropy_at_cv({16, k}, top).min, std::log(k), 1e-7);
+    EXPECT_NEAR(entropy_at_cv({16, k}, top).max, std::log(k), 1e-4);
+    EXPECT_NEAR(gini_at_cv({16, k}, top).min, (16.0 - k) / 16, 1e-4);
+    EXPECT_NEAR(gini_at_cv({16, k}, top).max, (16.0 - k) / 16, 1e-4);
+  }
+}
+
+TEST(Feasibility, GiniMaximumIsTheRampWhileItFits) {
+  for (const int n : {2, 5, 16, 100}) {
+    const double last = std::sqrt((n + 1.0) / (3 * (n - 1.0)));
+    for (const double share : {0.1, 0.5, 0.99}) {
+      const double cv = share * last;
+      EXPECT_NEAR(gini_at_cv({n, 1}, cv).max, cv * std::sqrt((n * n - 1.0) / 3) / n, 1e-9) << n << " " << cv;
+      EXPECT_NEAR(gini_at_cv({n, 1}, cv).min, cv * std::sqrt(n - 1.0) / n, 1e-12);
+    }
+  }
+}
+
+TEST(Feasibility, UniformIsTheOnlyLoadWithoutSpread) {
+  for (const int n : {1, 2, 16, 300}) {
+    const LoadSpace space{n, 1};
+    EXPECT_NEAR(entropy_at_cv(space, 0).min, std::log(n), 1e-9);
+    EXPECT_NEAR(entropy_at_cv(space, 0).max, std::log(n), 1e-9);
+    EXPECT_NEAR(gini_at_cv(space, 0).max, 0, 1e-9);
+    EXPECT_NEAR(max_load_at_cv(space, 0).max, 1.0 / n, 1e-12);
+    EXPECT_NEAR(entropy_at_gini(space, 0).min, std::log(n), 1e-9);
+    EXPECT_NEAR(entropy_at_max_load(space, 1.0 / n).min, std::log(n), 1e-9);
+  }
+}
+
+// ---- No random load beats them ----
+
+struct Load {
+  std::vector<double> p;
+  double cv = 0, entropy = 0, gini = 0, max = 0;
+  int idle = 0;
+};
+
+Load measured(std::vector<double> p) {
+  Load load;
+  const double n = static_cast<double>(p.size());
+  std::sort(p.begin(), p.end());
+  double squares = 0;
+  for (std::size_t i = 0; i < p.size(); ++i) {
+    squares += (p[i] - 1 / n) * (p[i] - 1 / n);
+    if (p[i] > 0) load.entropy -= p[i] * std::log(p[i]);
+    load.gini += (2.0 * static_cast<double>(i) - n + 1) * p[i] / n;
+    load.idle += p[i] == 0;
+  }
+  load.cv = std::sqrt(squares * n);
+  load.max = p.back();
+  load.p = std::move(p);
+  return load;
+}
+
+// Loads of very different kinds, those near the extremal ones among them, with none above 1/k.
+Load random_load(int n, int k, std::mt19937_64& random) {
+  std::uniform_real_distribution<double> uniform(0, 1);
+  std::vector<double> p(static_cast<std::size_t>(n));
+  const auto kind = random() % 6;
+  const double sharpness = std::pow(10, 2 * uniform(random) - 1);
+  const std::size_t few = 1 + random() % p.size();
+  for (std::size_t i = 0; i < p.size(); ++i) {
+    const double rank = static_cast<double>(i + 1);
+    switch (kind) {
+      case 0:
+        p[i] = std::pow(uniform(random), sharpness);
+        break;
+      case 1:  // a ramp
+        p[i] = std::max(0.0, rank - static_cast<double>(few) + uniform(random) * 0.01);
+        break;
+      case 2:  // one large, the rest equal
+        p[i] = i == 0 ? 1 + sharpness * 10 : 1 + uniform(random) * 0.01;
+        break;
+      case 3:  // a few equal
+        p[i] = i < few ? 1 : 0;
+        break;
+      case 4:  // exponential
+        p[i] = std::exp(-sharpness * rank / 4);
+        break;
+      default:  // few levels
+        p[i] = static_cast<double>(random() % 4) * sharpness + (i < few ? 1 : 0);
+    }
+  }
+  for (int round = 0; round < 200; ++round) {  // cap at 1/k, hand the rest to those below in proportion
+    double sum = 0, free = 0;
+    for (const double x : p) sum += x;
+    if (sum <= 0) p[0] = sum = 1;
+    for (double& x : p) x /= sum;
+    double over = 0;
+    for (double& x : p) {
+      if (x >= 1.0 / k) {
+        over += x - 1.0 / k;
+        x = 1.0 / k;
+      } else {
+        free += x;
+      }
+    }
+    if (over < 1e-15) break;
+    for (double& x : p) {
+      if (x < 1.0 / k) x += free > 0 ? over * x / free : over / (n - static_cast<double>(k));
+    }
+  }
+  return measured(std::move(p));
+}
+
+TEST(Feasibility, RandomSearchNeverBeatsTheExtremes) {
+  std::mt19937_64 random(4);
+  for (const auto& [n, k, trials] : {std::tuple{2, 1, 200},
+                                     {5, 2, 600},
+                                     {8, 3, 600},
+                                     {9, 4, 600},
+                                     {16, 1, 300},
+                                     {16, 2, 600},
+                                     {40, 4, 100}}) {
+    const LoadSpace space{n, k};
+    for (int trial = 0; trial < trials; ++trial) {
+      const Load load = random_load(n, k, random);
+      ASSERT_LE(load.max, 1.0 / k + 1e-9);
+      const auto inside = [&](double value, const Extent& extent, const char* what) {
+        EXPECT_GE(value, extent.min - 1e-7) << what << " N " << n << " k " << k << " trial " << trial;
+        EXPECT_LE(value, extent.max + 1e-7) << what << " N " << n << " k " << k << " trial " << trial;
+      };
+      inside(load.entropy, entropy_at_cv(space, load.cv), "entropy at cv");
+      inside(load.max, max_load_at_cv(space, load.cv), "max at cv");
+      inside(load.gini, gini_at_cv(space, load.cv), "gini at cv");
+      inside(load.entropy, entropy_at_max_load(space, load.max), "entropy at max");
+      inside(load.gini, gini_at_max_load(space, load.max), "gini at max");
+      inside(load.entropy, entropy_at_gini(space, load.gini), "entropy at gini");
+      EXPECT_LE(load.idle, max_idle_at_cv(space, load.cv));
+    }
+  }
+}
+
+// ---- Bands ----
+
+std::vector<std::string> messages(const Feasibility& f) {
+  std::vector<std::string> out;
+  for (const Conflict& c : f.conflicts) out.push_back(c.message);
+  return out;
+}
+
+TEST(Feasibility, ExplainsThePublishedConflictInNumbers) {
+  const Feasibility f = judge(kPublished, {{"load_cv", {0.3, 0.6}}, {"entropy_normalized", {0.70, 0.85}}});
+  ASSERT_EQ(f.conflicts.size(), 1U);
+  EXPECT_THAT(f.conflicts[0].metrics, ElementsAre("load_cv", "entropy_normalized"));
+  EXPECT_EQ(f.conflicts[0].message,
+            "load_cv ≤ 0.6 forces entropy_normalized ≥ 0.8919 at N = 16, k = 2; entropy_normalized in [0.7, "
+            "0.85] is "
+            "wanted");
+  EXPECT_THAT(f.conflicts[0].suggestion, ::testing::StrEq("entropy_normalized: [0.892, 0.9875]"));
+}
+
+TEST(Feasibility, PublishedBands) {
+  const auto conflicts = [](const Bands& bands) { return judge(kPublished, bands).conflicts.size(); };
+  const Bands early = {{"entropy_normalized", {.85, .95}},
+                       {"kl_to_uniform", {.1, .3}},
+                       {"load_cv", {.2, .4}},
+                       {"max_load", {.07, .10}}};
+  const Bands mid = {{"entropy_normalized", {.70, .85}},
+                     {"kl_to_uniform", {.3, .8}},
+                     {"load_cv", {.3, .6}},
+                     {"max_load", {.10, .18}}};
+  const Bands late = {{"entropy_normalized", {.65, .80}},
+                      {"kl_to_uniform", {.5, 1.2}},
+                      {"load_cv", {.4, .7}},
+                      {"max_load", {.12, .20}}};
+  const Bands healthy = {
+      {"entropy_normalized", {.70, .85}}, {"kl_to_uniform", {.3, .8}}, {"load_cv", {.3, .6}},
+      {"max_load", {.08, .15}},           {"dead_experts", {0, 2}},    {"drop_rate", {0, .03}}};
+  EXPECT_GT(conflicts(mid), 0U);
+  EXPECT_GT(conflicts(late), 0U);
+  EXPECT_GT(conflicts(healthy), 0U);
+  // Early: entropy_normalized ≤ .95 needs a CV of at least .391.
+  EXPECT_EQ(conflicts({{"entropy_normalized", {.85, .95}}, {"load_cv", {.2, .4}}}), 0U);
+  EXPECT_EQ(conflicts({{"entropy_normalized", {.85, .95}}, {"load_cv", {.2, .392}}}), 0U);
+  EXPECT_EQ(conflicts({{"entropy_normalized", {.85, .95}}, {"load_cv", {.2, .390}}}), 1U);
+  // "collapse" and "weak specialization" are consistent.
+  EXPECT_EQ(conflicts({{"entropy_normalized", {-1, .5}}, {"load_cv", {1.5, 9}}, {"max_load", {.35, 1}}}), 0U);
+  EXPECT_EQ(conflicts({{"entropy_normalized", {.95, 1}}, {"kl_to_uniform", {0, .15}}, {"load_cv", {0, .2}}}),
+            0U);
+  (void)early;
+}
+
+TEST(Feasibility, KlAndEntropyAreOneConstraint) {
+  const Feasibility f = judge(kPublished, {{"kl_to_uniform", {.5, 1.2}}, {"entropy_normalized", {.9, .95}}});
+  ASSERT_EQ(f.conflicts.size(), 1U);
+  EXPECT_THAT(f.conflicts[0].message, HasSubstr("is the same as"));
+}
+
+TEST(Feasibility, SingleBandsOutsideWhatCanBe) {
+  EXPECT_THAT(messages(judge(kPublished, {{"load_cv", {3, 4}}})),
+              ElementsAre("load_cv in [3, 4] cannot be: load_cv ≤ 2.646 at N = 16, k = 2"));
+  EXPECT_THAT(messages(judge(kPublished, {{"max_load", {0.6, 0.7}}})),
+              ElementsAre("max_load in [0.6, 0.7] cannot be: max_load ≤ 0.5 at N = 16, k = 2"));
+  EXPECT_EQ(judge(kPublished, {{"entropy_normalized", {0.1, 0.2}}}).conflicts.size(),
+            1U);  // k = 2: at least ln 2
+  EXPECT_EQ(judge({16, 1}, {{"entropy_normalized", {0.1, 0.2}}}).conflicts.size(), 0U);
+  EXPECT_EQ(judge(kPublished, {{"dead_experts", {15, 16}}}).conflicts.size(), 1U);
+}
+
+TEST(Feasibility, TargetsUnderTheNoiseFloor) {
+  const LoadSpace space{.experts = 16, .top_k = 2, .tokens = 2048};  // floors .0585 and .108
+  EXPECT_EQ(judge(space, {{"load_cv", {0, 0.05}}}).conflicts.size(), 1U);
+  EXPECT_EQ(judge(space, {{"load_cv", {0, 0.06}}}).conflicts.size(), 0U);
+  EXPECT_EQ(judge(space, {{"max_vio", {0, 0.10}}}).conflicts.size(), 1U);
+  EXPECT_EQ(judge(space, {{"max_vio", {0, 0.12}}}).conflicts.size(), 0U);
+  EXPECT_THAT(messages(judge(space, {{"load_cv", {0, 0.05}}}))[0], HasSubstr("noise floor"));
+  EXPECT_EQ(judge(kPublished, {{"load_cv", {0, 0.05}}}).conflicts.size(), 0U);  // tokens not known
+}
+
+TEST(Feasibility, OpenBands) {
+  const double inf = std::numeric_limits<double>::infinity();
+  EXPECT_EQ(
+      judge(kPublished, {{"load_cv", {-inf, 0.6}}, {"entropy_normalized", {-inf, 0.85}}}).conflicts.size(),
+      1U);
+  EXPECT_EQ(
+      judge(kPublished, {{"load_cv", {0.3, inf}}, {"entropy_normalized", {-inf, 0.85}}}).conflicts.size(),
+      0U);
+  EXPECT_EQ(
+      judge(kPublished, {{"load_cv", {1.0, inf}}, {"entropy_normalized", {0.95, inf}}}).conflicts.size(), 1U);
+  EXPECT_EQ(judge(kPublished, {{"load_cv", {1.0, inf}}, {"dead_experts", {0, 0}}}).conflicts.size(), 0U);
+  EXPECT_EQ(judge(kPublished, {{"load_cv", {-inf, 0.6}}, {"dead_experts", {5, inf}}}).conflicts.size(), 1U);
+}
+
+TEST(Feasibility, WhatIsNoFunctionOfTheLoadsIsNotJudged) {
+  const Feasibility f = judge(kPublished, {{"drop_rate", {0, .03}}, {"load_cv", {0, 1}}});
+  EXPECT_TRUE(f.feasible());
+  EXPECT_THAT(f.not_judged, ElementsAre("drop_rate"));
+}
+
+TEST(Feasibility, MisuseThrows) {
+  EXPECT_THROW(judge(kPublished, {{"load_cvv", {0, 1}}}), std::invalid_argument);
+  EXPECT_THROW(judge(kPublished, {{"load_cv", {1, 0}}}), std::invalid_argument);
+  EXPECT_THROW(judge(kPublished, {{"load_cv", {std::nan(""), 0}}}), std::invalid_argument);
+  EXPECT_THROW(judge({0, 1}, {}), std::invalid_argument);
+  EXPECT_THROW(judge({4, 5}, {}), std::invalid_argument);
+}
+
+// Bands around a load that exists are feasible: pairs, and all together.
+TEST(Feasibility, BandsAroundAnExistingLoadAreNeverRefused) {
+  std::mt19937_64 random(6);
+  std::uniform_real_distribution<double> width(0, 0.05);
+  for (int trial = 0; trial < 150; ++trial) {
+    const int n = 2 + static_cast<int>(random() % 14), k = 1 + static_cast<int>(random() % 2);
+    if (k >= n) continue;
+    const Load load = random_load(n, k, random);
+    const auto around = [&](double value) { return Band{value - width(random), value + width(random)}; };
+    const Bands bands = {{"load_cv", around(load.cv)},
+                         {"entropy_normalized", around(load.entropy / std::log(n))},
+                         {"kl_to_uniform", around(std::log(n) - load.entropy)},
+                         {"effective_experts", around(std::exp(load.entropy))},
+                         {"gini", around(load.gini)},
+                         {"max_vio", around(load.max * n - 1)},
+                         {"inactive_experts", around(load.idle)}};
+    EXPECT_THAT(messages(judge({n, k}, bands)), ElementsAre()) << "N " << n << " k " << k;
+  }
+}
+
+// Suggested bands hold what they promise.
+TEST(Feasibility, SuggestionsAreFeasible) {
+  const Feasibility f = judge(kPublished, {{"load_cv", {0.3, 0.6}}, {"entropy_normalized", {0.70, 0.85}}});
+  const std::string& text = f.conflicts.at(0).suggestion;
+  double low = 0, high = 0;
+  ASSERT_EQ(std::sscanf(text.c_str(), "entropy_normalized: [%lf, %lf]", &low, &high), 2) << text;
+  EXPECT_TRUE(judge(kPublished, {{"load_cv", {0.3, 0.6}}, {"entropy_normalized", {low, high}}}).feasible());
+}
+
+}  // namespace
+}  // namespace moectl
