@@ -22,6 +22,10 @@ inline Double2 to_double(Int2 value) {
   return (Double2)(value | kTwo52) - 4503599627370496.0;
 }
 
+inline Double2 fast_sqrt(Double2 x) {
+  return Double2{__builtin_sqrt(x[0]), __builtin_sqrt(x[1])};
+}
+
 /// ln of positive, finite, normal numbers. With x = m 2^e and m in [√½, √2), ln m = 2 artanh(s), s =
 /// (m-1)/(m+1), |s| ≤ 0.1716, where a polynomial of
 /// degree 6 in s² gives (artanh(s)/s - 1)/s² so that ln m is off by less than 2e-18 of itself. Exactly 0

@@ -44,6 +44,39 @@ constexpr MetricField kFields[] = {
      &Metrics::sampling_floor_cv},
     {"sampling_floor_max_vio", "", "max_vio expected at sampling_floor_cv", &Metrics::sampling_floor_max_vio},
     {"excess_cv", "", "sqrt(max(0, load_cv^2 - floor^2))", &Metrics::excess_cv},
+    {"max_vio_global", "", "max_vio of counts summed over a window", &Metrics::max_vio_global},
+    {"token_entropy", "nats", "mean_t H(p_t)", &Metrics::token_entropy},
+    {"router_entropy", "nats", "H(mean_t p_t)", &Metrics::router_entropy},
+    {"expert_token_information", "nats", "router_entropy - token_entropy",
+     &Metrics::expert_token_information},
+    {"token_entropy_slope", "nats/step", "slope over the trend window", &Metrics::token_entropy_slope},
+    {"entropy_slope", "nats/step", "slope over the trend window", &Metrics::entropy_slope},
+    {"importance_cv", "", "CV of sum_t p_ti", &Metrics::importance_cv},
+    {"routing_variance", "", "mean_i var_t p_i over the trend window", &Metrics::routing_variance},
+    {"fsi", "rad", "4 asin sqrt(B/2), B = sum (sqrt(p) - sqrt(1/N))^2 / 2", &Metrics::fsi},
+    {"fsi_max", "rad", "2 arccos(1 / sqrt(N))", &Metrics::fsi_max},
+    {"fhs", "", "B / W, W = 1 - sqrt(k) sum p^1.5 (this project's own statistic)", &Metrics::fhs},
+    {"fhs_alarm", "", "fhs > 1 and B > f^2/8 (1 + 3 sqrt(2/(N-1))), f the floor's CV", &Metrics::fhs_alarm},
+    {"router_fsi", "rad", "fsi of mean_t p_t", &Metrics::router_fsi},
+    {"router_fhs", "", "fhs of p_t (this project's own statistic)", &Metrics::router_fhs},
+    {"path_efficiency", "", "d(first, last) / sum d(consecutive) over the trend window",
+     &Metrics::path_efficiency},
+    {"grad_norm_variance", "", "var_i grad_norm", &Metrics::grad_norm_variance},
+    {"domain_information", "nats", "sum_d w_d KL(p_d || p)", &Metrics::domain_information},
+    {"domain_exclusivity", "", "domain_information / H(w)", &Metrics::domain_exclusivity},
+    {"stagnant_experts", "experts", "#(tokens, loss not falling, grad_norm far under the median)",
+     &Metrics::stagnant_experts},
+    {"latency_p50", "s", "median over experts", &Metrics::latency_p50},
+    {"latency_p95", "s", "95th percentile over experts", &Metrics::latency_p95},
+    {"latency_p99", "s", "99th percentile over experts", &Metrics::latency_p99},
+    {"tail_sensitivity", "s", "slope of max latency on max_to_mean", &Metrics::tail_sensitivity},
+    {"tail_correlation", "", "correlation of max latency and max_to_mean", &Metrics::tail_correlation},
+    {"load_autocorrelation", "", "EMA of <e_t, e_t-1> / (|e_t| |e_t-1|), e = p - EMA(p)",
+     &Metrics::load_autocorrelation},
+    {"oscillation", "", "EMA of the share of experts whose e changed sign", &Metrics::oscillation},
+    {"swing", "", "max over lags 1, 2, 4, 8 of -EMA of the lagged correlation of e", &Metrics::swing},
+    {"shift", "", "change of the mean load between halves of the window, over its threshold",
+     &Metrics::shift},
 };
 
 // Coefficients of "MaxVio of a CV floor f": linear · f + square · f². N ≥ 2.
@@ -81,6 +114,8 @@ Totals total(std::span<const std::int64_t> counts) {
 
 // Sums of one pass in floating point, two experts at a time.
 struct Sums {
+  double root_sq;       // Σ (√q - 1)²
+  double q_root_q;      // Σ q √q
   double q_ln_q;        // q = c / mean
   double deviation_sq;  // (c - mean)²
   std::int64_t inactive, hot, cold;
@@ -105,7 +140,7 @@ Sums sums_over(std::span<const std::int64_t> counts, const Totals& t, const Thre
   }
   const Double2 mean = splat(above_base);
   struct Pair {
-    Double2 q_ln_q, deviation_sq;
+    Double2 root_sq, q_root_q, q_ln_q, deviation_sq;
     Int2 inactive, hot, cold;
   };
   const auto look = [&](const std::int64_t* pair, std::size_t second) {
@@ -118,11 +153,19 @@ Sums sums_over(std::span<const std::int64_t> counts, const Totals& t, const Thre
       above = Double2{static_cast<double>(pair[0] - base), static_cast<double>(pair[second] - base)};
     }
     const Double2 q = c * per_mean;
-    return Pair{q * fast_log(q > kTiny ? q : splat(kTiny)), (above - mean) * (above - mean), c == 0.0,
-                c > at.hot, c < at.cold};
+    const Double2 root = fast_sqrt(q);
+    return Pair{(root - 1.0) * (root - 1.0),
+                q * root,
+                q * fast_log(q > kTiny ? q : splat(kTiny)),
+                (above - mean) * (above - mean),
+                c == 0.0,
+                c > at.hot,
+                c < at.cold};
   };
   Pair even{}, odd{};
   const auto take = [](Pair& into, const Pair& one) {
+    into.root_sq += one.root_sq;
+    into.q_root_q += one.q_root_q;
     into.q_ln_q += one.q_ln_q;
     into.deviation_sq += one.deviation_sq;
     into.inactive += one.inactive;
@@ -140,13 +183,14 @@ Sums sums_over(std::span<const std::int64_t> counts, const Totals& t, const Thre
   }
   if (i < counts.size()) {
     Pair last = look(&counts[i], 0);
-    last.q_ln_q[1] = last.deviation_sq[1] = 0;
+    last.root_sq[1] = last.q_root_q[1] = last.q_ln_q[1] = last.deviation_sq[1] = 0;
     last.inactive[1] = last.hot[1] = last.cold[1] = 0;
     take(odd, last);
   }
   take(even, odd);
   // Comparisons give -1.
-  return {even.q_ln_q[0] + even.q_ln_q[1], even.deviation_sq[0] + even.deviation_sq[1],
+  return {even.root_sq[0] + even.root_sq[1],      even.q_root_q[0] + even.q_root_q[1],
+          even.q_ln_q[0] + even.q_ln_q[1],        even.deviation_sq[0] + even.deviation_sq[1],
           -(even.inactive[0] + even.inactive[1]), -(even.hot[0] + even.hot[1]),
           -(even.cold[0] + even.cold[1])};
 }
@@ -202,6 +246,10 @@ Measurer::Measurer(const StatsShape& shape, MetricsOptions options)
   check(shape_, options_);
   sorted_.resize(static_cast<std::size_t>(shape.experts));
   swap_.resize(sorted_.size());
+  if (shape.needs.probabilities || shape.needs.gradients || shape.needs.latencies) {
+    mean_.resize(sorted_.size());
+    mean_root_.resize(sorted_.size());
+  }
   if (!options_.placement.empty()) {
     device_load_.resize(
         static_cast<std::size_t>(*std::max_element(options_.placement.begin(), options_.placement.end())) +
@@ -225,6 +273,8 @@ void Measurer::measure(const RoutingStats& stats, Metrics& out) {
   measure_load(counts, t.min, t.max, t.sum, out);
   if (const auto dropped = stats.dropped()) out.drop_rate = *dropped / static_cast<double>(t.sum);
   measure_floors(stats, t.sum, out);
+  measure_router(stats, out);
+  measure_experts(stats, out);
 }
 
 void Measurer::measure_load(std::span<const std::int64_t> counts, std::int64_t min, std::int64_t max,
@@ -261,6 +311,12 @@ void Measurer::measure_load(std::span<const std::int64_t> counts, std::int64_t m
   out.cold_experts = static_cast<double>(sums.cold);
   out.predicted_drop_rate = static_cast<double>(predicted_drops(counts, t, options_.capacity_factor)) / s;
   out.straggler_slowdown = straggler(counts, max, sum);
+
+  // With √p = √q / √N: B = ½ Σ (√q - 1)² / N; hard choices of equal weight give W = 1 - √k Σ p^1.5.
+  load_displacement_ = {sums.root_sq / (2 * n), 1 - std::sqrt(shape_.top_k / n) * sums.q_root_q / n};
+  out.fsi = fisher_distance(load_displacement_);
+  out.fsi_max = 2 * std::acos(1 / std::sqrt(n));
+  out.fhs = fisher_ratio(load_displacement_, shape_.experts);
 }
 
 double Measurer::straggler(std::span<const std::int64_t> counts, std::int64_t max, std::int64_t sum) {
@@ -331,6 +387,12 @@ void Measurer::measure_floors(const RoutingStats& stats, std::int64_t sum, Metri
     if (has_max_vio) out.sampling_floor_max_vio = max_vio(*out.sampling_floor_cv);
   }
   if (const auto excess = signed_excess_cv_sq(out)) out.excess_cv = std::sqrt(std::max(0.0, *excess));
+  const Metrics::Value floor = out.sampling_floor_cv ? out.sampling_floor_cv : out.noise_floor_cv;
+  if (out.fhs && floor) {
+    // Near uniform B is CV²/8; the floor's CV² scatters by √(2/(N-1)) of itself.
+    const double clear = *floor * *floor / 8 * (1 + 3 * std::sqrt(2.0 / (shape_.experts - 1)));
+    out.fhs_alarm = *out.fhs > 1 && load_displacement_.bias > clear ? 1 : 0;
+  }
 }
 
 // Cluster-robust variance of each count, the sequence being the cluster: J/(J-1) Σ_j (c_ji - p_i n_j)².

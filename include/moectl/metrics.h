@@ -48,6 +48,48 @@ struct Metrics {
   Value sampling_floor_cv;       ///< cluster-robust, from per-sequence sums: real, correlated tokens.
   Value sampling_floor_max_vio;  ///< expected MaxVio at that CV.
   Value excess_cv;               ///< √max(0, load_cv² - floor²): what control can remove.
+  Value max_vio_global;          ///< max_vio of counts summed over a window of steps; set by what sums them.
+
+  // Routing distribution, from router probabilities; slopes and variance set by the monitor.
+  Value token_entropy;             ///< mean_t H(p_t), nats: how undecided the router is on each token.
+  Value router_entropy;            ///< H(mean_t p_t), nats.
+  Value expert_token_information;  ///< router_entropy - token_entropy, nats: mutual information.
+  Value token_entropy_slope;       ///< of token_entropy, a step, over the trend window.
+  Value entropy_slope;             ///< of entropy, a step, over the trend window.
+  Value importance_cv;             ///< CV of Σ_t p_ti.
+  Value routing_variance;          ///< variance of p_i over the steps of the trend window, mean over experts.
+
+  // Geometry of the simplex: Fisher metrics. `fsi` follows the equation reported for the index of that name
+  // in arXiv 2604.14500. Its FHS formula is not known to us: `fhs` is this project's own statistic with the
+  // same threshold, and neither the paper's AUC nor its recovery rate is claimed for it.
+  Value fsi;         ///< Fisher–Rao distance of the load to uniform: 2 arccos Σ √(p_i/N), [0, fsi_max].
+  Value fsi_max;     ///< 2 arccos(1/√N).
+  Value fhs;         ///< B / W: token-independent preference over what tells tokens apart, [0, 1e12].
+  Value fhs_alarm;   ///< 1 if fhs > 1 and B stands clear of the floor's scatter, else 0.
+  Value router_fsi;  ///< fsi of the mean router probabilities.
+  Value router_fhs;  ///< fhs of the router probabilities.
+  Value path_efficiency;  ///< d(first, last) / Σ d(consecutive) of loads over the trend window: 1 = steady
+                          ///< drift.
+
+  // Learning dynamics and expert health, from optional inputs.
+  Value grad_norm_variance;  ///< over experts.
+  Value domain_information;  ///< Σ_d w_d KL(p_d || p), nats: what the expert tells of the domain.
+  Value domain_exclusivity;  ///< domain_information / H(w), [0, 1]: 1 = every expert serves one domain alone.
+  Value stagnant_experts;    ///< get tokens, but neither gradient nor falling loss; set by the monitor.
+
+  // Serving, from latencies; percentiles over experts.
+  Value latency_p50;  ///< seconds.
+  Value latency_p95;  ///< seconds.
+  Value latency_p99;  ///< seconds.
+  Value
+      tail_sensitivity;  ///< regression slope of the slowest expert's latency on max_to_mean; by the monitor.
+  Value tail_correlation;  ///< correlation of the two; by the monitor.
+
+  // Time; set by the monitor.
+  Value load_autocorrelation;  ///< of successive deviations of the load from its average, smoothed, [-1, 1].
+  Value oscillation;  ///< smoothed share of experts whose deviation changed sign, [0, 1]; white noise: ½.
+  Value swing;        ///< strongest anticorrelation over lags 1 … 8, smoothed, [0, 1].
+  Value shift;        ///< change-point statistic of the load vector, in units of its threshold.
 };
 
 struct MetricsOptions {
@@ -71,6 +113,30 @@ std::span<const MetricField> metric_fields();
 /// nullptr if there is no metric of that name.
 const MetricField* find_metric(std::string_view name);
 
+/// What is known of each expert: a list beside metric_fields(). `values` fills out [N] from the sums and
+/// returns true, or returns false if the input was not given; NaN marks an expert without data.
+struct ExpertField {
+  std::string_view name;
+  std::string_view unit;
+  std::string_view formula;
+  bool (*values)(const RoutingStats& stats, std::span<double> out);
+};
+std::span<const ExpertField> expert_fields();
+
+/// The two parts of the Fisher metrics of N experts, in squared Hellinger distance.
+struct Displacement {
+  double bias = 0;    ///< B = ½ Σ (√p̄_i - √(1/N))²: preference that does not depend on the token.
+  double within = 0;  ///< W = 1 - Σ r_i √p̄_i: what tells tokens apart.
+};
+/// From mean probabilities p̄ and mean roots r_i = mean_t √p_ti, both [N].
+Displacement displacement(std::span<const double> mean, std::span<const double> mean_root);
+/// 4 asin √(B/2): Fisher–Rao distance to uniform.
+double fisher_distance(const Displacement& displacement);
+/// B / W; 1e12 where only W vanishes, absent where both do or N = 1.
+std::optional<double> fisher_ratio(const Displacement& displacement, int experts);
+/// 4 asin(‖√p - √q‖ / 2): Fisher–Rao distance between two loads [N].
+double fisher_distance(std::span<const double> p, std::span<const double> q);
+
 /// Computes metrics without allocating: holds the scratch space that sorting needs. Not thread-safe; one a
 /// thread.
 class Measurer {
@@ -84,6 +150,8 @@ class Measurer {
   void measure_load(std::span<const std::int64_t> counts, std::int64_t min, std::int64_t max,
                     std::int64_t sum, Metrics& out);
   void measure_floors(const RoutingStats& stats, std::int64_t sum, Metrics& out);
+  void measure_router(const RoutingStats& stats, Metrics& out);
+  void measure_experts(const RoutingStats& stats, Metrics& out);
   double gini(std::span<const std::int64_t> counts, std::int64_t min, std::int64_t max, std::int64_t sum);
   double straggler(std::span<const std::int64_t> counts, std::int64_t max, std::int64_t sum);
   double sampling_floor(const RoutingStats& stats, std::int64_t sum) const;
@@ -92,8 +160,10 @@ class Measurer {
   MetricsOptions options_;
   std::vector<std::int64_t> sorted_, swap_;  // of the sort
   std::vector<std::int64_t> device_load_;
-  double log_experts_ = 0;              // ln N
-  double floor_to_max_vio_linear_ = 0;  // MaxVio of a CV floor f: linear · f + square · f²
+  std::vector<double> mean_, mean_root_;  // of probabilities; of an expert's gradients or latencies
+  Displacement load_displacement_;        // of the last load
+  double log_experts_ = 0;                // ln N
+  double floor_to_max_vio_linear_ = 0;    // MaxVio of a CV floor f: linear · f + square · f²
   double floor_to_max_vio_square_ = 0;
 };
 
