@@ -102,8 +102,8 @@ struct LimitContext {
   bool skipped = false;
   bool frozen = false;
   bool at_cadence = true;
-  std::optional<double> loss;
-  std::optional<double> drop_rate;
+  std::optional<double> loss = {};
+  std::optional<double> drop_rate = {};
 };
 
 /// The limits of one actuator of one layer, and the memory they need. Does not allocate after construction.
