@@ -87,6 +87,12 @@ double mean(std::span<const double> values) {
   return ((sum[0] + sum[1]) + (sum[2] + sum[3])) / static_cast<double>(values.size());
 }
 
+double take_mean_out(std::span<double> values) {
+  const double shift = mean(values);
+  for (double& v : values) v -= shift;
+  return shift;
+}
+
 bool all_finite(std::span<const double> values) {
   // x - x is zero for finite x and NaN otherwise; NaN survives the sum.
   double zero = 0;
@@ -334,26 +340,33 @@ double SafetyLimiter::back_off(std::span<const double> applied) {
 // next_ becomes clip(next_ - μ, max(min, applied - rate), min(max, applied + rate)).
 void SafetyLimiter::clip_biases(std::span<const double> applied, LimitReport& report) {
   const std::size_t n = next_.size();
+  if (limits_.center) {
+    const double shift = take_mean_out(next_);
+    // What is left after a large common shift is its rounding.
+    if (std::abs(shift) > limits_.rate) take_mean_out(next_);
+  }
   bool outside = false;
-  double shift = limits_.center ? mean(next_) : 0;
   for (std::size_t i = 0; i < n; ++i) {
     lo_[i] = std::min(std::max(limits_.min, applied[i] - limits_.rate), limits_.max);
     hi_[i] = std::max(std::min(limits_.max, applied[i] + limits_.rate), limits_.min);
-    const double v = next_[i] - shift;
-    outside |= v < lo_[i] || v > hi_[i];
+    outside |= next_[i] < lo_[i] || next_[i] > hi_[i];
   }
-  if (!outside) {
-    if (shift != 0) {
-      for (double& v : next_) v -= shift;
-    }
-    return;
-  }
-  if (limits_.center) shift = centring_shift(next_, lo_, hi_, shift);
+  if (!outside) return;
+  const double mu = limits_.center ? centring_shift(next_, lo_, hi_, 0) : 0;
+  double sum = 0, free = 0;
   for (std::size_t i = 0; i < n; ++i) {
-    const double v = next_[i] - shift;
+    const double v = next_[i] - mu;
     next_[i] = std::min(std::max(v, lo_[i]), hi_[i]);
     if (v < lo_[i]) report.add(lo_[i] == limits_.min ? Reason::kRange : Reason::kRate);
     if (v > hi_[i]) report.add(hi_[i] == limits_.max ? Reason::kRange : Reason::kRate);
+    sum += next_[i];
+    free += next_[i] > lo_[i] && next_[i] < hi_[i] ? 1 : 0;
+  }
+  if (!limits_.center || free == 0) return;
+  for (std::size_t i = 0; i < n; ++i) {  // the last bits, lost where next_ was large
+    if (next_[i] > lo_[i] && next_[i] < hi_[i]) {
+      next_[i] = std::min(std::max(next_[i] - sum / free, lo_[i]), hi_[i]);
+    }
   }
 }
 
