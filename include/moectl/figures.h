@@ -1,0 +1,84 @@
+// Figures: the few numbers by which runs are compared.
+//
+// A run is a row of steps, each summed up over its layers. Words with one meaning:
+//   steady window   the last 100 steps before the shift, if there is one, else the last 100 of the run
+//   settle          the first step after which the 5-step median of layer-mean MaxVio stays under 1.6 times
+//   the mean
+//                   floor of the steady window for 20 steps
+//   excess area     Σ over the 100 steps from a shift on of max(0, MaxVio - its mean over the run's last 100
+//   steps)
+// A ratio to a floor is a mean over a mean. The floor is the sampling floor where known, else the noise
+// floor.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "moectl/controller.h"
+#include "moectl/metrics.h"
+
+namespace moectl {
+
+/// One step, over all its layers. Absent: no layer had data.
+struct StepFigures {
+  std::int64_t step = 0;
+  std::optional<double> max_vio, cv;              ///< Means over layers.
+  std::optional<double> floor_max_vio, floor_cv;  ///< Likewise.
+  double dead_experts = 0;                        ///< Sum over layers.
+  std::int64_t limit_hits = 0;  ///< Actuators that a limit kept from their proposal; see is_limit().
+  std::optional<double> loss;
+};
+
+/// True for what shortens, clips or overrides a move (rate, range, guard, oscillation, rollback, fallback);
+/// false for holds that are part of the plan or of missing data.
+bool is_limit(Reason reason);
+
+/// Sums up the layers of one step, one after another.
+class LayerMean {
+ public:
+  explicit LayerMean(std::int64_t step) { figures_.step = step; }
+  void add(const Metrics& metrics);
+  void add(const LimitReport& reasons);
+  void set_loss(std::optional<double> loss) { figures_.loss = loss; }
+  StepFigures figures() const;
+
+ private:
+  struct Mean {
+    double sum = 0;
+    int count = 0;
+    void add(const Metrics::Value& value);
+    std::optional<double> value() const;
+  };
+  StepFigures figures_;
+  Mean max_vio_, cv_, floor_max_vio_, floor_cv_;
+};
+
+/// One step of a running controller.
+StepFigures figures_of(const StepReport& report);
+
+/// The figures of a run.
+struct Figures {
+  std::int64_t steps = 0;
+  std::optional<std::int64_t> settle;                                    ///< Absent: never.
+  std::optional<double> max_vio, max_vio_over_floor, cv, cv_over_floor;  ///< Over the steady window.
+  std::optional<double> excess_area;                                     ///< Absent without a shift.
+  std::optional<double> dead_experts;     ///< Mean over the steady window of the sum over layers.
+  std::int64_t limit_hits = 0;            ///< Over the whole run.
+  std::optional<double> loss;             ///< Mean of the last 100 steps that have one.
+  std::optional<double> validation_loss;  ///< Of the last validation pass; filled in by readers of logs.
+};
+
+/// `steps` in order. `shift`: the first step with other data.
+Figures compute_figures(std::span<const StepFigures> steps, std::optional<std::int64_t> shift = {});
+
+/// Reads a run log or a trace (metrics are computed where it has none). `shift` overrides the one in its
+/// header. Throws LogError.
+Figures read_figures(const std::string& path, std::optional<std::int64_t> shift = {});
+
+/// The figures by name, in the order of tables; absent ones are absent.
+std::vector<std::pair<std::string, std::optional<double>>> fields_of(const Figures& figures);
+
+}  // namespace moectl

@@ -1,0 +1,174 @@
+#include "moectl/figures.h"
+
+#include <algorithm>
+#include <array>
+
+namespace moectl {
+namespace {
+
+constexpr std::size_t kWindow = 100;       // steps of the steady window and of the excess area
+constexpr std::size_t kMedian = 5;         // steps of the median that settling looks at
+constexpr std::size_t kSettledSteps = 20;  // for which it must stay
+constexpr double kSettledRatio = 1.6;      // under this many times the floor
+
+template <typename Get>
+std::optional<double> mean(std::span<const StepFigures> steps, Get get) {
+  double sum = 0;
+  std::size_t count = 0;
+  for (const StepFigures& step : steps) {
+    if (const std::optional<double> value = get(step)) {
+      sum += *value;
+      ++count;
+    }
+  }
+  return count ? std::optional(sum / static_cast<double>(count)) : std::nullopt;
+}
+
+std::span<const StepFigures> last(std::span<const StepFigures> steps) {
+  return steps.subspan(steps.size() - std::min(steps.size(), kWindow));
+}
+
+std::optional<double> ratio(std::optional<double> value, std::optional<double> floor) {
+  if (!value || !floor || !(*floor > 0)) return std::nullopt;
+  return *value / *floor;
+}
+
+std::optional<std::int64_t> find_settle(std::span<const StepFigures> steps, double threshold) {
+  std::size_t settled = 0;
+  for (std::size_t i = kMedian - 1; i < steps.size(); ++i) {
+    std::array<double, kMedian> window{};
+    bool known = true;
+    for (std::size_t j = 0; j < kMedian; ++j) {
+      const auto& value = steps[i - j].max_vio;
+      known = known && value;
+      window[j] = value.value_or(0);
+    }
+    std::nth_element(window.begin(), window.begin() + kMedian / 2, window.end());
+    settled = known && window[kMedian / 2] < threshold ? settled + 1 : 0;
+    if (settled == kSettledSteps) return steps[i + 1 - kSettledSteps].step;
+  }
+  return std::nullopt;
+}
+
+}  // namespace
+
+bool is_limit(Reason reason) {
+  switch (reason) {
+    case Reason::kRate:
+    case Reason::kRange:
+    case Reason::kGuard:
+    case Reason::kOscillation:
+    case Reason::kRollback:
+    case Reason::kFallback:
+      return true;
+    default:
+      return false;
+  }
+}
+
+void LayerMean::Mean::add(const Metrics::Value& value) {
+  if (!value) return;
+  sum += *value;
+  ++count;
+}
+
+std::optional<double> LayerMean::Mean::value() const {
+  return count ? std::optional(sum / count) : std::nullopt;
+}
+
+void LayerMean::add(const Metrics& metrics) {
+  max_vio_.add(metrics.max_vio);
+  cv_.add(metrics.load_cv);
+  floor_max_vio_.add(floor_max_vio(metrics));
+  floor_cv_.add(metrics.sampling_floor_cv ? metrics.sampling_floor_cv : metrics.noise_floor_cv);
+  figures_.dead_experts += metrics.dead_experts.value_or(0);
+}
+
+void LayerMean::add(const LimitReport& reasons) {
+  for (int r = 0; r < kReasonCount; ++r) {
+    const auto reason = static_cast<Reason>(r);
+    if (reasons.has(reason) && is_limit(reason)) {
+      ++figures_.limit_hits;
+      return;
+    }
+  }
+}
+
+StepFigures LayerMean::figures() const {
+  StepFigures figures = figures_;
+  figures.max_vio = max_vio_.value();
+  figures.cv = cv_.value();
+  figures.floor_max_vio = floor_max_vio_.value();
+  figures.floor_cv = floor_cv_.value();
+  return figures;
+}
+
+StepFigures figures_of(const StepReport& report) {
+  LayerMean step(report.step);
+  step.set_loss(report.info.loss);
+  for (const LayerReport& layer : report.layers) {
+    if (layer.metrics) step.add(*layer.metrics);
+    for (const ActuatorReport& actuator : layer.actuators) step.add(actuator.reasons);
+  }
+  for (const ActuatorReport& actuator : report.model) step.add(actuator.reasons);
+  return step.figures();
+}
+
+Figures compute_figures(std::span<const StepFigures> steps, std::optional<std::int64_t> shift) {
+  Figures out;
+  out.steps = static_cast<std::int64_t>(steps.size());
+  // A shift at the first step or after the last one divides nothing.
+  std::size_t cut = steps.size();
+  if (shift) {
+    const auto at = std::lower_bound(steps.begin(), steps.end(), *shift,
+                                     [](const StepFigures& step, std::int64_t s) { return step.step < s; });
+    if (at != steps.begin()) cut = static_cast<std::size_t>(at - steps.begin());
+  }
+  const auto max_vio = [](const StepFigures& step) { return step.max_vio; };
+  const std::span<const StepFigures> steady = last(steps.first(cut));
+  const auto floor = mean(steady, [](const StepFigures& step) { return step.floor_max_vio; });
+  out.max_vio = mean(steady, max_vio);
+  out.max_vio_over_floor = ratio(out.max_vio, floor);
+  out.cv = mean(steady, [](const StepFigures& step) { return step.cv; });
+  out.cv_over_floor = ratio(out.cv, mean(steady, [](const StepFigures& step) { return step.floor_cv; }));
+  out.dead_experts = mean(steady, [](const StepFigures& step) { return std::optional(step.dead_experts); });
+  if (floor) out.settle = find_settle(steps, kSettledRatio * *floor);
+  if (cut < steps.size()) {
+    if (const auto level = mean(last(steps), max_vio)) {
+      double area = 0;
+      for (const StepFigures& step : steps.subspan(cut, std::min(kWindow, steps.size() - cut))) {
+        if (step.max_vio) area += std::max(0.0, *step.max_vio - *level);
+      }
+      out.excess_area = area;
+    }
+  }
+  for (const StepFigures& step : steps) out.limit_hits += step.limit_hits;
+  std::size_t losses = 0;
+  double sum = 0;
+  for (std::size_t i = steps.size(); i-- > 0 && losses < kWindow;) {
+    if (!steps[i].loss) continue;
+    sum += *steps[i].loss;
+    ++losses;
+  }
+  if (losses) out.loss = sum / static_cast<double>(losses);
+  return out;
+}
+
+std::vector<std::pair<std::string, std::optional<double>>> fields_of(const Figures& figures) {
+  const auto whole = [](std::optional<std::int64_t> value) {
+    return value ? std::optional(static_cast<double>(*value)) : std::nullopt;
+  };
+  return {{"steps", whole(figures.steps)},
+          {"settle", whole(figures.settle)},
+          {"max_vio", figures.max_vio},
+          {"max_vio_over_floor", figures.max_vio_over_floor},
+          {"cv", figures.cv},
+          {"cv_over_floor", figures.cv_over_floor},
+          {"excess_area", figures.excess_area},
+          {"dead_experts", figures.dead_experts},
+          {"limit_hits", whole(figures.limit_hits)},
+          {"loss", figures.loss},
+          {"validation_loss", figures.validation_loss}};
+}
+
+}  // namespace moectl
