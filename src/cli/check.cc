@@ -1,0 +1,126 @@
+// moectl check CONFIG: is it valid, what does it amount to, and can its targets be reached?
+#include <algorithm>
+#include <iostream>
+#include <memory>
+#include <nlohmann/json.hpp>
+
+#include "cli/tool.h"
+#include "moectl/config.h"
+#include "moectl/feasibility.h"
+#include "moectl/metrics.h"
+
+namespace moectl::cli {
+namespace {
+
+struct Options {
+  std::string config, format;
+};
+
+/// The set-points that the config's policies steer to, each as a band of one value.
+struct Target {
+  Actuator actuator;
+  std::string metric;
+  double value;
+  std::int64_t tokens;  ///< that one decision sees; 0 = not known
+};
+
+std::vector<Target> targets_of(const ControllerConfig& config) {
+  std::vector<Target> targets;
+  for (const Actuator which : kActuators) {
+    const ActuatorConfig& actuator = config.actuator(which);
+    const auto& options = actuator.options.values();
+    const auto metric = options.find("metric"), target = options.find("target");
+    if (metric == options.end() || target == options.end()) continue;
+    const auto* name = std::get_if<std::string>(&metric->second);
+    const auto* value = std::get_if<double>(&target->second);
+    if (!name || !value || !find_metric(*name)) continue;
+    targets.push_back({which, *name, *value, config.model.tokens_per_step * actuator.limits.cadence});
+  }
+  return targets;
+}
+
+/// A set-point that cannot be reached can only be chased: the integrator winds up until a limit stops it.
+std::vector<Conflict> judge_targets(const ControllerConfig& config) {
+  std::vector<Conflict> conflicts;
+  const std::vector<Target> targets = targets_of(config);
+  Bands all;
+  LoadSpace space{.experts = config.model.experts, .top_k = config.model.top_k};
+  const auto keep = [&](std::vector<Conflict> found, const std::string& where) {
+    for (Conflict& conflict : found) {
+      conflict.message = where + conflict.message;
+      const auto same = [&](const Conflict& known) { return known.metrics == conflict.metrics; };
+      if (std::none_of(conflicts.begin(), conflicts.end(), same)) conflicts.push_back(std::move(conflict));
+    }
+  };
+  for (const Target& target : targets) {
+    const Bands band = {{target.metric, {target.value, target.value}}};
+    const std::string where =
+        std::string(name_of(target.actuator)) + ".options.target: " + exact(target.value) + ": ";
+    keep(judge({space.experts, space.top_k, target.tokens}, band).conflicts, where);
+    all.insert(*band.begin());
+    space.tokens = std::max(space.tokens, target.tokens);
+  }
+  keep(judge(space, all).conflicts, "targets: ");
+  return conflicts;
+}
+
+std::string text_of(const Conflict& conflict) {
+  return conflict.suggestion.empty() ? conflict.message
+                                     : conflict.message + "; nearest feasible: " + conflict.suggestion;
+}
+
+int check(const Options& options, const PolicyRegistry& registry) {
+  ControllerConfig config;
+  const bool json = options.format == "json";
+  try {
+    config = load_config(options.config, registry);
+  } catch (const ConfigError& e) {
+    if (json) {
+      const nlohmann::ordered_json verdict = {
+          {"valid", false}, {"feasible", false}, {"conflicts", nlohmann::json::array()}, {"error", e.what()}};
+      std::cout << verdict.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) << '\n';
+    }
+    throw;
+  }
+  const std::vector<Conflict> conflicts = judge_targets(config);
+  const bool feasible = conflicts.empty();
+  if (json) {
+    auto list = nlohmann::ordered_json::array();
+    for (const Conflict& conflict : conflicts) {
+      list.push_back({{"metrics", conflict.metrics}, {"message", text_of(conflict)}});
+    }
+    const nlohmann::ordered_json verdict = {{"valid", true}, {"feasible", feasible}, {"conflicts", list}};
+    std::cout << verdict.dump() << '\n';
+    return feasible ? 0 : 1;
+  }
+  std::cout << to_yaml(config);
+  // As comments, so that what was printed is still a config.
+  if (config.model.tokens_per_step == 0 && !targets_of(config).empty()) {
+    std::cout << "# model.tokens_per_step is not given: no target was compared with a noise floor\n";
+  }
+  std::cout << (feasible ? "# valid and feasible\n" : "# valid, but infeasible\n");
+  std::cout.flush();
+  for (const Conflict& conflict : conflicts) std::cerr << "infeasible: " << text_of(conflict) << '\n';
+  return feasible ? 0 : 1;
+}
+
+}  // namespace
+
+void add_check(CLI::App& app, Tool& tool) {
+  CLI::App* command =
+      app.add_subcommand("check", "Validate a config, print it resolved, judge its feasibility");
+  command->footer(
+      "Standard output is the whole config with every default filled in, ready to use; the verdict goes to "
+      "standard\n"
+      "error. With --format json, standard output is the verdict alone.\n\n"
+      "Examples:\n"
+      "  moectl check policies/pi.yaml\n"
+      "  moectl check - --format json < config.yaml");
+  auto options = std::make_shared<Options>();
+  command->add_option("CONFIG", options->config, "YAML config")->required();
+  add_format(*command, options->format, {"text", "json"});
+  command->callback(
+      [&tool, options] { tool.run = [&tool, options] { return check(*options, tool.registry); }; });
+}
+
+}  // namespace moectl::cli

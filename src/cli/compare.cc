@@ -1,0 +1,94 @@
+// moectl compare RUN…: the figures of several runs, side by side.
+#include <iostream>
+#include <memory>
+#include <nlohmann/json.hpp>
+
+#include "cli/tool.h"
+#include "moectl/figures.h"
+
+namespace moectl::cli {
+namespace {
+
+struct Options {
+  std::vector<std::string> runs;
+  std::optional<std::int64_t> shift;
+  std::string format;
+};
+
+nlohmann::ordered_json json_of(const std::string& run, const Figures& figures) {
+  nlohmann::ordered_json row = {{"run", run}};
+  for (const auto& [name, value] : fields_of(figures)) {
+    if (!value) {
+      row[name] = nullptr;
+    } else if (name == "steps" || name == "settle" || name == "limit_hits") {
+      row[name] = static_cast<std::int64_t>(*value);
+    } else {
+      row[name] = *value;
+    }
+  }
+  return row;
+}
+
+int compare(const Options& options) {
+  std::vector<Figures> figures;
+  for (const std::string& run : options.runs) figures.push_back(read_figures(run, options.shift));
+  if (options.format == "json") {
+    auto all = nlohmann::ordered_json::array();
+    for (std::size_t i = 0; i < figures.size(); ++i) all.push_back(json_of(options.runs[i], figures[i]));
+    std::cout << all.dump(2) << '\n';
+    return 0;
+  }
+  // Runs as rows, without the columns that none of them has.
+  std::vector<std::string> header = {"run"};
+  std::vector<std::vector<std::string>> rows;
+  for (const std::string& run : options.runs) rows.push_back({run});
+  const std::size_t fields = fields_of({}).size();
+  for (std::size_t f = 0; f < fields; ++f) {
+    bool any = false;
+    for (const Figures& run : figures) any = any || fields_of(run)[f].second;
+    // "Never settled" is a result.
+    const std::string name = fields_of({})[f].first;
+    if (!any && name != "settle") continue;
+    header.push_back(name);
+    for (std::size_t i = 0; i < figures.size(); ++i) {
+      const auto value = fields_of(figures[i])[f].second;
+      rows[i].push_back(name == "settle" && !value ? "never" : brief(value));
+    }
+  }
+  Table table(header);
+  for (auto& row : rows) table.add(std::move(row));
+  std::cout << table.text();
+  return 0;
+}
+
+}  // namespace
+
+void add_compare(CLI::App& app, Tool& tool) {
+  CLI::App* command = app.add_subcommand("compare", "Compare runs by their figures");
+  command->footer(
+      "Figures, over layers:\n"
+      "  settle              first step after which the 5-step median of MaxVio stays under 1.6 floors for "
+      "20 steps\n"
+      "  max_vio, cv         mean over the steady window: the last 100 steps before the shift, else of the "
+      "run\n"
+      "  ..._over_floor      that, over the mean floor (sampling floor where logged, else noise floor)\n"
+      "  excess_area         sum over the 100 steps from the shift on of MaxVio above its mean over the last "
+      "100\n"
+      "  dead_experts        all layers together, mean over the steady window\n"
+      "  limit_hits          actuator moves that a limit cut short, clipped or overrode, in the whole run\n"
+      "  loss                mean of the last 100 steps; validation_loss: the last record tagged "
+      "'validation'\n"
+      "The shift is the step at which the data changed: from the run log's first line ('shift'), or "
+      "--shift.\n\n"
+      "Examples:\n"
+      "  moectl compare runs/demo/*.jsonl\n"
+      "  moectl compare --shift 420 before.jsonl after.jsonl.gz --format json");
+  auto options = std::make_shared<Options>();
+  command->add_option("RUN", options->runs, "Run logs or traces")->required();
+  command->add_option("--shift", options->shift, "Step at which the data changed, for all runs")
+      ->check(CLI::NonNegativeNumber);
+  add_format(*command, options->format, {"table", "json"});
+  command->callback([&tool, options] { tool.run = [options] { return compare(*options); }; });
+}
+
+}  // namespace moectl::cli

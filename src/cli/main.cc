@@ -1,0 +1,77 @@
+// moectl: checks, simulates, replays and reports. Exit codes: 0 good, 1 the input or config is wrong, 2
+// usage.
+#include <dlfcn.h>
+
+#include <iostream>
+
+#include "cli/tool.h"
+#include "moectl/config.h"
+#include "moectl/run_log.h"
+
+namespace moectl::cli {
+namespace {
+
+/// Lets a shared object add its policies. Only a file named on the command line is ever loaded.
+void load_plugin(const std::string& path, PolicyRegistry& registry) {
+  // Without a slash dlopen would search the system's directories.
+  const std::string file = path.find('/') == std::string::npos ? "./" + path : path;
+  void* handle = dlopen(file.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (!handle) throw InputError(std::string("plugin: ") + dlerror());
+  using Register = void (*)(PolicyRegistry&);
+  const auto add = reinterpret_cast<Register>(dlsym(handle, "moectl_register"));
+  if (!add) {
+    throw InputError("plugin: " + path +
+                     ": must export extern \"C\" void moectl_register(moectl::PolicyRegistry&)");
+  }
+  add(registry);  // the object stays loaded: the registry now holds its code
+}
+
+int run(int argc, char** argv) {
+  CLI::App app(
+      "moectl keeps the experts of a Mixture-of-Experts model evenly loaded while it trains.\n"
+      "This tool checks configs, replays recorded routing, and compares runs. '-' reads standard input.",
+      "moectl");
+  app.require_subcommand(1);
+  app.fallthrough();
+  Tool tool;
+  register_builtin_policies(tool.registry);
+  std::vector<std::string> plugins;
+  app.add_option("--plugin", plugins, "Shared object with policies of your own; may be given more than once")
+      ->type_name("FILE")
+      ->expected(1)
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
+  add_check(app, tool);
+  add_compare(app, tool);
+  add_metrics(app, tool);
+  add_policies(app, tool);
+  add_replay(app, tool);
+  app.footer(
+      "Exit codes: 0 good, 1 the input or config is wrong, 2 usage.\n'moectl COMMAND --help' has examples.");
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& e) {
+    return app.exit(e) == 0 ? 0 : 2;
+  }
+  for (const std::string& plugin : plugins) load_plugin(plugin, tool.registry);
+  return tool.run();
+}
+
+}  // namespace
+}  // namespace moectl::cli
+
+int main(int argc, char** argv) {
+  std::ios::sync_with_stdio(false);
+  try {
+    const int code = moectl::cli::run(argc, argv);
+    std::cout.flush();
+    if (!std::cout) {
+      std::cerr << "moectl: standard output: cannot be written\n";
+      return 1;
+    }
+    return code;
+  } catch (const std::exception& e) {
+    std::cout.flush();
+    std::cerr << "moectl: " << e.what() << '\n';
+    return 1;
+  }
+}

@@ -1,0 +1,282 @@
+// moectl metrics TRACE: every metric of every record, or of two tagged windows.
+#include <algorithm>
+#include <iostream>
+#include <map>
+#include <memory>
+#include <nlohmann/json.hpp>
+
+#include "cli/reshape.h"
+#include "cli/tool.h"
+#include "moectl/config.h"
+#include "moectl/metrics.h"
+#include "moectl/monitor.h"
+#include "moectl/run_log.h"
+
+namespace moectl::cli {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+struct Options {
+  std::string trace, config, format;
+  std::vector<std::string> compare;
+};
+
+/// How to measure: as the config says, and on records that fit it.
+struct Measuring {
+  MetricsOptions metrics;
+  MonitorOptions monitor;
+  std::optional<ModelConfig> model;
+  std::string config, trace;
+
+  void check(const LogRecord& record) const {
+    if (!model) return;
+    const auto must = [&](const char* field, int found, int wanted) {
+      if (found == wanted) return;
+      throw InputError((trace == "-" ? "<stdin>" : trace) + ':' + std::to_string(record.line) + ": " + field +
+                       ": " + std::to_string(found) + ": must be " + std::to_string(wanted) + ", model." +
+                       field + " of " + config);
+    };
+    must("experts", record.stats.experts(), model->experts);
+    must("top_k", record.stats.top_k(), model->top_k);
+  }
+};
+
+void add_per_expert(const RoutingStats& stats, Json& object) {
+  std::vector<double> values(static_cast<std::size_t>(stats.experts()));
+  for (const ExpertField& field : expert_fields()) {
+    // NaN, an expert without data, becomes null.
+    if (field.values(stats, values)) object[std::string(field.name)] = values;
+  }
+}
+
+Json json_of(const Metrics& metrics) {
+  Json object = Json::object();
+  for (const MetricField& field : metric_fields()) {
+    const Metrics::Value& value = metrics.*field.value;
+    object[std::string(field.name)] = value ? Json(*value) : Json(nullptr);
+  }
+  return object;
+}
+
+std::vector<std::string> names() {
+  std::vector<std::string> names;
+  for (const MetricField& field : metric_fields()) names.emplace_back(field.name);
+  return names;
+}
+
+void print_csv(const std::vector<std::string>& cells) {
+  for (std::size_t i = 0; i < cells.size(); ++i) std::cout << (i ? "," : "") << cells[i];
+  std::cout << '\n';
+}
+
+// ---- Record by record. ----
+
+/// The history that smoothed metrics need, a layer and tag at a time.
+class Histories {
+ public:
+  explicit Histories(const MonitorOptions& options) : options_(options) {}
+  void observe(const LogRecord& record, Metrics& metrics) {
+    auto& monitor = monitors_[{record.layer, record.tag, record.stats.experts()}];
+    if (!monitor) monitor = std::make_unique<LayerMonitor>(record.stats.shape(), options_);
+    monitor->observe(record.stats, metrics);
+  }
+
+ private:
+  MonitorOptions options_;
+  std::map<std::tuple<int, std::string, int>, std::unique_ptr<LayerMonitor>> monitors_;
+};
+
+int print_records(LogReader& reader, const Measuring& how, const std::string& format) {
+  Histories histories(how.monitor);
+  std::vector<std::string> header = {"step", "layer"};
+  for (const std::string& name : names()) header.push_back(name);
+  Table table(header);
+  if (format == "csv") print_csv(header);
+  while (const auto record = reader.next()) {
+    // Records of whole-model actuators, and of logs without counts, have nothing to measure.
+    if (record->layer < 0 || record->stats.experts() == 0) continue;
+    how.check(*record);
+    Metrics metrics = measure(record->stats, how.metrics);
+    histories.observe(*record, metrics);
+    if (format == "json") {
+      Json line = {{"step", record->step}, {"layer", record->layer}};
+      if (record->tag != "train") line["tag"] = record->tag;
+      line["metrics"] = json_of(metrics);
+      add_per_expert(record->stats, line["metrics"]);
+      std::cout << line.dump() << '\n';
+      continue;
+    }
+    std::vector<std::string> row = {std::to_string(record->step), std::to_string(record->layer)};
+    for (const MetricField& field : metric_fields()) {
+      const Metrics::Value& value = metrics.*field.value;
+      row.push_back(format == "table" ? brief(value) : value ? exact(*value) : "");
+    }
+    if (format == "csv") {
+      print_csv(row);
+    } else {
+      table.add(std::move(row));
+    }
+  }
+  if (format == "table") std::cout << table.text();
+  return 0;
+}
+
+// ---- Two windows. ----
+
+/// Sums of each layer over all records of a tag: a whole validation pass is one window.
+class Window {
+ public:
+  void add(const LogRecord& record) {
+    auto it = layers_.find(record.layer);
+    if (it == layers_.end()) {
+      layers_.emplace(record.layer,
+                      reshaped(record.stats, {}, without_domains(record.stats.shape().needs), {}));
+      return;
+    }
+    RoutingStats& sum = it->second;
+    // What one of the records lacks is no longer known of the sum.
+    const StatsNeeds common = both(sum.shape().needs, record.stats.shape().needs);
+    if (common != sum.shape().needs) sum = reshaped(sum, {}, common, {});
+    sum += reshaped(record.stats, {}, common, {});
+  }
+  const std::map<int, RoutingStats>& layers() const { return layers_; }
+
+ private:
+  static StatsNeeds without_domains(StatsNeeds needs) {
+    needs.domains = 0;
+    return needs;
+  }
+  static StatsNeeds both(const StatsNeeds& a, const StatsNeeds& b) {
+    return {.gap = a.gap && b.gap,
+            .sequences = a.sequences && b.sequences,
+            .probabilities = a.probabilities && b.probabilities,
+            .gradients = a.gradients && b.gradients,
+            .losses = a.losses && b.losses,
+            .latencies = a.latencies && b.latencies,
+            .domains = 0};
+  }
+  std::map<int, RoutingStats> layers_;
+};
+
+/// Fisher–Rao distance between two loads, in [0, π].
+std::optional<double> load_distance(const RoutingStats& a, const RoutingStats& b) {
+  const auto shares = [](const RoutingStats& stats) {
+    std::vector<double> p(stats.counts().begin(), stats.counts().end());
+    for (double& share : p) share /= static_cast<double>(stats.assignments());
+    return p;
+  };
+  if (a.assignments() <= 0 || b.assignments() <= 0) return std::nullopt;
+  return fisher_distance(shares(a), shares(b));
+}
+
+int print_comparison(LogReader& reader, const Measuring& how, const Options& options) {
+  const std::string &first = options.compare[0], &second = options.compare[1];
+  Window a, b;
+  while (const auto record = reader.next()) {
+    if (record->layer < 0 || record->stats.experts() == 0) continue;
+    how.check(*record);
+    if (record->tag == first) a.add(*record);
+    if (record->tag == second) b.add(*record);
+  }
+  for (const auto& [tag, window] : {std::pair{&first, &a}, std::pair{&second, &b}}) {
+    if (window->layers().empty()) throw InputError("--compare: " + *tag + ": no record carries this tag");
+  }
+  std::vector<std::string> header = {"metric", "layer", first, second, "difference"};
+  if (options.format == "csv") print_csv(header);
+  Table table(header);
+  for (const auto& [layer, left] : a.layers()) {
+    const auto it = b.layers().find(layer);
+    if (it == b.layers().end() || it->second.experts() != left.experts()) continue;
+    const RoutingStats& right = it->second;
+    const Metrics x = measure(left, how.metrics), y = measure(right, how.metrics);
+    Json metrics = Json::object();
+    const auto add = [&](const std::string& name, const Metrics::Value& u, const Metrics::Value& v) {
+      const Metrics::Value difference = u && v ? Metrics::Value(*v - *u) : std::nullopt;
+      if (options.format == "json") {
+        const auto json = [](const Metrics::Value& value) { return value ? Json(*value) : Json(nullptr); };
+        metrics[name] = {{first, json(u)}, {second, json(v)}, {"difference", json(difference)}};
+        return;
+      }
+      const bool table_wanted = options.format == "table";
+      const auto cell = [&](const Metrics::Value& value) {
+        return table_wanted ? brief(value) : value ? exact(*value) : std::string();
+      };
+      std::vector<std::string> row = {name, std::to_string(layer), cell(u), cell(v), cell(difference)};
+      if (table_wanted) {
+        table.add(std::move(row));
+      } else {
+        print_csv(row);
+      }
+    };
+    for (const MetricField& field : metric_fields()) {
+      if (field.name == "dead_experts") continue;  // needs a history; a window has none
+      add(std::string(field.name), x.*field.value, y.*field.value);
+    }
+    if (options.format == "json") {
+      const auto distance = load_distance(left, right);
+      std::cout << Json{{"layer", layer},
+                        {"tags", {first, second}},
+                        {"load_distance", distance ? Json(*distance) : Json(nullptr)},
+                        {"metrics", metrics}}
+                       .dump()
+                << '\n';
+    }
+  }
+  if (options.format == "table") std::cout << table.text();
+  return 0;
+}
+
+int metrics(const Options& options, const PolicyRegistry& registry) {
+  Measuring how;
+  how.config = options.config;
+  how.trace = options.trace;
+  if (!options.config.empty()) {
+    const ControllerConfig config = load_config(options.config, registry);
+    how.metrics = config.metrics;
+    how.monitor = config.monitor;
+    how.model = config.model;
+  }
+  LogReader reader(options.trace);
+  return options.compare.empty() ? print_records(reader, how, options.format)
+                                 : print_comparison(reader, how, options);
+}
+
+}  // namespace
+
+void add_metrics(CLI::App& app, Tool& tool) {
+  CLI::App* command = app.add_subcommand("metrics", "Print every metric of every record of a trace");
+  std::string footer = "Metrics (absent ones are null, an empty cell, or '-'):\n";
+  std::size_t widest = 0;
+  for (const MetricField& field : metric_fields()) widest = std::max(widest, field.name.size());
+  for (const MetricField& field : metric_fields()) {
+    footer += "  " + std::string(field.name) + std::string(widest + 2 - field.name.size(), ' ') +
+              std::string(field.formula) + (field.unit.empty() ? "" : "  [" + std::string(field.unit) + "]") +
+              '\n';
+  }
+  footer += "Per expert, in json only, where the record has them:\n";
+  for (const ExpertField& field : expert_fields()) {
+    footer += "  " + std::string(field.name) + "  " + std::string(field.formula) +
+              (field.unit.empty() ? "" : "  [" + std::string(field.unit) + "]") + '\n';
+  }
+  command->footer(footer +
+                  "\nExamples:\n"
+                  "  moectl metrics trace.jsonl\n"
+                  "  moectl metrics trace.jsonl.gz --format csv > metrics.csv\n"
+                  "  moectl metrics run.jsonl --compare train validation --format table");
+  auto options = std::make_shared<Options>();
+  command->add_option("TRACE", options->trace, "Trace or run log, plain or gzip; - reads standard input")
+      ->required();
+  command->add_option("--config", options->config,
+                      "Take capacity factor, thresholds and placement from this config");
+  command
+      ->add_option("--compare", options->compare,
+                   "Sum all records of each tag into one window a layer, and set the two side by side")
+      ->expected(2)
+      ->type_name("TAG");
+  add_format(*command, options->format, {"json", "csv", "table"});
+  command->callback(
+      [&tool, options] { tool.run = [&tool, options] { return metrics(*options, tool.registry); }; });
+}
+
+}  // namespace moectl::cli

@@ -1,0 +1,102 @@
+// moectl policies [NAME]: what is registered, with options, defaults, units.
+#include <iostream>
+#include <memory>
+
+#include "cli/tool.h"
+#include "moectl/config.h"
+
+namespace moectl::cli {
+namespace {
+
+std::string joined(const std::vector<std::string>& words, const char* between) {
+  std::string text;
+  for (const std::string& word : words) text += (text.empty() ? "" : between) + word;
+  return text;
+}
+
+std::string actuators_of(const PolicyDescription& policy) {
+  std::vector<std::string> names;
+  for (const Actuator actuator : policy.actuators) names.emplace_back(name_of(actuator));
+  return joined(names, ", ");
+}
+
+std::string shown(const OptionValue& value) {
+  struct Show {
+    std::string operator()(bool v) const { return v ? "true" : "false"; }
+    std::string operator()(std::int64_t v) const { return std::to_string(v); }
+    std::string operator()(double v) const { return exact(v); }
+    std::string operator()(const std::string& v) const { return v.empty() ? "(required)" : v; }
+  };
+  return std::visit(Show{}, value);
+}
+
+std::string range_of(const OptionSpec& spec) {
+  if (std::holds_alternative<bool>(spec.default_value)) return "true, false";
+  if (std::holds_alternative<std::string>(spec.default_value)) {
+    return spec.choices.empty() ? "any word" : joined(spec.choices, ", ");
+  }
+  const bool low = spec.min > -1e308, high = spec.max < 1e308;
+  if (low && high) return exact(spec.min) + " to " + exact(spec.max);
+  return low ? "from " + exact(spec.min) : high ? "to " + exact(spec.max) : "any number";
+}
+
+void list(const PolicyRegistry& registry) {
+  std::size_t name_width = 0, actuator_width = 0;
+  for (const PolicyDescription* policy : registry.all()) {
+    name_width = std::max(name_width, policy->name.size());
+    actuator_width = std::max(actuator_width, actuators_of(*policy).size());
+  }
+  for (const PolicyDescription* policy : registry.all()) {
+    const std::string actuators = actuators_of(*policy);
+    std::cout << policy->name << std::string(name_width + 2 - policy->name.size(), ' ') << actuators
+              << std::string(actuator_width + 2 - actuators.size(), ' ') << policy->summary << '\n';
+  }
+}
+
+void describe(const PolicyDescription& policy) {
+  std::cout << policy.name << ": " << policy.summary << "\nserves: " << actuators_of(policy) << '\n';
+  if (policy.options.empty()) {
+    std::cout << "options: none\n";
+    return;
+  }
+  std::cout << "options:\n";
+  for (const OptionSpec& spec : policy.options) {
+    std::cout << "  " << spec.name << ": " << shown(spec.default_value) << "   # " << range_of(spec);
+    if (!spec.unit.empty()) std::cout << ", " << spec.unit;
+    std::cout << "\n      " << spec.description << '\n';
+  }
+}
+
+}  // namespace
+
+void add_policies(CLI::App& app, Tool& tool) {
+  CLI::App* command = app.add_subcommand("policies", "List the policies, or describe one");
+  command->footer(
+      "Examples:\n"
+      "  moectl policies\n"
+      "  moectl policies sign_bias\n"
+      "  moectl --plugin ./libmine.so policies mine");
+  auto name = std::make_shared<std::string>();
+  command->add_option("NAME", *name, "The policy to describe");
+  command->callback([&tool, name] {
+    tool.run = [&tool, name] {
+      if (name->empty()) {
+        list(tool.registry);
+        return 0;
+      }
+      const PolicyDescription* policy = tool.registry.find(*name);
+      if (!policy) {
+        std::vector<std::string> names;
+        for (const PolicyDescription* p : tool.registry.all()) names.push_back(p->name);
+        const std::string near = nearest_key(*name, names);
+        throw InputError(
+            "policies: " + *name + ": unknown policy; " +
+            (near.empty() ? "there are " + joined(names, ", ") : "did you mean '" + near + "'?"));
+      }
+      describe(*policy);
+      return 0;
+    };
+  });
+}
+
+}  // namespace moectl::cli

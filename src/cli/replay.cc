@@ -1,0 +1,157 @@
+// moectl replay CONFIG TRACE: what the controller would have commanded on recorded counts.
+//
+// Active and without lag, whatever the config says: `applied` at step t uses step t's counts and is in force
+// from the next one on; the first proposal starts at `initial`. The routing itself does not answer: it was
+// recorded.
+#include <cstdio>
+#include <iostream>
+#include <memory>
+
+#include "cli/reshape.h"
+#include "cli/tool.h"
+#include "moectl/config.h"
+#include "moectl/controller.h"
+#include "moectl/run_log.h"
+
+namespace moectl::cli {
+namespace {
+
+struct Options {
+  std::string config, trace, run = "-";
+};
+
+class Replay {
+ public:
+  Replay(const Options& options, const PolicyRegistry& registry)
+      : options_(options), config_(active(options, registry)), trace_(options.trace) {
+    const LogHeader& header = trace_.header();
+    const ModelConfig& model = config_.model;
+    must_agree("layers", header.layers, model.layers, 1);
+    must_agree("experts", header.experts, model.experts, 1);
+    must_agree("top_k", header.top_k, model.top_k, 1);
+    // Only now: a log that exists is not overwritten for inputs that do not fit together.
+    controller_.emplace(config_, registry);
+    writer_.emplace(options.run, config_, false, header.shift);
+  }
+
+  int run() {
+    while (writer_->ok()) {
+      const auto record = trace_.next();
+      if (!record) break;
+      if (record->layer < 0 || record->tag != "train") continue;
+      if (record->step != step_) {
+        finish_step();
+        if (record->step < step_) {
+          fail(*record, "step", std::to_string(record->step),
+               "must not be below the step before it (" + std::to_string(step_) +
+                   "): sort the records by step");
+        }
+        step_ = record->step;
+      }
+      take(*record);
+    }
+    finish_step();
+    writer_->flush();
+    if (!writer_->ok()) return 1;  // the writer has said why
+    if (options_.run != "-") {
+      std::cout << "replayed " << controller_->steps() << " steps of " << config_.model.layers
+                << " layers to " << options_.run << '\n';
+    }
+    return 0;
+  }
+
+ private:
+  static ControllerConfig active(const Options& options, const PolicyRegistry& registry) {
+    if (options.config == "-" && options.trace == "-") {
+      throw InputError("CONFIG and TRACE: -: standard input can be only one of them");
+    }
+    ControllerConfig config = load_config(options.config, registry);
+    config.mode = Mode::kActive;
+    return config;
+  }
+
+  [[noreturn]] void fail(std::int64_t line, const std::string& field, const std::string& value,
+                         const std::string& constraint) const {
+    throw InputError((options_.trace == "-" ? "<stdin>" : options_.trace) + ':' + std::to_string(line) +
+                     ": " + field + ": " + value + ": " + constraint);
+  }
+  [[noreturn]] void fail(const LogRecord& record, const std::string& field, const std::string& value,
+                         const std::string& constraint) const {
+    fail(record.line, field, value, constraint);
+  }
+  void must_agree(const char* field, std::optional<int> found, int wanted, std::int64_t line) const {
+    if (found && *found != wanted) {
+      fail(line, field, std::to_string(*found),
+           "must be " + std::to_string(wanted) + ", model." + field + " of " + options_.config);
+    }
+  }
+
+  void take(const LogRecord& record) {
+    const ModelConfig& model = config_.model;
+    if (record.layer >= model.layers) {
+      fail(record, "layer", std::to_string(record.layer),
+           "must be below model.layers (" + std::to_string(model.layers) + ") of " + options_.config);
+    }
+    if (record.stats.experts() == 0) {
+      fail(record, "counts", "missing", "required: this log was written with per_expert off");
+    }
+    must_agree("experts", record.stats.experts(), model.experts, record.line);
+    must_agree("top_k", record.stats.top_k(), model.top_k, record.line);
+    controller_->record(record.layer,
+                        reshaped(record.stats, record.domains, controller_->shape().needs, model.domains));
+    any_ = true;
+    if (record.loss) loss_ = record.loss;
+    if (!record.next_mixture.empty()) {
+      mixture_.assign(model.domains.size(), 0);
+      for (std::size_t d = 0; d < mixture_.size(); ++d) {
+        const auto it = record.next_mixture.find(model.domains[d]);
+        if (it != record.next_mixture.end()) mixture_[d] = it->second;
+      }
+    }
+  }
+
+  void finish_step() {
+    if (!any_) return;
+    StepInfo info;
+    info.loss = loss_;
+    info.next_mixture = mixture_;
+    StepReport report = controller_->step(info);
+    report.step = step_;  // the trace's own number: it may begin late or skip
+    if (step_ % config_.log.every == 0) writer_->write(report);
+    any_ = false;
+    loss_.reset();
+    mixture_.clear();
+  }
+
+  const Options& options_;
+  ControllerConfig config_;
+  LogReader trace_;
+  std::optional<Controller> controller_;
+  std::optional<RunLogWriter> writer_;
+  std::int64_t step_ = -1;
+  bool any_ = false;  // something was recorded for step_
+  std::optional<double> loss_;
+  std::vector<std::int64_t> mixture_;
+};
+
+}  // namespace
+
+void add_replay(CLI::App& app, Tool& tool) {
+  CLI::App* command =
+      app.add_subcommand("replay", "Show what the controller would have commanded on recorded counts");
+  command->footer(
+      "The controller runs active and without lag: what is applied at step t uses step t's counts. Records "
+      "tagged\n"
+      "other than 'train' are passed over; a layer that a step does not mention has no data in it.\n\n"
+      "Examples:\n"
+      "  moectl replay policies/sign_bias.yaml trace.jsonl -o run.jsonl\n"
+      "  zcat trace.jsonl.gz | moectl replay policies/sign_bias.yaml - | head");
+  auto options = std::make_shared<Options>();
+  command->add_option("CONFIG", options->config, "YAML config")->required();
+  command->add_option("TRACE", options->trace, "Trace or run log")->required();
+  command->add_option("-o,--output", options->run, "Run log to write; without it, standard output");
+  command->callback(
+      [&tool, options] { tool.run = [&tool, options] { return Replay(*options, tool.registry).run(); }; });
+}
+
+}  // namespace moectl::cli

@@ -1,0 +1,58 @@
+#include "cli/reshape.h"
+
+#include <algorithm>
+
+namespace moectl::cli {
+
+RoutingStats reshaped(const RoutingStats& stats, const std::vector<std::string>& domains,
+                      const StatsNeeds& needs, const std::vector<std::string>& wanted_domains) {
+  using S = RoutingStats;
+  RoutingStats out({.experts = stats.experts(), .top_k = stats.top_k(), .needs = needs});
+  const auto copy_scalars = [&](std::initializer_list<S::Scalar> scalars) {
+    for (const S::Scalar which : scalars) out.set_scalar(which, stats.scalar(which));
+  };
+  const auto copy_arrays = [&](std::initializer_list<S::Array> arrays) {
+    for (const S::Array which : arrays)
+      std::ranges::copy(stats.array(which), out.mutable_array(which).begin());
+  };
+  const StatsNeeds& has = stats.shape().needs;
+  copy_scalars({S::kTokens, S::kInvalidRecords, S::kDropped, S::kDropTokens});
+  copy_arrays({S::kCounts});
+  if (needs.gap && has.gap) copy_scalars({S::kGapSum, S::kGapTokens});
+  if (needs.sequences && has.sequences) {
+    copy_scalars({S::kSequences, S::kSequenceTokens, S::kSequenceLenSq});
+    copy_arrays({S::kSequenceSq, S::kSequenceCross});
+  }
+  if (needs.probabilities && has.probabilities) {
+    copy_scalars({S::kProbTokens, S::kTokenEntropySum});
+    copy_arrays({S::kProbSum, S::kSqrtProbSum});
+  }
+  if (needs.gradients && has.gradients) {
+    copy_scalars({S::kGradRecords});
+    copy_arrays({S::kGradNormSum});
+  }
+  if (needs.latencies && has.latencies) {
+    copy_scalars({S::kLatencyRecords});
+    copy_arrays({S::kLatencySum});
+  }
+  if (needs.losses && has.losses) copy_arrays({S::kExpertLossSum, S::kExpertLossTokens});
+  std::int64_t tokens = 0;
+  for (std::size_t d = 0; d < wanted_domains.size() && needs.domains > 0; ++d) {
+    const auto it = std::find(domains.begin(), domains.end(), wanted_domains[d]);
+    if (it == domains.end()) continue;
+    const auto from = static_cast<int>(it - domains.begin());
+    const auto to = out.mutable_array(S::kDomainCounts).subspan(d * stats.counts().size());
+    std::ranges::copy(stats.domain_counts(from), to.begin());
+    tokens += stats.domain_tokens(from);
+  }
+  // All tokens, or a number that differs from them: what is partial is absent.
+  if (!wanted_domains.empty() && needs.domains > 0) {
+    const bool all = std::ranges::all_of(domains, [&](const std::string& name) {
+      return std::find(wanted_domains.begin(), wanted_domains.end(), name) != wanted_domains.end();
+    });
+    out.set_scalar(S::kDomainTokens, all ? stats.scalar(S::kDomainTokens) : tokens);
+  }
+  return out;
+}
+
+}  // namespace moectl::cli

@@ -1,0 +1,55 @@
+// The command-line tool: one file a subcommand, each of which adds itself to the parser and leaves what to
+// run.
+#pragma once
+
+#include <CLI/CLI.hpp>
+
+#include <functional>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "moectl/policy.h"
+
+namespace moectl::cli {
+
+/// What every subcommand shares.
+struct Tool {
+  PolicyRegistry registry;   ///< The built-in policies, and those of plugins.
+  std::function<int()> run;  ///< Set by the subcommand that was named; returns the exit code.
+};
+
+/// Input that is wrong in a way that only the tool can see. Exit code 1, like ConfigError and LogError.
+class InputError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+void add_check(CLI::App& app, Tool& tool);
+void add_compare(CLI::App& app, Tool& tool);
+void add_metrics(CLI::App& app, Tool& tool);
+void add_policies(CLI::App& app, Tool& tool);
+void add_replay(CLI::App& app, Tool& tool);
+
+/// The choice of an output format, the first being the default.
+void add_format(CLI::App& command, std::string& format, std::vector<std::string> formats);
+
+/// A table of text with aligned columns: the first to the left, the others to the right.
+class Table {
+ public:
+  explicit Table(std::vector<std::string> header) { add(std::move(header)); }
+  void add(std::vector<std::string> row) { rows_.push_back(std::move(row)); }
+  std::string text() const;
+
+ private:
+  std::vector<std::vector<std::string>> rows_;
+};
+
+/// A number for people: four significant digits; "-" if absent.
+std::string brief(const std::optional<double>& value);
+/// A number for machines: the shortest form that reads back exactly.
+std::string exact(double value);
+
+}  // namespace moectl::cli

@@ -1,0 +1,78 @@
+#include <gmock/gmock.h>
+
+#include "tool.h"
+
+namespace moectl {
+namespace {
+
+using ::testing::HasSubstr;
+
+const char* const kGood = "version: 1\nmodel: {layers: 3, experts: 16, top_k: 2, tokens_per_step: 2048}\n";
+
+std::string with_target(const char* metric, const char* target, const char* limits = "{}") {
+  return std::string(kGood) + "aux_loss_weight: {policy: pi, initial: 0.01, options: {metric: " + metric +
+         ", target: " + target + "}, limits: " + limits + "}\n";
+}
+
+TEST(Check, PrintsAConfigThatIsReadyToUse) {
+  const TempDir dir;
+  const ToolResult first = run_tool(dir, "check " + dir.write("c.yaml", with_target("load_cv", "0.3")));
+  EXPECT_EQ(first.code, 0) << first.err;
+  EXPECT_EQ(first.err, "");
+  EXPECT_THAT(first.out, HasSubstr("\naux_loss_weight:\n  policy: pi\n"));
+  EXPECT_THAT(first.out, HasSubstr("# valid and feasible\n"));
+  const ToolResult again = run_tool(dir, "check -", first.out);
+  EXPECT_EQ(again.code, 0) << again.err;
+  EXPECT_EQ(again.out, first.out);
+}
+
+TEST(Check, AWrongConfigNamesThePlace) {
+  const TempDir dir;
+  dir.write("c.yaml", "version: 1\nmodel: {layers: 3, experts: 16, topk: 2}\n");
+  const ToolResult text = run_tool(dir, "check c.yaml");
+  EXPECT_EQ(text.code, 1);
+  EXPECT_EQ(text.out, "");
+  EXPECT_EQ(text.err, "moectl: c.yaml:2:33: model.topk: 2: unknown key; did you mean 'top_k'?\n");
+  const ToolResult json = run_tool(dir, "check c.yaml --format json");
+  EXPECT_EQ(json.code, 1);
+  EXPECT_EQ(json.json()["valid"], false);
+  EXPECT_THAT(json.json()["error"].get<std::string>(), HasSubstr("c.yaml:2:33"));
+}
+
+TEST(Check, ATargetUnderTheNoiseFloorIsInfeasible) {
+  const TempDir dir;
+  // √((16/2 - 1)/2048) = 0.05846 for one step; over a cadence of 4 steps, half of it.
+  dir.write("under.yaml", with_target("load_cv", "0.05"));
+  const ToolResult text = run_tool(dir, "check under.yaml");
+  EXPECT_EQ(text.code, 1);
+  EXPECT_THAT(text.out, HasSubstr("# valid, but infeasible\n"));
+  EXPECT_THAT(text.err, HasSubstr("infeasible: aux_loss_weight.options.target: 0.05: load_cv"));
+  EXPECT_THAT(text.err, HasSubstr("0.05846"));
+  const ToolResult json = run_tool(dir, "check under.yaml --format json");
+  EXPECT_EQ(json.code, 1);
+  EXPECT_EQ(json.json()["valid"], true);
+  EXPECT_EQ(json.json()["feasible"], false);
+  ASSERT_EQ(json.json()["conflicts"].size(), 1U);
+  EXPECT_EQ(json.json()["conflicts"][0]["metrics"], (std::vector<std::string>{"load_cv"}));
+
+  dir.write("window.yaml", with_target("load_cv", "0.05", "{cadence: 4}"));
+  EXPECT_EQ(run_tool(dir, "check window.yaml").code, 0);
+  dir.write("over.yaml", with_target("load_cv", "0.06"));
+  const ToolResult over = run_tool(dir, "check over.yaml --format json");
+  EXPECT_EQ(over.code, 0);
+  EXPECT_EQ(over.out, "{\"valid\":true,\"feasible\":true,\"conflicts\":[]}\n");
+  dir.write("vio.yaml", with_target("max_vio", "0.05"));
+  EXPECT_EQ(run_tool(dir, "check vio.yaml").code, 1);
+}
+
+TEST(Check, WithoutTokensTheFloorIsNotJudgedAndThatIsSaid) {
+  const TempDir dir;
+  std::string text = with_target("load_cv", "0.05");
+  text.erase(text.find(", tokens_per_step: 2048"), 23);
+  const ToolResult result = run_tool(dir, "check " + dir.write("c.yaml", text));
+  EXPECT_EQ(result.code, 0);
+  EXPECT_THAT(result.out, HasSubstr("# model.tokens_per_step is not given"));
+}
+
+}  // namespace
+}  // namespace moectl

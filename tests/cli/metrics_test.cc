@@ -1,0 +1,133 @@
+#include <gmock/gmock.h>
+#include <zlib.h>
+
+#include "moectl/metrics.h"
+#include "tool.h"
+
+namespace moectl {
+namespace {
+
+using ::testing::HasSubstr;
+using ::testing::StartsWith;
+
+// (16, 4, 4, 1)/25 at k = 1, N = 4, T = 25: the values are worked out by hand.
+const char* const kTrace =
+    R"({"format":"moectl-trace","version":1,"layers":2,"experts":4,"top_k":1})"
+    "\n"
+    R"({"step":0,"layer":0,"tokens":25,"top_k":1,"counts":[16,4,4,1]})"
+    "\n"
+    R"({"step":0,"layer":1,"tokens":0,"top_k":1,"counts":[0,0,0,0]})"
+    "\n"
+    R"({"step":0,"layer":0,"tokens":8,"top_k":1,"counts":[2,2,2,2],"tag":"validation"})"
+    "\n";
+
+TEST(MetricsCommand, PrintsEveryMetricOfEveryRecord) {
+  const TempDir dir;
+  const ToolResult result = run_tool(dir, "metrics " + dir.write("t.jsonl", kTrace));
+  ASSERT_EQ(result.code, 0) << result.err;
+  ASSERT_EQ(result.lines().size(), 3U);
+  const auto first = result.json(0);
+  EXPECT_EQ(first["step"], 0);
+  EXPECT_EQ(first["layer"], 0);
+  const auto& metrics = first["metrics"];
+  for (const MetricField& field : metric_fields()) EXPECT_TRUE(metrics.contains(field.name)) << field.name;
+  EXPECT_NEAR(metrics["max_load"].get<double>(), 0.64, 1e-15);
+  EXPECT_NEAR(metrics["max_vio"].get<double>(), 1.56, 1e-14);
+  EXPECT_NEAR(metrics["gini"].get<double>(), 0.45, 1e-15);  // Σ|ci-cj| = 2(12+12+15+0+3+3) = 90, over 2·25·4
+  // std(p)·N = √((16² + 4² + 4² + 1)/4 - 6.25²)·4/25
+  EXPECT_NEAR(metrics["load_cv"].get<double>(), std::sqrt(289 / 4.0 - 39.0625) * 4 / 25, 1e-14);
+  EXPECT_NEAR(metrics["noise_floor_cv"].get<double>(), std::sqrt(3 / 25.0), 1e-15);
+  EXPECT_TRUE(metrics["drop_rate"].is_null());
+  for (const MetricField& field : metric_fields()) {
+    EXPECT_TRUE(result.json(1)["metrics"][std::string(field.name)].is_null()) << "no data: " << field.name;
+  }
+  EXPECT_EQ(result.json(2)["tag"], "validation");
+  EXPECT_EQ(result.json(2)["metrics"]["load_cv"], 0.0);
+}
+
+TEST(MetricsCommand, CsvAndTableHaveOneColumnAMetric) {
+  const TempDir dir;
+  dir.write("t.jsonl", kTrace);
+  const ToolResult csv = run_tool(dir, "metrics t.jsonl --format csv");
+  ASSERT_EQ(csv.code, 0);
+  ASSERT_EQ(csv.lines().size(), 4U);
+  EXPECT_THAT(csv.lines()[0], StartsWith("step,layer,entropy,entropy_normalized,"));
+  for (const std::string& line : csv.lines()) {
+    EXPECT_EQ(static_cast<std::size_t>(std::count(line.begin(), line.end(), ',')),
+              metric_fields().size() + 1);
+  }
+  // No data: cells are empty.
+  EXPECT_EQ(csv.lines()[2], "0,1" + std::string(metric_fields().size(), ','));
+  const ToolResult table = run_tool(dir, "metrics t.jsonl --format table");
+  ASSERT_EQ(table.code, 0);
+  ASSERT_EQ(table.lines().size(), 4U);
+  EXPECT_EQ(table.lines()[0].size(), table.lines()[1].size());
+}
+
+TEST(MetricsCommand, ReadsStandardInputAndGzip) {
+  const TempDir dir;
+  const ToolResult plain = run_tool(dir, "metrics -", kTrace);
+  ASSERT_EQ(plain.code, 0) << plain.err;
+  gzFile file = gzopen(dir.path("t").c_str(), "wb");
+  gzputs(file, kTrace);
+  gzclose(file);
+  EXPECT_EQ(run_tool(dir, "metrics t").out, plain.out);
+  EXPECT_EQ(run_tool(dir, "metrics -", TempDir::read(dir.path("t"))).out, plain.out);
+}
+
+TEST(MetricsCommand, WrongLinesAreNamed) {
+  const TempDir dir;
+  dir.write("t.jsonl",
+            std::string(kTrace) + R"({"step":0,"layer":0,"tokens":25,"top_k":1,"counts":[16,4,4,1]})");
+  const ToolResult result = run_tool(dir, "metrics t.jsonl");
+  EXPECT_EQ(result.code, 1);
+  EXPECT_EQ(result.err, "moectl: t.jsonl:5: step: 0: repeated for layer 0, tag train\n");
+  EXPECT_EQ(run_tool(dir, "metrics -", R"({"step":0,"layer":0,"tokens":1,"top_k":1,"counts":[2]})").err,
+            "moectl: <stdin>:1: counts: sum 2: must be at most tokens * top_k (1)\n");
+}
+
+TEST(MetricsCommand, TheConfigSetsThresholds) {
+  const TempDir dir;
+  dir.write("t.jsonl", kTrace);
+  const std::string model = "version: 1\nmodel: {layers: 2, experts: 4, top_k: 1}\n";
+  dir.write("c.yaml", model + "metrics: {capacity_factor: 3, cold_fraction: 1, placement: [0, 0, 1, 1]}\n");
+  const auto metrics = run_tool(dir, "metrics t.jsonl --config c.yaml").json()["metrics"];
+  EXPECT_EQ(metrics["hot_experts"], 0);   // 16 is under 3 · 6.25
+  EXPECT_EQ(metrics["cold_experts"], 3);  // under the mean itself
+  EXPECT_EQ(metrics["straggler_slowdown"], 1.6);
+  dir.write("other.yaml", "version: 1\nmodel: {layers: 2, experts: 8, top_k: 1}\n");
+  const ToolResult other = run_tool(dir, "metrics t.jsonl --config other.yaml");
+  EXPECT_EQ(other.code, 1);
+  EXPECT_EQ(other.err, "moectl: t.jsonl:2: experts: 4: must be 8, model.experts of other.yaml\n");
+}
+
+TEST(MetricsCommand, ComparesTwoTaggedWindows) {
+  const TempDir dir;
+  dir.write("t.jsonl",
+            std::string(kTrace) +
+                R"({"step":1,"layer":0,"tokens":15,"top_k":1,"counts":[4,6,4,1]})"
+                "\n" +
+                R"({"step":1,"layer":0,"tokens":2,"top_k":1,"counts":[2,0,0,0],"tag":"validation"})"
+                "\n");
+  const ToolResult json = run_tool(dir, "metrics t.jsonl --compare train validation");
+  ASSERT_EQ(json.code, 0) << json.err;
+  ASSERT_EQ(json.lines().size(), 1U);  // layer 1 has no validation window
+  // Windows: (20, 10, 8, 2)/40 and (4, 2, 2, 2)/10.
+  const auto row = json.json();
+  EXPECT_EQ(row["layer"], 0);
+  EXPECT_EQ(row["metrics"]["max_load"]["train"], 0.5);
+  EXPECT_EQ(row["metrics"]["max_load"]["validation"], 0.4);
+  EXPECT_NEAR(row["metrics"]["max_load"]["difference"].get<double>(), -0.1, 1e-15);
+  // 2 arccos Σ √(p q) = 2 arccos(√.2 + √.05 + √.04 + √.01)
+  EXPECT_NEAR(row["load_distance"].get<double>(), 2 * std::acos(std::sqrt(.2) + std::sqrt(.05) + .2 + .1),
+              1e-12);
+  const ToolResult csv = run_tool(dir, "metrics t.jsonl --compare train validation --format csv");
+  EXPECT_EQ(csv.lines()[0], "metric,layer,train,validation,difference");
+  EXPECT_THAT(csv.out, HasSubstr("\nmin_load,0,0.05,0.2,0.15"));
+  const ToolResult none = run_tool(dir, "metrics t.jsonl --compare train test");
+  EXPECT_EQ(none.code, 1);
+  EXPECT_EQ(none.err, "moectl: --compare: test: no record carries this tag\n");
+}
+
+}  // namespace
+}  // namespace moectl

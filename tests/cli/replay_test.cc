@@ -1,0 +1,183 @@
+#include <gmock/gmock.h>
+
+#include <cmath>
+#include <random>
+
+#include "tool.h"
+
+namespace moectl {
+namespace {
+
+using ::testing::HasSubstr;
+using Numbers = std::vector<double>;
+
+// The published law: Megatron's form, no limit that acts.
+const char* const kSign =
+    "version: 1\n"
+    "model: {layers: 2, experts: 4, top_k: 2}\n"
+    "expert_bias:\n"
+    "  policy: sign_bias\n"
+    "  options: {step: 1.0e-3, centred: false}\n"
+    "  limits: {min: -16, max: 16, rate: 0.01, center: false}\n";
+
+TEST(Replay, IsTheSignLawStepByStep) {
+  const TempDir dir;
+  std::mt19937_64 random(5);
+  std::string trace;
+  std::vector<std::vector<std::int64_t>> all;
+  for (int step = 0; step < 60; ++step) {
+    for (int layer = 0; layer < 2; ++layer) {
+      std::vector<std::int64_t> counts(4);
+      std::int64_t sum = 0;
+      for (auto& c : counts)
+        sum += c = static_cast<std::int64_t>(random() % 4);  // small: zeros of the sign occur
+      all.push_back(counts);
+      trace +=
+          nlohmann::json{{"step", step}, {"layer", layer}, {"tokens", sum}, {"top_k", 2}, {"counts", counts}}
+              .dump();
+      trace += '\n';
+    }
+  }
+  dir.write("t.jsonl", trace);
+  dir.write("sign.yaml", kSign);
+  const ToolResult result = run_tool(dir, "replay sign.yaml t.jsonl -o run.jsonl");
+  ASSERT_EQ(result.code, 0) << result.err;
+  EXPECT_EQ(result.out, "replayed 60 steps of 2 layers to run.jsonl\n");
+  // Without -o, the same log on standard output.
+  const ToolResult log = run_tool(dir, "replay sign.yaml t.jsonl");
+  EXPECT_EQ(log.out, TempDir::read(dir.path("run.jsonl")));
+  EXPECT_EQ(run_tool(dir, "replay sign.yaml -", trace).out, log.out);
+  EXPECT_EQ(log.json()["format"], "moectl-run");
+  std::vector<Numbers> bias(2, Numbers(4, 0.0));
+  ASSERT_EQ(log.lines().size(), 1 + all.size());
+  for (std::size_t r = 0; r < all.size(); ++r) {
+    const std::size_t layer = r % 2;
+    std::int64_t sum = 0;
+    for (const auto c : all[r]) sum += c;
+    for (std::size_t i = 0; i < 4; ++i)
+      bias[layer][i] += 1e-3 * ((4 * all[r][i] < sum) - (4 * all[r][i] > sum));
+    const auto record = log.json(r + 1);
+    EXPECT_EQ(record["step"], r / 2);
+    EXPECT_EQ(record["counts"], all[r]);
+    const auto applied = record["actuators"]["expert_bias"]["applied"].get<Numbers>();
+    for (std::size_t i = 0; i < 4; ++i)
+      EXPECT_NEAR(applied[i], sum ? bias[layer][i] : applied[i], 1e-12) << r;
+  }
+}
+
+TEST(Replay, StartsAtInitialAndIsActiveWhateverTheModeIs) {
+  const TempDir dir;
+  dir.write("c.yaml",
+            "version: 1\nmode: off\nmodel: {layers: 1, experts: 2, top_k: 1}\n"
+            "expert_bias: {policy: sign_bias, options: {step: 0.25, centred: false}, initial: 0.5,"
+            " limits: {rate: 1, center: false}}\n");
+  const ToolResult result =
+      run_tool(dir, "replay c.yaml -", R"({"step":7,"layer":0,"tokens":3,"top_k":1,"counts":[1,2]})");
+  ASSERT_EQ(result.code, 0) << result.err;
+  EXPECT_EQ(result.json(0)["config"]["mode"], "active");
+  EXPECT_EQ(result.json(1)["step"], 7);
+  EXPECT_EQ(result.json(1)["actuators"]["expert_bias"]["applied"], (Numbers{0.75, 0.25}));
+}
+
+TEST(Replay, PassesOverOtherTagsAndHoldsLayersWithoutData) {
+  const TempDir dir;
+  dir.write("sign.yaml", kSign);
+  const ToolResult result =
+      run_tool(dir, "replay sign.yaml -",
+               R"({"step":0,"layer":0,"tokens":4,"top_k":2,"counts":[4,2,1,1],"loss":2.5})"
+               "\n"
+               R"({"step":0,"layer":1,"tokens":4,"top_k":2,"counts":[4,2,1,1],"tag":"validation"})"
+               "\n"
+               R"({"step":0,"layer":1,"tokens":0,"top_k":2,"counts":[0,0,0,0]})"
+               "\n"
+               R"({"step":3,"layer":1,"tokens":4,"top_k":2,"counts":[4,2,1,1]})"
+               "\n"
+               R"({"step":3,"layer":0,"tokens":4,"top_k":2,"counts":[4,4,0,0],"tag":"validation"})"
+               "\n");
+  ASSERT_EQ(result.code, 0) << result.err;
+  ASSERT_EQ(result.lines().size(), 5U);
+  const auto bias = [&](std::size_t line) { return result.json(line)["actuators"]["expert_bias"]; };
+  EXPECT_EQ(result.json(1)["loss"], 2.5);
+  EXPECT_EQ(bias(1)["applied"], (Numbers{-0.001, 0, 0.001, 0.001}));
+  EXPECT_EQ(bias(2)["reasons"], (std::vector<std::string>{"no_data"}));
+  EXPECT_EQ(bias(2)["applied"], (Numbers{0, 0, 0, 0}));
+  // Step 3: layer 0 is not mentioned under `train`.
+  EXPECT_EQ(result.json(3)["step"], 3);
+  EXPECT_EQ(bias(3)["reasons"], (std::vector<std::string>{"no_data"}));
+  EXPECT_EQ(bias(3)["applied"], (Numbers{-0.001, 0, 0.001, 0.001}));
+  EXPECT_EQ(bias(4)["applied"], (Numbers{-0.001, 0, 0.001, 0.001}));
+}
+
+TEST(Replay, ARunLogReplaysLikeTheTraceItCameFrom) {
+  const TempDir dir;
+  dir.write("sign.yaml", kSign);
+  const ToolResult once = run_tool(dir, "replay sign.yaml -",
+                                   R"({"step":0,"layer":0,"tokens":4,"top_k":2,"counts":[4,2,1,1]})"
+                                   "\n"
+                                   R"({"step":0,"layer":1,"tokens":4,"top_k":2,"counts":[4,2,1,1]})"
+                                   "\n"
+                                   R"({"step":1,"layer":0,"tokens":4,"top_k":2,"counts":[3,3,1,1]})"
+                                   "\n"
+                                   R"({"step":1,"layer":1,"tokens":4,"top_k":2,"counts":[3,2,2,1]})"
+                                   "\n");
+  EXPECT_EQ(run_tool(dir, "replay sign.yaml -", once.out).out, once.out);
+}
+
+TEST(Replay, MismatchesBetweenConfigAndTraceAreNamed) {
+  const TempDir dir;
+  dir.write("sign.yaml", kSign);
+  const std::string header = R"({"format":"moectl-trace","version":1,"layers":3,"experts":4,"top_k":2})";
+  const struct {
+    std::string trace, message;
+  } cases[] = {
+      {header, "<stdin>:1: layers: 3: must be 2, model.layers of sign.yaml"},
+      {R"({"step":0,"layer":0,"tokens":4,"top_k":2,"counts":[4,2,1]})",
+       "<stdin>:1: experts: 3: must be 4, model.experts of sign.yaml"},
+      {R"({"step":0,"layer":0,"tokens":4,"top_k":1,"counts":[1,1,1,1]})",
+       "<stdin>:1: top_k: 1: must be 2, model.top_k of sign.yaml"},
+      {R"({"step":0,"layer":2,"tokens":4,"top_k":2,"counts":[1,1,1,1]})",
+       "<stdin>:1: layer: 2: must be below model.layers (2) of sign.yaml"},
+      {R"({"step":5,"layer":0,"tokens":4,"top_k":2,"counts":[1,1,1,1]})"
+       "\n"
+       R"({"step":4,"layer":0,"tokens":4,"top_k":2,"counts":[1,1,1,1]})",
+       "<stdin>:2: step: 4: must not be below the step before it (5): sort the records by step"},
+  };
+  for (const auto& c : cases) {
+    const ToolResult result = run_tool(dir, "replay sign.yaml - -o run.jsonl", c.trace);
+    EXPECT_EQ(result.code, 1);
+    EXPECT_EQ(result.err, "moectl: " + c.message + "\n");
+  }
+  // A log that exists is not touched for a trace that does not fit.
+  dir.write("keep.jsonl", "precious");
+  EXPECT_EQ(run_tool(dir, "replay sign.yaml - -o keep.jsonl", header).code, 1);
+  EXPECT_EQ(TempDir::read(dir.path("keep.jsonl")), "precious");
+}
+
+TEST(Replay, AnUnwritableLogIsAnError) {
+  const TempDir dir;
+  dir.write("sign.yaml", kSign);
+  const ToolResult result = run_tool(dir, "replay sign.yaml - -o /nonexistent/run.jsonl",
+                                     R"({"step":0,"layer":0,"tokens":4,"top_k":2,"counts":[4,2,1,1]})");
+  EXPECT_EQ(result.code, 1);
+  EXPECT_THAT(result.err, HasSubstr("/nonexistent/run.jsonl: run log cannot be written"));
+}
+
+TEST(Replay, HonoursTheLogSection) {
+  const TempDir dir;
+  dir.write("c.yaml", std::string(kSign) + "log: {every: 2, per_expert: false}\n");
+  std::string trace;
+  for (int step = 0; step < 5; ++step) {
+    trace += R"({"step":)" + std::to_string(step) +
+             R"(,"layer":0,"tokens":4,"top_k":2,"counts":[4,2,1,1]})"
+             "\n";
+  }
+  const ToolResult result = run_tool(dir, "replay c.yaml -", trace);
+  ASSERT_EQ(result.code, 0) << result.err;
+  ASSERT_EQ(result.lines().size(), 1U + 3 * 2);  // steps 0, 2, 4 of two layers
+  EXPECT_EQ(result.json(3)["step"], 2);
+  EXPECT_FALSE(result.json(3).contains("counts"));
+  EXPECT_NEAR(result.json(3)["actuators"]["expert_bias"]["max"].get<double>(), 0.003, 1e-12);
+}
+
+}  // namespace
+}  // namespace moectl

@@ -1,0 +1,40 @@
+// Runs the real binary on files that a test made.
+#pragma once
+
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+
+#include <cstdlib>
+#include <nlohmann/json.hpp>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "temp_dir.h"
+
+namespace moectl {
+
+struct ToolResult {
+  int code = -1;
+  std::string out, err;
+
+  std::vector<std::string> lines() const {
+    std::vector<std::string> lines;
+    std::istringstream stream(out);
+    for (std::string line; std::getline(stream, line);) lines.push_back(line);
+    return lines;
+  }
+  nlohmann::json json(std::size_t line = 0) const { return nlohmann::json::parse(lines().at(line)); }
+};
+
+/// Runs `moectl ARGUMENTS` in the directory; `arguments` is shell text.
+inline ToolResult run_tool(const TempDir& dir, const std::string& arguments, const std::string& input = "") {
+  const std::string in = dir.write(".in", input);
+  const std::string command = "cd '" + dir.path("") + "' && '" MOECTL_TOOL "' " + arguments + " <'" + in +
+                              "' >'" + dir.path(".out") + "' 2>'" + dir.path(".err") + "'";
+  const int status = std::system(command.c_str());
+  return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, TempDir::read(dir.path(".out")),
+          TempDir::read(dir.path(".err"))};
+}
+
+}  // namespace moectl
