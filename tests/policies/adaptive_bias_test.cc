@@ -1,0 +1,118 @@
+#include <gtest/gtest.h>
+
+#include <numeric>
+
+#include "moectl/simulation.h"
+#include "policies/policy_rig.h"
+
+namespace moectl {
+namespace {
+
+using moectl::testing::PolicyRig;
+using moectl::testing::RigOptions;
+using moectl::testing::stats_of;
+
+// N = 2, k = 1, counts (30, 10): e = (-0.5, 0.5). No gap in the stats, so counts only: b = 1e-3 · e at first.
+TEST(AdaptiveBias, FirstStepsByHandCountsOnly) {
+  PolicyRig rig("adaptive_bias", RigOptions{.experts = 2, .top_k = 1});
+  rig.step(stats_of(rig.shape(), {30, 10}));
+  EXPECT_NEAR(rig.value[0], -0.5e-3, 1e-15);
+  EXPECT_NEAR(rig.value[1], 0.5e-3, 1e-15);
+  // The same errors again: r_1 = 1, so g = 1e-3 · exp(0.1).
+  rig.step(stats_of(rig.shape(), {30, 10}));
+  EXPECT_NEAR(rig.value[1], 0.5e-3 * (1 + std::exp(0.1)), 1e-15);
+  // Reversed: r_1 = r_2 = -1. a_1 = 0.2·1 = 0.2 after the second step, then 0.2 + 0.2·(-1 - 0.2) = -0.04; a_2
+  // = -0.2. Neither is below -0.8, so the drive is r_1 = -1 and g is back at 1e-3.
+  rig.step(stats_of(rig.shape(), {10, 30}));
+  EXPECT_NEAR(rig.value[1], 0.5e-3 * (1 + std::exp(0.1)) - 0.5e-3, 1e-15);
+}
+
+TEST(AdaptiveBias, GapFormStepsInGaps) {
+  PolicyRig rig("adaptive_bias",
+                RigOptions{.experts = 4, .top_k = 1, .options = {{"form", std::string("gap")}}});
+  RoutingStats stats(rig.shape());
+  const std::vector<std::int64_t> experts = {0, 0, 0, 1};
+  const std::vector<float> top = {0.75F, 0.5F, 0.75F, 0.5F, 0.75F, 0.5F, 0.75F, 0.5F};
+  ASSERT_TRUE(stats.add({.experts = experts, .top_values = top}));
+  rig.step(stats);
+  // e = (-2, 0, 1, 1), clipped (-1, 0, 1, 1); step 0.25 · 1 · 0.25; mean 1/4 of it out.
+  const double step = 0.0625;
+  EXPECT_NEAR(rig.value[0], -1.25 * step, 1e-15);
+  EXPECT_NEAR(rig.value[1], -0.25 * step, 1e-15);
+  EXPECT_NEAR(rig.value[2], 0.75 * step, 1e-15);
+}
+
+TEST(AdaptiveBias, WithoutAGapTheGapFormHolds) {
+  PolicyRig rig("adaptive_bias",
+                RigOptions{.experts = 2, .top_k = 1, .options = {{"form", std::string("gap")}}});
+  rig.step(stats_of(rig.shape(), {30, 10}));
+  EXPECT_EQ(rig.value[1], 0);
+}
+
+TEST(AdaptiveBias, ALimitedMoveDoesNotRaiseTheGain) {
+  PolicyRig rig("adaptive_bias", RigOptions{.experts = 2, .top_k = 1});
+  LimitReport limited;
+  limited.add(Reason::kRate);
+  for (int i = 0; i < 50; ++i) rig.step(stats_of(rig.shape(), {30, 10}), {}, limited);
+  rig.value.assign(2, 0.0);
+  rig.step(stats_of(rig.shape(), {30, 10}));
+  EXPECT_NEAR(rig.value[1], 0.5e-3, 1e-15);
+}
+
+TEST(AdaptiveBias, ADeclaredDelayDividesTheFirstGain) {
+  PolicyRig rig("adaptive_bias", RigOptions{.experts = 2, .top_k = 1, .delay = 3});
+  rig.step(stats_of(rig.shape(), {30, 10}));
+  EXPECT_NEAR(rig.value[1], 0.5e-3 / 4, 1e-15);
+}
+
+struct Plant {
+  const char* name;
+  int experts, top_k;
+  Gate gate;
+  ScoreSpace space;
+  const char* form;
+};
+
+class AdaptiveOnAPlant : public ::testing::TestWithParam<Plant> {};
+
+// Closed on the simulated router with a domain that switches on: within 1.3 × the noise floor before and
+// after.
+TEST_P(AdaptiveOnAPlant, StaysNearTheNoiseFloor) {
+  const Plant& p = GetParam();
+  ControllerConfig config = load_config(std::string(MOECTL_SOURCE_DIR) + "/policies/adaptive_bias.yaml");
+  config.model = {.layers = 1,
+                  .experts = p.experts,
+                  .top_k = p.top_k,
+                  .tokens_per_step = 2048,
+                  .score_space = p.space,
+                  .delay = 0,
+                  .domains = {},
+                  .targets = {}};
+  config.expert_bias.options.set("form", std::string(p.form));
+  Controller controller(config);
+  SimulationOptions options = simulation_options(config);
+  options.gate = p.gate;
+  options.scenario = Scenario::kShift;
+  options.event_step = 150;
+  double before = 0, after = 0;
+  simulate(controller, options, 300, [&](const StepReport& report) {
+    const Metrics& m = *report.layers[0].metrics;
+    const double ratio = *m.max_vio / *m.noise_floor_max_vio;
+    if (report.step >= 50 && report.step < 150) before += ratio / 100;
+    if (report.step >= 200) after += ratio / 100;
+  });
+  EXPECT_LT(before, 1.3);
+  EXPECT_LT(after, 1.3);
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Routers, AdaptiveOnAPlant,
+    ::testing::Values(Plant{"sigmoid16", 16, 2, Gate::kSigmoid, ScoreSpace::kProbability, "gap"},
+                      Plant{"softmax16", 16, 2, Gate::kSoftmax, ScoreSpace::kProbability, "gap"},
+                      Plant{"logit64", 64, 6, Gate::kSigmoid, ScoreSpace::kLogit, "gap"},
+                      Plant{"counts16", 16, 2, Gate::kSigmoid, ScoreSpace::kProbability, "counts"},
+                      Plant{"top1of8", 8, 1, Gate::kSigmoid, ScoreSpace::kProbability, "gap"}),
+    [](const auto& info) { return std::string(info.param.name); });
+
+}  // namespace
+}  // namespace moectl
