@@ -1,0 +1,101 @@
+// TorchController: a Controller that is fed with tensors and read through tensors.
+//
+//   moectl::TorchController controller(moectl::load_config("adaptive_bias.yaml"));
+//   ...forward:   auto routed = router->forward(hidden, {.actuators = controller.actuators(layer)});
+//                 controller.record(layer, routed.indices, {.top_values = routed.top_values});
+//   ...optimizer: controller.step({.loss = loss.item<double>()});
+#pragma once
+
+#include <torch/torch.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+
+#include "moectl/controller.h"
+
+namespace moectl {
+
+/// What one layer's router reads. The tensors of a TorchController stay at one address for its whole life and
+/// are updated in place by `step` and `load`; an undefined tensor stands for the neutral value.
+struct RouterActuators {
+  ::torch::Tensor bias{};             ///< Added to the scores for selection only. float32 [N].
+  ::torch::Tensor temperature{};      ///< float32, 0-dim, > 0.
+  ::torch::Tensor aux_loss_weight{};  ///< float32, 0-dim, ≥ 0.
+};
+
+/// What may go with the indices of one record. T = tokens; [T] may also have the shape [B, S]. Undefined =
+/// not given. Contiguous CPU tensors of the type named are read where they lie; others are converted first.
+struct RecordOptions {
+  ::torch::Tensor top_values{};     ///< [T, k+1] the k+1 largest biased scores, largest first. float32.
+  ::torch::Tensor probabilities{};  ///< [T, N] router probabilities. float32.
+  ::torch::Tensor mask{};           ///< [T] true = a real token, false = padding. bool or uint8.
+  ::torch::Tensor sequence_ids{};   ///< [T] non-decreasing. int64. Not needed for indices [B, S, k].
+  ::torch::Tensor domain_ids{};     ///< [T] in [0, domains). int64.
+  ::torch::Tensor dropped{};        ///< 0-dim: assignments dropped for lack of capacity. int64.
+  std::int64_t micro_batch =
+      -1;  ///< ≥ 0: a second record of (layer, micro-batch) before the next step is ignored.
+};
+
+/// Turns recording off on this thread while it lives, as no-grad does: for passes that must not move the
+/// controller.
+class RecordingGuard {
+ public:
+  RecordingGuard();
+  ~RecordingGuard();
+  RecordingGuard(const RecordingGuard&) = delete;
+  RecordingGuard& operator=(const RecordingGuard&) = delete;
+  /// Whether a guard is alive on this thread.
+  static bool active();
+};
+
+class TorchController {
+ public:
+  /// Validates the config; throws ConfigError.
+  explicit TorchController(ControllerConfig config,
+                           const PolicyRegistry& registry = PolicyRegistry::builtin());
+
+  /// Adds one micro-batch's routing. `indices` are [B, S, k], where each row of S tokens is a sequence, or
+  /// [T, k]: the experts chosen for each token, before any capacity limit, int64. Thread-safe as
+  /// Controller::record. Does nothing unless `recording()`. Throws std::invalid_argument on an unknown layer
+  /// or shapes that do not fit together.
+  void record(int layer, const ::torch::Tensor& indices, const RecordOptions& options = {});
+  /// Whether `record` counts on this thread: gradients are on and no RecordingGuard is alive.
+  static bool recording();
+
+  /// Once an optimizer step; see Controller::step. The tensors then hold what is in force.
+  const StepReport& step(const StepInfo& info = {});
+  const StepReport& report() const { return controller_.report(); }
+
+  /// float32 [N], at one address for ever.
+  const ::torch::Tensor& bias(int layer) const { return actuators(layer).bias; }
+  /// float32, 0-dim, at one address for ever.
+  const ::torch::Tensor& aux_loss_weight(int layer) const { return actuators(layer).aux_loss_weight; }
+  /// float32, 0-dim, at one address for ever.
+  const ::torch::Tensor& temperature(int layer) const { return actuators(layer).temperature; }
+  /// The three of one layer. Throws std::invalid_argument on an unknown layer.
+  const RouterActuators& actuators(int layer) const;
+
+  /// Everything the next step depends on, as bytes or as one entry of an archive.
+  std::string save() const { return controller_.save(); }
+  void save(::torch::serialize::OutputArchive& archive, const std::string& key = "moectl") const;
+  /// Throws StateError; the running state and the tensors are then untouched.
+  void load(std::string_view state);
+  void load(::torch::serialize::InputArchive& archive, const std::string& key = "moectl");
+
+  /// The controller underneath, for all that needs no tensors: set_log, set_reduction, freeze, config.
+  Controller& controller() { return controller_; }
+  const Controller& controller() const { return controller_; }
+
+ private:
+  void publish();
+
+  Controller controller_;
+  // One tensor for all layers of each actuator: bias [L, N], scalars [L]. What is handed out are views of
+  // them.
+  ::torch::Tensor biases_, temperatures_, aux_loss_weights_;
+  std::vector<RouterActuators> actuators_;
+};
+
+}  // namespace moectl

@@ -1,0 +1,36 @@
+// EvaluationMeter: the balance of a pass that must not move the controller, such as validation.
+#pragma once
+
+#include <torch/torch.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "moectl/metrics.h"
+#include "moectl/stats.h"
+#include "moectl/torch/controller.h"
+
+namespace moectl {
+
+/// Sums a whole pass, layer by layer, whether or not gradients are on, and decides nothing. MaxVio of the
+/// sums is the MaxVio_global of 2408.15664. Not thread-safe.
+class EvaluationMeter {
+ public:
+  /// Collects what `controller` collects.
+  explicit EvaluationMeter(const Controller& controller);
+
+  /// As TorchController::record, but always.
+  void record(int layer, const ::torch::Tensor& indices, const RecordOptions& options = {});
+  /// Measures what was recorded. Valid until the next record or clear; RunLogWriter writes it under a tag.
+  const StepReport& report(std::int64_t step, const StepInfo& info = {});
+  void clear();
+
+ private:
+  std::vector<RoutingStats> stats_;
+  std::vector<Metrics> metrics_;
+  std::vector<LayerReport> layers_;
+  Measurer measurer_;
+  StepReport report_;
+};
+
+}  // namespace moectl

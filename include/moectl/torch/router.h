@@ -1,0 +1,111 @@
+// TopKRouter: a Mixture-of-Experts router made to be controlled. Its selection bias chooses experts and never
+// touches a gate weight; it reports all that a controller wants to know; its losses and their gradients are
+// finite everywhere.
+//
+// Where temperature and bias meet. In logit space experts are selected on z + b: the temperature moves gate
+// weights, probabilities and the gradient of the balance loss, never the selection. In probability space they
+// are selected on s(z/T) + b, so the two are coupled: a higher T flattens s, and the same bias weighs more.
+#pragma once
+
+#include <torch/torch.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "moectl/torch/controller.h"
+#include "moectl/types.h"
+
+namespace moectl {
+
+enum class Gate {
+  kSoftmax,       ///< s = softmax(z/T) over all experts.
+  kSigmoid,       ///< s = σ(z/T), each expert by itself.
+  kSqrtSoftplus,  ///< s = √softplus(z/T), each expert by itself.
+};
+
+/// Which assignments go when an expert is over capacity.
+enum class DropBy {
+  kScore,     ///< Those with the smallest gate weights.
+  kPosition,  ///< The latest tokens.
+};
+
+struct TopKRouterOptions {
+  TopKRouterOptions(std::int64_t hidden, std::int64_t experts, std::int64_t top_k)
+      : hidden_(hidden), experts_(experts), top_k_(top_k) {}
+  TORCH_ARG(std::int64_t, hidden);   ///< Width of a token's vector, ≥ 1.
+  TORCH_ARG(std::int64_t, experts);  ///< N ≥ 1.
+  TORCH_ARG(std::int64_t, top_k);    ///< 1 ≤ k ≤ N.
+  TORCH_ARG(Gate, gate) = Gate::kSigmoid;
+  TORCH_ARG(ScoreSpace, score_space) = ScoreSpace::kLogit;  ///< Where the bias is added for selection.
+  TORCH_ARG(bool, normalize) = true;    ///< Gate weights of a token sum to `scale`. Meaningless for k = 1.
+  TORCH_ARG(double, scale) = 1.0;       ///< Factor on the gate weights, > 0.
+  TORCH_ARG(std::int64_t, groups) = 1;  ///< Equal groups of neighbouring experts; divides N.
+  TORCH_ARG(std::int64_t,
+            groups_kept) = 1;  ///< Groups a token may choose from; those with the two largest scores win.
+  /// Assignments an expert takes, over the mean load; > 0. Absent = dropless.
+  TORCH_ARG(std::optional<double>, capacity_factor) = std::nullopt;
+  TORCH_ARG(DropBy, drop_by) = DropBy::kScore;
+  TORCH_ARG(double, jitter) = 0.0;  ///< In training, inputs are scaled by uniform [1 - j, 1 + j]; in [0, 1).
+  TORCH_ARG(double,
+            sequence_loss_weight) = 0.0;   ///< Of the sequence-wise balance loss, ≥ 0 (DeepSeek-V3: 1e-4).
+  TORCH_ARG(double, z_loss_weight) = 0.0;  ///< Of the z-loss, ≥ 0 (ST-MoE: 1e-3).
+};
+
+struct RouterInputs {
+  RouterActuators actuators{};  ///< Undefined tensors are neutral.
+  ::torch::Tensor
+      mask{};  ///< Bool, the shape of the tokens: false = padding, which no loss or capacity counts.
+  /// Share of the assignments of each expert over the *global* batch [N], for a balance loss that sees
+  /// further than this micro-batch; undefined = this micro-batch's own.
+  ::torch::Tensor global_load{};
+};
+
+/// Leading dimensions [...] are those of the tokens given: [T] or [B, S].
+struct RouterOutput {
+  ::torch::Tensor indices;     ///< int64 [..., k], by falling biased score, before any capacity limit.
+  ::torch::Tensor gates;       ///< [..., k], zero where dropped. Differentiable.
+  ::torch::Tensor top_values;  ///< float32 [..., k+1], the biased scores of the choices and of the runner-up,
+                               ///< detached; undefined if a token has no further expert to choose.
+  ::torch::Tensor probabilities;  ///< [..., N], normalised to sum 1 for every gate. Differentiable.
+  ::torch::Tensor logits;         ///< z [..., N]. Differentiable.
+  ::torch::Tensor kept;           ///< bool [..., k], false = dropped; undefined if dropless.
+  ::torch::Tensor dropped;  ///< int64, 0-dim: dropped assignments of real tokens; undefined if dropless.
+  ::torch::Tensor
+      aux_loss;  ///< weight · balance + sequence_loss_weight · sequence + z_loss_weight · z. 0-dim.
+  ::torch::Tensor balance_loss;  ///< N Σ f_i P_i, f share of assignments, P mean probability; 1 when uniform.
+  ::torch::Tensor
+      sequence_loss;       ///< The same for each sequence, averaged; undefined unless tokens are [B, S].
+  ::torch::Tensor z_loss;  ///< mean (logsumexp z)².
+
+  /// What a controller wants to know besides the indices.
+  RecordOptions record_options() const {
+    return {.top_values = top_values, .probabilities = probabilities, .dropped = dropped};
+  }
+};
+
+class TopKRouterImpl : public ::torch::nn::Cloneable<TopKRouterImpl> {
+ public:
+  /// Throws std::invalid_argument on options that break a constraint.
+  explicit TopKRouterImpl(const TopKRouterOptions& options);
+  void reset() override;
+  void pretty_print(std::ostream& stream) const override;
+
+  /// Routes tokens [..., hidden]. Logits are formed in float32 or wider whatever the input's type.
+  RouterOutput forward(const ::torch::Tensor& tokens, const RouterInputs& inputs = {});
+  /// Routes logits [..., N] formed elsewhere.
+  RouterOutput route(const ::torch::Tensor& logits, const RouterInputs& inputs = {}) const;
+
+  TopKRouterOptions options;
+  ::torch::Tensor weight;  ///< [N, hidden]
+
+ private:
+  ::torch::Tensor log_scores(const ::torch::Tensor& logits, const ::torch::Tensor& temperature) const;
+  ::torch::Tensor mask_groups(const ::torch::Tensor& selection) const;
+  void select(const ::torch::Tensor& scores, const ::torch::Tensor& bias, RouterOutput& out) const;
+  void add_losses(const RouterInputs& inputs, RouterOutput& out) const;
+  void drop(const ::torch::Tensor& mask, RouterOutput& out) const;
+};
+TORCH_MODULE(TopKRouter);
+
+}  // namespace moectl

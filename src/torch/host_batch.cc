@@ -1,0 +1,79 @@
+#include "host_batch.h"
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace moectl {
+namespace {
+
+std::string describe(const ::torch::Tensor& tensor) {
+  std::ostringstream out;
+  out << tensor.scalar_type() << ' ' << tensor.sizes();
+  return out.str();
+}
+
+void require(bool holds, const char* name, const ::torch::Tensor& tensor, const char* constraint) {
+  if (!holds) throw std::invalid_argument(std::string(name) + ": " + describe(tensor) + ": " + constraint);
+}
+
+bool is_integer(const ::torch::Tensor& tensor) {
+  return at::isIntegralType(tensor.scalar_type(), /*includeBool=*/false);
+}
+
+}  // namespace
+
+const void* HostBatch::host(const ::torch::Tensor& tensor, ::torch::ScalarType type) {
+  if (tensor.is_cpu() && tensor.scalar_type() == type && tensor.is_contiguous()) return tensor.data_ptr();
+  held_[held_count_] = tensor.detach().to(::torch::kCPU, type).contiguous();
+  return held_[held_count_++].data_ptr();
+}
+
+HostBatch::HostBatch(const StatsShape& shape, const ::torch::Tensor& indices, const RecordOptions& options) {
+  require(indices.defined() && (indices.dim() == 2 || indices.dim() == 3) && indices.size(-1) == shape.top_k,
+          "indices", indices, "must be [B, S, k] or [T, k] with the k of the config");
+  require(is_integer(indices), "indices", indices, "must be of an integer type");
+  const std::int64_t tokens = indices.numel() / shape.top_k;
+  const auto count = static_cast<std::size_t>(tokens);
+  const auto integers = [&](const ::torch::Tensor& tensor) {
+    return static_cast<const std::int64_t*>(host(tensor, ::torch::kInt64));
+  };
+  const auto floats = [&](const ::torch::Tensor& tensor) {
+    return static_cast<const float*>(host(tensor, ::torch::kFloat32));
+  };
+
+  batch_.experts = {integers(indices), count * static_cast<std::size_t>(shape.top_k)};
+  if (const auto& mask = options.mask; mask.defined()) {
+    require(mask.numel() == tokens, "mask", mask, "must have one element a token");
+    const bool bytes = mask.scalar_type() == ::torch::kUInt8;
+    batch_.mask = {static_cast<const std::uint8_t*>(host(mask, bytes ? ::torch::kUInt8 : ::torch::kBool)),
+                   count};
+  }
+  if (const auto& ids = options.sequence_ids; ids.defined()) {
+    require(ids.numel() == tokens && is_integer(ids), "sequence_ids", ids, "must have one integer a token");
+    if (shape.needs.sequences) batch_.sequence_ids = {integers(ids), count};
+  } else if (indices.dim() == 3 && shape.needs.sequences) {
+    batch_.sequence_length = indices.size(1);
+  }
+  if (const auto& values = options.top_values; values.defined()) {
+    require(values.numel() == tokens * (shape.top_k + 1), "top_values", values, "must be [T, k+1]");
+    if (shape.needs.gap)
+      batch_.top_values = {floats(values), count * static_cast<std::size_t>(shape.top_k + 1)};
+  }
+  if (const auto& values = options.probabilities; values.defined()) {
+    require(values.numel() == tokens * shape.experts, "probabilities", values, "must be [T, N]");
+    if (shape.needs.probabilities) {
+      batch_.probabilities = {floats(values), count * static_cast<std::size_t>(shape.experts)};
+    }
+  }
+  if (const auto& ids = options.domain_ids; ids.defined()) {
+    require(ids.numel() == tokens && is_integer(ids), "domain_ids", ids, "must have one integer a token");
+    if (shape.needs.domains > 0) batch_.domain_ids = {integers(ids), count};
+  }
+  if (const auto& dropped = options.dropped; dropped.defined()) {
+    require(dropped.numel() == 1 && is_integer(dropped), "dropped", dropped, "must be one integer");
+    batch_.dropped = *integers(dropped);
+  }
+}
+
+}  // namespace moectl
