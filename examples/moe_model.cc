@@ -1,0 +1,144 @@
+#include "moe_model.h"
+
+#include <chrono>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+namespace {
+
+using torch::Tensor;
+
+/// rows[i] → rows[order[i] / copies]: every row `copies` times, sorted by expert. The backward pass of
+/// index_select would scatter row by row; knowing the inverse permutation, it is a gather and a sum.
+struct Dispatch : torch::autograd::Function<Dispatch> {
+  static Tensor forward(torch::autograd::AutogradContext* context, const Tensor& rows, const Tensor& order,
+                        const Tensor& inverse, std::int64_t copies) {
+    context->save_for_backward({inverse});
+    context->saved_data["copies"] = copies;
+    return rows.index_select(0, order.div(copies, "floor"));
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
+                                                 const torch::autograd::variable_list& gradients) {
+    const Tensor inverse = context->get_saved_variables()[0];
+    const std::int64_t copies = context->saved_data["copies"].toInt();
+    const Tensor rows = gradients[0].index_select(0, inverse);
+    return {rows.view({-1, copies, rows.size(1)}).sum(1), Tensor(), Tensor(), Tensor()};
+  }
+};
+
+/// rows[i] → rows[inverse[i]]: back from the order of experts to the order of tokens.
+struct Combine : torch::autograd::Function<Combine> {
+  static Tensor forward(torch::autograd::AutogradContext* context, const Tensor& rows, const Tensor& order,
+                        const Tensor& inverse) {
+    context->save_for_backward({order});
+    return rows.index_select(0, inverse);
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
+                                                 const torch::autograd::variable_list& gradients) {
+    return {gradients[0].index_select(0, context->get_saved_variables()[0]), Tensor(), Tensor()};
+  }
+};
+
+/// Each run of rows times its own expert's matrix.
+Tensor grouped_mm(const Tensor& rows, const std::vector<std::int64_t>& sizes, const Tensor& matrices) {
+  std::vector<Tensor> parts = rows.split_with_sizes(sizes);
+  const std::vector<Tensor> weights = matrices.unbind();
+  for (std::size_t i = 0; i < parts.size(); ++i) parts[i] = parts[i].mm(weights[i]);
+  return torch::cat(parts);
+}
+
+Tensor normal(std::vector<std::int64_t> shape, std::int64_t fan_in) {
+  return torch::randn(shape) / std::sqrt(static_cast<double>(fan_in));
+}
+
+}  // namespace
+
+MoeImpl::MoeImpl(const ModelOptions& options, int layer)
+    : layer_(layer), experts_(options.experts), top_k_(options.top_k) {
+  router_ = register_module(
+      "router", moectl::TopKRouter(moectl::TopKRouterOptions(options.width, options.experts, options.top_k)
+                                       .gate(moectl::Gate::kSigmoid)
+                                       .score_space(options.score_space)));
+  shared_in_ = register_module("shared_in", torch::nn::Linear(options.width, options.shared_hidden));
+  shared_out_ = register_module("shared_out", torch::nn::Linear(options.shared_hidden, options.width));
+  in_ = register_parameter("expert_in",
+                           normal({options.experts, options.width, options.expert_hidden}, options.width));
+  out_ = register_parameter(
+      "out", normal({options.experts, options.expert_hidden, options.width}, options.expert_hidden));
+}
+
+Tensor MoeImpl::forward(const Tensor& x, Pass& pass) {
+  const moectl::RouterOutput routed = router_->forward(x, {.actuators = pass.controller->actuators(layer_)});
+  pass.aux_loss = pass.aux_loss.defined() ? pass.aux_loss + routed.aux_loss : routed.aux_loss;
+
+  const auto start = std::chrono::steady_clock::now();
+  moectl::RecordOptions details = routed.record_options();
+  details.domain_ids = pass.domain_ids;
+  if (pass.meter != nullptr) {
+    pass.meter->record(layer_, routed.indices, details);
+  } else {
+    pass.controller->record(layer_, routed.indices, details);
+  }
+  pass.control_seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+
+  const Tensor tokens = x.reshape({-1, x.size(-1)});
+  const Tensor chosen = routed.indices.reshape(-1);
+  const Tensor order = std::get<1>(chosen.sort(/*stable=*/true, /*dim=*/0, /*descending=*/false));
+  const Tensor inverse = torch::empty_like(order).scatter_(0, order, torch::arange(order.numel()));
+  const Tensor counts = chosen.bincount({}, experts_);
+  const std::vector<std::int64_t> sizes(counts.data_ptr<std::int64_t>(),
+                                        counts.data_ptr<std::int64_t>() + experts_);
+
+  const Tensor hidden = torch::gelu(grouped_mm(Dispatch::apply(tokens, order, inverse, top_k_), sizes, in_));
+  const Tensor outputs = Combine::apply(grouped_mm(hidden, sizes, out_), order, inverse);
+  const Tensor gates = routed.gates.reshape({-1, 1, top_k_});
+  const Tensor mixed = gates.bmm(outputs.view({-1, top_k_, x.size(-1)})).view_as(x);
+  return mixed + shared_out_(torch::gelu(shared_in_(x)));
+}
+
+BlockImpl::BlockImpl(const ModelOptions& options, int layer) : heads_(options.heads) {
+  attention_norm_ =
+      register_module("attention_norm", torch::nn::LayerNorm(torch::nn::LayerNormOptions({options.width})));
+  moe_norm_ = register_module("moe_norm", torch::nn::LayerNorm(torch::nn::LayerNormOptions({options.width})));
+  qkv_ = register_module("qkv", torch::nn::Linear(options.width, 3 * options.width));
+  merge_ = register_module("merge", torch::nn::Linear(options.width, options.width));
+  moe_ = register_module("moe", Moe(options, layer));
+  future_ = torch::full({options.context, options.context}, -std::numeric_limits<float>::infinity()).triu(1);
+}
+
+Tensor BlockImpl::attend(const Tensor& x) {
+  const std::int64_t batch = x.size(0), length = x.size(1), width = x.size(2), head = width / heads_;
+  const std::vector<Tensor> parts = qkv_(x)
+                                        .view({batch, length, 3, heads_, head})
+                                        .permute({2, 0, 3, 1, 4})
+                                        .reshape({3, -1, length, head})
+                                        .unbind();
+  const Tensor scores = torch::baddbmm(future_.narrow(0, 0, length).narrow(1, 0, length), parts[0],
+                                       parts[1].transpose(1, 2), 1, 1 / std::sqrt(static_cast<double>(head)));
+  const Tensor mixed = scores.softmax(-1).bmm(parts[2]);
+  return merge_(mixed.view({batch, heads_, length, head}).transpose(1, 2).reshape({batch, length, width}));
+}
+
+Tensor BlockImpl::forward(const Tensor& x, Pass& pass) {
+  const Tensor attended = x + attend(attention_norm_(x));
+  return attended + moe_->forward(moe_norm_(attended), pass);
+}
+
+MoeLmImpl::MoeLmImpl(const ModelOptions& options) {
+  bytes_ = register_module("bytes", torch::nn::Embedding(256, options.width));
+  places_ = register_module("places", torch::nn::Embedding(options.context, options.width));
+  blocks_ = register_module("blocks", torch::nn::ModuleList());
+  for (int layer = 0; layer < options.layers; ++layer) blocks_->push_back(Block(options, layer));
+  norm_ = register_module("norm", torch::nn::LayerNorm(torch::nn::LayerNormOptions({options.width})));
+  head_ = register_module("head", torch::nn::Linear(options.width, 256));
+  const torch::NoGradGuard no_grad;
+  bytes_->weight.mul_(0.3);
+  places_->weight.mul_(0.1);
+}
+
+Tensor MoeLmImpl::forward(const Tensor& bytes, Pass& pass) {
+  Tensor x = bytes_(bytes) + places_->weight.narrow(0, 0, bytes.size(1));
+  for (const auto& block : *blocks_) x = block->as<BlockImpl>()->forward(x, pass);
+  return head_(norm_(x));
+}

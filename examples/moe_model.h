@@ -1,0 +1,70 @@
+// A byte-level transformer whose feed-forward blocks are mixtures of experts, small enough for two CPU cores.
+#pragma once
+
+#include <torch/torch.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "moectl/torch/controller.h"
+#include "moectl/torch/evaluation.h"
+#include "moectl/torch/router.h"
+
+struct ModelOptions {
+  std::int64_t layers = 3, experts = 16, top_k = 2;
+  moectl::ScoreSpace score_space = moectl::ScoreSpace::kProbability;
+  std::int64_t width = 96, heads = 4, expert_hidden = 96, shared_hidden = 96, context = 128;
+};
+
+/// What a forward pass meets besides the text.
+struct Pass {
+  moectl::TorchController* controller = nullptr;  // read by every router; told what it did while training
+  moectl::EvaluationMeter* meter = nullptr;       // told instead of the controller, if given
+  torch::Tensor domain_ids{};                     // [B, S]
+  torch::Tensor aux_loss{};                       // out: summed over layers
+  double control_seconds = 0;                     // out: spent in recording
+};
+
+/// k of N expert MLPs per token beside one shared by all.
+class MoeImpl : public torch::nn::Module {
+ public:
+  MoeImpl(const ModelOptions& options, int layer);
+  torch::Tensor forward(const torch::Tensor& x, Pass& pass);  // [B, S, width] → the same
+
+ private:
+  int layer_;
+  std::int64_t experts_, top_k_;
+  moectl::TopKRouter router_{nullptr};
+  torch::nn::Linear shared_in_{nullptr}, shared_out_{nullptr};
+  torch::Tensor in_, out_;  // [N, width, hidden], [N, hidden, width]
+};
+TORCH_MODULE(Moe);
+
+class BlockImpl : public torch::nn::Module {
+ public:
+  BlockImpl(const ModelOptions& options, int layer);
+  torch::Tensor forward(const torch::Tensor& x, Pass& pass);
+
+ private:
+  torch::Tensor attend(const torch::Tensor& x);
+  std::int64_t heads_;
+  torch::nn::LayerNorm attention_norm_{nullptr}, moe_norm_{nullptr};
+  torch::nn::Linear qkv_{nullptr}, merge_{nullptr};
+  Moe moe_{nullptr};
+  torch::Tensor future_;  // [S, S] -inf above the diagonal
+};
+TORCH_MODULE(Block);
+
+class MoeLmImpl : public torch::nn::Module {
+ public:
+  explicit MoeLmImpl(const ModelOptions& options);
+  /// Logits of the next byte [B, S, 256] for bytes [B, S].
+  torch::Tensor forward(const torch::Tensor& bytes, Pass& pass);
+
+ private:
+  torch::nn::Embedding bytes_{nullptr}, places_{nullptr};
+  torch::nn::ModuleList blocks_;
+  torch::nn::LayerNorm norm_{nullptr};
+  torch::nn::Linear head_{nullptr};
+};
+TORCH_MODULE(MoeLm);

@@ -1,0 +1,137 @@
+// The training example as a user runs it: on text files of one's own, stopped and resumed.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+
+#include <array>
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <random>
+#include <string>
+#include <vector>
+
+namespace {
+
+namespace fs = std::filesystem;
+using ::testing::HasSubstr;
+
+struct Outcome {
+  int code;
+  std::string output;
+};
+
+class TrainMoeLm : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    const std::string name = ::testing::UnitTest::GetInstance()->current_test_info()->name();
+    folder_ = fs::temp_directory_path() / ("moectl_train_" + name + "_" + std::to_string(getpid()));
+    fs::create_directories(folder_);
+    // Two languages: words over different letters.
+    write("first.txt", words("abcdefgh", 1));
+    write("second.txt", words("qrstuvwxyz{}", 2));
+    write("policy.yaml",
+          "version: 1\n"
+          "model: {layers: 2, experts: 8, top_k: 2}\n"
+          "expert_bias:\n  policy: adaptive_bias\n  limits: {rate: 16, center: true}\n");
+  }
+  void TearDown() override { fs::remove_all(folder_); }
+
+  static std::string words(const std::string& letters, unsigned seed) {
+    std::mt19937 random(seed);
+    std::string text;
+    while (text.size() < 30'000) {
+      for (auto length = 2 + random() % 6; length > 0; --length) text += letters[random() % letters.size()];
+      text += ' ';
+    }
+    return text;
+  }
+  std::string path(const std::string& name) const { return (folder_ / name).string(); }
+  void write(const std::string& name, const std::string& text) const { std::ofstream(path(name)) << text; }
+  std::string read(const std::string& name) const {
+    std::ifstream in(path(name), std::ios::binary);
+    return {std::istreambuf_iterator<char>(in), {}};
+  }
+
+  Outcome run(const std::string& arguments) const {
+    const std::string command = std::string(MOECTL_TRAINER) + " --threads 1 --text " + path("first.txt") +
+                                " " + path("second.txt") + " --policy " + path("policy.yaml") +
+                                " --batch 4 --length 32 --validate-every 20 " + arguments + " 2>&1";
+    FILE* pipe = popen(command.c_str(), "r");
+    std::string output;
+    std::array<char, 4096> chunk;
+    while (const std::size_t size = std::fread(chunk.data(), 1, chunk.size(), pipe))
+      output.append(chunk.data(), size);
+    const int status = pclose(pipe);
+    return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, output};
+  }
+  static std::string final_loss(const std::string& output) {
+    const std::size_t start = output.find("final loss ");
+    return start == std::string::npos ? output : output.substr(start, output.find('\n', start) - start);
+  }
+
+  fs::path folder_;
+};
+
+TEST_F(TrainMoeLm, AResumedRunContinuesBitForBit) {
+  const Outcome straight = run("--steps 60 --log " + path("straight.jsonl"));
+  ASSERT_EQ(straight.code, 0) << straight.output;
+  const std::string checkpoint = " --checkpoint " + path("run.pt") + " --log " + path("resumed.jsonl");
+  const Outcome begun = run("--steps 60 --until 30" + checkpoint);
+  ASSERT_EQ(begun.code, 0) << begun.output;
+  // Lines written after the checkpoint, as by a run that was killed later, come again and must not stand
+  // twice.
+  std::ofstream(path("resumed.jsonl"), std::ios::app) << "{\"step\":30,\"layer\":0,\"unfini";
+  const Outcome resumed = run("--steps 60 --resume " + path("run.pt") + checkpoint);
+  ASSERT_EQ(resumed.code, 0) << resumed.output;
+
+  EXPECT_THAT(final_loss(straight.output), HasSubstr("final loss "));
+  EXPECT_EQ(final_loss(resumed.output), final_loss(straight.output));
+  EXPECT_NE(final_loss(begun.output), final_loss(straight.output));
+  const std::string log = read("straight.jsonl");
+  EXPECT_GT(log.size(), 10'000U);
+  EXPECT_TRUE(read("resumed.jsonl") == log) << "the run logs differ";
+}
+
+TEST_F(TrainMoeLm, TheLogHoldsEveryStepAndTheValidationPasses) {
+  const Outcome outcome = run("--steps 40 --log " + path("run.jsonl"));
+  ASSERT_EQ(outcome.code, 0) << outcome.output;
+  std::ifstream in(path("run.jsonl"));
+  int train = 0, validation = 0, with_floor = 0;
+  for (std::string line; std::getline(in, line);) {
+    if (line.find("\"counts\"") == std::string::npos) continue;
+    if (line.find("\"tag\":\"validation\"") != std::string::npos) {
+      ++validation;
+    } else {
+      ++train;
+    }
+    if (line.find("\"sampling_floor_max_vio\"") != std::string::npos) ++with_floor;
+  }
+  EXPECT_EQ(train, 40 * 2);
+  EXPECT_EQ(validation, 2 * 2);
+  EXPECT_EQ(with_floor, train + validation);
+}
+
+TEST_F(TrainMoeLm, PlainLinesWhereThereIsNoTerminal) {
+  const Outcome outcome = run("--steps 40");
+  EXPECT_THAT(outcome.output, HasSubstr("policy 40/40  loss "));
+  EXPECT_THAT(outcome.output, HasSubstr("MaxVio"));
+  EXPECT_EQ(outcome.output.find('\r'), std::string::npos);
+}
+
+TEST_F(TrainMoeLm, SaysWhatIsWrong) {
+  EXPECT_EQ(run("--no-such-option").code, 2);
+  const Outcome missing = run("--text " + path("none.txt"));
+  EXPECT_EQ(missing.code, 1);
+  EXPECT_THAT(missing.output, HasSubstr("none.txt"));
+  write("short.txt", "too short");
+  EXPECT_THAT(run("--text " + path("short.txt")).output, HasSubstr("short.txt"));
+  write("policy.yaml", "version: 1\nmodel: {layers: 2, experts: 8, top_k: 2}\nexpert_bias: {polcy: fixed}\n");
+  const Outcome wrong = run("--steps 5");
+  EXPECT_EQ(wrong.code, 1);
+  EXPECT_THAT(wrong.output, HasSubstr("policy.yaml:3:"));
+}
+
+}  // namespace
