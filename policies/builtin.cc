@@ -5,9 +5,15 @@ namespace moectl {
 
 void register_builtin_policies(PolicyRegistry& registry) {
   registry.add(policies::adaptive_bias());
+  registry.add(policies::entropy_temperature());
   registry.add(policies::fixed());
+  registry.add(policies::multiplicative());
   registry.add(policies::pi());
+  registry.add(policies::proportional_bias());
+  registry.add(policies::rules());
+  registry.add(policies::schedule());
   registry.add(policies::sign_bias());
+  registry.add(policies::tanh_momentum_bias());
 }
 
 }  // namespace moectl

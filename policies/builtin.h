@@ -6,8 +6,14 @@
 namespace moectl::policies {
 
 PolicyDescription adaptive_bias();
+PolicyDescription entropy_temperature();
 PolicyDescription fixed();
+PolicyDescription multiplicative();
 PolicyDescription pi();
+PolicyDescription proportional_bias();
+PolicyDescription rules();
+PolicyDescription schedule();
 PolicyDescription sign_bias();
+PolicyDescription tanh_momentum_bias();
 
 }  // namespace moectl::policies

@@ -138,7 +138,7 @@ void Controller::Loop::measure() {
   });
 }
 
-// What needs history: smoothed loads and dead experts, which windows take from the last step.
+// What needs history: smoothed loads, dead experts, trends. Windows take those from the last step.
 void Controller::Loop::watch() {
   for (const auto& layer : layers_) {
     if (layer->valid && layer->has_data) layer->monitor->observe(layer->stats, layer->metrics);
@@ -147,7 +147,10 @@ void Controller::Loop::watch() {
     if (!servo.has_windows() || !servo.due(steps_)) return;
     for (std::size_t l = 0; l < layers_.size(); ++l) {
       if (only >= 0 && l != static_cast<std::size_t>(only)) continue;
-      servo.window_metrics(only < 0 ? l : 0).dead_experts = layers_[l]->metrics.dead_experts;
+      Metrics& window = servo.window_metrics(only < 0 ? l : 0);
+      for (const MetricField& field : metric_fields()) {
+        if (!(window.*field.value)) window.*field.value = layers_[l]->metrics.*field.value;
+      }
     }
   });
 }

@@ -1,0 +1,112 @@
+// entropy_temperature: holds the entropy of a token's router distribution at a set-point by moving the
+// temperature.
+//
+//   h   = EMA of token_entropy / ln N
+//   ln T += gain · (target - h)          0 while |target - h| ≤ dead_band
+//
+// A dual step on the temperature, as soft actor-critic adjusts its own (Haarnoja et al., arXiv 1812.05905,
+// eq. 18): too little entropy raises T, too much lowers it, and at the set-point it rests.
+//
+// Limitations
+// - It steers how undecided the router is on each token, not the load. Without a bias, or with biases on
+// logits, the
+//   top-k choice does not depend on T at all; with biases on probabilities a higher T makes them weigh more.
+// - It needs the router's probabilities.
+#include <array>
+#include <cmath>
+
+#include "builtin.h"
+
+namespace moectl::policies {
+namespace {
+
+struct Options {
+  double target = 0.7;
+  double gain = 0.1;
+  double ema = 0.1;
+  double dead_band = 0.01;
+
+  static Options from(const PolicyOptions& o) {
+    return {.target = o.number("target"),
+            .gain = o.number("gain"),
+            .ema = o.number("ema"),
+            .dead_band = o.number("dead_band")};
+  }
+};
+
+class EntropyTemperature final : public Policy {
+ public:
+  EntropyTemperature(const Options& options, int experts)
+      : options_(options), largest_(std::log(static_cast<double>(experts))) {}
+
+  StatsNeeds needs() const override { return {.probabilities = true}; }
+
+  void propose(const LayerView& layer, std::span<double> value) override {
+    if (!layer.metrics.token_entropy || !(largest_ > 0)) return;
+    const double seen = *layer.metrics.token_entropy / largest_;
+    average_ = known_ ? average_ + options_.ema * (seen - average_) : seen;
+    known_ = true;
+    const double error = options_.target - average_;
+    if (std::abs(error) > options_.dead_band) value[0] *= std::exp(options_.gain * error);
+  }
+
+  void save(StateWriter& out) const override {
+    const std::array<double, 2> state = {average_, known_ ? 1.0 : 0.0};
+    out.put("entropy_temperature", state);
+  }
+  void load(StateReader& in) override {
+    std::array<double, 2> state{};
+    in.get("entropy_temperature", state);
+    average_ = state[0];
+    known_ = state[1] != 0;
+  }
+
+ private:
+  Options options_;
+  double largest_;
+  double average_ = 0;
+  bool known_ = false;
+};
+
+}  // namespace
+
+PolicyDescription entropy_temperature() {
+  const Options defaults;
+  PolicyDescription d;
+  d.name = "entropy_temperature";
+  d.summary =
+      "holds the entropy of each token's router distribution at a set-point (as in soft actor-critic)";
+  d.actuators = {Actuator::kRouterTemperature};
+  d.options = {
+      {.name = "target",
+       .default_value = defaults.target,
+       .unit = "of ln N",
+       .description = "mean entropy of a token's distribution",
+       .min = 0,
+       .max = 1},
+      {.name = "gain",
+       .default_value = defaults.gain,
+       .unit = "log ratio",
+       .description = "move of ln T at every decision for an error of 1",
+       .min = 0,
+       .max = 100},
+      {.name = "ema",
+       .default_value = defaults.ema,
+       .unit = "",
+       .description = "weight of the newest window in the averaged entropy",
+       .min = 1e-3,
+       .max = 1},
+      {.name = "dead_band",
+       .default_value = defaults.dead_band,
+       .unit = "of ln N",
+       .description = "errors no larger than this move nothing",
+       .min = 0,
+       .max = 1},
+  };
+  d.make = [](const PolicyContext& context, const PolicyOptions& options) {
+    return std::make_unique<EntropyTemperature>(Options::from(options), context.experts);
+  };
+  return d;
+}
+
+}  // namespace moectl::policies

@@ -1,0 +1,144 @@
+// The equations of the smaller policies, by hand.
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "policies/policy_rig.h"
+
+namespace moectl {
+namespace {
+
+using moectl::testing::PolicyRig;
+using moectl::testing::RigOptions;
+using moectl::testing::stats_of;
+
+RigOptions bias(std::map<std::string, OptionValue> options) {
+  return {.experts = 2, .top_k = 1, .options = std::move(options)};
+}
+RigOptions scalar(Actuator actuator, std::map<std::string, OptionValue> options) {
+  return {.actuator = actuator, .experts = 2, .top_k = 1, .options = std::move(options)};
+}
+
+// Counts (30, 10): e = ∓10 tokens = ∓0.5 of the mean = ∓0.25 of all; RMS(e) = 10.
+TEST(ProportionalBias, Normalisations) {
+  const auto first = [](const char* normalise) {
+    PolicyRig rig("proportional_bias", bias({{"step", 0.5}, {"normalise", std::string(normalise)}}));
+    rig.step(stats_of(rig.shape(), {30, 10}));
+    return rig.value[1];
+  };
+  EXPECT_DOUBLE_EQ(first("none"), 0.5 * 0.25);
+  EXPECT_DOUBLE_EQ(first("mean"), 0.5 * 0.5);
+  EXPECT_DOUBLE_EQ(first("rms"), 0.5);
+}
+
+TEST(ProportionalBias, TheStepHalves) {
+  PolicyRig rig("proportional_bias", bias({{"step", 1.0}, {"half_life", 1.0}}));
+  rig.step(stats_of(rig.shape(), {30, 10}));
+  rig.step(stats_of(rig.shape(), {30, 10}));
+  EXPECT_DOUBLE_EQ(rig.value[1], 0.5 + 0.25);
+}
+
+TEST(ProportionalBias, AtBalanceRmsDoesNotDivideByZero) {
+  PolicyRig rig("proportional_bias", bias({{"normalise", std::string("rms")}}));
+  rig.step(stats_of(rig.shape(), {10, 10}));
+  EXPECT_EQ(rig.value, std::vector<double>(2, 0.0));
+}
+
+// v = ∓0.5: Δ = ∓5e-4 tanh(1); m = 0.5 Δ, then 0.75 Δ.
+TEST(TanhMomentumBias, StepsByHand) {
+  PolicyRig rig("tanh_momentum_bias", bias({}));
+  const double delta = 5e-4 * std::tanh(1.0);
+  rig.step(stats_of(rig.shape(), {30, 10}));
+  EXPECT_NEAR(rig.value[1], 0.5 * delta, 1e-18);
+  rig.step(stats_of(rig.shape(), {30, 10}));
+  EXPECT_NEAR(rig.value[1], 1.25 * delta, 1e-18);
+}
+
+TEST(TanhMomentumBias, AHoldTakesTheMomentumOut) {
+  PolicyRig rig("tanh_momentum_bias", bias({}));
+  LimitReport held;
+  held.add(Reason::kSkippedStep);
+  rig.propose(stats_of(rig.shape(), {30, 10}));
+  rig.settle({0, 0}, held);
+  rig.step(stats_of(rig.shape(), {10, 10}));
+  EXPECT_EQ(rig.value[1], 0);
+}
+
+TEST(Multiplicative, FactorByTheSignOutsideTheDeadBand) {
+  PolicyRig rig("multiplicative",
+                scalar(Actuator::kAuxLossWeight, {{"target", 0.5}, {"factor", 2.0}, {"dead_band", 0.1}}));
+  rig.step(stats_of(rig.shape(), {30, 10}));  // load_cv = 0.5, inside
+  EXPECT_EQ(rig.value[0], 0.01);
+  rig.step(stats_of(rig.shape(), {32, 8}));  // 0.6
+  EXPECT_EQ(rig.value[0], 0.02);
+  rig.step(stats_of(rig.shape(), {28, 12}));  // 0.4
+  rig.step(stats_of(rig.shape(), {28, 12}));
+  EXPECT_EQ(rig.value[0], 0.005);
+}
+
+TEST(Schedule, WarmsUpHoldsAndDecays) {
+  const auto at = [](const char* shape, std::int64_t step) {
+    PolicyRig rig("schedule", scalar(Actuator::kAuxLossWeight, {{"first", 0.002},
+                                                                {"warmup", std::int64_t{4}},
+                                                                {"final", 0.0001},
+                                                                {"decay_start", std::int64_t{10}},
+                                                                {"decay_steps", std::int64_t{10}},
+                                                                {"shape", std::string(shape)}}));
+    rig.now = step;
+    rig.step(stats_of(rig.shape(), {1, 1}));
+    return rig.value[0];
+  };
+  EXPECT_DOUBLE_EQ(at("linear", 0), 0.002);
+  EXPECT_DOUBLE_EQ(at("linear", 1), 0.004);
+  EXPECT_DOUBLE_EQ(at("linear", 4), 0.01);
+  EXPECT_DOUBLE_EQ(at("linear", 9), 0.01);
+  EXPECT_DOUBLE_EQ(at("linear", 15), 0.00505);
+  EXPECT_DOUBLE_EQ(at("cosine", 15), 0.00505);
+  EXPECT_NEAR(at("exponential", 15), 0.001, 1e-15);
+  for (const char* shape : {"linear", "cosine", "exponential"}) EXPECT_DOUBLE_EQ(at(shape, 1000), 0.0001);
+}
+
+RoutingStats soft(const StatsShape& shape, float p) {
+  RoutingStats stats(shape);
+  const std::vector<std::int64_t> experts = {0, 1};
+  const std::vector<float> probabilities = {p, 1 - p, 1 - p, p};
+  stats.add({.experts = experts, .probabilities = probabilities});
+  return stats;
+}
+
+TEST(EntropyTemperature, RaisesTheTemperatureOfATooDecidedRouter) {
+  PolicyRig rig("entropy_temperature",
+                scalar(Actuator::kRouterTemperature, {{"target", 0.7}, {"gain", 0.5}}));
+  rig.step(soft(rig.shape(), 1.0F));  // entropy 0
+  EXPECT_NEAR(rig.value[0], std::exp(0.5 * 0.7), 1e-6);
+  PolicyRig even("entropy_temperature",
+                 scalar(Actuator::kRouterTemperature, {{"target", 0.7}, {"gain", 0.5}}));
+  even.step(soft(even.shape(), 0.5F));  // entropy ln 2 = all there is
+  EXPECT_NEAR(even.value[0], std::exp(-0.5 * 0.3), 1e-6);
+}
+
+TEST(Rules, ActOnceConfirmedThenWait) {
+  const auto run = [](Actuator actuator, int steps) {
+    PolicyRig rig("rules", scalar(actuator, {{"confirm", std::int64_t{3}}, {"wait", std::int64_t{10}}}));
+    for (int i = 0; i < steps; ++i)
+      rig.step(stats_of(rig.shape(), {40, 0}));  // one expert takes all: collapse
+    return rig.value[0];
+  };
+  EXPECT_DOUBLE_EQ(run(Actuator::kAuxLossWeight, 2), 0.01);
+  EXPECT_DOUBLE_EQ(run(Actuator::kAuxLossWeight, 3), 0.02);
+  EXPECT_DOUBLE_EQ(run(Actuator::kAuxLossWeight, 12), 0.02);
+  EXPECT_DOUBLE_EQ(run(Actuator::kAuxLossWeight, 13), 0.04);
+  EXPECT_DOUBLE_EQ(run(Actuator::kRouterTemperature, 3), 1.1);
+}
+
+TEST(Rules, AnEvenRouterIsLeftAloneUnlessAsked) {
+  for (const bool specialize : {false, true}) {
+    PolicyRig rig("rules", {.actuator = Actuator::kAuxLossWeight, .options = {{"specialize", specialize}}});
+    rig.now = 2000;
+    for (int i = 0; i < 5; ++i) rig.step(stats_of(rig.shape(), std::vector<std::int64_t>(16, 10)));
+    EXPECT_DOUBLE_EQ(rig.value[0], specialize ? 0.005 : 0.01);
+  }
+}
+
+}  // namespace
+}  // namespace moectl
