@@ -55,7 +55,7 @@ std::string format(const char* pattern, Values... values) {
 struct Arguments {
   std::vector<std::string> text;
   std::string policy, log, checkpoint, resume;
-  std::int64_t steps = 500, until = 0, seed = 1, checkpoint_every = 0, validate_every = 100;
+  std::int64_t steps = 600, until = 0, seed = 1, checkpoint_every = 0, validate_every = 100;
   std::int64_t sequences = 16, length = 128;
   int threads = 2;
   double learning_rate = 3e-3, shift_at = 0.6;

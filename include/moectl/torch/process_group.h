@@ -1,0 +1,57 @@
+// The controller's all-reduce over any c10d process group: Gloo, NCCL, MPI or one's own.
+//
+//   controller.controller().set_reduction(moectl::reduce_over(group));
+//
+// The group must hold exactly the ranks whose counts belong together. An MPI user without c10d needs only a
+// lambda:
+//   set_reduction([&](std::span<std::int64_t> sums) {
+//     MPI_Allreduce(MPI_IN_PLACE, sums.data(), int(sums.size()), MPI_INT64_T, MPI_SUM, communicator); });
+#pragma once
+
+#include <torch/torch.h>
+
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <torch/csrc/distributed/c10d/Types.hpp>
+#include <torch/csrc/distributed/c10d/Work.hpp>
+#include <utility>
+#include <vector>
+
+#include "moectl/controller.h"
+
+namespace moectl {
+
+/// What the ranks' records are to each other. Nothing in the counts tells, so the caller must.
+enum class ReductionScope {
+  kPartial,     ///< Each rank recorded tokens of its own (data parallelism): the sums add.
+  kReplicated,  ///< Every rank recorded the same tokens (tensor parallelism): the sums must agree, and count
+                ///< once.
+};
+
+struct ReductionOptions {
+  ReductionScope scope = ReductionScope::kPartial;
+  /// A collective that takes longer becomes a ReductionError, with the last applied values still in force.
+  std::chrono::milliseconds timeout = std::chrono::minutes(5);
+  /// Where the group's backend wants its tensors (NCCL: the rank's GPU).
+  ::torch::Device device = ::torch::kCPU;
+};
+
+/// One all-reduce (SUM) of int64 tensors, started.
+using StartAllReduce = std::function<c10::intrusive_ptr<c10d::Work>(std::vector<at::Tensor>& tensors,
+                                                                    const c10d::AllreduceOptions& options)>;
+Reduction reduce_with(StartAllReduce start, int ranks, const ReductionOptions& options = {});
+
+/// `Group` is c10d::ProcessGroup, c10d::Backend (LibTorch 2) or a class derived from either. Holds on to the
+/// group.
+template <typename Group>
+Reduction reduce_over(c10::intrusive_ptr<Group> group, const ReductionOptions& options = {}) {
+  const int ranks = group->getSize();
+  return reduce_with(
+      [group = std::move(group)](std::vector<at::Tensor>& tensors, const c10d::AllreduceOptions& how) {
+        return group->allreduce(tensors, how);
+      },
+      ranks, options);
+}
+
+}  // namespace moectl

@@ -1,0 +1,214 @@
+// Controllers on several ranks, over Gloo on the loopback interface: each rank a thread with its own
+// connections.
+#include "moectl/torch/process_group.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+
+#include <algorithm>
+#include <chrono>
+#include <functional>
+#include <string>
+#include <thread>
+#include <torch/csrc/distributed/c10d/HashStore.hpp>
+#include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
+#include <vector>
+
+#include "moectl/torch/controller.h"
+
+namespace moectl {
+namespace {
+
+using ::testing::HasSubstr;
+using ::torch::Tensor;
+
+constexpr int kLayers = 2, kExperts = 8, kTopK = 2;
+
+ControllerConfig test_config() {
+  ControllerConfig config;
+  config.model.layers = kLayers;
+  config.model.experts = kExperts;
+  config.model.top_k = kTopK;
+  config.collect = {.gap = true, .sequences = true};
+  config.expert_bias.policy = "adaptive_bias";
+  config.expert_bias.limits.rate = 16;
+  config.expert_bias.limits.center = true;
+  return config;
+}
+
+using Group = c10::intrusive_ptr<c10d::ProcessGroupGloo>;
+
+/// Runs `body(rank, group)` on every rank and waits for all. An exception of any rank fails the test.
+void on_ranks(int ranks, const std::function<void(int, const Group&)>& body) {
+  const auto store = c10::make_intrusive<c10d::HashStore>();
+  std::vector<std::thread> threads;
+  for (int rank = 0; rank < ranks; ++rank) {
+    threads.emplace_back([&, rank] {
+      try {
+        auto options = c10d::ProcessGroupGloo::Options::create(std::chrono::seconds(60));
+        options->devices.push_back(c10d::ProcessGroupGloo::createDeviceForInterface("lo"));
+        options->threads = 1;
+        body(rank, c10::make_intrusive<c10d::ProcessGroupGloo>(store, rank, ranks, options));
+      } catch (const std::exception& error) {
+        ADD_FAILURE() << "rank " << rank << ": " << error.what();
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+/// The routing of one sequence of a recorded stream: who chose what depends on (step, sequence) alone.
+struct Sequence {
+  Tensor indices;     // [1, length, k]
+  Tensor top_values;  // [1, length, k + 1]
+};
+
+Sequence recorded(int step, int layer, int sequence) {
+  ::torch::Generator random =
+      at::detail::createCPUGenerator(static_cast<std::uint64_t>((step * 7 + layer) * 64 + sequence));
+  const std::int64_t length = 1 + (sequence * 5) % 11;
+  // Experts differ in how wanted they are, and the wish drifts.
+  const Tensor wish = ::torch::linspace(0, 1.5, kExperts).roll(step / 50);
+  const auto [values, indices] = (::torch::randn({1, length, kExperts}, random) + wish).topk(kTopK + 1, -1);
+  return {indices.narrow(-1, 0, kTopK).contiguous(), values.contiguous()};
+}
+
+constexpr int kSequences = 16;
+
+/// Biases of all layers after each step, of one rank that records the sequences `mine`.
+template <typename Mine>
+std::vector<float> run_stream(TorchController& controller, int steps, Mine mine) {
+  std::vector<float> biases;
+  for (int step = 0; step < steps; ++step) {
+    for (int layer = 0; layer < kLayers; ++layer) {
+      for (int sequence = 0; sequence < kSequences; ++sequence) {
+        if (!mine(sequence)) continue;
+        const Sequence one = recorded(step, layer, sequence);
+        controller.record(layer, one.indices, {.top_values = one.top_values, .micro_batch = sequence});
+      }
+    }
+    controller.step();
+    for (int layer = 0; layer < kLayers; ++layer) {
+      const float* bias = controller.bias(layer).data_ptr<float>();
+      biases.insert(biases.end(), bias, bias + kExperts);
+    }
+  }
+  return biases;
+}
+
+TEST(ProcessGroup, OneStreamSplitOverAnyNumberOfRanksGivesTheSameBits) {
+  constexpr int kSteps = 300;
+  TorchController alone(test_config());
+  const std::vector<float> expected = run_stream(alone, kSteps, [](int) { return true; });
+  EXPECT_GT(*std::max_element(expected.begin(), expected.end()), 0.1F) << "the biases have work to do";
+  for (const int ranks : {2, 4, 8}) {
+    on_ranks(ranks, [&](int rank, const Group& group) {
+      TorchController controller(test_config());
+      controller.controller().set_reduction(reduce_over(group));
+      // Uneven shares: rank 0 has none at all, the last has what is left of the division among the others.
+      const auto mine = [&](int sequence) { return 1 + sequence * sequence % (ranks - 1) == rank; };
+      EXPECT_TRUE(run_stream(controller, kSteps, mine) == expected) << "rank " << rank << " of " << ranks;
+    });
+  }
+}
+
+TEST(ProcessGroup, ReplicatedSumsCountOnce) {
+  TorchController alone(test_config());
+  const std::vector<float> expected = run_stream(alone, 20, [](int) { return true; });
+  on_ranks(3, [&](int, const Group& group) {
+    TorchController controller(test_config());
+    controller.controller().set_reduction(reduce_over(group, {.scope = ReductionScope::kReplicated}));
+    EXPECT_TRUE(run_stream(controller, 20, [](int) { return true; }) == expected);
+    EXPECT_EQ(controller.report().layers[0].stats->tokens(), alone.report().layers[0].stats->tokens());
+  });
+}
+
+/// The message of the ReductionError that the next step ends in, or empty.
+std::string step_error(TorchController& controller) {
+  try {
+    controller.step();
+  } catch (const ReductionError& error) {
+    return error.what();
+  }
+  return "";
+}
+
+TEST(ProcessGroup, ReplicatedSumsThatDifferAreAnError) {
+  on_ranks(2, [&](int rank, const Group& group) {
+    TorchController controller(test_config());
+    controller.controller().set_reduction(reduce_over(group, {.scope = ReductionScope::kReplicated}));
+    controller.record(0, recorded(0, 0, rank).indices);
+    EXPECT_THAT(step_error(controller), HasSubstr("different sums"));
+  });
+}
+
+TEST(ProcessGroup, RanksWithDifferentLayersOrConfigsFindOutInsteadOfHanging) {
+  on_ranks(2, [&](int rank, const Group& group) {
+    ControllerConfig config = test_config();
+    if (rank == 1) config.model.layers = kLayers + 1;  // another payload size
+    TorchController controller(config);
+    controller.controller().set_reduction(reduce_over(group));
+    EXPECT_THAT(step_error(controller), HasSubstr("disagree"));
+  });
+}
+
+TEST(ProcessGroup, ARankThatHasDivergedIsAnError) {
+  on_ranks(2, [&](int rank, const Group& group) {
+    TorchController controller(test_config());
+    controller.controller().set_reduction(reduce_over(group));
+    run_stream(controller, 5, [&](int sequence) { return sequence % 2 == rank; });
+    if (rank == 1) {
+      // One rank resumes from an older state than the other.
+      TorchController other(test_config());
+      controller.load(other.save());
+      controller.controller().set_reduction(reduce_over(group));
+    }
+    if (rank == 0) controller.controller().set_reduction(reduce_over(group));
+    EXPECT_THAT(step_error(controller), HasSubstr("diverged"));
+  });
+}
+
+TEST(ProcessGroup, ALostRankIsAnErrorWithinTheTimeOutAndChangesNothing) {
+  on_ranks(2, [&](int rank, const Group& group) {
+    TorchController controller(test_config());
+    controller.controller().set_reduction(reduce_over(group, {.timeout = std::chrono::milliseconds(1500)}));
+    run_stream(controller, 5, [&](int sequence) { return sequence % 2 == rank; });
+    if (rank == 1) return;  // gone, with its connections
+    const Sequence one = recorded(5, 0, 0);
+    controller.record(0, one.indices, {.top_values = one.top_values});
+    const std::string before = controller.save();
+    const Tensor bias = controller.bias(0).clone();
+    const auto start = std::chrono::steady_clock::now();
+    EXPECT_NE(step_error(controller), "");
+    EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(10));
+    EXPECT_TRUE(controller.bias(0).equal(bias)) << "the last applied values stay in force";
+    EXPECT_EQ(controller.save(), before) << "the step can be tried again";
+  });
+}
+
+TEST(ProcessGroup, ASlowRankIsAnErrorWithinTheTimeOut) {
+  on_ranks(2, [&](int rank, const Group& group) {
+    TorchController controller(test_config());
+    controller.controller().set_reduction(reduce_over(group, {.timeout = std::chrono::milliseconds(500)}));
+    if (rank == 1) {
+      std::this_thread::sleep_for(std::chrono::seconds(3));
+      return;
+    }
+    const auto start = std::chrono::steady_clock::now();
+    EXPECT_NE(step_error(controller), "");
+    EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::milliseconds(2500));
+  });
+}
+
+TEST(ProcessGroup, AnyCallableWillDo) {
+  TorchController controller(test_config()), alone(test_config());
+  int calls = 0;
+  controller.controller().set_reduction([&](std::span<std::int64_t>) { ++calls; });
+  const auto all = [](int) { return true; };
+  EXPECT_EQ(run_stream(controller, 3, all), run_stream(alone, 3, all));
+  EXPECT_EQ(calls, 3 + 1) << "one collective a step, and one at the start";
+}
+
+}  // namespace
+}  // namespace moectl
