@@ -1,4 +1,5 @@
-// The whole loop without a model: a made-up router that favours a few experts, and the controller that evens it out.
+// The whole loop without a model: a made-up router that favours a few experts, and the controller that evens
+// it out.
 #include <cstdio>
 #include <random>
 #include <vector>
@@ -29,8 +30,8 @@ int main() {
     const auto& report = controller.step();
     if (step % 40 == 0) {
       const moectl::Metrics& m = *report.layers[0].metrics;
-      std::printf("step %3d  MaxVio %.3f (noise floor %.3f)  bias of the last expert %+.2f\n", step, *m.max_vio,
-                  *m.noise_floor_max_vio, controller.bias(0)[kExperts - 1]);
+      std::printf("step %3d  MaxVio %.3f (noise floor %.3f)  bias of the last expert %+.2f\n", step,
+                  *m.max_vio, *m.noise_floor_max_vio, controller.bias(0)[kExperts - 1]);
     }
   }
 }

@@ -36,8 +36,8 @@ struct ModelConfig {
   std::int64_t tokens_per_step = 0;  ///< Tokens of one step over all ranks; 0 = not known. Sets the noise floor.
   ScoreSpace score_space = ScoreSpace::kProbability;
   int delay = 0;  ///< Steps by which the recorded routing is late, beyond the loop's own one; ≥ 0.
-  std::vector<std::string> domains;  ///< Names of the domains whose tokens are counted apart.
-  std::vector<double> targets;       ///< Wanted share of the load of each expert [N], summing to 1; empty = uniform.
+  std::vector<std::string> domains{};  ///< Names of the domains whose tokens are counted apart.
+  std::vector<double> targets{};       ///< Wanted share of the load of each expert [N], summing to 1; empty = uniform.
 };
 
 struct ActuatorConfig {
