@@ -2,11 +2,17 @@
 //
 //   e_i = (c̄_i - c_i) / c̄_i                            c̄_i target load, S/N unless targets are configured
 //   Ḡ  += gap_ema · (G - Ḡ),  G = k · mean_t(v_k - v_{k+1})     v sorted biased scores; counts only: Ḡ ≡ 1
-//   r_l = ⟨e_t, e_{t-l}⟩ / (|e_t| |e_{t-l}|),   a_l += correlation_ema · (r_l - a_l)        l = D … 3D+5, D =
-//   d+1 drive = min_l a_l  if that is below -0.8/√(N-1),  else r_D g   = clip(g · exp(adaptation · drive),
-//   g_min, g_max) b_i += g · Ḡ · clip(e_i, -1, 1),   b -= mean(b)
+//   r_l = ⟨e_t, e_{t-l}⟩ / (|e_t| |e_{t-l}|),   a_l += correlation_ema · (r_l - a_l)
+//                                                                l = D … 3D+5, D = d+1
+//   drive = min_l a_l  if that is below -0.8/√(N-1),  else r_D
+//   g   = clip(g · exp(adaptation · drive), g_min, g_max)
+//   ρ_i(l) += (0.1/D) · (2 e_ti e_{t-l,i} / (e_ti² + e_{t-l,i}²) - ρ_i(l))        e clipped to ±1
+//   h_i = h_i · exp(0.3/D · ρ_i(2D-1))  if ρ_i(2D-1) < -0.5/√D
+//         h_i · exp(0.1/D · ρ_i(D))     if ρ_i(D) > 0.5/√D, else as it was
+//   h_i = clip(h_i / (geometric mean of h), 1/16, 8)
+//   b_i += g · h_i · Ḡ · clip(e_i, -1, 1),   b -= mean(b)
 //
-// Two facts carry it.
+// Three facts carry it.
 //
 // The gap is the unit. How many tokens change expert when a bias moves by δ is the density of tokens at the
 // selection threshold times δ, and the gap between the k-th and the (k+1)-th score is the inverse of that
@@ -21,9 +27,17 @@
 // router. N errors give a correlation a standard error of about 1/√(N-1), which is where the threshold comes
 // from: only a correlation that chance does not explain may overrule the nearest lag.
 //
+// Experts differ. With a softmax gate the scores of a seldom chosen expert lie close together at the
+// threshold and those of a popular one far apart, so that under one common gain the first flips between too
+// many and too few tokens at every step while the second creeps. Each expert's own correlation shows it, once
+// it is averaged over some ten steps and clear of chance (0.5 is three standard errors), and moves the
+// expert's share h_i of the gain; what all experts have in common stays with g. Each pair of errors counts
+// the same, so that one large disturbance does not pass for a trend. `per_expert: false` leaves h_i at 1.
+//
 // With a declared delay of d steps an error answers to the bias of D = d+1 steps ago, so nearer lags say
 // nothing about the gain. The first gain and its bounds are divided by D, and the lags reach to three times
-// D, past the half period 2D of the slowest oscillation that the delay can cause.
+// D, past the half period 2D - 1 of the slowest oscillation that the delay can cause; by the correlation at
+// that half period an expert's own gain falls.
 //
 // What the limits do to a proposal comes back through on_applied: after a hold, a rate limit or a clip the
 // errors stay alike for a reason that is not the gain, so the gain may then fall but not rise. The bias
@@ -59,6 +73,7 @@ struct Options {
   double adaptation = 0.1;
   double correlation_ema = 0.2;
   double gap_ema = 0.1;
+  bool per_expert = true;
 
   static Options from(const PolicyOptions& o) {
     return {.form = o.text("form"),
@@ -67,7 +82,8 @@ struct Options {
             .gain_max = o.number("gain_max"),
             .adaptation = o.number("adaptation"),
             .correlation_ema = o.number("correlation_ema"),
-            .gap_ema = o.number("gap_ema")};
+            .gap_ema = o.number("gap_ema"),
+            .per_expert = o.flag("per_expert")};
   }
 };
 
@@ -82,6 +98,25 @@ constexpr Gains kCountsLogitGains{1e-2, 1e-6, 1.0};
 // Correlations nearer to zero than this many standard errors are chance.
 constexpr double kSignificance = 0.8;
 
+// Each expert's own share of the gain; the rates are divided by D, the threshold by √D. Falling is quicker
+// than rising, since an expert that swings does more harm than one that creeps.
+constexpr double kOwnEma = 0.1;
+constexpr double kOwnSignificance = 0.5;
+constexpr double kOwnRise = 0.1, kOwnFall = 0.3;
+constexpr double kOwnMin = 1.0 / 16, kOwnMax = 8;
+
+double clip_error(double e) {
+  return std::min(std::max(e, -1.0), 1.0);
+}
+
+// 1 for equal errors, -1 for opposite ones, whatever their size; its mean over noise is 0.
+double likeness(double a, double b) {
+  a = clip_error(a);
+  b = clip_error(b);
+  const double square = a * a + b * b;
+  return square > 0 ? 2 * a * b / square : 0;
+}
+
 class AdaptiveBias final : public Policy {
  public:
   AdaptiveBias(const Options& options, const PolicyContext& context)
@@ -93,7 +128,10 @@ class AdaptiveBias final : public Policy {
         errors_(experts_, 0.0),
         history_((first_lag_ + lag_count_ - 1) * experts_, 0.0),
         norms_(first_lag_ + lag_count_ - 1, 0.0),
-        correlations_(lag_count_, 0.0) {
+        correlations_(lag_count_, 0.0),
+        shares_(experts_, 1.0),
+        own_near_(options.per_expert ? experts_ : 0, 0.0),
+        own_half_(first_lag_ > 1 ? own_near_.size() : 0, 0.0) {
     if (options_.form != "auto") choose_form(options_.form == "gap");
   }
 
@@ -106,7 +144,7 @@ class AdaptiveBias final : public Policy {
     measure_errors(layer);
     tune_gain();
     const double step = gain_ * (uses_gap_ ? gap_ : 1.0);
-    for (std::size_t i = 0; i < experts_; ++i) bias[i] += step * std::min(std::max(errors_[i], -1.0), 1.0);
+    for (std::size_t i = 0; i < experts_; ++i) bias[i] += step * shares_[i] * clip_error(errors_[i]);
     const double mean = sum_of(bias) / static_cast<double>(experts_);
     for (double& b : bias) b -= mean;
   }
@@ -121,6 +159,9 @@ class AdaptiveBias final : public Policy {
     out.put("adaptive_history", history_);
     out.put("adaptive_norms", norms_);
     out.put("adaptive_correlations", correlations_);
+    out.put("adaptive_shares", shares_);
+    out.put("adaptive_own_near", own_near_);
+    out.put("adaptive_own_half", own_half_);
   }
 
   void load(StateReader& in) override {
@@ -137,6 +178,9 @@ class AdaptiveBias final : public Policy {
     in.get("adaptive_history", history_);
     in.get("adaptive_norms", norms_);
     in.get("adaptive_correlations", correlations_);
+    in.get("adaptive_shares", shares_);
+    in.get("adaptive_own_near", own_near_);
+    in.get("adaptive_own_half", own_half_);
   }
 
  private:
@@ -196,10 +240,51 @@ class AdaptiveBias final : public Policy {
     double drive = lowest < -chance ? lowest : nearest;
     if (limited_) drive = std::min(drive, 0.0);
     gain_ = std::min(std::max(gain_ * std::exp(options_.adaptation * drive), gain_min_), gain_max_);
+    if (options_.per_expert) share_gain();
     const auto row = static_cast<std::size_t>(past_ % rows);
     std::copy(errors_.begin(), errors_.end(), history_.begin() + static_cast<std::ptrdiff_t>(row * experts_));
     norms_[row] = norm;
     ++past_;
+  }
+
+  std::span<const double> errors_before(std::int64_t lag) const {
+    if (lag > past_) return {};
+    const auto row = static_cast<std::size_t>((past_ - lag) % static_cast<std::int64_t>(norms_.size()));
+    return {&history_[row * experts_], experts_};
+  }
+
+  // Moves each expert's share of the gain by its own correlation; their geometric mean stays one.
+  void share_gain() {
+    const auto delay = static_cast<double>(first_lag_);
+    const double weight = kOwnEma / delay, chance = kOwnSignificance / std::sqrt(delay);
+    follow(errors_before(static_cast<std::int64_t>(first_lag_)), weight, own_near_);
+    if (first_lag_ > 1)
+      follow(errors_before(static_cast<std::int64_t>(2 * first_lag_ - 1)), weight, own_half_);
+    const std::span<const double> half = first_lag_ > 1 ? own_half_ : own_near_;
+    double moved = 0;
+    for (std::size_t i = 0; i < experts_; ++i) {
+      double by = 0;
+      if (half[i] < -chance) {
+        by = kOwnFall / delay * half[i];
+      } else if (own_near_[i] > chance && !limited_) {
+        by = kOwnRise / delay * own_near_[i];
+      } else {
+        continue;
+      }
+      by = std::min(std::max(by, std::log(kOwnMin / shares_[i])), std::log(kOwnMax / shares_[i]));
+      shares_[i] *= std::exp(by);
+      moved += by;
+    }
+    if (moved == 0) return;
+    const double common = std::exp(-moved / static_cast<double>(experts_));
+    for (double& share : shares_) share = std::min(std::max(share * common, kOwnMin), kOwnMax);
+  }
+
+  void follow(std::span<const double> before, double weight, std::vector<double>& average) const {
+    if (before.empty()) return;
+    for (std::size_t i = 0; i < experts_; ++i) {
+      average[i] += weight * (likeness(errors_[i], before[i]) - average[i]);
+    }
   }
 
   Options options_;
@@ -214,7 +299,9 @@ class AdaptiveBias final : public Policy {
   std::vector<double> history_;  // [rows × N], a ring: the errors of window w in row w % rows
   std::vector<double> norms_;    // [rows]
   std::vector<double> correlations_;
-  std::int64_t past_ = 0;  // windows seen
+  std::vector<double> shares_;               // h [N]
+  std::vector<double> own_near_, own_half_;  // ρ(D), ρ(2D-1) [N]
+  std::int64_t past_ = 0;                    // windows seen
 };
 
 std::string check(const PolicyContext& context, const PolicyOptions& options) {
@@ -278,6 +365,10 @@ PolicyDescription adaptive_bias() {
        .description = "weight of the newest gap in its average",
        .min = 1e-3,
        .max = 1},
+      {.name = "per_expert",
+       .default_value = defaults.per_expert,
+       .unit = "",
+       .description = "let each expert's own correlation move its share of the gain"},
   };
   d.make = [](const PolicyContext& context, const PolicyOptions& options) {
     return std::make_unique<AdaptiveBias>(Options::from(options), context);
