@@ -29,7 +29,7 @@ void load_plugin(const std::string& path, PolicyRegistry& registry) {
 int run(int argc, char** argv) {
   CLI::App app(
       "moectl keeps the experts of a Mixture-of-Experts model evenly loaded while it trains.\n"
-      "This tool checks configs, replays recorded routing, and compares runs. '-' reads standard input.",
+      "This tool checks configs, simulates and replays routing, and compares runs. '-' reads standard input.",
       "moectl");
   app.require_subcommand(1);
   app.fallthrough();
@@ -45,6 +45,7 @@ int run(int argc, char** argv) {
   add_metrics(app, tool);
   add_policies(app, tool);
   add_replay(app, tool);
+  add_simulate(app, tool);
   app.footer(
       "Exit codes: 0 good, 1 the input or config is wrong, 2 usage.\n'moectl COMMAND --help' has examples.");
   try {
