@@ -39,6 +39,7 @@ bool LogLines::fill() {
   }
   if (end_ == buffer_.size()) {
     if (end_ >= kLongestLine) {
+      broken_ = true;
       throw LogError(name_ + ':' + std::to_string(number_ + 1) + ": line: longer than " +
                      std::to_string(kLongestLine) + " bytes: must hold one record");
     }
@@ -51,6 +52,7 @@ bool LogLines::fill() {
   const char* message = gzerror(file_, &code);
   if (got < 0 || (got == 0 && code == Z_BUF_ERROR)) {
     const bool cut = code == Z_BUF_ERROR;
+    broken_ = true;
     throw LogError(name_ + ':' + std::to_string(number_ + 1) +
                    ": gzip: " + (cut ? "unexpected end of file" : message) + ": must be a whole gzip file");
   }

@@ -27,6 +27,8 @@ class LogLines {
   bool complete() const { return complete_; }
   /// Bytes (uncompressed) up to the end of that line.
   std::int64_t offset() const { return offset_; }
+  /// True once next() has thrown: there is nothing more to read.
+  bool broken() const { return broken_; }
   const std::string& name() const { return name_; }
 
  private:
@@ -38,6 +40,7 @@ class LogLines {
   std::size_t begin_ = 0, end_ = 0;
   std::int64_t number_ = 0, offset_ = 0;
   bool complete_ = true;
+  bool broken_ = false;
 };
 
 }  // namespace moectl

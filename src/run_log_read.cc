@@ -114,14 +114,14 @@ class Line {
   const json& object_;
 };
 
-LogHeader read_header(const Line& line, const json& object) {
+LogHeader read_header(const Line& line, const json& object, bool any_version = false) {
   LogHeader header;
   const std::string format = line.text("format", object.at("format"));
   if (format != "moectl-trace" && format != "moectl-run") {
     line.reject("format", object.at("format"), "must be moectl-trace or moectl-run");
   }
   header.is_run = format == "moectl-run";
-  if (line.integer("version", line.need("version")) != 1) {
+  if (!any_version && line.integer("version", line.need("version")) != 1) {
     line.reject("version", object.at("version"), "must be 1, the only version there is");
   }
   constexpr std::int64_t kMost = 1 << 30;
@@ -380,7 +380,7 @@ class Seen {
 }  // namespace
 
 struct LogReader::File {
-  explicit File(const std::string& path) : lines(path) { read_first(); }
+  File(const std::string& path, Reading r) : lines(path), reading(r) { read_first(); }
 
   /// The next line that is not blank, as an object.
   bool next_object() {
@@ -403,41 +403,77 @@ struct LogReader::File {
   Line line() const { return {lines.name(), lines.number(), object}; }
 
   void read_first() {
-    if (!next_object()) return;
-    if (object.contains("format")) {
+    try {
+      if (!next_object()) return;
+      if (!object.contains("format")) {
+        first_is_record = true;
+        return;
+      }
       header = read_header(line(), object);
-    } else {
-      first_is_record = true;
+    } catch (const LogError& e) {
+      salvage(e);
+      // Of another version, what is named and formed as in this one is read.
+      if (object.is_object() && object.contains("format")) header = read_header(line(), object, true);
     }
   }
 
+  /// The next record, or nothing at the end.
+  std::optional<LogRecord> read_next() {
+    if (!std::exchange(first_is_record, false) && !next_object()) return std::nullopt;
+    const Line here = line();
+    if (object.contains("format")) {
+      here.reject("format", object["format"], "must stand in the first line: two files were joined here");
+    }
+    LogRecord record = read_record(here, header, lines.number());
+    if (!seen.add(record)) {
+      here.fail("step", std::to_string(record.step),
+                "repeated for layer " + (record.layer < 0 ? "null" : std::to_string(record.layer)) +
+                    ", tag " + record.tag);
+    }
+    return record;
+  }
+
+  /// Rethrows in strict reading, notes the fault otherwise.
+  void salvage(const LogError& fault) {
+    if (reading == Reading::kStrict) throw fault;
+    constexpr std::size_t kKept = 20;
+    if (faults.size() < kKept) faults.emplace_back(fault.what());
+    ++fault_count;
+  }
+
   LogLines lines;
+  Reading reading;
   json object;
   LogHeader header;
   bool first_is_record = false;
   Seen seen;
+  std::vector<std::string> faults;
+  std::int64_t fault_count = 0;
 };
 
-LogReader::LogReader(const std::string& path) : file_(std::make_unique<File>(path)) {}
+LogReader::LogReader(const std::string& path, Reading reading)
+    : file_(std::make_unique<File>(path, reading)) {}
 LogReader::~LogReader() = default;
 const LogHeader& LogReader::header() const {
   return file_->header;
 }
+const std::vector<std::string>& LogReader::faults() const {
+  return file_->faults;
+}
+std::int64_t LogReader::fault_count() const {
+  return file_->fault_count;
+}
 
 std::optional<LogRecord> LogReader::next() {
-  File& file = *file_;
-  if (!std::exchange(file.first_is_record, false) && !file.next_object()) return std::nullopt;
-  const Line line = file.line();
-  if (file.object.contains("format")) {
-    line.reject("format", file.object["format"], "must stand in the first line: two files were joined here");
+  for (;;) {
+    try {
+      return file_->read_next();
+    } catch (const LogError& e) {
+      file_->salvage(e);
+      // A damaged gzip file cannot be read on; a damaged line was left behind.
+      if (file_->lines.broken()) return std::nullopt;
+    }
   }
-  LogRecord record = read_record(line, file.header, file.lines.number());
-  if (!file.seen.add(record)) {
-    line.fail("step", std::to_string(record.step),
-              "repeated for layer " + (record.layer < 0 ? "null" : std::to_string(record.layer)) + ", tag " +
-                  record.tag);
-  }
-  return record;
 }
 
 }  // namespace moectl

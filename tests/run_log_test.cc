@@ -260,6 +260,38 @@ TEST(LogReader, SumsThatWouldOverflowAreRefused) {
   EXPECT_THAT([&] { read_all(path); }, ::testing::ThrowsMessage<LogError>(HasSubstr(":1: counts: sum ")));
 }
 
+TEST(LogReader, SalvageReadsWhatCanBeReadAndSaysTheRest) {
+  const TempDir dir;
+  const auto line = [](int step, const char* counts) {
+    return "{\"step\":" + std::to_string(step) + ",\"layer\":0,\"tokens\":2,\"counts\":" + counts + "}\n";
+  };
+  const std::string path = dir.write(
+      "t.jsonl", R"({"format":"moectl-trace","version":3,"layers":1,"experts":4,"top_k":2})"
+                 "\n" +
+                     line(0, "[1,1,1,1]") + "garbage\n" + line(5, "[9,9,9,9]") +
+                     line(6, "[1,1,1,1]") +  // a hole: 1 to 5
+                     kHeader + "\n" + line(0, "[2,0,1,1]") + line(7, "[0,2,1,1]") + "{\"step\":8,\"lay");
+  LogReader reader(path, Reading::kSalvage);
+  std::vector<std::int64_t> steps;
+  while (const auto record = reader.next()) steps.push_back(record->step);
+  EXPECT_THAT(steps, ElementsAre(0, 6, 7));
+  EXPECT_EQ(reader.fault_count(), 6);
+  ASSERT_EQ(reader.faults().size(), 6U);
+  const char* said[] = {":1: version: 3: must be 1",    ":3: line: not JSON",    ":4: counts: sum 36",
+                        ":6: format: \"moectl-trace\"", ":7: step: 0: repeated", ":9: line: not JSON"};
+  for (std::size_t i = 0; i < 6; ++i) EXPECT_THAT(reader.faults()[i], HasSubstr(said[i]));
+  EXPECT_THAT(reader.faults()[5], HasSubstr("(the file ends within this line)"));
+
+  write_gzip(dir.path("t.gz"), std::string(kHeader) + "\n" + line(0, "[1,1,1,1]"));
+  const std::string bytes = TempDir::read(dir.path("t.gz"));
+  LogReader cut(dir.write("cut.gz", bytes.substr(0, bytes.size() - 8)), Reading::kSalvage);
+  int read = 0;
+  while (cut.next()) ++read;
+  EXPECT_LE(read, 1);
+  EXPECT_EQ(cut.fault_count(), 1);
+  EXPECT_FALSE(cut.next());  // and does not go round for ever
+}
+
 TEST(LogReader, FilesThatCannotBeOpened) {
   EXPECT_THAT(
       [] { LogReader("/nonexistent.jsonl"); },

@@ -57,16 +57,25 @@ struct LogHeader {
   std::string config_json;            ///< Run logs: the config object, else empty.
 };
 
+enum class Reading {
+  kStrict,   ///< The first fault is a LogError.
+  kSalvage,  ///< What can be read is read: holes, torn lines, a second run joined on. The rest is in
+             ///< faults().
+};
+
 /// Reads one record after another. `-` is standard input; gzip is recognised by its content.
 class LogReader {
  public:
   /// Throws LogError if the file cannot be opened or its header is wrong.
-  explicit LogReader(const std::string& path);
+  explicit LogReader(const std::string& path, Reading reading = Reading::kStrict);
   ~LogReader();
   const LogHeader& header() const;
   /// The next record, or nothing at the end. Throws LogError with the line on anything that is not a record:
   /// counts that sum above tokens · top_k, a repeated (step, layer, tag), a negative or non-integer count.
   std::optional<LogRecord> next();
+  /// What kSalvage passed over so far: the messages of the first 20 faults, and how many there were in all.
+  const std::vector<std::string>& faults() const;
+  std::int64_t fault_count() const;
 
  private:
   struct File;

@@ -45,6 +45,7 @@ int run(int argc, char** argv) {
   add_metrics(app, tool);
   add_policies(app, tool);
   add_replay(app, tool);
+  add_report(app, tool);
   add_simulate(app, tool);
   app.footer(
       "Exit codes: 0 good, 1 the input or config is wrong, 2 usage.\n'moectl COMMAND --help' has examples.");

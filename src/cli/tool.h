@@ -32,6 +32,7 @@ void add_compare(CLI::App& app, Tool& tool);
 void add_metrics(CLI::App& app, Tool& tool);
 void add_policies(CLI::App& app, Tool& tool);
 void add_replay(CLI::App& app, Tool& tool);
+void add_report(CLI::App& app, Tool& tool);
 void add_simulate(CLI::App& app, Tool& tool);
 
 /// The choice of an output format, the first being the default.

@@ -1,0 +1,83 @@
+// moectl report RUN… -o report.html: one self-contained page, several runs side by side.
+#include <fstream>
+#include <iostream>
+#include <memory>
+
+#include "cli/report_data.h"
+#include "cli/report_page.h"
+#include "cli/tool.h"
+
+namespace moectl::cli {
+namespace {
+
+struct Options {
+  std::vector<std::string> runs;
+  std::optional<std::int64_t> shift;
+  std::string output;
+};
+
+/// JSON that may stand inside a script element: nothing in it can end the element.
+std::string embedded(const nlohmann::json& value) {
+  std::string text;
+  for (const char c : value.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace)) {
+    if (c == '<') {
+      text += "\\u003c";
+    } else {
+      text += c;
+    }
+  }
+  return text;
+}
+
+std::string replaced(std::string_view page, std::string_view mark, std::string_view text) {
+  const std::size_t at = page.find(mark);
+  std::string out(page.substr(0, at));
+  out.append(text).append(page.substr(at + mark.size()));
+  return out;
+}
+
+int report(const Options& options) {
+  auto data = nlohmann::json::array();
+  for (const std::string& path : options.runs) {
+    const ReportRun run(path, options.shift);
+    for (const std::string& fault : run.faults()) std::cerr << "passed over: " << fault << '\n';
+    if (const auto more = run.fault_count() - static_cast<std::int64_t>(run.faults().size()); more > 0) {
+      std::cerr << "passed over: " << more << " more faults in " << path << '\n';
+    }
+    data.push_back(run.json());
+  }
+  std::string page = replaced(page_html(), "/*STYLE*/", page_css());
+  page = replaced(page, "/*DATA*/", embedded(data));
+  page = replaced(page, "/*APP*/", page_js());
+  page = replaced(page, "/*CHART*/", chart_js());  // last: it is what could hold a mark
+  if (options.output == "-") {
+    std::cout << page;
+    return 0;
+  }
+  std::ofstream file(options.output, std::ios::binary);
+  file << page;
+  file.close();
+  if (!file) throw InputError(options.output + ": cannot be written");
+  return 0;
+}
+
+}  // namespace
+
+void add_report(CLI::App& app, Tool& tool) {
+  CLI::App* command = app.add_subcommand("report", "Write one self-contained page about one or several runs");
+  command->footer(
+      "The page needs no network. Long runs are downsampled with their extremes kept; lines that cannot be "
+      "read are\n"
+      "passed over and said, here and on the page.\n\n"
+      "Examples:\n"
+      "  moectl report runs/demo/*.jsonl -o report.html\n"
+      "  moectl report before.jsonl after.jsonl --shift 420 -o report.html");
+  auto options = std::make_shared<Options>();
+  command->add_option("RUN", options->runs, "Run logs or traces")->required();
+  command->add_option("-o,--output", options->output, "The page to write; - is standard output")->required();
+  command->add_option("--shift", options->shift, "Step at which the data changed, for all runs")
+      ->check(CLI::NonNegativeNumber);
+  command->callback([&tool, options] { tool.run = [options] { return report(*options); }; });
+}
+
+}  // namespace moectl::cli

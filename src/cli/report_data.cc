@@ -1,0 +1,292 @@
+#include "cli/report_data.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+
+namespace moectl::cli {
+namespace {
+
+using nlohmann::json;
+
+constexpr std::size_t kColumns = 600;
+constexpr std::size_t kAlerts = 500;
+// Cells of all expert maps of a run together: a byte each, and a third more as text.
+constexpr std::size_t kCells = 900000;
+
+/// From the mildest to the worst.
+constexpr std::array<const char*, 8> kHealth = {"no_data",    "healthy",     "weak_specialization",
+                                                "stagnant",   "oscillating", "imbalanced",
+                                                "collapsing", "collapsed"};
+
+std::size_t severity(const std::string& health) {
+  const auto it = std::find(kHealth.begin(), kHealth.end(), health);
+  return it == kHealth.end() ? 0 : static_cast<std::size_t>(it - kHealth.begin());
+}
+
+std::string base64(const std::vector<unsigned char>& bytes) {
+  static const char* const kDigits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+  std::string text;
+  text.reserve((bytes.size() + 2) / 3 * 4);
+  for (std::size_t i = 0; i < bytes.size(); i += 3) {
+    unsigned word = 0;
+    for (std::size_t j = 0; j < 3; ++j) word = word << 8 | (i + j < bytes.size() ? bytes[i + j] : 0U);
+    for (std::size_t j = 0; j < 4; ++j) {
+      text += i + j <= bytes.size() ? kDigits[word >> (18 - 6 * j) & 63] : '=';
+    }
+  }
+  return text;
+}
+
+/// Five digits: more than a screen shows, and a third of the bytes.
+json rounded(double value) {
+  if (!std::isfinite(value)) return nullptr;
+  char text[32];
+  std::snprintf(text, sizeof text, "%.5g", value);
+  return std::strtod(text, nullptr);
+}
+
+json lines_of(const Row& row) {
+  json mean = json::array(), min = json::array(), max = json::array();
+  bool spread = false;
+  for (const Extremes& e : row) {
+    mean.push_back(e.count ? rounded(e.sum / static_cast<double>(e.count)) : json(nullptr));
+    min.push_back(e.count ? rounded(e.min) : json(nullptr));
+    max.push_back(e.count ? rounded(e.max) : json(nullptr));
+    spread = spread || (e.count && e.min != e.max);
+  }
+  if (!spread) return {{"mean", mean}};
+  return {{"mean", mean}, {"min", min}, {"max", max}};
+}
+
+void put(Row& row, std::size_t column, double value) {
+  if (!std::isfinite(value)) return;
+  if (row.size() <= column) row.resize(column + 1);
+  row[column].add(value);
+}
+
+template <typename T, typename Merge>
+void halve_row(std::vector<T>& row, Merge merge) {
+  for (std::size_t i = 0; 2 * i < row.size(); ++i) {
+    T both = std::move(row[2 * i]);
+    if (2 * i + 1 < row.size()) merge(both, row[2 * i + 1]);
+    row[i] = std::move(both);
+  }
+  row.resize((row.size() + 1) / 2);
+}
+
+}  // namespace
+
+void Extremes::add(double value) {
+  merge({static_cast<float>(value), static_cast<float>(value), value, 1});
+}
+
+void Extremes::merge(const Extremes& other) {
+  if (other.count == 0) return;
+  min = count ? std::min(min, other.min) : other.min;
+  max = count ? std::max(max, other.max) : other.max;
+  sum += other.sum;
+  count += other.count;
+}
+
+ReportRun::ReportRun(const std::string& path, std::optional<std::int64_t> shift) : name_(path) {
+  LogReader reader(path, Reading::kSalvage);
+  header_ = reader.header();
+  shift_ = shift ? shift : header_.shift;
+  while (const auto record = reader.next()) add(*record);
+  faults_ = reader.faults();
+  fault_count_ = reader.fault_count();
+  if (records_ == 0) {
+    throw LogError((path == "-" ? "<stdin>" : path) + ": holds no record" +
+                   (faults_.empty() ? "" : "; the first fault is " + faults_.front()));
+  }
+}
+
+std::size_t ReportRun::column_of(std::int64_t step) {
+  if (!first_) first_ = step;
+  // A run that was joined to another may begin before it: such steps share the first column.
+  const auto column = [&] {
+    return static_cast<std::size_t>(std::max<std::int64_t>(0, step - *first_) / width_);
+  };
+  while (column() >= kColumns) halve();
+  last_ = std::max(last_, step);
+  return column();
+}
+
+template <typename Visit>
+void ReportRun::for_each_row(Visit visit) {
+  for (auto& [name, row] : series_) visit(row);
+  for (auto& [name, track] : tracks_) visit(track.value);
+  for (auto& [number, layer] : layers_) {
+    visit(layer.max_vio);
+    for (auto* rows : {&layer.load, &layer.bias, &layer.loss}) {
+      for (Row& row : *rows) visit(row);
+    }
+  }
+}
+
+void ReportRun::halve() {
+  width_ *= 2;
+  for_each_row([](Row& row) { halve_row(row, [](Extremes& a, const Extremes& b) { a.merge(b); }); });
+  for (auto& [name, track] : tracks_) {
+    halve_row(track.reasons, [](auto& a, const auto& b) {
+      for (const auto& [reason, count] : b) a[reason] += count;
+    });
+  }
+  for (auto& [number, layer] : layers_) {
+    halve_row(layer.health, [](std::string& a, const std::string& b) {
+      if (severity(b) > severity(a)) a = b;
+    });
+  }
+}
+
+void ReportRun::add(const LogRecord& record) {
+  ++records_;
+  if (record.tag == "validation" && record.loss) validation_[record.step] = *record.loss;
+  const bool train = record.tag == "train";
+  const Metrics metrics = train && record.layer >= 0 ? metrics_.of(record) : Metrics();
+  figures_.add(record, metrics);
+  if (!train) return;
+  const std::size_t column = column_of(record.step);
+  const auto put_metric = [&](const char* name, const Metrics::Value& value) {
+    if (value) put(series_[name], column, *value);
+  };
+  if (record.loss) put(series_["loss"], column, *record.loss);
+  sampled_ = sampled_ || metrics.sampling_floor_cv.has_value();
+  put_metric("max_vio", metrics.max_vio);
+  put_metric("max_vio_floor", floor_max_vio(metrics));
+  put_metric("cv", metrics.load_cv);
+  put_metric("cv_floor", metrics.sampling_floor_cv ? metrics.sampling_floor_cv : metrics.noise_floor_cv);
+  put_metric("dead_experts", metrics.dead_experts);
+  for (const auto& [name, actuator] : record.actuators) {
+    Track& track = tracks_[name];
+    for (const double value : actuator.applied) put(track.value, column, value);
+    if (track.reasons.size() <= column) track.reasons.resize(column + 1);
+    for (const std::string& reason : actuator.reasons) ++track.reasons[column][reason];
+  }
+  for (const std::string& alert : record.alerts) {
+    if (alerts_.size() < kAlerts) {
+      alerts_.push_back({{"step", record.step}, {"layer", record.layer}, {"name", alert}});
+    }
+  }
+  if (record.layer < 0) return;
+  Layer& layer = layers_[record.layer];
+  if (metrics.max_vio) put(layer.max_vio, column, *metrics.max_vio);
+  if (!record.health.empty()) {
+    if (layer.health.size() <= column) layer.health.resize(column + 1, kHealth.front());
+    if (severity(record.health) > severity(layer.health[column])) layer.health[column] = record.health;
+  }
+  const RoutingStats& stats = record.stats;
+  const auto n = static_cast<std::size_t>(stats.experts());
+  if (n > 0 && stats.assignments() > 0) {
+    layer.load.resize(n);
+    const double mean = static_cast<double>(stats.assignments()) / static_cast<double>(n);
+    for (std::size_t i = 0; i < n; ++i)
+      put(layer.load[i], column, static_cast<double>(stats.counts()[i]) / mean);
+  }
+  if (const auto it = record.actuators.find("expert_bias"); it != record.actuators.end()) {
+    const std::vector<double>& bias = it->second.applied;
+    layer.bias.resize(std::max(layer.bias.size(), bias.size()));
+    for (std::size_t i = 0; i < bias.size(); ++i) put(layer.bias[i], column, bias[i]);
+  }
+  if (stats.shape().needs.losses) {
+    layer.loss.resize(n);
+    const auto sums = stats.array(RoutingStats::kExpertLossSum),
+               tokens = stats.array(RoutingStats::kExpertLossTokens);
+    for (std::size_t i = 0; i < n; ++i) {
+      if (tokens[i] > 0) put(layer.loss[i], column, from_fixed(sums[i]) / static_cast<double>(tokens[i]));
+    }
+  }
+  for (std::size_t d = 0; d < record.domains.size(); ++d) {
+    std::vector<double>& counts = layer.domains[record.domains[d]];
+    counts.resize(n, 0);
+    const auto more = stats.domain_counts(static_cast<int>(d));
+    for (std::size_t i = 0; i < n; ++i) counts[i] += static_cast<double>(more[i]);
+  }
+}
+
+/// A byte a cell, row by row: 0…254 from -scale to scale (of log2 of the ratio, or of the value); 255 where
+/// nothing was recorded. Of what falls into a cell, the value furthest from the middle is kept.
+json ReportRun::expert_map(const std::vector<Row>& rows, std::size_t columns, double scale,
+                           bool log_ratio) const {
+  const auto middle = [&](double v) {
+    // An expert with no tokens has the lowest colour, not none.
+    return log_ratio ? std::log2(std::max(v, 1e-9)) : v;
+  };
+  const std::size_t all = static_cast<std::size_t>((last_ - *first_) / width_) + 1;
+  const std::size_t each = (all + columns - 1) / columns;
+  std::vector<unsigned char> bytes;
+  for (const Row& row : rows) {
+    for (std::size_t from = 0; from < all; from += each) {
+      Extremes cell;
+      for (std::size_t i = from; i < std::min(from + each, row.size()); ++i) cell.merge(row[i]);
+      if (cell.count == 0) {
+        bytes.push_back(255);
+        continue;
+      }
+      const double low = middle(cell.min), high = middle(cell.max);
+      const double value = std::clamp((std::abs(low) > std::abs(high) ? low : high) / scale, -1.0, 1.0);
+      bytes.push_back(static_cast<unsigned char>(std::lround((value + 1) * 127)));
+    }
+  }
+  return {{"rows", rows.size()}, {"each", each}, {"scale", scale}, {"data", base64(bytes)}};
+}
+
+json ReportRun::json() const {
+  const std::size_t columns = static_cast<std::size_t>((last_ - *first_) / width_) + 1;
+  nlohmann::json out = {
+      {"name", name_},      {"first", *first_},    {"last", last_},     {"width", width_},
+      {"columns", columns}, {"records", records_}, {"faults", faults_}, {"fault_count", fault_count_},
+      {"alerts", alerts_}};
+  out["shift"] = shift_ ? nlohmann::json(*shift_) : nlohmann::json(nullptr);
+  out["config"] =
+      header_.config_json.empty() ? nlohmann::json(nullptr) : nlohmann::json::parse(header_.config_json);
+  for (const auto& [name, value] : fields_of(figures_.figures(shift_))) {
+    out["figures"][name] = value ? nlohmann::json(*value) : nlohmann::json(nullptr);
+  }
+  out["sampled"] = sampled_;
+  out["validation"] = nlohmann::json::array();
+  for (const auto& [step, loss] : validation_) out["validation"].push_back({step, rounded(loss)});
+  out["series"] = nlohmann::json::object();
+  for (const auto& [name, row] : series_) out["series"][name] = lines_of(row);
+  out["actuators"] = nlohmann::json::object();
+  for (const auto& [name, track] : tracks_) {
+    nlohmann::json marks = nlohmann::json::array();
+    for (std::size_t c = 0; c < track.reasons.size(); ++c) {
+      if (!track.reasons[c].empty()) marks.push_back({c, track.reasons[c]});
+    }
+    out["actuators"][name] = {{"value", lines_of(track.value)}, {"marks", marks}};
+  }
+  std::size_t cells = 0;
+  double widest = 1e-12;
+  for (const auto& [number, layer] : layers_) {
+    cells += layer.load.size() + layer.bias.size();
+    for (const Row& row : layer.bias) {
+      for (const Extremes& e : row) {
+        if (e.count) widest = std::max({widest, std::abs(double{e.min}), std::abs(double{e.max})});
+      }
+    }
+  }
+  const std::size_t map_columns = std::clamp<std::size_t>(kCells / std::max<std::size_t>(cells, 1), 20, 300);
+  out["layers"] = nlohmann::json::array();
+  for (const auto& [number, layer] : layers_) {
+    nlohmann::json vio = nlohmann::json::array();
+    for (const Extremes& e : layer.max_vio) vio.push_back(e.count ? rounded(e.max) : nlohmann::json(nullptr));
+    nlohmann::json one = {{"layer", number}, {"max_vio", vio}};
+    if (!layer.load.empty()) one["load"] = expert_map(layer.load, map_columns, 3, true);
+    if (!layer.bias.empty()) one["bias"] = expert_map(layer.bias, map_columns, widest, false);
+    if (!layer.health.empty()) {
+      nlohmann::json states = nlohmann::json::array();
+      for (const std::string& state : layer.health) states.push_back(severity(state));
+      one["health"] = states;
+    }
+    if (!layer.domains.empty()) one["domains"] = layer.domains;
+    for (const Row& row : layer.loss) one["loss"].push_back(lines_of(row)["mean"]);
+    out["layers"].push_back(one);
+  }
+  out["health_names"] = kHealth;
+  return out;
+}
+
+}  // namespace moectl::cli

@@ -1,0 +1,76 @@
+// What the report page shows of a run: everything downsampled to a bounded number of columns, extremes kept.
+#pragma once
+
+#include <nlohmann/json.hpp>
+
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "moectl/run_log.h"
+#include "run_figures.h"
+
+namespace moectl::cli {
+
+/// Smallest, largest and mean of what fell into one column.
+struct Extremes {
+  float min = 0, max = 0;
+  double sum = 0;
+  std::int64_t count = 0;
+  void add(double value);
+  void merge(const Extremes& other);
+};
+
+/// A row of columns, each of `width` steps. When the row is full its columns are merged in pairs.
+using Row = std::vector<Extremes>;
+
+class ReportRun {
+ public:
+  /// Reads the whole file, passing over what cannot be read. Throws LogError if there is nothing to read.
+  ReportRun(const std::string& path, std::optional<std::int64_t> shift);
+  nlohmann::json json() const;
+  const std::vector<std::string>& faults() const { return faults_; }
+  std::int64_t fault_count() const { return fault_count_; }
+
+ private:
+  struct Layer {
+    Row max_vio;
+    std::vector<Row> load, bias, loss;                   // [N]
+    std::vector<std::string> health;                     // worst in each column
+    std::map<std::string, std::vector<double>> domains;  // counts of the whole run, [N]
+  };
+  /// One actuator over all layers.
+  struct Track {
+    Row value;
+    std::vector<std::map<std::string, std::int64_t>> reasons;  // how often, by column
+  };
+
+  void add(const LogRecord& record);
+  std::size_t column_of(std::int64_t step);
+  void halve();
+  template <typename Visit>
+  void for_each_row(Visit visit);
+  nlohmann::json expert_map(const std::vector<Row>& rows, std::size_t columns, double scale,
+                            bool log_ratio) const;
+
+  std::string name_;
+  LogHeader header_;
+  std::optional<std::int64_t> shift_;
+  RecordMetrics metrics_;
+  RunFigures figures_;
+  std::int64_t records_ = 0;
+  bool sampled_ = false;  // the sampling floor is known
+  std::optional<std::int64_t> first_;
+  std::int64_t last_ = 0, width_ = 1;
+  std::map<int, Layer> layers_;
+  std::map<std::string, Track> tracks_;
+  std::map<std::string, Row> series_;
+  std::map<std::int64_t, double> validation_;
+  std::vector<nlohmann::json> alerts_;
+  std::vector<std::string> faults_;
+  std::int64_t fault_count_ = 0;
+};
+
+}  // namespace moectl::cli

@@ -1,0 +1,97 @@
+// What the page holds; how it looks and answers in a browser is tested in tests/browser.
+#include <gmock/gmock.h>
+
+#include "tool.h"
+
+namespace moectl {
+namespace {
+
+using ::testing::HasSubstr;
+using ::testing::Not;
+
+std::string record(int step, const std::string& counts, const std::string& more = "") {
+  return R"({"step":)" + std::to_string(step) + R"(,"layer":0,"tokens":100,"top_k":1,"counts":)" + counts +
+         more + "}\n";
+}
+
+/// The data that a page embeds.
+nlohmann::json data_of(const std::string& page) {
+  const std::string open = R"(<script type="application/json" id="data">)";
+  const std::size_t from = page.find(open) + open.size();
+  return nlohmann::json::parse(page.substr(from, page.find("</script>", from) - from));
+}
+
+TEST(Report, IsOnePageThatNeedsNothingElse) {
+  const TempDir dir;
+  dir.write("a.jsonl", record(0, "[60,40]", R"(,"loss":2.5)"));
+  const ToolResult result = run_tool(dir, "report a.jsonl -o report.html");
+  ASSERT_EQ(result.code, 0) << result.err;
+  EXPECT_EQ(result.out + result.err, "");
+  const std::string page = TempDir::read(dir.path("report.html"));
+  EXPECT_THAT(page, HasSubstr("Chart.js v"));
+  for (const char* outside :
+       {" src=", "<link rel=\"stylesheet\"", "@import", "/*DATA*/", "/*APP*/", "/*CHART*/", "/*STYLE*/"}) {
+    EXPECT_THAT(page, Not(HasSubstr(outside)));
+  }
+  EXPECT_EQ(run_tool(dir, "report a.jsonl -o -").out, page);
+  EXPECT_EQ(run_tool(dir, "report a.jsonl -o /nonexistent/x.html").code, 1);
+  EXPECT_EQ(run_tool(dir, "report a.jsonl").code, 2);
+}
+
+TEST(Report, ItsFiguresAreThoseOfCompare) {
+  const TempDir dir;
+  std::string run;
+  for (int step = 0; step < 300; ++step)
+    run += record(step, step == 150 ? "[100,0]" : "[55,45]", R"(,"loss":2.5)");
+  dir.write("a.jsonl", run);
+  ASSERT_EQ(run_tool(dir, "report a.jsonl --shift 150 -o r.html").code, 0);
+  const auto page = data_of(TempDir::read(dir.path("r.html"))).at(0);
+  const auto compare =
+      nlohmann::json::parse(run_tool(dir, "compare a.jsonl --shift 150 --format json").out).at(0);
+  for (const auto& [name, value] : page["figures"].items()) {
+    if (value.is_null()) {
+      EXPECT_TRUE(compare[name].is_null()) << name;
+    } else {
+      EXPECT_EQ(value.get<double>(), compare[name].get<double>()) << name;
+    }
+  }
+}
+
+TEST(Report, DownsamplingKeepsExtremes) {
+  const TempDir dir;
+  std::string run;
+  for (int step = 0; step < 5000; ++step) run += record(step, step == 3333 ? "[100,0]" : "[52,48]");
+  dir.write("a.jsonl", run);
+  ASSERT_EQ(run_tool(dir, "report a.jsonl -o r.html").code, 0);
+  const auto page = data_of(TempDir::read(dir.path("r.html"))).at(0);
+  EXPECT_EQ(page["width"], 16);  // 5000 steps in at most 600 columns, doubling
+  EXPECT_EQ(page["columns"], 313);
+  const auto& max = page["series"]["max_vio"]["max"];
+  ASSERT_EQ(max.size(), 313U);
+  EXPECT_EQ(max[3333 / 16], 1.0);
+  EXPECT_NEAR(page["series"]["max_vio"]["mean"][3333 / 16].get<double>(), (1 + 15 * 0.04) / 16, 1e-5);
+  EXPECT_EQ(max[0], 0.04);
+  EXPECT_EQ(page["layers"][0]["max_vio"][3333 / 16], 1.0);
+}
+
+TEST(Report, WhatCannotBeReadIsSaidAndNamesCannotEndTheScript) {
+  const TempDir dir;
+  const std::string name = "x<script>.jsonl";
+  dir.write(name, record(0, "[60,40]", R"(,"domain_counts":{"</script><b>":[10,10]})") + "torn </script>\n" +
+                      record(2, "[1000,0]") + record(7, "[60,40]") + "{\"step\":8");
+  const ToolResult result = run_tool(dir, "report '" + name + "' -o r.html");
+  ASSERT_EQ(result.code, 0) << result.err;
+  EXPECT_THAT(result.err, HasSubstr("passed over: x<script>.jsonl:2: line: not JSON"));
+  EXPECT_THAT(result.err, HasSubstr(":3: counts: sum 1000"));
+  EXPECT_THAT(result.err, HasSubstr(":5: line: not JSON"));
+  const auto page = data_of(TempDir::read(dir.path("r.html"))).at(0);
+  EXPECT_EQ(page["name"], name);
+  EXPECT_EQ(page["fault_count"], 3);
+  EXPECT_EQ(page["records"], 2);
+  EXPECT_EQ(page["last"], 7);
+  EXPECT_TRUE(page["layers"][0]["domains"].contains("</script><b>"));
+  EXPECT_EQ(run_tool(dir, "report - -o r.html", "nothing\n").code, 1);
+}
+
+}  // namespace
+}  // namespace moectl
