@@ -22,6 +22,8 @@
 #include <filesystem>
 #include <memory>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -29,6 +31,7 @@
 #include "moe_model.h"
 #include "moectl/config.h"
 #include "moectl/run_log.h"
+#include "moectl/state_file.h"
 #include "moectl/torch/controller.h"
 #include "moectl/torch/evaluation.h"
 #include "progress.h"
@@ -126,6 +129,7 @@ class Training {
   std::unique_ptr<Progress> progress_;
   std::vector<std::int64_t> next_mixture_;
   Batch next_;
+  std::optional<double> validation_loss_;
   double loss_ = 0, train_seconds_ = 0, control_seconds_ = 0;
 };
 
@@ -231,6 +235,7 @@ void Training::validate(std::int64_t step) {
     mean += sums[d] / static_cast<double>(held_out.sequences);
     line += format("  %s %.3f", domains_[d].name.c_str(), sums[d] / 64);
   }
+  validation_loss_ = mean;
   const moectl::StepReport& report = meter_->report(step, {.loss = mean});
   if (log_ != nullptr) log_->write(report, "validation");
   double vio = 0;
@@ -269,10 +274,11 @@ void Training::save(std::int64_t step) {
   const auto log_size =
       args_.log.empty() ? 0 : static_cast<std::int64_t>(std::filesystem::file_size(args_.log));
   archive.write("log_size", torch::tensor(log_size));
+  archive.write("losses", torch::tensor({loss_, validation_loss_.value_or(NAN)}, torch::kFloat64));
+  std::ostringstream bytes;
+  archive.save_to(bytes);
   // A run killed while it writes leaves the checkpoint before intact.
-  const std::string unfinished = args_.checkpoint + ".tmp";
-  archive.save_to(unfinished);
-  std::filesystem::rename(unfinished, args_.checkpoint);
+  moectl::write_file_atomically(args_.checkpoint, bytes.str());
 }
 
 /// Returns the step to continue with. The log loses what was written after the checkpoint: those steps come
@@ -285,11 +291,19 @@ std::int64_t Training::load() {
   model_->load(model);
   optimizer_->load(optimizer);
   controller_->load(archive);
-  Tensor step, log_size;
+  Tensor step, log_size, losses;
   archive.read("step", step);
   archive.read("log_size", log_size);
-  if (!args_.log.empty() && std::filesystem::exists(args_.log)) {
-    std::filesystem::resize_file(args_.log, static_cast<std::uintmax_t>(log_size.item<std::int64_t>()));
+  archive.read("losses", losses);
+  loss_ = losses[0].item<double>();
+  if (const auto validation = losses[1].item<double>(); !std::isnan(validation))
+    validation_loss_ = validation;
+  if (!args_.log.empty()) {
+    const auto size = static_cast<std::uintmax_t>(log_size.item<std::int64_t>());
+    if (!std::filesystem::exists(args_.log) || std::filesystem::file_size(args_.log) < size) {
+      throw std::runtime_error(args_.log + ": is not the log that the checkpoint goes on with");
+    }
+    std::filesystem::resize_file(args_.log, size);
   }
   return step.item<std::int64_t>();
 }
@@ -321,6 +335,7 @@ void Training::run() {
   }
   const auto steps = static_cast<double>(std::max<std::int64_t>(1, end - first));
   std::printf("final loss %.9f\n", loss_);
+  if (validation_loss_) std::printf("validation loss %.4f\n", *validation_loss_);
   std::printf("%.1f ms a step; control %.3f ms, %.2f %% of training time\n", 1e3 * train_seconds_ / steps,
               1e3 * control_seconds_ / steps, 100 * control_seconds_ / train_seconds_);
 }

@@ -1,9 +1,13 @@
 // The training example as a user runs it: on text files of one's own, stopped and resumed.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <signal.h>
+#include <spawn.h>
 #include <sys/wait.h>
+#include <unistd.h>
 
 #include <array>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
@@ -11,6 +15,7 @@
 #include <iterator>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 namespace {
@@ -55,17 +60,27 @@ class TrainMoeLm : public ::testing::Test {
     return {std::istreambuf_iterator<char>(in), {}};
   }
 
+  std::string command(const std::string& arguments) const {
+    return std::string(MOECTL_TRAINER) + " --threads 1 --text " + path("first.txt") + " " +
+           path("second.txt") + " --policy " + path("policy.yaml") +
+           " --batch 4 --length 32 --validate-every 20 " + arguments;
+  }
   Outcome run(const std::string& arguments) const {
-    const std::string command = std::string(MOECTL_TRAINER) + " --threads 1 --text " + path("first.txt") +
-                                " " + path("second.txt") + " --policy " + path("policy.yaml") +
-                                " --batch 4 --length 32 --validate-every 20 " + arguments + " 2>&1";
-    FILE* pipe = popen(command.c_str(), "r");
+    FILE* pipe = popen((command(arguments) + " 2>&1").c_str(), "r");
     std::string output;
     std::array<char, 4096> chunk;
     while (const std::size_t size = std::fread(chunk.data(), 1, chunk.size(), pipe))
       output.append(chunk.data(), size);
     const int status = pclose(pipe);
     return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, output};
+  }
+  /// Starts the trainer without waiting for it.
+  pid_t start(const std::string& arguments) const {
+    const std::string line = "exec " + command(arguments) + " >/dev/null 2>" + path("errors.txt");
+    const char* const words[] = {"sh", "-c", line.c_str(), nullptr};
+    pid_t child = -1;
+    EXPECT_EQ(posix_spawn(&child, "/bin/sh", nullptr, nullptr, const_cast<char* const*>(words), environ), 0);
+    return child;
   }
   static std::string final_loss(const std::string& output) {
     const std::size_t start = output.find("final loss ");
@@ -93,6 +108,30 @@ TEST_F(TrainMoeLm, AResumedRunContinuesBitForBit) {
   const std::string log = read("straight.jsonl");
   EXPECT_GT(log.size(), 10'000U);
   EXPECT_TRUE(read("resumed.jsonl") == log) << "the run logs differ";
+}
+
+TEST_F(TrainMoeLm, KilledAtAnyMomentItGoesOnFromAnIntactCheckpoint) {
+  const Outcome straight = run("--steps 120 --log " + path("straight.jsonl"));
+  ASSERT_EQ(straight.code, 0) << straight.output;
+
+  // A checkpoint every step, so that many of the kills fall into one being written.
+  const std::string checkpointed =
+      "--steps 120 --checkpoint-every 1 --checkpoint " + path("run.pt") + " --log " + path("killed.jsonl");
+  std::mt19937 random(1);
+  for (int kill_number = 0; kill_number < 20; ++kill_number) {
+    const bool begun = fs::exists(path("run.pt"));
+    const pid_t trainer = start(checkpointed + (begun ? " --resume " + path("run.pt") : ""));
+    std::this_thread::sleep_for(std::chrono::milliseconds(300 + random() % 700));
+    kill(trainer, SIGKILL);
+    int status = 0;
+    waitpid(trainer, &status, 0);
+    ASSERT_TRUE(WIFSIGNALED(status) || WEXITSTATUS(status) == 0) << read("errors.txt");
+  }
+  const bool begun = fs::exists(path("run.pt"));
+  const Outcome last = run(checkpointed + (begun ? " --resume " + path("run.pt") : ""));
+  ASSERT_EQ(last.code, 0) << last.output;
+  EXPECT_EQ(final_loss(last.output), final_loss(straight.output));
+  EXPECT_TRUE(read("killed.jsonl") == read("straight.jsonl")) << "the run logs differ";
 }
 
 TEST_F(TrainMoeLm, TheLogHoldsEveryStepAndTheValidationPasses) {
