@@ -2,9 +2,13 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <cstring>
 #include <filesystem>
+#include <thread>
+#include <utility>
 
 #include "moectl/run_log.h"
 
@@ -17,7 +21,8 @@ constexpr std::size_t kLongestLine = std::size_t{1} << 28;
 
 }  // namespace
 
-LogLines::LogLines(const std::string& path) : name_(path == "-" ? "<stdin>" : path), buffer_(kFirstBuffer) {
+LogLines::LogLines(const std::string& path, std::function<void()> follow)
+    : name_(path == "-" ? "<stdin>" : path), follow_(std::move(follow)), buffer_(kFirstBuffer) {
   std::error_code ignored;
   if (std::filesystem::is_directory(path, ignored))
     throw LogError(name_ + ": cannot be opened: is a directory");
@@ -29,6 +34,26 @@ LogLines::LogLines(const std::string& path) : name_(path == "-" ? "<stdin>" : pa
 
 LogLines::~LogLines() {
   gzclose(file_);
+}
+
+int LogLines::read_some(char* to, std::size_t size) {
+  // gzread passes plain files through, and reads the members of a file that was appended to one after the
+  // other. But it waits for a full buffer, which is not what a pipe that is followed should do.
+  if (!follow_) return gzread(file_, to, static_cast<unsigned>(size));
+  if (name_ == "<stdin>") {
+    ssize_t got;
+    do {
+      got = ::read(STDIN_FILENO, to, size);
+    } while (got < 0 && errno == EINTR);
+    return static_cast<int>(got);
+  }
+  for (;;) {
+    const int got = gzread(file_, to, static_cast<unsigned>(size));
+    if (got != 0) return got;
+    gzclearerr(file_);
+    follow_();
+    std::this_thread::sleep_for(std::chrono::milliseconds(200));
+  }
 }
 
 bool LogLines::fill() {
@@ -45,9 +70,7 @@ bool LogLines::fill() {
     }
     buffer_.resize(buffer_.size() * 2);
   }
-  // gzread passes plain files through, and reads the members of a file that was appended to one after the
-  // other.
-  const int got = gzread(file_, buffer_.data() + end_, static_cast<unsigned>(buffer_.size() - end_));
+  const int got = read_some(buffer_.data() + end_, std::min(buffer_.size() - end_, kFirstBuffer));
   int code = Z_OK;
   const char* message = gzerror(file_, &code);
   if (got < 0 || (got == 0 && code == Z_BUF_ERROR)) {

@@ -4,6 +4,7 @@
 #include <zlib.h>
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -12,8 +13,10 @@ namespace moectl {
 
 class LogLines {
  public:
-  /// `-` is standard input. Throws LogError if the file cannot be opened.
-  explicit LogLines(const std::string& path);
+  /// `-` is standard input. Throws LogError if the file cannot be opened. With `follow`, the end of a file
+  /// that is still being written is waited at, for ever; standard input ends when its writer does, and must
+  /// not be gzip.
+  explicit LogLines(const std::string& path, std::function<void()> follow = {});
   ~LogLines();
   LogLines(const LogLines&) = delete;
   LogLines& operator=(const LogLines&) = delete;
@@ -33,8 +36,10 @@ class LogLines {
 
  private:
   bool fill();
+  int read_some(char* to, std::size_t size);
 
   std::string name_;
+  std::function<void()> follow_;
   gzFile file_ = nullptr;
   std::vector<char> buffer_;
   std::size_t begin_ = 0, end_ = 0;

@@ -380,7 +380,10 @@ class Seen {
 }  // namespace
 
 struct LogReader::File {
-  File(const std::string& path, Reading r) : lines(path), reading(r) { read_first(); }
+  File(const std::string& path, Reading r, std::function<void()> follow)
+      : lines(path, std::move(follow)), reading(r) {
+    read_first();
+  }
 
   /// The next line that is not blank, as an object.
   bool next_object() {
@@ -451,8 +454,8 @@ struct LogReader::File {
   std::int64_t fault_count = 0;
 };
 
-LogReader::LogReader(const std::string& path, Reading reading)
-    : file_(std::make_unique<File>(path, reading)) {}
+LogReader::LogReader(const std::string& path, Reading reading, std::function<void()> follow)
+    : file_(std::make_unique<File>(path, reading, std::move(follow))) {}
 LogReader::~LogReader() = default;
 const LogHeader& LogReader::header() const {
   return file_->header;

@@ -67,7 +67,10 @@ enum class Reading {
 class LogReader {
  public:
   /// Throws LogError if the file cannot be opened or its header is wrong.
-  explicit LogReader(const std::string& path, Reading reading = Reading::kStrict);
+  /// With `follow`, next() waits at the end of a file for what will be appended to it, and calls `follow`
+  /// before each wait; standard input ends when its writer does.
+  explicit LogReader(const std::string& path, Reading reading = Reading::kStrict,
+                     std::function<void()> follow = {});
   ~LogReader();
   const LogHeader& header() const;
   /// The next record, or nothing at the end. Throws LogError with the line on anything that is not a record:

@@ -34,6 +34,7 @@ void add_policies(CLI::App& app, Tool& tool);
 void add_replay(CLI::App& app, Tool& tool);
 void add_report(CLI::App& app, Tool& tool);
 void add_simulate(CLI::App& app, Tool& tool);
+void add_watch(CLI::App& app, Tool& tool);
 
 /// The choice of an output format, the first being the default.
 void add_format(CLI::App& command, std::string& format, std::vector<std::string> formats);

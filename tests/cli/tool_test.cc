@@ -25,7 +25,7 @@ TEST(Tool, UsageErrorsExitWithTwo) {
 TEST(Tool, HelpHasExamples) {
   const TempDir dir;
   EXPECT_EQ(run_tool(dir, "--help").code, 0);
-  for (const char* command : {"check", "compare", "metrics", "policies", "replay"}) {
+  for (const char* command : {"check", "compare", "metrics", "policies", "replay", "report", "watch"}) {
     const ToolResult result = run_tool(dir, std::string(command) + " --help");
     EXPECT_EQ(result.code, 0) << command;
     EXPECT_EQ(result.err, "") << command;

@@ -1,0 +1,67 @@
+#include <gmock/gmock.h>
+
+#include <chrono>
+#include <thread>
+
+#include "tool.h"
+
+namespace moectl {
+namespace {
+
+using ::testing::HasSubstr;
+
+std::string record(int step, int layer, const std::string& counts) {
+  return R"({"step":)" + std::to_string(step) + R"(,"layer":)" + std::to_string(layer) +
+         R"(,"tokens":100,"top_k":1,"loss":2.5,"counts":)" + counts + "}\n";
+}
+
+TEST(Watch, PrintsALineAStep) {
+  const TempDir dir;
+  const ToolResult result = run_tool(
+      dir, "watch -", record(3, 0, "[60,40]") + record(3, 1, "[80,20]") + "torn\n" + record(4, 0, "[50,50]"));
+  ASSERT_EQ(result.code, 0) << result.err;
+  ASSERT_EQ(result.lines().size(), 2U);
+  // MaxVio 0.2 and 0.6; the floor of 100 tokens on 2 experts is 0.0823, that of the CV 0.1.
+  EXPECT_EQ(result.lines()[0], "step 3  loss 2.5  max_vio 0.4 (4.862x floor)  cv 0.4 (4x floor)  dead 0");
+  EXPECT_EQ(result.lines()[1], "step 4  loss 2.5  max_vio 0 (0x floor)  cv 0 (0x floor)  dead 0");
+  EXPECT_THAT(result.err, HasSubstr("passed over: <stdin>:3: line: not JSON"));
+}
+
+TEST(Watch, ShowsDecisionsAndTheirReasons) {
+  const TempDir dir;
+  dir.write("c.yaml",
+            "version: 1\nmodel: {layers: 1, experts: 2, top_k: 1}\n"
+            "expert_bias: {policy: sign_bias, options: {step: 0.5, centred: false}, limits: {rate: 0.25, "
+            "center: false}}\n");
+  ASSERT_EQ(run_tool(dir, "replay c.yaml - -o run.jsonl", record(0, 0, "[60,40]")).code, 0);
+  EXPECT_THAT(run_tool(dir, "watch run.jsonl --once").out, HasSubstr("  expert_bias -0.25..0.25 [rate]"));
+  std::string many;
+  for (int step = 0; step < 10; ++step) many += record(step, 0, "[60,40]");
+  EXPECT_EQ(run_tool(dir, "watch - --every 4", many).lines().size(), 3U);
+}
+
+// A file that grows, half a line at a time.
+TEST(Watch, FollowsAGrowingFile) {
+  const TempDir dir;
+  dir.write("run.jsonl", record(0, 0, "[60,40]"));
+  std::thread writer([&] {
+    for (const std::string& text :
+         {record(1, 0, "[70,30]"), record(2, 0, "[80,20]"), record(3, 0, "[90,10]")}) {
+      for (const std::string& part : {text.substr(0, 20), text.substr(20)}) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(150));
+        std::ofstream(dir.path("run.jsonl"), std::ios::app) << part;
+      }
+    }
+  });
+  const std::string command =
+      "timeout 5 '" MOECTL_TOOL "' watch '" + dir.path("run.jsonl") + "' > '" + dir.path("out") + "' 2>&1";
+  EXPECT_EQ(WEXITSTATUS(std::system(command.c_str())), 124);  // it would follow for ever
+  writer.join();
+  const std::string out = TempDir::read(dir.path("out"));
+  EXPECT_THAT(out, HasSubstr("step 0 "));
+  EXPECT_THAT(out, HasSubstr("step 2  loss 2.5  max_vio 0.6 "));
+  EXPECT_THAT(out, ::testing::Not(HasSubstr("passed over")));
+}
+
+}  // namespace
+}  // namespace moectl
