@@ -47,6 +47,18 @@
 // fits common routers (1e-3 on probabilities, 1e-2 on logits), trusting the correlation to find the rest
 // within wide bounds; `auto` takes the gap if the first window has one.
 //
+// Feed-forward (`feedforward: tags`). The data loader knows the domain mixture w of the next batch. From
+// tagged counts the law learns what each domain alone does to the loads, ε_d, and cancels what the mixture
+// will bring before it comes:
+//
+//   ê = Σ_d (w_d - w̄_d) ε_d,   b_applied = b + f · Ḡ · clip(ê, -1, 1)                     w̄ running mean
+//   mixture after the step, for each domain with n_d tokens:   ε_d += 0.1 · min(1, n_d/512) · (e_d + ê - ε_d)
+//   w̄ += 0.02 (w - w̄)
+//
+// Adding ê takes the feed-forward's own effect out again. The law keeps b to itself: it recovers it as what
+// was applied less the feed-forward, so that this never integrates. It tells the router which domains a batch
+// holds and nothing about a single token, so causality in tokens stands.
+//
 // Limitations
 // - An undeclared delay of more than a few steps makes it overshoot; declare it (`model.delay`).
 // - Lumpy routing (a dozen clusters of nearly identical tokens) moves whole clusters at once; no integral law
@@ -58,6 +70,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <optional>
 
 #include "builtin.h"
 #include "sums.h"
@@ -74,6 +87,8 @@ struct Options {
   double correlation_ema = 0.2;
   double gap_ema = 0.1;
   bool per_expert = true;
+  std::string feedforward = "off";
+  double feedforward_share = 0.8;
 
   static Options from(const PolicyOptions& o) {
     return {.form = o.text("form"),
@@ -83,7 +98,9 @@ struct Options {
             .adaptation = o.number("adaptation"),
             .correlation_ema = o.number("correlation_ema"),
             .gap_ema = o.number("gap_ema"),
-            .per_expert = o.flag("per_expert")};
+            .per_expert = o.flag("per_expert"),
+            .feedforward = o.text("feedforward"),
+            .feedforward_share = o.number("feedforward_share")};
   }
 };
 
@@ -116,6 +133,90 @@ double likeness(double a, double b) {
   const double square = a * a + b * b;
   return square > 0 ? 2 * a * b / square : 0;
 }
+// What each domain does to the loads, learnt from tagged counts; and what the next mixture will therefore do.
+class Feedforward {
+ public:
+  Feedforward(int domains, std::size_t experts)
+      : domains_(static_cast<std::size_t>(domains)),
+        experts_(experts),
+        effect_(domains_ * experts, 0.0),
+        mean_mixture_(domains_, 0.0),
+        expected_(experts, 0.0),
+        next_(experts, 0.0),
+        in_force_(experts, 0.0) {}
+
+  std::span<const double> in_force() const { return in_force_; }
+  std::span<const double> next() const { return next_; }
+
+  /// Learns from a window that was routed with `expected_` taken into account.
+  void learn(const RoutingStats& stats, std::span<const double> targets) {
+    if (!stats.has_domains()) return;
+    for (std::size_t d = 0; d < domains_; ++d) {
+      const auto tokens = static_cast<double>(stats.domain_tokens(static_cast<int>(d)));
+      if (!(tokens > 0)) continue;
+      const std::span<const std::int64_t> counts = stats.domain_counts(static_cast<int>(d));
+      const double total = tokens * static_cast<double>(stats.top_k());
+      const double weight = kLearning * std::min(1.0, tokens / kFullWeightTokens);
+      for (std::size_t i = 0; i < experts_; ++i) {
+        const double target = targets[i] * total;
+        const double error = target > 0 ? (target - static_cast<double>(counts[i])) / target : 0;
+        double& effect = effect_[d * experts_ + i];
+        effect += weight * (error + expected_[i] - effect);
+      }
+    }
+  }
+
+  /// Sets what the biases should get on top for the next batch, `unit` score units for an error of 1. Mean
+  /// zero.
+  void plan(std::span<const std::int64_t> mixture, double unit) {
+    std::fill(expected_.begin(), expected_.end(), 0.0);
+    double total = 0;
+    for (const std::int64_t tokens : mixture) total += static_cast<double>(tokens);
+    if (mixture.size() == domains_ && total > 0) {
+      for (std::size_t d = 0; d < domains_; ++d) {
+        const double share = static_cast<double>(mixture[d]) / total;
+        if (!mixture_known_) mean_mixture_[d] = share;
+        const double change = share - mean_mixture_[d];
+        for (std::size_t i = 0; i < experts_; ++i) expected_[i] += change * effect_[d * experts_ + i];
+        mean_mixture_[d] += kMixtureEma * change;
+      }
+      mixture_known_ = true;
+    }
+    for (std::size_t i = 0; i < experts_; ++i) next_[i] = unit * std::min(std::max(expected_[i], -1.0), 1.0);
+    const double mean = sum_of(next_) / static_cast<double>(experts_);
+    for (double& v : next_) v -= mean;
+  }
+
+  void commit() { in_force_ = next_; }
+
+  void save(StateWriter& out) const {
+    out.put("feedforward_effect", effect_);
+    out.put("feedforward_mixture", mean_mixture_);
+    out.put("feedforward_expected", expected_);
+    out.put("feedforward_in_force", in_force_);
+    out.put("feedforward_known", std::int64_t{mixture_known_ ? 1 : 0});
+  }
+  void load(StateReader& in) {
+    in.get("feedforward_effect", effect_);
+    in.get("feedforward_mixture", mean_mixture_);
+    in.get("feedforward_expected", expected_);
+    in.get("feedforward_in_force", in_force_);
+    mixture_known_ = in.get_int("feedforward_known") != 0;
+  }
+
+ private:
+  static constexpr double kLearning = 0.1;
+  static constexpr double kFullWeightTokens = 512;
+  static constexpr double kMixtureEma = 0.02;
+
+  std::size_t domains_, experts_;
+  std::vector<double> effect_;        // ε [domains × N]
+  std::vector<double> mean_mixture_;  // w̄ [domains]
+  std::vector<double> expected_;      // ê of the batch being routed [N]
+  std::vector<double> next_;          // planned [N]
+  std::vector<double> in_force_;      // part of what is applied now [N]
+  bool mixture_known_ = false;
+};
 
 class AdaptiveBias final : public Policy {
  public:
@@ -133,6 +234,7 @@ class AdaptiveBias final : public Policy {
         own_near_(options.per_expert ? experts_ : 0, 0.0),
         own_half_(first_lag_ > 1 ? own_near_.size() : 0, 0.0) {
     if (options_.form != "auto") choose_form(options_.form == "gap");
+    if (options_.feedforward == "tags") feedforward_.emplace(context.domains, experts_);
   }
 
   StatsNeeds needs() const override { return {.gap = options_.form != "counts"}; }
@@ -145,11 +247,25 @@ class AdaptiveBias final : public Policy {
     tune_gain();
     const double step = gain_ * (uses_gap_ ? gap_ : 1.0);
     for (std::size_t i = 0; i < experts_; ++i) bias[i] += step * shares_[i] * clip_error(errors_[i]);
+    if (feedforward_) {
+      feedforward_->learn(layer.stats, layer.targets);
+      for (std::size_t i = 0; i < experts_; ++i) bias[i] -= feedforward_->in_force()[i];
+    }
+    for (std::size_t i = 0; i < experts_; ++i) bias[i] += step * std::min(std::max(errors_[i], -1.0), 1.0);
     const double mean = sum_of(bias) / static_cast<double>(experts_);
     for (double& b : bias) b -= mean;
+    if (feedforward_) {
+      feedforward_->plan(layer.info.next_mixture, uses_gap_ ? options_.feedforward_share * gap_ : 0);
+      for (std::size_t i = 0; i < experts_; ++i) bias[i] += feedforward_->next()[i];
+    }
+    planned_ = true;
   }
 
-  void on_applied(std::span<const double>, const LimitReport& why) override { limited_ = !why.empty(); }
+  void on_applied(std::span<const double>, const LimitReport& why) override {
+    limited_ = !why.empty();
+    if (feedforward_ && planned_ && !why.held()) feedforward_->commit();
+    planned_ = false;
+  }
 
   void save(StateWriter& out) const override {
     const std::array<std::int64_t, 5> flags = {form_known_, uses_gap_, gap_known_, limited_, past_};
@@ -162,6 +278,7 @@ class AdaptiveBias final : public Policy {
     out.put("adaptive_shares", shares_);
     out.put("adaptive_own_near", own_near_);
     out.put("adaptive_own_half", own_half_);
+    if (feedforward_) feedforward_->save(out);
   }
 
   void load(StateReader& in) override {
@@ -181,6 +298,7 @@ class AdaptiveBias final : public Policy {
     in.get("adaptive_shares", shares_);
     in.get("adaptive_own_near", own_near_);
     in.get("adaptive_own_half", own_half_);
+    if (feedforward_) feedforward_->load(in);
   }
 
  private:
@@ -295,6 +413,8 @@ class AdaptiveBias final : public Policy {
   bool gap_known_ = false;
   double gap_ = 0;
   bool limited_ = false;
+  bool planned_ = false;  // the last propose() went through to its end
+  std::optional<Feedforward> feedforward_;
   std::vector<double> errors_;
   std::vector<double> history_;  // [rows × N], a ring: the errors of window w in row w % rows
   std::vector<double> norms_;    // [rows]
@@ -308,6 +428,11 @@ std::string check(const PolicyContext& context, const PolicyOptions& options) {
   const Options o = Options::from(options);
   if (o.form == "gap" && context.top_k >= context.experts) {
     return "form: gap: needs top_k below the number of experts";
+  }
+  if (o.feedforward == "tags") {
+    if (context.domains < 2) return "feedforward: tags: needs at least two domains in model.domains";
+    if (o.form == "counts") return "feedforward: tags: needs the gap";
+    if (context.delay > 0) return "feedforward: tags: needs routing that is not late (model.delay: 0)";
   }
   if (o.gain_min > 0 && o.gain_max > 0 && o.gain_min > o.gain_max)
     return "gain_min: must not exceed gain_max";
@@ -369,6 +494,17 @@ PolicyDescription adaptive_bias() {
        .default_value = defaults.per_expert,
        .unit = "",
        .description = "let each expert's own correlation move its share of the gain"},
+      {.name = "feedforward",
+       .default_value = defaults.feedforward,
+       .unit = "",
+       .description = "tags: cancel ahead what the next batch's domain mixture will do to the loads",
+       .choices = {"off", "tags"}},
+      {.name = "feedforward_share",
+       .default_value = defaults.feedforward_share,
+       .unit = "",
+       .description = "f: share of the expected imbalance that is cancelled ahead",
+       .min = 0,
+       .max = 1},
   };
   d.make = [](const PolicyContext& context, const PolicyOptions& options) {
     return std::make_unique<AdaptiveBias>(Options::from(options), context);

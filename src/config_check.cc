@@ -211,6 +211,7 @@ void complete_actuator(Actuator which, const ModelConfig& model, const PolicyReg
                               .layer = actuator.scope == Scope::kModel ? -1 : 0,
                               .experts = model.experts,
                               .top_k = model.top_k,
+                              .domains = static_cast<int>(model.domains.size()),
                               .delay = model.delay,
                               .score_space = model.score_space,
                               .initial = actuator.initial,
@@ -219,6 +220,15 @@ void complete_actuator(Actuator which, const ModelConfig& model, const PolicyReg
   if (const std::string fault = policy.check(context, actuator.options); !fault.empty()) {
     checks.fail(path + ".options", policy.name, fault);
   }
+}
+
+void check_guard_options(const GuardOptions& guard, Checks& checks) {
+  // "key: value: constraint", as the guard itself puts it.
+  const std::string fault = check_guard(guard);
+  if (fault.empty()) return;
+  const std::size_t key = fault.find(": "), value = fault.find(": ", key + 2);
+  checks.fail("guard." + fault.substr(0, key), fault.substr(key + 2, value - key - 2),
+              fault.substr(value + 2));
 }
 
 void check_safety(const SafetyOptions& safety, Checks& checks) {
@@ -279,6 +289,7 @@ std::optional<ConfigProblem> complete(ControllerConfig& config, const PolicyRegi
     complete_actuator(which, config.model, registry, config.actuator(which), checks);
   }
   check_safety(config.safety, checks);
+  check_guard_options(config.guard, checks);
   // The config's own names say which domains there are.
   config.collect.domains = static_cast<int>(config.model.domains.size());
   return checks.problem();

@@ -124,6 +124,24 @@ void read_safety(YamlMap map, SafetyOptions& safety) {
   map.finish();
 }
 
+void read_guard(YamlMap map, GuardOptions& guard) {
+  map.read("enabled", guard.enabled);
+  map.read("fhs", guard.fhs);
+  map.read("entropy_fall", guard.entropy_fall);
+  map.read("dead_share", guard.dead_share);
+  map.read("max_token_share", guard.max_token_share);
+  map.read("warmup", guard.warmup);
+  map.read("confirm", guard.confirm);
+  map.read("aux_factor", guard.aux_factor);
+  map.read("temperature_factor", guard.temperature_factor);
+  map.read("bias_step", guard.bias_step);
+  map.read("recovered_max_vio", guard.recovered_max_vio);
+  map.read("dwell", guard.dwell);
+  map.read("patience", guard.patience);
+  map.read("cooldown", guard.cooldown);
+  map.finish();
+}
+
 void read_log(YamlMap map, LogConfig& log) {
   map.read("every", log.every);
   map.read("per_expert", log.per_expert);
@@ -158,6 +176,7 @@ ControllerConfig parse_config(std::string_view text, const std::string& name,
     if (auto map = root.map(name_of(which))) read_actuator(*map, which, registry, config.actuator(which));
   }
   if (auto map = root.map("safety")) read_safety(*map, config.safety);
+  if (auto map = root.map("guard")) read_guard(*map, config.guard);
   if (auto map = root.map("log")) read_log(*map, config.log);
   if (auto map = root.map("collect")) read_collect(*map, config.collect);
   root.finish();

@@ -30,6 +30,23 @@ Json tree(const ActuatorConfig& actuator) {
             {"cooldown", limits.cooldown}}}};
 }
 
+Json tree(const GuardOptions& guard) {
+  return {{"enabled", guard.enabled},
+          {"fhs", guard.fhs},
+          {"entropy_fall", guard.entropy_fall},
+          {"dead_share", guard.dead_share},
+          {"max_token_share", guard.max_token_share},
+          {"warmup", guard.warmup},
+          {"confirm", guard.confirm},
+          {"aux_factor", guard.aux_factor},
+          {"temperature_factor", guard.temperature_factor},
+          {"bias_step", guard.bias_step},
+          {"recovered_max_vio", guard.recovered_max_vio},
+          {"dwell", guard.dwell},
+          {"patience", guard.patience},
+          {"cooldown", guard.cooldown}};
+}
+
 Json tree(const SafetyOptions& safety) {
   Json rollback = false, oscillation = false;
   if (const auto& r = safety.rollback) {
@@ -62,6 +79,7 @@ Json tree(const ControllerConfig& config) {
   Json all = {{"version", 1}, {"mode", name_of(config.mode)}, {"model", model}, {"metrics", metrics}};
   for (const Actuator which : kActuators) all[std::string(name_of(which))] = tree(config.actuator(which));
   all["safety"] = tree(config.safety);
+  all["guard"] = tree(config.guard);
   all["log"] = {{"every", config.log.every}, {"per_expert", config.log.per_expert}};
   const StatsNeeds& c = config.collect;
   all["collect"] = {{"gap", c.gap},

@@ -40,12 +40,14 @@ Controller::Loop::Loop(ControllerConfig config, const PolicyRegistry& registry)
   shape_ = {.experts = model.experts, .top_k = model.top_k, .needs = config_.collect};
   shape_.needs.domains = static_cast<int>(model.domains.size());
   for_each_servo([this](Servo& servo, std::size_t, int) { shape_.needs |= servo.needs(); });
+  if (config_.guard.enabled) shape_.needs |= LayerGuard::needs();
   for_each_servo(
       [&](Servo& servo, std::size_t, int layer) { servo.make_windows(shape_, layer < 0 ? layers : 1); });
   for (const auto& layer : layers_) {
     layer->intake = RoutingStats(shape_);
     layer->stats = RoutingStats(shape_);
     layer->monitor.emplace(shape_, config_.monitor);
+    if (config_.guard.enabled) layer->guard.emplace(config_.guard, model.experts, model.top_k);
   }
   description_ = describe_for_state(config_, shape_);
   measurer_.emplace(shape_, config_.metrics);
@@ -65,6 +67,7 @@ const StepReport& Controller::Loop::step(const StepInfo& info) {
     measure();
     watch();
     propose();
+    guard();
     limit();
   }
   log();
@@ -174,6 +177,30 @@ void Controller::Loop::propose() {
   });
 }
 
+// Where a layer's guard intervenes, its wish takes the place of the proposal. An actuator of the whole model
+// goes where the first intervening layer wants it.
+void Controller::Loop::guard() {
+  if (!config_.guard.enabled) return;
+  for (const auto& layer : layers_) {
+    if (!layer->valid || !layer->has_data || layer->frozen) continue;
+    std::span<const double> in_force[kActuatorCount];
+    for (std::size_t a = 0; a < kActuatorCount; ++a) {
+      in_force[a] = layer->servos[a] ? layer->servos[a]->applied() : model_servos_[a]->applied();
+    }
+    layer->guard->observe(steps_, layer->stats, layer->metrics, targets_, in_force);
+  }
+  for_each_servo([this](Servo& servo, std::size_t actuator, int only) {
+    const Limits& limits = config_.actuator(kActuators[actuator]).limits;
+    for (std::size_t l = 0; l < layers_.size(); ++l) {
+      if (only >= 0 && l != static_cast<std::size_t>(only)) continue;
+      if (layers_[l]->guard->overrides(kActuators[actuator], limits, servo.applied(), servo.guarded())) {
+        servo.take_over();
+        return;
+      }
+    }
+  });
+}
+
 void Controller::Loop::limit() {
   for_each_servo([this](Servo& servo, std::size_t actuator, int layer) {
     const Evidence seen = evidence(servo, actuator, layer);
@@ -195,6 +222,7 @@ void Controller::Loop::log() {
     out.layer = static_cast<int>(l);
     out.stats = &layer.stats;
     out.metrics = &layer.metrics;
+    if (layer.guard) out.guard = layer.guard->report();
     for (std::size_t a = 0; a < kActuatorCount; ++a) {
       if (layer.servos[a]) out.actuators[a] = layer.servos[a]->report();
     }

@@ -57,6 +57,7 @@ class Controller::Loop {
     RoutingStats stats;     // this step's sums, over all ranks
     Metrics metrics;
     std::optional<LayerMonitor> monitor;
+    std::optional<LayerGuard> guard;
     std::array<std::optional<Servo>, kActuatorCount> servos;  // those of `scope: layer`
   };
   // What one servo decides on at a cadence point.
@@ -76,6 +77,7 @@ class Controller::Loop {
   void measure();
   void watch();
   void propose();
+  void guard();
   void limit();
   void log();
 

@@ -44,6 +44,23 @@ void describe_limits(std::string& out, const std::string& where, const ActuatorC
   line(out, where + ".limits.cooldown", limits.cooldown);
 }
 
+void describe_guard(std::string& out, const GuardOptions& guard) {
+  if (!guard.enabled) return;
+  line(out, "guard.fhs", guard.fhs);
+  line(out, "guard.entropy_fall", guard.entropy_fall);
+  line(out, "guard.dead_share", guard.dead_share);
+  line(out, "guard.max_token_share", guard.max_token_share);
+  line(out, "guard.warmup", guard.warmup);
+  line(out, "guard.confirm", guard.confirm);
+  line(out, "guard.aux_factor", guard.aux_factor);
+  line(out, "guard.temperature_factor", guard.temperature_factor);
+  line(out, "guard.bias_step", guard.bias_step);
+  line(out, "guard.recovered_max_vio", guard.recovered_max_vio);
+  line(out, "guard.dwell", guard.dwell);
+  line(out, "guard.patience", guard.patience);
+  line(out, "guard.cooldown", guard.cooldown);
+}
+
 void describe_supervision(std::string& out, const SafetyOptions& safety) {
   line(out, "safety.fallback_after", safety.fallback_after);
   if (safety.rollback) {
@@ -87,6 +104,7 @@ std::string describe_for_state(const ControllerConfig& config, const StatsShape&
   line(out, "metrics.ema", config.monitor.ema);
   line(out, "metrics.dead_fraction", config.monitor.dead_fraction);
   line(out, "metrics.dead_after", config.monitor.dead_after);
+  line(out, "guard.enabled", config.guard.enabled);
   line(out, "collected sums of a layer", static_cast<std::int64_t>(shape.flat_size()));
   for (const Actuator which : kActuators) {
     const ActuatorConfig& actuator = config.actuator(which);
@@ -108,6 +126,7 @@ std::string describe_for_ranks(const ControllerConfig& config, const StatsShape&
     describe_limits(out, std::string(name_of(which)), config.actuator(which));
   }
   describe_supervision(out, config.safety);
+  describe_guard(out, config.guard);
   return out;
 }
 
@@ -137,6 +156,7 @@ void Controller::Loop::save_to(StateWriter& out) const {
     out.put("micro_batch_count", static_cast<std::int64_t>(layer->seen.size()));
     out.put("micro_batches", layer->seen);
     layer->monitor->save(out);
+    if (layer->guard) layer->guard->save(out);
     for (const auto& servo : layer->servos) {
       if (servo) servo->save(out);
     }
@@ -161,6 +181,7 @@ void Controller::Loop::load_from(StateReader& in) {
     layer->seen.resize(static_cast<std::size_t>(micro_batches));
     in.get("micro_batches", layer->seen);
     layer->monitor->load(in);
+    if (layer->guard) layer->guard->load(in);
     for (auto& servo : layer->servos) {
       if (servo) servo->load(in);
     }

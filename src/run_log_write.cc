@@ -258,6 +258,15 @@ void RunLogWriter::File::record(const StepReport& report, const LayerReport& lay
   if (layer.stats) sums(*layer.stats);
   info(report, tag);
   if (layer.metrics) metrics(*layer.metrics);
+  if (layer.guard.state != GuardState::kWatching || layer.guard.trigger != GuardTrigger::kNone) {
+    json.key("guard");
+    json.raw('{');
+    json.field("state", name_of(layer.guard.state));
+    json.field("trigger", name_of(layer.guard.trigger));
+    json.field("value", layer.guard.value);
+    json.field("threshold", layer.guard.threshold);
+    json.raw('}');
+  }
   if (decided(layer.actuators)) actuators(layer.actuators);
   json.raw("}\n");
 }

@@ -20,6 +20,7 @@ std::unique_ptr<Policy> make_policy(Actuator actuator, const ControllerConfig& c
                               .layer = layer,
                               .experts = config.model.experts,
                               .top_k = config.model.top_k,
+                              .domains = static_cast<int>(config.model.domains.size()),
                               .delay = config.model.delay,
                               .score_space = config.model.score_space,
                               .initial = own.initial,
@@ -40,7 +41,7 @@ Servo::Servo(Actuator actuator, const ControllerConfig& config, const PolicyRegi
                config.actuator(actuator).initial),
       cadence_(config.actuator(actuator).limits.cadence) {
   applied_.assign(static_cast<std::size_t>(size_of(actuator, config)), config.actuator(actuator).initial);
-  proposed_ = applied_;
+  proposed_ = guarded_ = applied_;
 }
 
 void Servo::make_windows(const StatsShape& shape, std::size_t layers) {
@@ -56,8 +57,10 @@ void Servo::propose(const LayerView& view) {
 }
 
 void Servo::limit(const LimitContext& context) {
-  reasons_ = limiter_.apply(context, asked_ ? std::span<const double>(proposed_) : std::span<const double>(),
-                            applied_);
+  std::span<const double> wanted;
+  if (asked_) wanted = guard_took_over_ ? guarded_ : proposed_;
+  reasons_ = limiter_.apply(context, wanted, applied_);
+  if (guard_took_over_) reasons_.add(Reason::kGuard);
   if (!asked_) return;
   policy_->on_applied(applied_, reasons_);
   for (RoutingStats& window : windows_) window.clear();

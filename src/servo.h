@@ -29,9 +29,12 @@ class Servo {
   Metrics& window_metrics(std::size_t i) { return window_metrics_[i]; }
 
   /// Starts a step in which the policy has not been asked yet.
-  void begin() { asked_ = false; }
+  void begin() { asked_ = guard_took_over_ = false; }
   /// Asks the policy where to go from the value in force.
   void propose(const LayerView& view);
+  /// Room for what a guard wants instead of the proposal; take_over() makes it so, if a decision is due.
+  std::span<double> guarded() { return guarded_; }
+  void take_over() { guard_took_over_ = asked_; }
   /// Applies what the limits leave of the proposal, tells the policy, and starts a new window if it was
   /// asked.
   void limit(const LimitContext& context);
@@ -47,9 +50,10 @@ class Servo {
   std::unique_ptr<Policy> policy_;
   SafetyLimiter limiter_;
   std::int64_t cadence_;
-  std::vector<double> applied_, proposed_;
+  std::vector<double> applied_, proposed_, guarded_;
   LimitReport reasons_;
   bool asked_ = false;
+  bool guard_took_over_ = false;
   std::vector<RoutingStats> windows_;
   std::vector<Metrics> window_metrics_;
 };

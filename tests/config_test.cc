@@ -249,9 +249,9 @@ INSTANTIATE_TEST_SUITE_P(
         Wrong{"NoModel", "version: 1\n", "c.yaml:1:1: model: missing: required"},
         Wrong{"NoTopK", "version: 1\nmodel: {layers: 3, experts: 16}\n",
               "c.yaml:2:8: model.top_k: missing: required"},
-        Wrong{"UnknownKey", with("guards: {enabled: false}\n"),
-              "c.yaml:3:1: guards: {...}: unknown key; known are version, mode, model, metrics, expert_bias, "
-              "aux_loss_weight, router_temperature, safety, log, collect"},
+        Wrong{"UnknownKey", with("supervisor: {enabled: false}\n"),
+              "c.yaml:3:1: supervisor: {...}: unknown key; known are version, mode, model, metrics, expert_bias, "
+              "aux_loss_weight, router_temperature, safety, guard, log, collect"},
         Wrong{"NearKey", with("expert_bais: {policy: stepper}\n"),
               "c.yaml:3:1: expert_bais: {...}: unknown key; did you mean 'expert_bias'?"},
         Wrong{"ShortKey", with("aux_weight: {}\n"),

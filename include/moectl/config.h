@@ -8,6 +8,7 @@
 #include <string_view>
 #include <vector>
 
+#include "moectl/guard.h"
 #include "moectl/metrics.h"
 #include "moectl/monitor.h"
 #include "moectl/policy.h"
@@ -62,6 +63,7 @@ struct ControllerConfig {
   ActuatorConfig aux_loss_weight;
   ActuatorConfig router_temperature;
   SafetyOptions safety;
+  GuardOptions guard;
   LogConfig log;
   StatsNeeds collect;  ///< Collected whether or not a policy asks for it.
 

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "moectl/config.h"
+#include "moectl/guard.h"
 #include "moectl/metrics.h"
 #include "moectl/policy.h"
 #include "moectl/safety.h"
@@ -46,6 +47,7 @@ struct LayerReport {
   const RoutingStats* stats = nullptr;  ///< This step's sums, over all ranks.
   const Metrics* metrics = nullptr;     ///< This step's metrics.
   ActuatorReport actuators[kActuatorCount];  ///< In the order of kActuators; empty for `scope: model`.
+  GuardReport guard;                         ///< Watching, without a trigger, if the guard is off.
 };
 
 /// The record of one step, in memory: what the run log writes. Views into the controller, valid until the next step.

@@ -39,6 +39,7 @@ class PolicyRig {
                           .layer = 0,
                           .experts = rig.experts,
                           .top_k = rig.top_k,
+                          .domains = rig.domains,
                           .delay = rig.delay,
                           .score_space = rig.score_space,
                           .initial = rig.actuator == Actuator::kExpertBias

@@ -1,0 +1,107 @@
+// Guard: supervisor of a layer's three actuators against collapse.
+//
+//             a trigger, confirmed            balanced for `dwell` steps
+//   watching ────────────────────▶ intervening ────────────────────────▶ handing back ──▶ watching
+//      ▲                                │ no better after `patience` steps       scalars glide back
+//      └──────── cooldown ◀── rolling back: scalars and biases as before
+//
+// It is no policy, because it acts on all three actuators at once: it stands between the proposals and the
+// safety limits, overrides the first (reason `guard`) and never the second.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "moectl/metrics.h"
+#include "moectl/safety.h"
+#include "moectl/state.h"
+#include "moectl/stats.h"
+#include "moectl/types.h"
+
+namespace moectl {
+
+struct GuardOptions {
+  bool enabled = false;
+  // Triggers. Each must hold for `confirm` steps in a row.
+  bool fhs = true;               ///< fhs_alarm: FHS above 1 and clear of the noise.
+  double entropy_fall = 0.15;    ///< Of entropy_normalized, below its slow average, (0, 1].
+  double dead_share = 0.25;      ///< Of experts that are dead, (0, 1].
+  double max_token_share = 0.8;  ///< Of tokens that choose one and the same expert, (0, 1].
+  std::int64_t warmup =
+      50;  ///< Steps at the start without a trigger: a young router is uneven by nature. ≥ 0
+  std::int64_t confirm = 5;  ///< ≥ 1
+  // Intervention.
+  double aux_factor = 10;           ///< The aux weight is raised by up to this factor, ≥ 1.
+  double temperature_factor = 1.5;  ///< The temperature likewise, ≥ 1.
+  double bias_step = 1;             ///< Move of a bias for a relative error of 1, in score gaps, ≥ 0.
+  // Watched recovery.
+  double recovered_max_vio = 1;  ///< Balanced: MaxVio is no more than this, > 0 …
+  std::int64_t dwell = 30;       ///< … for so many steps, ≥ 1; twice as many after every relapse.
+  std::int64_t patience = 300;  ///< Steps without recovery after which the intervention is rolled back, ≥ 1.
+  std::int64_t cooldown = 100;  ///< Steps after a rollback before the next intervention, ≥ 0.
+};
+/// What is wrong with the options, as "key: value: constraint"; empty if nothing.
+std::string check_guard(const GuardOptions& options);
+
+enum class GuardState : std::uint8_t { kWatching, kIntervening, kHandingBack, kRollingBack, kCooldown };
+enum class GuardTrigger : std::uint8_t { kNone, kFhs, kEntropyFall, kDeadExperts, kMaxLoad };
+std::string_view name_of(GuardState state);
+std::string_view name_of(GuardTrigger trigger);
+
+/// What the guard of one layer saw and does, for the log.
+struct GuardReport {
+  GuardState state = GuardState::kWatching;
+  GuardTrigger trigger = GuardTrigger::kNone;  ///< What set off the intervention under way, or stands now.
+  double value = 0;                            ///< The trigger's number …
+  double threshold = 0;                        ///< … and what it is held against.
+};
+
+/// One layer's guard. Does not allocate after construction.
+class LayerGuard {
+ public:
+  LayerGuard(const GuardOptions& options, int experts, int top_k);
+
+  /// Sums it wants beyond counts: the gap is its unit for biases.
+  static StatsNeeds needs() { return {.gap = true}; }
+
+  /// Takes in one step with valid data and moves on in its states. `in_force` are the actuators' values, in
+  /// the order of kActuators.
+  void observe(std::int64_t step, const RoutingStats& stats, const Metrics& metrics,
+               std::span<const double> targets, const std::span<const double> (&in_force)[kActuatorCount]);
+
+  /// True if the guard decides over this actuator now; then `wanted` receives what it wants, from what is in
+  /// force.
+  bool overrides(Actuator actuator, const Limits& limits, std::span<const double> in_force,
+                 std::span<double> wanted) const;
+  const GuardReport& report() const { return report_; }
+
+  void save(StateWriter& out) const;
+  void load(StateReader& in);
+
+ private:
+  GuardReport strongest_trigger(const RoutingStats& stats, const Metrics& metrics);
+  void enter(GuardState state, std::int64_t step);
+  bool scalars_are_back(const std::span<const double> (&in_force)[kActuatorCount]) const;
+
+  GuardOptions options_;
+  int top_k_;
+  GuardReport report_;
+  std::int64_t since_ = 0;      // step at which the state was entered
+  std::int64_t confirmed_ = 0;  // steps in a row with the same trigger
+  std::int64_t balanced_ = 0;   // steps in a row without one, during an intervention
+  std::int64_t relapses_ = 0;   // interventions that were needed again soon after handing back
+  std::int64_t handed_back_;    // step at which the guard last let go
+  double entropy_average_ = 0;
+  bool entropy_known_ = false;
+  double gap_ = 0;
+  double start_vio_ = 0;        // MaxVio when the intervention began
+  std::vector<double> errors_;  // relative, of this step
+  std::vector<double> bias_before_;
+  double aux_before_ = 0, temperature_before_ = 1;
+  double vio_average_ = 0;
+};
+
+}  // namespace moectl
