@@ -51,8 +51,10 @@
 // tagged counts the law learns what each domain alone does to the loads, ε_d, and cancels what the mixture
 // will bring before it comes:
 //
-//   ê = Σ_d (w_d - w̄_d) ε_d,   b_applied = b + f · Ḡ · clip(ê, -1, 1)                     w̄ running mean
-//   mixture after the step, for each domain with n_d tokens:   ε_d += 0.1 · min(1, n_d/512) · (e_d + ê - ε_d)
+//   ê = Σ_d (w_d - w̄_d) ε_d              w̄ running mean mixture
+//   b_applied = b + f · Ḡ · clip(ê, -1, 1)
+//   after the step, for each domain with n_d tokens:
+//   ε_d += 0.1 · min(1, n_d/512) · (e_d + ê - ε_d)
 //   w̄ += 0.02 (w - w̄)
 //
 // Adding ê takes the feed-forward's own effect out again. The law keeps b to itself: it recovers it as what
@@ -251,7 +253,6 @@ class AdaptiveBias final : public Policy {
       feedforward_->learn(layer.stats, layer.targets);
       for (std::size_t i = 0; i < experts_; ++i) bias[i] -= feedforward_->in_force()[i];
     }
-    for (std::size_t i = 0; i < experts_; ++i) bias[i] += step * std::min(std::max(errors_[i], -1.0), 1.0);
     const double mean = sum_of(bias) / static_cast<double>(experts_);
     for (double& b : bias) b -= mean;
     if (feedforward_) {
