@@ -60,13 +60,12 @@ class TrainMoeLm : public ::testing::Test {
     return {std::istreambuf_iterator<char>(in), {}};
   }
 
-  std::string command(const std::string& arguments) const {
-    return std::string(MOECTL_TRAINER) + " --threads 1 --text " + path("first.txt") + " " +
-           path("second.txt") + " --policy " + path("policy.yaml") +
-           " --batch 4 --length 32 --validate-every 20 " + arguments;
+  std::string command(const std::string& arguments, const std::string& program = MOECTL_TRAINER) const {
+    return program + " --threads 1 --text " + path("first.txt") + " " + path("second.txt") + " --policy " +
+           path("policy.yaml") + " --batch 4 --length 32 --validate-every 20 " + arguments;
   }
-  Outcome run(const std::string& arguments) const {
-    FILE* pipe = popen((command(arguments) + " 2>&1").c_str(), "r");
+  Outcome run(const std::string& arguments, const std::string& program = MOECTL_TRAINER) const {
+    FILE* pipe = popen((command(arguments, program) + " 2>&1").c_str(), "r");
     std::string output;
     std::array<char, 4096> chunk;
     while (const std::size_t size = std::fread(chunk.data(), 1, chunk.size(), pipe))
@@ -75,8 +74,8 @@ class TrainMoeLm : public ::testing::Test {
     return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, output};
   }
   /// Starts the trainer without waiting for it.
-  pid_t start(const std::string& arguments) const {
-    const std::string line = "exec " + command(arguments) + " >/dev/null 2>" + path("errors.txt");
+  pid_t start(const std::string& arguments, const std::string& program = MOECTL_TRAINER) const {
+    const std::string line = "exec " + command(arguments, program) + " >/dev/null 2>" + path("errors.txt");
     const char* const words[] = {"sh", "-c", line.c_str(), nullptr};
     pid_t child = -1;
     EXPECT_EQ(posix_spawn(&child, "/bin/sh", nullptr, nullptr, const_cast<char* const*>(words), environ), 0);
@@ -171,6 +170,46 @@ TEST_F(TrainMoeLm, SaysWhatIsWrong) {
   const Outcome wrong = run("--steps 5");
   EXPECT_EQ(wrong.code, 1);
   EXPECT_THAT(wrong.output, HasSubstr("policy.yaml:3:"));
+}
+
+TEST_F(TrainMoeLm, WorkersApplyTheSameBits) {
+  const Outcome outcome = run("--workers 3 --steps 30 --log " + path("run.jsonl"), MOECTL_DISTRIBUTED);
+  ASSERT_EQ(outcome.code, 0) << outcome.output;
+  std::vector<std::string> states;
+  const std::string mark = ": controller state ";
+  for (std::size_t at = outcome.output.find(mark); at != std::string::npos;
+       at = outcome.output.find(mark, at + 1)) {
+    states.push_back(outcome.output.substr(at + mark.size(), 16));
+  }
+  ASSERT_EQ(states.size(), 3U) << outcome.output;
+  EXPECT_THAT(states, ::testing::Each(states[0]));
+  // The controllers saw the whole batch: 4 sequences of 32 bytes.
+  EXPECT_THAT(read("run.jsonl"), HasSubstr("\"tokens\":128"));
+}
+
+TEST_F(TrainMoeLm, AWorkerKilledMidRunIsAnErrorOnTheOthers) {
+  const pid_t parent =
+      start("--workers 3 --steps 1000000 --timeout 10 --log " + path("run.jsonl"), MOECTL_DISTRIBUTED);
+  const auto until = [](auto done) {
+    for (int i = 0; i < 1200 && !done(); ++i) std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    return done();
+  };
+  ASSERT_TRUE(until([&] {
+    return fs::exists(path("run.jsonl")) && fs::file_size(path("run.jsonl")) > 20'000;
+  })) << read("errors.txt");
+  std::ifstream children("/proc/" + std::to_string(parent) + "/task/" + std::to_string(parent) + "/children");
+  pid_t victim = 0;
+  children >> victim;
+  ASSERT_GT(victim, 0);
+  kill(victim, SIGKILL);
+
+  int status = 0;
+  const bool ended =
+      until([&] { return waitpid(parent, &status, WNOHANG) == parent || kill(parent, 0) != 0; });
+  if (!ended) kill(parent, SIGKILL);
+  ASSERT_TRUE(ended) << "the others hang";
+  EXPECT_EQ(WEXITSTATUS(status), 1);
+  EXPECT_THAT(read("errors.txt"), HasSubstr("worker 0: "));
 }
 
 }  // namespace

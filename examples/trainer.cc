@@ -1,0 +1,340 @@
+#include "trainer.h"
+
+#include <unistd.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "moectl/config.h"
+#include "moectl/run_log.h"
+#include "moectl/state_file.h"
+#include "moectl/torch/controller.h"
+#include "moectl/torch/evaluation.h"
+
+// OpenBLAS has its own threads beside LibTorch's. Absent with another BLAS.
+extern "C" __attribute__((weak)) void openblas_set_num_threads(int);
+
+namespace {
+
+using torch::Tensor;
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+template <typename... Values>
+std::string format(const char* pattern, Values... values) {
+  char text[256];
+  std::snprintf(text, sizeof text, pattern, values...);
+  return text;
+}
+
+/// A config that leaves the router alone, with the sums that show the gap between load and floor.
+moectl::ControllerConfig uncontrolled() {
+  moectl::ControllerConfig config;
+  config.model.layers = 3;
+  config.model.experts = 16;
+  config.model.top_k = 2;
+  return config;
+}
+
+}  // namespace
+
+void Arguments::declare(CLI::App& app) {
+  app.option_defaults()->always_capture_default();
+  app.add_option("--text", text,
+                 "Text files, each a domain; the last switches on at 60 % (default: this machine's own)");
+  app.add_option("--policy", policy,
+                 "Controller config; its model section sizes the model (default: uncontrolled)");
+  app.add_option("--steps", steps, "Optimizer steps of the whole run")->check(CLI::Range(1, 100000000));
+  app.add_option("--until", until, "Stop before this step, to be resumed later (0 = run to the end)");
+  app.add_option("--seed", seed, "Of the initial weights and the batches");
+  app.add_option("--threads", threads, "CPU threads")->check(CLI::Range(1, 1024));
+  app.add_option("--batch", sequences, "Sequences in a batch")->check(CLI::Range(1, 65536));
+  app.add_option("--length", length, "Bytes in a sequence")->check(CLI::Range(2, 65536));
+  app.add_option("--learning-rate", learning_rate, "Peak learning rate")->check(CLI::PositiveNumber);
+  app.add_option("--validate-every", validate_every, "Steps between validation passes")
+      ->check(CLI::Range(1, 100000000));
+  app.add_option("--log", log, "Run log to write (JSON lines)");
+  app.add_option("--checkpoint", checkpoint, "Checkpoint to write at the end, or every so many steps");
+  app.add_option("--checkpoint-every", checkpoint_every, "Steps between checkpoints (0 = at the end only)");
+  app.add_option("--resume", resume, "Checkpoint to continue from");
+}
+
+Training::Training(const Arguments& arguments, Peers peers) : args_(arguments), peers_(std::move(peers)) {
+  domains_ = args_.text.empty() ? system_domains() : file_domains(args_.text);
+  shift_step_ = domains_.size() > 1
+                    ? static_cast<std::int64_t>(args_.shift_at * static_cast<double>(args_.steps))
+                    : args_.steps;
+
+  moectl::ControllerConfig config = args_.policy.empty() ? uncontrolled() : moectl::load_config(args_.policy);
+  config.model.tokens_per_step = args_.sequences * args_.length;
+  config.model.domains.clear();
+  for (const Domain& domain : domains_) config.model.domains.push_back(domain.name);
+  config.collect.sequences = true;
+  const ModelOptions size{.layers = config.model.layers,
+                          .experts = config.model.experts,
+                          .top_k = config.model.top_k,
+                          .score_space = config.model.score_space,
+                          .context = args_.length};
+  controller_ = std::make_unique<moectl::TorchController>(config);
+  if (peers_.ranks > 1) controller_->controller().set_reduction(peers_.sum_counts);
+  meter_ = std::make_unique<moectl::EvaluationMeter>(controller_->controller());
+
+  torch::manual_seed(static_cast<std::uint64_t>(args_.seed));
+  model_ = MoeLm(size);
+  optimizer_ = std::make_unique<torch::optim::AdamW>(
+      model_->parameters(),
+      torch::optim::AdamWOptions(args_.learning_rate).betas({0.9, 0.95}).weight_decay(0.01));
+  next_mixture_.resize(domains_.size());
+}
+
+/// Before the shift all domains but the last, evenly; after it the last is half of every batch.
+std::vector<double> Training::mixture(std::int64_t step) const {
+  const std::size_t others = domains_.size() - 1;
+  if (others == 0) return {1.0};
+  const double last = step < shift_step_ ? 0.0 : 0.5;
+  std::vector<double> shares(others, (1 - last) / static_cast<double>(others));
+  shares.push_back(last);
+  return shares;
+}
+
+/// Bytes [B, S+1] and the domain of each token [B, S].
+std::pair<Tensor, Tensor> Training::tensors(const Batch& batch) const {
+  const Tensor bytes = torch::tensor(batch.bytes).view({batch.sequences, batch.length + 1});
+  const Tensor domains = torch::tensor(batch.domains).unsqueeze(1).expand({-1, batch.length}).contiguous();
+  return {bytes, domains};
+}
+
+/// This rank's part of the step's batch: neighbouring sequences, as even a share as there is.
+Batch Training::batch_of(std::int64_t step) const {
+  Batch all = training_batch(domains_, mixture(step), static_cast<std::uint64_t>(args_.seed), step,
+                             args_.sequences, args_.length);
+  const std::int64_t first = all.sequences * peers_.rank / peers_.ranks;
+  const std::int64_t last = all.sequences * (peers_.rank + 1) / peers_.ranks;
+  all.bytes = {all.bytes.begin() + first * (all.length + 1), all.bytes.begin() + last * (all.length + 1)};
+  all.domains = {all.domains.begin() + first, all.domains.begin() + last};
+  all.sequences = last - first;
+  return all;
+}
+
+/// One all-reduce for all parameters. A parameter that no token of this rank reached has no gradient yet.
+void Training::sum_gradients() {
+  std::vector<Tensor> flat;
+  const std::vector<Tensor> parameters = model_->parameters();
+  for (const Tensor& parameter : parameters) {
+    const Tensor& gradient = parameter.grad();
+    flat.push_back(gradient.defined() ? gradient.flatten() : torch::zeros({parameter.numel()}));
+  }
+  Tensor all = torch::cat(flat);
+  peers_.sum(all);
+  std::int64_t offset = 0;
+  for (Tensor parameter : parameters) {
+    parameter.mutable_grad() = all.narrow(0, offset, parameter.numel()).view_as(parameter).clone();
+    offset += parameter.numel();
+  }
+}
+
+void Training::train(std::int64_t step) {
+  const auto start = Clock::now();
+  const double warm_up = std::min(1.0, static_cast<double>(step + 1) / 30);
+  const double done = static_cast<double>(step) / static_cast<double>(args_.steps);
+  const double rate = args_.learning_rate * warm_up * (0.55 + 0.45 * std::cos(done * 3.14159265358979));
+  static_cast<torch::optim::AdamWOptions&>(optimizer_->param_groups()[0].options()).lr(rate);
+
+  const auto [bytes, domain_ids] = tensors(next_);
+  Pass pass{.controller = controller_.get(), .domain_ids = domain_ids};
+  const Tensor logits = model_->forward(bytes.narrow(1, 0, args_.length), pass);
+  const Tensor loss = torch::nn::functional::cross_entropy(logits.view({-1, 256}),
+                                                           bytes.narrow(1, 1, args_.length).reshape(-1));
+  optimizer_->zero_grad();
+  if (peers_.ranks == 1) {
+    (loss + pass.aux_loss).backward();
+  } else {
+    // Means over each rank's own tokens, weighted by its share of the batch, add up to the mean over the
+    // batch.
+    const double share = static_cast<double>(next_.sequences) / static_cast<double>(args_.sequences);
+    ((loss + pass.aux_loss) * share).backward();
+    sum_gradients();
+  }
+  const double norm = torch::nn::utils::clip_grad_norm_(model_->parameters(), 1.0);
+  optimizer_->step();
+
+  next_ = batch_of(step + 1);
+  std::fill(next_mixture_.begin(), next_mixture_.end(), 0);
+  for (const std::int64_t domain : next_.domains)
+    next_mixture_[static_cast<std::size_t>(domain)] += args_.length;
+
+  const auto control = Clock::now();
+  loss_ = loss.item<double>();
+  controller_->step({.loss = loss_, .gradient_norm = norm, .next_mixture = next_mixture_});
+  control_seconds_ += pass.control_seconds + seconds_since(control);
+  train_seconds_ += seconds_since(start);
+}
+
+void Training::validate(std::int64_t step) {
+  const torch::NoGradGuard no_grad;
+  const Batch held_out = validation_set(domains_, 64, args_.length);
+  const auto [bytes, domain_ids] = tensors(held_out);
+  std::vector<double> sums(domains_.size(), 0.0);
+  meter_->clear();
+  for (std::int64_t first = 0; first < held_out.sequences; first += args_.sequences) {
+    const std::int64_t count = std::min(args_.sequences, held_out.sequences - first);
+    const Tensor part = bytes.narrow(0, first, count);
+    Pass pass{.controller = controller_.get(),
+              .meter = meter_.get(),
+              .domain_ids = domain_ids.narrow(0, first, count)};
+    const Tensor logits = model_->forward(part.narrow(1, 0, args_.length), pass);
+    const Tensor losses = torch::nn::functional::cross_entropy(
+                              logits.transpose(1, 2), part.narrow(1, 1, args_.length),
+                              torch::nn::functional::CrossEntropyFuncOptions().reduction(torch::kNone))
+                              .mean(1);
+    for (std::int64_t i = 0; i < count; ++i) {
+      sums[static_cast<std::size_t>(held_out.domains[static_cast<std::size_t>(first + i)])] +=
+          losses[i].item<double>();
+    }
+  }
+  double mean = 0;
+  std::string line;
+  for (std::size_t d = 0; d < domains_.size(); ++d) {
+    mean += sums[d] / static_cast<double>(held_out.sequences);
+    line += format("  %s %.3f", domains_[d].name.c_str(), sums[d] / 64);
+  }
+  validation_loss_ = mean;
+  const moectl::StepReport& report = meter_->report(step, {.loss = mean});
+  if (log_ != nullptr) log_->write(report, "validation");
+  double vio = 0;
+  for (const moectl::LayerReport& layer : report.layers) vio += layer.metrics->max_vio.value_or(0);
+  progress_->note(format("validation after step %lld: loss %.4f  MaxVio_global %.3f ",
+                         static_cast<long long>(step + 1), mean,
+                         vio / static_cast<double>(report.layers.size())) +
+                  line);
+}
+
+std::string Training::live_line() const {
+  double vio = 0, floor = 0, cv = 0, dead = 0, aux = 0;
+  const auto layers = controller_->report().layers;
+  if (layers.empty()) return format("loss %.3f", loss_);  // mode: off
+  for (const moectl::LayerReport& layer : layers) {
+    vio += layer.metrics->max_vio.value_or(0);
+    floor += moectl::floor_max_vio(*layer.metrics).value_or(0);
+    cv += layer.metrics->load_cv.value_or(0);
+    dead += layer.metrics->dead_experts.value_or(0);
+    aux += controller_->controller().aux_loss_weight(layer.layer);
+  }
+  const auto n = static_cast<double>(layers.size());
+  return format("loss %.3f  MaxVio %.3f (floor %.3f)  CV %.3f  dead %.0f  aux weight %.4f", loss_, vio / n,
+                floor / n, cv / n, dead, aux / n);
+}
+
+void Training::save(std::int64_t step) {
+  if (log_ != nullptr) log_->flush();
+  torch::serialize::OutputArchive archive, model, optimizer;
+  model_->save(model);
+  optimizer_->save(optimizer);
+  archive.write("model", model);
+  archive.write("optimizer", optimizer);
+  controller_->save(archive);
+  archive.write("step", torch::tensor(step));
+  const auto log_size =
+      args_.log.empty() ? 0 : static_cast<std::int64_t>(std::filesystem::file_size(args_.log));
+  archive.write("log_size", torch::tensor(log_size));
+  archive.write("losses", torch::tensor({loss_, validation_loss_.value_or(NAN)}, torch::kFloat64));
+  std::ostringstream bytes;
+  archive.save_to(bytes);
+  // A run killed while it writes leaves the checkpoint before intact.
+  moectl::write_file_atomically(args_.checkpoint, bytes.str());
+}
+
+/// Returns the step to continue with. The log loses what was written after the checkpoint: those steps come
+/// again.
+std::int64_t Training::load() {
+  torch::serialize::InputArchive archive, model, optimizer;
+  archive.load_from(args_.resume);
+  archive.read("model", model);
+  archive.read("optimizer", optimizer);
+  model_->load(model);
+  optimizer_->load(optimizer);
+  controller_->load(archive);
+  Tensor step, log_size, losses;
+  archive.read("step", step);
+  archive.read("log_size", log_size);
+  archive.read("losses", losses);
+  loss_ = losses[0].item<double>();
+  if (const auto validation = losses[1].item<double>(); !std::isnan(validation))
+    validation_loss_ = validation;
+  if (!args_.log.empty() && peers_.rank == 0) {
+    const auto size = static_cast<std::uintmax_t>(log_size.item<std::int64_t>());
+    if (!std::filesystem::exists(args_.log) || std::filesystem::file_size(args_.log) < size) {
+      throw std::runtime_error(args_.log + ": is not the log that the checkpoint goes on with");
+    }
+    std::filesystem::resize_file(args_.log, size);
+  }
+  return step.item<std::int64_t>();
+}
+
+void Training::announce() {
+  progress_ = std::make_unique<Progress>(
+      args_.policy.empty() ? "uncontrolled" : std::filesystem::path(args_.policy).stem().string(),
+      args_.steps);
+  std::string names;
+  for (const Domain& domain : domains_)
+    names += format(" %s (%zu kB)", domain.name.c_str(), domain.train.size() / 1000);
+  progress_->note("text:" + names +
+                  (domains_.size() > 1 ? ", the last from step " + std::to_string(shift_step_) : ""));
+}
+
+void Training::run() {
+  const std::int64_t first = args_.resume.empty() ? 0 : load();
+  const std::int64_t end = args_.until > 0 ? std::min(args_.until, args_.steps) : args_.steps;
+  const bool first_rank = peers_.rank == 0;
+  if (!args_.log.empty() && first_rank) {
+    log_ = std::make_unique<moectl::RunLogWriter>(args_.log, controller_->controller().config(), first > 0);
+    controller_->controller().set_log([this](const moectl::StepReport& report) { log_->write(report); });
+  }
+  if (first_rank) announce();
+
+  next_ = batch_of(first);
+  for (std::int64_t step = first; step < end; ++step) {
+    train(step);
+    if (!first_rank) continue;
+    progress_->show(step + 1, live_line());
+    if ((step + 1) % args_.validate_every == 0 || step + 1 == args_.steps) validate(step);
+    const bool due = args_.checkpoint_every > 0 && (step + 1) % args_.checkpoint_every == 0;
+    if (!args_.checkpoint.empty() && (due || step + 1 == end)) save(step + 1);
+  }
+  if (!first_rank) return;
+  const auto steps = static_cast<double>(std::max<std::int64_t>(1, end - first));
+  std::printf("final loss %.9f\n", loss_);
+  if (validation_loss_) std::printf("validation loss %.4f\n", *validation_loss_);
+  std::printf("%.1f ms a step; control %.3f ms, %.2f %% of training time\n", 1e3 * train_seconds_ / steps,
+              1e3 * control_seconds_ / steps, 100 * control_seconds_ / train_seconds_);
+}
+
+void restart_with_passive_threads(char** argv) {
+  // OpenMP's threads spin while they wait. On a machine that has other work to do, steps then take ten times
+  // as long; asleep they cost nothing. The runtime reads its settings before main, so they need a start of
+  // their own.
+  if (setenv("OMP_WAIT_POLICY", "passive", /*overwrite=*/0) == 0 &&
+      std::getenv("MOECTL_RESTARTED") == nullptr) {
+    setenv("MOECTL_RESTARTED", "1", 1);
+    execv("/proc/self/exe", argv);
+  }
+}
+
+void set_up_threads(int threads) {
+  torch::set_num_threads(threads);
+  if (openblas_set_num_threads != nullptr) openblas_set_num_threads(threads);
+}

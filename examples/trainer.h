@@ -1,0 +1,82 @@
+// Training: the main job. One process, or one of several that share every batch.
+#pragma once
+
+#include <torch/torch.h>
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "corpus.h"
+#include "moe_model.h"
+#include "moectl/controller.h"
+#include "moectl/run_log.h"
+#include "moectl/torch/controller.h"
+#include "moectl/torch/evaluation.h"
+#include "progress.h"
+
+namespace CLI {
+class App;
+}
+
+struct Arguments {
+  std::vector<std::string> text;
+  std::string policy, log, checkpoint, resume;
+  std::int64_t steps = 600, until = 0, seed = 1, checkpoint_every = 0, validate_every = 100;
+  std::int64_t sequences = 16, length = 128;
+  int threads = 2;
+  double learning_rate = 3e-3, shift_at = 0.6;
+
+  void declare(CLI::App& app);
+};
+
+/// The other processes of a data-parallel run; none by default.
+struct Peers {
+  int rank = 0, ranks = 1;
+  moectl::Reduction sum_counts{};             // for the controller
+  std::function<void(torch::Tensor&)> sum{};  // in place, over all ranks
+};
+
+class Training {
+ public:
+  explicit Training(const Arguments& arguments, Peers peers = {});
+  void run();
+  /// The controller's whole state, as it is on this rank.
+  std::string controller_state() const { return controller_->save(); }
+
+ private:
+  std::vector<double> mixture(std::int64_t step) const;
+  std::pair<torch::Tensor, torch::Tensor> tensors(const Batch& batch) const;
+  void train(std::int64_t step);
+  void validate(std::int64_t step);
+  Batch batch_of(std::int64_t step) const;
+  void sum_gradients();
+  void announce();
+  std::string live_line() const;
+  void save(std::int64_t step);
+  std::int64_t load();
+
+  Arguments args_;
+  Peers peers_;
+  std::vector<Domain> domains_;
+  std::int64_t shift_step_;
+  std::unique_ptr<moectl::TorchController> controller_;
+  std::unique_ptr<moectl::EvaluationMeter> meter_;
+  MoeLm model_{nullptr};
+  std::unique_ptr<torch::optim::AdamW> optimizer_;
+  std::unique_ptr<moectl::RunLogWriter> log_;
+  std::unique_ptr<Progress> progress_;
+  std::vector<std::int64_t> next_mixture_;
+  Batch next_;
+  std::optional<double> validation_loss_;
+  double loss_ = 0, train_seconds_ = 0, control_seconds_ = 0;
+};
+
+/// Call first in main: starts the program again, once, with waiting threads asleep.
+void restart_with_passive_threads(char** argv);
+/// Threads of LibTorch and of OpenBLAS.
+void set_up_threads(int threads);
