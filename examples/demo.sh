@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 
 seeds=1
 steps=""
-policy=policies/adaptive_bias.yaml
+policy=examples/controlled.yaml
 text=""
 while [ $# -gt 0 ]; do
   case $1 in
@@ -35,12 +35,34 @@ train_run() {
 seed=1
 logs=""
 while [ "$seed" -le "$seeds" ]; do
-  train_run fixed "$seed" policies/fixed.yaml
+  train_run uncontrolled "$seed" examples/uncontrolled.yaml
   train_run "$name" "$seed" "$policy"
-  logs="$logs $runs/fixed-s$seed.jsonl $runs/$name-s$seed.jsonl"
+  logs="$logs $runs/uncontrolled-s$seed.jsonl $runs/$name-s$seed.jsonl"
   seed=$((seed + 1))
 done
 
+# Over several seeds: what control costs in validation loss, each controlled run against the uncontrolled one of its
+# own seed, which saw the same batches from the same initial weights.
+if [ "$seeds" -gt 1 ]; then
+  echo
+  # shellcheck disable=SC2086
+  build/release/moectl compare --format json $logs | awk -F'[:,]' '
+    /"run"/ { controlled = $2 !~ /uncontrolled-s/ }
+    /"validation_loss"/ {
+      if (!controlled) { base = $2; next }
+      difference = $2 - base; n++; sum += difference; squares += difference * difference
+    }
+    END {
+      error = sqrt((squares - sum * sum / n) / (n - 1) / n)
+      printf "validation loss, controlled - uncontrolled: %+.4f nats, standard error %.4f, %d paired seeds\n",
+        sum / n, error, n
+    }'
+fi
+
+# shellcheck disable=SC2086
+build/release/moectl report $logs -o $runs/report.html
+echo
+echo "The same with every step, layer and expert: $runs/report.html"
 echo
 # shellcheck disable=SC2086
 build/release/moectl compare $logs
