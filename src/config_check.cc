@@ -106,6 +106,12 @@ void check_measuring(const ControllerConfig& config, Checks& checks) {
   checks.at_least(1, "metrics.dead_after", monitor.dead_after);
   checks.require(monitor.ema > 0 && monitor.ema <= 1, "metrics.ema", monitor.ema,
                  "must be above 0 and at most 1");
+  checks.at_least(4, "metrics.trend_window", monitor.trend_window);
+  if (const std::string fault = check_health(monitor.health); !fault.empty()) {
+    const std::size_t first = fault.find(": "), second = fault.find(": ", first + 2);
+    checks.fail("health." + fault.substr(0, first), fault.substr(first + 2, second - first - 2),
+                fault.substr(second + 2));
+  }
   checks.at_least(1, "log.every", config.log.every);
 }
 

@@ -56,6 +56,55 @@ void read_metrics(YamlMap map, MetricsOptions& metrics, MonitorOptions& monitor)
   map.read("dead_fraction", monitor.dead_fraction);
   map.read("dead_after", monitor.dead_after);
   map.read("ema", monitor.ema);
+  map.read("trend_window", monitor.trend_window);
+  map.read("trends", monitor.trends);
+  map.finish();
+}
+
+void read_bands(YamlMap map, Bands& bands) {
+  for (const MetricField& field : metric_fields()) {
+    std::vector<double> ends;
+    if (!map.read(field.name, ends)) continue;
+    if (ends.size() != 2) {
+      throw map.error(field.name, std::to_string(ends.size()) + " numbers", "must be [lowest, highest]");
+    }
+    bands[std::string(field.name)] = {ends[0], ends[1]};
+  }
+  map.finish();
+}
+
+void read_phase(YamlMap map, Phase& phase) {
+  map.read("name", phase.name);
+  if (map.read("until", phase.until) && phase.until < 1) {
+    throw map.error("until", std::to_string(phase.until), "must be at least 1");
+  }
+  if (auto bands = map.map("bands")) read_bands(*bands, phase.bands);
+  map.finish();
+}
+
+void read_alert(YamlMap map, AlertRule& rule) {
+  map.read("name", rule.name);
+  if (map.read("metric", rule.metric) && find_metric(rule.metric) == nullptr) {
+    std::vector<std::string> names;
+    for (const MetricField& field : metric_fields()) names.emplace_back(field.name);
+    const std::string near = nearest_key(rule.metric, names);
+    throw map.error("metric", rule.metric,
+                    "must be a metric" + (near.empty() ? "" : "; did you mean '" + near + "'?"));
+  }
+  double limit = 0;
+  if (map.read("above", limit)) rule.above = limit;
+  if (map.read("below", limit)) rule.below = limit;
+  map.read("for", rule.for_steps);
+  map.finish();
+  map.require("metric");
+}
+
+void read_health(YamlMap map, HealthOptions& health) {
+  map.read("dwell", health.dwell);
+  map.read("weak_specialization", health.weak_specialization);
+  if (auto bands = map.map("bands")) read_bands(*bands, health.bands);
+  for (YamlMap& phase : map.maps("phases")) read_phase(phase, health.phases.emplace_back());
+  for (YamlMap& alert : map.maps("alerts")) read_alert(alert, health.alerts.emplace_back());
   map.finish();
 }
 
@@ -171,7 +220,10 @@ ControllerConfig parse_config(std::string_view text, const std::string& name,
   }
   read_choice(root, "mode", {Mode::kActive, Mode::kShadow, Mode::kOff}, config.mode);
   if (auto map = root.map("model")) read_model(*map, config.model);
+  // Who asks for health wants all of it, oscillation included, unless told otherwise.
+  config.monitor.trends = root.has("health");
   if (auto map = root.map("metrics")) read_metrics(*map, config.metrics, config.monitor);
+  if (auto map = root.map("health")) read_health(*map, config.monitor.health);
   for (const Actuator which : kActuators) {
     if (auto map = root.map(name_of(which))) read_actuator(*map, which, registry, config.actuator(which));
   }

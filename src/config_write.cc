@@ -60,6 +60,33 @@ Json tree(const SafetyOptions& safety) {
   return {{"rollback", rollback}, {"oscillation", oscillation}, {"fallback_after", safety.fallback_after}};
 }
 
+Json tree(const Bands& bands) {
+  Json all = Json::object();
+  for (const auto& [metric, band] : bands) all[metric] = {band.low, band.high};
+  return all;
+}
+
+Json tree(const HealthOptions& health) {
+  Json all = {{"dwell", health.dwell}, {"weak_specialization", health.weak_specialization}};
+  if (!health.bands.empty()) all["bands"] = tree(health.bands);
+  for (const Phase& phase : health.phases) {
+    Json one = Json::object();
+    if (!phase.name.empty()) one["name"] = phase.name;
+    if (phase.until >= 0) one["until"] = phase.until;
+    one["bands"] = tree(phase.bands);
+    all["phases"].push_back(one);
+  }
+  for (const AlertRule& rule : health.alerts) {
+    Json one = {{"metric", rule.metric}};
+    if (!rule.name.empty()) one["name"] = rule.name;
+    if (rule.above) one["above"] = *rule.above;
+    if (rule.below) one["below"] = *rule.below;
+    one["for"] = rule.for_steps;
+    all["alerts"].push_back(one);
+  }
+  return all;
+}
+
 Json tree(const ControllerConfig& config) {
   const ModelConfig& m = config.model;
   Json model = {{"layers", m.layers},
@@ -74,12 +101,15 @@ Json tree(const ControllerConfig& config) {
                   {"cold_fraction", config.metrics.cold_fraction},
                   {"dead_fraction", config.monitor.dead_fraction},
                   {"dead_after", config.monitor.dead_after},
-                  {"ema", config.monitor.ema}};
+                  {"ema", config.monitor.ema},
+                  {"trend_window", config.monitor.trend_window},
+                  {"trends", config.monitor.trends}};
   if (!config.metrics.placement.empty()) metrics["placement"] = config.metrics.placement;
   Json all = {{"version", 1}, {"mode", name_of(config.mode)}, {"model", model}, {"metrics", metrics}};
   for (const Actuator which : kActuators) all[std::string(name_of(which))] = tree(config.actuator(which));
   all["safety"] = tree(config.safety);
   all["guard"] = tree(config.guard);
+  all["health"] = tree(config.monitor.health);
   all["log"] = {{"every", config.log.every}, {"per_expert", config.log.per_expert}};
   const StatsNeeds& c = config.collect;
   all["collect"] = {{"gap", c.gap},

@@ -280,6 +280,24 @@ std::optional<YamlMap> YamlMap::map(std::string_view key) {
   return YamlMap(file_, path_to(key), entry->value, entry->place);
 }
 
+std::vector<YamlMap> YamlMap::maps(std::string_view key) {
+  const Entry* entry = find(key);
+  if (!entry) return {};
+  const YAML::Node& list = entry->value;
+  if (!list.IsSequence()) throw error(key, shown(list), "must be a list of maps");
+  std::vector<YamlMap> maps;
+  for (std::size_t i = 0; i < list.size(); ++i) {
+    const std::string path = path_to(key) + '[' + std::to_string(i) + ']';
+    const Place place = place_of(list[i].Mark());
+    file_.places_[path] = place;
+    if (!list[i].IsMap() || has_explicit_tag(list[i])) {
+      throw file_.error({path, shown(list[i]), "must be a map of keys"});
+    }
+    maps.push_back(YamlMap(file_, path, list[i], place));
+  }
+  return maps;
+}
+
 std::optional<YamlMap> YamlMap::map_or_switch(std::string_view key, bool& out) {
   const Entry* entry = find(key);
   if (!entry) return std::nullopt;

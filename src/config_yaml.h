@@ -61,6 +61,8 @@ class YamlMap {
   bool read(std::string_view key, std::vector<double>& out);
   bool read(std::string_view key, std::vector<std::string>& out);
   std::optional<YamlMap> map(std::string_view key);
+  /// A list of maps; empty if the key is absent.
+  std::vector<YamlMap> maps(std::string_view key);
   /// For a feature that `off` switches off, and `on` or a map of its options switches on. Sets `out` where
   /// the key is given; returns the map if it was one.
   std::optional<YamlMap> map_or_switch(std::string_view key, bool& out);
@@ -70,6 +72,8 @@ class YamlMap {
   /// Throws ConfigError if the key is absent.
   void require(std::string_view key) const;
   bool has(std::string_view key) const;
+  /// Where the map stands in the file's tree, as "health.phases[0]".
+  const std::string& path() const { return path_; }
   /// The error for one of this map's keys.
   ConfigError error(std::string_view key, std::string value, std::string constraint) const;
 

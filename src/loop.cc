@@ -141,19 +141,20 @@ void Controller::Loop::measure() {
   });
 }
 
-// What needs history: smoothed loads, dead experts, trends. Windows take those from the last step.
+// What needs history: smoothed loads, trends, health. Windows take it from the last step.
 void Controller::Loop::watch() {
   for (const auto& layer : layers_) {
-    if (layer->valid && layer->has_data) layer->monitor->observe(layer->stats, layer->metrics);
+    if (layer->valid && layer->has_data) {
+      layer->monitor->observe(layer->stats, layer->metrics, info_.loss);
+    } else {
+      layer->monitor->observe_nothing();
+    }
   }
   for_each_servo([this](Servo& servo, std::size_t, int only) {
     if (!servo.has_windows() || !servo.due(steps_)) return;
     for (std::size_t l = 0; l < layers_.size(); ++l) {
       if (only >= 0 && l != static_cast<std::size_t>(only)) continue;
-      Metrics& window = servo.window_metrics(only < 0 ? l : 0);
-      for (const MetricField& field : metric_fields()) {
-        if (!(window.*field.value)) window.*field.value = layers_[l]->metrics.*field.value;
-      }
+      copy_history(layers_[l]->metrics, servo.window_metrics(only < 0 ? l : 0));
     }
   });
 }
@@ -223,6 +224,7 @@ void Controller::Loop::log() {
     out.stats = &layer.stats;
     out.metrics = &layer.metrics;
     if (layer.guard) out.guard = layer.guard->report();
+    out.monitor = &*layer.monitor;
     for (std::size_t a = 0; a < kActuatorCount; ++a) {
       if (layer.servos[a]) out.actuators[a] = layer.servos[a]->report();
     }

@@ -105,6 +105,17 @@ std::string describe_for_state(const ControllerConfig& config, const StatsShape&
   line(out, "metrics.dead_fraction", config.monitor.dead_fraction);
   line(out, "metrics.dead_after", config.monitor.dead_after);
   line(out, "guard.enabled", config.guard.enabled);
+  line(out, "metrics.trend_window", config.monitor.trend_window);
+  line(out, "metrics.trends", config.monitor.trends);
+  const HealthOptions& health = config.monitor.health;
+  line(out, "health.dwell", health.dwell);
+  line(out, "health.weak_specialization", health.weak_specialization);
+  for (const AlertRule& rule : health.alerts) line(out, "health.alerts", rule.metric);
+  for (const auto& [metric, band] : health.bands) line(out, "health.bands", metric);
+  for (const Phase& phase : health.phases) {
+    line(out, "health.phases.until", phase.until);
+    for (const auto& [metric, band] : phase.bands) line(out, "health.phases.bands", metric);
+  }
   line(out, "collected sums of a layer", static_cast<std::int64_t>(shape.flat_size()));
   for (const Actuator which : kActuators) {
     const ActuatorConfig& actuator = config.actuator(which);

@@ -1,15 +1,33 @@
 #include "moectl/monitor.h"
 
 #include <algorithm>
+#include <cmath>
 #include <stdexcept>
 #include <string>
 
 namespace moectl {
+namespace {
 
-LayerMonitor::LayerMonitor(const StatsShape& shape, const MonitorOptions& options)
-    : options_(options),
-      smoothed_(static_cast<std::size_t>(std::max(0, shape.experts)), 0.0),
-      below_(static_cast<std::size_t>(std::max(0, shape.experts)), 0) {
+// Metrics that the monitor sets.
+constexpr Metrics::Value Metrics::*kOfHistory[] = {
+    &Metrics::dead_experts,
+    &Metrics::token_entropy_slope,
+    &Metrics::entropy_slope,
+    &Metrics::routing_variance,
+    &Metrics::path_efficiency,
+    &Metrics::stagnant_experts,
+    &Metrics::tail_sensitivity,
+    &Metrics::tail_correlation,
+    &Metrics::load_autocorrelation,
+    &Metrics::oscillation,
+    &Metrics::swing,
+    &Metrics::shift,
+};
+
+constexpr double kStagnantGradient = 0.1;  // of the median over experts
+constexpr double kSlow = 0.2;              // the slow average of losses, relative to `ema`
+
+MonitorOptions checked(const StatsShape& shape, const MonitorOptions& options) {
   if (shape.experts < 1) {
     throw std::invalid_argument("experts: " + std::to_string(shape.experts) + ": must be at least 1");
   }
@@ -23,45 +41,232 @@ LayerMonitor::LayerMonitor(const StatsShape& shape, const MonitorOptions& option
   if (options.dead_after < 1) {
     throw std::invalid_argument("dead_after: " + std::to_string(options.dead_after) + ": must be at least 1");
   }
+  if (options.trend_window < 4) {
+    throw std::invalid_argument("trend_window: " + std::to_string(options.trend_window) +
+                                ": must be at least 4");
+  }
+  return options;
 }
 
-void LayerMonitor::observe(const RoutingStats& stats, Metrics& metrics) {
-  metrics.dead_experts.reset();
-  if (!metrics.max_load) return;  // no data
-  const std::span<const std::int64_t> counts = stats.counts();
-  if (counts.size() != smoothed_.size()) {
-    throw std::invalid_argument("stats: " + std::to_string(counts.size()) + " experts: must be " +
+// The field of expert_fields() of this name.
+const ExpertField& expert_field(std::string_view name) {
+  return *std::find_if(expert_fields().begin(), expert_fields().end(),
+                       [&](const ExpertField& field) { return field.name == name; });
+}
+
+}  // namespace
+
+void copy_history(const Metrics& from, Metrics& to) {
+  for (const auto value : kOfHistory) to.*value = from.*value;
+}
+
+LayerMonitor::LayerMonitor(const StatsShape& shape, const MonitorOptions& options)
+    : shape_(shape),
+      options_(checked(shape, options)),
+      smoothed_(static_cast<std::size_t>(shape.experts), 0.0),
+      below_(static_cast<std::size_t>(shape.experts), 0),
+      load_(static_cast<std::size_t>(shape.experts), 0.0),
+      entropy_(static_cast<std::size_t>(options.trend_window)),
+      token_entropy_(static_cast<std::size_t>(options.trend_window)),
+      health_(shape, options.health) {
+  const auto experts = static_cast<std::size_t>(shape.experts);
+  const auto window = static_cast<std::size_t>(options.trend_window);
+  if (options.trends) {
+    load_trend_.emplace(shape.experts, options.trend_window, options.ema);
+    histories_.assign(metric_fields().size(), History(window));
+    loss_.emplace(window);
+  }
+  const StatsNeeds& needs = shape.needs;
+  if (needs.gradients || needs.losses || needs.latencies) values_.resize(experts);
+  if (needs.gradients) {
+    grad_norm_.assign(experts, 0.0);
+    update_frequency_.assign(experts, 0.0);
+  }
+  if (needs.losses) {
+    fast_loss_.assign(experts, std::nan(""));
+    slow_loss_.assign(experts, std::nan(""));
+  }
+  if (needs.latencies) {
+    tail_.emplace(window);
+    tail_load_.emplace(window);
+  }
+}
+
+void LayerMonitor::observe_nothing() {
+  health_.observe(steps_++, nullptr, smoothed_metrics_, 0);
+}
+
+void LayerMonitor::observe(const RoutingStats& stats, Metrics& metrics, std::optional<double> loss) {
+  copy_history(Metrics{}, metrics);
+  if (!metrics.max_load) {
+    observe_nothing();
+    return;
+  }
+  if (stats.counts().size() != smoothed_.size()) {
+    throw std::invalid_argument("stats: " + std::to_string(stats.counts().size()) + " experts: must be " +
                                 std::to_string(smoothed_.size()));
   }
+  watch_loads(stats, metrics);
+  if (!values_.empty()) watch_experts(stats, metrics);
+  if (tail_) watch_tail(stats, metrics);
+  smooth(metrics);
+  if (loss_) {
+    for (std::size_t f = 0; f < histories_.size(); ++f) {
+      histories_[f].push((metrics.*(metric_fields()[f].value)).value_or(std::nan("")));
+    }
+    loss_->push(loss.value_or(std::nan("")));
+  }
+  ++observed_;
+  health_.observe(steps_++, &metrics, smoothed_metrics_, load_trend_ ? load_trend_->deviation_cv() : 0);
+}
+
+void LayerMonitor::watch_loads(const RoutingStats& stats, Metrics& metrics) {
+  const std::span<const std::int64_t> counts = stats.counts();
   const double assignments = static_cast<double>(stats.assignments());
+  const double share = 1 / assignments;  // a division for each expert would cost as much as all the rest
+  for (std::size_t i = 0; i < counts.size(); ++i) load_[i] = static_cast<double>(counts[i]) * share;
+  if (load_trend_) load_trend_->observe(load_, smoothed_, metrics);
   const double weight = observed_ == 0 ? 1.0 : options_.ema;
   const double threshold = options_.dead_fraction / static_cast<double>(counts.size());
   std::int64_t dead = 0;
   for (std::size_t i = 0; i < counts.size(); ++i) {
-    smoothed_[i] += weight * (static_cast<double>(counts[i]) / assignments - smoothed_[i]);
+    smoothed_[i] += weight * (load_[i] - smoothed_[i]);
     below_[i] = smoothed_[i] < threshold ? below_[i] + 1 : 0;
     dead += below_[i] >= options_.dead_after ? 1 : 0;
   }
-  ++observed_;
   metrics.dead_experts = static_cast<double>(dead);
+  entropy_.push(*metrics.entropy);
+  metrics.entropy_slope = slope(entropy_.values());
+  if (metrics.token_entropy) {
+    token_entropy_.push(*metrics.token_entropy);
+    metrics.token_entropy_slope = slope(token_entropy_.values());
+  }
 }
 
+// An expert is stagnant that gets tokens, whose loss does not fall (its fast average is not under its slow
+// one) and whose gradient is far under the others'.
+void LayerMonitor::watch_experts(const RoutingStats& stats, Metrics& metrics) {
+  static const ExpertField& gradient = expert_field("grad_norm");
+  static const ExpertField& expert_loss = expert_field("expert_loss");
+  const bool has_gradient = gradient.values(stats, values_);
+  if (has_gradient) {
+    const double weight = gradient_steps_ == 0 ? 1.0 : options_.ema;
+    ++gradient_steps_;
+    for (std::size_t i = 0; i < values_.size(); ++i) {
+      grad_norm_[i] += weight * (values_[i] - grad_norm_[i]);
+      update_frequency_[i] +=
+          ((values_[i] > 0 ? 1.0 : 0.0) - update_frequency_[i]) / static_cast<double>(gradient_steps_);
+    }
+  }
+  const bool has_loss = expert_loss.values(stats, values_);
+  if (has_loss) {
+    for (std::size_t i = 0; i < values_.size(); ++i) {
+      if (std::isnan(values_[i])) continue;
+      if (std::isnan(fast_loss_[i])) fast_loss_[i] = slow_loss_[i] = values_[i];
+      fast_loss_[i] += options_.ema * (values_[i] - fast_loss_[i]);
+      slow_loss_[i] += kSlow * options_.ema * (values_[i] - slow_loss_[i]);
+    }
+  }
+  if (!has_gradient || !has_loss || observed_ + 1 < options_.trend_window) return;
+  std::copy(grad_norm_.begin(), grad_norm_.end(), values_.begin());
+  const auto middle = values_.begin() + static_cast<std::ptrdiff_t>(values_.size() / 2);
+  std::nth_element(values_.begin(), middle, values_.end());
+  std::int64_t stagnant = 0;
+  for (std::size_t i = 0; i < below_.size(); ++i) {
+    const bool alive = below_[i] == 0, learns = fast_loss_[i] < slow_loss_[i];
+    stagnant += alive && !learns && grad_norm_[i] < kStagnantGradient * *middle ? 1 : 0;
+  }
+  metrics.stagnant_experts = static_cast<double>(stagnant);
+}
+
+// A layer is as slow as its slowest expert.
+void LayerMonitor::watch_tail(const RoutingStats& stats, Metrics& metrics) {
+  static const ExpertField& latency = expert_field("latency");
+  if (!latency.values(stats, values_)) return;
+  tail_->push(*std::max_element(values_.begin(), values_.end()));
+  tail_load_->push(*metrics.max_to_mean);
+  metrics.tail_sensitivity = regression(tail_load_->values(), tail_->values());
+  metrics.tail_correlation = correlation(tail_load_->values(), tail_->values());
+}
+
+void LayerMonitor::smooth(const Metrics& metrics) {
+  for (const MetricField& field : metric_fields()) {
+    const Metrics::Value& value = metrics.*(field.value);
+    Metrics::Value& smoothed = smoothed_metrics_.*(field.value);
+    if (value) smoothed = smoothed ? *smoothed + options_.ema * (*value - *smoothed) : *value;
+  }
+}
+
+LayerMonitor::Trend LayerMonitor::trend(const MetricField& field) const {
+  if (histories_.empty()) return {};
+  const std::span<const double> values =
+      histories_[static_cast<std::size_t>(&field - metric_fields().data())].values();
+  return {smoothed_metrics_.*(field.value), slope(values), moectl::autocorrelation(values),
+          moectl::sign_flips(values), correlation(values, loss_->values())};
+}
+
+// ---- State ----
+
 void LayerMonitor::save(StateWriter& out) const {
-  out.put("monitor.observed", observed_);
+  const std::int64_t counts[] = {observed_, steps_, gradient_steps_};
+  out.put("monitor.counts", std::span<const std::int64_t>(counts));
   out.put("monitor.smoothed", std::span<const double>(smoothed_));
   out.put("monitor.below", std::span<const std::int64_t>(below_));
+  std::vector<double> metrics;
+  for (const MetricField& field : metric_fields()) {
+    metrics.push_back((smoothed_metrics_.*(field.value)).value_or(std::nan("")));
+  }
+  out.put("monitor.metrics", std::span<const double>(metrics));
+  entropy_.save(out);
+  token_entropy_.save(out);
+  if (load_trend_) {
+    load_trend_->save(out);
+    for (const History& history : histories_) history.save(out);
+    loss_->save(out);
+  }
+  out.put("monitor.grad_norm", std::span<const double>(grad_norm_));
+  out.put("monitor.update_frequency", std::span<const double>(update_frequency_));
+  out.put("monitor.fast_loss", std::span<const double>(fast_loss_));
+  out.put("monitor.slow_loss", std::span<const double>(slow_loss_));
+  if (tail_) {
+    tail_->save(out);
+    tail_load_->save(out);
+  }
+  health_.save(out);
 }
 
 void LayerMonitor::load(StateReader& in) {
-  // Read everything before anything is taken over: a bad state leaves the monitor as it was.
-  std::vector<double> smoothed(smoothed_.size());
-  std::vector<std::int64_t> below(below_.size());
-  const std::int64_t observed = in.get_int("monitor.observed");
-  in.get("monitor.smoothed", std::span<double>(smoothed));
-  in.get("monitor.below", std::span<std::int64_t>(below));
-  observed_ = observed;
-  smoothed_ = std::move(smoothed);
-  below_ = std::move(below);
+  // Read into another: a bad state leaves this one as it was.
+  LayerMonitor fresh(shape_, options_);
+  std::int64_t counts[3];
+  in.get("monitor.counts", std::span<std::int64_t>(counts));
+  fresh.observed_ = counts[0];
+  fresh.steps_ = counts[1];
+  fresh.gradient_steps_ = counts[2];
+  in.get("monitor.smoothed", std::span<double>(fresh.smoothed_));
+  in.get("monitor.below", std::span<std::int64_t>(fresh.below_));
+  std::vector<double> metrics(metric_fields().size());
+  in.get("monitor.metrics", std::span<double>(metrics));
+  for (std::size_t f = 0; f < metrics.size(); ++f) {
+    if (!std::isnan(metrics[f])) fresh.smoothed_metrics_.*(metric_fields()[f].value) = metrics[f];
+  }
+  fresh.entropy_.load(in);
+  fresh.token_entropy_.load(in);
+  if (fresh.load_trend_) {
+    fresh.load_trend_->load(in);
+    for (History& history : fresh.histories_) history.load(in);
+    fresh.loss_->load(in);
+  }
+  in.get("monitor.grad_norm", std::span<double>(fresh.grad_norm_));
+  in.get("monitor.update_frequency", std::span<double>(fresh.update_frequency_));
+  in.get("monitor.fast_loss", std::span<double>(fresh.fast_loss_));
+  in.get("monitor.slow_loss", std::span<double>(fresh.slow_loss_));
+  if (fresh.tail_) {
+    fresh.tail_->load(in);
+    fresh.tail_load_->load(in);
+  }
+  fresh.health_.load(in);
+  *this = std::move(fresh);
 }
 
 }  // namespace moectl

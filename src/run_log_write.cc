@@ -206,6 +206,7 @@ struct RunLogWriter::File {
   void info(const StepReport& report, std::string_view tag);
   void sums(const RoutingStats& stats);
   void metrics(const Metrics& metrics);
+  void health(const LayerMonitor& monitor);
   void actuators(const ActuatorReport (&reports)[kActuatorCount]);
 };
 
@@ -267,6 +268,7 @@ void RunLogWriter::File::record(const StepReport& report, const LayerReport& lay
     json.field("threshold", layer.guard.threshold);
     json.raw('}');
   }
+  if (layer.monitor) health(*layer.monitor);
   if (decided(layer.actuators)) actuators(layer.actuators);
   json.raw("}\n");
 }
@@ -355,6 +357,19 @@ void RunLogWriter::File::metrics(const Metrics& metrics) {
     json.field(field.name, value ? *value : std::nan(""));
   }
   json.raw('}');
+}
+
+void RunLogWriter::File::health(const LayerMonitor& monitor) {
+  json.field("health", name_of(monitor.health()));
+  json.key("alerts");
+  json.raw('[');
+  bool first = true;
+  for (const std::string_view alert : monitor.alerts()) {
+    if (!first) json.raw(',');
+    first = false;
+    json.value(alert);
+  }
+  json.raw(']');
 }
 
 void RunLogWriter::File::actuators(const ActuatorReport (&reports)[kActuatorCount]) {

@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "allocation_counter.h"
+#include "moectl/trend.h"
 
 namespace moectl {
 namespace {
@@ -86,6 +87,7 @@ TEST(LayerMonitor, ContinuesBitForBitAfterLoading) {
   EXPECT_EQ(std::vector(a.steps_below().begin(), a.steps_below().end()),
             std::vector(b.steps_below().begin(), b.steps_below().end()));
   EXPECT_EQ(a.steps_observed(), b.steps_observed());
+  EXPECT_EQ(a.smoothed().entropy, b.smoothed().entropy);
   LayerMonitor other({4, 1, {}}, {});
   StateReader again(bytes);
   EXPECT_THROW(other.load(again), StateError);
@@ -102,17 +104,104 @@ TEST(LayerMonitor, OptionsOutOfRangeThrow) {
     EXPECT_THROW(LayerMonitor(shape, {.dead_fraction = bad}), std::invalid_argument);
   }
   EXPECT_THROW(LayerMonitor(shape, {.dead_after = 0}), std::invalid_argument);
+  EXPECT_THROW(LayerMonitor(shape, {.trend_window = 3}), std::invalid_argument);
+  EXPECT_THROW(LayerMonitor(shape, {.health = {.dwell = 0}}), std::invalid_argument);
   LayerMonitor monitor(shape, {});
   EXPECT_THROW(observe(monitor, {1, 2, 3}), std::invalid_argument);
 }
 
-TEST(LayerMonitor, ObservingAllocatesNothing) {
-  const StatsShape shape{3, 1, {}};
+TEST(LayerMonitor, SmoothsEveryMetricFromItsFirstValue) {
+  LayerMonitor monitor({2, 1, {}}, {.ema = 0.5});
+  EXPECT_FALSE(monitor.smoothed().max_load);
+  observe(monitor, {3, 1});
+  EXPECT_EQ(*monitor.smoothed().max_load, 0.75);
+  observe(monitor, {2, 2});
+  EXPECT_EQ(*monitor.smoothed().max_load, 0.625);
+  EXPECT_FALSE(monitor.smoothed().drop_rate);
+}
+
+TEST(LayerMonitor, EntropySlopeOverTheWindow) {
+  LayerMonitor monitor({2, 1, {}}, {.trend_window = 4});
+  EXPECT_FALSE(observe(monitor, {1, 1}).entropy_slope);
+  std::vector<double> entropies = {std::log(2.0)};
+  for (int step = 2; step < 10; ++step) {
+    const Metrics m = observe(monitor, {step, 1});
+    entropies.push_back(*m.entropy);
+    if (entropies.size() > 4) entropies.erase(entropies.begin());
+    EXPECT_EQ(*m.entropy_slope, *slope(entropies));
+    EXPECT_LT(*m.entropy_slope, 0);
+  }
+}
+
+TEST(LayerMonitor, TrendsOfEveryMetricAndItsCorrelationWithTheLoss) {
+  const StatsShape shape{2, 1, {}};
+  LayerMonitor monitor(shape, {.trends = true});
+  for (int step = 0; step < 20; ++step) {
+    RoutingStats stats(shape);
+    ASSERT_TRUE(stats.add_counts(Counts{100 + step, 100 - step}, 200));
+    Metrics metrics = measure(stats);
+    monitor.observe(stats, metrics, 3 - 0.1 * step);
+  }
+  const LayerMonitor::Trend trend = monitor.trend(*find_metric("max_load"));
+  EXPECT_NEAR(*trend.slope, 1.0 / 200, 1e-15);
+  EXPECT_NEAR(*trend.loss_correlation, -1, 1e-12);
+  EXPECT_EQ(trend.ema, monitor.smoothed().max_load);
+  EXPECT_FALSE(monitor.trend(*find_metric("drop_rate")).slope);
+  EXPECT_FALSE(LayerMonitor(shape, {}).trend(*find_metric("max_load")).slope);
+}
+
+TEST(LayerMonitor, TailSensitivityByHand) {
+  const StatsShape shape{2, 1, {.latencies = true}};
   LayerMonitor monitor(shape, {});
+  Metrics metrics;
+  for (const std::int64_t first : {100, 120, 150, 110}) {
+    RoutingStats stats(shape);
+    ASSERT_TRUE(stats.add_counts(Counts{first, 200 - first}, 200));
+    const double max_to_mean = static_cast<double>(first) / 100;
+    ASSERT_TRUE(stats.add_latencies(std::vector<double>{1 + 2 * max_to_mean, 0.5}));
+    metrics = measure(stats);
+    monitor.observe(stats, metrics);
+  }
+  EXPECT_NEAR(*metrics.tail_sensitivity, 2, 1e-5);
+  EXPECT_NEAR(*metrics.tail_correlation, 1, 1e-9);
+}
+
+TEST(LayerMonitor, UpdateFrequency) {
+  const StatsShape shape{2, 1, {.gradients = true}};
+  LayerMonitor monitor(shape, {});
+  for (int step = 0; step < 4; ++step) {
+    RoutingStats stats(shape);
+    ASSERT_TRUE(stats.add_counts(Counts{1, 1}, 2));
+    ASSERT_TRUE(stats.add_grad_norms(std::vector<double>{1, step == 0 ? 1.0 : 0.0}));
+    Metrics metrics = measure(stats);
+    monitor.observe(stats, metrics);
+  }
+  EXPECT_THAT(monitor.update_frequency(), ElementsAre(1, 0.25));
+}
+
+TEST(LayerMonitor, ObservingAllocatesNothing) {
+  const StatsShape shape{
+      4, 1, {.probabilities = true, .gradients = true, .losses = true, .latencies = true, .domains = 2}};
+  LayerMonitor monitor(shape, {.trends = true,
+                               .health = {.dwell = 1,
+                                          .bands = {{"load_cv", {0, 0.1}}},
+                                          .phases = {{.name = "all", .bands = {{"max_load", {0, 0.1}}}}},
+                                          .alerts = {{.metric = "load_cv", .above = 0.1}}}});
   RoutingStats stats(shape);
-  ASSERT_TRUE(stats.add_counts(Counts{1, 2, 3}, 6));
+  const Counts experts = {0, 0, 0, 1}, domains = {0, 0, 1, 1};
+  const std::vector<float> rows(16, 0.25F);
+  const std::vector<double> ones(4, 1);
+  ASSERT_TRUE(stats.add({.experts = experts, .probabilities = rows, .domain_ids = domains}));
+  ASSERT_TRUE(stats.add_grad_norms(ones));
+  ASSERT_TRUE(stats.add_latencies(ones));
+  ASSERT_TRUE(stats.add_expert_losses(ones, Counts{1, 1, 1, 1}));
   Metrics metrics = measure(stats);
-  EXPECT_EQ(testing::allocations_of([&] { monitor.observe(stats, metrics); }), 0);
+  EXPECT_EQ(testing::allocations_of([&] {
+              for (int step = 0; step < 120; ++step) monitor.observe(stats, metrics, 1.0);
+            }),
+            0);
+  EXPECT_FALSE(monitor.alerts().empty());
+  EXPECT_TRUE(metrics.stagnant_experts);
 }
 
 }  // namespace

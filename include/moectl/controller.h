@@ -46,6 +46,7 @@ struct LayerReport {
   int layer = 0;
   const RoutingStats* stats = nullptr;  ///< This step's sums, over all ranks.
   const Metrics* metrics = nullptr;     ///< This step's metrics.
+  const LayerMonitor* monitor = nullptr;  ///< Trends, health and alerts after this step.
   ActuatorReport actuators[kActuatorCount];  ///< In the order of kActuators; empty for `scope: model`.
   GuardReport guard;                         ///< Watching, without a trigger, if the guard is off.
 };

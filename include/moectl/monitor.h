@@ -1,14 +1,17 @@
-// LayerMonitor: the history of one layer, from which come smoothed loads and dead experts.
-// Time is counted in control steps with data; a step without data changes nothing.
+// LayerMonitor: the history of one layer, from which come smoothed loads, dead experts, trends and health.
+// Time is counted in control steps; a step without data changes nothing but the count of such steps.
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <vector>
 
+#include "moectl/health.h"
 #include "moectl/metrics.h"
 #include "moectl/state.h"
 #include "moectl/stats.h"
+#include "moectl/trend.h"
 
 namespace moectl {
 
@@ -16,30 +19,81 @@ struct MonitorOptions {
   double ema = 0.1;             ///< Weight of the newest value in every moving average, (0, 1].
   double dead_fraction = 0.01;  ///< Of the mean load, [0, 1).
   int dead_after = 20;          ///< Steps, ≥ 1.
+  int trend_window = 50;        ///< Steps, ≥ 4.
+  /// Trends of the load vector and of every metric: what `oscillating` and `shift` need. The cost of a second
+  /// set of metrics, so off unless asked for.
+  bool trends = false;
+  HealthOptions health{};
 };
 
 class LayerMonitor {
  public:
+  /// Throws std::invalid_argument on options out of range.
   LayerMonitor(const StatsShape& shape, const MonitorOptions& options);
 
-  /// Takes in one step and completes the metrics that need history (`dead_experts`). Does not allocate.
-  void observe(const RoutingStats& stats, Metrics& metrics);
+  /// Takes in one step and completes the metrics that need history. `loss` is the step's, for the
+  /// correlations. Does not allocate.
+  void observe(const RoutingStats& stats, Metrics& metrics, std::optional<double> loss = std::nullopt);
+  /// A step without usable data.
+  void observe_nothing();
 
   /// EMA of p_i, started at the first observed load. [N]; all zero before the first step with data.
   std::span<const double> smoothed_load() const { return smoothed_; }
+  /// EMA of each metric, started at its first value; absent before it.
+  const Metrics& smoothed() const { return smoothed_metrics_; }
   /// For each expert, how many steps in a row its smoothed load has been under dead_fraction / N. [N]
   std::span<const std::int64_t> steps_below() const { return below_; }
   bool is_dead(int expert) const { return below_[static_cast<std::size_t>(expert)] >= options_.dead_after; }
   std::int64_t steps_observed() const { return observed_; }
+  /// Share of the recorded steps in which each expert had a gradient. [N]; empty unless gradients are
+  /// collected.
+  std::span<const double> update_frequency() const { return update_frequency_; }
+
+  Health health() const { return health_.state(); }
+  bool has(FailureMode mode) const { return health_.has(mode); }
+  /// Failure modes, alerts and broken bands that stand now.
+  std::span<const std::string_view> alerts() const { return health_.alerts(); }
+  std::string_view phase() const { return health_.phase(); }
+
+  /// Trend of one metric over the window; computed when asked for. Absent unless `trends` is on.
+  struct Trend {
+    std::optional<double> ema, slope, autocorrelation, sign_flips, loss_correlation;
+  };
+  Trend trend(const MetricField& field) const;
 
   void save(StateWriter& out) const;
   void load(StateReader& in);
 
  private:
+  void watch_loads(const RoutingStats& stats, Metrics& metrics);
+  void watch_experts(const RoutingStats& stats, Metrics& metrics);
+  void watch_tail(const RoutingStats& stats, Metrics& metrics);
+  void smooth(const Metrics& metrics);
+
+  StatsShape shape_;
   MonitorOptions options_;
   std::vector<double> smoothed_;
   std::vector<std::int64_t> below_;
-  std::int64_t observed_ = 0;
+  std::int64_t observed_ = 0, steps_ = 0;
+  std::vector<double> load_;  // p of this step
+  Metrics smoothed_metrics_;
+  History entropy_, token_entropy_;
+
+  // With trends.
+  std::optional<LoadTrend> load_trend_;
+  std::vector<History> histories_;  // of each metric
+  std::optional<History> loss_;
+
+  // With gradients, losses, latencies.
+  std::vector<double> values_, grad_norm_, fast_loss_, slow_loss_, update_frequency_;
+  std::int64_t gradient_steps_ = 0;
+  std::optional<History> tail_, tail_load_;
+
+  HealthMonitor health_;
 };
+
+/// Copies what only a monitor can know from one set of metrics to another: of a step to those of a window
+/// that ends with it.
+void copy_history(const Metrics& from, Metrics& to);
 
 }  // namespace moectl

@@ -1,0 +1,166 @@
+// Health of one layer: a state, named failure modes, alerts and bands, each with its own way in, a looser way
+// out and a dwell, so that none of them flaps.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "moectl/feasibility.h"
+#include "moectl/metrics.h"
+#include "moectl/state.h"
+
+namespace moectl {
+
+/// From best to worst where several apply; the worst is reported.
+enum class Health {
+  kNoData,  ///< No token yet, or none for `dwell` steps.
+  kHealthy,
+  kWeakSpecialization,  ///< Near uniform and the expert tells nothing of token or domain. Off unless asked
+                        ///< for.
+  kStagnant,            ///< Experts that get tokens and learn nothing.
+  kImbalanced,          ///< More imbalance than sampling explains.
+  kOscillating,         ///< The load swings back and forth, wider than sampling does.
+  kCollapsing,          ///< Experts are dying, entropy heads for collapse, or the Fisher alarm stands.
+  kCollapsed,           ///< Few experts carry the load.
+};
+inline constexpr int kHealthCount = 8;
+std::string_view name_of(Health health);
+
+/// What is going wrong, by the name that the field has for it. Several can hold at once.
+enum class FailureMode {
+  kExpertCollapse,         ///< Collapsing or collapsed.
+  kRoutingOscillation,     ///< Oscillating.
+  kBrittleSpecialization,  ///< Experts serve one domain alone: the load follows the mixture.
+  kInferenceBottleneck,    ///< One expert or device holds up the rest.
+  kSilentCapacityLoss,     ///< Dead experts or dropped tokens, whatever the averages say.
+};
+inline constexpr int kFailureModeCount = 5;
+std::string_view name_of(FailureMode mode);
+
+struct AlertRule {
+  std::string name{};                      ///< Reported; by default "METRIC above VALUE".
+  std::string metric{};                    ///< Of metric_fields().
+  std::optional<double> above{}, below{};  ///< One of them.
+  int for_steps = 1;  ///< Steps in a row before it is raised, and before it is lifted; ≥ 1.
+};
+
+struct Phase {
+  std::string name{};       ///< "early", "mid", "late", … ; may be empty.
+  std::int64_t until = -1;  ///< The step at which it ends; -1 = never (the last phase only).
+  Bands bands{};            ///< Replace the common bands of the same metrics.
+};
+
+struct HealthOptions {
+  int dwell = 20;                    ///< Steps a state, failure mode, alert or band stays as it is; ≥ 1.
+  bool weak_specialization = false;  ///< Whether that state is looked for.
+  Bands bands{};                     ///< On smoothed metrics, in every phase.
+  std::vector<Phase> phases{};       ///< In order of `until`.
+  std::vector<AlertRule> alerts{};   ///< On the step's metrics.
+};
+
+/// What is wrong with the options, as "key: value: constraint"; empty if nothing.
+std::string check_health(const HealthOptions& options);
+/// The bands in force at a step.
+Bands bands_at(const HealthOptions& options, std::int64_t step);
+
+/// On for what must first persist, then stay: raised after `after` steps of `enter`, lifted after `after`
+/// steps of `leave`, with at least `dwell` steps between any two changes.
+class Latch {
+ public:
+  /// Returns whether it is on.
+  bool update(bool enter, bool leave, std::int64_t after, std::int64_t dwell);
+  bool on() const { return on_; }
+
+  static constexpr int kStateSize = 3;
+  void save(std::span<std::int64_t> out) const;
+  void load(std::span<const std::int64_t> in);
+
+ private:
+  bool on_ = false;
+  std::int64_t run_ = 0;   // steps in a row that speak for a change
+  std::int64_t age_ = -1;  // steps since the last change; -1 = none yet
+};
+
+class HealthMonitor {
+ public:
+  /// Throws std::invalid_argument if check_health() finds fault.
+  HealthMonitor(const StatsShape& shape, HealthOptions options);
+  // Alerts are views of the monitor's own names.
+  HealthMonitor(const HealthMonitor&) = delete;
+  HealthMonitor& operator=(const HealthMonitor&) = delete;
+  HealthMonitor(HealthMonitor&&) = default;
+  HealthMonitor& operator=(HealthMonitor&&) = default;
+
+  /// `smoothed` holds the moving average of each metric. `swing_cv` is the CV of the load's deviations from
+  /// its average. Without data, `metrics` is nullptr. Does not allocate.
+  void observe(std::int64_t step, const Metrics* metrics, const Metrics& smoothed, double swing_cv);
+
+  Health state() const { return state_; }
+  bool has(FailureMode mode) const { return modes_[static_cast<std::size_t>(mode)].on(); }
+  /// What stands now: failure modes, then alerts, then "band:METRIC" for bands that do not hold.
+  std::span<const std::string_view> alerts() const { return active_; }
+  /// The phase in force; empty without phases.
+  std::string_view phase() const { return phase_; }
+
+  void save(StateWriter& out) const;
+  void load(StateReader& in);
+
+ private:
+  struct Rule {
+    std::size_t field;
+    AlertRule rule;
+    Latch latch;
+  };
+  struct Watched {  // a metric with a band in some phase
+    std::size_t field;
+    std::string alert;
+    Latch latch;
+  };
+  void look(const Metrics& metrics, const Metrics& smoothed, double swing_cv);
+  void watch_bands(std::int64_t step, const Metrics& smoothed);
+  Health worst() const;
+  template <class Self, class Visit>
+  static void for_each_latch(Self& self, Visit&& visit);
+
+  int experts_, top_k_;
+  HealthOptions options_;
+  std::vector<Rule> rules_;
+  std::vector<Watched> watched_;
+  std::array<bool, kHealthCount> flags_{};
+  std::array<Latch, kFailureModeCount> modes_;
+  std::array<bool, kFailureModeCount> mode_flags_{};
+  Health state_ = Health::kNoData;
+  std::int64_t state_age_ = 0, without_data_ = 0;
+  std::string_view phase_;
+  std::vector<std::string_view> active_;
+};
+
+// ---- Can the auxiliary loss go? ----
+
+/// One step of one layer.
+struct AuxLossSample {
+  double weight = 0;               ///< In force.
+  double signed_excess_cv_sq = 0;  ///< load_cv² - floor².
+  bool healthy = true;
+};
+
+struct AuxLossReview {
+  enum class Verdict { kNotEnoughEvidence, kRaise, kKeep, kLower, kSwitchOff, kAlreadyOff };
+  Verdict verdict = Verdict::kNotEnoughEvidence;
+  double excess_cv = 0;         ///< Over the samples looked at: √max(0, mean signed square).
+  double excess_cv_at_low = 0;  ///< Over the quarter of them with the lowest weights.
+  double lowest_weight = 0, highest_weight = 0;  ///< Means of the lowest and of the highest quarter.
+  std::string reason;                            ///< One sentence with the numbers.
+};
+std::string_view name_of(AuxLossReview::Verdict verdict);
+
+/// Whether the auxiliary loss can be lowered or switched off, from what was recorded: balance that held while
+/// the weight came down to a quarter is evidence; balance at one weight is a reason to try half of it.
+AuxLossReview review_aux_loss(std::span<const AuxLossSample> samples);
+
+}  // namespace moectl
