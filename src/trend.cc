@@ -61,6 +61,16 @@ bool residuals(std::span<const double> values, const Visit& visit) {
 }  // namespace
 
 std::optional<double> slope(std::span<const double> values) {
+  // Where every value is known, one pass does: about its middle, time is orthogonal to the mean.
+  const double middle = (static_cast<double>(values.size()) - 1) / 2;
+  double sum = 0, moment = 0, spread = 0;
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    const double from_middle = static_cast<double>(i) - middle;
+    sum += values[i];
+    moment += from_middle * values[i];
+    spread += from_middle * from_middle;
+  }
+  if (spread > 0 && !std::isnan(sum)) return moment / spread;
   const Moments m = over_time(values);
   if (m.count < 2) return std::nullopt;
   return m.xy / m.xx;
@@ -245,7 +255,7 @@ void LoadTrend::accumulate(std::span<const double> load, Metrics& metrics) {
   metrics.routing_variance = squares / total / static_cast<double>(experts_);
   const double path = now_.path + (have_before ? now_.entry + before_.path : 0);
   if (path > 0) metrics.path_efficiency = std::min(1.0, distance(way_sq) / path);
-  if (const auto moved = shift()) last_shift_ = *moved;
+  if (steps_ % kShiftEvery == 0) last_shift_ = shift().value_or(last_shift_);
   if (have_before) metrics.shift = last_shift_;
 }
 

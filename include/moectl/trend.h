@@ -66,6 +66,8 @@ class LoadTrend {
  private:
   static constexpr std::array<int, 6> kLags = {1, 2, 3, 4, 6, 8};
   static constexpr std::size_t kMemory = 8;
+  static constexpr std::int64_t kShiftEvery =
+      4;  // steps: a change of eight steps' mean can wait for its test
 
   struct Block {
     std::int64_t steps = 0;
