@@ -95,6 +95,7 @@ void read_alert(YamlMap map, AlertRule& rule) {
   if (map.read("above", limit)) rule.above = limit;
   if (map.read("below", limit)) rule.below = limit;
   map.read("for", rule.for_steps);
+  map.read("after", rule.after);
   map.finish();
   map.require("metric");
 }

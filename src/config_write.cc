@@ -82,6 +82,7 @@ Json tree(const HealthOptions& health) {
     if (rule.above) one["above"] = *rule.above;
     if (rule.below) one["below"] = *rule.below;
     one["for"] = rule.for_steps;
+    one["after"] = rule.after;
     all["alerts"].push_back(one);
   }
   return all;

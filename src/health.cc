@@ -27,11 +27,12 @@ constexpr Threshold kSwingWidth{1.5, 1.25};           // above, CV of the swing 
 constexpr Threshold kStagnant{0.5, 0.25};             // above, smoothed number of stagnant experts
 constexpr Threshold kWeakEntropy{0.95, 0.93};         // above, entropy_normalized; published
 constexpr Threshold kWeakInformation{0.05, 0.1};      // below, nats between expert and token or domain
-constexpr Threshold kExclusive{0.7, 0.6};             // above, domain_exclusivity
-constexpr Threshold kLatencyTail{2.0, 1.5};           // above, p99 over p50 of experts
-constexpr Threshold kStraggler{3.0, 2.5};             // above, slowdown beyond the floor's MaxVio
-constexpr Threshold kDead{0.05, 0.025};               // above, share of experts
-constexpr Threshold kDrops{0.05, 0.03};               // above; published: 5 % alarms, under 3 % is healthy
+constexpr Threshold kExclusive{0.4, 0.33};   // above, domain_exclusivity; ours: simulated routers that
+                                             // are balanced and not brittle show .2
+constexpr Threshold kLatencyTail{2.0, 1.5};  // above, p99 over p50 of experts
+constexpr Threshold kStraggler{3.0, 2.5};    // above, slowdown beyond the floor's MaxVio
+constexpr Threshold kDead{0.05, 0.025};      // above, share of experts
+constexpr Threshold kDrops{0.05, 0.03};      // above; published: 5 % alarms, under 3 % is healthy
 
 // True inside the threshold; on the way out the looser one counts. NaN (not known) is outside both.
 bool above(double value, Threshold t, bool now) {
@@ -97,6 +98,10 @@ std::string check_health(const HealthOptions& options) {
     if (std::string fault = check_bands(path + ".bands", phase.bands); !fault.empty()) return fault;
   }
   for (std::size_t i = 0; i < options.alerts.size(); ++i) {
+    if (options.alerts[i].after < 0) {
+      return "alerts[" + std::to_string(i) + "].after: " + std::to_string(options.alerts[i].after) +
+             ": must not be negative";
+    }
     const AlertRule& rule = options.alerts[i];
     const std::string path = "alerts[" + std::to_string(i) + "]";
     if (find_metric(rule.metric) == nullptr) return path + ".metric: " + rule.metric + ": must be a metric";
@@ -189,7 +194,8 @@ void HealthMonitor::observe(std::int64_t step, const Metrics* metrics, const Met
   }
   for (Rule& rule : rules_) {
     const Metrics::Value value = (*metrics).*(metric_fields()[rule.field].value);
-    const bool outside = value && (rule.rule.above ? *value > *rule.rule.above : *value < *rule.rule.below);
+    const bool outside = step >= rule.rule.after && value &&
+                         (rule.rule.above ? *value > *rule.rule.above : *value < *rule.rule.below);
     // A metric that is absent speaks neither for nor against.
     if (rule.latch.update(outside, value && !outside, rule.rule.for_steps, options_.dwell)) {
       active_.push_back(rule.rule.name);

@@ -69,4 +69,10 @@ struct Feasibility {
 /// NaN.
 Feasibility judge(const LoadSpace& space, const Bands& bands);
 
+struct ControllerConfig;
+
+/// The bands of a config's health section, phase by phase, each together with the set-points that its
+/// policies decide on at every step. Messages begin with the place, "health.phases[1] (mid): ".
+Feasibility judge_bands(const ControllerConfig& config);
+
 }  // namespace moectl

@@ -46,7 +46,8 @@ struct AlertRule {
   std::string name{};                      ///< Reported; by default "METRIC above VALUE".
   std::string metric{};                    ///< Of metric_fields().
   std::optional<double> above{}, below{};  ///< One of them.
-  int for_steps = 1;  ///< Steps in a row before it is raised, and before it is lifted; ≥ 1.
+  int for_steps = 1;       ///< Steps in a row before it is raised, and before it is lifted; ≥ 1.
+  std::int64_t after = 0;  ///< Looked at from this step on; ≥ 0.
 };
 
 struct Phase {

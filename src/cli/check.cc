@@ -82,7 +82,9 @@ int check(const Options& options, const PolicyRegistry& registry) {
     }
     throw;
   }
-  const std::vector<Conflict> conflicts = judge_targets(config);
+  std::vector<Conflict> conflicts = judge_targets(config);
+  const Feasibility bands = judge_bands(config);
+  conflicts.insert(conflicts.end(), bands.conflicts.begin(), bands.conflicts.end());
   const bool feasible = conflicts.empty();
   if (json) {
     auto list = nlohmann::ordered_json::array();
@@ -97,6 +99,12 @@ int check(const Options& options, const PolicyRegistry& registry) {
   // As comments, so that what was printed is still a config.
   if (config.model.tokens_per_step == 0 && !targets_of(config).empty()) {
     std::cout << "# model.tokens_per_step is not given: no target was compared with a noise floor\n";
+  }
+  if (bands.undecided_together) {
+    std::cout << "# bands: each alone and all pairs are feasible; three and more at once are not disproved\n";
+  }
+  for (const std::string& metric : bands.not_judged) {
+    std::cout << "# bands: " << metric << " is no function of the loads: not judged\n";
   }
   std::cout << (feasible ? "# valid and feasible\n" : "# valid, but infeasible\n");
   std::cout.flush();
