@@ -216,7 +216,10 @@ void HealthMonitor::look(const Metrics& metrics, const Metrics& smoothed, double
   collapsed = below(entropy, kCollapsedEntropy, collapsed) || above(dead, kCollapsedDead, collapsed);
 
   bool& collapsing = flag(Health::kCollapsing);
-  const double slope = metrics.entropy_slope && scale > 0 ? *metrics.entropy_slope / scale : 0;
+  // A line through a few points proves nothing: the slope counts after two dwells.
+  seen_ = std::min<std::int64_t>(seen_ + 1, 2 * options_.dwell);
+  const bool known = seen_ >= 2 * options_.dwell && metrics.entropy_slope && scale > 0;
+  const double slope = known ? *metrics.entropy_slope / scale : 0;
   const bool falling = below(entropy, kCollapsingEntropy, collapsing) &&
                        below(entropy + kCollapsingHorizon * slope, kCollapsedEntropy, collapsing);
   collapsing = falling || above(dead, kCollapsingDead, collapsing) ||
@@ -298,7 +301,7 @@ void HealthMonitor::for_each_latch(Self& self, Visit&& visit) {
 }
 
 void HealthMonitor::save(StateWriter& out) const {
-  std::vector<std::int64_t> values = {static_cast<std::int64_t>(state_), state_age_, without_data_};
+  std::vector<std::int64_t> values = {static_cast<std::int64_t>(state_), state_age_, without_data_, seen_};
   for (const bool flag : flags_) values.push_back(flag ? 1 : 0);
   for (const bool flag : mode_flags_) values.push_back(flag ? 1 : 0);
   for_each_latch(*this, [&](const Latch& latch) {
@@ -311,7 +314,7 @@ void HealthMonitor::save(StateWriter& out) const {
 
 void HealthMonitor::load(StateReader& in) {
   const std::size_t latches = modes_.size() + rules_.size() + watched_.size();
-  std::vector<std::int64_t> values(3 + flags_.size() + mode_flags_.size() + latches * Latch::kStateSize);
+  std::vector<std::int64_t> values(4 + flags_.size() + mode_flags_.size() + latches * Latch::kStateSize);
   in.get("health", std::span<std::int64_t>(values));
   if (values[0] < 0 || values[0] >= kHealthCount) {
     throw StateError("state: 'health': expected a state below " + std::to_string(kHealthCount) + ", found " +
@@ -320,7 +323,8 @@ void HealthMonitor::load(StateReader& in) {
   state_ = static_cast<Health>(values[0]);
   state_age_ = values[1];
   without_data_ = values[2];
-  std::size_t at = 3;
+  seen_ = values[3];
+  std::size_t at = 4;
   for (bool& flag : flags_) flag = values[at++] != 0;
   for (bool& flag : mode_flags_) flag = values[at++] != 0;
   for_each_latch(*this, [&](Latch& latch) {

@@ -67,7 +67,7 @@ std::optional<double> slope(std::span<const double> values) {
   for (std::size_t i = 0; i < values.size(); ++i) {
     const double from_middle = static_cast<double>(i) - middle;
     sum += values[i];
-    moment += from_middle * values[i];
+    moment += from_middle * (values[i] - values[0]);  // of a constant exactly 0
     spread += from_middle * from_middle;
   }
   if (spread > 0 && !std::isnan(sum)) return moment / spread;
@@ -103,7 +103,8 @@ std::optional<double> sign_flips(std::span<const double> values) {
 std::optional<double> correlation(std::span<const double> x, std::span<const double> y) {
   const Moments m = moments(
       std::min(x.size(), y.size()), [&](std::size_t i) { return x[i]; }, [&](std::size_t i) { return y[i]; });
-  if (m.count < 3 || !(m.xx > 0) || !(m.yy > 0)) return std::nullopt;
+  const auto varies = [&](double squares, double mean) { return squares > 1e-24 * m.count * mean * mean; };
+  if (m.count < 3 || !varies(m.xx, m.mean_x) || !varies(m.yy, m.mean_y)) return std::nullopt;
   return std::clamp(m.xy / std::sqrt(m.xx) / std::sqrt(m.yy), -1.0, 1.0);
 }
 

@@ -58,6 +58,8 @@ TEST(Trend, CorrelationAndRegressionByHand) {
   EXPECT_NEAR(*correlation(Values{1, 2, 3, 4}, Values{1, -1, -1, 1}), 0, 1e-15);
   EXPECT_NEAR(*correlation(Values{1, kNone, 2, 3}, Values{2, 99, 4, 6}), 1, 1e-15);
   EXPECT_FALSE(correlation(Values{1, 1, 1}, Values{1, 2, 3}));
+  EXPECT_FALSE(correlation(Values(50, 0.1), Values{1, 2, 3}));  // 0.1 summed is not 50 times 0.1
+  EXPECT_EQ(*slope(Values(50, 0.1)), 0);
   EXPECT_FALSE(correlation(Values{1, 2}, Values{1, 2}));
   EXPECT_NEAR(*regression(Values{1, 2, 3}, Values{5, 7, 9}), 2, 1e-15);
   EXPECT_FALSE(regression(Values{1, 1}, Values{5, 7}));

@@ -136,7 +136,7 @@ class HealthMonitor {
   std::array<Latch, kFailureModeCount> modes_;
   std::array<bool, kFailureModeCount> mode_flags_{};
   Health state_ = Health::kNoData;
-  std::int64_t state_age_ = 0, without_data_ = 0;
+  std::int64_t state_age_ = 0, without_data_ = 0, seen_ = 0;
   std::string_view phase_;
   std::vector<std::string_view> active_;
 };

@@ -20,6 +20,7 @@ using Json = nlohmann::ordered_json;
 struct Options {
   std::string trace, config, format;
   std::vector<std::string> compare;
+  bool trends = false;
 };
 
 /// How to measure: as the config says, and on records that fit it.
@@ -75,11 +76,12 @@ void print_csv(const std::vector<std::string>& cells) {
 /// The history that smoothed metrics need, a layer and tag at a time.
 class Histories {
  public:
-  explicit Histories(const MonitorOptions& options) : options_(options) {}
-  void observe(const LogRecord& record, Metrics& metrics) {
+  explicit Histories(const MonitorOptions& options) : options_(options) { options_.trends = true; }
+  const LayerMonitor& observe(const LogRecord& record, Metrics& metrics) {
     auto& monitor = monitors_[{record.layer, record.tag, record.stats.experts()}];
     if (!monitor) monitor = std::make_unique<LayerMonitor>(record.stats.shape(), options_);
-    monitor->observe(record.stats, metrics);
+    monitor->observe(record.stats, metrics, record.loss);
+    return *monitor;
   }
 
  private:
@@ -119,6 +121,102 @@ int print_records(LogReader& reader, const Measuring& how, const std::string& fo
     }
   }
   if (format == "table") std::cout << table.text();
+  return 0;
+}
+
+// ---- What became of each layer. ----
+
+/// The end of one layer's history under one tag, and the evidence on its auxiliary loss.
+struct Course {
+  const LayerMonitor* monitor = nullptr;
+  std::int64_t steps = 0;
+  std::map<std::string, std::int64_t> health, alerts;  // steps spent in each
+  std::vector<AuxLossSample> aux_loss;
+  std::optional<double> weight;  // in force: what the step before applied
+};
+
+std::optional<double> applied_weight(const LogRecord& record) {
+  const auto it = record.actuators.find(std::string(name_of(Actuator::kAuxLossWeight)));
+  if (it == record.actuators.end() || it->second.applied.size() != 1) return std::nullopt;
+  return it->second.applied[0];
+}
+
+void print_course(int layer, const std::string& tag, const Course& course, const std::string& format,
+                  Table& table) {
+  Json trends = Json::object();
+  for (const MetricField& field : metric_fields()) {
+    const LayerMonitor::Trend trend = course.monitor->trend(field);
+    if (!trend.ema) continue;
+    const std::optional<double> values[] = {trend.ema, trend.slope, trend.autocorrelation, trend.sign_flips,
+                                            trend.loss_correlation};
+    if (format == "json") {
+      Json one = Json::object();
+      const char* const keys[] = {"ema", "slope", "autocorrelation", "oscillation", "loss_correlation"};
+      for (std::size_t i = 0; i < 5; ++i) one[keys[i]] = values[i] ? Json(*values[i]) : Json(nullptr);
+      trends[std::string(field.name)] = one;
+      continue;
+    }
+    std::vector<std::string> row = {std::string(field.name), std::to_string(layer), tag};
+    for (const auto& value : values)
+      row.push_back(format == "table" ? brief(value) : value ? exact(*value) : "");
+    if (format == "csv") {
+      print_csv(row);
+    } else {
+      table.add(std::move(row));
+    }
+  }
+  if (format != "json") return;
+  const AuxLossReview review = review_aux_loss(course.aux_loss);
+  std::cout << Json{{"layer", layer},
+                    {"tag", tag},
+                    {"steps", course.steps},
+                    {"health", name_of(course.monitor->health())},
+                    {"steps_in_health", course.health},
+                    {"steps_with_alert", course.alerts},
+                    {"trends", trends},
+                    {"aux_loss_review",
+                     {{"verdict", name_of(review.verdict)},
+                      {"reason", review.reason},
+                      {"excess_cv", review.excess_cv}}}}
+                   .dump()
+            << '\n';
+}
+
+int print_trends(LogReader& reader, const Measuring& how, const std::string& format) {
+  Histories histories(how.monitor);
+  std::map<std::pair<int, std::string>, Course> courses;
+  std::optional<double> model_weight;
+  while (const auto record = reader.next()) {
+    if (record->layer < 0) model_weight = applied_weight(*record);
+    if (record->layer < 0 || record->stats.experts() == 0) continue;
+    how.check(*record);
+    Metrics metrics = measure(record->stats, how.metrics);
+    Course& course = courses[{record->layer, record->tag}];
+    course.monitor = &histories.observe(*record, metrics);
+    ++course.steps;
+    ++course.health[std::string(name_of(course.monitor->health()))];
+    for (const std::string_view alert : course.monitor->alerts()) ++course.alerts[std::string(alert)];
+    const std::optional<double> weight = course.weight ? course.weight : model_weight;
+    if (const auto excess = signed_excess_cv_sq(metrics); excess && weight) {
+      course.aux_loss.push_back({*weight, *excess, course.monitor->health() == Health::kHealthy});
+    }
+    if (const auto applied = applied_weight(*record)) course.weight = applied;
+  }
+  const std::vector<std::string> header = {"metric", "layer",           "tag",         "ema",
+                                           "slope",  "autocorrelation", "oscillation", "loss_correlation"};
+  if (format == "csv") print_csv(header);
+  Table table(header);
+  for (const auto& [key, course] : courses) print_course(key.first, key.second, course, format, table);
+  if (format == "table") {
+    std::cout << table.text();
+    for (const auto& [key, course] : courses) {
+      std::cout << "layer " << key.first << ", " << key.second << ": " << name_of(course.monitor->health());
+      for (const auto& [alert, steps] : course.alerts)
+        std::cout << "; " << alert << " for " << steps << " steps";
+      const AuxLossReview review = review_aux_loss(course.aux_loss);
+      std::cout << "; aux loss: " << name_of(review.verdict) << " (" << review.reason << ")\n";
+    }
+  }
   return 0;
 }
 
@@ -189,7 +287,8 @@ int print_comparison(LogReader& reader, const Measuring& how, const Options& opt
     const auto it = b.layers().find(layer);
     if (it == b.layers().end() || it->second.experts() != left.experts()) continue;
     const RoutingStats& right = it->second;
-    const Metrics x = measure(left, how.metrics), y = measure(right, how.metrics);
+    Metrics x = measure(left, how.metrics), y = measure(right, how.metrics);
+    for (Metrics* of_window : {&x, &y}) of_window->max_vio_global = of_window->max_vio;
     Json metrics = Json::object();
     const auto add = [&](const std::string& name, const Metrics::Value& u, const Metrics::Value& v) {
       const Metrics::Value difference = u && v ? Metrics::Value(*v - *u) : std::nullopt;
@@ -238,6 +337,7 @@ int metrics(const Options& options, const PolicyRegistry& registry) {
     how.model = config.model;
   }
   LogReader reader(options.trace);
+  if (options.trends) return print_trends(reader, how, options.format);
   return options.compare.empty() ? print_records(reader, how, options.format)
                                  : print_comparison(reader, how, options);
 }
@@ -263,7 +363,8 @@ void add_metrics(CLI::App& app, Tool& tool) {
                   "\nExamples:\n"
                   "  moectl metrics trace.jsonl\n"
                   "  moectl metrics trace.jsonl.gz --format csv > metrics.csv\n"
-                  "  moectl metrics run.jsonl --compare train validation --format table");
+                  "  moectl metrics run.jsonl --compare train validation --format table\n"
+                  "  moectl metrics run.jsonl --trends --format table");
   auto options = std::make_shared<Options>();
   command->add_option("TRACE", options->trace, "Trace or run log, plain or gzip; - reads standard input")
       ->required();
@@ -274,6 +375,12 @@ void add_metrics(CLI::App& app, Tool& tool) {
                    "Sum all records of each tag into one window a layer, and set the two side by side")
       ->expected(2)
       ->type_name("TAG");
+  command
+      ->add_flag(
+          "--trends", options->trends,
+          "How each metric of each layer moved over the trend window at the end, its correlation with the "
+          "loss, health, and a review of the auxiliary loss")
+      ->excludes("--compare");
   add_format(*command, options->format, {"json", "csv", "table"});
   command->callback(
       [&tool, options] { tool.run = [&tool, options] { return metrics(*options, tool.registry); }; });
