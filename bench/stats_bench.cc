@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "moectl/metrics.h"
+#include "moectl/monitor.h"
 
 namespace moectl {
 namespace {
@@ -76,6 +77,75 @@ void measure(benchmark::State& state) {
   }
 }
 BENCHMARK(measure)->Args({kLayers, kExperts})->Args({100, 4096})->Unit(benchmark::kMicrosecond);
+
+// Everything there is to know: all optional sums, trends and health.
+void measure_and_watch_everything(benchmark::State& state) {
+  const StatsShape shape{kExperts,
+                         kTopK,
+                         {.gap = true,
+                          .sequences = true,
+                          .probabilities = true,
+                          .gradients = true,
+                          .losses = true,
+                          .latencies = true,
+                          .domains = 4}};
+  std::mt19937_64 random(3);
+  constexpr std::size_t kSample = 512;
+  std::vector<std::int64_t> indices(kSample * kTopK), domains(kSample);
+  for (auto& index : indices) index = static_cast<std::int64_t>(random() % kExperts);
+  for (auto& domain : domains) domain = static_cast<std::int64_t>(random() % 4);
+  std::vector<float> probabilities(kSample * kExperts);
+  for (auto& p : probabilities) p = static_cast<float>(1 + random() % 100);
+  std::vector<double> values(kExperts);
+  for (auto& value : values) value = static_cast<double>(1 + random() % 100) * 1e-3;
+  RoutingStats stats(shape);
+  stats.add({.experts = indices,
+             .sequence_length = 64,
+             .probabilities = probabilities,
+             .domain_ids = domains,
+             .dropped = 0});
+  stats.add_grad_norms(values);
+  stats.add_latencies(values);
+  stats.add_expert_losses(values, stats.counts());
+  const std::vector<RoutingStats> layers(kLayers, stats);
+  std::vector<LayerMonitor> monitors;
+  for (int l = 0; l < kLayers; ++l) {
+    monitors.emplace_back(shape, MonitorOptions{.trends = true, .health = {.bands = {{"load_cv", {0, 1}}}}});
+  }
+  Measurer measurer(shape, {});
+  Metrics metrics;
+  for (auto _ : state) {
+    for (std::size_t l = 0; l < layers.size(); ++l) {
+      measurer.measure(layers[l], metrics);
+      monitors[l].observe(layers[l], metrics, 2.0);
+      benchmark::DoNotOptimize(metrics);
+    }
+  }
+}
+BENCHMARK(measure_and_watch_everything)->Unit(benchmark::kMicrosecond);
+
+// What every controller pays by default: load metrics, smoothing, dead experts, health.
+void measure_and_watch(benchmark::State& state) {
+  std::mt19937_64 random(4);
+  std::poisson_distribution<std::int64_t> load(kTokens * kTopK / kExperts);
+  RoutingStats stats({kExperts, kTopK, {}});
+  std::vector<std::int64_t> counts(kExperts);
+  for (auto& count : counts) count = load(random);
+  stats.add_counts(counts, kTokens);
+  const std::vector<RoutingStats> layers(kLayers, stats);
+  std::vector<LayerMonitor> monitors;
+  for (int l = 0; l < kLayers; ++l) monitors.emplace_back(stats.shape(), MonitorOptions{});
+  Measurer measurer(stats.shape(), {});
+  Metrics metrics;
+  for (auto _ : state) {
+    for (std::size_t l = 0; l < layers.size(); ++l) {
+      measurer.measure(layers[l], metrics);
+      monitors[l].observe(layers[l], metrics);
+      benchmark::DoNotOptimize(metrics);
+    }
+  }
+}
+BENCHMARK(measure_and_watch)->Unit(benchmark::kMicrosecond);
 
 }  // namespace
 }  // namespace moectl
