@@ -33,12 +33,12 @@ std::vector<Law> all_laws() {
 
 struct Space {
   const char* name;
-  Gate gate;
+  SimulatedGate gate;
   ScoreSpace space;
 };
-const std::vector<Space> kSpaces = {{"softmax", Gate::kSoftmax, ScoreSpace::kProbability},
-                                    {"sigmoid", Gate::kSigmoid, ScoreSpace::kProbability},
-                                    {"logit", Gate::kSigmoid, ScoreSpace::kLogit}};
+const std::vector<Space> kSpaces = {{"softmax", SimulatedGate::kSoftmax, ScoreSpace::kProbability},
+                                    {"sigmoid", SimulatedGate::kSigmoid, ScoreSpace::kProbability},
+                                    {"logit", SimulatedGate::kSigmoid, ScoreSpace::kLogit}};
 
 SimulationOptions plant_of(int experts, int top_k, std::int64_t tokens, const Space& space) {
   SimulationOptions plant;
@@ -108,7 +108,7 @@ void grid() {
   int met = 0;
   for (std::size_t i = 0; i < plants.size(); ++i) {
     const Figures& f = figures[i];
-    const bool wide = spaces[i]->gate == Gate::kSoftmax && plants[i].experts == 256;
+    const bool wide = spaces[i]->gate == SimulatedGate::kSoftmax && plants[i].experts == 256;
     const bool good =
         f.ratio <= 1.25 && f.settle >= 0 && f.settle <= 30 && f.back >= 0 && f.back <= (wide ? 75 : 30);
     met += good;

@@ -9,7 +9,7 @@
 
 namespace {
 
-void route_and_count(benchmark::State& state, moectl::Gate gate, moectl::ScoreSpace space,
+void route_and_count(benchmark::State& state, moectl::SimulatedGate gate, moectl::ScoreSpace space,
                      double aux_weight) {
   moectl::SimulationOptions options;
   options.experts = static_cast<int>(state.range(0));
@@ -32,14 +32,16 @@ void sizes(benchmark::internal::Benchmark* bench) {
   bench->Args({16, 2, 2048})->Args({64, 6, 8192})->Args({256, 8, 8192})->Unit(benchmark::kMicrosecond);
 }
 
-BENCHMARK_CAPTURE(route_and_count, sigmoid, moectl::Gate::kSigmoid, moectl::ScoreSpace::kProbability, 0.0)
+BENCHMARK_CAPTURE(route_and_count, sigmoid, moectl::SimulatedGate::kSigmoid, moectl::ScoreSpace::kProbability,
+                  0.0)
     ->Apply(sizes);
-BENCHMARK_CAPTURE(route_and_count, softmax, moectl::Gate::kSoftmax, moectl::ScoreSpace::kProbability, 0.0)
+BENCHMARK_CAPTURE(route_and_count, softmax, moectl::SimulatedGate::kSoftmax, moectl::ScoreSpace::kProbability,
+                  0.0)
     ->Apply(sizes);
-BENCHMARK_CAPTURE(route_and_count, logit, moectl::Gate::kSigmoid, moectl::ScoreSpace::kLogit, 0.0)
+BENCHMARK_CAPTURE(route_and_count, logit, moectl::SimulatedGate::kSigmoid, moectl::ScoreSpace::kLogit, 0.0)
     ->Apply(sizes);
-BENCHMARK_CAPTURE(route_and_count, with_aux_loss, moectl::Gate::kSoftmax, moectl::ScoreSpace::kProbability,
-                  0.01)
+BENCHMARK_CAPTURE(route_and_count, with_aux_loss, moectl::SimulatedGate::kSoftmax,
+                  moectl::ScoreSpace::kProbability, 0.01)
     ->Apply(sizes);
 
 }  // namespace

@@ -232,7 +232,7 @@ void SimulatedRouter::Plant::strike() {
 // y of one row of logits. Sums and maxima run in kLane fixed lanes, so that vectorising cannot change a bit.
 void SimulatedRouter::Plant::gate_row(const float* logits, float* out, float temperature) const {
   const float inverse = 1.0F / temperature;
-  if (options.gate == Gate::kSigmoid) {
+  if (options.gate == SimulatedGate::kSigmoid) {
     for (std::size_t i = 0; i < stride; ++i) out[i] = 1.0F / (1.0F + quick_exp(-logits[i] * inverse));
     return;
   }
@@ -355,7 +355,7 @@ void SimulatedRouter::Plant::drop_overflow() {
 // summed over tokens.
 void SimulatedRouter::Plant::pull_by_aux_loss(double weight, double temperature) {
   const std::size_t tokens = gate_sums.size();
-  const bool sigmoid = options.gate == Gate::kSigmoid;
+  const bool sigmoid = options.gate == SimulatedGate::kSigmoid;
   const double assignments = static_cast<double>(chosen.size());
   for (std::size_t i = 0; i < experts; ++i) share[i] = static_cast<float>(counts[i] / assignments);
   std::fill(pull.begin(), pull.end(), 0.0);

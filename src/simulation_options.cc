@@ -57,8 +57,8 @@ void simulated::check(const SimulationOptions& o) {
           "must be finite and positive");
 }
 
-std::string_view name_of(Gate gate) {
-  return gate == Gate::kSoftmax ? "softmax" : "sigmoid";
+std::string_view name_of(SimulatedGate gate) {
+  return gate == SimulatedGate::kSoftmax ? "softmax" : "sigmoid";
 }
 std::string_view name_of(Scenario scenario) {
   switch (scenario) {
@@ -92,8 +92,8 @@ std::string_view name_of(CollapseKind kind) {
   }
   return "";
 }
-std::optional<Gate> gate_of(std::string_view name) {
-  for (Gate gate : {Gate::kSoftmax, Gate::kSigmoid}) {
+std::optional<SimulatedGate> gate_of(std::string_view name) {
+  for (SimulatedGate gate : {SimulatedGate::kSoftmax, SimulatedGate::kSigmoid}) {
     if (name == name_of(gate)) return gate;
   }
   return std::nullopt;

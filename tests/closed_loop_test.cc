@@ -69,7 +69,8 @@ Series run(const ControllerConfig& config, const SimulationOptions& plant, std::
   return out;
 }
 
-SimulationOptions plant_of(int experts, int top_k, std::int64_t tokens, Gate gate = Gate::kSigmoid,
+SimulationOptions plant_of(int experts, int top_k, std::int64_t tokens,
+                           SimulatedGate gate = SimulatedGate::kSigmoid,
                            ScoreSpace space = ScoreSpace::kProbability) {
   SimulationOptions plant;
   plant.experts = experts;
@@ -103,7 +104,7 @@ TEST(ClosedLoop, LargeSignStepsAreQuickAndNoisy) {
 struct Cell {
   int experts, top_k;
   std::int64_t tokens;
-  Gate gate;
+  SimulatedGate gate;
   ScoreSpace space;
 };
 
@@ -132,17 +133,18 @@ TEST_P(AdaptiveBias, BringsASunkExpertBack) {
   EXPECT_LE(back - (r.lowest.begin() + 150), 35);
 }
 
-INSTANTIATE_TEST_SUITE_P(Routers, AdaptiveBias,
-                         ::testing::Values(Cell{16, 2, 2048, Gate::kSigmoid, ScoreSpace::kProbability},
-                                           Cell{16, 2, 2048, Gate::kSoftmax, ScoreSpace::kProbability},
-                                           Cell{16, 2, 2048, Gate::kSigmoid, ScoreSpace::kLogit},
-                                           Cell{8, 1, 1024, Gate::kSigmoid, ScoreSpace::kProbability},
-                                           Cell{64, 6, 2048, Gate::kSoftmax, ScoreSpace::kProbability}),
-                         [](const auto& info) {
-                           const Cell& c = info.param;
-                           return "N" + std::to_string(c.experts) + "k" + std::to_string(c.top_k) +
-                                  std::string(name_of(c.gate)) + std::string(name_of(c.space));
-                         });
+INSTANTIATE_TEST_SUITE_P(
+    Routers, AdaptiveBias,
+    ::testing::Values(Cell{16, 2, 2048, SimulatedGate::kSigmoid, ScoreSpace::kProbability},
+                      Cell{16, 2, 2048, SimulatedGate::kSoftmax, ScoreSpace::kProbability},
+                      Cell{16, 2, 2048, SimulatedGate::kSigmoid, ScoreSpace::kLogit},
+                      Cell{8, 1, 1024, SimulatedGate::kSigmoid, ScoreSpace::kProbability},
+                      Cell{64, 6, 2048, SimulatedGate::kSoftmax, ScoreSpace::kProbability}),
+    [](const auto& info) {
+      const Cell& c = info.param;
+      return "N" + std::to_string(c.experts) + "k" + std::to_string(c.top_k) + std::string(name_of(c.gate)) +
+             std::string(name_of(c.space));
+    });
 
 TEST(ClosedLoop, AdaptiveToleratesADeclaredDelay) {
   for (int late : {1, 2, 4, 8}) {

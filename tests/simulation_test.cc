@@ -98,7 +98,7 @@ TEST(Simulation, LookingAtTheNextMixtureChangesNothing) {
 }
 
 TEST(Simulation, SelectsTheLargestBiasedScores) {
-  for (Gate gate : {Gate::kSoftmax, Gate::kSigmoid}) {
+  for (SimulatedGate gate : {SimulatedGate::kSoftmax, SimulatedGate::kSigmoid}) {
     for (ScoreSpace space : {ScoreSpace::kProbability, ScoreSpace::kLogit}) {
       SimulationOptions options;
       options.gate = gate;
@@ -119,7 +119,7 @@ TEST(Simulation, SelectsTheLargestBiasedScores) {
         EXPECT_TRUE(std::is_sorted(top.rbegin(), top.rend()));
         const auto p = batch.probabilities.subspan(13 * t, 13);
         EXPECT_NEAR(std::accumulate(p.begin(), p.end(), 0.0), 1.0, 1e-5);
-        if (space == ScoreSpace::kLogit || gate == Gate::kSigmoid) continue;
+        if (space == ScoreSpace::kLogit || gate == SimulatedGate::kSigmoid) continue;
         // A softmax's biased scores can be formed again from its probabilities.
         std::vector<double> v(13);
         for (std::size_t i = 0; i < 13; ++i) v[i] = 3 * static_cast<double>(p[i]) + bias[i];
@@ -190,7 +190,7 @@ TEST(Simulation, UncontrolledIsAsUnbalancedAsTraining) {
 
 // The integral law's stability limit lies where seven router types had it, 0.7 to 1.4 in units of the gap.
 TEST(Simulation, CriticalGainOfTheGapLaw) {
-  for (Gate gate : {Gate::kSoftmax, Gate::kSigmoid}) {
+  for (SimulatedGate gate : {SimulatedGate::kSoftmax, SimulatedGate::kSigmoid}) {
     for (ScoreSpace space : {ScoreSpace::kProbability, ScoreSpace::kLogit}) {
       const auto steady_vio = [&](double gain) {
         SimulationOptions options;
@@ -235,7 +235,7 @@ TEST(Simulation, AuxLossPullsTowardsBalanceAndCosts) {
 TEST(Simulation, AuxLossGradientIsSwitchs) {
   constexpr std::size_t kN = 8, kTokens = 512;
   constexpr double kTemperature = 1.5, kWeight = 0.5;
-  for (Gate gate : {Gate::kSoftmax, Gate::kSigmoid}) {
+  for (SimulatedGate gate : {SimulatedGate::kSoftmax, SimulatedGate::kSigmoid}) {
     SimulationOptions options;
     options.gate = gate;
     options.probabilities = true;
@@ -255,12 +255,12 @@ TEST(Simulation, AuxLossGradientIsSwitchs) {
           largest = std::max(largest, static_cast<double>(batch.probabilities[kN * t + i]));
         }
         const double scale =
-            gate == Gate::kSoftmax ? 1 : static_cast<double>(batch.top_values[3 * t]) / largest;
+            gate == SimulatedGate::kSoftmax ? 1 : static_cast<double>(batch.top_values[3 * t]) / largest;
         for (std::size_t i = 0; i < kN; ++i) {
           const double y = scale * static_cast<double>(batch.probabilities[kN * t + i]);
-          double odds = gate == Gate::kSoftmax ? y : y / (1 - y);
+          double odds = gate == SimulatedGate::kSoftmax ? y : y / (1 - y);
           if (i == moved) odds *= std::exp(by / kTemperature);
-          const double again = gate == Gate::kSoftmax ? odds : odds / (1 + odds);
+          const double again = gate == SimulatedGate::kSoftmax ? odds : odds / (1 + odds);
           total += again;
           weighted += f[i] * again;
         }
@@ -483,8 +483,8 @@ TEST(Simulation, NamesReadBack) {
     const auto scenario = static_cast<Scenario>(i);
     EXPECT_EQ(scenario_of(name_of(scenario)), scenario);
   }
-  EXPECT_EQ(gate_of("softmax"), Gate::kSoftmax);
-  EXPECT_EQ(gate_of(name_of(Gate::kSigmoid)), Gate::kSigmoid);
+  EXPECT_EQ(gate_of("softmax"), SimulatedGate::kSoftmax);
+  EXPECT_EQ(gate_of(name_of(SimulatedGate::kSigmoid)), SimulatedGate::kSigmoid);
   EXPECT_FALSE(scenario_of("Steady").has_value());
 }
 

@@ -67,7 +67,7 @@ class Controller;
 struct ControllerConfig;
 struct StepReport;
 
-enum class Gate { kSoftmax, kSigmoid };
+enum class SimulatedGate { kSoftmax, kSigmoid };
 enum class Scenario { kSteady, kShift, kCollapse, kDead, kDrift, kDelay, kNoise };
 
 /// How scenario `collapse` comes about.
@@ -79,10 +79,10 @@ enum class CollapseKind {
   kPoisonedBias,  ///< The selection biases that the router uses are wrong by a fixed vector.
 };
 
-std::string_view name_of(Gate gate);
+std::string_view name_of(SimulatedGate gate);
 std::string_view name_of(Scenario scenario);
 std::string_view name_of(CollapseKind kind);
-std::optional<Gate> gate_of(std::string_view name);
+std::optional<SimulatedGate> gate_of(std::string_view name);
 std::optional<Scenario> scenario_of(std::string_view name);
 
 struct SimulationOptions {
@@ -90,7 +90,7 @@ struct SimulationOptions {
   int experts = 16;            ///< N ≥ 1.
   int top_k = 2;               ///< 1 ≤ k ≤ N.
   std::int64_t tokens = 2048;  ///< T ≥ 1 a step; a multiple of sequence_length.
-  Gate gate = Gate::kSigmoid;
+  SimulatedGate gate = SimulatedGate::kSigmoid;
   ScoreSpace score_space = ScoreSpace::kProbability;
   std::uint64_t seed = 1;
 

@@ -124,7 +124,7 @@ TEST(AdaptiveBias, AHeldStepKeepsTheFeedforwardThatIsInForceApart) {
 struct Plant {
   const char* name;
   int experts, top_k;
-  Gate gate;
+  SimulatedGate gate;
   ScoreSpace space;
   const char* form;
 };
@@ -163,11 +163,11 @@ TEST_P(AdaptiveOnAPlant, StaysNearTheNoiseFloor) {
 
 INSTANTIATE_TEST_SUITE_P(
     Routers, AdaptiveOnAPlant,
-    ::testing::Values(Plant{"sigmoid16", 16, 2, Gate::kSigmoid, ScoreSpace::kProbability, "gap"},
-                      Plant{"softmax16", 16, 2, Gate::kSoftmax, ScoreSpace::kProbability, "gap"},
-                      Plant{"logit64", 64, 6, Gate::kSigmoid, ScoreSpace::kLogit, "gap"},
-                      Plant{"counts16", 16, 2, Gate::kSigmoid, ScoreSpace::kProbability, "counts"},
-                      Plant{"top1of8", 8, 1, Gate::kSigmoid, ScoreSpace::kProbability, "gap"}),
+    ::testing::Values(Plant{"sigmoid16", 16, 2, SimulatedGate::kSigmoid, ScoreSpace::kProbability, "gap"},
+                      Plant{"softmax16", 16, 2, SimulatedGate::kSoftmax, ScoreSpace::kProbability, "gap"},
+                      Plant{"logit64", 64, 6, SimulatedGate::kSigmoid, ScoreSpace::kLogit, "gap"},
+                      Plant{"counts16", 16, 2, SimulatedGate::kSigmoid, ScoreSpace::kProbability, "counts"},
+                      Plant{"top1of8", 8, 1, SimulatedGate::kSigmoid, ScoreSpace::kProbability, "gap"}),
     [](const auto& info) { return std::string(info.param.name); });
 
 }  // namespace
