@@ -301,7 +301,9 @@ void Training::run() {
   const std::int64_t end = args_.until > 0 ? std::min(args_.until, args_.steps) : args_.steps;
   const bool first_rank = peers_.rank == 0;
   if (!args_.log.empty() && first_rank) {
-    log_ = std::make_unique<moectl::RunLogWriter>(args_.log, controller_->controller().config(), first > 0);
+    const auto shift = domains_.size() > 1 ? std::optional(shift_step_) : std::nullopt;
+    log_ = std::make_unique<moectl::RunLogWriter>(args_.log, controller_->controller().config(), first > 0,
+                                                  shift);
     controller_->controller().set_log([this](const moectl::StepReport& report) { log_->write(report); });
   }
   if (first_rank) announce();
