@@ -109,7 +109,7 @@ void step_torch_stacked(benchmark::State& state) {
     const torch::Tensor p = loads / sum;
     const torch::Tensor entropy = -torch::xlogy(p, p).sum(1);
     const torch::Tensor sorted = std::get<0>(p.sort(1));
-    const torch::Tensor results[] = {
+    torch::Tensor results[] = {
         entropy,
         entropy / std::log(kExperts),
         entropy.exp(),
