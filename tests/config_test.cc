@@ -250,7 +250,8 @@ INSTANTIATE_TEST_SUITE_P(
         Wrong{"NoTopK", "version: 1\nmodel: {layers: 3, experts: 16}\n",
               "c.yaml:2:8: model.top_k: missing: required"},
         Wrong{"UnknownKey", with("supervisor: {enabled: false}\n"),
-              "c.yaml:3:1: supervisor: {...}: unknown key; known are version, mode, model, metrics, health, expert_bias, "
+              "c.yaml:3:1: supervisor: {...}: unknown key; known are version, mode, model, metrics, health, "
+              "expert_bias, "
               "aux_loss_weight, router_temperature, safety, guard, log, collect"},
         Wrong{"NearKey", with("expert_bais: {policy: stepper}\n"),
               "c.yaml:3:1: expert_bais: {...}: unknown key; did you mean 'expert_bias'?"},

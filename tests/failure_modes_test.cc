@@ -81,7 +81,8 @@ TEST(FailureModes, RoutingOscillation) {
   EXPECT_THAT(seen.states, Contains(Health::kOscillating));
 }
 
-// Clusters of a domain are all alike and far from those of others: balanced, but only while the mixture stays.
+// Clusters of a domain are all alike and far from those of others: balanced, but only while the mixture
+// stays.
 TEST(FailureModes, BrittleSpecialization) {
   const Seen seen = run(
       kControlled,

@@ -1,4 +1,5 @@
-// ControllerConfig: everything a controller is told before it starts; and the strict YAML reader that makes one.
+// ControllerConfig: everything a controller is told before it starts; and the strict YAML reader that makes
+// one.
 #pragma once
 
 #include <cstdint>
@@ -34,11 +35,13 @@ struct ModelConfig {
   int layers = 0;   ///< MoE layers, ≥ 1.
   int experts = 0;  ///< N ≥ 1 in each.
   int top_k = 0;    ///< 1 ≤ k ≤ N.
-  std::int64_t tokens_per_step = 0;  ///< Tokens of one step over all ranks; 0 = not known. Sets the noise floor.
+  std::int64_t tokens_per_step =
+      0;  ///< Tokens of one step over all ranks; 0 = not known. Sets the noise floor.
   ScoreSpace score_space = ScoreSpace::kProbability;
   int delay = 0;  ///< Steps by which the recorded routing is late, beyond the loop's own one; ≥ 0.
   std::vector<std::string> domains{};  ///< Names of the domains whose tokens are counted apart.
-  std::vector<double> targets{};       ///< Wanted share of the load of each expert [N], summing to 1; empty = uniform.
+  std::vector<double>
+      targets{};  ///< Wanted share of the load of each expert [N], summing to 1; empty = uniform.
 };
 
 struct ActuatorConfig {
@@ -79,13 +82,15 @@ class ConfigError : public std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
 
-/// Strict: unknown keys, wrong types and values outside their constraints are ConfigErrors that name the place, the
-/// value, the constraint and the nearest valid key. Options not given take the policy's defaults.
-ControllerConfig load_config(const std::string& path, const PolicyRegistry& registry = PolicyRegistry::builtin());
+/// Strict: unknown keys, wrong types and values outside their constraints are ConfigErrors that name the
+/// place, the value, the constraint and the nearest valid key. Options not given take the policy's defaults.
+ControllerConfig load_config(const std::string& path,
+                             const PolicyRegistry& registry = PolicyRegistry::builtin());
 /// The same from text; `name` stands for the file in messages.
 ControllerConfig parse_config(std::string_view text, const std::string& name = "config",
                               const PolicyRegistry& registry = PolicyRegistry::builtin());
-/// Checks a config made in code and fills in the options not given. Throws ConfigError ("key: value: constraint").
+/// Checks a config made in code and fills in the options not given. Throws ConfigError ("key: value:
+/// constraint").
 void validate(ControllerConfig& config, const PolicyRegistry& registry = PolicyRegistry::builtin());
 /// The whole config, every default filled in, as YAML that parses back to the same config.
 std::string to_yaml(const ControllerConfig& config);

@@ -102,7 +102,7 @@ struct PolicyContext {
   int experts = 0;
   int top_k = 0;
   int domains = 0;  ///< Domains whose tokens are counted apart.
-  int delay = 0;  ///< Steps between the routing and the decision that uses it, beyond the loop's own one.
+  int delay = 0;    ///< Steps between the routing and the decision that uses it, beyond the loop's own one.
   ScoreSpace score_space = ScoreSpace::kProbability;
   double initial = 0;       ///< The actuator's value at the start.
   double min = 0, max = 0;  ///< Its range.

@@ -7,7 +7,8 @@
 
 namespace moectl {
 
-/// Where a selection bias is added: to the gate's probabilities (softmax or sigmoid outputs) or to its logits.
+/// Where a selection bias is added: to the gate's probabilities (softmax or sigmoid outputs) or to its
+/// logits.
 enum class ScoreSpace { kProbability, kLogit };
 
 /// What a controller can move. Scalars are vectors of length 1, so that one interface serves all three.
@@ -35,7 +36,9 @@ constexpr std::string_view name_of(ScoreSpace space) {
 }
 
 /// Biases add (their unit is a score); the two scalars multiply (their rate is a log ratio).
-constexpr bool is_multiplicative(Actuator actuator) { return actuator != Actuator::kExpertBias; }
+constexpr bool is_multiplicative(Actuator actuator) {
+  return actuator != Actuator::kExpertBias;
+}
 
 /// The value at which the actuator does nothing: no bias, no auxiliary loss, an untouched softmax.
 constexpr double neutral_value(Actuator actuator) {
