@@ -124,7 +124,6 @@ class SafetyLimiter {
   std::optional<Reason> hold_reason(const LimitContext& context) const;
   bool must_roll_back(const LimitContext& context);
   void remember_good(std::int64_t step, std::span<const double> applied);
-  bool track_invalid(bool valid);
   double largest_move(std::span<const double> applied) const;
   double back_off(std::span<const double> applied);
   void clip_biases(std::span<const double> applied, LimitReport& report);
