@@ -433,7 +433,7 @@ std::string check(const PolicyContext& context, const PolicyOptions& options) {
   if (o.feedforward == "tags") {
     if (context.domains < 2) return "feedforward: tags: needs at least two domains in model.domains";
     if (o.form == "counts") return "feedforward: tags: needs the gap";
-    if (context.delay > 0) return "feedforward: tags: needs routing that is not late (model.delay: 0)";
+    if (context.delay > 0) return "feedforward: tags: needs routing that is not late (model.delay: 0, lag: 0)";
   }
   if (o.gain_min > 0 && o.gain_max > 0 && o.gain_min > o.gain_max)
     return "gain_min: must not exceed gain_max";

@@ -199,8 +199,10 @@ void complete_options(const PolicyDescription& policy, const std::string& path, 
   }
 }
 
-void complete_actuator(Actuator which, const ModelConfig& model, const PolicyRegistry& registry,
-                       ActuatorConfig& actuator, Checks& checks) {
+void complete_actuator(Actuator which, ControllerConfig& config, const PolicyRegistry& registry,
+                       Checks& checks) {
+  const ModelConfig& model = config.model;
+  ActuatorConfig& actuator = config.actuator(which);
   const std::string path(name_of(which));
   if (const std::string fault = policy_fault(actuator.policy, which, registry); !fault.empty()) {
     checks.fail(path + ".policy", actuator.policy, fault);
@@ -218,7 +220,7 @@ void complete_actuator(Actuator which, const ModelConfig& model, const PolicyReg
                               .experts = model.experts,
                               .top_k = model.top_k,
                               .domains = static_cast<int>(model.domains.size()),
-                              .delay = model.delay,
+                              .delay = config.delay(),
                               .score_space = model.score_space,
                               .initial = actuator.initial,
                               .min = actuator.limits.min,
@@ -289,11 +291,10 @@ std::string policy_fault(const std::string& name, Actuator actuator, const Polic
 std::optional<ConfigProblem> complete(ControllerConfig& config, const PolicyRegistry& registry) {
   Checks checks;
   check_model(config.model, checks);
+  checks.require(config.lag == 0 || config.lag == 1, "lag", config.lag, "must be 0 or 1");
   if (checks.problem()) return checks.problem();
   check_measuring(config, checks);
-  for (const Actuator which : kActuators) {
-    complete_actuator(which, config.model, registry, config.actuator(which), checks);
-  }
+  for (const Actuator which : kActuators) complete_actuator(which, config, registry, checks);
   check_safety(config.safety, checks);
   check_guard_options(config.guard, checks);
   // The config's own names say which domains there are.

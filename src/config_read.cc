@@ -220,6 +220,7 @@ ControllerConfig parse_config(std::string_view text, const std::string& name,
     throw root.error("version", std::to_string(version), "must be 1, the only version there is");
   }
   read_choice(root, "mode", {Mode::kActive, Mode::kShadow, Mode::kOff}, config.mode);
+  root.read("lag", config.lag);
   if (auto map = root.map("model")) read_model(*map, config.model);
   // Who asks for health wants all of it, oscillation included, unless told otherwise.
   config.monitor.trends = root.has("health");

@@ -27,8 +27,8 @@ void Controller::record(int layer, const RoutingStats& stats) {
   loop_->record(layer, -1, [&stats](RoutingStats& sums) { sums += stats; });
 }
 
-void Controller::record(int layer, const std::function<void(RoutingStats&)>& add) {
-  loop_->record(layer, -1, add);
+void Controller::record(int layer, const std::function<void(RoutingStats&)>& add, std::int64_t micro_batch) {
+  loop_->record(layer, micro_batch, add);
 }
 
 const StepReport& Controller::step(const StepInfo& info) {
@@ -43,6 +43,9 @@ std::int64_t Controller::steps() const {
 
 void Controller::set_reduction(Reduction reduction) {
   loop_->set_reduction(std::move(reduction));
+}
+void Controller::set_exchange(Exchange exchange) {
+  loop_->set_exchange(std::move(exchange));
 }
 void Controller::set_log(std::function<void(const StepReport&)> log) {
   loop_->set_log(std::move(log));

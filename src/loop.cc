@@ -55,6 +55,7 @@ Controller::Loop::Loop(ControllerConfig config, const PolicyRegistry& registry)
   if (targets_.empty()) targets_.assign(experts, 1.0 / static_cast<double>(experts));
   mixture_.assign(model.domains.size(), 0);
   payload_ = Payload(layers, shape_.flat_size(), model.domains.size());
+  if (config_.lag == 1) flight_.emplace(payload_);
   if (config_.mode != Mode::kOff) layer_reports_.resize(layers);
 }
 
@@ -77,36 +78,68 @@ const StepReport& Controller::Loop::step(const StepInfo& info) {
 // This rank's sums become everybody's. Until the collective has succeeded nothing else changes, so that a
 // step whose reduction throws can be tried again.
 void Controller::Loop::reduce(const StepInfo& info) {
-  if (!reduction_) {
+  check_ranks();
+  if (flight_) {
+    take_late(info);
+  } else if (reduction_) {
+    pack(payload_, info);
+    payload_.reduce(reduction_);
+    take(payload_);
+    clear_intake();
+  } else {
     take_alone(info);
-    return;
   }
-  if (!ranks_checked_) {
-    check_same_everywhere(reduction_, hash_bytes(describe_for_ranks(config_, shape_)));
-    ranks_checked_ = true;
-  }
-  for (std::size_t l = 0; l < layers_.size(); ++l) {
-    const std::span<const std::int64_t> own = layers_[l]->intake.flat();
-    std::copy(own.begin(), own.end(), payload_.layer(l).begin());
-  }
-  payload_.put(info, actuation_hash());
-  payload_.reduce(reduction_);
-  for (std::size_t l = 0; l < layers_.size(); ++l) {
-    Layer& layer = *layers_[l];
-    const std::span<const std::int64_t> total = payload_.layer(l);
-    std::copy(total.begin(), total.end(), layer.stats.flat().begin());
-    layer.intake.clear();
-    layer.seen.clear();
-  }
-  info_ = payload_.info(mixture_);
 }
 
-void Controller::Loop::take_alone(const StepInfo& info) {
+// With `lag: 1`: this step's sums leave, those of the step before are decided on.
+void Controller::Loop::take_late(const StepInfo& info) {
+  if (flight_->loaded()) {
+    flight_->land(reduction_, payload_);
+    landed_ = true;
+  }
+  pack(flight_->share(), info);
+  flight_->start(reduction_, exchange_);
+  if (std::exchange(landed_, false)) {
+    take(payload_);
+  } else {
+    for (const auto& layer : layers_) layer->stats.clear();
+    info_ = StepInfo{};
+  }
+  clear_intake();
+}
+
+void Controller::Loop::check_ranks() {
+  if (!reduction_ || ranks_checked_) return;
+  check_same_everywhere(reduction_, hash_bytes(describe_for_ranks(config_, shape_)));
+  ranks_checked_ = true;
+}
+
+void Controller::Loop::pack(Payload& payload, const StepInfo& info) const {
+  for (std::size_t l = 0; l < layers_.size(); ++l) {
+    const std::span<const std::int64_t> own = layers_[l]->intake.flat();
+    std::copy(own.begin(), own.end(), payload.layer(l).begin());
+  }
+  payload.put(info, actuation_hash());
+}
+
+void Controller::Loop::take(Payload& payload) {
+  for (std::size_t l = 0; l < layers_.size(); ++l) {
+    const std::span<const std::int64_t> total = payload.layer(l);
+    std::copy(total.begin(), total.end(), layers_[l]->stats.flat().begin());
+  }
+  info_ = payload.info(mixture_);
+}
+
+void Controller::Loop::clear_intake() {
   for (const auto& layer : layers_) {
-    std::swap(layer->stats, layer->intake);
     layer->intake.clear();
     layer->seen.clear();
   }
+}
+
+void Controller::Loop::take_alone(const StepInfo& info) {
+  for (const auto& layer : layers_) std::swap(layer->stats, layer->intake);
+  clear_intake();
   info_ = usable(info);
   const bool negative =
       std::any_of(info.next_mixture.begin(), info.next_mixture.end(), [](std::int64_t n) { return n < 0; });

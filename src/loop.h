@@ -10,6 +10,7 @@
 #include <string_view>
 #include <vector>
 
+#include "flight.h"
 #include "moectl/controller.h"
 #include "moectl/monitor.h"
 #include "payload.h"
@@ -33,12 +34,13 @@ class Controller::Loop {
   const StepReport& step(const StepInfo& info);
 
   void set_reduction(Reduction reduction);
+  void set_exchange(Exchange exchange) { exchange_ = std::move(exchange); }
   void set_log(std::function<void(const StepReport&)> log) { log_ = std::move(log); }
   void freeze(int layer, bool frozen) { layer_at(layer).frozen = frozen; }
   /// What the host reads: what is applied, or the initial value in shadow and off.
   std::span<const double> in_force(Actuator actuator, int layer) const;
 
-  std::string save() const;
+  std::string save();
   /// A loop of the same config, registry, reduction and log, in the saved state. Throws StateError.
   std::unique_ptr<Loop> loaded(std::string_view state) const;
 
@@ -84,6 +86,11 @@ class Controller::Loop {
   Layer& layer_at(int layer) const;
   void check_mixture(const StepInfo& info) const;
   void take_alone(const StepInfo& info);
+  void check_ranks();
+  void pack(Payload& payload, const StepInfo& info) const;
+  void take(Payload& payload);
+  void take_late(const StepInfo& info);
+  void clear_intake();
   std::uint64_t actuation_hash() const;
   template <class Visit>
   void for_each_servo(Visit&& visit);
@@ -110,8 +117,11 @@ class Controller::Loop {
   StepInfo info_;                      // of this step, over all ranks
   std::vector<std::int64_t> mixture_;  // what info_.next_mixture views
   Reduction reduction_;
+  Exchange exchange_;
   bool ranks_checked_ = false;
   Payload payload_;
+  std::optional<Flight> flight_;  // with `lag: 1`: the sums of the step before
+  bool landed_ = false;           // they have arrived in payload_
   std::function<void(const StepReport&)> log_;
   std::vector<LayerReport> layer_reports_;
   StepReport report_;

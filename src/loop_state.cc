@@ -99,6 +99,7 @@ std::string describe_for_state(const ControllerConfig& config, const StatsShape&
   line(out, "model.top_k", model.top_k);
   line(out, "model.score_space", name_of(model.score_space));
   line(out, "model.delay", model.delay);
+  line(out, "lag", config.lag);
   for (const std::string& domain : model.domains) line(out, "model.domains", domain);
   for (const double target : model.targets) line(out, "model.targets", target);
   line(out, "metrics.ema", config.monitor.ema);
@@ -141,7 +142,15 @@ std::string describe_for_ranks(const ControllerConfig& config, const StatsShape&
   return out;
 }
 
-std::string Controller::Loop::save() const {
+std::string Controller::Loop::save() {
+  if (flight_ && flight_->flying()) {
+    try {
+      flight_->land(reduction_, payload_);
+      landed_ = true;
+    } catch (const ReductionError&) {
+      // The next step says so, when it sends this rank's share again.
+    }
+  }
   StateWriter out;
   save_to(out);
   return out.finish();
@@ -153,6 +162,7 @@ std::unique_ptr<Controller::Loop> Controller::Loop::loaded(std::string_view stat
   fresh->load_from(in);
   in.finish();
   fresh->reduction_ = reduction_;
+  fresh->exchange_ = exchange_;
   fresh->ranks_checked_ = ranks_checked_;
   fresh->log_ = log_;
   return fresh;
@@ -175,6 +185,10 @@ void Controller::Loop::save_to(StateWriter& out) const {
   for (const auto& servo : model_servos_) {
     if (servo) servo->save(out);
   }
+  if (!flight_) return;
+  flight_->save(out);
+  out.put("landed", std::int64_t{landed_ ? 1 : 0});
+  if (landed_) out.put("sums", payload_.all());
 }
 
 void Controller::Loop::load_from(StateReader& in) {
@@ -200,6 +214,10 @@ void Controller::Loop::load_from(StateReader& in) {
   for (auto& servo : model_servos_) {
     if (servo) servo->load(in);
   }
+  if (!flight_) return;
+  flight_->load(in);
+  landed_ = in.get_int("landed") != 0;
+  if (landed_) in.get("sums", payload_.all());
 }
 
 }  // namespace moectl

@@ -4,8 +4,6 @@
 #include <array>
 #include <bit>
 #include <cmath>
-#include <exception>
-#include <string>
 
 #include "moectl/stats.h"
 
@@ -31,16 +29,6 @@ std::int64_t fold(std::uint64_t hash) {
 bool equal_everywhere(std::int64_t ranks, std::int64_t sum, std::int64_t square_sum) {
   return static_cast<std::uint64_t>(ranks) * static_cast<std::uint64_t>(square_sum) ==
          static_cast<std::uint64_t>(sum) * static_cast<std::uint64_t>(sum);
-}
-
-void run(const Reduction& reduction, std::span<std::int64_t> payload) {
-  try {
-    reduction(payload);
-  } catch (const ReductionError&) {
-    throw;
-  } catch (const std::exception& error) {
-    throw ReductionError(std::string("reduction failed: ") + error.what());
-  }
 }
 
 }  // namespace
@@ -70,7 +58,7 @@ void check_same_everywhere(const Reduction& reduction, std::uint64_t fingerprint
     words[1 + 2 * part] = h;
     words[2 + 2 * part] = h * h;
   }
-  run(reduction, words);
+  rethrow_as_reduction_error([&] { reduction(words); });
   for (std::size_t part = 0; part < 3; ++part) {
     if (!equal_everywhere(words[0], words[1 + 2 * part], words[2 + 2 * part])) {
       throw ReductionError("ranks disagree on the number of layers, their shape or the config");
@@ -106,7 +94,11 @@ void Payload::put(const StepInfo& info, std::uint64_t actuation) {
 }
 
 void Payload::reduce(const Reduction& reduction) {
-  run(reduction, sums_);
+  rethrow_as_reduction_error([&] { reduction(sums_); });
+  check();
+}
+
+void Payload::check() const {
   if (word(kRanks) < 1) throw ReductionError("reduction returned a sum over no ranks");
   if (!equal_everywhere(word(kRanks), word(kHash), word(kHashSquare))) {
     throw ReductionError("ranks have applied different values: one of them has diverged");

@@ -3,7 +3,9 @@
 #pragma once
 
 #include <cstdint>
+#include <exception>
 #include <span>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -15,6 +17,18 @@ namespace moectl {
 /// 64-bit FNV-1a, four lanes at a time for long arrays of doubles.
 std::uint64_t hash_bytes(std::string_view bytes);
 std::uint64_t hash_values(std::span<const double> values, std::uint64_t seed);
+
+/// Runs `body`; whatever it throws becomes a ReductionError.
+template <class Body>
+void rethrow_as_reduction_error(Body&& body) {
+  try {
+    body();
+  } catch (const ReductionError&) {
+    throw;
+  } catch (const std::exception& error) {
+    throw ReductionError(std::string("reduction failed: ") + error.what());
+  }
+}
 
 /// Throws ReductionError unless all ranks hold the same fingerprint. One small collective of fixed size, so
 /// that ranks whose payloads differ in size find out before they hang in the large one.
@@ -28,8 +42,12 @@ class Payload {
   std::span<std::int64_t> layer(std::size_t i) { return {sums_.data() + i * flat_size_, flat_size_}; }
   /// This rank's share of all but the layers.
   void put(const StepInfo& info, std::uint64_t actuation);
-  /// Sums over ranks, then checks that all of them applied the same values. Throws ReductionError.
+  /// Sums over ranks, then checks. Throws ReductionError.
   void reduce(const Reduction& reduction);
+  /// Of a sum over ranks: throws ReductionError unless all of them applied the same values.
+  void check() const;
+  std::span<std::int64_t> all() { return sums_; }
+  std::span<const std::int64_t> all() const { return sums_; }
   /// What all ranks' hosts said together; `mixture` [domains] receives what next_mixture views.
   StepInfo info(std::span<std::int64_t> mixture) const;
 

@@ -21,7 +21,7 @@ std::unique_ptr<Policy> make_policy(Actuator actuator, const ControllerConfig& c
                               .experts = config.model.experts,
                               .top_k = config.model.top_k,
                               .domains = static_cast<int>(config.model.domains.size()),
-                              .delay = config.model.delay,
+                              .delay = config.delay(),
                               .score_space = config.model.score_space,
                               .initial = own.initial,
                               .min = own.limits.min,

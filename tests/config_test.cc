@@ -61,6 +61,7 @@ const char* const kModel = "version: 1\nmodel: {layers: 3, experts: 16, top_k: 2
 TEST(Config, MinimalTakesEveryDefault) {
   const ControllerConfig c = parse(kModel);
   EXPECT_EQ(c.mode, Mode::kActive);
+  EXPECT_EQ(c.lag, 0);
   EXPECT_EQ(c.model.layers, 3);
   EXPECT_EQ(c.model.experts, 16);
   EXPECT_EQ(c.model.top_k, 2);
@@ -78,6 +79,7 @@ TEST(Config, MinimalTakesEveryDefault) {
 TEST(Config, ReadsEveryKey) {
   const ControllerConfig c = parse(R"(version: 1
 mode: shadow
+lag: 1
 model:
   layers: 2
   experts: 4
@@ -108,6 +110,8 @@ log: {every: 4, per_expert: false}
 collect: {gap: true, sequences: true, probabilities: true, gradients: true, losses: true, latencies: true}
 )");
   EXPECT_EQ(c.mode, Mode::kShadow);
+  EXPECT_EQ(c.lag, 1);
+  EXPECT_EQ(c.delay(), 2);
   EXPECT_EQ(c.model.tokens_per_step, 2048);
   EXPECT_EQ(c.model.score_space, ScoreSpace::kLogit);
   EXPECT_EQ(c.model.delay, 1);
@@ -250,7 +254,8 @@ INSTANTIATE_TEST_SUITE_P(
         Wrong{"NoTopK", "version: 1\nmodel: {layers: 3, experts: 16}\n",
               "c.yaml:2:8: model.top_k: missing: required"},
         Wrong{"UnknownKey", with("supervisor: {enabled: false}\n"),
-              "c.yaml:3:1: supervisor: {...}: unknown key; known are version, mode, model, metrics, health, "
+              "c.yaml:3:1: supervisor: {...}: unknown key; known are version, mode, lag, model, metrics, "
+              "health, "
               "expert_bias, "
               "aux_loss_weight, router_temperature, safety, guard, log, collect"},
         Wrong{"NearKey", with("expert_bais: {policy: stepper}\n"),
@@ -305,6 +310,7 @@ INSTANTIATE_TEST_SUITE_P(
         Wrong{"NegativeTokens",
               "version: 1\nmodel: {layers: 3, experts: 16, top_k: 2, tokens_per_step: -1}\n",
               "c.yaml:2:60: model.tokens_per_step: -1: must be at least 0"},
+        Wrong{"Lag", with("lag: 2\n"), "c.yaml:3:6: lag: 2: must be 0 or 1"},
         Wrong{"TargetsLength", "version: 1\nmodel: {layers: 3, experts: 4, top_k: 2, targets: [0.5, 0.5]}\n",
               "c.yaml:2:51: model.targets: 2: must have one share for each of model.experts (4)"},
         Wrong{"TargetZero", "version: 1\nmodel: {layers: 3, experts: 2, top_k: 1, targets: [1, 0]}\n",

@@ -59,6 +59,9 @@ struct LogConfig {
 
 struct ControllerConfig {
   Mode mode = Mode::kActive;
+  /// 0: a step decides on its own sums and waits for the other ranks. 1: on those of the step before, which
+  /// travel while the model computes; policies know of this delay.
+  int lag = 0;
   ModelConfig model;
   MetricsOptions metrics;
   MonitorOptions monitor;
@@ -74,6 +77,8 @@ struct ControllerConfig {
   ControllerConfig();
   ActuatorConfig& actuator(Actuator which);
   const ActuatorConfig& actuator(Actuator which) const;
+  /// Steps between the routing and the decision that uses it, beyond the loop's own one.
+  int delay() const { return model.delay + lag; }
 };
 
 /// A config that cannot be used. `what()` reads "file:line:column: key: value: constraint".

@@ -6,6 +6,8 @@
 //   ...router:    controller.bias(layer), controller.aux_loss_weight(layer), controller.temperature(layer)
 #pragma once
 
+#include <concepts>
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -14,6 +16,8 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "moectl/config.h"
@@ -32,9 +36,50 @@ class ReductionError : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-/// Sums the payload in place over all ranks that share the layers (an all-reduce of int64 with SUM). Throws
-/// on failure.
-using Reduction = std::function<void(std::span<std::int64_t> payload)>;
+/// Sums a payload in place over all ranks that share the layers (an all-reduce of int64 with SUM). Made from
+/// any callable that takes a std::span<std::int64_t>: one that returns once the sums are there, or one that
+/// only starts and returns a callable that waits for them. With `lag: 1` the second overlaps with the next
+/// step; the payload stays where it is until the wait. Either throws on failure.
+class Reduction {
+ public:
+  using Wait = std::function<void()>;
+
+  Reduction() = default;
+  Reduction(std::nullptr_t) {}
+  template <class Callable>
+  requires(!std::same_as<std::remove_cvref_t<Callable>, Reduction> &&
+           std::invocable<Callable&, std::span<std::int64_t>>) Reduction(Callable sum) {
+    if constexpr (std::is_void_v<std::invoke_result_t<Callable&, std::span<std::int64_t>>>) {
+      start_ = [sum = std::move(sum)](std::span<std::int64_t> payload) mutable {
+        sum(payload);
+        return Wait();
+      };
+    } else {
+      start_ = std::move(sum);
+    }
+  }
+
+  explicit operator bool() const { return static_cast<bool>(start_); }
+  /// Returns what waits for the sums, or nothing if they are there already.
+  Wait start(std::span<std::int64_t> payload) const { return start_(payload); }
+  void operator()(std::span<std::int64_t> payload) const {
+    if (const Wait wait = start_(payload)) wait();
+  }
+  /// The callable it was made from if it is a `Callable` that returns a wait, or null.
+  template <class Callable>
+  const Callable* target() const {
+    return start_.template target<Callable>();
+  }
+
+ private:
+  std::function<Wait(std::span<std::int64_t>)> start_;
+};
+
+/// For adapters with sums that lie elsewhere, as on an accelerator: with `lag: 1`, starts the reduction
+/// (which may be empty: no other ranks) in its place. What it returns waits; it adds the sums that lie
+/// elsewhere to `own`, and puts those of `payload` and elsewhere over all ranks into `payload`.
+using Exchange = std::function<Reduction::Wait(std::span<std::int64_t> payload, std::span<std::int64_t> own,
+                                               const Reduction& reduction)>;
 
 /// What one actuator did in one step. Spans are [N] for biases, [1] for scalars, valid until the next step.
 struct ActuatorReport {
@@ -53,7 +98,7 @@ struct LayerReport {
 };
 
 /// The record of one step, in memory: what the run log writes. Views into the controller, valid until the
-/// next step.
+/// next step. With `lag: 1` stats, metrics and info are those of the step before.
 struct StepReport {
   std::int64_t step = 0;
   StepInfo info;
@@ -82,11 +127,14 @@ class Controller {
   /// Adds sums formed elsewhere; the shape must be shape().
   void record(int layer, const RoutingStats& stats);
   /// Adds per-expert observations to the layer's sums under its lock (gradient norms, losses, latencies).
-  void record(int layer, const std::function<void(RoutingStats&)>& add);
+  /// `micro_batch` as above.
+  void record(int layer, const std::function<void(RoutingStats&)>& add, std::int64_t micro_batch = -1);
 
   // ---- Deciding. ----
-  /// Once an optimizer step: reduce, measure, decide, limit. Bad data never throws; a failed collective
-  /// throws ReductionError with nothing changed. Not to be called while another thread records.
+  /// Once an optimizer step: reduce, measure, decide, limit. With `lag: 1` it starts to reduce this step's
+  /// sums and decides on those of the step before; the first step has none and holds. Bad data never throws;
+  /// a failed collective throws ReductionError with nothing changed. Not to be called while another thread
+  /// records.
   const StepReport& step(const StepInfo& info = {});
   /// The report of the last step.
   const StepReport& report() const;
@@ -95,6 +143,7 @@ class Controller {
   /// Sums over ranks; without one, this process is alone. The first reduction checks that all ranks have the
   /// same layers, shape and config, every one that all applied the same values (ReductionError otherwise).
   void set_reduction(Reduction reduction);
+  void set_exchange(Exchange exchange);
   /// Called with every report that `log.every` selects, at the end of step().
   void set_log(std::function<void(const StepReport&)> log);
   /// Holds one layer's actuators (a frozen or fine-tuned router) until unfrozen.
@@ -106,6 +155,8 @@ class Controller {
   double temperature(int layer) const;
 
   // ---- State: everything the next step depends on, to the bit. ----
+  /// With `lag: 1`, waits for the sums on their way and stores them; if they do not arrive, stores this
+  /// rank's share of them, which the next step sends again.
   std::string save() const;
   /// Throws StateError; the running state is then untouched. Sums recorded but not yet stepped are part of
   /// the state.

@@ -67,6 +67,7 @@ class Replay {
     }
     ControllerConfig config = load_config(options.config, registry);
     config.mode = Mode::kActive;
+    config.lag = 0;
     return config;
   }
 
