@@ -205,6 +205,7 @@ void read_collect(YamlMap map, StatsNeeds& collect) {
   map.read("gradients", collect.gradients);
   map.read("losses", collect.losses);
   map.read("latencies", collect.latencies);
+  map.read("margins", collect.margins);
   map.finish();
 }
 

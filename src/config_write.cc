@@ -118,7 +118,8 @@ Json tree(const ControllerConfig& config) {
                     {"probabilities", c.probabilities},
                     {"gradients", c.gradients},
                     {"losses", c.losses},
-                    {"latencies", c.latencies}};
+                    {"latencies", c.latencies},
+                    {"margins", c.margins}};
   return all;
 }
 

@@ -290,6 +290,11 @@ void Controller::Loop::check_mixture(const StepInfo& info) const {
 }
 
 void Controller::Loop::set_reduction(Reduction reduction) {
+  if (reduction && shape_.needs.margin_rows) {
+    throw std::invalid_argument(
+        "reduction: given: a policy wants every token's margins in one process (quantile_bias: form: exact); "
+        "over ranks use its histogram form");
+  }
   reduction_ = std::move(reduction);
   ranks_checked_ = false;
 }

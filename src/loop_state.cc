@@ -5,6 +5,7 @@
 #include <variant>
 
 #include "loop.h"
+#include "saved_sums.h"
 
 namespace moectl {
 namespace {
@@ -173,7 +174,7 @@ void Controller::Loop::save_to(StateWriter& out) const {
   out.put("steps", steps_);
   for (const auto& layer : layers_) {
     out.put("frozen", std::int64_t{layer->frozen ? 1 : 0});
-    out.put("recorded", layer->intake.flat());
+    save_sums(out, "recorded", layer->intake);
     out.put("micro_batch_count", static_cast<std::int64_t>(layer->seen.size()));
     out.put("micro_batches", layer->seen);
     layer->monitor->save(out);
@@ -197,7 +198,7 @@ void Controller::Loop::load_from(StateReader& in) {
   steps_ = in.get_int("steps");
   for (const auto& layer : layers_) {
     layer->frozen = in.get_int("frozen") != 0;
-    in.get("recorded", layer->intake.flat());
+    load_sums(in, "recorded", layer->intake);
     const std::int64_t micro_batches = in.get_int("micro_batch_count");
     if (micro_batches < 0 || micro_batches > kMaxMicroBatches) {
       throw StateError("micro_batch_count: " + std::to_string(micro_batches) + ": must be in [0, " +

@@ -170,6 +170,31 @@ void read_probabilities(const Line& line, RoutingStats& stats) {
   line.fixed("sqrt_prob_sum", line.need("sqrt_prob_sum"), stats.mutable_array(RoutingStats::kSqrtProbSum));
 }
 
+/// For each expert the number of its first bin that holds a token, and the counts from there on. Every token
+/// has a margin for every expert.
+void read_margins(const Line& line, const json& margins, RoutingStats& stats) {
+  const std::span<std::int64_t> all = stats.mutable_array(RoutingStats::kMargins);
+  line.check_array("margins", margins, stats.counts().size());
+  for (std::size_t i = 0; i < margins.size(); ++i) {
+    const std::string field = Line::at("margins", i);
+    const json& entry = margins[i];
+    if (!entry.is_array() || entry.empty()) line.reject(field, entry, "must be an array: first bin, counts");
+    const auto first = static_cast<std::size_t>(
+        line.integer(Line::at(field, 0), entry[0], 0, static_cast<std::int64_t>(kMarginBins)));
+    if (first + entry.size() - 1 > kMarginBins) {
+      line.reject(field, entry, "must end by bin " + std::to_string(kMarginBins - 1));
+    }
+    std::int64_t left = stats.tokens();
+    for (std::size_t j = 1; j < entry.size(); ++j) {
+      const std::int64_t count = line.integer(Line::at(field, j), entry[j], 0, left);
+      all[i * kMarginBins + first + j - 1] = count;
+      left -= count;
+    }
+    if (left != 0) line.reject(field, entry, "must sum to tokens (" + std::to_string(stats.tokens()) + ")");
+  }
+  stats.set_scalar(RoutingStats::kMarginTokens, stats.tokens());
+}
+
 /// `expert_loss` is the mean over each expert's assignments, null where it had none; the sums weigh it by
 /// those.
 void read_losses(const Line& line, const json& losses, RoutingStats& stats) {
@@ -243,6 +268,7 @@ RoutingStats read_stats(const Line& line, const LogHeader& header, std::int64_t 
   const json* gradients = line.find("grad_norm");
   const json* losses = line.find("expert_loss");
   const json* latencies = line.find("latency");
+  const json* margins = line.find("margins");
   const json* domains = line.find("domain_counts");
   if (domains && !domains->is_object()) line.reject("domain_counts", *domains, "must be an object of arrays");
   shape.needs = {.gap = gap != nullptr,
@@ -251,6 +277,7 @@ RoutingStats read_stats(const Line& line, const LogHeader& header, std::int64_t 
                  .gradients = gradients != nullptr,
                  .losses = losses != nullptr,
                  .latencies = latencies != nullptr,
+                 .margins = margins != nullptr,
                  .domains = domains ? static_cast<int>(domains->size()) : 0};
   RoutingStats stats(shape);
   stats.set_scalar(RoutingStats::kTokens, tokens);
@@ -275,6 +302,7 @@ RoutingStats read_stats(const Line& line, const LogHeader& header, std::int64_t 
     stats.set_scalar(RoutingStats::kLatencyRecords, 1);
   }
   if (losses) read_losses(line, *losses, stats);
+  if (margins) read_margins(line, *margins, stats);
   if (domains) read_domains(line, *domains, stats);
   return stats;
 }

@@ -205,6 +205,7 @@ struct RunLogWriter::File {
   void model_record(const StepReport& report, std::string_view tag);
   void info(const StepReport& report, std::string_view tag);
   void sums(const RoutingStats& stats);
+  void margins(const RoutingStats& stats);
   void metrics(const Metrics& metrics);
   void health(const LayerMonitor& monitor);
   void actuators(const ActuatorReport (&reports)[kActuatorCount]);
@@ -322,6 +323,7 @@ void RunLogWriter::File::sums(const RoutingStats& stats) {
     fixed("prob_sum", S::kProbSum);
     fixed("sqrt_prob_sum", S::kSqrtProbSum);
   }
+  if (stats.has_margins()) margins(stats);
   if (stats.dropped()) json.field("dropped", stats.scalar(S::kDropped));
   if (const auto n = stats.scalar(S::kGradRecords); n > 0)
     fixed("grad_norm", S::kGradNormSum, 1.0 / static_cast<double>(n));
@@ -347,6 +349,28 @@ void RunLogWriter::File::sums(const RoutingStats& stats) {
     }
     json.raw('}');
   }
+}
+
+/// For each expert the number of its first bin that holds a token, then the counts from there to the last
+/// that does; most bins are empty.
+void RunLogWriter::File::margins(const RoutingStats& stats) {
+  json.key("margins");
+  json.raw('[');
+  for (int i = 0; i < stats.experts(); ++i) {
+    const auto bins = stats.margins(i);
+    const auto is_used = [](std::int64_t count) { return count != 0; };
+    const auto first = std::find_if(bins.begin(), bins.end(), is_used);
+    const auto last = std::find_if(bins.rbegin(), bins.rend(), is_used).base();
+    if (i) json.raw(',');
+    json.raw('[');
+    json.value(static_cast<std::int64_t>(first - bins.begin()));
+    for (auto bin = first; bin < last; ++bin) {
+      json.raw(',');
+      json.value(*bin);
+    }
+    json.raw(']');
+  }
+  json.raw(']');
 }
 
 void RunLogWriter::File::metrics(const Metrics& metrics) {

@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "saved_sums.h"
+
 namespace moectl {
 namespace {
 
@@ -76,7 +78,7 @@ void Servo::save(StateWriter& out) const {
   out.put("applied", applied_);
   limiter_.save(out);
   policy_->save(out);
-  for (const RoutingStats& window : windows_) out.put("window", window.flat());
+  for (const RoutingStats& window : windows_) save_sums(out, "window", window);
 }
 
 void Servo::load(StateReader& in) {
@@ -86,7 +88,7 @@ void Servo::load(StateReader& in) {
   }
   limiter_.load(in);
   policy_->load(in);
-  for (RoutingStats& window : windows_) in.get("window", window.flat());
+  for (RoutingStats& window : windows_) load_sums(in, "window", window);
 }
 
 }  // namespace moectl

@@ -95,6 +95,7 @@ struct SimulatedRouter::Plant {
   std::vector<std::int64_t> chosen;
   std::vector<float> top_values;
   std::vector<float> probabilities, gate_sums;
+  std::vector<float> biased_scores;
   std::vector<double> counts, kept;
   std::int64_t dropped = 0;
 
@@ -299,6 +300,8 @@ void SimulatedRouter::Plant::route_tokens(double temperature, bool keep_probabil
     probabilities.resize(tokens * experts);
     gate_sums.resize(tokens);
   }
+  const bool keep_scores = options.biased_scores && k < experts;
+  if (keep_scores) biased_scores.resize(tokens * experts);
   const std::uint64_t token_key = stream(Stream::kToken, static_cast<std::uint64_t>(step));
   const std::uint64_t topic_key = stream(Stream::kTopic, static_cast<std::uint64_t>(step));
   const std::size_t length = index_of(options.sequence_length);
@@ -334,6 +337,7 @@ void SimulatedRouter::Plant::route_tokens(double temperature, bool keep_probabil
     }
     const float* score = in_logits ? z : y;
     for (std::size_t i = 0; i < stride; ++i) z[i] = scale * score[i] + bias[i];
+    if (keep_scores) std::copy(z, z + experts, &biased_scores[t * experts]);
     select(z, &chosen[t * k], k < experts ? &top_values[t * (k + 1)] : nullptr);
     for (std::size_t i = 0; i < k; ++i) counts[index_of(chosen[t * k + i])] += 1;
   }
@@ -453,6 +457,7 @@ RoutingBatch SimulatedRouter::route(std::span<const double> bias, double aux_los
   batch.experts = p.chosen;
   batch.sequence_length = p.options.sequence_length;
   if (p.k < p.experts) batch.top_values = p.top_values;
+  if (p.options.biased_scores && p.k < p.experts) batch.biased_scores = p.biased_scores;
   if (p.options.probabilities) batch.probabilities = p.probabilities;
   batch.domain_ids = p.domain_ids;
   if (p.options.capacity_factor > 0) batch.dropped = p.dropped;

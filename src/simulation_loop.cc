@@ -36,6 +36,8 @@ void simulate(Controller& controller, const SimulationOptions& options, std::int
   }
   SimulationOptions plant = options;
   plant.probabilities = plant.probabilities || controller.shape().needs.probabilities;
+  plant.biased_scores =
+      plant.biased_scores || controller.shape().needs.margins || controller.shape().needs.margin_rows;
   std::vector<SimulatedRouter> routers;
   for (int layer = 0; layer < plant.layers; ++layer) routers.emplace_back(plant, layer);
   // Late stats wait here, one queue a layer.

@@ -46,6 +46,8 @@ std::size_t array_length(const StatsShape& shape, RoutingStats::Array which) {
     case RoutingStats::kExpertLossSum:
     case RoutingStats::kExpertLossTokens:
       return shape.needs.losses ? experts : 0;
+    case RoutingStats::kMargins:
+      return shape.needs.margins ? experts * kMarginBins : 0;
     case RoutingStats::kDomainCounts:
       return static_cast<std::size_t>(shape.needs.domains) * experts;
     case RoutingStats::kArrayCount:
@@ -96,6 +98,8 @@ StatsNeeds& StatsNeeds::operator|=(const StatsNeeds& other) {
   gradients |= other.gradients;
   losses |= other.losses;
   latencies |= other.latencies;
+  margins |= other.margins;
+  margin_rows |= other.margin_rows;
   domains = std::max(domains, other.domains);
   return *this;
 }
@@ -163,11 +167,13 @@ RoutingStats& RoutingStats::operator+=(const RoutingStats& other) {
                                 std::to_string(sums_.size()) + ", of the same needs");
   }
   for (std::size_t i = 0; i < sums_.size(); ++i) sums_[i] = wrapping_add(sums_[i], other.sums_[i]);
+  margin_rows_.insert(margin_rows_.end(), other.margin_rows_.begin(), other.margin_rows_.end());
   return *this;
 }
 
 void RoutingStats::clear() {
   std::fill(sums_.begin(), sums_.end(), 0);
+  margin_rows_.clear();
 }
 
 // ---- Adding a record: everything goes to delta_ first, and to the sums only if all of it was good. ----
@@ -176,8 +182,10 @@ bool RoutingStats::add(const RoutingBatch& batch) {
   check_sizes(batch);
   if (batch.experts.empty()) return true;
   std::fill(delta_.begin(), delta_.end(), 0);
-  return commit(gather_counts(batch) && gather_domains(batch) && gather_gap(batch) &&
-                gather_probabilities(batch) && gather_dropped(batch));
+  const bool good = gather_counts(batch) && gather_domains(batch) && gather_gap(batch) &&
+                    gather_margins(batch) && gather_probabilities(batch) && gather_dropped(batch);
+  if (good) keep_margin_rows(batch);
+  return commit(good);
 }
 
 bool RoutingStats::commit(bool good) {
@@ -203,6 +211,12 @@ void RoutingStats::check_sizes(const RoutingBatch& batch) const {
   if (!batch.top_values.empty()) {
     if (top_k() == experts()) throw std::invalid_argument("top_values: given: top_k must be below experts");
     require_size("top_values", batch.top_values.size(), tokens * (k + 1));
+  }
+  if (!batch.biased_scores.empty()) {
+    if (batch.top_values.empty()) {
+      throw std::invalid_argument("biased_scores: given without top_values: the threshold is among those");
+    }
+    require_size("biased_scores", batch.biased_scores.size(), tokens * static_cast<std::size_t>(experts()));
   }
   if (!batch.probabilities.empty()) {
     require_size("probabilities", batch.probabilities.size(), tokens * static_cast<std::size_t>(experts()));
@@ -350,6 +364,41 @@ bool RoutingStats::gather_gap(const RoutingBatch& batch) {
   return true;
 }
 
+// Also what keeps rows of margins free of NaN, so it runs for either.
+bool RoutingStats::gather_margins(const RoutingBatch& batch) {
+  const StatsNeeds& needs = shape_.needs;
+  if (!(needs.margins || needs.margin_rows) || batch.biased_scores.empty()) return true;
+  const auto n = static_cast<std::size_t>(experts()), k = static_cast<std::size_t>(top_k());
+  std::int64_t* const bins = delta(kMargins).data();
+  const std::size_t tokens = batch.biased_scores.size() / n;
+  constexpr double kMost = std::numeric_limits<float>::max();
+  for (std::size_t t = 0; t < tokens; ++t) {
+    if (!batch.mask.empty() && batch.mask[t] == 0) continue;
+    const float* const top = batch.top_values.data() + t * (k + 1) + k - 1;
+    const double threshold = 0.5 * (static_cast<double>(top[0]) + static_cast<double>(top[1]));
+    if (!(std::abs(threshold) <= kMost)) return false;
+    const float* const row = batch.biased_scores.data() + t * n;
+    for (std::size_t i = 0; i < n; ++i) {
+      const auto score = static_cast<double>(row[i]);
+      if (!(score <= kMost)) return false;
+      if (needs.margins) ++bins[i * kMarginBins + margin_bin(static_cast<float>(threshold - score))];
+    }
+  }
+  delta_[kMarginTokens] = delta_[kTokens];
+  return true;
+}
+
+void RoutingStats::keep_margin_rows(const RoutingBatch& batch) {
+  if (!shape_.needs.margin_rows || batch.biased_scores.empty()) return;
+  const auto n = static_cast<std::size_t>(experts()), k = static_cast<std::size_t>(top_k());
+  const std::size_t tokens = batch.biased_scores.size() / n;
+  for (std::size_t t = 0; t < tokens; ++t) {
+    if (!batch.mask.empty() && batch.mask[t] == 0) continue;
+    const float cutoff = batch.top_values[t * (k + 1) + k];
+    for (std::size_t i = 0; i < n; ++i) margin_rows_.push_back(cutoff - batch.biased_scores[t * n + i]);
+  }
+}
+
 bool RoutingStats::gather_probabilities(const RoutingBatch& batch) {
   if (!shape_.needs.probabilities || batch.probabilities.empty()) return true;
   const auto n = static_cast<std::size_t>(experts());
@@ -471,6 +520,23 @@ bool RoutingStats::has_probabilities() const {
 
 bool RoutingStats::has_domains() const {
   return shape_.needs.domains > 0 && tokens() > 0 && scalar(kDomainTokens) == tokens();
+}
+
+bool RoutingStats::has_margins() const {
+  return shape_.needs.margins && tokens() > 0 && scalar(kMarginTokens) == tokens();
+}
+
+bool RoutingStats::has_margin_rows() const {
+  return shape_.needs.margin_rows && tokens() > 0 && scalar(kMarginTokens) == tokens() &&
+         margin_rows_.size() == static_cast<std::size_t>(tokens()) * static_cast<std::size_t>(experts());
+}
+
+std::span<const std::int64_t, kMarginBins> RoutingStats::margins(int expert) const {
+  if (!shape_.needs.margins || expert < 0 || expert >= experts()) {
+    throw std::invalid_argument("expert: " + std::to_string(expert) + ": must be 0 to " +
+                                std::to_string(experts() - 1) + " of stats that collect margins");
+  }
+  return array(kMargins).subspan(static_cast<std::size_t>(expert) * kMarginBins).first<kMarginBins>();
 }
 
 std::span<const std::int64_t> RoutingStats::domain_counts(int domain) const {

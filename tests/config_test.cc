@@ -107,7 +107,7 @@ safety:
   oscillation: on
   fallback_after: 0
 log: {every: 4, per_expert: false}
-collect: {gap: true, sequences: true, probabilities: true, gradients: true, losses: true, latencies: true}
+collect: {gap: true, sequences: true, probabilities: true, gradients: true, losses: true, latencies: true, margins: true}
 )");
   EXPECT_EQ(c.mode, Mode::kShadow);
   EXPECT_EQ(c.lag, 1);
@@ -149,7 +149,14 @@ collect: {gap: true, sequences: true, probabilities: true, gradients: true, loss
   EXPECT_EQ(c.safety.fallback_after, 0);
   EXPECT_EQ(c.log.every, 4);
   EXPECT_FALSE(c.log.per_expert);
-  StatsNeeds all{true, true, true, true, true, true, 2};
+  const StatsNeeds all{.gap = true,
+                       .sequences = true,
+                       .probabilities = true,
+                       .gradients = true,
+                       .losses = true,
+                       .latencies = true,
+                       .margins = true,
+                       .domains = 2};
   EXPECT_EQ(c.collect, all);
 }
 

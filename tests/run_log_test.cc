@@ -230,6 +230,14 @@ INSTANTIATE_TEST_SUITE_P(
                   "2: sequence_sq: missing: required with sequences"},
         WrongLine{"PartialProbabilities", record(R"(,"counts":[1,1,1,1],"prob_sum":[1,1,1,0])"),
                   "2: sqrt_prob_sum: missing: required with prob_sum"},
+        WrongLine{"MarginsShort", record(R"(,"counts":[1,1,1,1],"margins":[[0],[0],[0]])"),
+                  "2: margins: 3 values: must have 4, one for each expert"},
+        WrongLine{"MarginsBeyondTheLastBin",
+                  record(R"(,"counts":[1,1,1,1],"margins":[[127,1,1],[0],[0],[0]])"),
+                  "2: margins[0]: [127,1,1]: must end by bin 127"},
+        WrongLine{"MarginsOfFewerTokens",
+                  record(R"(,"counts":[1,1,1,1],"margins":[[64,3],[60,1,1],[0],[0]])"),
+                  "2: margins[1]: [60,1,1]: must sum to tokens (3)"},
         WrongLine{"GapNegative", record(R"(,"counts":[1,1,1,1],"gap_sum":-1)"),
                   "2: gap_sum: -1: must be at least 0"},
         WrongLine{"GapHuge", record(R"(,"counts":[1,1,1,1],"gap_sum":1e12)"),
@@ -449,6 +457,7 @@ TEST(RunLogWriter, EveryOptionalSumComesBack) {
                                    .gradients = true,
                                    .losses = true,
                                    .latencies = true,
+                                   .margins = true,
                                    .domains = 2}};
   MadeStep made(1, shape, 3);
   RoutingStats& stats = made.stats[0];
@@ -457,10 +466,13 @@ TEST(RunLogWriter, EveryOptionalSumComesBack) {
   const std::vector<float> top = {.5F, .25F, .125F, .5F, .375F, .25F, .75F, .125F, 0, .5F, .25F, .25F};
   const std::vector<float> probabilities = {.5F,  .25F, .125F, .125F, .1F, .2F, .3F, .4F,
                                             .25F, .25F, .25F,  .25F,  0,   .5F, .5F, 0};
+  const std::vector<float> scores = {.5F,  .25F,  .125F, 0, .125F, .375F, .5F, .25F,
+                                     .75F, .125F, 0,     0, .25F,  .25F,  .5F, 0};
   const std::vector<std::int64_t> domains = {0, 0, 1, 1};
   ASSERT_TRUE(stats.add({.experts = experts,
                          .sequence_length = 2,
                          .top_values = top,
+                         .biased_scores = scores,
                          .probabilities = probabilities,
                          .domain_ids = domains,
                          .dropped = 1}));

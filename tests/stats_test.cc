@@ -27,6 +27,7 @@ StatsNeeds everything(int domains = 2) {
           .gradients = true,
           .losses = true,
           .latencies = true,
+          .margins = true,
           .domains = domains};
 }
 

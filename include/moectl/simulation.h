@@ -116,6 +116,8 @@ struct SimulationOptions {
   double score_scale = 1;      ///< > 0. Factor on the scores that biases add to: the unit of the bias.
   double capacity_factor = 0;  ///< 0 = dropless.
   bool probabilities = false;  ///< Hand out the router's probabilities (softmax, or sigmoids over their sum).
+  bool biased_scores =
+      false;  ///< Hand out all the scores that selection compared, for margins. None if k = N.
 
   // Training.
   double forming = 300;  ///< Steps over which the router sharpens; 0 = formed from the first on.

@@ -10,7 +10,10 @@
 #include <cstdint>
 #include <optional>
 #include <span>
+#include <utility>
 #include <vector>
+
+#include "moectl/margins.h"
 
 namespace moectl {
 
@@ -35,7 +38,11 @@ struct StatsNeeds {
   bool gradients = false;      ///< Gradient norm per expert.
   bool losses = false;         ///< Loss per expert (sum over its tokens).
   bool latencies = false;      ///< Host-timed latency per expert, seconds.
-  int domains = 0;             ///< Number of domains whose tokens are counted apart.
+  bool margins = false;        ///< Histogram of each expert's margins over tokens (margins.h).
+  /// The margins themselves, [tokens × N] floats. They join but do not add: one process only, and memory
+  /// grows with the window.
+  bool margin_rows = false;
+  int domains = 0;  ///< Number of domains whose tokens are counted apart.
 
   StatsNeeds& operator|=(const StatsNeeds& other);
   friend bool operator==(const StatsNeeds&, const StatsNeeds&) = default;
@@ -64,6 +71,9 @@ struct RoutingBatch {
   /// [tokens × (k+1)] the k+1 largest biased scores of each token, largest first. Empty = no gap. Wants k <
   /// N.
   std::span<const float> top_values{};
+  /// [tokens × N] the biased scores v that selection compared, -inf where it was not free to choose. Empty =
+  /// no margins. Wants top_values.
+  std::span<const float> biased_scores{};
   /// [tokens × N] router probabilities. Empty = none.
   std::span<const float> probabilities{};
   /// [tokens], in [0, domains): the domain of each token. Empty = none.
@@ -110,6 +120,13 @@ class RoutingStats {
   bool has_sequences() const;              ///< At least one, and all tokens belong to one.
   bool has_probabilities() const;
   bool has_domains() const;
+  bool has_margins() const;
+  bool has_margin_rows() const;
+  std::span<const std::int64_t, kMarginBins> margins(int expert) const;  ///< Counts by margin_bin().
+  /// v_{k+1} - v_ti of every counted token [tokens × N], in the order recorded. Not part of the payload.
+  std::span<const float> margin_rows() const { return margin_rows_; }
+  /// For readers of a saved state.
+  void set_margin_rows(std::vector<float> rows) { margin_rows_ = std::move(rows); }
   std::int64_t domain_tokens(int domain) const;  ///< Tokens of the domain (its assignments / k).
   std::span<const std::int64_t> domain_counts(int domain) const;  ///< [N]
 
@@ -141,6 +158,7 @@ class RoutingStats {
     kDomainTokens,
     kGradRecords,
     kLatencyRecords,
+    kMarginTokens,
     kScalarCount
   };
   /// The arrays that follow the scalars; those not asked for in StatsNeeds are empty.
@@ -154,6 +172,7 @@ class RoutingStats {
     kLatencySum,        ///< Seconds, fixed point. [N]
     kExpertLossSum,     ///< Fixed point. [N]
     kExpertLossTokens,  ///< [N]
+    kMargins,           ///< [N × kMarginBins]
     kDomainCounts,      ///< [domains × N]
     kArrayCount
   };
@@ -171,6 +190,8 @@ class RoutingStats {
   bool gather_counts(const RoutingBatch& batch);
   bool gather_domains(const RoutingBatch& batch);
   bool gather_gap(const RoutingBatch& batch);
+  bool gather_margins(const RoutingBatch& batch);
+  void keep_margin_rows(const RoutingBatch& batch);
   bool gather_probabilities(const RoutingBatch& batch);
   bool gather_dropped(const RoutingBatch& batch);
   bool add_observation(Array which, Scalar records, std::span<const double> values);
@@ -183,6 +204,7 @@ class RoutingStats {
   // probabilities.
   std::vector<std::int64_t> delta_, histogram_;
   std::vector<double> row_;
+  std::vector<float> margin_rows_;
 };
 
 }  // namespace moectl

@@ -252,6 +252,7 @@ class Window {
             .gradients = a.gradients && b.gradients,
             .losses = a.losses && b.losses,
             .latencies = a.latencies && b.latencies,
+            .margins = a.margins && b.margins,
             .domains = 0};
   }
   std::map<int, RoutingStats> layers_;

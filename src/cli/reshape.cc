@@ -35,6 +35,10 @@ RoutingStats reshaped(const RoutingStats& stats, const std::vector<std::string>&
     copy_scalars({S::kLatencyRecords});
     copy_arrays({S::kLatencySum});
   }
+  if (needs.margins && has.margins) {
+    copy_scalars({S::kMarginTokens});
+    copy_arrays({S::kMargins});
+  }
   if (needs.losses && has.losses) copy_arrays({S::kExpertLossSum, S::kExpertLossTokens});
   std::int64_t tokens = 0;
   for (std::size_t d = 0; d < wanted_domains.size() && needs.domains > 0; ++d) {

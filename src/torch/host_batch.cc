@@ -55,10 +55,16 @@ HostBatch::HostBatch(const StatsShape& shape, const ::torch::Tensor& indices, co
   } else if (indices.dim() == 3 && shape.needs.sequences) {
     batch_.sequence_length = indices.size(1);
   }
+  const bool margins = shape.needs.margins || shape.needs.margin_rows;
   if (const auto& values = options.top_values; values.defined()) {
     require(values.numel() == tokens * (shape.top_k + 1), "top_values", values, "must be [T, k+1]");
-    if (shape.needs.gap)
+    if (shape.needs.gap || margins)
       batch_.top_values = {floats(values), count * static_cast<std::size_t>(shape.top_k + 1)};
+  }
+  if (const auto& values = options.biased_scores; values.defined()) {
+    require(values.numel() == tokens * shape.experts, "biased_scores", values, "must be [T, N]");
+    require(options.top_values.defined(), "biased_scores", values, "must come with top_values");
+    if (margins) batch_.biased_scores = {floats(values), count * static_cast<std::size_t>(shape.experts)};
   }
   if (const auto& values = options.probabilities; values.defined()) {
     require(values.numel() == tokens * shape.experts, "probabilities", values, "must be [T, N]");

@@ -22,8 +22,8 @@ class HostBatch {
   const void* host(const ::torch::Tensor& tensor, ::torch::ScalarType type);
 
   RoutingBatch batch_;
-  // Six tensors at most can need a copy; undefined ones cost nothing, so no container is allocated.
-  ::torch::Tensor held_[6];
+  // Seven tensors at most can need a copy; undefined ones cost nothing, so no container is allocated.
+  ::torch::Tensor held_[7];
   int held_count_ = 0;
 };
 

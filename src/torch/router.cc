@@ -145,7 +145,10 @@ void TopKRouterImpl::select(const Tensor& scores, const Tensor& bias, RouterOutp
   const std::int64_t choices = options.groups_kept() * (options.experts() / options.groups());
   const auto [values, indices] = selection.topk(std::min(k + 1, choices), -1);
   out.indices = indices.narrow(-1, 0, k).contiguous();
-  if (choices > k) out.top_values = values.to(::torch::kFloat32).contiguous();
+  if (choices > k) {
+    out.top_values = values.to(::torch::kFloat32).contiguous();
+    out.biased_scores = selection.to(::torch::kFloat32);
+  }
 }
 
 /// Switch (2101.03961 eq. 4) with f over all k choices: N Σ f_i P_i. The counts carry no gradient; P does.

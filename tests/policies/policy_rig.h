@@ -118,8 +118,8 @@ class PolicyRig {
 };
 
 /// Whether an array is [N × width] rather than [width × N].
-inline bool expert_major(RoutingStats::Array) {
-  return false;
+inline bool expert_major(RoutingStats::Array which) {
+  return which == RoutingStats::kMargins;
 }
 
 inline RoutingStats stats_of(const StatsShape& shape, const std::vector<std::int64_t>& counts) {
@@ -127,6 +127,15 @@ inline RoutingStats stats_of(const StatsShape& shape, const std::vector<std::int
   std::int64_t total = 0;
   for (const std::int64_t c : counts) total += c;
   stats.add_counts(counts, total / shape.top_k);
+  if (!shape.needs.margins) return stats;
+  // Margins that go with the counts: each expert's own tokens a tenth below the threshold, the others above.
+  for (std::size_t i = 0; i < counts.size(); ++i) {
+    const std::span<std::int64_t> bins =
+        stats.mutable_array(RoutingStats::kMargins).subspan(i * kMarginBins, kMarginBins);
+    bins[margin_bin(-0.1F)] = counts[i];
+    bins[margin_bin(0.1F)] = std::max<std::int64_t>(0, stats.tokens() - counts[i]);
+  }
+  stats.set_scalar(RoutingStats::kMarginTokens, stats.tokens());
   return stats;
 }
 
@@ -138,7 +147,7 @@ inline RoutingStats random_stats(const StatsShape& shape, int tokens, std::uint6
   std::vector<double> popularity(n);
   for (double& p : popularity) p = normal(random);
   std::vector<std::int64_t> experts, domains;
-  std::vector<float> top, probabilities;
+  std::vector<float> top, probabilities, biased;
   for (int t = 0; t < tokens; ++t) {
     std::vector<std::pair<double, std::size_t>> scores(n);
     double sum = 0;
@@ -147,6 +156,7 @@ inline RoutingStats random_stats(const StatsShape& shape, int tokens, std::uint6
       sum += scores[i].first;
     }
     for (std::size_t i = 0; i < n; ++i) probabilities.push_back(static_cast<float>(scores[i].first / sum));
+    for (const auto& score : scores) biased.push_back(static_cast<float>(score.first));
     std::sort(scores.rbegin(), scores.rend());
     for (std::size_t j = 0; j < k; ++j) experts.push_back(static_cast<std::int64_t>(scores[j].second));
     for (std::size_t j = 0; j <= k && k < n; ++j) top.push_back(static_cast<float>(scores[j].first));
@@ -156,7 +166,9 @@ inline RoutingStats random_stats(const StatsShape& shape, int tokens, std::uint6
   }
   RoutingStats stats(shape);
   RoutingBatch batch{.experts = experts, .sequence_length = tokens / 8};
-  if (shape.needs.gap) batch.top_values = top;
+  const bool margins = (shape.needs.margins || shape.needs.margin_rows) && k < n;
+  if (shape.needs.gap || margins) batch.top_values = top;
+  if (margins) batch.biased_scores = biased;
   if (shape.needs.probabilities) batch.probabilities = probabilities;
   if (shape.needs.domains > 0) batch.domain_ids = domains;
   batch.dropped = static_cast<std::int64_t>(random() % 20);

@@ -91,6 +91,9 @@ TEST_P(EveryGate, ChoosesScoresAndWeighsAsItsFormulaSays) {
   EXPECT_TRUE(out.indices.equal(indices.narrow(-1, 0, 2)));
   EXPECT_TRUE(close(out.top_values, values, 1e-6));
   EXPECT_EQ(out.top_values.scalar_type(), ::torch::kFloat32);
+  EXPECT_TRUE(close(out.biased_scores, s + bias, 1e-6));
+  EXPECT_EQ(out.biased_scores.scalar_type(), ::torch::kFloat32);
+  EXPECT_FALSE(out.biased_scores.requires_grad());
   EXPECT_TRUE(close(out.probabilities, s / s.sum(-1, true)));
   const Tensor chosen = s.gather(-1, out.indices);
   EXPECT_TRUE(close(out.gates, chosen / chosen.sum(-1, true) * 2.5));
@@ -311,6 +314,9 @@ TEST(TopKRouter, LosingGroupsNeverWinHoweverNegativeTheBias) {
   const RouterOutput routed = wide->route(many, {.actuators = {.bias = ::torch::randn({12}, kDouble)}});
   EXPECT_TRUE(routed.top_values.isfinite().all().item<bool>())
       << "the runner-up comes from a winning group too";
+  // Two groups of three are free to choose from, and nothing in the others can be won.
+  EXPECT_EQ(routed.biased_scores.isfinite().sum().item<std::int64_t>(), 500 * 6);
+  EXPECT_TRUE((routed.biased_scores.isfinite() | (routed.biased_scores < 0)).all().item<bool>());
 }
 
 TEST(TopKRouter, GroupsAreRankedByTheirTwoLargestScores) {

@@ -30,10 +30,12 @@ struct RouterActuators {
 struct RecordOptions {
   ::torch::Tensor top_values{};     ///< [T, k+1] the k+1 largest biased scores, largest first. float32.
   ::torch::Tensor probabilities{};  ///< [T, N] router probabilities. float32.
-  ::torch::Tensor mask{};           ///< [T] true = a real token, false = padding. bool or uint8.
-  ::torch::Tensor sequence_ids{};   ///< [T] non-decreasing. int64. Not needed for indices [B, S, k].
-  ::torch::Tensor domain_ids{};     ///< [T] in [0, domains). int64.
-  ::torch::Tensor dropped{};        ///< 0-dim: assignments dropped for lack of capacity. int64.
+  /// [T, N] all biased scores, -inf where selection was not free to choose; with top_values. float32.
+  ::torch::Tensor biased_scores{};
+  ::torch::Tensor mask{};          ///< [T] true = a real token, false = padding. bool or uint8.
+  ::torch::Tensor sequence_ids{};  ///< [T] non-decreasing. int64. Not needed for indices [B, S, k].
+  ::torch::Tensor domain_ids{};    ///< [T] in [0, domains). int64.
+  ::torch::Tensor dropped{};       ///< 0-dim: assignments dropped for lack of capacity. int64.
   std::int64_t micro_batch =
       -1;  ///< ≥ 0: a second record of (layer, micro-batch) before the next step is ignored.
 };

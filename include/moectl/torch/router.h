@@ -67,6 +67,9 @@ struct RouterOutput {
   ::torch::Tensor gates;       ///< [..., k], zero where dropped. Differentiable.
   ::torch::Tensor top_values;  ///< float32 [..., k+1], the biased scores of the choices and of the runner-up,
                                ///< detached; undefined if a token has no further expert to choose.
+  /// float32 [..., N], all biased scores that selection compared, -inf in groups that lost, detached;
+  /// undefined where top_values is.
+  ::torch::Tensor biased_scores;
   ::torch::Tensor probabilities;  ///< [..., N], normalised to sum 1 for every gate. Differentiable.
   ::torch::Tensor logits;         ///< z [..., N]. Differentiable.
   ::torch::Tensor kept;           ///< bool [..., k], false = dropped; undefined if dropless.
@@ -80,7 +83,10 @@ struct RouterOutput {
 
   /// What a controller wants to know besides the indices.
   RecordOptions record_options() const {
-    return {.top_values = top_values, .probabilities = probabilities, .dropped = dropped};
+    return {.top_values = top_values,
+            .probabilities = probabilities,
+            .biased_scores = biased_scores,
+            .dropped = dropped};
   }
 };
 
