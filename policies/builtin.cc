@@ -10,6 +10,7 @@ void register_builtin_policies(PolicyRegistry& registry) {
   registry.add(policies::multiplicative());
   registry.add(policies::pi());
   registry.add(policies::proportional_bias());
+  registry.add(policies::quantile_bias());
   registry.add(policies::rules());
   registry.add(policies::schedule());
   registry.add(policies::sign_bias());

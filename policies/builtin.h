@@ -11,6 +11,7 @@ PolicyDescription fixed();
 PolicyDescription multiplicative();
 PolicyDescription pi();
 PolicyDescription proportional_bias();
+PolicyDescription quantile_bias();
 PolicyDescription rules();
 PolicyDescription schedule();
 PolicyDescription sign_bias();

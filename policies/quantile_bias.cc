@@ -1,0 +1,154 @@
+// quantile_bias: every bias goes to where its expert would have had the wanted load.
+//
+//   d_ti = θ_t - v_ti                margin: what the bias of i lacks for token t to choose it, v biased
+//   scores q_i  = Q(d_·i, w_i kT)           the move at which w_i kT tokens have a negative margin; w_i
+//   target share b_i ← b_i + gain · q_i,   b -= mean(b)
+//
+//   exact:      θ_t = v_(k+1), the runner-up's score; Q the (⌊w_i kT⌋ + 1)-th smallest margin
+//   histogram:  θ_t = (v_k + v_(k+1))/2; Q by counts in bins, linear within one (margins.h)
+//
+// No step size: a layer's own scores say how far to go. Were the other biases and the thresholds to stand
+// still, one full step would balance the batch it came from. They do not, since all biases move at once (a
+// Jacobi iteration on the dual of the assignment problem), and the next batch has other tokens: following the
+// last batch all the way adds its sampling noise to the next one's. `gain` is the way gone at a decision,
+// which makes b an exponential average over batches; with 0.3 the noise that is added is an eighth of what a
+// full step adds.
+//
+// With `model.delay` the margins belong to the biases of so many decisions ago, and q is counted from there:
+//   b_i ← b_i + gain · (b_i then + q_i - b_i)
+// As what is aimed at does not depend on the bias in force, late margins do not make the loop swing.
+//
+// Sources: Su, kexue.fm 11619, and openathena.ai/blog/quantile-balancing (exact form, an EMA of 0 to .9); the
+// Kimi K3 technical report, section 2.3.3 and appendix D, and Megatron-LM (histograms of required biases,
+// summed over ranks, gain 1). Their histograms are uniform over a range of scores; these follow the scale of
+// the margins.
+//
+// Forms. `histogram` is 128 integers an expert in the payload. `exact` keeps every margin of the step, so it
+// wants all tokens in one process, refuses a reduction, and its memory is tokens × experts floats a layer. A
+// runner-up's margin is 0 there, so an expert that is short of no more tokens than it is runner-up of stays;
+// it rises by centring.
+//
+// Limitations
+// - It needs all scores of the router, not only the largest k+1.
+// - Lumpy routing: where many tokens have nearly one margin, the quantile lies at the edge of a lump and
+// flips over it.
+// - k = N has no margins; biases then stay.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "builtin.h"
+#include "sums.h"
+
+namespace moectl::policies {
+namespace {
+
+struct Options {
+  std::string form = "histogram";
+  double gain = 0.3;
+
+  static Options from(const PolicyOptions& o) { return {.form = o.text("form"), .gain = o.number("gain")}; }
+};
+
+class QuantileBias final : public Policy {
+ public:
+  QuantileBias(const Options& options, const PolicyContext& context)
+      : exact_(options.form == "exact"),
+        gain_(options.gain),
+        experts_(static_cast<std::size_t>(context.experts)),
+        delay_(static_cast<std::size_t>(context.delay)),
+        routed_under_(delay_ * experts_, 0.0),
+        quantiles_(experts_, 0.0) {}
+
+  StatsNeeds needs() const override { return {.margins = !exact_, .margin_rows = exact_}; }
+
+  void propose(const LayerView& layer, std::span<double> bias) override {
+    const bool known = exact_ ? layer.stats.has_margin_rows() : layer.stats.has_margins();
+    for (std::size_t i = 0; i < experts_; ++i) quantiles_[i] = known ? quantile(layer, i) : 0;
+    if (delay_ > 0) count_from_then(bias);
+    if (!known) return;
+    for (std::size_t i = 0; i < experts_; ++i) bias[i] += gain_ * quantiles_[i];
+    const double mean = sum_of(bias) / static_cast<double>(experts_);
+    for (double& b : bias) b -= mean;
+  }
+
+  void save(StateWriter& out) const override {
+    out.put("quantile_past", past_);
+    out.put("quantile_routed_under", routed_under_);
+  }
+  void load(StateReader& in) override {
+    past_ = in.get_int("quantile_past");
+    if (past_ < 0) throw StateError("quantile_past: " + std::to_string(past_) + ": must be at least 0");
+    in.get("quantile_routed_under", routed_under_);
+  }
+
+ private:
+  double quantile(const LayerView& layer, std::size_t expert) {
+    const double wanted = layer.targets[expert] * static_cast<double>(layer.stats.assignments());
+    if (!exact_) return margin_quantile(layer.stats.margins(static_cast<int>(expert)), wanted);
+    const std::span<const float> rows = layer.stats.margin_rows();
+    column_.resize(rows.size() / experts_);
+    for (std::size_t t = 0; t < column_.size(); ++t) column_[t] = rows[t * experts_ + expert];
+    // A target share that is not a binary fraction must not lose a token to its rounding.
+    const double rank = std::floor(wanted + 1e-6);
+    const auto at = std::min(static_cast<std::size_t>(rank), column_.size() - 1);
+    std::nth_element(column_.begin(), column_.begin() + static_cast<std::ptrdiff_t>(at), column_.end());
+    // Nothing that can be chosen has so many tokens: as far as the histogram would go.
+    return std::min(static_cast<double>(column_[at]), margin_edge(kMarginBins / 2));
+  }
+
+  // The margins were formed under the biases of `delay` decisions ago; the place of those is taken by the
+  // newest.
+  void count_from_then(std::span<const double> bias) {
+    const auto delay = static_cast<std::int64_t>(delay_);
+    const std::span<double> then =
+        std::span(routed_under_).subspan(static_cast<std::size_t>(past_ % delay) * experts_, experts_);
+    for (std::size_t i = 0; i < experts_; ++i) {
+      if (past_ >= delay) quantiles_[i] += then[i] - bias[i];
+      then[i] = bias[i];
+    }
+    ++past_;
+  }
+
+  bool exact_;
+  double gain_;
+  std::size_t experts_, delay_;
+  std::int64_t past_ = 0;             // decisions so far
+  std::vector<double> routed_under_;  // biases in force at the last `delay` decisions [delay × N], a ring
+  std::vector<double> quantiles_;     // [N]
+  std::vector<float> column_;         // one expert's margins [T]
+};
+
+}  // namespace
+
+PolicyDescription quantile_bias() {
+  const Options defaults;
+  PolicyDescription d;
+  d.name = "quantile_bias";
+  d.summary = "bias from the quantile of each expert's margins at which its load is as wanted";
+  d.actuators = {Actuator::kExpertBias};
+  d.options = {
+      {.name = "form",
+       .default_value = defaults.form,
+       .unit = "",
+       .description = "histogram: counts that sum over ranks; exact: every token's margin, in one process",
+       .choices = {"histogram", "exact"}},
+      {.name = "gain",
+       .default_value = defaults.gain,
+       .unit = "",
+       .description = "share of the way to the quantile that is gone at a decision; published: 1",
+       .min = 0,
+       .max = 1},
+  };
+  d.make = [](const PolicyContext& context, const PolicyOptions& options) {
+    return std::make_unique<QuantileBias>(Options::from(options), context);
+  };
+  d.check = [](const PolicyContext& context, const PolicyOptions&) {
+    return context.top_k < context.experts ? std::string()
+                                           : std::string("form: needs top_k below the number of experts");
+  };
+  return d;
+}
+
+}  // namespace moectl::policies
