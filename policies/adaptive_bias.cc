@@ -73,6 +73,7 @@
 #include <array>
 #include <cmath>
 #include <optional>
+#include <utility>
 
 #include "builtin.h"
 #include "sums.h"
@@ -128,13 +129,15 @@ double clip_error(double e) {
   return std::min(std::max(e, -1.0), 1.0);
 }
 
-// 1 for equal errors, -1 for opposite ones, whatever their size; its mean over noise is 0.
+// 1 for equal errors, -1 for opposite ones, whatever their size; its mean over noise is 0. Without a branch, so
+// that loops over it vectorise.
 double likeness(double a, double b) {
   a = clip_error(a);
   b = clip_error(b);
   const double square = a * a + b * b;
-  return square > 0 ? 2 * a * b / square : 0;
+  return 2 * a * b / (square > 0 ? square : 1.0);
 }
+
 // What each domain does to the loads, learnt from tagged counts; and what the next mixture will therefore do.
 class Feedforward {
  public:
@@ -333,10 +336,15 @@ class AdaptiveBias final : public Policy {
   void measure_errors(const LayerView& layer) {
     const std::span<const std::int64_t> counts = layer.stats.counts();
     const auto total = static_cast<double>(layer.stats.assignments());
+    // The conversion has a loop of its own: it is the one part that does not vectorise.
+    for (std::size_t i = 0; i < experts_; ++i) errors_[i] = static_cast<double>(counts[i]);
     for (std::size_t i = 0; i < experts_; ++i) {
       const double target = layer.targets[i] * total;
-      const auto count = static_cast<double>(counts[i]);
-      errors_[i] = target > 0 ? (target - count) / target : (count > 0 ? -1.0 : 0.0);
+      const double missing = target - errors_[i];
+      // An expert that should get nothing has too much as soon as it gets anything.
+      const double untargeted = missing < 0 ? -1.0 : 0.0;
+      const double error = missing / (target > 0 ? target : 1.0);
+      errors_[i] = target > 0 ? error : untargeted;
     }
   }
 
@@ -382,26 +390,32 @@ class AdaptiveBias final : public Policy {
     const std::span<const double> half = first_lag_ > 1 ? own_half_ : own_near_;
     double moved = 0;
     for (std::size_t i = 0; i < experts_; ++i) {
-      double by = 0;
       if (half[i] < -chance) {
-        by = kOwnFall / delay * half[i];
+        moved += scale_share(i, kOwnFall / delay * half[i]);
       } else if (own_near_[i] > chance && !limited_) {
-        by = kOwnRise / delay * own_near_[i];
-      } else {
-        continue;
+        moved += scale_share(i, kOwnRise / delay * own_near_[i]);
       }
-      by = std::min(std::max(by, std::log(kOwnMin / shares_[i])), std::log(kOwnMax / shares_[i]));
-      shares_[i] *= std::exp(by);
-      moved += by;
     }
     if (moved == 0) return;
     const double common = std::exp(-moved / static_cast<double>(experts_));
     for (double& share : shares_) share = std::min(std::max(share * common, kOwnMin), kOwnMax);
   }
 
+  // Returns by how much the share's logarithm moved.
+  double scale_share(std::size_t i, double by) {
+    double& share = shares_[i];
+    const double bound = by < 0 ? kOwnMin : kOwnMax;
+    if (share == bound) return 0;
+    const double wanted = share * std::exp(by);
+    if (by < 0 ? wanted > bound : wanted < bound) {
+      share = wanted;
+      return by;
+    }
+    return std::log(bound / std::exchange(share, bound));
+  }
+
   void follow(std::span<const double> before, double weight, std::vector<double>& average) const {
-    if (before.empty()) return;
-    for (std::size_t i = 0; i < experts_; ++i) {
+    for (std::size_t i = 0; i < before.size(); ++i) {
       average[i] += weight * (likeness(errors_[i], before[i]) - average[i]);
     }
   }

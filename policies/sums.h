@@ -1,32 +1,39 @@
-// Sums over experts in four lanes: the order is fixed, so the bits are the same everywhere, and the additions
+// Sums over experts in eight lanes: the order is fixed, so the bits are the same everywhere, and the additions
 // need not wait for each other.
 #pragma once
 
-#include <array>
 #include <cstddef>
 #include <span>
 
+#include "double2.h"
+
 namespace moectl::policies {
 
-inline double sum_of(std::span<const double> v) {
-  std::array<double, 4> lanes{};
+/// Σ term(i, i+1) over pairs of n experts; the last one of an odd number is handed over alone, as term(i, i).
+template <class Term>
+double sum_pairs(std::size_t n, Term term) {
+  Double2 a{}, b{}, c{}, d{};
   std::size_t i = 0;
-  for (; i + 4 <= v.size(); i += 4) {
-    for (std::size_t lane = 0; lane < 4; ++lane) lanes[lane] += v[i + lane];
+  for (; i + 8 <= n; i += 8) {
+    a += term(i, i + 1);
+    b += term(i + 2, i + 3);
+    c += term(i + 4, i + 5);
+    d += term(i + 6, i + 7);
   }
-  for (; i < v.size(); ++i) lanes[0] += v[i];
-  return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+  for (; i + 2 <= n; i += 2) a += term(i, i + 1);
+  const Double2 all = (a + b) + (c + d);
+  return (all[0] + all[1]) + (i < n ? term(i, i)[0] : 0.0);
+}
+
+inline double sum_of(std::span<const double> v) {
+  return sum_pairs(v.size(), [&](std::size_t i, std::size_t j) { return Double2{v[i], v[j]}; });
 }
 
 /// Both must have the same length.
 inline double dot(std::span<const double> a, std::span<const double> b) {
-  std::array<double, 4> lanes{};
-  std::size_t i = 0;
-  for (; i + 4 <= a.size(); i += 4) {
-    for (std::size_t lane = 0; lane < 4; ++lane) lanes[lane] += a[i + lane] * b[i + lane];
-  }
-  for (; i < a.size(); ++i) lanes[0] += a[i] * b[i];
-  return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+  return sum_pairs(a.size(), [&](std::size_t i, std::size_t j) {
+    return Double2{a[i], a[j]} * Double2{b[i], b[j]};
+  });
 }
 
 }  // namespace moectl::policies

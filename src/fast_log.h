@@ -1,26 +1,12 @@
 // Natural logarithms two at a time, for the metrics' inner loops: about a third of the cost of std::log, with
-// an error of at most a few units in the last place. Vector extensions of the compiler rather than
-// intrinsics, so that every platform computes the same operations in the same order and so the same bits.
+// an error of at most a few units in the last place.
 #pragma once
 
 #include <cstdint>
-#include <cstring>
+
+#include "double2.h"
 
 namespace moectl {
-
-using Double2 = double __attribute__((vector_size(16)));
-using Int2 = std::int64_t __attribute__((vector_size(16)));
-using UInt2 = std::uint64_t __attribute__((vector_size(16)));
-
-inline Double2 splat(double value) {
-  return Double2{value, value};
-}
-
-/// Exact for 0 ≤ value < 2^52.
-inline Double2 to_double(Int2 value) {
-  constexpr std::int64_t kTwo52 = 0x4330000000000000;
-  return (Double2)(value | kTwo52) - 4503599627370496.0;
-}
 
 inline Double2 fast_sqrt(Double2 x) {
   return Double2{__builtin_sqrt(x[0]), __builtin_sqrt(x[1])};

@@ -341,7 +341,7 @@ Controller::Loop::Evidence Controller::Loop::layer_evidence(Servo& servo, Layer&
   const bool windowed = servo.has_windows() && servo.due(steps_);
   const RoutingStats& stats = windowed ? servo.window(window) : layer.stats;
   const Metrics& metrics = windowed ? servo.window_metrics(window) : layer.metrics;
-  return {.valid = layer.valid && stats.valid(),
+  return {.valid = layer.valid && (!windowed || stats.valid()),
           .has_data = stats.tokens() > 0,
           .frozen = layer.frozen,
           .stats = &stats,

@@ -7,6 +7,8 @@
 #include <limits>
 #include <stdexcept>
 
+#include "double2.h"
+
 namespace moectl {
 namespace {
 
@@ -93,11 +95,37 @@ double take_mean_out(std::span<double> values) {
   return shift;
 }
 
-bool all_finite(std::span<const double> values) {
+// The largest of `measure` over pairs of n experts, at least 0.
+template <class Measure>
+double largest(std::size_t n, Measure measure) {
+  Double2 most{};
+  std::size_t i = 0;
+  for (; i + 2 <= n; i += 2) most = larger(most, measure(i, i + 1));
+  if (i < n) most = larger(most, measure(i, i));
+  return std::max(most[0], most[1]);
+}
+
+bool all_finite(std::span<const double> v) {
   // x - x is zero for finite x and NaN otherwise; NaN survives the sum.
-  double zero = 0;
-  for (const double v : values) zero += v - v;
-  return zero == 0;
+  Double2 zero{};
+  std::size_t i = 0;
+  for (; i + 2 <= v.size(); i += 2) zero += Double2{v[i], v[i + 1]} - Double2{v[i], v[i + 1]};
+  if (i < v.size()) zero += splat(v[i]) - v[i];
+  return zero[0] + zero[1] == 0;
+}
+
+bool all_inside(std::span<const double> v, std::span<const double> lo, std::span<const double> hi) {
+  return largest(v.size(), [&](std::size_t i, std::size_t j) {
+           const Double2 x{v[i], v[j]};
+           return larger(Double2{lo[i], lo[j]} - x, x - Double2{hi[i], hi[j]});
+         }) == 0;
+}
+
+bool all_equal(std::span<const double> a, std::span<const double> b) {
+  return largest(a.size(), [&](std::size_t i, std::size_t j) {
+           const Double2 difference = Double2{a[i], a[j]} - Double2{b[i], b[j]};
+           return larger(difference, -difference);
+         }) == 0;
 }
 
 std::string number(double value) {
@@ -255,12 +283,8 @@ LimitReport SafetyLimiter::apply(const LimitContext& context, std::span<const do
   } else {
     clip_scalar(applied[0], report);
   }
-  bool moved = false;
-  for (std::size_t i = 0; i < next_.size(); ++i) {
-    moved |= next_[i] != applied[i];
-    applied[i] = next_[i];
-  }
-  if (moved) last_move_step_ = context.step;
+  if (!all_equal(next_, applied)) last_move_step_ = context.step;
+  std::copy(next_.begin(), next_.end(), applied.begin());
   return report;
 }
 
@@ -345,13 +369,11 @@ void SafetyLimiter::clip_biases(std::span<const double> applied, LimitReport& re
     // What is left after a large common shift is its rounding.
     if (std::abs(shift) > limits_.rate) take_mean_out(next_);
   }
-  bool outside = false;
   for (std::size_t i = 0; i < n; ++i) {
     lo_[i] = std::min(std::max(limits_.min, applied[i] - limits_.rate), limits_.max);
     hi_[i] = std::max(std::min(limits_.max, applied[i] + limits_.rate), limits_.min);
-    outside |= next_[i] < lo_[i] || next_[i] > hi_[i];
   }
-  if (!outside) return;
+  if (all_inside(next_, lo_, hi_)) return;
   const double mu = limits_.center ? centring_shift(next_, lo_, hi_, 0) : 0;
   double sum = 0, free = 0;
   for (std::size_t i = 0; i < n; ++i) {

@@ -150,6 +150,10 @@ bool RoutingStats::valid() const {
   std::int64_t signs = 0;
   for (const std::int64_t sum : sums_) signs |= sum;
   if (signs < 0 || invalid_records() != 0) return false;
+  // No sum of N numbers under 2^63 / N overflows; the bits they set together bound the largest of them.
+  std::int64_t bits = 0;
+  for (const std::int64_t count : counts()) bits |= count;
+  if (bits < std::numeric_limits<std::int64_t>::max() / experts() / 2) return true;
   std::int64_t total = 0;
   for (const std::int64_t count : counts()) {
     total = wrapping_add(total, count);
