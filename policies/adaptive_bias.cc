@@ -64,11 +64,9 @@
 // Limitations
 // - An undeclared delay of more than a few steps makes it overshoot; declare it (`model.delay`).
 // - Lumpy routing (a dozen clusters of nearly identical tokens) moves whole clusters at once; no integral law
-// on the
-//   counts alone is smooth there.
+//   on the counts alone is smooth there.
 // - It balances every window as it comes. Errors that come from the data's order rather than from the router,
-// such as
-//   alternating domains, are seen only once they have happened.
+//   such as alternating domains, are seen only once they have happened.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -129,8 +127,8 @@ double clip_error(double e) {
   return std::min(std::max(e, -1.0), 1.0);
 }
 
-// 1 for equal errors, -1 for opposite ones, whatever their size; its mean over noise is 0. Without a branch, so
-// that loops over it vectorise.
+// 1 for equal errors, -1 for opposite ones, whatever their size; its mean over noise is 0. Without a branch,
+// so that loops over it vectorise.
 double likeness(double a, double b) {
   a = clip_error(a);
   b = clip_error(b);
@@ -447,7 +445,8 @@ std::string check(const PolicyContext& context, const PolicyOptions& options) {
   if (o.feedforward == "tags") {
     if (context.domains < 2) return "feedforward: tags: needs at least two domains in model.domains";
     if (o.form == "counts") return "feedforward: tags: needs the gap";
-    if (context.delay > 0) return "feedforward: tags: needs routing that is not late (model.delay: 0, lag: 0)";
+    if (context.delay > 0)
+      return "feedforward: tags: needs routing that is not late (model.delay: 0, lag: 0)";
   }
   if (o.gain_min > 0 && o.gain_max > 0 && o.gain_min > o.gain_max)
     return "gain_min: must not exceed gain_max";

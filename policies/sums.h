@@ -1,5 +1,5 @@
-// Sums over experts in eight lanes: the order is fixed, so the bits are the same everywhere, and the additions
-// need not wait for each other.
+// Sums over experts in eight lanes: the order is fixed, so the bits are the same everywhere, and the
+// additions need not wait for each other.
 #pragma once
 
 #include <cstddef>

@@ -1,4 +1,5 @@
 #include "moectl/config.h"
+#include "test_paths.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>

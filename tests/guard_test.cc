@@ -7,6 +7,7 @@
 
 #include "moectl/controller.h"
 #include "moectl/simulation.h"
+#include "test_paths.h"
 
 namespace moectl {
 namespace {

@@ -2,6 +2,7 @@
 
 #include "moectl/config.h"
 #include "moectl/feasibility.h"
+#include "test_paths.h"
 #include "tool.h"
 
 namespace moectl {

@@ -1,5 +1,6 @@
 // What all subcommands share: usage, exit codes, help, plugins.
 #include "tool.h"
+#include "test_paths.h"
 
 #include <gmock/gmock.h>
 

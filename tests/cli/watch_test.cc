@@ -3,6 +3,7 @@
 #include <chrono>
 #include <thread>
 
+#include "test_paths.h"
 #include "tool.h"
 
 namespace moectl {

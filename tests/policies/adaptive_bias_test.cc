@@ -4,6 +4,7 @@
 
 #include "moectl/simulation.h"
 #include "policies/policy_rig.h"
+#include "test_paths.h"
 
 namespace moectl {
 namespace {

@@ -7,6 +7,7 @@
 
 #include "allocation_counter.h"
 #include "policies/policy_rig.h"
+#include "test_paths.h"
 
 namespace moectl {
 namespace {

@@ -8,6 +8,7 @@
 #include "allocation_counter.h"
 #include "moectl/simulation.h"
 #include "policies/policy_rig.h"
+#include "test_paths.h"
 
 namespace moectl {
 namespace {

@@ -5,6 +5,7 @@
 #include <random>
 
 #include "policies/policy_rig.h"
+#include "test_paths.h"
 
 namespace moectl {
 namespace {
