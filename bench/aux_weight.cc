@@ -2,9 +2,10 @@
 // simulated router.
 //
 // Balance is the signed excess CV, cost the displacement of the router's preferences from those that the task
-// wants (simulation.h), both averaged over the last 1000 of 4000 steps. pi starts from weights 100 times too
-// high and too low. Its cost is compared with that of the fixed weight which balances as well: cost over
-// balance, interpolated between the seven in logarithms. Prints Markdown.
+// wants (simulation.h), both averaged over the last 800 of 3000 steps. pi starts from weights 100 times too
+// high and too low, with its default gains and with gains of its own finding (autotune). Its cost is compared
+// with that of the fixed weight which balances as well: a run at the weight that the seven say balances as pi
+// did, and the slope of the seven for what is left. Prints Markdown.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -18,7 +19,7 @@
 namespace moectl::bench {
 namespace {
 
-constexpr std::int64_t kSteps = 4000, kWindow = 1000;
+constexpr std::int64_t kSteps = 3000, kWindow = 800, kTokens = 1024;
 
 struct Point {
   double excess = 0, cost = 0, weight = 0;
@@ -26,14 +27,20 @@ struct Point {
   int reversals = 0;  // moves against the one before, in the window
 };
 
-Point run(const std::string& policy, double initial, double target, std::uint64_t seed) {
+enum class Tuner { kFixed, kGains, kAutotune };
+
+Point run(Tuner tuner, double initial, double target, std::uint64_t seed) {
   SimulationOptions plant;
   plant.seed = seed;
+  plant.tokens = kTokens;
   ControllerConfig config = config_for({"", "fixed", {}}, plant);
-  config.aux_loss_weight.policy = policy;
+  config.aux_loss_weight.policy = tuner == Tuner::kFixed ? "fixed" : "pi";
   config.aux_loss_weight.initial = initial;
   config.aux_loss_weight.limits = {.min = 1e-6, .max = 10, .rate = 0.5, .cadence = 10};
-  if (policy == "pi") config.aux_loss_weight.options.set("target", target);
+  if (tuner != Tuner::kFixed) {
+    config.aux_loss_weight.options.set("target", target);
+    config.aux_loss_weight.options.set("autotune", tuner == Tuner::kAutotune);
+  }
   Controller controller(config);
   SimulatedRouter router(plant);
   Point p;
@@ -57,21 +64,25 @@ Point run(const std::string& policy, double initial, double target, std::uint64_
   return p;
 }
 
-// The fixed weight that balances as well as `wanted`, by the secant rule on logarithms.
-Point as_good(const Point& wanted, std::uint64_t seed) {
-  double weight = wanted.weight;
-  Point found = run("fixed", weight, 0, seed), other = run("fixed", 1.05 * weight, 0, seed);
-  for (int i = 0; i < 2 && other.excess != found.excess; ++i) {
-    const double slope = (other.excess - found.excess) / std::log(other.weight / found.weight);
-    weight *= std::exp(std::clamp((wanted.excess - found.excess) / slope, -0.5, 0.5));
-    other = found;
-    found = run("fixed", weight, 0, seed);
-  }
+// Of the seven, by falling excess, the first of the two between which `excess` lies (or that are nearest).
+std::size_t segment_of(const std::vector<Point>& curve, double excess) {
+  std::size_t i = 0;
+  while (i + 2 < curve.size() && curve[i + 1].excess > excess) ++i;
+  return i;
+}
+
+// The fixed weight that balances as well as `wanted`.
+Point as_good(const Point& wanted, const std::vector<Point>& curve, std::uint64_t seed) {
+  const std::size_t i = segment_of(curve, wanted.excess);
+  const Point &a = curve[i], &b = curve[i + 1];
+  const double part = (wanted.excess - a.excess) / (b.excess - a.excess);
+  Point found = run(Tuner::kFixed, a.weight * std::pow(b.weight / a.weight, part), 0, seed);
+  found.cost += (wanted.excess - found.excess) * (b.cost - a.cost) / (b.excess - a.excess);
   return found;
 }
 
 int main_of(int argc, char** argv) {
-  int seeds = 3;
+  int seeds = 1;
   if (argc == 3 && std::string(argv[1]) == "--seeds") {
     seeds = std::max(1, std::atoi(argv[2]));
   } else if (argc != 1) {
@@ -83,13 +94,14 @@ int main_of(int argc, char** argv) {
   for (int seed = 1; seed <= seeds; ++seed) {
     const auto s = static_cast<std::uint64_t>(seed);
     std::vector<Point> curve(weights.size());
-    in_parallel(weights.size(), [&](std::size_t i) { curve[i] = run("fixed", weights[i], 0, s); });
+    in_parallel(weights.size(), [&](std::size_t i) { curve[i] = run(Tuner::kFixed, weights[i], 0, s); });
     std::printf("\n### Seed %d\n\n| weight | excess CV | cost |\n|---|---|---|\n", seed);
     for (std::size_t i = 0; i < weights.size(); ++i) {
       std::printf("| fixed %g | %.3f | %.4f |\n", weights[i], curve[i].excess, curve[i].cost);
     }
     // Where pi should end, from the curve: first weights are 100 times above and below it.
     struct Trial {
+      Tuner tuner;
       double target, initial;
       Point point, fixed;
     };
@@ -99,21 +111,23 @@ int main_of(int argc, char** argv) {
       for (std::size_t i = 0; i < curve.size(); ++i) {
         if (std::abs(curve[i].excess - target) < std::abs(curve[nearest].excess - target)) nearest = i;
       }
-      trials.push_back({target, weights[nearest] / 100, {}, {}});
-      trials.push_back({target, weights[nearest] * 100, {}, {}});
+      for (const Tuner tuner : {Tuner::kGains, Tuner::kAutotune}) {
+        trials.push_back({tuner, target, weights[nearest] / 100, {}, {}});
+        trials.push_back({tuner, target, weights[nearest] * 100, {}, {}});
+      }
     }
     in_parallel(trials.size(), [&](std::size_t i) {
-      trials[i].point = run("pi", trials[i].initial, trials[i].target, s);
-      trials[i].fixed = as_good(trials[i].point, s);
+      trials[i].point = run(trials[i].tuner, trials[i].initial, trials[i].target, s);
+      trials[i].fixed = as_good(trials[i].point, curve, s);
     });
     std::printf(
-        "\n| pi: target, first weight | excess CV | cost | fixed weight as good: excess, cost | ratio | "
-        "weight | "
-        "moves, reversals |\n|---|---|---|---|---|---|---|\n");
+        "\n| pi | target | first weight | excess CV | cost | fixed weight as good | its cost | ratio | "
+        "moves, reversals |\n|---|---|---|---|---|---|---|---|---|\n");
     for (const Trial& t : trials) {
-      std::printf("| %.2f, %.0e | %.3f | %.4f | %.3f, %.4f | %.3f | %.4f | %d, %d |\n", t.target, t.initial,
-                  t.point.excess, t.point.cost, t.fixed.excess, t.fixed.cost, t.point.cost / t.fixed.cost,
-                  t.point.weight, t.point.moves, t.point.reversals);
+      std::printf("| %s | %.2f | %.0e | %.3f | %.4f | %.5f | %.4f | %.3f | %d, %d |\n",
+                  t.tuner == Tuner::kGains ? "gains 1, 0.15" : "autotune", t.target, t.initial,
+                  t.point.excess, t.point.cost, t.fixed.weight, t.fixed.cost, t.point.cost / t.fixed.cost,
+                  t.point.moves, t.point.reversals);
     }
   }
   return 0;

@@ -17,24 +17,19 @@
 #include <cmath>
 
 #include "builtin.h"
+#include "set_point.h"
 
 namespace moectl::policies {
 namespace {
 
 struct Options {
-  std::string metric = "load_cv";
-  double target = 0.3;
-  std::string effect = "lowers";
-  std::string over_layers = "mean";
+  SetPoint set_point;
   double factor = 1.2;
   double ema = 1;
   double dead_band = 0;
 
   static Options from(const PolicyOptions& o) {
-    return {.metric = o.text("metric"),
-            .target = o.number("target"),
-            .effect = o.text("effect"),
-            .over_layers = o.text("over_layers"),
+    return {.set_point = SetPoint::from(o),
             .factor = o.number("factor"),
             .ema = o.number("ema"),
             .dead_band = o.number("dead_band")};
@@ -43,19 +38,18 @@ struct Options {
 
 class Multiplicative final : public Policy {
  public:
-  explicit Multiplicative(const Options& options) : options_(options), field_(find_metric(options.metric)) {}
+  explicit Multiplicative(const Options& options) : options_(options) {}
 
   void propose(const LayerView& layer, std::span<double> value) override {
-    const Metrics& metrics = options_.over_layers == "worst" ? layer.worst : layer.metrics;
-    const Metrics::Value seen = metrics.*(field_->value);
+    const SetPoint& goal = options_.set_point;
+    const Metrics::Value seen = goal.metrics(layer).*(goal.metric->value);
     if (!seen || !std::isfinite(*seen)) return;
     average_ = known_ ? average_ + options_.ema * (*seen - average_) : *seen;
     known_ = true;
-    const double band = std::abs(options_.target) * options_.dead_band;
-    int direction = average_ > options_.target + band ? 1 : (average_ < options_.target - band ? -1 : 0);
-    if (options_.effect == "raises") direction = -direction;
-    if (direction > 0) value[0] *= options_.factor;
-    if (direction < 0) value[0] /= options_.factor;
+    const double error = goal.error(average_);
+    const double band = std::abs(goal.target) * options_.dead_band;
+    if (error > band) value[0] *= options_.factor;
+    if (error < -band) value[0] /= options_.factor;
   }
 
   void save(StateWriter& out) const override {
@@ -71,7 +65,6 @@ class Multiplicative final : public Policy {
 
  private:
   Options options_;
-  const MetricField* field_;
   double average_ = 0;
   bool known_ = false;
 };
@@ -84,53 +77,24 @@ std::string check(const PolicyContext& context, const PolicyOptions&) {
 
 PolicyDescription multiplicative() {
   const Options defaults;
-  std::vector<std::string> metrics;
-  for (const MetricField& field : metric_fields()) metrics.emplace_back(field.name);
   PolicyDescription d;
   d.name = "multiplicative";
   d.summary = "a fixed factor up or down on the sign of a metric's error (ReMoE, axlearn)";
   d.actuators = {Actuator::kAuxLossWeight, Actuator::kRouterTemperature};
-  d.options = {
-      {.name = "metric",
-       .default_value = defaults.metric,
-       .unit = "",
-       .description = "the process variable",
-       .choices = metrics},
-      {.name = "target",
-       .default_value = defaults.target,
-       .unit = "of the metric",
-       .description = "where the metric should be",
-       .min = -1e6,
-       .max = 1e6},
-      {.name = "effect",
-       .default_value = defaults.effect,
-       .unit = "",
-       .description = "what raising the actuator does to the metric",
-       .choices = {"lowers", "raises"}},
-      {.name = "over_layers",
-       .default_value = defaults.over_layers,
-       .unit = "",
-       .description = "for scope: model, the mean over layers or the largest",
-       .choices = {"mean", "worst"}},
-      {.name = "factor",
-       .default_value = defaults.factor,
-       .unit = "",
-       .description = "by which the value is multiplied or divided at every decision",
-       .min = 1,
-       .max = 10},
-      {.name = "ema",
-       .default_value = defaults.ema,
-       .unit = "",
-       .description = "weight of the newest window in the averaged metric",
-       .min = 1e-3,
-       .max = 1},
-      {.name = "dead_band",
-       .default_value = defaults.dead_band,
-       .unit = "of the target",
-       .description = "errors no larger than this move nothing",
-       .min = 0,
-       .max = 10},
-  };
+  d.options = SetPoint::options("load_cv", 0.3);
+  d.options.push_back({.name = "factor",
+                       .default_value = defaults.factor,
+                       .unit = "",
+                       .description = "by which the value is multiplied or divided at every decision",
+                       .min = 1,
+                       .max = 10});
+  d.options.push_back(ema_option(defaults.ema));
+  d.options.push_back({.name = "dead_band",
+                       .default_value = defaults.dead_band,
+                       .unit = "of the target",
+                       .description = "errors no larger than this move nothing",
+                       .min = 0,
+                       .max = 10});
   d.make = [](const PolicyContext&, const PolicyOptions& options) {
     return std::make_unique<Multiplicative>(Options::from(options));
   };

@@ -211,9 +211,13 @@ struct PiRun {
   bool at_bound = false;
 };
 
-PiRun run_pi(double target, double initial) {
+PiRun run_pi(double target, double initial, bool autotune) {
   SimulationOptions plant;
-  Controller controller(pi_config(plant, target, initial));
+  plant.tokens = 1024;
+  plant.seed = 2;
+  ControllerConfig config = pi_config(plant, target, initial);
+  config.aux_loss_weight.options.set("autotune", autotune);
+  Controller controller(config);
   PiRun out;
   double square = 0;
   simulate(controller, plant, 2500, [&](const StepReport& report) {
@@ -228,10 +232,13 @@ PiRun run_pi(double target, double initial) {
 }
 
 TEST(ClosedLoop, PiReachesItsTargetFromWeightsFarOff) {
-  for (double initial : {1e-5, 1e-1}) {
-    const PiRun r = run_pi(0.3, initial);
-    EXPECT_NEAR(r.excess, 0.3, 0.03) << initial;
-    EXPECT_FALSE(r.at_bound) << initial;
+  // 100 times the weight that balances so, about 3e-3, and a hundredth of it.
+  for (const double initial : {3e-5, 3e-1}) {
+    for (const bool autotune : {false, true}) {
+      const PiRun r = run_pi(0.3, initial, autotune);
+      EXPECT_NEAR(r.excess, 0.3, 0.03) << initial << " " << autotune;
+      EXPECT_FALSE(r.at_bound) << initial << " " << autotune;
+    }
   }
 }
 

@@ -113,6 +113,61 @@ TEST(Pi, SettlesOnASluggishRouterFromBothSides) {
   }
 }
 
+// load_cv is .5 for (3, 1) and .3 for (13, 7): errors of ±.25 at a target of .4, five decisions each. With kp
+// = ki = 0 only the relay moves the weight: it starts at the sixth decision, downwards, and the wave in force
+// is that of the errors turned round and one decision late, so |U|/|E| = .7/.25 over cycles of ten decisions.
+TEST(Pi, AutotuneReadsItsGainsFromTheSwing) {
+  PolicyRig rig("pi", aux({{"metric", std::string("load_cv")},
+                           {"target", 0.4},
+                           {"ema", 1.0},
+                           {"kp", 0.0},
+                           {"ki", 0.0},
+                           {"dead_band", 0.1},
+                           {"autotune", true}}));
+  PolicyRig resumed = PolicyRig("pi", aux({{"metric", std::string("load_cv")},
+                                           {"target", 0.4},
+                                           {"ema", 1.0},
+                                           {"kp", 0.0},
+                                           {"ki", 0.0},
+                                           {"dead_band", 0.1},
+                                           {"autotune", true}}));
+  const RoutingStats uneven = stats_of(rig.shape(), {3, 1}), even = stats_of(rig.shape(), {13, 7});
+  const auto window = [&](int decision) { return decision / 5 % 2 == 0 ? uneven : even; };
+  for (int decision = 0; decision < 30; ++decision) {
+    rig.step(window(decision));
+    const double swing = decision < 5 ? 0 : (decision / 5 % 2 == 0 ? 0.7 : -0.7);
+    ASSERT_NEAR(std::log(rig.value[0] / 0.01), swing, 1e-12) << decision;
+    if (decision == 17) {
+      resumed.load(rig.save());
+      resumed.value = rig.value;
+      resumed.now = rig.now;
+    } else if (decision > 17) {
+      resumed.step(window(decision));
+      ASSERT_EQ(resumed.value, rig.value);
+    }
+  }
+  rig.step(uneven);  // the third turn upwards: two whole cycles, and the swing is taken back
+  EXPECT_NEAR(rig.value[0], 0.01, 1e-14);
+  const double kp = 0.7 / 0.25 / 3.2, ki = kp / 10;
+  rig.step(even);
+  EXPECT_NEAR(std::log(rig.value[0] / 0.01), kp * -0.5 + ki * -0.25, 1e-12);
+}
+
+TEST(Pi, AutotuneThatNeverSeesATurnKeepsTheGainsGiven) {
+  PolicyRig rig("pi", aux({{"metric", std::string("load_cv")},
+                           {"target", 0.25},
+                           {"ema", 1.0},
+                           {"kp", 0.0},
+                           {"ki", 0.5},
+                           {"autotune", true}}));
+  for (int i = 0; i < 500; ++i) {
+    rig.step(stats_of(rig.shape(), {3, 1}));
+    rig.value[0] = std::min(rig.value[0], 0.1);
+  }
+  const double before = rig.value[0];
+  EXPECT_NEAR(std::log(rig.step(stats_of(rig.shape(), {3, 1}))[0] / before), 0.5, 1e-12);
+}
+
 TEST(Pi, AtABoundItDoesNotWindUp) {
   // A target out of reach: the weight goes to its bound and stays; relieved, it leaves it within a few
   // decisions.
