@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 
 namespace moectl {
 namespace {
@@ -81,6 +82,7 @@ void LayerMean::add(const Metrics& metrics) {
   cv_.add(metrics.load_cv);
   floor_max_vio_.add(floor_max_vio(metrics));
   floor_cv_.add(metrics.sampling_floor_cv ? metrics.sampling_floor_cv : metrics.noise_floor_cv);
+  excess_cv_sq_.add(signed_excess_cv_sq(metrics));
   figures_.dead_experts += metrics.dead_experts.value_or(0);
 }
 
@@ -100,6 +102,7 @@ StepFigures LayerMean::figures() const {
   figures.cv = cv_.value();
   figures.floor_max_vio = floor_max_vio_.value();
   figures.floor_cv = floor_cv_.value();
+  figures.excess_cv_sq = excess_cv_sq_.value();
   return figures;
 }
 
@@ -131,6 +134,9 @@ Figures compute_figures(std::span<const StepFigures> steps, std::optional<std::i
   out.max_vio_over_floor = ratio(out.max_vio, floor);
   out.cv = mean(steady, [](const StepFigures& step) { return step.cv; });
   out.cv_over_floor = ratio(out.cv, mean(steady, [](const StepFigures& step) { return step.floor_cv; }));
+  if (const auto square = mean(steady, [](const StepFigures& step) { return step.excess_cv_sq; })) {
+    out.excess_cv = std::copysign(std::sqrt(std::abs(*square)), *square);
+  }
   out.dead_experts = mean(steady, [](const StepFigures& step) { return std::optional(step.dead_experts); });
   if (floor) out.settle = find_settle(steps, kSettledRatio * *floor);
   if (cut < steps.size()) {
@@ -164,6 +170,7 @@ std::vector<std::pair<std::string, std::optional<double>>> fields_of(const Figur
           {"max_vio_over_floor", figures.max_vio_over_floor},
           {"cv", figures.cv},
           {"cv_over_floor", figures.cv_over_floor},
+          {"excess_cv", figures.excess_cv},
           {"excess_area", figures.excess_area},
           {"dead_experts", figures.dead_experts},
           {"limit_hits", whole(figures.limit_hits)},

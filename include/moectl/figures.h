@@ -27,6 +27,7 @@ struct StepFigures {
   std::int64_t step = 0;
   std::optional<double> max_vio, cv;              ///< Means over layers.
   std::optional<double> floor_max_vio, floor_cv;  ///< Likewise.
+  std::optional<double> excess_cv_sq;             ///< Likewise: load_cv² less the floor's, signed.
   double dead_experts = 0;                        ///< Sum over layers.
   std::int64_t limit_hits = 0;  ///< Actuators that a limit kept from their proposal; see is_limit().
   std::optional<double> loss;
@@ -53,7 +54,7 @@ class LayerMean {
     std::optional<double> value() const;
   };
   StepFigures figures_;
-  Mean max_vio_, cv_, floor_max_vio_, floor_cv_;
+  Mean max_vio_, cv_, floor_max_vio_, floor_cv_, excess_cv_sq_;
 };
 
 /// One step of a running controller.
@@ -64,7 +65,9 @@ struct Figures {
   std::int64_t steps = 0;
   std::optional<std::int64_t> settle;                                    ///< Absent: never.
   std::optional<double> max_vio, max_vio_over_floor, cv, cv_over_floor;  ///< Over the steady window.
-  std::optional<double> excess_area;                                     ///< Absent without a shift.
+  std::optional<double>
+      excess_cv;  ///< Over the steady window: the root of the mean signed square, with its sign.
+  std::optional<double> excess_area;      ///< Absent without a shift.
   std::optional<double> dead_experts;     ///< Mean over the steady window of the sum over layers.
   std::int64_t limit_hits = 0;            ///< Over the whole run.
   std::optional<double> loss;             ///< Mean of the last 100 steps that have one.

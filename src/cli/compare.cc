@@ -72,6 +72,8 @@ void add_compare(CLI::App& app, Tool& tool) {
       "  max_vio, cv         mean over the steady window: the last 100 steps before the shift, else of the "
       "run\n"
       "  ..._over_floor      that, over the mean floor (sampling floor where logged, else noise floor)\n"
+      "  excess_cv           what of cv control can remove: root of the mean of cv^2 - floor^2, with its "
+      "sign\n"
       "  excess_area         sum over the 100 steps from the shift on of MaxVio above its mean over the last "
       "100\n"
       "  dead_experts        all layers together, mean over the steady window\n"

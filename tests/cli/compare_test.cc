@@ -33,6 +33,7 @@ TEST(Compare, FiguresOfAMadeRun) {
   EXPECT_NEAR(figures["cv"].get<double>(), 0.1, 1e-12);
   // √((2/1 - 1)/100) = 0.1: at the floor.
   EXPECT_NEAR(figures["cv_over_floor"].get<double>(), 1, 1e-12);
+  EXPECT_NEAR(figures["excess_cv"].get<double>(), 0, 1e-8);
   // MaxVio's floor at N = 2 is 0.1 · z √2 + 0.01 (z² - 1)/6 with z = Φ⁻¹(1.625/2.25) = 0.589456.
   EXPECT_NEAR(figures["max_vio_over_floor"].get<double>(), 0.1 / 0.0822745, 1e-5);
   // The median of steps 38…42 is the first with three values of 0.1 < 1.6 · 0.0823.
@@ -62,11 +63,13 @@ TEST(Compare, TheTableSetsRunsSideBySide) {
   ASSERT_EQ(table.code, 0) << table.err;
   const auto lines = table.lines();
   ASSERT_EQ(lines.size(), 3U);
+  // Excess CV: √(1² - 0.1²), and -√(0.1² - 0.04²).
   EXPECT_THAT(lines[0],
               ::testing::MatchesRegex("run +steps +settle +max_vio +max_vio_over_floor +cv +cv_over_floor "
-                                      "+dead_experts +limit_hits"));
-  EXPECT_THAT(lines[1], ::testing::MatchesRegex("never.jsonl +60 +never +1 +12.15 +1 +10 +[0-9.]+ +0"));
-  EXPECT_THAT(lines[2], ::testing::MatchesRegex("b.jsonl +60 +4 +0.04 +0.4862 +0.04 +0.4 +0 +0"));
+                                      "+excess_cv +dead_experts +limit_hits"));
+  EXPECT_THAT(lines[1],
+              ::testing::MatchesRegex("never.jsonl +60 +never +1 +12.15 +1 +10 +0.995 +[0-9.]+ +0"));
+  EXPECT_THAT(lines[2], ::testing::MatchesRegex("b.jsonl +60 +4 +0.04 +0.4862 +0.04 +0.4 +-0.09165 +0 +0"));
   EXPECT_EQ(lines[0].size(), lines[1].size());
   EXPECT_EQ(lines[1].size(), lines[2].size());
 }
