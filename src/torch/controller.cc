@@ -1,9 +1,13 @@
 #include "moectl/torch/controller.h"
 
 #include <cstring>
+#include <span>
 #include <stdexcept>
+#include <utility>
 
+#include "device_sums.h"
 #include "host_batch.h"
+#include "side_stream.h"
 
 namespace moectl {
 namespace {
@@ -22,19 +26,41 @@ bool RecordingGuard::active() {
   return recording_guards > 0;
 }
 
-TorchController::TorchController(ControllerConfig config, const PolicyRegistry& registry)
-    : controller_(std::move(config), registry) {
+struct TorchController::Outbox {
+  explicit Outbox(const ::torch::Tensor& values)
+      : floats(host_buffer(values.numel(), ::torch::kFloat, values.device())),
+        side(values.device()),
+        sent(values.device()) {}
+
+  ::torch::Tensor floats;
+  SideStream side;
+  Mark sent;
+};
+
+TorchController::TorchController(ControllerConfig config, const TorchOptions& options,
+                                 const PolicyRegistry& registry)
+    : options_(options), controller_(std::move(config), registry) {
   const ModelConfig& model = controller_.config().model;
   // Plain tensors even when the host builds its model in inference mode: their versions must count (see
   // publish).
   const c10::InferenceMode normal(false);
   const ::torch::NoGradGuard no_grad;
-  biases_ = ::torch::zeros({model.layers, model.experts});
-  temperatures_ = ::torch::ones({model.layers});
-  aux_loss_weights_ = ::torch::zeros({model.layers});
-  for (int layer = 0; layer < model.layers; ++layer) {
-    actuators_.push_back(
-        {biases_.select(0, layer), temperatures_.select(0, layer), aux_loss_weights_.select(0, layer)});
+  const std::int64_t layers = model.layers, experts = model.experts;
+  values_ = ::torch::zeros({layers * (experts + 2)}, ::torch::dtype(::torch::kFloat).device(options_.device));
+  const ::torch::Tensor biases = values_.narrow(0, 0, layers * experts).view({layers, experts});
+  const ::torch::Tensor temperatures = values_.narrow(0, layers * experts, layers);
+  const ::torch::Tensor weights = values_.narrow(0, layers * (experts + 1), layers);
+  for (std::int64_t layer = 0; layer < layers; ++layer) {
+    actuators_.push_back({biases.select(0, layer), temperatures.select(0, layer), weights.select(0, layer)});
+  }
+  outbox_ = std::make_shared<Outbox>(values_);
+  // Rows of margins are no sums: they are gathered on the host alone.
+  const bool on_device = !options_.device.is_cpu() || options_.count_by_operators;
+  if (on_device && !controller_.shape().needs.margin_rows) {
+    sums_ = std::make_shared<DeviceSums>(model.layers, controller_.shape(), options_.device);
+    controller_.set_exchange(
+        [sums = sums_](std::span<std::int64_t> payload, std::span<std::int64_t> own,
+                       const Reduction& reduction) { return sums->exchange(payload, own, reduction); });
   }
   publish();
 }
@@ -45,10 +71,17 @@ bool TorchController::recording() {
 
 void TorchController::record(int layer, const ::torch::Tensor& indices, const RecordOptions& options) {
   if (!recording() || controller_.config().mode == Mode::kOff) return;
-  controller_.record(layer, HostBatch(controller_.shape(), indices, options).batch(), options.micro_batch);
+  if (!sums_ || !indices.defined() || indices.device().type() != sums_->device().type()) {
+    controller_.record(layer, HostBatch(controller_.shape(), indices, options).batch(), options.micro_batch);
+    return;
+  }
+  check_record(controller_.shape(), indices, options);
+  controller_.record(
+      layer, [&](RoutingStats&) { sums_->add(layer, indices, options); }, options.micro_batch);
 }
 
 const StepReport& TorchController::step(const StepInfo& info) {
+  if (sums_ && controller_.config().lag == 0) sums_->drain(controller_);
   const StepReport& report = controller_.step(info);
   publish();
   return report;
@@ -63,22 +96,35 @@ const RouterActuators& TorchController::actuators(int layer) const {
 }
 
 void TorchController::publish() {
-  auto* bias = biases_.data_ptr<float>();
-  auto* temperature = temperatures_.data_ptr<float>();
-  auto* weight = aux_loss_weights_.data_ptr<float>();
-  for (int layer = 0; layer < static_cast<int>(actuators_.size()); ++layer) {
-    for (const double value : controller_.bias(layer)) *bias++ = static_cast<float>(value);
-    *temperature++ = static_cast<float>(controller_.temperature(layer));
-    *weight++ = static_cast<float>(controller_.aux_loss_weight(layer));
+  const bool in_place = options_.device.is_cpu() && !outbox_->side.asynchronous();
+  if (!in_place) outbox_->sent.wait();
+  float* value = (in_place ? values_ : outbox_->floats).data_ptr<float>();
+  const int layers = static_cast<int>(actuators_.size());
+  for (int layer = 0; layer < layers; ++layer) {
+    for (const double bias : controller_.bias(layer)) *value++ = static_cast<float>(bias);
   }
-  // Written behind autograd's back: say so, or a graph kept over the step would silently use the new values.
-  biases_.unsafeGetTensorImpl()->bump_version();
-  temperatures_.unsafeGetTensorImpl()->bump_version();
-  aux_loss_weights_.unsafeGetTensorImpl()->bump_version();
+  for (int layer = 0; layer < layers; ++layer) *value++ = static_cast<float>(controller_.temperature(layer));
+  for (int layer = 0; layer < layers; ++layer) {
+    *value++ = static_cast<float>(controller_.aux_loss_weight(layer));
+  }
+  if (in_place) {
+    // Written behind autograd's back: say so, or a graph kept over the step would silently use the new
+    // values.
+    values_.unsafeGetTensorImpl()->bump_version();
+    return;
+  }
+  const ::torch::NoGradGuard no_grad;
+  values_.copy_(outbox_->floats, /*non_blocking=*/outbox_->side.asynchronous());
+  outbox_->sent.set();
 }
 
-void TorchController::save(::torch::serialize::OutputArchive& archive, const std::string& key) const {
-  const std::string state = controller_.save();
+std::string TorchController::save() {
+  if (sums_) sums_->drain(controller_);
+  return controller_.save();
+}
+
+void TorchController::save(::torch::serialize::OutputArchive& archive, const std::string& key) {
+  const std::string state = save();
   ::torch::Tensor bytes = ::torch::empty({static_cast<std::int64_t>(state.size())}, ::torch::kUInt8);
   std::memcpy(bytes.data_ptr(), state.data(), state.size());
   archive.write(key, bytes);
@@ -86,6 +132,7 @@ void TorchController::save(::torch::serialize::OutputArchive& archive, const std
 
 void TorchController::load(std::string_view state) {
   controller_.load(state);
+  if (sums_) sums_->clear();
   publish();
 }
 

@@ -29,12 +29,32 @@ const void* HostBatch::host(const ::torch::Tensor& tensor, ::torch::ScalarType t
   return held_[held_count_++].data_ptr();
 }
 
-HostBatch::HostBatch(const StatsShape& shape, const ::torch::Tensor& indices, const RecordOptions& options) {
+void check_record(const StatsShape& shape, const ::torch::Tensor& indices, const RecordOptions& options) {
   require(indices.defined() && (indices.dim() == 2 || indices.dim() == 3) && indices.size(-1) == shape.top_k,
           "indices", indices, "must be [B, S, k] or [T, k] with the k of the config");
   require(is_integer(indices), "indices", indices, "must be of an integer type");
   const std::int64_t tokens = indices.numel() / shape.top_k;
-  const auto count = static_cast<std::size_t>(tokens);
+  if (const auto& mask = options.mask; mask.defined())
+    require(mask.numel() == tokens, "mask", mask, "must have one element a token");
+  if (const auto& ids = options.sequence_ids; ids.defined())
+    require(ids.numel() == tokens && is_integer(ids), "sequence_ids", ids, "must have one integer a token");
+  if (const auto& values = options.top_values; values.defined())
+    require(values.numel() == tokens * (shape.top_k + 1), "top_values", values, "must be [T, k+1]");
+  if (const auto& values = options.biased_scores; values.defined()) {
+    require(values.numel() == tokens * shape.experts, "biased_scores", values, "must be [T, N]");
+    require(options.top_values.defined(), "biased_scores", values, "must come with top_values");
+  }
+  if (const auto& values = options.probabilities; values.defined())
+    require(values.numel() == tokens * shape.experts, "probabilities", values, "must be [T, N]");
+  if (const auto& ids = options.domain_ids; ids.defined())
+    require(ids.numel() == tokens && is_integer(ids), "domain_ids", ids, "must have one integer a token");
+  if (const auto& dropped = options.dropped; dropped.defined())
+    require(dropped.numel() == 1 && is_integer(dropped), "dropped", dropped, "must be one integer");
+}
+
+HostBatch::HostBatch(const StatsShape& shape, const ::torch::Tensor& indices, const RecordOptions& options) {
+  check_record(shape, indices, options);
+  const auto count = static_cast<std::size_t>(indices.numel() / shape.top_k);
   const auto integers = [&](const ::torch::Tensor& tensor) {
     return static_cast<const std::int64_t*>(host(tensor, ::torch::kInt64));
   };
@@ -44,42 +64,29 @@ HostBatch::HostBatch(const StatsShape& shape, const ::torch::Tensor& indices, co
 
   batch_.experts = {integers(indices), count * static_cast<std::size_t>(shape.top_k)};
   if (const auto& mask = options.mask; mask.defined()) {
-    require(mask.numel() == tokens, "mask", mask, "must have one element a token");
     const bool bytes = mask.scalar_type() == ::torch::kUInt8;
     batch_.mask = {static_cast<const std::uint8_t*>(host(mask, bytes ? ::torch::kUInt8 : ::torch::kBool)),
                    count};
   }
   if (const auto& ids = options.sequence_ids; ids.defined()) {
-    require(ids.numel() == tokens && is_integer(ids), "sequence_ids", ids, "must have one integer a token");
     if (shape.needs.sequences) batch_.sequence_ids = {integers(ids), count};
   } else if (indices.dim() == 3 && shape.needs.sequences) {
     batch_.sequence_length = indices.size(1);
   }
   const bool margins = shape.needs.margins || shape.needs.margin_rows;
-  if (const auto& values = options.top_values; values.defined()) {
-    require(values.numel() == tokens * (shape.top_k + 1), "top_values", values, "must be [T, k+1]");
-    if (shape.needs.gap || margins)
-      batch_.top_values = {floats(values), count * static_cast<std::size_t>(shape.top_k + 1)};
+  if (const auto& values = options.top_values; values.defined() && (shape.needs.gap || margins)) {
+    batch_.top_values = {floats(values), count * static_cast<std::size_t>(shape.top_k + 1)};
   }
-  if (const auto& values = options.biased_scores; values.defined()) {
-    require(values.numel() == tokens * shape.experts, "biased_scores", values, "must be [T, N]");
-    require(options.top_values.defined(), "biased_scores", values, "must come with top_values");
-    if (margins) batch_.biased_scores = {floats(values), count * static_cast<std::size_t>(shape.experts)};
+  if (const auto& values = options.biased_scores; values.defined() && margins) {
+    batch_.biased_scores = {floats(values), count * static_cast<std::size_t>(shape.experts)};
   }
-  if (const auto& values = options.probabilities; values.defined()) {
-    require(values.numel() == tokens * shape.experts, "probabilities", values, "must be [T, N]");
-    if (shape.needs.probabilities) {
-      batch_.probabilities = {floats(values), count * static_cast<std::size_t>(shape.experts)};
-    }
+  if (const auto& values = options.probabilities; values.defined() && shape.needs.probabilities) {
+    batch_.probabilities = {floats(values), count * static_cast<std::size_t>(shape.experts)};
   }
-  if (const auto& ids = options.domain_ids; ids.defined()) {
-    require(ids.numel() == tokens && is_integer(ids), "domain_ids", ids, "must have one integer a token");
-    if (shape.needs.domains > 0) batch_.domain_ids = {integers(ids), count};
+  if (const auto& ids = options.domain_ids; ids.defined() && shape.needs.domains > 0) {
+    batch_.domain_ids = {integers(ids), count};
   }
-  if (const auto& dropped = options.dropped; dropped.defined()) {
-    require(dropped.numel() == 1 && is_integer(dropped), "dropped", dropped, "must be one integer");
-    batch_.dropped = *integers(dropped);
-  }
+  if (const auto& dropped = options.dropped; dropped.defined()) batch_.dropped = *integers(dropped);
 }
 
 }  // namespace moectl

@@ -10,6 +10,9 @@
 
 namespace moectl {
 
+/// Throws std::invalid_argument unless the tensors of one record fit `shape` and one another.
+void check_record(const StatsShape& shape, const ::torch::Tensor& indices, const RecordOptions& options);
+
 /// The views of one record and the tensors that keep their memory alive.
 class HostBatch {
  public:

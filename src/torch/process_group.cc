@@ -1,58 +1,104 @@
 #include "moectl/torch/process_group.h"
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
+#include "group_reduction.h"
+#include "side_stream.h"
+
 namespace moectl {
+
+/// The memory of one collective. One that timed out may still write to it, so it is neither the payload nor
+/// used again unless the collective succeeded.
+struct GroupReduction::Buffers {
+  Buffers(std::int64_t size, c10::Device device)
+      : host(host_buffer(size, at::kLong, device)),
+        sums(device.is_cpu() ? host : at::empty({size}, at::dtype(at::kLong).device(device))),
+        side(device),
+        landed(device) {}
+
+  at::Tensor host, sums;  // one tensor on the CPU
+  SideStream side;
+  Mark landed;
+};
+
+struct GroupReduction::Shared {
+  StartAllReduce start;
+  int ranks;
+  ReductionOptions options;
+  std::shared_ptr<Buffers> spare;
+};
+
 namespace {
 
-/// Runs the collectives of one controller, in a tensor of its own: a collective that timed out may still be
-/// writing to it, so it must be neither the payload nor used again.
-class GroupReduction {
- public:
-  GroupReduction(StartAllReduce start, int ranks, const ReductionOptions& options)
-      : start_(std::move(start)), ranks_(ranks), options_(options) {}
+/// R equal payloads add up to R times each one's own, which is then the total.
+void require_replicated(std::span<const std::int64_t> own, const std::int64_t* total, int ranks) {
+  for (std::size_t i = 0; i < own.size(); ++i) {
+    if (total[i] != own[i] * ranks) {
+      throw ReductionError("the scope is replicated, but the ranks recorded different sums");
+    }
+  }
+}
 
-  void operator()(std::span<std::int64_t> payload) {
-    at::Tensor sums = std::exchange(sums_, {});
-    const auto size = static_cast<std::int64_t>(payload.size());
-    if (!sums.defined() || sums.numel() != size) sums = at::empty({size}, at::dtype(at::kLong));
-    std::copy(payload.begin(), payload.end(), sums.data_ptr<std::int64_t>());
+}  // namespace
 
-    std::vector<at::Tensor> tensors{options_.device.is_cpu() ? sums : sums.to(options_.device)};
+GroupReduction::GroupReduction(StartAllReduce start, int ranks, const ReductionOptions& options)
+    : shared_(std::make_shared<Shared>(Shared{std::move(start), ranks, options, nullptr})) {}
+
+c10::Device GroupReduction::device() const {
+  return shared_->options.device;
+}
+
+Reduction::Wait GroupReduction::operator()(std::span<std::int64_t> payload) const {
+  return start(payload, {});
+}
+
+Reduction::Wait GroupReduction::start(std::span<std::int64_t> payload,
+                                      const std::function<void(at::Tensor&)>& fill) const {
+  const auto size = static_cast<std::int64_t>(payload.size());
+  std::shared_ptr<Buffers> buffers = std::move(shared_->spare);
+  if (!buffers || buffers->host.numel() != size) buffers = std::make_shared<Buffers>(size, device());
+
+  c10::intrusive_ptr<c10d::Work> work;
+  buffers->side.run([&] {
+    const at::NoGradGuard no_grad;
+    if (fill) {
+      fill(buffers->sums);
+    } else {
+      std::copy(payload.begin(), payload.end(), buffers->host.data_ptr<std::int64_t>());
+      if (!buffers->sums.is_same(buffers->host)) {
+        buffers->sums.copy_(buffers->host, /*non_blocking=*/buffers->side.asynchronous());
+      }
+    }
+    std::vector<at::Tensor> tensors{buffers->sums};
     c10d::AllreduceOptions how;
-    how.timeout = options_.timeout;
-    // Gloo throws what went wrong; other backends say it by the result.
-    if (!start_(tensors, how)->wait(options_.timeout))
-      throw ReductionError("the all-reduce failed or timed out");
-    if (!options_.device.is_cpu()) sums.copy_(tensors[0]);
+    how.timeout = shared_->options.timeout;
+    work = shared_->start(tensors, how);
+  });
 
-    const std::int64_t* total = sums.data_ptr<std::int64_t>();
-    if (options_.scope == ReductionScope::kReplicated) {
-      require_replicated(payload, total);
+  return [shared = shared_, buffers = std::move(buffers), work = std::move(work), payload]() mutable {
+    const std::chrono::milliseconds timeout = shared->options.timeout;
+    buffers->side.run([&] {
+      const at::NoGradGuard no_grad;
+      // Gloo throws what went wrong; other backends say it by the result. Where sums are summed on an
+      // accelerator, it is the side stream that waits, and the host for the mark behind it.
+      if (!work->wait(timeout)) throw ReductionError("the all-reduce failed or timed out");
+      if (!buffers->sums.is_same(buffers->host)) {
+        buffers->host.copy_(buffers->sums, /*non_blocking=*/buffers->side.asynchronous());
+        buffers->landed.set();
+      }
+    });
+    buffers->landed.wait(timeout);
+    const std::int64_t* total = buffers->host.data_ptr<std::int64_t>();
+    if (shared->options.scope == ReductionScope::kReplicated) {
+      require_replicated(payload, total, shared->ranks);
     } else {
       std::copy_n(total, payload.size(), payload.begin());
     }
-    sums_ = std::move(sums);
-  }
-
- private:
-  /// R equal payloads add up to R times each one's own, which is then the total.
-  void require_replicated(std::span<const std::int64_t> own, const std::int64_t* total) const {
-    for (std::size_t i = 0; i < own.size(); ++i) {
-      if (total[i] != own[i] * ranks_) {
-        throw ReductionError("the scope is replicated, but the ranks recorded different sums");
-      }
-    }
-  }
-
-  StartAllReduce start_;
-  int ranks_;
-  ReductionOptions options_;
-  at::Tensor sums_;
-};
-
-}  // namespace
+    shared->spare = std::move(buffers);
+  };
+}
 
 Reduction reduce_with(StartAllReduce start, int ranks, const ReductionOptions& options) {
   return GroupReduction(std::move(start), ranks, options);

@@ -25,8 +25,9 @@ using ::torch::Tensor;
 
 constexpr int kLayers = 2, kExperts = 8, kTopK = 2;
 
-ControllerConfig test_config() {
+ControllerConfig test_config(int lag = 0) {
   ControllerConfig config;
+  config.lag = lag;
   config.model.layers = kLayers;
   config.model.experts = kExperts;
   config.model.top_k = kTopK;
@@ -199,6 +200,145 @@ TEST(ProcessGroup, ASlowRankIsAnErrorWithinTheTimeOut) {
     EXPECT_NE(step_error(controller), "");
     EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::milliseconds(2500));
   });
+}
+
+TEST(ProcessGroup, WithLagOneStreamSplitOverRanksGivesTheSameBits) {
+  constexpr int kSteps = 100;
+  TorchController alone(test_config(1));
+  const std::vector<float> expected = run_stream(alone, kSteps, [](int) { return true; });
+  EXPECT_GT(*std::max_element(expected.begin(), expected.end()), 0.1F) << "the biases have work to do";
+  for (const int ranks : {2, 4}) {
+    on_ranks(ranks, [&](int rank, const Group& group) {
+      TorchController controller(test_config(1));
+      controller.controller().set_reduction(reduce_over(group));
+      const auto mine = [&](int sequence) { return sequence % ranks == rank; };
+      EXPECT_TRUE(run_stream(controller, kSteps, mine) == expected) << "rank " << rank << " of " << ranks;
+    });
+  }
+}
+
+TEST(ProcessGroup, WithLagTheBiasesAreThoseWithoutOnAStreamShiftedByAStep) {
+  constexpr int kSteps = 60;
+  ControllerConfig late = test_config();
+  late.model.delay = 1;  // what the lag declares by itself
+  TorchController shifted(late);
+  shifted.step();  // nothing has arrived yet
+  std::vector<float> expected(kLayers * kExperts, 0.0F);
+  const std::vector<float> rest = run_stream(shifted, kSteps - 1, [](int) { return true; });
+  expected.insert(expected.end(), rest.begin(), rest.end());
+  on_ranks(2, [&](int rank, const Group& group) {
+    TorchController controller(test_config(1));
+    controller.controller().set_reduction(reduce_over(group));
+    EXPECT_TRUE(run_stream(controller, kSteps, [&](int sequence) { return sequence % 2 == rank; }) ==
+                expected);
+  });
+}
+
+TEST(ProcessGroup, WithLagReplicatedSumsCountOnceAndMustAgree) {
+  TorchController alone(test_config(1));
+  const std::vector<float> expected = run_stream(alone, 20, [](int) { return true; });
+  on_ranks(2, [&](int rank, const Group& group) {
+    TorchController controller(test_config(1));
+    controller.controller().set_reduction(reduce_over(group, {.scope = ReductionScope::kReplicated}));
+    EXPECT_TRUE(run_stream(controller, 20, [](int) { return true; }) == expected);
+    controller.record(0, recorded(0, 0, rank).indices);
+    EXPECT_EQ(step_error(controller), "") << "the sums that differ have only left";
+    EXPECT_THAT(step_error(controller), HasSubstr("different sums"));
+  });
+}
+
+TEST(ProcessGroup, WithLagALostRankIsAnErrorAtTheNextStepAndChangesNothing) {
+  on_ranks(2, [&](int rank, const Group& group) {
+    TorchController controller(test_config(1));
+    controller.controller().set_reduction(reduce_over(group, {.timeout = std::chrono::milliseconds(1500)}));
+    run_stream(controller, 5, [&](int sequence) { return sequence % 2 == rank; });
+    if (rank == 1) return;  // gone, with its connections
+    const auto start = std::chrono::steady_clock::now();
+    std::string error;
+    // The sums of the last common step have arrived; those that leave now never will.
+    for (int tries = 0; error.empty() && tries < 2; ++tries) {
+      controller.record(0, recorded(5 + tries, 0, 0).indices);
+      error = step_error(controller);
+    }
+    EXPECT_NE(error, "");
+    const std::string before = controller.save();
+    const Tensor bias = controller.bias(0).clone();
+    EXPECT_NE(step_error(controller), "");
+    EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(10));
+    EXPECT_TRUE(controller.bias(0).equal(bias)) << "the last applied values stay in force";
+    EXPECT_EQ(controller.save(), before) << "the step can be tried again";
+    // Alone it goes on, with the sums that were under way.
+    controller.controller().set_reduction(nullptr);
+    EXPECT_GT(controller.step().layers[0].stats->tokens(), 0);
+  });
+}
+
+TEST(ProcessGroup, WithLagASlowRankIsAnErrorWithinTheTimeOut) {
+  on_ranks(2, [&](int rank, const Group& group) {
+    TorchController controller(test_config(1));
+    controller.controller().set_reduction(reduce_over(group, {.timeout = std::chrono::milliseconds(500)}));
+    controller.step();
+    if (rank == 1) {
+      std::this_thread::sleep_for(std::chrono::seconds(3));
+      return;
+    }
+    controller.step();
+    const auto start = std::chrono::steady_clock::now();
+    EXPECT_NE(step_error(controller), "");
+    EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::milliseconds(2500));
+  });
+}
+
+/// A collective over one rank that says when it was started and waited for.
+struct SpyWork : c10d::Work {
+  explicit SpyWork(std::vector<std::string>& log_in) : log(log_in) { finish(); }
+  bool wait(std::chrono::milliseconds) override {
+    log.push_back("wait");
+    return true;
+  }
+  std::vector<std::string>& log;
+};
+
+TEST(ProcessGroup, WithLagTheCollectiveIsStartedByOneStepAndWaitedForByTheNext) {
+  std::vector<std::string> log;
+  const StartAllReduce start = [&](std::vector<at::Tensor>&, const c10d::AllreduceOptions&) {
+    log.push_back("start");
+    return c10::intrusive_ptr<c10d::Work>(c10::make_intrusive<SpyWork>(log));
+  };
+  for (const int lag : {0, 1}) {
+    log.clear();
+    TorchController controller(test_config(lag));
+    controller.controller().set_reduction(reduce_with(start, 1));
+    controller.step();
+    for (int step = 0; step < 2; ++step) {
+      log.push_back("forward and backward");
+      controller.step();
+    }
+    const std::vector<std::string> check = {"start", "wait"};
+    std::vector<std::string> expected = check;
+    if (lag == 0) {
+      expected.insert(expected.end(), {"start", "wait", "forward and backward", "start", "wait",
+                                       "forward and backward", "start", "wait"});
+    } else {
+      expected.insert(expected.end(), {"start", "forward and backward", "wait", "start",
+                                       "forward and backward", "wait", "start"});
+    }
+    EXPECT_EQ(log, expected) << "lag " << lag;
+  }
+}
+
+TEST(ProcessGroup, WithLagACallableMayReturnWhatWaits) {
+  TorchController controller(test_config(1)), blocking(test_config(1)), alone(test_config(1));
+  const auto all = [](int) { return true; };
+  int waits = 0;
+  controller.controller().set_reduction([&](std::span<std::int64_t>) {  // as with MPI_Iallreduce
+    return [&] { ++waits; };
+  });
+  blocking.controller().set_reduction([](std::span<std::int64_t>) {});  // as with MPI_Allreduce
+  const std::vector<float> expected = run_stream(alone, 5, all);
+  EXPECT_EQ(run_stream(controller, 5, all), expected);
+  EXPECT_EQ(run_stream(blocking, 5, all), expected);
+  EXPECT_EQ(waits, 1 + 4) << "the check at the start, and all but the last, which is on its way";
 }
 
 TEST(ProcessGroup, AnyCallableWillDo) {

@@ -9,9 +9,10 @@
 #include <torch/torch.h>
 
 #include <cstdint>
-#include <optional>
+#include <memory>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "moectl/controller.h"
 
@@ -40,6 +41,18 @@ struct RecordOptions {
       -1;  ///< ≥ 0: a second record of (layer, micro-batch) before the next step is ignored.
 };
 
+struct TorchOptions {
+  /// Where the routers run: the actuators' tensors lie there, and what `record` is given there is counted
+  /// there, without waiting for the device. CPU tensors are read where they lie; those of any other device
+  /// are copied to the host first, which waits.
+  ::torch::Device device = ::torch::kCPU;
+  /// Counts by tensor operations even on the CPU, as on an accelerator: the same results, many times slower.
+  /// For comparing the two ways.
+  bool count_by_operators = false;
+};
+
+class DeviceSums;
+
 /// Turns recording off on this thread while it lives, as no-grad does: for passes that must not move the
 /// controller.
 class RecordingGuard {
@@ -55,10 +68,11 @@ class RecordingGuard {
 class TorchController {
  public:
   /// Validates the config; throws ConfigError.
-  explicit TorchController(ControllerConfig config,
+  explicit TorchController(ControllerConfig config, const TorchOptions& options = {},
                            const PolicyRegistry& registry = PolicyRegistry::builtin());
 
-  /// Adds one micro-batch's routing. `indices` are [B, S, k], where each row of S tokens is a sequence, or
+  /// Adds one micro-batch's routing. On an accelerator this orders operations on the current stream and waits
+  /// for nothing. `indices` are [B, S, k], where each row of S tokens is a sequence, or
   /// [T, k]: the experts chosen for each token, before any capacity limit, int64. Thread-safe as
   /// Controller::record. Does nothing unless `recording()`. Throws std::invalid_argument on an unknown layer
   /// or shapes that do not fit together.
@@ -66,7 +80,8 @@ class TorchController {
   /// Whether `record` counts on this thread: gradients are on and no RecordingGuard is alive.
   static bool recording();
 
-  /// Once an optimizer step; see Controller::step. The tensors then hold what is in force.
+  /// Once an optimizer step; see Controller::step. The tensors then hold what is in force: on an accelerator,
+  /// for all that its current stream is given from then on. With `lag: 1` no sum of this step is waited for.
   const StepReport& step(const StepInfo& info = {});
   const StepReport& report() const { return controller_.report(); }
 
@@ -80,8 +95,8 @@ class TorchController {
   const RouterActuators& actuators(int layer) const;
 
   /// Everything the next step depends on, as bytes or as one entry of an archive.
-  std::string save() const { return controller_.save(); }
-  void save(::torch::serialize::OutputArchive& archive, const std::string& key = "moectl") const;
+  std::string save();
+  void save(::torch::serialize::OutputArchive& archive, const std::string& key = "moectl");
   /// Throws StateError; the running state and the tensors are then untouched.
   void load(std::string_view state);
   void load(::torch::serialize::InputArchive& archive, const std::string& key = "moectl");
@@ -93,11 +108,15 @@ class TorchController {
  private:
   void publish();
 
+  TorchOptions options_;
   Controller controller_;
-  // One tensor for all layers of each actuator: bias [L, N], scalars [L]. What is handed out are views of
-  // them.
-  ::torch::Tensor biases_, temperatures_, aux_loss_weights_;
+  std::shared_ptr<DeviceSums> sums_;  // of what is counted by operators, or null
+  // All layers' biases [L·N], temperatures [L] and weights [L] in one tensor. What is handed out are views.
+  ::torch::Tensor values_;
   std::vector<RouterActuators> actuators_;
+  // Values on their way to the device, whose memory must not be written before they have left.
+  struct Outbox;
+  std::shared_ptr<Outbox> outbox_;
 };
 
 }  // namespace moectl

@@ -2,10 +2,19 @@
 //
 //   controller.controller().set_reduction(moectl::reduce_over(group));
 //
-// The group must hold exactly the ranks whose counts belong together. An MPI user without c10d needs only a
-// lambda:
+// The group must hold exactly the ranks whose counts belong together. With `lag: 1` every step starts one
+// all-reduce and the next one takes its sums; c10d wants the collectives of a group in the same order on all
+// ranks, which they are if all call `step` at the same point of the loop.
+//
+// An MPI user without c10d needs only a lambda:
 //   set_reduction([&](std::span<std::int64_t> sums) {
 //     MPI_Allreduce(MPI_IN_PLACE, sums.data(), int(sums.size()), MPI_INT64_T, MPI_SUM, communicator); });
+// and, for sums that travel while the model computes (`lag: 1`), one that returns what waits:
+//   set_reduction([&](std::span<std::int64_t> sums) {
+//     auto request = std::make_shared<MPI_Request>();
+//     MPI_Iallreduce(MPI_IN_PLACE, sums.data(), int(sums.size()), MPI_INT64_T, MPI_SUM, communicator,
+//                    request.get());
+//     return [request] { MPI_Wait(request.get(), MPI_STATUS_IGNORE); }; });
 #pragma once
 
 #include <torch/torch.h>
@@ -33,7 +42,8 @@ struct ReductionOptions {
   ReductionScope scope = ReductionScope::kPartial;
   /// A collective that takes longer becomes a ReductionError, with the last applied values still in force.
   std::chrono::milliseconds timeout = std::chrono::minutes(5);
-  /// Where the group's backend wants its tensors (NCCL: the rank's GPU).
+  /// Where the group's backend wants its tensors (NCCL: the rank's GPU). The collective and its copies then
+  /// have a stream of their own.
   ::torch::Device device = ::torch::kCPU;
 };
 

@@ -1,0 +1,245 @@
+#include "routing_sums.h"
+
+#include <array>
+#include <limits>
+#include <vector>
+
+#include "moectl/margins.h"
+
+namespace moectl {
+namespace {
+
+using ::torch::Tensor;
+
+/// One micro-batch being summed: scalars and arrays as RoutingStats names them, and whether it is well
+/// formed.
+class Summing {
+ public:
+  Summing(const StatsShape& shape, const Tensor& indices, const RecordOptions& options,
+          ::torch::Device device)
+      : shape_(shape),
+        options_(options),
+        device_(device),
+        tokens_(indices.numel() / shape.top_k),
+        sequence_length_(indices.dim() == 3 ? indices.size(1) : 0),
+        chosen_(whole(indices).reshape({tokens_, shape.top_k})) {
+    if (options.mask.defined()) real_ = here(options.mask).reshape(-1).ne(0);
+    weight_ = real_.defined() ? real_.to(::torch::kLong) : filled(1, tokens_);
+    const Tensor outside = chosen_.lt(0).logical_or(chosen_.ge(shape.experts));
+    good_ = of_real(outside.any(1)).any().logical_not();
+    chosen_ = chosen_.clamp(0, shape.experts - 1);
+  }
+
+  Tensor sums() {
+    counts();
+    domains();
+    gap();
+    margins();
+    probabilities();
+    dropped();
+
+    std::vector<Tensor> parts;
+    const RoutingStats layout(shape_);
+    for (Tensor& scalar : scalars_) {
+      parts.push_back(scalar.defined() ? scalar.reshape(1) : filled(0, 1));
+    }
+    for (int a = 0; a < RoutingStats::kArrayCount; ++a) {
+      const auto which = static_cast<RoutingStats::Array>(a);
+      Tensor& array = arrays_[static_cast<std::size_t>(a)];
+      const auto size = static_cast<std::int64_t>(layout.array(which).size());
+      parts.push_back(array.defined() ? array : filled(0, size));
+    }
+    const Tensor sums = ::torch::cat(parts);
+    const Tensor invalid = ::torch::zeros_like(sums);
+    invalid.narrow(0, RoutingStats::kInvalidRecords, 1).fill_(1);
+    return ::torch::where(good_, sums, invalid);
+  }
+
+ private:
+  Tensor here(const Tensor& tensor) const {
+    return tensor.detach().to(device_, tensor.scalar_type(), /*non_blocking=*/true);
+  }
+  Tensor whole(const Tensor& tensor) const { return here(tensor).to(::torch::kLong); }
+  Tensor filled(std::int64_t value, std::int64_t size) const {
+    return ::torch::full({size}, value, ::torch::dtype(::torch::kLong).device(device_));
+  }
+  /// `values` [T, ...], zero (or false) for padding.
+  Tensor of_real(const Tensor& values) const {
+    if (!real_.defined()) return values;
+    const Tensor padding = real_.logical_not();
+    return values.masked_fill(values.dim() > 1 ? padding.unsqueeze(1) : padding, 0);
+  }
+  /// Σ_t of the terms [T, ...] in units of 2^-24; only those of good real tokens can be rounded at all.
+  Tensor fixed_sum(const Tensor& terms, const Tensor& good) const {
+    const Tensor bad = (real_.defined() ? real_.logical_and(good) : good).logical_not();
+    const Tensor safe = terms.masked_fill(terms.dim() > 1 ? bad.unsqueeze(1) : bad, 0);
+    return safe.mul(16777216.0).round().to(::torch::kLong).sum(0);
+  }
+  void require(const Tensor& good) {
+    good_ = good_.logical_and(of_real(good.logical_not()).any().logical_not());
+  }
+  Tensor& scalar(RoutingStats::Scalar which) { return scalars_[which]; }
+  Tensor& array(RoutingStats::Array which) { return arrays_[which]; }
+
+  void counts() {
+    scalar(RoutingStats::kTokens) = weight_.sum();
+    const Tensor each = weight_.unsqueeze(1).expand({-1, shape_.top_k});
+    if (shape_.needs.sequences && options_.sequence_ids.defined()) {
+      sequences_by_id(each);
+    } else if (shape_.needs.sequences && sequence_length_ > 0) {
+      sequences_by_shape(each);
+    }
+    if (!array(RoutingStats::kCounts).defined()) {
+      array(RoutingStats::kCounts) =
+          filled(0, shape_.experts).scatter_add_(0, chosen_.reshape(-1), each.reshape(-1));
+    }
+  }
+
+  void sequences_by_shape(const Tensor& each) {
+    const std::int64_t sequences = tokens_ / sequence_length_;
+    const Tensor histograms =
+        filled(0, sequences * shape_.experts)
+            .view({sequences, shape_.experts})
+            .scatter_add_(1, chosen_.reshape({sequences, -1}), each.reshape({sequences, -1}));
+    const Tensor real = weight_.view({sequences, -1}).sum(1);
+    const Tensor length = real * shape_.top_k;
+    array(RoutingStats::kCounts) = histograms.sum(0);
+    array(RoutingStats::kSequenceSq) = histograms.square().sum(0);
+    array(RoutingStats::kSequenceCross) = (histograms * length.unsqueeze(1)).sum(0);
+    scalar(RoutingStats::kSequences) = real.gt(0).sum();
+    scalar(RoutingStats::kSequenceTokens) = scalar(RoutingStats::kTokens);
+    scalar(RoutingStats::kSequenceLenSq) = length.square().sum();
+  }
+
+  /// How many sequences there are is known to the device alone, so no histogram of each can be made. Instead
+  /// the assignments are sorted by (sequence, expert): c² is the sum of the c first odd numbers.
+  void sequences_by_id(const Tensor& each) {
+    const Tensor ids = whole(options_.sequence_ids).reshape(-1);
+    const Tensor step = ids.diff();
+    good_ = good_.logical_and(step.ge(0).all());
+    const Tensor sequence = ::torch::cat({filled(0, 1), step.ne(0).to(::torch::kLong)}).cumsum(0);
+    const Tensor real = filled(0, tokens_).scatter_add_(0, sequence, weight_);
+    const Tensor length = real * shape_.top_k;
+
+    // Padding is given a sequence of its own behind all others, where it disturbs no run.
+    const std::int64_t experts = shape_.experts;
+    Tensor key = sequence.unsqueeze(1) * experts + chosen_;
+    if (real_.defined()) {
+      key = key.masked_fill(real_.logical_not().unsqueeze(1), tokens_ * experts);
+    }
+    const Tensor sorted = std::get<0>(key.reshape(-1).sort());
+    const Tensor place = ::torch::arange(sorted.numel(), sorted.options());
+    const Tensor starts = ::torch::cat({filled(1, 1), sorted.diff().ne(0).to(::torch::kLong)});
+    const Tensor in_run = place - std::get<0>((place * starts).cummax(0));
+    const Tensor counted = sorted.lt(tokens_ * experts).to(::torch::kLong);
+    const Tensor expert = sorted.remainder(experts);
+    array(RoutingStats::kSequenceSq) = filled(0, experts).scatter_add_(0, expert, (in_run * 2 + 1) * counted);
+    array(RoutingStats::kSequenceCross) =
+        filled(0, experts)
+            .scatter_add_(0, chosen_.reshape(-1),
+                          (length.gather(0, sequence).unsqueeze(1) * each).reshape(-1));
+    scalar(RoutingStats::kSequences) = real.gt(0).sum();
+    scalar(RoutingStats::kSequenceTokens) = scalar(RoutingStats::kTokens);
+    scalar(RoutingStats::kSequenceLenSq) = length.square().sum();
+  }
+
+  void domains() {
+    if (shape_.needs.domains == 0 || !options_.domain_ids.defined()) return;
+    const Tensor ids = whole(options_.domain_ids).reshape(-1);
+    require(ids.ge(0).logical_and(ids.lt(shape_.needs.domains)));
+    const Tensor domain = ids.clamp(0, shape_.needs.domains - 1);
+    const Tensor cell = domain.unsqueeze(1) * shape_.experts + chosen_;
+    array(RoutingStats::kDomainCounts) =
+        filled(0, static_cast<std::int64_t>(shape_.needs.domains) * shape_.experts)
+            .scatter_add_(0, cell.reshape(-1), weight_.unsqueeze(1).expand({-1, shape_.top_k}).reshape(-1));
+    scalar(RoutingStats::kDomainTokens) = scalar(RoutingStats::kTokens);
+  }
+
+  void gap() {
+    if (!shape_.needs.gap || !options_.top_values.defined()) return;
+    const Tensor values = here(options_.top_values)
+                              .to(::torch::kFloat)
+                              .to(::torch::kDouble)
+                              .reshape({tokens_, shape_.top_k + 1});
+    const Tensor gap = values.select(1, shape_.top_k - 1) - values.select(1, shape_.top_k);
+    const Tensor good = gap.ge(0).logical_and(gap.le(kFixedMax));
+    require(good);
+    scalar(RoutingStats::kGapSum) = fixed_sum(gap, good);
+    scalar(RoutingStats::kGapTokens) = scalar(RoutingStats::kTokens);
+  }
+
+  void margins() {
+    if (!shape_.needs.margins || !options_.biased_scores.defined()) return;
+    const auto doubles = [&](const Tensor& tensor, std::int64_t width) {
+      return here(tensor).to(::torch::kFloat).to(::torch::kDouble).reshape({tokens_, width});
+    };
+    const Tensor top = doubles(options_.top_values, shape_.top_k + 1).narrow(1, shape_.top_k - 1, 2);
+    const Tensor threshold = top.sum(1) * 0.5;
+    const Tensor scores = doubles(options_.biased_scores, shape_.experts);
+    constexpr double kMost = std::numeric_limits<float>::max();
+    const Tensor good = threshold.abs().le(kMost).logical_and(scores.le(kMost).all(1));
+    require(good);
+    // margin_bin: the exponent and first mantissa bit of a float number its half octaves.
+    constexpr std::int64_t kHalf = kMarginBins / 2, kSmallest = (127 - 20) << 1;
+    const Tensor margin =
+        (threshold.unsqueeze(1) - scores).masked_fill(good.logical_not().unsqueeze(1), 0).to(::torch::kFloat);
+    const Tensor half_octave = margin.abs().view(::torch::kInt32).to(::torch::kLong).div(1 << 22, "floor");
+    const Tensor distance = (half_octave - kSmallest).clamp(0, kHalf - 1);
+    const Tensor bin = ::torch::where(margin.lt(0), kHalf - 1 - distance, distance + kHalf);
+    const Tensor row =
+        ::torch::arange(shape_.experts, bin.options()) * static_cast<std::int64_t>(kMarginBins);
+    array(RoutingStats::kMargins) =
+        filled(0, shape_.experts * static_cast<std::int64_t>(kMarginBins))
+            .scatter_add_(0, (bin + row).reshape(-1),
+                          weight_.unsqueeze(1).expand({-1, shape_.experts}).reshape(-1));
+    scalar(RoutingStats::kMarginTokens) = scalar(RoutingStats::kTokens);
+  }
+
+  void probabilities() {
+    if (!shape_.needs.probabilities || !options_.probabilities.defined()) return;
+    const Tensor raw = here(options_.probabilities)
+                           .to(::torch::kFloat)
+                           .to(::torch::kDouble)
+                           .reshape({tokens_, shape_.experts});
+    const Tensor total = raw.sum(1, /*keepdim=*/true);
+    const Tensor good = raw.ge(0)
+                            .all(1)
+                            .logical_and(total.squeeze(1).gt(0))
+                            .logical_and(total.squeeze(1).le(std::numeric_limits<double>::max()));
+    require(good);
+    const Tensor p = raw / total;
+    const Tensor entropy = (p * p.clamp_min(1e-300).log()).sum(1).neg().clamp_min(0);
+    array(RoutingStats::kProbSum) = fixed_sum(p, good);
+    array(RoutingStats::kSqrtProbSum) = fixed_sum(p.sqrt(), good);
+    scalar(RoutingStats::kTokenEntropySum) = fixed_sum(entropy, good);
+    scalar(RoutingStats::kProbTokens) = scalar(RoutingStats::kTokens);
+  }
+
+  void dropped() {
+    if (!options_.dropped.defined()) return;
+    const Tensor dropped = whole(options_.dropped).reshape({});
+    good_ = good_.logical_and(dropped.ge(0));
+    scalar(RoutingStats::kDropped) = dropped;
+    scalar(RoutingStats::kDropTokens) = scalar(RoutingStats::kTokens);
+  }
+
+  const StatsShape& shape_;
+  const RecordOptions& options_;
+  ::torch::Device device_;
+  std::int64_t tokens_, sequence_length_;  // 0 = not known by shape
+  Tensor chosen_;                          // [T, k], clamped into range
+  Tensor real_;                            // [T] bool; undefined if all are
+  Tensor weight_;                          // [T] 1 = real, 0 = padding
+  Tensor good_;                            // 0-dim bool
+  std::array<Tensor, RoutingStats::kScalarCount> scalars_;
+  std::array<Tensor, RoutingStats::kArrayCount> arrays_;
+};
+
+}  // namespace
+
+Tensor routing_sums(const StatsShape& shape, const Tensor& indices, const RecordOptions& options,
+                    ::torch::Device device) {
+  return Summing(shape, indices, options, device).sums();
+}
+
+}  // namespace moectl
