@@ -240,6 +240,83 @@ TEST(TopKRouter, ZLossIsTheMeanSquaredLogSumExp) {
   EXPECT_NEAR(out.aux_loss.item<double>(), 0.25 * expected, 1e-12);
 }
 
+TEST(TopKRouter, LossGradientsFollowTheirFormulas) {
+  ::torch::manual_seed(11);
+  const std::int64_t batch = 3, length = 5, n = 4, tokens = batch * length;
+  const Tensor z = ::torch::randn({batch, length, n}, kDouble).set_requires_grad(true);
+  const Tensor load = ::torch::tensor({0.4, 0.3, 0.2, 0.1}, kDouble);
+  TopKRouter router(options().gate(Gate::kSoftmax));
+  const auto gradient = [&](const Tensor& loss) {
+    z.mutable_grad() = Tensor();
+    loss.backward();
+    return z.grad().clone();
+  };
+  const RouterOutput out = router->route(z), global = router->route(z, {.global_load = load});
+  const Tensor p = z.detach().softmax(-1);
+  // ∂/∂z_tj of N Σ_i f_i P_i: (N/T) p_tj (f_j - Σ_i f_i p_ti), f a constant.
+  const auto balance = [&](const Tensor& f) {
+    return p * (f - (p * f).sum(-1, true)) * (static_cast<double>(n) / static_cast<double>(tokens));
+  };
+  const Tensor counts = out.indices.reshape(-1).bincount({}, n).to(kDouble);
+  EXPECT_TRUE(close(gradient(out.balance_loss), balance(counts / counts.sum())));
+  EXPECT_TRUE(close(gradient(global.balance_loss), balance(load)));
+  // Each sequence by itself, averaged.
+  std::vector<Tensor> loads;
+  for (const Tensor& row : out.indices.unbind()) loads.push_back(row.reshape(-1).bincount({}, n).to(kDouble));
+  const Tensor each = ::torch::stack(loads).unsqueeze(1) / static_cast<double>(2 * length);
+  EXPECT_TRUE(close(gradient(router->route(z).sequence_loss), balance(each)));
+  // ∂/∂z_tj of mean lse²: (2/T) lse_t p_tj.
+  const Tensor lse = z.detach().logsumexp(-1, true);
+  EXPECT_TRUE(close(gradient(router->route(z).z_loss), p * lse * (2.0 / static_cast<double>(tokens))));
+}
+
+TEST(TopKRouter, GlobalLoadGradientMatchesFiniteDifferences) {
+  ::torch::manual_seed(12);
+  const Tensor z = ::torch::randn({6, 4}, kDouble), load = ::torch::tensor({0.7, 0.1, 0.1, 0.1}, kDouble);
+  for (const Gate gate : {Gate::kSoftmax, Gate::kSigmoid, Gate::kSqrtSoftplus}) {
+    TopKRouter router(options().gate(gate));
+    EXPECT_LT(gradient_error(
+                  [&](const Tensor& x) { return router->route(x, {.global_load = load}).balance_loss; }, z),
+              1e-7);
+  }
+}
+
+TEST(TopKRouter, ScaleMultipliesTheGatesAlsoWithoutNormalising) {
+  ::torch::manual_seed(13);
+  const Tensor z = ::torch::randn({6, 4}, kDouble);
+  const RouterOutput plain = TopKRouter(options().normalize(false))->route(z);
+  const RouterOutput scaled = TopKRouter(options().normalize(false).scale(2.5))->route(z);
+  EXPECT_TRUE(close(scaled.gates, plain.gates * 2.5));
+  EXPECT_TRUE(scaled.indices.equal(plain.indices));
+  EXPECT_TRUE(close(plain.gates, z.sigmoid().gather(-1, plain.indices)));
+}
+
+TEST(TopKRouter, DropsAreMeasuredByTheController) {
+  ::torch::manual_seed(14);
+  ControllerConfig config;
+  config.model.layers = 1;
+  config.model.experts = 4;
+  config.model.top_k = 2;
+  for (const DropBy drop_by : {DropBy::kScore, DropBy::kPosition}) {
+    TorchController controller(config);
+    TopKRouter router(options().capacity_factor(1.0).drop_by(drop_by));
+    std::int64_t dropped = 0, assignments = 0;
+    for (int micro_batch = 0; micro_batch < 3; ++micro_batch) {
+      const Tensor z = ::torch::randn({40, 4}, kDouble) + ::torch::tensor({2.0, 1.0, 0.0, -1.0});
+      const RouterOutput out = router->route(z);
+      controller.record(0, out.indices, out.record_options());
+      dropped += out.kept.logical_not().sum().item<std::int64_t>();
+      assignments += out.kept.numel();
+      EXPECT_EQ(out.gates.eq(0).sum().item<std::int64_t>(), out.dropped.item<std::int64_t>());
+    }
+    EXPECT_GT(dropped, 10);
+    const StepReport& report = controller.step();
+    EXPECT_EQ(report.layers[0].stats->dropped(), static_cast<double>(dropped));
+    EXPECT_DOUBLE_EQ(*report.layers[0].metrics->drop_rate,
+                     static_cast<double>(dropped) / static_cast<double>(assignments));
+  }
+}
+
 TEST(TopKRouter, PaddingChangesNoLoss) {
   ::torch::manual_seed(6);
   const Tensor z = ::torch::randn({2, 4, 4}, kDouble);
