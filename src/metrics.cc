@@ -74,7 +74,10 @@ constexpr MetricField kFields[] = {
     {"load_autocorrelation", "", "EMA of <e_t, e_t-1> / (|e_t| |e_t-1|), e = p - EMA(p)",
      &Metrics::load_autocorrelation},
     {"oscillation", "", "EMA of the share of experts whose e changed sign", &Metrics::oscillation},
-    {"swing", "", "max over lags 1, 2, 4, 8 of -EMA of the lagged correlation of e", &Metrics::swing},
+    {"swing", "",
+     "largest of -a_l and (1 - 1/P) (a_P - mean of a_1 ... a_P-1), a_l the EMA of the lagged correlation of "
+     "e",
+     &Metrics::swing},
     {"shift", "", "change of the mean load between halves of the window, over its threshold",
      &Metrics::shift},
 };

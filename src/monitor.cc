@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -25,7 +26,8 @@ constexpr Metrics::Value Metrics::*kOfHistory[] = {
 };
 
 constexpr double kStagnantGradient = 0.1;  // of the median over experts
-constexpr double kSlow = 0.2;              // the slow average of losses, relative to `ema`
+constexpr double kUnknown = std::numeric_limits<double>::quiet_NaN();
+constexpr double kSlow = 0.2;  // the slow average of losses, relative to `ema`
 
 MonitorOptions checked(const StatsShape& shape, const MonitorOptions& options) {
   if (shape.experts < 1) {
@@ -73,8 +75,7 @@ LayerMonitor::LayerMonitor(const StatsShape& shape, const MonitorOptions& option
   const auto window = static_cast<std::size_t>(options.trend_window);
   if (options.trends) {
     load_trend_.emplace(shape.experts, options.trend_window, options.ema);
-    histories_.assign(metric_fields().size(), History(window));
-    loss_.emplace(window);
+    history_.emplace(window, metric_fields().size() + 1);
   }
   const StatsNeeds& needs = shape.needs;
   if (needs.gradients || needs.losses || needs.latencies) values_.resize(experts);
@@ -110,11 +111,12 @@ void LayerMonitor::observe(const RoutingStats& stats, Metrics& metrics, std::opt
   if (!values_.empty()) watch_experts(stats, metrics);
   if (tail_) watch_tail(stats, metrics);
   smooth(metrics);
-  if (loss_) {
-    for (std::size_t f = 0; f < histories_.size(); ++f) {
-      histories_[f].push((metrics.*(metric_fields()[f].value)).value_or(std::nan("")));
+  if (history_) {
+    const std::span<double> row = history_->push();
+    for (std::size_t f = 0; f + 1 < row.size(); ++f) {
+      row[f] = (metrics.*(metric_fields()[f].value)).value_or(kUnknown);
     }
-    loss_->push(loss.value_or(std::nan("")));
+    row.back() = loss.value_or(kUnknown);
   }
   ++observed_;
   health_.observe(steps_++, &metrics, smoothed_metrics_, load_trend_ ? load_trend_->deviation_cv() : 0);
@@ -154,27 +156,41 @@ void LayerMonitor::watch_experts(const RoutingStats& stats, Metrics& metrics) {
     ++gradient_steps_;
     for (std::size_t i = 0; i < values_.size(); ++i) {
       grad_norm_[i] += weight * (values_[i] - grad_norm_[i]);
-      update_frequency_[i] +=
-          ((values_[i] > 0 ? 1.0 : 0.0) - update_frequency_[i]) / static_cast<double>(gradient_steps_);
+      const double updated = values_[i] > 0 ? 1 : 0;
+      double& frequency = update_frequency_[i];
+      // Mostly every expert has had a gradient at every step, and there is nothing to divide.
+      if (frequency != updated) frequency += (updated - frequency) / static_cast<double>(gradient_steps_);
     }
   }
   const bool has_loss = expert_loss.values(stats, values_);
   if (has_loss) {
-    for (std::size_t i = 0; i < values_.size(); ++i) {
-      if (std::isnan(values_[i])) continue;
-      if (std::isnan(fast_loss_[i])) fast_loss_[i] = slow_loss_[i] = values_[i];
-      fast_loss_[i] += options_.ema * (values_[i] - fast_loss_[i]);
-      slow_loss_[i] += kSlow * options_.ema * (values_[i] - slow_loss_[i]);
+    const double fast_weight = options_.ema, slow_weight = kSlow * options_.ema;
+    for (std::size_t i = 0; i < values_.size(); ++i) {  // NaN: no loss this time, no average yet
+      const double loss = values_[i], fast = fast_loss_[i], slow = slow_loss_[i];
+      const bool known = loss == loss, first = fast != fast;
+      const double new_fast = first ? loss : fast + fast_weight * (loss - fast);
+      const double new_slow = first ? loss : slow + slow_weight * (loss - slow);
+      fast_loss_[i] = known ? new_fast : fast;
+      slow_loss_[i] = known ? new_slow : slow;
     }
   }
   if (!has_gradient || !has_loss || observed_ + 1 < options_.trend_window) return;
-  std::copy(grad_norm_.begin(), grad_norm_.end(), values_.begin());
-  const auto middle = values_.begin() + static_cast<std::ptrdiff_t>(values_.size() / 2);
-  std::nth_element(values_.begin(), middle, values_.end());
-  std::int64_t stagnant = 0;
-  for (std::size_t i = 0; i < below_.size(); ++i) {
-    const bool alive = below_[i] == 0, learns = fast_loss_[i] < slow_loss_[i];
-    stagnant += alive && !learns && grad_norm_[i] < kStagnantGradient * *middle ? 1 : 0;
+  const auto stagnant_under = [&](double limit) {
+    std::int64_t stagnant = 0;
+    for (std::size_t i = 0; i < below_.size(); ++i) {
+      const bool alive = below_[i] == 0, learns = fast_loss_[i] < slow_loss_[i];
+      stagnant += alive & !learns & (grad_norm_[i] < limit) ? 1 : 0;
+    }
+    return stagnant;
+  };
+  // The median is under the largest: mostly nobody is far under that either, and no median is wanted.
+  std::int64_t stagnant =
+      stagnant_under(kStagnantGradient * *std::max_element(grad_norm_.begin(), grad_norm_.end()));
+  if (stagnant > 0) {
+    std::copy(grad_norm_.begin(), grad_norm_.end(), values_.begin());
+    const auto middle = values_.begin() + static_cast<std::ptrdiff_t>(values_.size() / 2);
+    std::nth_element(values_.begin(), middle, values_.end());
+    stagnant = stagnant_under(kStagnantGradient * *middle);
   }
   metrics.stagnant_experts = static_cast<double>(stagnant);
 }
@@ -185,8 +201,9 @@ void LayerMonitor::watch_tail(const RoutingStats& stats, Metrics& metrics) {
   if (!latency.values(stats, values_)) return;
   tail_->push(*std::max_element(values_.begin(), values_.end()));
   tail_load_->push(*metrics.max_to_mean);
-  metrics.tail_sensitivity = regression(tail_load_->values(), tail_->values());
-  metrics.tail_correlation = correlation(tail_load_->values(), tail_->values());
+  const Regression line = regression(tail_load_->values(), tail_->values());
+  metrics.tail_sensitivity = line.slope;
+  metrics.tail_correlation = line.correlation;
 }
 
 void LayerMonitor::smooth(const Metrics& metrics) {
@@ -198,11 +215,11 @@ void LayerMonitor::smooth(const Metrics& metrics) {
 }
 
 LayerMonitor::Trend LayerMonitor::trend(const MetricField& field) const {
-  if (histories_.empty()) return {};
-  const std::span<const double> values =
-      histories_[static_cast<std::size_t>(&field - metric_fields().data())].values();
+  if (!history_) return {};
+  const std::vector<double> values =
+      history_->column(static_cast<std::size_t>(&field - metric_fields().data()));
   return {smoothed_metrics_.*(field.value), slope(values), moectl::autocorrelation(values),
-          moectl::sign_flips(values), correlation(values, loss_->values())};
+          moectl::sign_flips(values), correlation(values, history_->column(metric_fields().size()))};
 }
 
 // ---- State ----
@@ -221,8 +238,7 @@ void LayerMonitor::save(StateWriter& out) const {
   token_entropy_.save(out);
   if (load_trend_) {
     load_trend_->save(out);
-    for (const History& history : histories_) history.save(out);
-    loss_->save(out);
+    history_->save(out);
   }
   out.put("monitor.grad_norm", std::span<const double>(grad_norm_));
   out.put("monitor.update_frequency", std::span<const double>(update_frequency_));
@@ -254,8 +270,7 @@ void LayerMonitor::load(StateReader& in) {
   fresh.token_entropy_.load(in);
   if (fresh.load_trend_) {
     fresh.load_trend_->load(in);
-    for (History& history : fresh.histories_) history.load(in);
-    fresh.loss_->load(in);
+    fresh.history_->load(in);
   }
   in.get("monitor.grad_norm", std::span<double>(fresh.grad_norm_));
   in.get("monitor.update_frequency", std::span<double>(fresh.update_frequency_));

@@ -2,9 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 #include <string>
 #include <utility>
+
+#include "pairs.h"
 
 namespace moectl {
 namespace {
@@ -101,18 +102,19 @@ std::optional<double> sign_flips(std::span<const double> values) {
 }
 
 std::optional<double> correlation(std::span<const double> x, std::span<const double> y) {
+  return regression(x, y).correlation;
+}
+
+Regression regression(std::span<const double> x, std::span<const double> y) {
   const Moments m = moments(
       std::min(x.size(), y.size()), [&](std::size_t i) { return x[i]; }, [&](std::size_t i) { return y[i]; });
   const auto varies = [&](double squares, double mean) { return squares > 1e-24 * m.count * mean * mean; };
-  if (m.count < 3 || !varies(m.xx, m.mean_x) || !varies(m.yy, m.mean_y)) return std::nullopt;
-  return std::clamp(m.xy / std::sqrt(m.xx) / std::sqrt(m.yy), -1.0, 1.0);
-}
-
-std::optional<double> regression(std::span<const double> x, std::span<const double> y) {
-  const Moments m = moments(
-      std::min(x.size(), y.size()), [&](std::size_t i) { return x[i]; }, [&](std::size_t i) { return y[i]; });
-  if (m.count < 2 || !(m.xx > 0)) return std::nullopt;
-  return m.xy / m.xx;
+  Regression line;
+  if (m.count >= 2 && m.xx > 0) line.slope = m.xy / m.xx;
+  if (m.count >= 3 && varies(m.xx, m.mean_x) && varies(m.yy, m.mean_y)) {
+    line.correlation = std::clamp(m.xy / std::sqrt(m.xx) / std::sqrt(m.yy), -1.0, 1.0);
+  }
+  return line;
 }
 
 // ---- History ----
@@ -149,6 +151,36 @@ void History::load(StateReader& in) {
   in.get("history.values", std::span(values_).first(size_));
 }
 
+// ---- HistoryTable ----
+
+std::span<double> HistoryTable::push() {
+  const auto row = static_cast<std::size_t>(pushed_++) % window();
+  return std::span(rows_).subspan(row * columns_, columns_);
+}
+
+std::vector<double> HistoryTable::column(std::size_t which) const {
+  const auto pushed = static_cast<std::size_t>(pushed_), size = std::min(pushed, window());
+  std::vector<double> values(size);
+  for (std::size_t i = 0; i < size; ++i) {
+    values[i] = rows_[(pushed - size + i) % window() * columns_ + which];
+  }
+  return values;
+}
+
+void HistoryTable::save(StateWriter& out) const {
+  out.put("history.pushed", pushed_);
+  out.put("history.rows", std::span<const double>(rows_));
+}
+
+void HistoryTable::load(StateReader& in) {
+  const std::int64_t pushed = in.get_int("history.pushed");
+  if (pushed < 0) {
+    throw StateError("state: 'history.pushed': expected at least 0, found " + std::to_string(pushed));
+  }
+  in.get("history.rows", std::span<double>(rows_));
+  pushed_ = pushed;
+}
+
 // ---- LoadTrend ----
 
 LoadTrend::LoadTrend(int experts, int window, double ema)
@@ -174,20 +206,22 @@ void LoadTrend::observe(std::span<const double> load, std::span<const double> sm
   const std::span<double> kept = past(loads_, 0), deviation = past(deviations_, 0);
   // Of what it has come to replace, the oldest deviation is still wanted: lag 8 is taken before it is
   // overwritten.
-  double oldest = 0;
-  for (std::size_t i = 0; i < experts_; ++i) oldest += (load[i] - smoothed[i]) * deviation[i];
-  double norm = 0;
-  for (std::size_t i = 0; i < experts_; ++i) {
-    kept[i] = load[i];
-    deviation[i] = steps_ == 0 ? 0 : load[i] - smoothed[i];
-    norm += deviation[i] * deviation[i];
-  }
+  const Double2 known = splat(steps_ == 0 ? 0 : 1);  // the first step has no deviation
+  Double2 oldest = splat(0), squares = splat(0);
+  for_each_pair(experts_, [&](std::size_t i, auto at) {
+    const Double2 p = at.get(&load[i]), e = (p - at.get(&smoothed[i])) * known;
+    oldest += e * at.get(&deviation[i]);
+    squares += e * e;
+    at.put(&kept[i], p);
+    at.put(&deviation[i], e);
+  });
+  const double norm = sum_of(squares);
   const auto at = static_cast<std::size_t>(steps_) % kMemory;
   const double old_norm = norms_[at];
   norms_[at] = std::sqrt(norm);
   deviation_sq_ += ema_ * (norm * static_cast<double>(experts_) - deviation_sq_);
   if (old_norm > 0 && norms_[at] > 0) {
-    lagged_.back() += ema_ * (oldest / (old_norm * norms_[at]) - lagged_.back());
+    lagged_.back() += ema_ * (sum_of(oldest) / (old_norm * norms_[at]) - lagged_.back());
   }
   correlate(metrics);
   accumulate(load, metrics);
@@ -196,24 +230,43 @@ void LoadTrend::observe(std::span<const double> load, std::span<const double> sm
 
 void LoadTrend::correlate(Metrics& metrics) {
   if (steps_ < 2) return;  // the first step has no deviation
-  const std::span<const double> now = past(deviations_, 0);
-  const double norm = norms_[static_cast<std::size_t>(steps_) % kMemory];
-  for (std::size_t l = 0; l + 1 < kLags.size(); ++l) {
-    const auto lag = static_cast<std::size_t>(kLags[l]);
-    if (steps_ <= static_cast<std::int64_t>(lag)) continue;
-    const std::span<const double> then = past(deviations_, lag);
-    const double then_norm = norms_[(static_cast<std::size_t>(steps_) + kMemory - lag) % kMemory];
-    if (!(norm > 0) || !(then_norm > 0)) continue;
-    const double product = std::inner_product(now.begin(), now.end(), then.begin(), 0.0);
-    lagged_[l] += ema_ * (product / (norm * then_norm) - lagged_[l]);
+  const std::span<const double> now = past(deviations_, 0), last = past(deviations_, 1);
+  constexpr std::size_t kShort = kLags.size() - 1;  // the longest lag is taken already
+  std::array<const double*, kShort> then;
+  for (std::size_t l = 0; l < kShort; ++l) {
+    then[l] = past(deviations_, static_cast<std::size_t>(kLags[l])).data();
   }
-  const std::span<const double> last = past(deviations_, 1);
-  double flips = 0;
-  for (std::size_t i = 0; i < experts_; ++i) flips += now[i] * last[i] < 0 ? 1 : 0;
-  flips_ += ema_ * (flips / static_cast<double>(experts_) - flips_);
+  std::array<Double2, kShort> products{};
+  Int2 flips{};
+  for_each_pair(experts_, [&](std::size_t i, auto at) {
+    const Double2 e = at.get(&now[i]);
+    for (std::size_t l = 0; l < kShort; ++l) products[l] += e * at.get(then[l] + i);
+    flips -= e * at.get(&last[i]) < 0.0;  // comparisons give -1
+  });
+  const double norm = norms_[static_cast<std::size_t>(steps_) % kMemory];
+  for (std::size_t l = 0; l < kShort; ++l) {
+    const auto lag = static_cast<std::size_t>(kLags[l]);
+    const double then_norm = norms_[(static_cast<std::size_t>(steps_) + kMemory - lag) % kMemory];
+    if (steps_ <= kLags[l] || !(norm > 0) || !(then_norm > 0)) continue;
+    lagged_[l] += ema_ * (sum_of(products[l]) / (norm * then_norm) - lagged_[l]);
+  }
+  flips_ += ema_ * (static_cast<double>(flips[0] + flips[1]) / static_cast<double>(experts_) - flips_);
   metrics.load_autocorrelation = std::clamp(lagged_[0], -1.0, 1.0);
   metrics.oscillation = flips_;
-  metrics.swing = std::clamp(-*std::min_element(lagged_.begin(), lagged_.end()), 0.0, 1.0);
+  metrics.swing = swing();
+}
+
+// What repeats after P steps has the correlations 1 at lag P and, since its deviations sum to nothing over a
+// period, -1 in sum over the lags before it; a drift falls off with the lag, noise has none.
+double LoadTrend::swing() const {
+  double most = -*std::min_element(lagged_.begin(), lagged_.end());
+  double before = lagged_[0];
+  for (std::size_t l = 1; l < kLags.size() && kLags[l] == static_cast<int>(l) + 1; ++l) {
+    const auto others = static_cast<double>(l);
+    most = std::max(most, others / (others + 1) * (lagged_[l] - before / others));
+    before += lagged_[l];
+  }
+  return std::clamp(most, 0.0, 1.0);
 }
 
 void LoadTrend::accumulate(std::span<const double> load, Metrics& metrics) {
@@ -234,26 +287,32 @@ void LoadTrend::accumulate(std::span<const double> load, Metrics& metrics) {
   const double joint = have_before ? static_cast<double>(before_.steps) * count : 0;
   const double total = count + (have_before ? static_cast<double>(before_.steps) : 0);
   const std::vector<double>& start = have_before ? before_.first_root : now_.first_root;
-  double step_sq = 0, way_sq = 0, squares = 0;
-  for (std::size_t i = 0; i < experts_; ++i) {
-    const double root = std::sqrt(load[i]);
-    step_sq += (root - root_[i]) * (root - root_[i]);
-    root_[i] = root;
-    if (first) now_.first_root[i] = root;
-    way_sq += (root - start[i]) * (root - start[i]);
-    const double off = load[i] - now_.mean[i];
-    now_.mean[i] += off * share;
-    now_.squares[i] += off * (load[i] - now_.mean[i]);
-    squares += now_.squares[i];
+  Double2 step_sq = splat(0), way_sq = splat(0), squares = splat(0), apart_sq = splat(0);
+  for_each_pair(experts_, [&](std::size_t i, auto at) {
+    const Double2 p = at.get(&load[i]), root = fast_sqrt(p), moved = root - at.get(&root_[i]);
+    step_sq += moved * moved;
+    at.put(&root_[i], root);
+    if (first) at.put(&now_.first_root[i], root);
+    const Double2 way = root - at.get(&start[i]);
+    way_sq += way * way;
+    Double2 mean = at.get(&now_.mean[i]);
+    const Double2 off = p - mean;
+    mean += off * share;
+    const Double2 of_block = at.get(&now_.squares[i]) + off * (p - mean);
+    at.put(&now_.mean[i], mean);
+    at.put(&now_.squares[i], of_block);
+    squares += of_block;
     if (have_before) {
-      const double apart = now_.mean[i] - before_.mean[i];
-      squares += before_.squares[i] + apart * apart * joint / total;
+      const Double2 apart = mean - at.get(&before_.mean[i]);
+      squares += at.get(&before_.squares[i]);
+      apart_sq += apart * apart;
     }
-  }
-  const auto distance = [](double sq) { return 4 * std::asin(std::min(1.0, std::sqrt(sq) / 2)); };
+  });
+  const auto distance = [](Double2 sq) { return 4 * std::asin(std::min(1.0, std::sqrt(sum_of(sq)) / 2)); };
   (first ? now_.entry : now_.path) =
       first ? (have_last ? distance(step_sq) : 0) : now_.path + distance(step_sq);
-  metrics.routing_variance = squares / total / static_cast<double>(experts_);
+  metrics.routing_variance =
+      (sum_of(squares) + sum_of(apart_sq) * (joint / total)) / total / static_cast<double>(experts_);
   const double path = now_.path + (have_before ? now_.entry + before_.path : 0);
   if (path > 0) metrics.path_efficiency = std::min(1.0, distance(way_sq) / path);
   if (steps_ % kShiftEvery == 0) last_shift_ = shift().value_or(last_shift_);
@@ -261,21 +320,25 @@ void LoadTrend::accumulate(std::span<const double> load, Metrics& metrics) {
 }
 
 std::optional<double> LoadTrend::shift() const {
-  const std::int64_t recent = std::min<std::int64_t>(kMemory, half_window_);
-  if (before_.steps < 2 || now_.steps < recent || experts_ < 2) return std::nullopt;
-  double moved = 0, expected = 0;
-  for (std::size_t i = 0; i < experts_; ++i) {
-    double mean = 0;
-    for (std::int64_t ago = 0; ago < recent; ++ago) {
-      const auto at = static_cast<std::size_t>((steps_ - ago) % static_cast<std::int64_t>(kMemory));
-      mean += loads_[at * experts_ + i];
-    }
-    mean /= static_cast<double>(recent);
-    moved += (mean - before_.mean[i]) * (mean - before_.mean[i]);
-    expected += before_.squares[i];
+  const auto recent = static_cast<std::size_t>(std::min<std::int64_t>(kMemory, half_window_));
+  if (before_.steps < 2 || now_.steps < static_cast<std::int64_t>(recent) || experts_ < 2)
+    return std::nullopt;
+  std::array<const double*, kMemory> rows{};
+  for (std::size_t ago = 0; ago < recent; ++ago) {
+    rows[ago] = &loads_[(static_cast<std::size_t>(steps_) - ago) % kMemory * experts_];
   }
+  const double share = 1 / static_cast<double>(recent);
+  Double2 moved_sq = splat(0), expected_sq = splat(0);
+  for_each_pair(experts_, [&](std::size_t i, auto at) {
+    Double2 mean = splat(0);
+    for (std::size_t ago = 0; ago < recent; ++ago) mean += at.get(rows[ago] + i);
+    const Double2 apart = mean * share - at.get(&before_.mean[i]);
+    moved_sq += apart * apart;
+    expected_sq += at.get(&before_.squares[i]);
+  });
+  const double moved = sum_of(moved_sq);
   const auto n = static_cast<double>(before_.steps);
-  expected *= (1 / static_cast<double>(recent) + 1 / n) / (n - 1);
+  const double expected = sum_of(expected_sq) * (share + 1 / n) / (n - 1);
   const double threshold = 1 + 6 * std::sqrt(2 / static_cast<double>(experts_ - 1));
   constexpr double kMost = 1e6;  // a load that never moved before
   if (moved == 0) return 0;

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <numbers>
 #include <random>
 
 #include "moectl/monitor.h"
@@ -129,6 +130,29 @@ TEST(Health, OscillationIsNamed) {
     }
     EXPECT_EQ(watched.health(), Health::kOscillating) << half_period;
     EXPECT_THAT(watched.alerts(), ElementsAre("routing_oscillation")) << half_period;
+  }
+}
+
+// Every period from 2 to 6, of the roundest and of the sharpest shape, around a circle of experts.
+TEST(Health, OscillationsOfEveryShortPeriodAreNamed) {
+  for (const bool pulse : {false, true}) {
+    for (int period = 2; period <= 6; ++period) {
+      std::mt19937_64 random(static_cast<std::uint64_t>(period));
+      Watched watched;
+      for (int t = 0; t < 200; ++t) {
+        std::vector<double> share = uniform();
+        double sum = 0;
+        for (std::size_t i = 0; i < 16; ++i) {
+          const int phase = (t + static_cast<int>(i)) % period;
+          sum += share[i] *=
+              pulse ? (phase == 0 ? 2.5 : 1) : 1 + 0.4 * std::cos(2 * std::numbers::pi * phase / period);
+        }
+        for (double& s : share) s /= sum;
+        watched.step(sampled(share, random));
+      }
+      EXPECT_EQ(watched.health(), Health::kOscillating) << period << (pulse ? " pulses" : " cosines");
+      EXPECT_THAT(watched.alerts(), ElementsAre("routing_oscillation")) << period;
+    }
   }
 }
 

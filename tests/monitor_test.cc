@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <limits>
+#include <random>
 
 #include "allocation_counter.h"
 #include "moectl/trend.h"
@@ -169,6 +170,7 @@ TEST(LayerMonitor, TailSensitivityByHand) {
 TEST(LayerMonitor, UpdateFrequency) {
   const StatsShape shape{2, 1, {.gradients = true}};
   LayerMonitor monitor(shape, {});
+  EXPECT_TRUE(monitor.update_frequency().empty()) << "no step yet";
   for (int step = 0; step < 4; ++step) {
     RoutingStats stats(shape);
     ASSERT_TRUE(stats.add_counts(Counts{1, 1}, 2));
@@ -177,6 +179,61 @@ TEST(LayerMonitor, UpdateFrequency) {
     monitor.observe(stats, metrics);
   }
   EXPECT_THAT(monitor.update_frequency(), ElementsAre(1, 0.25));
+}
+
+// As many experts as the benchmark of the whole set has, and all that can be collected.
+TEST(LayerMonitor, MeasuringAndObservingEverythingAllocatesNothing) {
+  constexpr std::size_t kExperts = 256, kTokens = 512;
+  const StatsShape shape{kExperts,
+                         2,
+                         {.gap = true,
+                          .sequences = true,
+                          .probabilities = true,
+                          .gradients = true,
+                          .losses = true,
+                          .domain_losses = true,
+                          .latencies = true,
+                          .domains = 4}};
+  std::mt19937_64 random(12);
+  Counts experts, domains;
+  for (std::size_t t = 0; t < kTokens; ++t) {
+    const auto first = static_cast<std::int64_t>(random() % kExperts);
+    experts.insert(experts.end(), {first, (first + 1) % static_cast<std::int64_t>(kExperts)});
+    domains.push_back(first % 4);
+  }
+  std::vector<float> rows(kTokens * kExperts), losses(kTokens, 2.0F), top(kTokens * 3);
+  for (float& p : rows) p = static_cast<float>(random() % 100 + 1);
+  for (std::size_t i = 0; i < top.size(); ++i) top[i] = static_cast<float>(3 - i % 3);
+  std::vector<double> values(kExperts);
+  for (double& value : values) value = static_cast<double>(random() % 1000 + 1) * 1e-3;
+  RoutingStats stats(shape);
+  Measurer measurer(shape, {});
+  LayerMonitor monitor(shape, {.trends = true, .health = {.bands = {{"load_cv", {0, 0.1}}}}});
+  Metrics metrics;
+  EXPECT_EQ(testing::allocations_of([&] {
+              for (int step = 0; step < 60; ++step) {
+                stats.clear();
+                stats.add({.experts = experts,
+                           .sequence_length = 64,
+                           .top_values = top,
+                           .probabilities = rows,
+                           .domain_ids = domains,
+                           .dropped = 1});
+                stats.add_token_losses({.experts = experts, .losses = losses, .domain_ids = domains});
+                stats.add_grad_norms(values);
+                stats.add_latencies(values);
+                measurer.measure(stats, metrics);
+                monitor.observe(stats, metrics, 2.0);
+              }
+            }),
+            0);
+  // And it was all of it: only what is known of whole windows is absent.
+  for (const MetricField& field : metric_fields()) {
+    EXPECT_EQ((metrics.*field.value).has_value(),
+              field.name != "max_vio_global" && field.name != "tail_sensitivity" &&
+                  field.name != "tail_correlation" && field.name != "path_efficiency")
+        << field.name;
+  }
 }
 
 TEST(LayerMonitor, ObservingAllocatesNothing) {

@@ -61,8 +61,10 @@ TEST(Trend, CorrelationAndRegressionByHand) {
   EXPECT_FALSE(correlation(Values(50, 0.1), Values{1, 2, 3}));  // 0.1 summed is not 50 times 0.1
   EXPECT_EQ(*slope(Values(50, 0.1)), 0);
   EXPECT_FALSE(correlation(Values{1, 2}, Values{1, 2}));
-  EXPECT_NEAR(*regression(Values{1, 2, 3}, Values{5, 7, 9}), 2, 1e-15);
-  EXPECT_FALSE(regression(Values{1, 1}, Values{5, 7}));
+  EXPECT_NEAR(*regression(Values{1, 2, 3}, Values{5, 7, 9}).slope, 2, 1e-15);
+  EXPECT_NEAR(*regression(Values{1, 2, 3}, Values{5, 7, 9}).correlation, 1, 1e-15);
+  EXPECT_FALSE(regression(Values{1, 1}, Values{5, 7}).slope);
+  EXPECT_FALSE(regression(Values{1, 2}, Values{5, 7}).correlation);
 }
 
 TEST(History, KeepsTheLastValuesInOrder) {
@@ -184,11 +186,45 @@ TEST(LoadTrend, OscillationsSwing) {
       }
       m = loads.step(noisy(16, 0.05, random, base));
     }
-    EXPECT_GT(*m.swing, period == 3 ? 0.35 : 0.5) << period;  // cos(2π/3) = -½ is all that period 3 has
+    EXPECT_GT(*m.swing, 0.5) << period;
     EXPECT_GT(loads.trend().deviation_cv(), 0.2) << period;
     if (period == 2) {
       EXPECT_LT(*m.load_autocorrelation, -0.8);
       EXPECT_GT(*m.oscillation, 0.9);
+    }
+  }
+}
+
+// Whatever its shape, what repeats swings: here each expert has one high step in `period`.
+TEST(LoadTrend, PulsesSwing) {
+  for (int period = 2; period <= 6; ++period) {
+    std::mt19937_64 random(static_cast<std::uint64_t>(period));
+    Loads loads(30, 50);
+    Metrics m;
+    for (int t = 0; t < 200; ++t) {
+      Values base(30);
+      for (int i = 0; i < 30; ++i) base[static_cast<std::size_t>(i)] = (t + i) % period == 0 ? 2 : 1;
+      m = loads.step(noisy(30, 0.05, random, base));
+    }
+    EXPECT_GT(*m.swing, 0.8) << period;
+  }
+}
+
+// A drift is no swing, however steady: neither a ramp nor a random walk.
+TEST(LoadTrend, DriftsDoNotSwing) {
+  for (const bool walk : {false, true}) {
+    std::mt19937_64 random(21);
+    std::normal_distribution<double> normal;
+    Loads loads(16, 50);
+    Values base(16, 10.0);
+    for (int t = 0; t < 1000; ++t) {
+      for (std::size_t i = 0; i < 16; ++i) {
+        base[i] = std::max(1.0, base[i] + (walk ? 0.2 * normal(random) : 0.005 * static_cast<double>(i)));
+      }
+      const Metrics m = loads.step(noisy(16, 0.01, random, base));
+      if (t >= 50) {
+        ASSERT_LT(*m.swing, 0.35) << walk << " " << t;
+      }
     }
   }
 }

@@ -45,9 +45,11 @@ class LayerMonitor {
   std::span<const std::int64_t> steps_below() const { return below_; }
   bool is_dead(int expert) const { return below_[static_cast<std::size_t>(expert)] >= options_.dead_after; }
   std::int64_t steps_observed() const { return observed_; }
-  /// Share of the recorded steps in which each expert had a gradient. [N]; empty unless gradients are
-  /// collected.
-  std::span<const double> update_frequency() const { return update_frequency_; }
+  /// Share of the steps with recorded gradients in which each expert had one above 0. [N]; empty before the
+  /// first such step.
+  std::span<const double> update_frequency() const {
+    return gradient_steps_ > 0 ? std::span<const double>(update_frequency_) : std::span<const double>();
+  }
 
   Health health() const { return health_.state(); }
   bool has(FailureMode mode) const { return health_.has(mode); }
@@ -81,8 +83,7 @@ class LayerMonitor {
 
   // With trends.
   std::optional<LoadTrend> load_trend_;
-  std::vector<History> histories_;  // of each metric
-  std::optional<History> loss_;
+  std::optional<HistoryTable> history_;  // of each metric, and of the loss
 
   // With gradients, losses, latencies.
   std::vector<double> values_, grad_norm_, fast_loss_, slow_loss_, update_frequency_;

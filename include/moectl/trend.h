@@ -25,8 +25,12 @@ std::optional<double> autocorrelation(std::span<const double> values);
 std::optional<double> sign_flips(std::span<const double> values);
 /// Pearson's correlation of two rows of equal length; wants three pairs.
 std::optional<double> correlation(std::span<const double> x, std::span<const double> y);
-/// Least-squares slope of y on x; wants two pairs.
-std::optional<double> regression(std::span<const double> x, std::span<const double> y);
+/// The least-squares line of y on x.
+struct Regression {
+  std::optional<double> slope;        ///< Wants two pairs.
+  std::optional<double> correlation;  ///< Wants three.
+};
+Regression regression(std::span<const double> x, std::span<const double> y);
 
 /// The last values of one number, in order.
 class History {
@@ -44,10 +48,32 @@ class History {
   std::size_t begin_ = 0, size_ = 0;
 };
 
+/// The last values of several numbers, one row a step.
+class HistoryTable {
+ public:
+  HistoryTable(std::size_t window, std::size_t columns) : columns_(columns), rows_(window * columns) {}
+  /// The row of a new step, in place of the oldest one: to be filled in.
+  std::span<double> push();
+  /// The values of one column, oldest first.
+  std::vector<double> column(std::size_t which) const;
+
+  void save(StateWriter& out) const;
+  void load(StateReader& in);
+
+ private:
+  std::size_t window() const { return rows_.size() / columns_; }
+  std::size_t columns_;
+  std::vector<double> rows_;  // a ring
+  std::int64_t pushed_ = 0;
+};
+
 /// Trends of the load vector p. With e_t = p_t - EMA(p)_{t-1}:
 ///   correlation at lag l   a_l += ema (⟨e_t, e_{t-l}⟩ / (|e_t| |e_{t-l}|) - a_l)
-///   swing                  max_l -a_l over lags up to 8: an oscillation of any period up to 16 (3 reaches ½
-///   at most) routing_variance, path_efficiency over half to one window (two blocks, so that memory is O(N))
+///   swing                  the larger of max_l -a_l, which a wave of a period up to 16 brings near 1 (of 3
+///   to ½), and
+///                          max_P (1 - 1/P) (a_P - mean of a_1 … a_{P-1}), P = 2 … 6, which is 1 of any shape
+///                          that repeats after P steps (its a_P is 1, and the others sum to -1)
+///   routing_variance, path_efficiency over half to one window (two blocks, so that memory is O(N))
 ///   shift                  Σ (m_i - r_i)² / Σ var_i (1/8 + 1/n), m the mean of the last 8 steps, r, var, n
 ///   of the
 ///                          block before; in units of 1 + 6 √(2/(N-1)). Above 1 = the load has moved.
@@ -64,7 +90,7 @@ class LoadTrend {
   void load(StateReader& in);
 
  private:
-  static constexpr std::array<int, 6> kLags = {1, 2, 3, 4, 6, 8};
+  static constexpr std::array<int, 7> kLags = {1, 2, 3, 4, 5, 6, 8};
   static constexpr std::size_t kMemory = 8;
   static constexpr std::int64_t kShiftEvery =
       4;  // steps: a change of eight steps' mean can wait for its test
@@ -77,6 +103,7 @@ class LoadTrend {
   };
   std::span<double> past(std::vector<double>& ring, std::size_t ago);
   void correlate(Metrics& metrics);
+  double swing() const;
   void accumulate(std::span<const double> load, Metrics& metrics);
   std::optional<double> shift() const;
 
