@@ -204,6 +204,7 @@ void read_collect(YamlMap map, StatsNeeds& collect) {
   map.read("probabilities", collect.probabilities);
   map.read("gradients", collect.gradients);
   map.read("losses", collect.losses);
+  map.read("domain_losses", collect.domain_losses);
   map.read("latencies", collect.latencies);
   map.read("margins", collect.margins);
   map.finish();

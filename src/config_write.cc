@@ -106,7 +106,11 @@ Json tree(const ControllerConfig& config) {
                   {"trend_window", config.monitor.trend_window},
                   {"trends", config.monitor.trends}};
   if (!config.metrics.placement.empty()) metrics["placement"] = config.metrics.placement;
-  Json all = {{"version", 1}, {"mode", name_of(config.mode)}, {"lag", config.lag}, {"model", model}, {"metrics", metrics}};
+  Json all = {{"version", 1},
+              {"mode", name_of(config.mode)},
+              {"lag", config.lag},
+              {"model", model},
+              {"metrics", metrics}};
   for (const Actuator which : kActuators) all[std::string(name_of(which))] = tree(config.actuator(which));
   all["safety"] = tree(config.safety);
   all["guard"] = tree(config.guard);
@@ -118,6 +122,7 @@ Json tree(const ControllerConfig& config) {
                     {"probabilities", c.probabilities},
                     {"gradients", c.gradients},
                     {"losses", c.losses},
+                    {"domain_losses", c.domain_losses},
                     {"latencies", c.latencies},
                     {"margins", c.margins}};
   return all;

@@ -83,10 +83,10 @@ class Line {
     for (std::size_t i = 0; i < out.size(); ++i) out[i] = integer(at(field, i), value[i]);
   }
   /// Sums in fixed point.
-  std::int64_t fixed(const std::string& field, const json& value, double least = 0) const {
+  std::int64_t fixed(const std::string& field, const json& value) const {
     const double sum = number(field, value);
-    if (!(sum >= least)) reject(field, value, "must be at least 0");
-    if (!(std::abs(sum) <= kLargestSum)) reject(field, value, "must be at most 5.4e11");
+    if (!(sum >= 0)) reject(field, value, "must be at least 0");
+    if (!(sum <= kLargestSum)) reject(field, value, "must be at most 5.4e11");
     return std::llrint(sum / kFixedUnit);
   }
   void fixed(const std::string& field, const json& value, std::span<std::int64_t> out) const {
@@ -195,19 +195,34 @@ void read_margins(const Line& line, const json& margins, RoutingStats& stats) {
   stats.set_scalar(RoutingStats::kMarginTokens, stats.tokens());
 }
 
-/// `expert_loss` is the mean over each expert's assignments, null where it had none; the sums weigh it by
-/// those.
-void read_losses(const Line& line, const json& losses, RoutingStats& stats) {
-  const auto counts = stats.counts();
-  const auto sums = stats.mutable_array(RoutingStats::kExpertLossSum);
-  const auto tokens = stats.mutable_array(RoutingStats::kExpertLossTokens);
-  line.check_array("expert_loss", losses, sums.size());
+/// Losses are means over each expert's assignments, null where it had none; the sums weigh them by those.
+void read_losses(const Line& line, const std::string& field, const json& losses,
+                 std::span<const std::int64_t> counts, std::span<std::int64_t> sums,
+                 std::span<std::int64_t> tokens) {
+  constexpr double kMost = kLargestSum / 2;  // of either sign: RoutingStats::valid() wants them under 2^62
+  line.check_array(field, losses, sums.size());
   for (std::size_t i = 0; i < sums.size(); ++i) {
     if (losses[i].is_null()) continue;
-    const std::string field = Line::at("expert_loss", i);
-    const double sum = line.number(field, losses[i]) * static_cast<double>(counts[i]);
-    sums[i] = line.fixed(field, sum, -kLargestSum);
+    const std::string at = Line::at(field, i);
+    const double sum = line.number(at, losses[i]) * static_cast<double>(counts[i]);
+    if (!(std::abs(sum) <= kMost))
+      line.reject(at, losses[i], "must be at most 2.7e11 in sum over its tokens");
+    sums[i] = std::llrint(sum / kFixedUnit);
     tokens[i] = counts[i];
+  }
+}
+
+/// `domain_loss` is the mean over each (domain, expert)'s assignments, null where it had none.
+void read_domain_losses(const Line& line, const json& losses, const json& domains, RoutingStats& stats) {
+  if (!losses.is_object()) line.reject("domain_loss", losses, "must be an object of arrays");
+  const std::size_t n = stats.counts().size();
+  for (const auto& [name, values] : losses.items()) {
+    const auto it = domains.find(name);
+    if (it == domains.end()) line.fail("domain_loss." + name, "unknown", "must be in domain_counts");
+    const auto d = static_cast<std::size_t>(std::distance(domains.begin(), it));
+    read_losses(line, "domain_loss." + name, values, stats.domain_counts(static_cast<int>(d)),
+                stats.mutable_array(RoutingStats::kDomainLossSum).subspan(d * n, n),
+                stats.mutable_array(RoutingStats::kDomainLossTokens).subspan(d * n, n));
   }
 }
 
@@ -270,12 +285,15 @@ RoutingStats read_stats(const Line& line, const LogHeader& header, std::int64_t 
   const json* latencies = line.find("latency");
   const json* margins = line.find("margins");
   const json* domains = line.find("domain_counts");
+  const json* domain_losses = line.find("domain_loss");
+  if (domain_losses && !domains) line.fail("domain_counts", "missing", "required with domain_loss");
   if (domains && !domains->is_object()) line.reject("domain_counts", *domains, "must be an object of arrays");
   shape.needs = {.gap = gap != nullptr,
                  .sequences = line.has_all({"sequences", "sequence_sq", "sequence_cross", "sequence_len_sq"}),
                  .probabilities = line.has_all({"prob_sum", "sqrt_prob_sum", "token_entropy_sum"}),
                  .gradients = gradients != nullptr,
                  .losses = losses != nullptr,
+                 .domain_losses = domain_losses != nullptr,
                  .latencies = latencies != nullptr,
                  .margins = margins != nullptr,
                  .domains = domains ? static_cast<int>(domains->size()) : 0};
@@ -301,9 +319,14 @@ RoutingStats read_stats(const Line& line, const LogHeader& header, std::int64_t 
     line.fixed("latency", *latencies, stats.mutable_array(RoutingStats::kLatencySum));
     stats.set_scalar(RoutingStats::kLatencyRecords, 1);
   }
-  if (losses) read_losses(line, *losses, stats);
+  if (losses) {
+    read_losses(line, "expert_loss", *losses, stats.counts(),
+                stats.mutable_array(RoutingStats::kExpertLossSum),
+                stats.mutable_array(RoutingStats::kExpertLossTokens));
+  }
   if (margins) read_margins(line, *margins, stats);
   if (domains) read_domains(line, *domains, stats);
+  if (domain_losses) read_domain_losses(line, *domain_losses, *domains, stats);
   return stats;
 }
 

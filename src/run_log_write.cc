@@ -206,7 +206,8 @@ struct RunLogWriter::File {
   void info(const StepReport& report, std::string_view tag);
   void sums(const RoutingStats& stats);
   void margins(const RoutingStats& stats);
-  void metrics(const Metrics& metrics);
+  void means(std::span<const std::int64_t> sums, std::span<const std::int64_t> tokens);
+  void metrics(const LayerReport& layer);
   void health(const LayerMonitor& monitor);
   void actuators(const ActuatorReport (&reports)[kActuatorCount]);
 };
@@ -259,7 +260,7 @@ void RunLogWriter::File::record(const StepReport& report, const LayerReport& lay
   json.field("layer", std::int64_t{layer.layer});
   if (layer.stats) sums(*layer.stats);
   info(report, tag);
-  if (layer.metrics) metrics(*layer.metrics);
+  if (layer.metrics) metrics(layer);
   if (layer.guard.state != GuardState::kWatching || layer.guard.trigger != GuardTrigger::kNone) {
     json.key("guard");
     json.raw('{');
@@ -293,6 +294,16 @@ void RunLogWriter::File::info(const StepReport& report, std::string_view tag) {
   json.raw('{');
   for (std::size_t d = 0; d < mixture.size(); ++d) json.field(config.model.domains[d], mixture[d]);
   json.raw('}');
+}
+
+/// 0/0 is written as null: an expert without tokens has no loss.
+void RunLogWriter::File::means(std::span<const std::int64_t> sums, std::span<const std::int64_t> tokens) {
+  json.raw('[');
+  for (std::size_t i = 0; i < sums.size(); ++i) {
+    if (i) json.raw(',');
+    json.value(from_fixed(sums[i]) / static_cast<double>(tokens[i]));
+  }
+  json.raw(']');
 }
 
 void RunLogWriter::File::sums(const RoutingStats& stats) {
@@ -329,26 +340,28 @@ void RunLogWriter::File::sums(const RoutingStats& stats) {
     fixed("grad_norm", S::kGradNormSum, 1.0 / static_cast<double>(n));
   if (const auto n = stats.scalar(S::kLatencyRecords); n > 0)
     fixed("latency", S::kLatencySum, 1.0 / static_cast<double>(n));
-  if (const auto tokens = stats.array(S::kExpertLossTokens); !tokens.empty()) {
-    const auto losses = stats.array(S::kExpertLossSum);
+  if (stats.shape().needs.losses) {
     json.key("expert_loss");
-    json.raw('[');
-    for (std::size_t i = 0; i < losses.size(); ++i) {
-      if (i) json.raw(',');
-      // 0/0 is written as null: an expert without tokens has no loss.
-      json.value(from_fixed(losses[i]) / static_cast<double>(tokens[i]));
-    }
-    json.raw(']');
+    means(stats.array(S::kExpertLossSum), stats.array(S::kExpertLossTokens));
   }
-  if (stats.has_domains()) {
-    json.key("domain_counts");
-    json.raw('{');
-    for (std::size_t d = 0; d < config.model.domains.size(); ++d) {
-      json.key(config.model.domains[d]);
-      json.array(stats.domain_counts(static_cast<int>(d)));
-    }
-    json.raw('}');
+  if (!stats.has_domains()) return;
+  json.key("domain_counts");
+  json.raw('{');
+  for (std::size_t d = 0; d < config.model.domains.size(); ++d) {
+    json.key(config.model.domains[d]);
+    json.array(stats.domain_counts(static_cast<int>(d)));
   }
+  json.raw('}');
+  if (!stats.shape().needs.domain_losses) return;
+  json.key("domain_loss");
+  json.raw('{');
+  const auto n = static_cast<std::size_t>(stats.experts());
+  for (std::size_t d = 0; d < config.model.domains.size(); ++d) {
+    json.key(config.model.domains[d]);
+    means(stats.array(S::kDomainLossSum).subspan(d * n, n),
+          stats.array(S::kDomainLossTokens).subspan(d * n, n));
+  }
+  json.raw('}');
 }
 
 /// For each expert the number of its first bin that holds a token, then the counts from there to the last
@@ -373,12 +386,17 @@ void RunLogWriter::File::margins(const RoutingStats& stats) {
   json.raw(']');
 }
 
-void RunLogWriter::File::metrics(const Metrics& metrics) {
+void RunLogWriter::File::metrics(const LayerReport& layer) {
   json.key("metrics");
   json.raw('{');
   for (const MetricField& field : metric_fields()) {
-    const Metrics::Value& value = metrics.*field.value;
+    const Metrics::Value& value = (*layer.metrics).*field.value;
     json.field(field.name, value ? *value : std::nan(""));
+  }
+  // Of the experts, only what the sums of one record cannot tell.
+  if (layer.monitor && config.log.per_expert && !layer.monitor->update_frequency().empty()) {
+    json.key("update_frequency");
+    json.array(layer.monitor->update_frequency());
   }
   json.raw('}');
 }

@@ -50,6 +50,9 @@ std::size_t array_length(const StatsShape& shape, RoutingStats::Array which) {
       return shape.needs.margins ? experts * kMarginBins : 0;
     case RoutingStats::kDomainCounts:
       return static_cast<std::size_t>(shape.needs.domains) * experts;
+    case RoutingStats::kDomainLossSum:
+    case RoutingStats::kDomainLossTokens:
+      return shape.needs.domain_losses ? static_cast<std::size_t>(shape.needs.domains) * experts : 0;
     case RoutingStats::kArrayCount:
       break;
   }
@@ -68,6 +71,13 @@ void require_size(const char* name, std::size_t found, std::size_t expected) {
   if (found != expected) {
     throw std::invalid_argument(std::string(name) + ": " + std::to_string(found) + " elements: must be " +
                                 std::to_string(expected));
+  }
+}
+
+void check_domain(const StatsShape& shape, int domain) {
+  if (domain < 0 || domain >= shape.needs.domains) {
+    throw std::invalid_argument("domain: " + std::to_string(domain) + ": must be 0 to " +
+                                std::to_string(shape.needs.domains - 1));
   }
 }
 
@@ -97,6 +107,7 @@ StatsNeeds& StatsNeeds::operator|=(const StatsNeeds& other) {
   probabilities |= other.probabilities;
   gradients |= other.gradients;
   losses |= other.losses;
+  domain_losses |= other.domain_losses;
   latencies |= other.latencies;
   margins |= other.margins;
   margin_rows |= other.margin_rows;
@@ -147,8 +158,14 @@ std::int64_t RoutingStats::assignments() const {
 }
 
 bool RoutingStats::valid() const {
+  if (sums_.empty()) return true;
+  const std::size_t unsigned_sums = array_offset(shape_, kFirstSigned);
   std::int64_t signs = 0;
-  for (const std::int64_t sum : sums_) signs |= sum;
+  for (std::size_t i = 0; i < unsigned_sums; ++i) signs |= sums_[i];
+  // Beyond ±2^62 the two highest bits differ: on the way to an overflow, or back from one.
+  for (std::size_t i = unsigned_sums; i < sums_.size(); ++i) {
+    signs |= sums_[i] ^ static_cast<std::int64_t>(static_cast<std::uint64_t>(sums_[i]) << 1);
+  }
   if (signs < 0 || invalid_records() != 0) return false;
   // No sum of N numbers under 2^63 / N overflows; the bits they set together bound the largest of them.
   std::int64_t bits = 0;
@@ -483,23 +500,67 @@ bool RoutingStats::add_latencies(std::span<const double> seconds) {
   return add_observation(kLatencySum, kLatencyRecords, seconds);
 }
 
+bool RoutingStats::add_losses(Array sums, Array tokens, std::size_t at, std::span<const double> loss_sums,
+                              std::span<const std::int64_t> covered) {
+  require_size("loss_sums", loss_sums.size(), static_cast<std::size_t>(experts()));
+  require_size("tokens", covered.size(), static_cast<std::size_t>(experts()));
+  if (array_length(shape_, sums) == 0) return true;
+  std::fill(delta_.begin(), delta_.end(), 0);
+  const std::span<std::int64_t> to_sums = delta(sums).subspan(at), to_tokens = delta(tokens).subspan(at);
+  for (std::size_t i = 0; i < loss_sums.size(); ++i) {
+    if (!fits_fixed(loss_sums[i]) || covered[i] < 0) return commit(false);
+    to_sums[i] = to_fixed(loss_sums[i]);
+    to_tokens[i] = covered[i];
+  }
+  return commit(true);
+}
+
 bool RoutingStats::add_expert_losses(std::span<const double> loss_sums,
                                      std::span<const std::int64_t> tokens) {
-  require_size("loss_sums", loss_sums.size(), static_cast<std::size_t>(experts()));
-  require_size("tokens", tokens.size(), static_cast<std::size_t>(experts()));
-  if (!shape_.needs.losses) return true;
+  return add_losses(kExpertLossSum, kExpertLossTokens, 0, loss_sums, tokens);
+}
+
+bool RoutingStats::add_domain_losses(int domain, std::span<const double> loss_sums,
+                                     std::span<const std::int64_t> tokens) {
+  check_domain(shape_, domain);
+  return add_losses(kDomainLossSum, kDomainLossTokens,
+                    static_cast<std::size_t>(domain) * static_cast<std::size_t>(experts()), loss_sums,
+                    tokens);
+}
+
+bool RoutingStats::add_token_losses(const TokenLosses& batch) {
+  const std::size_t tokens = batch.losses.size(), k = static_cast<std::size_t>(top_k());
+  require_size("experts", batch.experts.size(), tokens * k);
+  if (!batch.mask.empty()) require_size("mask", batch.mask.size(), tokens);
+  if (!batch.domain_ids.empty()) require_size("domain_ids", batch.domain_ids.size(), tokens);
+  const auto n = static_cast<std::uint64_t>(experts());
+  const bool by_domain = !batch.domain_ids.empty() && !array(kDomainLossSum).empty();
+  if (!shape_.needs.losses && !by_domain) return true;
   std::fill(delta_.begin(), delta_.end(), 0);
-  const std::span<std::int64_t> sums = delta(kExpertLossSum), covered = delta(kExpertLossTokens);
-  bool good = true;
-  for (std::size_t i = 0; i < loss_sums.size(); ++i) {
-    if (!(loss_sums[i] >= 0 && loss_sums[i] <= kFixedMax) || tokens[i] < 0) {
-      good = false;
-      break;
+  const std::span<std::int64_t> sums = delta(kExpertLossSum), covered = delta(kExpertLossTokens),
+                                domain_sums = delta(kDomainLossSum),
+                                domain_covered = delta(kDomainLossTokens);
+  for (std::size_t t = 0; t < tokens; ++t) {
+    if (!batch.mask.empty() && batch.mask[t] == 0) continue;
+    const auto loss = static_cast<double>(batch.losses[t]);
+    if (!fits_fixed(loss)) return commit(false);
+    const std::int64_t term = to_fixed(loss), domain = by_domain ? batch.domain_ids[t] : 0;
+    if (domain < 0 || (by_domain && domain >= shape_.needs.domains)) return commit(false);
+    for (std::size_t j = 0; j < k; ++j) {
+      const auto expert = static_cast<std::uint64_t>(batch.experts[t * k + j]);
+      if (expert >= n) return commit(false);
+      if (shape_.needs.losses) {
+        sums[expert] = wrapping_add(sums[expert], term);
+        ++covered[expert];
+      }
+      if (by_domain) {
+        const std::size_t at = static_cast<std::size_t>(domain) * n + expert;
+        domain_sums[at] = wrapping_add(domain_sums[at], term);
+        ++domain_covered[at];
+      }
     }
-    sums[i] = to_fixed(loss_sums[i]);
-    covered[i] = tokens[i];
   }
-  return commit(good);
+  return commit(true);
 }
 
 // ---- Reading ----
@@ -544,10 +605,7 @@ std::span<const std::int64_t, kMarginBins> RoutingStats::margins(int expert) con
 }
 
 std::span<const std::int64_t> RoutingStats::domain_counts(int domain) const {
-  if (domain < 0 || domain >= shape_.needs.domains) {
-    throw std::invalid_argument("domain: " + std::to_string(domain) + ": must be 0 to " +
-                                std::to_string(shape_.needs.domains - 1));
-  }
+  check_domain(shape_, domain);
   const auto n = static_cast<std::size_t>(experts());
   return array(kDomainCounts).subspan(static_cast<std::size_t>(domain) * n, n);
 }

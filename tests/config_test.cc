@@ -108,7 +108,8 @@ safety:
   oscillation: on
   fallback_after: 0
 log: {every: 4, per_expert: false}
-collect: {gap: true, sequences: true, probabilities: true, gradients: true, losses: true, latencies: true, margins: true}
+collect: {gap: true, sequences: true, probabilities: true, gradients: true, losses: true, domain_losses: true,
+          latencies: true, margins: true}
 )");
   EXPECT_EQ(c.mode, Mode::kShadow);
   EXPECT_EQ(c.lag, 1);
@@ -155,6 +156,7 @@ collect: {gap: true, sequences: true, probabilities: true, gradients: true, loss
                        .probabilities = true,
                        .gradients = true,
                        .losses = true,
+                       .domain_losses = true,
                        .latencies = true,
                        .margins = true,
                        .domains = 2};

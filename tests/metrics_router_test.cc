@@ -1,4 +1,5 @@
 // Metrics from what a router gives beyond counts, and the Fisher metrics.
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -227,6 +228,32 @@ TEST(Experts, GradientsAndLatencies) {
   }
 }
 
+TEST(Domains, PerformanceByRoutedSubset) {
+  RoutingStats stats({3, 1, {.domain_losses = true, .domains = 2}});
+  const Counts experts = {0, 0, 1, 0, 1}, domains = {0, 0, 0, 1, 1};
+  const std::vector<float> losses = {1, 2, 4, -3, 0.5F};
+  ASSERT_TRUE(stats.add({.experts = experts, .domain_ids = domains}));
+  ASSERT_EQ(domain_fields().size(), 2U);
+  const DomainField &share = domain_fields()[0], &loss = domain_fields()[1];
+  std::vector<double> values(3);
+  EXPECT_FALSE(loss.values(stats, 0, values)) << "no loss was recorded";
+  ASSERT_TRUE(stats.add_token_losses({.experts = experts, .losses = losses, .domain_ids = domains}));
+  ASSERT_TRUE(share.values(stats, 0, values));
+  EXPECT_THAT(values, ::testing::ElementsAre(0.4, 0.2, 0));
+  ASSERT_TRUE(share.values(stats, 1, values));
+  EXPECT_THAT(values, ::testing::ElementsAre(0.2, 0.2, 0));
+  ASSERT_TRUE(loss.values(stats, 0, values));
+  EXPECT_EQ(values[0], 1.5);
+  EXPECT_EQ(values[1], 4);
+  EXPECT_TRUE(std::isnan(values[2]));
+  ASSERT_TRUE(loss.values(stats, 1, values));
+  EXPECT_EQ(values[0], -3);
+  EXPECT_EQ(values[1], 0.5);
+  // A record without domains: shares are not known of all tokens.
+  ASSERT_TRUE(stats.add({.experts = experts}));
+  EXPECT_FALSE(share.values(stats, 0, values));
+}
+
 TEST(Experts, OptionalInputsLeaveTheRestAlone) {
   const Counts counts = {5, 3, 1, 1};
   RoutingStats rich({4,
@@ -236,6 +263,7 @@ TEST(Experts, OptionalInputsLeaveTheRestAlone) {
                       .probabilities = true,
                       .gradients = true,
                       .losses = true,
+                      .domain_losses = true,
                       .latencies = true,
                       .domains = 2}});
   ASSERT_TRUE(rich.add_counts(counts, 10));
@@ -253,6 +281,7 @@ TEST(Experts, MeasuringEverythingAllocatesNothing) {
                        .probabilities = true,
                        .gradients = true,
                        .losses = true,
+                       .domain_losses = true,
                        .latencies = true,
                        .domains = 2}});
   const Counts experts = {0, 1, 2, 3}, domains = {0, 1, 0, 1};

@@ -26,6 +26,7 @@ StatsNeeds everything(int domains = 2) {
           .probabilities = true,
           .gradients = true,
           .losses = true,
+          .domain_losses = true,
           .latencies = true,
           .margins = true,
           .domains = domains};
@@ -128,6 +129,46 @@ TEST(RoutingStats, PerExpertObservations) {
   EXPECT_EQ(from_fixed(stats.array(RoutingStats::kLatencySum)[0]), 0.25);
   EXPECT_EQ(from_fixed(stats.array(RoutingStats::kExpertLossSum)[0]), 0.5);
   EXPECT_EQ(stats.array(RoutingStats::kExpertLossTokens)[0], 3);
+}
+
+TEST(RoutingStats, LossesOfTokensByExpertAndDomain) {
+  RoutingStats stats({3, 2, everything()});
+  const std::vector<std::int64_t> experts = {0, 1, 1, 2, 0, 2, 2, 1};
+  const std::vector<float> losses = {1, -2.5F, std::numeric_limits<float>::quiet_NaN(), 0.25F};
+  const std::vector<std::uint8_t> mask = {1, 1, 0, 1};  // of what has no loss, nothing else matters
+  const std::vector<std::int64_t> domains = {1, 0, 9, 1};
+  ASSERT_TRUE(
+      stats.add_token_losses({.experts = experts, .losses = losses, .mask = mask, .domain_ids = domains}));
+  const auto one = [](double value) { return static_cast<std::int64_t>(value * 16777216); };
+  using S = RoutingStats;
+  EXPECT_THAT(stats.array(S::kExpertLossSum), ElementsAre(one(1), one(-1.25), one(-2.25)));
+  EXPECT_THAT(stats.array(S::kExpertLossTokens), ElementsAre(1, 3, 2));
+  EXPECT_THAT(stats.array(S::kDomainLossSum),
+              ElementsAre(0, one(-2.5), one(-2.5), one(1), one(1.25), one(.25)));
+  EXPECT_THAT(stats.array(S::kDomainLossTokens), ElementsAre(0, 1, 1, 1, 2, 1));
+  EXPECT_TRUE(stats.valid()) << "losses may be negative";
+  // The same from sums formed elsewhere, to the bit; of domains not known nothing is added to them.
+  RoutingStats sums(stats.shape());
+  ASSERT_TRUE(sums.add_token_losses({.experts = experts, .losses = losses, .mask = mask}));
+  EXPECT_THAT(sums.array(S::kDomainLossTokens), ::testing::Each(0));
+  ASSERT_TRUE(
+      sums.add_domain_losses(0, std::vector<double>{0, -2.5, -2.5}, std::vector<std::int64_t>{0, 1, 1}));
+  ASSERT_TRUE(
+      sums.add_domain_losses(1, std::vector<double>{1, 1.25, .25}, std::vector<std::int64_t>{1, 2, 1}));
+  EXPECT_THAT(sums.flat(), ElementsAreArray(stats.flat()));
+  // Where only one of the two is wanted, only that is kept.
+  RoutingStats by_expert({3, 2, {.losses = true, .domains = 2}}),
+      by_domain({3, 2, {.domain_losses = true, .domains = 2}});
+  for (RoutingStats* other : {&by_expert, &by_domain}) {
+    ASSERT_TRUE(
+        other->add_token_losses({.experts = experts, .losses = losses, .mask = mask, .domain_ids = domains}));
+    for (const S::Array which :
+         {S::kExpertLossSum, S::kExpertLossTokens, S::kDomainLossSum, S::kDomainLossTokens}) {
+      if (other->array(which).empty()) continue;
+      EXPECT_THAT(other->array(which), ElementsAreArray(stats.array(which)));
+    }
+  }
+  EXPECT_EQ(by_expert.flat().size() + 6, by_domain.flat().size());
 }
 
 TEST(RoutingStats, FixedPointRoundsTiesToEven) {
@@ -255,9 +296,22 @@ TEST(RoutingStats, MalformedSumsRejectTheRecord) {
   for (const double bad : {nan, inf, -inf, -1.0, 1e30}) {
     rejected(stats.add_grad_norms(std::vector<double>{1, bad}));
     rejected(stats.add_latencies(std::vector<double>{bad, 1}));
-    rejected(stats.add_expert_losses(std::vector<double>{1, bad}, std::vector<std::int64_t>{1, 1}));
+  }
+  const std::vector<std::int64_t> ones = {1, 1};
+  for (const double bad : {nan, inf, -inf, 1e30, -1e30}) {
+    rejected(stats.add_expert_losses(std::vector<double>{1, bad}, ones));
+    rejected(stats.add_domain_losses(1, std::vector<double>{bad, 1}, ones));
+    const auto narrow = static_cast<float>(bad);
+    rejected(stats.add_token_losses({.experts = ones, .losses = std::vector<float>{1, narrow}}));
   }
   rejected(stats.add_expert_losses(std::vector<double>{1, 1}, std::vector<std::int64_t>{1, -1}));
+  rejected(stats.add_domain_losses(0, std::vector<double>{1, 0.5}, std::vector<std::int64_t>{1, -1}));
+  const std::vector<float> losses = {1, 1};
+  for (const std::int64_t bad : {std::int64_t{-1}, std::int64_t{2}, kMin, kMax}) {
+    const std::vector<std::int64_t> wrong = {1, bad};
+    rejected(stats.add_token_losses({.experts = wrong, .losses = losses}));
+    rejected(stats.add_token_losses({.experts = ones, .losses = losses, .domain_ids = wrong}));
+  }
 }
 
 TEST(RoutingStats, OverflowIsNoticedNotUndefined) {
@@ -271,6 +325,20 @@ TEST(RoutingStats, OverflowIsNoticedNotUndefined) {
   c.mutable_array(RoutingStats::kCounts)[0] = kMax;
   c.mutable_array(RoutingStats::kCounts)[1] = kMax;
   EXPECT_FALSE(c.valid());
+  // Losses of either sign are good; half way to an overflow they are not.
+  constexpr std::int64_t kHalf = std::int64_t{1} << 62;
+  for (const auto& [sum, good] : {std::pair{-kHalf, true},
+                                  {kHalf - 1, true},
+                                  {-kHalf - 1, false},
+                                  {kHalf, false},
+                                  {kMax, false},
+                                  {kMin, false}}) {
+    for (const RoutingStats::Array which : {RoutingStats::kExpertLossSum, RoutingStats::kDomainLossSum}) {
+      RoutingStats d({2, 1, everything()});
+      d.mutable_array(which)[1] = sum;
+      EXPECT_EQ(d.valid(), good) << sum;
+    }
+  }
 }
 
 // ---- Misuse throws, and changes nothing ----
@@ -428,7 +496,8 @@ TEST(RoutingStats, ClearKeepsTheShape) {
 TEST(RoutingStats, AddingAllocatesNothing) {
   std::mt19937_64 random(3);
   const Data data = random_data(16, 2, 8, 32, random);
-  RoutingStats stats({16, 2, everything()}), other = stats;
+  RoutingStats stats({16, 2, everything(8)}), other = stats;
+  const std::vector<float> losses(256, -1.5F);
   const RoutingBatch batch = batch_of(data, 16, 2, 0, 256);
   const std::vector<double> values(16, 1.0);
   EXPECT_EQ(testing::allocations_of([&] {
@@ -436,6 +505,8 @@ TEST(RoutingStats, AddingAllocatesNothing) {
               stats.add({.experts = data.experts, .sequence_length = 32});
               stats.add_counts(other.counts(), 0);
               stats.add_grad_norms(values);
+              stats.add_token_losses({.experts = data.experts, .losses = losses, .domain_ids = data.domains});
+              stats.add_expert_losses(values, other.counts());
               stats += other;
               stats.clear();
             }),

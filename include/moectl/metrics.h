@@ -123,6 +123,16 @@ struct ExpertField {
 };
 std::span<const ExpertField> expert_fields();
 
+/// What is known of each (domain, expert), the performance by routed subset: `values` fills out [N] with
+/// those of one domain, as ExpertField does.
+struct DomainField {
+  std::string_view name;
+  std::string_view unit;
+  std::string_view formula;
+  bool (*values)(const RoutingStats& stats, int domain, std::span<double> out);
+};
+std::span<const DomainField> domain_fields();
+
 /// The two parts of the Fisher metrics of N experts, in squared Hellinger distance.
 struct Displacement {
   double bias = 0;    ///< B = ½ Σ (√p̄_i - √(1/N))²: preference that does not depend on the token.

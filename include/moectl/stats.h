@@ -37,6 +37,7 @@ struct StatsNeeds {
   bool probabilities = false;  ///< Σ_t p_ti, Σ_t √p_ti, Σ_t H(p_t).
   bool gradients = false;      ///< Gradient norm per expert.
   bool losses = false;         ///< Loss per expert (sum over its tokens).
+  bool domain_losses = false;  ///< Loss per (domain, expert); nothing without domains.
   bool latencies = false;      ///< Host-timed latency per expert, seconds.
   bool margins = false;        ///< Histogram of each expert's margins over tokens (margins.h).
   /// The margins themselves, [tokens × N] floats. They join but do not add: one process only, and memory
@@ -82,6 +83,20 @@ struct RoutingBatch {
   std::optional<std::int64_t> dropped{};
 };
 
+/// The losses of one micro-batch's tokens. They are known only after the forward pass, so they are recorded
+/// apart from the routing: once a layer, in addition to its RoutingBatch, before the step.
+///   controller.record(layer, [&](RoutingStats& stats) { stats.add_token_losses(losses); });
+struct TokenLosses {
+  /// [tokens × k], as in RoutingBatch: a token's loss goes to each of its k experts.
+  std::span<const std::int64_t> experts{};
+  /// [tokens], of any sign, of magnitude at most kFixedMax.
+  std::span<const float> losses{};
+  /// [tokens], zero = a token without a loss. Empty = all have one.
+  std::span<const std::uint8_t> mask{};
+  /// [tokens], in [0, domains). Empty = not known: then nothing is added to the domains.
+  std::span<const std::int64_t> domain_ids{};
+};
+
 /// One layer's mergeable sums. Copying allocates; adding and clearing do not.
 class RoutingStats {
  public:
@@ -110,8 +125,8 @@ class RoutingStats {
   std::int64_t assignments() const;
   std::int64_t tokens() const { return scalar(kTokens); }
   std::int64_t invalid_records() const { return scalar(kInvalidRecords); }
-  /// False if a record was invalid, or a sum is negative (which only corrupted input or overflow can make
-  /// it).
+  /// False if a record was invalid, a sum is negative (which only corrupted input or overflow can make it),
+  /// or a sum of losses, which may have any sign, is beyond ±2^62.
   bool valid() const;
 
   // What not every counted token contributed to is absent, never a partial sum.
@@ -132,11 +147,17 @@ class RoutingStats {
 
   /// Optional per-expert inputs: each call adds one observation for every expert (values [N], finite and ≥
   /// 0). The mean over observations is what metrics report. Bad values make the record invalid and return
-  /// false.
+  /// false. What is not among the needs is passed over.
   bool add_grad_norms(std::span<const double> norms);
   bool add_latencies(std::span<const double> seconds);
-  /// Σ of the losses of each expert's tokens [N], and how many tokens each sum covers [N].
+  /// Σ of the losses of each expert's tokens [N], and how many tokens each sum covers [N]. Losses may be
+  /// negative (a density's log-likelihood, a contrastive objective), but not infinite.
   bool add_expert_losses(std::span<const double> loss_sums, std::span<const std::int64_t> tokens);
+  /// The same for the experts of one domain. Throws std::invalid_argument for a domain there is not.
+  bool add_domain_losses(int domain, std::span<const double> loss_sums, std::span<const std::int64_t> tokens);
+  /// Losses per expert and per (domain, expert), as far as they are among the needs, from those of tokens.
+  /// Sizes that do not fit together throw std::invalid_argument.
+  bool add_token_losses(const TokenLosses& batch);
 
   /// The payload: every sum as int64. Adding two payloads elementwise adds the stats.
   std::span<std::int64_t> flat() { return sums_; }
@@ -170,11 +191,15 @@ class RoutingStats {
     kSqrtProbSum,       ///< Σ_t √p_ti, fixed point. [N]
     kGradNormSum,       ///< Fixed point. [N]
     kLatencySum,        ///< Seconds, fixed point. [N]
-    kExpertLossSum,     ///< Fixed point. [N]
     kExpertLossTokens,  ///< [N]
     kMargins,           ///< [N × kMarginBins]
     kDomainCounts,      ///< [domains × N]
-    kArrayCount
+    kDomainLossTokens,  ///< [domains × N]
+    // Sums of either sign come last.
+    kExpertLossSum,  ///< Fixed point. [N]
+    kDomainLossSum,  ///< Fixed point. [domains × N]
+    kArrayCount,
+    kFirstSigned = kExpertLossSum
   };
   std::int64_t scalar(Scalar which) const { return sums_.empty() ? 0 : sums_[which]; }
   std::span<const std::int64_t> array(Array which) const;
@@ -195,6 +220,8 @@ class RoutingStats {
   bool gather_probabilities(const RoutingBatch& batch);
   bool gather_dropped(const RoutingBatch& batch);
   bool add_observation(Array which, Scalar records, std::span<const double> values);
+  bool add_losses(Array sums, Array tokens, std::size_t at, std::span<const double> loss_sums,
+                  std::span<const std::int64_t> covered);
   bool commit(bool good);
   std::span<std::int64_t> delta(Array which);
 

@@ -40,6 +40,7 @@ RoutingStats reshaped(const RoutingStats& stats, const std::vector<std::string>&
     copy_arrays({S::kMargins});
   }
   if (needs.losses && has.losses) copy_arrays({S::kExpertLossSum, S::kExpertLossTokens});
+  const bool domain_losses = needs.domain_losses && has.domain_losses;
   std::int64_t tokens = 0;
   for (std::size_t d = 0; d < wanted_domains.size() && needs.domains > 0; ++d) {
     const auto it = std::find(domains.begin(), domains.end(), wanted_domains[d]);
@@ -48,6 +49,12 @@ RoutingStats reshaped(const RoutingStats& stats, const std::vector<std::string>&
     const auto to = out.mutable_array(S::kDomainCounts).subspan(d * stats.counts().size());
     std::ranges::copy(stats.domain_counts(from), to.begin());
     tokens += stats.domain_tokens(from);
+    for (const S::Array which : {S::kDomainLossSum, S::kDomainLossTokens}) {
+      if (!domain_losses) break;
+      const auto n = stats.counts().size();
+      std::ranges::copy(stats.array(which).subspan(static_cast<std::size_t>(from) * n, n),
+                        out.mutable_array(which).subspan(d * n).begin());
+    }
   }
   // All tokens, or a number that differs from them: what is partial is absent.
   if (!wanted_domains.empty() && needs.domains > 0) {
