@@ -327,6 +327,16 @@ std::map<std::string, double> reference(const Counts& c, const MetricsOptions& o
                                           {"predicted_drop_rate", drops / s},
                                           {"straggler_slowdown", n * top}};
   if (c.size() > 1) r["entropy_normalized"] = entropy / std::log(n);
+  // Geometry, and the floor of as many tokens as there are assignments (k = 1).
+  long double bias = 0, kept = 0;
+  for (const auto x : p) {
+    bias += (std::sqrt(x) - std::sqrt(1 / n)) * (std::sqrt(x) - std::sqrt(1 / n)) / 2;
+    kept += x * std::sqrt(x);
+  }
+  r["fsi"] = 4 * std::asin(std::sqrt(bias / 2));
+  r["fsi_max"] = 2 * std::acos(1 / std::sqrt(n));
+  if (c.size() > 1 && 1 - kept > 1e-3L) r["fhs"] = bias / (1 - kept);  // else 1 - kept is mostly rounding
+  r["noise_floor_cv"] = std::sqrt((n - 1) / s);
   std::map<std::string, double> out;
   for (const auto& [name, v] : r) out[name] = static_cast<double>(v);
   return out;
