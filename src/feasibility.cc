@@ -24,6 +24,17 @@ struct Block {
 };
 using Blocks = std::vector<Block>;
 
+/// Where loads live: N of them, none above `cap`, which is 1/k or what a band leaves of it.
+struct Room {
+  int experts;
+  double cap;
+  /// How many loads can be at the cap.
+  int full() const { return std::min(experts, static_cast<int>(std::floor(1 / cap + 1e-9))); }
+};
+Room room_of(const LoadSpace& s) {
+  return {s.experts, 1.0 / s.top_k};
+}
+
 double entropy_of(const Blocks& blocks) {
   double entropy = 0;
   for (const auto& [experts, load] : blocks) {
@@ -48,15 +59,11 @@ double clip(double value, double low, double high) {
   return std::clamp(value, low, std::max(low, high));
 }
 
-double max_cv(const LoadSpace& s) {
-  return std::sqrt(std::max(0.0, static_cast<double>(s.experts) / s.top_k - 1));
-}
-
 // Of all vectors with this Σ p², the one of largest entropy and smallest Gini: one large load, the rest
 // equal. A load above 1/k is fixed there, and the rest solved again.
-Blocks one_large(const LoadSpace& s, double cv) {
-  const double n = s.experts, cap = 1.0 / s.top_k, squares = (1 + cv * cv) / n;
-  for (int fixed = 0; fixed < s.top_k; ++fixed) {
+Blocks one_large(const Room& s, double cv) {
+  const double n = s.experts, cap = s.cap, squares = (1 + cv * cv) / n;
+  for (int fixed = 0; fixed < s.full(); ++fixed) {
     const double left = n - fixed, sum = 1 - fixed * cap, sum_sq = squares - fixed * cap * cap;
     const double spread = std::max(0.0, sum_sq - sum * sum / left);
     const double large = left > 1 ? sum / left + std::sqrt(spread * (left - 1) / left) : sum;
@@ -64,12 +71,17 @@ Blocks one_large(const LoadSpace& s, double cv) {
     const double rest = left > 1 ? std::max(0.0, (sum - large) / (left - 1)) : 0;
     return {{static_cast<double>(fixed), cap}, {1, large}, {left - 1, rest}};
   }
-  return {{static_cast<double>(s.top_k), cap}, {n - s.top_k, 0}};
+  // As many at the cap as fit; what is left is under it, whoever has it.
+  const double full = s.full(), left = n - full, sum = std::max(0.0, 1 - full * cap);
+  if (left < 1) return {{full, 1 / full}};
+  const double spread = std::max(0.0, squares - full * cap * cap - sum * sum / left);
+  const double large = std::min(sum, sum / left + std::sqrt(spread * (left - 1) / left));
+  return {{full, cap}, {1, large}, {left - 1, left > 1 ? (sum - large) / (left - 1) : 0}};
 }
 
 // Of all vectors with this Σ p², the one of smallest entropy and smallest maximum: K - 1 equal loads, one
 // smaller, the rest zero. Never above 1/k.
-Blocks few_equal(const LoadSpace& s, double cv) {
+Blocks few_equal(const Room& s, double cv) {
   const double n = s.experts, squares = (1 + cv * cv) / n;
   const double k = std::clamp(std::ceil(1 / squares - 1e-9), 1.0, n);
   if (k < 2) return {{1, 1}, {n - 1, 0}};
@@ -78,11 +90,25 @@ Blocks few_equal(const LoadSpace& s, double cv) {
 }
 
 // Loads of at most `max`, as unequal as they can be: as many at `max` as fit, and what is left.
-Blocks packed(const LoadSpace& s, double max) {
-  const double full = std::min(static_cast<double>(s.experts), std::floor(1 / max + 1e-9));
+Blocks packed(const Room& s, double max) {
+  const double full = Room{s.experts, max}.full();
   const double rest = std::max(0.0, 1 - full * max);
   if (full >= s.experts) return {{full, 1.0 / s.experts}};
   return {{full, max}, {1, rest}, {s.experts - full - 1, 0}};
+}
+
+// The most of each that the room has: all of it packed.
+double max_cv(const Room& s) {
+  double squares = 0;
+  for (const auto& [experts, load] : packed(s, s.cap)) squares += experts * load * load;
+  return std::sqrt(std::max(0.0, squares * s.experts - 1));
+}
+double max_gini(const Room& s) {
+  const Blocks most = packed(s, s.cap);
+  return most.size() > 1 ? gini_of({most[0], most[1]}, s.experts) : 0;
+}
+int max_idle(const Room& s) {
+  return s.experts - static_cast<int>(std::ceil(1 / s.cap - 1e-9));
 }
 
 /// The root of an increasing function.
@@ -98,9 +124,9 @@ double bisect(double low, double high, const Function& function) {
 
 // Largest Gini for this Σ p²: it is linear in the ranked loads, so they are a ramp over the ranks, clipped to
 // [0, 1/k].
-double largest_gini(const LoadSpace& s, double cv) {
+double largest_gini(const Room& s, double cv) {
   const int n = s.experts;
-  const double cap = 1.0 / s.top_k, squares = (1 + cv * cv) / n;
+  const double cap = s.cap, squares = (1 + cv * cv) / n;
   if (n == 1 || cv <= 0) return 0;
   const double width = n;
   const auto load = [&](double start, double slope, int rank) {
@@ -130,12 +156,12 @@ double largest_gini(const LoadSpace& s, double cv) {
 // Smallest Gini for this Σ p². Without the cap it is that of one large load. With it, Σ p² ≥ s is a
 // constraint whose complement is convex, so the minimum lies on an edge of the ranked, capped loads: t
 // experts at 1/k, two levels below, the rest zero. All edges are tried.
-double smallest_gini(const LoadSpace& s, double cv) {
+double smallest_gini(const Room& s, double cv) {
   const int n = s.experts;
-  const double cap = 1.0 / s.top_k, squares = (1 + cv * cv) / n, tolerance = 1e-12;
+  const double cap = s.cap, squares = (1 + cv * cv) / n, tolerance = 1e-12;
   if ((1 + cv * std::sqrt(n - 1.0)) / n <= cap) return cv * std::sqrt(n - 1.0) / n;
-  double least = static_cast<double>(n - s.top_k) / n;
-  for (int t = 0; t <= s.top_k; ++t) {
+  double least = max_gini(s);
+  for (int t = 0; t <= s.full(); ++t) {
     const double sum = 1 - t * cap, sum_sq = squares - t * cap * cap;
     if (sum < -tolerance || sum_sq < -tolerance) break;
     for (int j = t + 1; j <= n; ++j) {
@@ -156,9 +182,9 @@ double smallest_gini(const LoadSpace& s, double cv) {
 }
 
 // Largest entropy for this Gini: loads exponential in their rank, clipped to 1/k.
-double largest_entropy_at_gini(const LoadSpace& s, double gini) {
+double largest_entropy_at_gini(const Room& s, double gini) {
   const int n = s.experts;
-  const double cap = 1.0 / s.top_k;
+  const double cap = s.cap;
   std::vector<double> p(static_cast<std::size_t>(n));
   const auto fill = [&](double rate) {
     const double scale = bisect(-50.0 * n - 100, 100, [&](double log_top) {
@@ -184,16 +210,16 @@ double largest_entropy_at_gini(const LoadSpace& s, double gini) {
 // Smallest entropy for this Gini. Entropy is concave and Gini linear in the ranked loads, so the minimum is a
 // vertex of the ranked loads of that Gini: t experts at 1/k, two levels below, the rest zero. All of them are
 // tried.
-double smallest_entropy_at_gini(const LoadSpace& s, double gini) {
+double smallest_entropy_at_gini(const Room& s, double gini) {
   const int n = s.experts;
-  const double cap = 1.0 / s.top_k, tolerance = 1e-12;
+  const double cap = s.cap, tolerance = 1e-12;
   double least = std::numeric_limits<double>::infinity();
   // Σ over the ranks of experts a … b-1, counted from the largest, of (N - 1 - 2 rank).
   const auto weight = [n](double a, double b) { return (b - a) * (n - a - b); };
   const auto term = [](double experts, double load) {
     return load > 0 ? -experts * load * std::log(load) : 0.0;
   };
-  for (int t = 0; t <= s.top_k; ++t) {
+  for (int t = 0; t <= s.full(); ++t) {
     const double sum = 1 - t * cap, moment = gini * n - weight(0, t) * cap;
     for (int j = t + 1; j <= n; ++j) {
       const double first = j - t, first_weight = weight(t, j);
@@ -271,81 +297,114 @@ std::optional<OnAxis> axis_of(std::string_view metric) {
   return std::nullopt;
 }
 
-Extent whole(Axis axis, const LoadSpace& s) {
-  const double n = s.experts, k = s.top_k;
+Extent whole(Axis axis, const Room& s) {
+  const double n = s.experts;
   switch (axis) {
     case kCv:
       return {0, max_cv(s)};
     case kMax:
-      return {1 / n, 1 / k};
+      return {1 / n, s.cap};
     case kGini:
-      return {0, (n - k) / n};
+      return {0, max_gini(s)};
     case kIdle:
-      return {0, n - k};
+      return {0, static_cast<double>(max_idle(s))};
     case kKl:
-      return {0, std::log(n / k)};
+      return {0, std::max(0.0, std::log(n) - entropy_of(packed(s, s.cap)))};
     case kAxisCount:
       break;
   }
   return {};
 }
 
-Extent kl_of(const Extent& entropy, const LoadSpace& s) {
-  return {std::max(0.0, log_n(s) - entropy.max), std::max(0.0, log_n(s) - entropy.min)};
+Extent kl_of(const Extent& entropy, const Room& s) {
+  const double most = std::log(static_cast<double>(s.experts));
+  return {std::max(0.0, most - entropy.max), std::max(0.0, most - entropy.min)};
+}
+
+Extent max_load_at(const Room& s, double cv) {
+  const double n = s.experts;
+  return {std::min(s.cap, few_equal(s, cv).front().load), std::min(s.cap, (1 + cv * std::sqrt(n - 1)) / n)};
+}
+
+int max_idle_at(const Room& s, double cv) {
+  return std::min(max_idle(s), static_cast<int>(std::floor(s.experts * cv * cv / (1 + cv * cv) + 1e-9)));
+}
+
+Extent entropy_at_max(const Room& s, double max) {
+  const double n = s.experts, rest = n > 1 ? (1 - max) / (n - 1) : 0;
+  return {entropy_of(packed(s, max)), entropy_of({{1, max}, {n - 1, rest}})};
+}
+
+Extent gini_at_max(const Room& s, double max) {
+  return {max - 1.0 / s.experts, max_gini({s.experts, max})};
+}
+
+Extent entropy_at(const Room& s, double gini) {
+  if (gini < 1e-12) return {std::log(s.experts), std::log(s.experts)};
+  if (gini > max_gini(s) - 1e-12) {
+    const double least = entropy_of(packed(s, s.cap));
+    return {least, least};
+  }
+  return {smallest_entropy_at_gini(s, gini), largest_entropy_at_gini(s, gini)};
 }
 
 // What `y` can be at a given value of `x`, an axis before it in the enumeration.
-Extent extent_at(Axis x, double value, Axis y, const LoadSpace& s) {
+Extent extent_at(Axis x, double value, Axis y, const Room& s) {
   const double n = s.experts;
   const Extent all = whole(x, s);
   value = clip(value, all.min, all.max);
   if (x == kCv) {
     switch (y) {
       case kMax:
-        return max_load_at_cv(s, value);
+        return max_load_at(s, value);
       case kGini:
-        return gini_at_cv(s, value);
+        return {smallest_gini(s, value), largest_gini(s, value)};
       case kIdle:
-        return {0, static_cast<double>(max_idle_at_cv(s, value))};
+        return {0, static_cast<double>(max_idle_at(s, value))};
       default:
-        return kl_of(entropy_at_cv(s, value), s);
+        return kl_of({entropy_of(few_equal(s, value)), entropy_of(one_large(s, value))}, s);
     }
   }
   if (x == kMax) {
-    if (y == kGini) return gini_at_max_load(s, value);
+    if (y == kGini) return gini_at_max(s, value);
     if (y == kIdle) return {0, n - std::ceil(1 / value - 1e-9)};
-    return kl_of(entropy_at_max_load(s, value), s);
+    return kl_of(entropy_at_max(s, value), s);
   }
   if (x == kGini) {
-    if (y == kIdle) return {0, std::min(n - s.top_k, std::floor(value * n + 1e-9))};  // d idle: Gini ≥ d/N
-    return kl_of(entropy_at_gini(s, value), s);
+    // d idle: Gini ≥ d/N.
+    if (y == kIdle) return {0, std::min<double>(max_idle(s), std::floor(value * n + 1e-9))};
+    return kl_of(entropy_at(s, value), s);
   }
   return {std::log(n / (n - std::floor(value))), whole(kKl, s).max};  // at most uniform over those not idle
 }
 
 // ---- Words ----
 
-std::string number(double value) {
+std::string number(double value, int digits = 4) {
   char text[32];
-  const auto end = std::to_chars(text, text + sizeof text, value, std::chars_format::general, 4).ptr;
+  const auto end = std::to_chars(text, text + sizeof text, value, std::chars_format::general, digits).ptr;
   return {text, end};
+}
+
+// The nearest number of `digits` digits that is not above (down) or not below the value.
+double rounded(double value, bool down, int digits = 4) {
+  if (value == 0 || !std::isfinite(value)) return value;
+  const double unit = std::pow(10.0, std::floor(std::log10(std::abs(value))) - (digits - 1));
+  const double cut = value / unit;
+  const double nearest = std::round(cut);
+  const double whole = std::abs(cut - nearest) < 1e-6 ? nearest : down ? std::floor(cut) : std::ceil(cut);
+  return whole * unit;
 }
 
 // A bound rounded to four digits must not claim more than was proved: 0.89196 as a lower bound reads 0.8919.
 std::string bound(double value, bool is_lower) {
-  if (value == 0 || !std::isfinite(value)) return number(value);
-  const double unit = std::pow(10.0, std::floor(std::log10(std::abs(value))) - 3);
-  const double cut = value / unit;
-  const double nearest = std::round(cut);
-  const double rounded = std::abs(cut - nearest) < 1e-6 ? nearest
-                         : is_lower                     ? std::floor(cut)
-                                                        : std::ceil(cut);
-  return number(rounded * unit);
+  return number(rounded(value, is_lower));
 }
 
 std::string show(const Band& band) {
   if (std::isinf(band.low)) return "≤ " + number(band.high);
   if (std::isinf(band.high)) return "≥ " + number(band.low);
+  if (band.low == band.high) return "= " + number(band.low);
   return "in [" + number(band.low) + ", " + number(band.high) + "]";
 }
 
@@ -362,7 +421,7 @@ struct Placed {
 };
 
 Placed place(const std::string& metric, const Band& band, const OnAxis& on, const LoadSpace& s) {
-  const Extent all = whole(on.axis, s);
+  const Extent all = whole(on.axis, room_of(s));
   const auto along = [&](double end) {
     if (std::isinf(end)) {
       // An open end reaches to the end of the axis on its side; entropies run the other way.
@@ -397,23 +456,34 @@ std::string given_side(const Placed& p, bool high_end, const LoadSpace& s) {
   return p.metric + (upper ? " ≤ " + number(p.given.high) : " ≥ " + number(p.given.low));
 }
 
-// The band moved, with its width as far as possible, into what is feasible.
-std::string nearest_band(const Placed& p, const Extent& feasible, const LoadSpace& s) {
-  const double width = p.high < 1e299 && p.low > -1e299 ? p.high - p.low : feasible.max - feasible.min;
-  double low = feasible.min, high = std::min(feasible.max, low + width);
-  if (p.low > feasible.max) {
-    high = feasible.max;
-    low = std::max(feasible.min, high - width);
-  }
-  double a = p.on.from_axis(low, s), b = p.on.from_axis(high, s);
-  if (a > b) std::swap(a, b);
-  return p.metric + ": [" + bound(a, false) + ", " + bound(b, true) + "]";
-}
-
 constexpr double kSlack = 1e-9;
 
+// The nearest band to the given one: moved, with its width as far as possible, into what is feasible.
+std::string nearest_band(const Placed& p, const Extent& feasible, const LoadSpace& s) {
+  const double width = p.high < 1e299 && p.low > -1e299 ? p.high - p.low : feasible.max - feasible.min;
+  const bool from_above = p.low > feasible.max;
+  const double low = from_above ? std::max(feasible.min, feasible.max - width) : feasible.min;
+  const double high = from_above ? feasible.max : std::min(feasible.max, feasible.min + width);
+  const auto metric = [&](double x, double y) {
+    const double a = p.on.from_axis(x, s), b = p.on.from_axis(y, s);
+    return Extent{std::min(a, b), std::max(a, b)};
+  };
+  const Extent band = metric(low, high), possible = metric(feasible.min, feasible.max);
+  // Rounded inwards, what is suggested can be. A band of next to no width becomes one value just inside the
+  // edge it was moved to; where four digits leave nothing between the edges, more are given.
+  const bool at_lower_edge = from_above == falls(p, s);
+  for (int digits = 4; digits < 16; ++digits) {
+    double from = rounded(band.min, false, digits), to = rounded(band.max, true, digits);
+    if (from > to) from = to = at_lower_edge ? from : to;
+    if (from < possible.min - kSlack / 100 || to > possible.max + kSlack / 100) continue;
+    return p.metric + ": [" + number(from, digits) + ", " + number(to, digits) + "]";
+  }
+  const std::string only = number(at_lower_edge ? band.min : band.max, 17);
+  return p.metric + ": [" + only + ", " + only + "]";
+}
+
 void judge_alone(const Placed& p, const LoadSpace& s, std::vector<Conflict>& conflicts) {
-  const Extent all = whole(p.on.axis, s);
+  const Extent all = whole(p.on.axis, room_of(s));
   if (p.low <= all.max + kSlack && p.high >= all.min - kSlack) return;
   const bool too_high = p.low > all.max;
   conflicts.push_back({{p.metric},
@@ -439,63 +509,61 @@ void judge_against_floor(const Placed& p, const LoadSpace& s, std::vector<Confli
                            " lies under the noise floor: perfectly balanced routing of " +
                            std::to_string(s.tokens) + " tokens still shows " + p.metric + " = " +
                            number(p.on.from_axis(floor, s)) + " " + where(s),
-                       nearest_band(p, {floor, whole(p.on.axis, s).max}, s)});
+                       nearest_band(p, {floor, whole(p.on.axis, room_of(s)).max}, s)});
+}
+
+// Two bands on different axes, of loads that live in `room`; `given` is what makes it so.
+std::optional<Conflict> conflict_of(const Placed& a, const Placed& b, const LoadSpace& s, const Room& room,
+                                    const std::string& given) {
+  const Placed& x = a.on.axis < b.on.axis ? a : b;
+  const Placed& y = a.on.axis < b.on.axis ? b : a;
+  const Extent at_low = extent_at(x.on.axis, x.low, y.on.axis, room),
+               at_high = extent_at(x.on.axis, x.high, y.on.axis, room);
+  const bool too_high = y.low > at_high.max + kSlack;  // y wants more imbalance than x admits
+  const bool too_low = y.high < at_low.min - kSlack;
+  if (!too_high && !too_low) return std::nullopt;
+  return Conflict{{x.metric, y.metric},
+                  given + given_side(x, too_high, s) + (given.empty() ? " forces " : " force ") +
+                      side(y, too_high ? at_high.max : at_low.min, too_high, s) + " " + where(s) + "; " +
+                      y.metric + " " + show(y.given) + " is wanted",
+                  nearest_band(y, {at_low.min, at_high.max}, s)};
 }
 
 void judge_pair(const Placed& a, const Placed& b, const LoadSpace& s, std::vector<Conflict>& conflicts) {
   if (a.on.axis == b.on.axis) {
     if (a.low <= b.high + kSlack && b.low <= a.high + kSlack) return;
     const bool below = a.high < b.low;
+    const Extent all = whole(a.on.axis, room_of(s));
     conflicts.push_back({{a.metric, b.metric},
                          given_side(a, below, s) + " is the same as " +
                              side(b, below ? a.high : a.low, below, s) + " " + where(s) + "; " + b.metric +
                              " " + show(b.given) + " is wanted",
-                         nearest_band(b, {a.low, a.high}, s)});
+                         nearest_band(b, {std::max(a.low, all.min), std::min(a.high, all.max)}, s)});
     return;
   }
-  const Placed& x = a.on.axis < b.on.axis ? a : b;
-  const Placed& y = a.on.axis < b.on.axis ? b : a;
-  const Extent at_low = extent_at(x.on.axis, x.low, y.on.axis, s),
-               at_high = extent_at(x.on.axis, x.high, y.on.axis, s);
-  const bool too_high = y.low > at_high.max + kSlack;  // y wants more imbalance than x admits
-  const bool too_low = y.high < at_low.min - kSlack;
-  if (!too_high && !too_low) return;
-  conflicts.push_back({{x.metric, y.metric},
-                       given_side(x, too_high, s) + " forces " +
-                           side(y, too_high ? at_high.max : at_low.min, too_high, s) + " " + where(s) + "; " +
-                           y.metric + " " + show(y.given) + " is wanted",
-                       nearest_band(y, {at_low.min, at_high.max}, s)});
+  if (auto conflict = conflict_of(a, b, s, room_of(s), "")) conflicts.push_back(std::move(*conflict));
 }
 
-// Bands that agree in pairs may still not agree together: each leaves a range of load_cv, and those must
-// meet.
+// Bands that agree in pairs may still not agree together. With the largest load under a band, all else lives
+// in less room: there, pairs are decided exactly again. More is not decided.
 void judge_together(const std::vector<Placed>& placed, const LoadSpace& s, std::vector<Conflict>& conflicts) {
-  const Extent all = whole(kCv, s);
-  double low = all.min, high = all.max;
-  const Placed* lowest = nullptr;
-  const Placed* highest = nullptr;
+  const Placed* cap = nullptr;
   for (const Placed& p : placed) {
-    double from = p.low, to = p.high;
-    if (p.on.axis != kCv) {
-      from = extent_at(kCv, all.min, p.on.axis, s).max >= p.low
-                 ? all.min
-                 : bisect(all.min, all.max,
-                          [&](double c) { return extent_at(kCv, c, p.on.axis, s).max - p.low; });
-      to = extent_at(kCv, all.max, p.on.axis, s).min <= p.high
-               ? all.max
-               : bisect(all.min, all.max,
-                        [&](double c) { return extent_at(kCv, c, p.on.axis, s).min - p.high; });
-    }
-    if (from > low) low = from, lowest = &p;
-    if (to < high) high = to, highest = &p;
+    if (p.on.axis == kMax && (cap == nullptr || p.high < cap->high)) cap = &p;
   }
-  if (low <= high + 1e-7 || lowest == nullptr || highest == nullptr) return;
-  Conflict conflict;
-  for (const Placed& p : placed) conflict.metrics.push_back(p.metric);
-  conflict.message = "provably infeasible together: " + lowest->metric + " " + show(lowest->given) +
-                     " needs load_cv ≥ " + bound(low, true) + ", " + highest->metric + " " +
-                     show(highest->given) + " needs load_cv ≤ " + bound(high, false) + " " + where(s);
-  conflicts.push_back(std::move(conflict));
+  if (cap == nullptr || !(cap->high < 1.0 / s.top_k)) return;
+  const Room room{s.experts, std::max(cap->high, 1.0 / s.experts)};
+  const std::string given = "provably infeasible together: " + given_side(*cap, true, s) + " and ";
+  for (std::size_t i = 0; i < placed.size(); ++i) {
+    for (std::size_t j = i + 1; j < placed.size(); ++j) {
+      const Placed &a = placed[i], &b = placed[j];
+      if (a.on.axis == b.on.axis || a.on.axis == kMax || b.on.axis == kMax) continue;
+      if (auto conflict = conflict_of(a, b, s, room, given)) {
+        conflict->metrics.insert(conflict->metrics.begin(), cap->metric);
+        conflicts.push_back(std::move(*conflict));
+      }
+    }
+  }
 }
 
 void check(const LoadSpace& s) {
@@ -511,57 +579,45 @@ void check(const LoadSpace& s) {
 
 Extent entropy_at_cv(const LoadSpace& s, double load_cv) {
   check(s);
-  const double cv = clip(load_cv, 0, max_cv(s));
-  return {entropy_of(few_equal(s, cv)), entropy_of(one_large(s, cv))};
+  const double cv = clip(load_cv, 0, max_cv(room_of(s)));
+  return {entropy_of(few_equal(room_of(s), cv)), entropy_of(one_large(room_of(s), cv))};
 }
 
 Extent max_load_at_cv(const LoadSpace& s, double load_cv) {
   check(s);
-  const double cv = clip(load_cv, 0, max_cv(s)), n = s.experts;
-  return {few_equal(s, cv).front().load, std::min(1.0 / s.top_k, (1 + cv * std::sqrt(n - 1)) / n)};
+  return extent_at(kCv, load_cv, kMax, room_of(s));
 }
 
 Extent gini_at_cv(const LoadSpace& s, double load_cv) {
   check(s);
-  const double cv = clip(load_cv, 0, max_cv(s));
-  return {smallest_gini(s, cv), largest_gini(s, cv)};
+  return extent_at(kCv, load_cv, kGini, room_of(s));
 }
 
 int max_idle_at_cv(const LoadSpace& s, double load_cv) {
   check(s);
-  const double cv = clip(load_cv, 0, max_cv(s));
-  const double idle = s.experts * cv * cv / (1 + cv * cv);
-  return std::min(s.experts - s.top_k, static_cast<int>(std::floor(idle + 1e-9)));
+  return max_idle_at(room_of(s), clip(load_cv, 0, max_cv(room_of(s))));
 }
 
 Extent entropy_at_max_load(const LoadSpace& s, double max_load) {
   check(s);
-  const double n = s.experts, m = clip(max_load, 1 / n, 1.0 / s.top_k);
-  const double rest = n > 1 ? (1 - m) / (n - 1) : 0;
-  return {entropy_of(packed(s, m)), entropy_of({{1, m}, {n - 1, rest}})};
+  const Extent all = whole(kMax, room_of(s));
+  return entropy_at_max(room_of(s), clip(max_load, all.min, all.max));
 }
 
 Extent gini_at_max_load(const LoadSpace& s, double max_load) {
   check(s);
-  const double n = s.experts, m = clip(max_load, 1 / n, 1.0 / s.top_k);
-  const Blocks most = packed(s, m);
-  const double rest = most.size() > 1 ? most[1].load : 0;
-  return {m - 1 / n, gini_of({most[0], {most.size() > 1 ? 1.0 : 0.0, rest}}, n)};
+  return extent_at(kMax, max_load, kGini, room_of(s));
 }
 
 Extent entropy_at_gini(const LoadSpace& s, double gini) {
   check(s);
-  const double n = s.experts, k = s.top_k, g = clip(gini, 0, (n - k) / n);
-  if (g < 1e-12) return {std::log(n), std::log(n)};
-  if (g > (n - k) / n - 1e-12) return {std::log(k), std::log(k)};
-  return {smallest_entropy_at_gini(s, g), largest_entropy_at_gini(s, g)};
+  return entropy_at(room_of(s), clip(gini, 0, max_gini(room_of(s))));
 }
 
 Feasibility judge(const LoadSpace& space, const Bands& bands) {
   check(space);
   Feasibility found;
   std::vector<Placed> placed;
-  std::array<bool, kAxisCount> used{};
   for (const auto& [metric, band] : bands) {
     if (find_metric(metric) == nullptr) throw std::invalid_argument("bands: " + metric + ": unknown metric");
     if (!(band.low <= band.high)) {
@@ -574,17 +630,20 @@ Feasibility judge(const LoadSpace& space, const Bands& bands) {
       continue;
     }
     placed.push_back(place(metric, band, *on, space));
-    used[on->axis] = true;
   }
-  for (const Placed& p : placed) {
+  // A band that cannot hold by itself says nothing about the others.
+  std::erase_if(placed, [&](const Placed& p) {
+    const std::size_t before = found.conflicts.size();
     judge_alone(p, space, found.conflicts);
     judge_against_floor(p, space, found.conflicts);
-  }
-  if (!found.conflicts.empty()) return found;
+    return found.conflicts.size() > before;
+  });
   for (std::size_t i = 0; i < placed.size(); ++i) {
     for (std::size_t j = i + 1; j < placed.size(); ++j)
       judge_pair(placed[i], placed[j], space, found.conflicts);
   }
+  std::array<bool, kAxisCount> used{};
+  for (const Placed& p : placed) used[p.on.axis] = true;
   const bool many = std::count(used.begin(), used.end(), true) >= 3;
   if (found.conflicts.empty() && many) judge_together(placed, space, found.conflicts);
   found.undecided_together = many && found.conflicts.empty();

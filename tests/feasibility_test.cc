@@ -296,11 +296,14 @@ TEST(Feasibility, MisuseThrows) {
 TEST(Feasibility, BandsAroundAnExistingLoadAreNeverRefused) {
   std::mt19937_64 random(6);
   std::uniform_real_distribution<double> width(0, 0.05);
-  for (int trial = 0; trial < 150; ++trial) {
+  for (int trial = 0; trial < 400; ++trial) {
     const int n = 2 + static_cast<int>(random() % 14), k = 1 + static_cast<int>(random() % 2);
     if (k >= n) continue;
     const Load load = random_load(n, k, random);
-    const auto around = [&](double value) { return Band{value - width(random), value + width(random)}; };
+    const double scale = trial % 2 == 0 ? 1 : 1e-3;
+    const auto around = [&](double value) {
+      return Band{value - scale * width(random), value + scale * width(random)};
+    };
     const Bands bands = {{"load_cv", around(load.cv)},
                          {"entropy_normalized", around(load.entropy / std::log(n))},
                          {"kl_to_uniform", around(std::log(n) - load.entropy)},
@@ -312,13 +315,151 @@ TEST(Feasibility, BandsAroundAnExistingLoadAreNeverRefused) {
   }
 }
 
-// Suggested bands hold what they promise.
+// What a suggestion says, and that it can hold together with the bands it was made against.
+void expect_suggestion_holds(const LoadSpace& space, const Bands& bands, const Conflict& conflict) {
+  const std::string& text = conflict.suggestion;
+  const std::size_t colon = text.find(": [");
+  ASSERT_NE(colon, std::string::npos) << conflict.message;
+  const std::string metric = text.substr(0, colon);
+  double low = 1, high = 0;
+  ASSERT_EQ(std::sscanf(text.c_str() + colon, ": [%lf, %lf]", &low, &high), 2) << text;
+  EXPECT_LE(low, high) << text;
+  EXPECT_THAT(conflict.metrics, ::testing::Contains(metric));
+  Bands together;
+  for (const std::string& name : conflict.metrics) together[name] = bands.at(name);
+  together[metric] = {low, high};
+  EXPECT_THAT(messages(judge(space, together)), ElementsAre()) << text << " for: " << conflict.message;
+}
+
 TEST(Feasibility, SuggestionsAreFeasible) {
-  const Feasibility f = judge(kPublished, {{"load_cv", {0.3, 0.6}}, {"entropy_normalized", {0.70, 0.85}}});
-  const std::string& text = f.conflicts.at(0).suggestion;
-  double low = 0, high = 0;
-  ASSERT_EQ(std::sscanf(text.c_str(), "entropy_normalized: [%lf, %lf]", &low, &high), 2) << text;
-  EXPECT_TRUE(judge(kPublished, {{"load_cv", {0.3, 0.6}}, {"entropy_normalized", {low, high}}}).feasible());
+  std::mt19937_64 random(12);
+  std::uniform_real_distribution<double> uniform(0, 1);
+  const std::vector<std::string> metrics = {
+      "load_cv", "load_std",           "max_load",      "max_vio",          "gini",
+      "entropy", "entropy_normalized", "kl_to_uniform", "effective_experts"};
+  int alone = 0, pairs = 0, together = 0;
+  for (int trial = 0; trial < 1500; ++trial) {
+    const int n = 2 + static_cast<int>(random() % 30), k = 1 + static_cast<int>(random() % 2);
+    if (k >= n) continue;
+    const LoadSpace space{n, k, trial % 4 == 0 ? 256 << random() % 6 : 0};
+    Bands bands;
+    // Three bands about as often as two; of no width, narrow and wide.
+    for (std::size_t i = 0; i < 2 + random() % 2; ++i) {
+      const Load load = random_load(n, k, random);
+      const std::map<std::string, double> values = {{"load_cv", load.cv},
+                                                    {"load_std", 100 * load.cv / n},
+                                                    {"max_load", load.max},
+                                                    {"max_vio", load.max * n - 1},
+                                                    {"gini", load.gini},
+                                                    {"entropy", load.entropy},
+                                                    {"entropy_normalized", load.entropy / std::log(n)},
+                                                    {"kl_to_uniform", std::log(n) - load.entropy},
+                                                    {"effective_experts", std::exp(load.entropy)}};
+      const std::string& metric = metrics[random() % metrics.size()];
+      const double value = values.at(metric) * (random() % 8 == 0 ? 3 : 1);
+      const double width =
+          trial % 3 == 0 ? 0 : std::abs(value) * uniform(random) * (trial % 3 == 1 ? 0.01 : 0.5);
+      bands[metric] = {value - width, value + width};
+    }
+    for (const Conflict& conflict : judge(space, bands).conflicts) {
+      (conflict.metrics.size() == 1 ? alone : conflict.metrics.size() == 2 ? pairs : together) += 1;
+      expect_suggestion_holds(space, bands, conflict);
+    }
+  }
+  EXPECT_GT(alone, 50);
+  EXPECT_GT(pairs, 50);
+  EXPECT_GT(together, 3);
+}
+
+TEST(Feasibility, ABandOfOneValueIsNeverInverted) {
+  const Feasibility f = judge({16, 2, 2048}, {{"load_cv", {0.05, 0.05}}});
+  ASSERT_EQ(f.conflicts.size(), 1U);
+  EXPECT_EQ(f.conflicts[0].suggestion, "load_cv: [0.05847, 0.05847]");
+  EXPECT_THAT(f.conflicts[0].message, HasSubstr("load_cv = 0.05 lies under the noise floor"));
+  // From above: 2.646 is beyond √7.
+  EXPECT_EQ(judge({16, 2}, {{"load_cv", {3, 3}}}).conflicts.at(0).suggestion, "load_cv: [2.645, 2.645]");
+  // One value against one value: √7 · … leaves less between its edges than four digits can tell.
+  const Feasibility two = judge({2, 1}, {{"load_cv", {0.5, 0.5}}, {"max_load", {0.9, 0.9}}});
+  ASSERT_EQ(two.conflicts.size(), 1U);
+  EXPECT_EQ(two.conflicts[0].suggestion, "max_load: [0.75, 0.75]");
+}
+
+TEST(Feasibility, ABandThatCannotHoldDoesNotHideTheOthers) {
+  const Feasibility f = judge(
+      kPublished, {{"load_cv", {0.3, 0.6}}, {"entropy_normalized", {0.70, 0.85}}, {"max_load", {0.6, 0.7}}});
+  EXPECT_THAT(messages(f), ElementsAre(HasSubstr("max_load in [0.6, 0.7] cannot be"),
+                                       HasSubstr("load_cv ≤ 0.6 forces entropy_normalized ≥ 0.8919")));
+}
+
+// Pairs that agree, and do not agree together: (.4, .4, .1, .1) has the most entropy that four experts can
+// have at this CV with none above .4.
+TEST(Feasibility, ThreeBandsCanBeProvablyInfeasible) {
+  const LoadSpace space{4, 1};
+  const Bands bands = {{"load_cv", {0.6, 0.65}}, {"max_load", {0.2, 0.4}}, {"entropy", {1.21, 1.3}}};
+  for (const char* left_out : {"load_cv", "max_load", "entropy"}) {
+    Bands two = bands;
+    two.erase(left_out);
+    EXPECT_TRUE(judge(space, two).feasible()) << left_out;
+  }
+  const Feasibility f = judge(space, bands);
+  EXPECT_THAT(messages(f), ElementsAre("provably infeasible together: max_load ≤ 0.4 and load_cv ≥ 0.6 force "
+                                       "entropy ≤ 1.194 at N = 4, k = 1; entropy in [1.21, 1.3] is wanted"));
+  EXPECT_THAT(f.conflicts.at(0).metrics, ElementsAre("max_load", "load_cv", "entropy"));
+  EXPECT_FALSE(f.undecided_together);
+  Bands relaxed = bands;
+  relaxed["entropy"] = {1.19, 1.3};
+  EXPECT_TRUE(judge(space, relaxed).feasible());
+  EXPECT_TRUE(judge(space, relaxed).undecided_together);
+}
+
+// Every load of four experts in steps of 1/240: what the best of them reach is what the formulas say, from
+// both sides. So pairs are decided exactly, not only never refused wrongly.
+TEST(Feasibility, TheExtremesAreReached) {
+  constexpr int kParts = 240;
+  for (const int k : {1, 2, 3}) {
+    const LoadSpace space{4, k};
+    std::vector<Load> loads;
+    for (int a = kParts / 4; a * k <= kParts; ++a) {
+      for (int b = 0; b <= a && a + b <= kParts; ++b) {
+        for (int c = 0; c <= b && a + b + c <= kParts; ++c) {
+          const int d = kParts - a - b - c;
+          if (d > c || d < 0) continue;
+          loads.push_back(measured({a / 240.0, b / 240.0, c / 240.0, d / 240.0}));
+        }
+      }
+    }
+    ASSERT_GT(loads.size(), 1000U);
+    const auto compare = [&](const char* what, double Load::*x, double Load::*y, auto&& extent) {
+      // The loads that lie within a hundredth of each of ten values of x.
+      double most = 0;
+      for (const Load& load : loads) most = std::max(most, load.*x);
+      for (int part = 1; part < 10; ++part) {
+        const double at = most * part / 10;
+        double least = 1e9, largest = -1e9;
+        for (const Load& load : loads) {
+          if (std::abs(load.*x - at) > 0.01 * most) continue;
+          least = std::min(least, load.*y);
+          largest = std::max(largest, load.*y);
+        }
+        if (least > largest) continue;  // values that four loads cannot have
+        const Extent below = extent(at - 0.01 * most), above = extent(at + 0.01 * most);
+        const double low = std::min(below.min, above.min), high = std::max(below.max, above.max);
+        EXPECT_GE(least, low - 1e-9) << what << " k " << k << " at " << at;
+        EXPECT_LE(largest, high + 1e-9) << what << " k " << k << " at " << at;
+        EXPECT_LE(least, low + 0.05) << what << " k " << k << " at " << at;
+        EXPECT_GE(largest, high - 0.05) << what << " k " << k << " at " << at;
+      }
+    };
+    const auto by = [&](Extent (*formula)(const LoadSpace&, double)) {
+      return [&space, formula](double x) { return formula(space, x); };
+    };
+    compare("entropy at cv", &Load::cv, &Load::entropy, by(entropy_at_cv));
+    compare("max at cv", &Load::cv, &Load::max, by(max_load_at_cv));
+    compare("gini at cv", &Load::cv, &Load::gini, by(gini_at_cv));
+    compare("entropy at max", &Load::max, &Load::entropy, by(entropy_at_max_load));
+    compare("gini at max", &Load::max, &Load::gini, by(gini_at_max_load));
+    compare("entropy at gini", &Load::gini, &Load::entropy, by(entropy_at_gini));
+  }
 }
 
 }  // namespace

@@ -69,7 +69,10 @@ TEST(Bands, SetPointsAndBandsAreJudgedTogether) {
     return run_tool(dir, "check -", config);
   };
   EXPECT_THAT(with("gini").err, HasSubstr("load_cv ≤ 0.2 forces gini ≤ 0.1153 at N = 16, k = 2"));
-  EXPECT_THAT(with("load_cv").err, HasSubstr("health.bands: the set-point of load_cv lies outside its band"));
+  EXPECT_THAT(
+      with("load_cv").err,
+      HasSubstr("health.bands: the set-point of load_cv, 0.5, lies outside its band [0, 0.2]; nearest "
+                "feasible: a set-point of 0.2"));
   EXPECT_EQ(with("drop_rate").code, 0);
 }
 
