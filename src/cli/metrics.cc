@@ -1,6 +1,9 @@
 // moectl metrics TRACE: every metric of every record, or of two tagged windows.
 #include <algorithm>
+#include <charconv>
 #include <iostream>
+#include <iterator>
+#include <limits>
 #include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -43,11 +46,22 @@ struct Measuring {
   }
 };
 
-void add_per_expert(const RoutingStats& stats, Json& object) {
+void add_per_expert(const LogRecord& record, const LayerMonitor& monitor, Json& object) {
+  const RoutingStats& stats = record.stats;
   std::vector<double> values(static_cast<std::size_t>(stats.experts()));
   for (const ExpertField& field : expert_fields()) {
     // NaN, an expert without data, becomes null.
     if (field.values(stats, values)) object[std::string(field.name)] = values;
+  }
+  if (const auto frequency = monitor.update_frequency(); !frequency.empty()) {
+    object["update_frequency"] = std::vector<double>(frequency.begin(), frequency.end());
+  }
+  for (const DomainField& field : domain_fields()) {
+    for (std::size_t d = 0; d < record.domains.size(); ++d) {
+      if (field.values(stats, static_cast<int>(d), values)) {
+        object[std::string(field.name)][record.domains[d]] = values;
+      }
+    }
   }
 }
 
@@ -79,7 +93,12 @@ class Histories {
   explicit Histories(const MonitorOptions& options) : options_(options) { options_.trends = true; }
   const LayerMonitor& observe(const LogRecord& record, Metrics& metrics) {
     auto& monitor = monitors_[{record.layer, record.tag, record.stats.experts()}];
-    if (!monitor) monitor = std::make_unique<LayerMonitor>(record.stats.shape(), options_);
+    if (!monitor) {
+      // Not every record need have what some have.
+      StatsShape shape = record.stats.shape();
+      shape.needs.gradients = shape.needs.losses = shape.needs.latencies = true;
+      monitor = std::make_unique<LayerMonitor>(shape, options_);
+    }
     monitor->observe(record.stats, metrics, record.loss);
     return *monitor;
   }
@@ -100,12 +119,12 @@ int print_records(LogReader& reader, const Measuring& how, const std::string& fo
     if (record->layer < 0 || record->stats.experts() == 0) continue;
     how.check(*record);
     Metrics metrics = measure(record->stats, how.metrics);
-    histories.observe(*record, metrics);
+    const LayerMonitor& monitor = histories.observe(*record, metrics);
     if (format == "json") {
       Json line = {{"step", record->step}, {"layer", record->layer}};
       if (record->tag != "train") line["tag"] = record->tag;
       line["metrics"] = json_of(metrics);
-      add_per_expert(record->stats, line["metrics"]);
+      add_per_expert(*record, monitor, line["metrics"]);
       std::cout << line.dump() << '\n';
       continue;
     }
@@ -222,40 +241,77 @@ int print_trends(LogReader& reader, const Measuring& how, const std::string& for
 
 // ---- Two windows. ----
 
-/// Sums of each layer over all records of a tag: a whole validation pass is one window.
+/// What `--compare` names: a tag, or the steps of it in [from, to): "validation", "train@0:360",
+/// "train@360:".
+struct WindowName {
+  std::string text, tag;
+  std::int64_t from = 0, to = std::numeric_limits<std::int64_t>::max();
+
+  explicit WindowName(const std::string& name) : text(name), tag(name) {
+    const std::size_t at = name.find('@');
+    if (at == std::string::npos) return;
+    tag = name.substr(0, at);
+    const std::size_t colon = name.find(':', at);
+    const auto number = [&](std::size_t begin, std::size_t end, std::int64_t& value) {
+      if (begin == end) return true;
+      const auto [last, error] = std::from_chars(name.data() + begin, name.data() + end, value);
+      return error == std::errc() && last == name.data() + end && value >= 0;
+    };
+    if (colon == std::string::npos || !number(at + 1, colon, from) || !number(colon + 1, name.size(), to)) {
+      throw InputError("--compare: " + name + ": must be TAG or TAG@FROM:TO, of steps");
+    }
+  }
+  bool has(const LogRecord& record) const {
+    return record.tag == tag && record.step >= from && record.step < to;
+  }
+};
+
+/// Sums of each layer over the records of a window: a whole validation pass, or a run before a shift.
 class Window {
  public:
+  struct Layer {
+    RoutingStats stats;
+    std::vector<std::string> domains;
+    double loss_sum = 0, losses = 0;
+    std::optional<double> loss() const {
+      return losses > 0 ? std::optional<double>(loss_sum / losses) : std::nullopt;
+    }
+  };
+
   void add(const LogRecord& record) {
-    auto it = layers_.find(record.layer);
-    if (it == layers_.end()) {
-      layers_.emplace(record.layer,
-                      reshaped(record.stats, {}, without_domains(record.stats.shape().needs), {}));
+    auto [it, is_new] = layers_.try_emplace(record.layer);
+    Layer& layer = it->second;
+    if (record.loss) {
+      layer.loss_sum += *record.loss;
+      layer.losses += 1;
+    }
+    if (is_new) {
+      layer.stats = reshaped(record.stats, record.domains, record.stats.shape().needs, record.domains);
+      layer.domains = record.domains;
       return;
     }
-    RoutingStats& sum = it->second;
-    // What one of the records lacks is no longer known of the sum.
-    const StatsNeeds common = both(sum.shape().needs, record.stats.shape().needs);
-    if (common != sum.shape().needs) sum = reshaped(sum, {}, common, {});
-    sum += reshaped(record.stats, {}, common, {});
+    const StatsNeeds &sum = layer.stats.shape().needs, &more = record.stats.shape().needs;
+    // Of some sums, what one record lacks is no longer known of all; others say for how many they were taken.
+    StatsNeeds needs = sum;
+    needs |= more;
+    needs.gap = sum.gap && more.gap;
+    needs.sequences = sum.sequences && more.sequences;
+    needs.probabilities = sum.probabilities && more.probabilities;
+    needs.margins = sum.margins && more.margins;
+    std::vector<std::string> domains;
+    if (sum.domains > 0 && more.domains > 0) {
+      std::set_union(layer.domains.begin(), layer.domains.end(), record.domains.begin(), record.domains.end(),
+                     std::back_inserter(domains));
+    }
+    needs.domains = static_cast<int>(domains.size());
+    layer.stats = reshaped(layer.stats, layer.domains, needs, domains);
+    layer.stats += reshaped(record.stats, record.domains, needs, domains);
+    layer.domains = std::move(domains);
   }
-  const std::map<int, RoutingStats>& layers() const { return layers_; }
+  const std::map<int, Layer>& layers() const { return layers_; }
 
  private:
-  static StatsNeeds without_domains(StatsNeeds needs) {
-    needs.domains = 0;
-    return needs;
-  }
-  static StatsNeeds both(const StatsNeeds& a, const StatsNeeds& b) {
-    return {.gap = a.gap && b.gap,
-            .sequences = a.sequences && b.sequences,
-            .probabilities = a.probabilities && b.probabilities,
-            .gradients = a.gradients && b.gradients,
-            .losses = a.losses && b.losses,
-            .latencies = a.latencies && b.latencies,
-            .margins = a.margins && b.margins,
-            .domains = 0};
-  }
-  std::map<int, RoutingStats> layers_;
+  std::map<int, Layer> layers_;
 };
 
 /// Fisher–Rao distance between two loads, in [0, π].
@@ -270,25 +326,26 @@ std::optional<double> load_distance(const RoutingStats& a, const RoutingStats& b
 }
 
 int print_comparison(LogReader& reader, const Measuring& how, const Options& options) {
-  const std::string &first = options.compare[0], &second = options.compare[1];
+  const WindowName first_window(options.compare[0]), second_window(options.compare[1]);
+  const std::string &first = first_window.text, &second = second_window.text;
   Window a, b;
   while (const auto record = reader.next()) {
     if (record->layer < 0 || record->stats.experts() == 0) continue;
     how.check(*record);
-    if (record->tag == first) a.add(*record);
-    if (record->tag == second) b.add(*record);
+    if (first_window.has(*record)) a.add(*record);
+    if (second_window.has(*record)) b.add(*record);
   }
   for (const auto& [tag, window] : {std::pair{&first, &a}, std::pair{&second, &b}}) {
-    if (window->layers().empty()) throw InputError("--compare: " + *tag + ": no record carries this tag");
+    if (window->layers().empty()) throw InputError("--compare: " + *tag + ": no record lies in this window");
   }
   std::vector<std::string> header = {"metric", "layer", first, second, "difference"};
   if (options.format == "csv") print_csv(header);
   Table table(header);
   for (const auto& [layer, left] : a.layers()) {
     const auto it = b.layers().find(layer);
-    if (it == b.layers().end() || it->second.experts() != left.experts()) continue;
-    const RoutingStats& right = it->second;
-    Metrics x = measure(left, how.metrics), y = measure(right, how.metrics);
+    if (it == b.layers().end() || it->second.stats.experts() != left.stats.experts()) continue;
+    const Window::Layer& right = it->second;
+    Metrics x = measure(left.stats, how.metrics), y = measure(right.stats, how.metrics);
     for (Metrics* of_window : {&x, &y}) of_window->max_vio_global = of_window->max_vio;
     Json metrics = Json::object();
     const auto add = [&](const std::string& name, const Metrics::Value& u, const Metrics::Value& v) {
@@ -313,8 +370,9 @@ int print_comparison(LogReader& reader, const Measuring& how, const Options& opt
       if (field.name == "dead_experts") continue;  // needs a history; a window has none
       add(std::string(field.name), x.*field.value, y.*field.value);
     }
+    add("loss", left.loss(), right.loss());
     if (options.format == "json") {
-      const auto distance = load_distance(left, right);
+      const auto distance = load_distance(left.stats, right.stats);
       std::cout << Json{{"layer", layer},
                         {"tags", {first, second}},
                         {"load_distance", distance ? Json(*distance) : Json(nullptr)},
@@ -356,15 +414,21 @@ void add_metrics(CLI::App& app, Tool& tool) {
               '\n';
   }
   footer += "Per expert, in json only, where the record has them:\n";
-  for (const ExpertField& field : expert_fields()) {
+  const auto add_line = [&](const auto& field) {
     footer += "  " + std::string(field.name) + "  " + std::string(field.formula) +
               (field.unit.empty() ? "" : "  [" + std::string(field.unit) + "]") + '\n';
-  }
+  };
+  for (const ExpertField& field : expert_fields()) add_line(field);
+  footer +=
+      "  update_frequency  share of the records with grad_norm, up to this one, in which it is above 0\n";
+  footer += "Per domain and expert, in json only, as {domain: [...]}:\n";
+  for (const DomainField& field : domain_fields()) add_line(field);
   command->footer(footer +
                   "\nExamples:\n"
                   "  moectl metrics trace.jsonl\n"
                   "  moectl metrics trace.jsonl.gz --format csv > metrics.csv\n"
                   "  moectl metrics run.jsonl --compare train validation --format table\n"
+                  "  moectl metrics run.jsonl --compare train@0:360 train@360: --format table\n"
                   "  moectl metrics run.jsonl --trends --format table");
   auto options = std::make_shared<Options>();
   command->add_option("TRACE", options->trace, "Trace or run log, plain or gzip; - reads standard input")

@@ -86,6 +86,30 @@ TEST(MetricsCommand, WrongLinesAreNamed) {
             "moectl: <stdin>:1: counts: sum 2: must be at most tokens * top_k (1)\n");
 }
 
+TEST(MetricsCommand, ListsWhatIsKnownOfExpertsAndDomains) {
+  const TempDir dir;
+  const auto line = [](int step, const std::string& fields) {
+    return "{\"step\":" + std::to_string(step) + R"(,"layer":0,"tokens":8,"top_k":1,"counts":[4,4,0,0])" +
+           fields + "}\n";
+  };
+  const std::string domains = R"(,"domain_counts":{"code":[3,0,0,0],"prose":[1,4,0,0]})";
+  dir.write("t.jsonl",
+            line(0, domains + R"(,"grad_norm":[1,2,0,0],"domain_loss":{"code":[-1.5,null,null,null],)" +
+                        R"("prose":[2,0.25,null,null]})") +
+                line(1, domains + R"(,"grad_norm":[1,0,0,0],"expert_loss":[1,-2,null,null])") + line(2, ""));
+  const ToolResult result = run_tool(dir, "metrics t.jsonl");
+  ASSERT_EQ(result.code, 0) << result.err;
+  const auto first = result.json(0)["metrics"], second = result.json(1)["metrics"],
+             third = result.json(2)["metrics"];
+  EXPECT_EQ(first["domain_share"].dump(), R"({"code":[0.375,0.0,0.0,0.0],"prose":[0.125,0.5,0.0,0.0]})");
+  EXPECT_EQ(first["domain_loss"].dump(), R"({"code":[-1.5,null,null,null],"prose":[2.0,0.25,null,null]})");
+  EXPECT_EQ(first["update_frequency"].dump(), "[1.0,1.0,0.0,0.0]");
+  EXPECT_EQ(second["update_frequency"].dump(), "[1.0,0.5,0.0,0.0]");
+  EXPECT_EQ(second["expert_loss"].dump(), "[1.0,-2.0,null,null]");
+  EXPECT_FALSE(second.contains("domain_loss"));
+  EXPECT_FALSE(third.contains("domain_share"));
+}
+
 TEST(MetricsCommand, TheConfigSetsThresholds) {
   const TempDir dir;
   dir.write("t.jsonl", kTrace);
@@ -126,7 +150,44 @@ TEST(MetricsCommand, ComparesTwoTaggedWindows) {
   EXPECT_THAT(csv.out, HasSubstr("\nmin_load,0,0.05,0.2,0.15"));
   const ToolResult none = run_tool(dir, "metrics t.jsonl --compare train test");
   EXPECT_EQ(none.code, 1);
-  EXPECT_EQ(none.err, "moectl: --compare: test: no record carries this tag\n");
+  EXPECT_EQ(none.err, "moectl: --compare: test: no record lies in this window\n");
+}
+
+// Before against after, of one tag; what only some records have is kept where it says for how many.
+TEST(MetricsCommand, ComparesStepsOfOneTag) {
+  const TempDir dir;
+  const auto line = [](int step, const std::string& counts, const std::string& more) {
+    return "{\"step\":" + std::to_string(step) + R"(,"layer":0,"tokens":8,"top_k":1,"counts":)" + counts +
+           more + "}\n";
+  };
+  const std::string a = R"(,"domain_counts":{"a":[4,0,0,0],"b":[0,4,0,0]})",
+                    c = R"(,"domain_counts":{"b":[0,2,2,0],"c":[2,0,0,2]})";
+  dir.write("t.jsonl", line(0, "[4,4,0,0]", a + R"(,"loss":3)") +
+                           line(1, "[4,4,0,0]", a + R"(,"loss":2,"grad_norm":[1,2,3,4])") +
+                           line(2, "[2,2,2,2]", c + R"(,"loss":1)") + line(3, "[2,2,2,2]", c));
+  const auto row = run_tool(dir, "metrics t.jsonl --compare train@:2 train@2:9").json()["metrics"];
+  EXPECT_EQ(row["load_cv"]["train@:2"], 1);
+  EXPECT_EQ(row["load_cv"]["train@2:9"], 0);
+  EXPECT_EQ(row["loss"]["train@:2"], 2.5);
+  EXPECT_EQ(row["loss"]["difference"], -1.5);
+  EXPECT_EQ(row["grad_norm_variance"]["train@:2"], 1.25);
+  EXPECT_TRUE(row["grad_norm_variance"]["train@2:9"].is_null());
+  EXPECT_EQ(row["domain_exclusivity"]["train@:2"], 1);
+  EXPECT_NEAR(row["domain_information"]["train@2:9"].get<double>(), std::log(2), 1e-12);
+  // All four steps: (12, 12, 4, 4)/32 by a: (8, 0, 0, 0), b: (0, 12, 4, 0), c: (4, 0, 0, 4).
+  const auto all = run_tool(dir, "metrics t.jsonl --compare train train@0:4").json()["metrics"];
+  EXPECT_NEAR(all["domain_information"]["train"].get<double>(),
+              (8 * std::log(32. / 12) + 12 * std::log(12. * 32 / 16 / 12) + 4 * std::log(4. * 32 / 16 / 4) +
+               4 * std::log(4. * 32 / 8 / 12) + 4 * std::log(4. * 32 / 8 / 4)) /
+                  32,
+              1e-12);
+  EXPECT_EQ(all["load_cv"]["difference"], 0);
+  for (const char* wrong : {"train@", "train@1", "train@x:", "train@1:2x", "train@-1:"}) {
+    const ToolResult result = run_tool(dir, std::string("metrics t.jsonl --compare train '") + wrong + "'");
+    EXPECT_EQ(result.code, 1);
+    EXPECT_EQ(result.err,
+              std::string("moectl: --compare: ") + wrong + ": must be TAG or TAG@FROM:TO, of steps\n");
+  }
 }
 
 }  // namespace
