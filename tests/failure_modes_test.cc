@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <set>
 #include <string>
 
@@ -81,16 +82,40 @@ TEST(FailureModes, RoutingOscillation) {
   EXPECT_THAT(seen.states, Contains(Health::kOscillating));
 }
 
-// Clusters of a domain are all alike and far from those of others: balanced, but only while the mixture
-// stays.
+// A router that reads the domain and little else: nothing tells the clusters of a domain apart, and what they
+// share is four times as wide as what tells their tokens apart (.9 times in the healthy plant). Its load is
+// balanced, but only while the mixture stays.
+void brittle(SimulationOptions& options) {
+  options.domain_share = 1;
+  options.cluster_spread = 4;
+}
+
+// That it is brittle, by what becomes of it and not by any threshold: when a domain switches on, the balanced
+// load of such a router breaks much further than that of a healthy one on the same data.
+TEST(FailureModes, ABrittleLoadBreaksWithTheMixture) {
+  const auto largest_after = [](std::uint64_t seed, bool is_brittle) {
+    Controller controller(parse_config(std::string(kModel) + kControlled));
+    SimulationOptions options = simulation_options(controller.config());
+    options.seed = seed;
+    options.sequence_length = 128;
+    options.scenario = Scenario::kShift;
+    if (is_brittle) brittle(options);
+    double before = 0, after = 0;
+    simulate(controller, options, 310, [&](const StepReport& report) {
+      const double max_vio = *report.layers[0].metrics->max_vio;
+      if (report.step >= 250 && report.step < 300) before += max_vio / 50;
+      if (report.step >= 300) after = std::max(after, max_vio);
+    });
+    EXPECT_LT(before, 0.6) << seed << ": balanced";
+    return after;
+  };
+  for (std::uint64_t seed = 1; seed <= 5; ++seed) {
+    EXPECT_GT(largest_after(seed, true), 1.5 * largest_after(seed, false)) << seed;
+  }
+}
+
 TEST(FailureModes, BrittleSpecialization) {
-  const Seen seen = run(
-      kControlled,
-      [](SimulationOptions& options) {
-        options.domain_share = 1;
-        options.cluster_spread = 4;
-      },
-      300);
+  const Seen seen = run(kControlled, brittle, 300);
   EXPECT_THAT(seen.alerts, ::testing::ElementsAre("brittle_specialization"));
   EXPECT_EQ(seen.states, std::set<Health>{Health::kHealthy});  // by its averages
 }
