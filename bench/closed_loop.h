@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "moectl/config.h"
+#include "moectl/figures.h"
 #include "moectl/simulation.h"
 
 namespace moectl::bench {
@@ -18,12 +19,10 @@ struct Law {
   std::vector<std::pair<std::string, OptionValue>> options;
 };
 
-/// The series of one run: means over layers, one value a step.
+/// One run.
 struct Series {
-  std::vector<double> max_vio, floor, cv, floor_cv;
-  std::vector<double> lowest_load;  ///< Of any expert of layer 0, over the mean load.
-  std::vector<double> aux_weight;   ///< Layer 0's.
-  std::int64_t limited = 0;         ///< Steps in which a limit acted on layer 0's biases.
+  std::vector<StepFigures> steps;
+  std::vector<double> lowest_load;  ///< Of any expert of layer 0, over the mean load, a value a step.
 };
 
 /// A config with `law` on the biases of the plant. Limits are set wide, so that laws are compared and not
@@ -33,14 +32,10 @@ ControllerConfig config_for(const Law& law, const SimulationOptions& plant);
 /// One run of the config on the plant.
 Series run(const ControllerConfig& config, const SimulationOptions& plant, std::int64_t steps);
 
-double mean(const std::vector<double>& values, std::size_t first, std::size_t last);
-/// Mean MaxVio over mean floor, over [first, last).
-double over_floor(const Series& series, std::size_t first, std::size_t last);
-/// First step at or after `from` (counted from it) after which the 5-step median of MaxVio stays under 1.6
-/// times the mean floor for 20 steps; -1 = never.
+/// The figures of the steps [from, to), as figures.h defines them: the steady window is their last hundred.
+Figures figures_between(const Series& series, std::size_t from, std::size_t to);
+/// Steps from `from` until settled; -1 = never.
 int settle(const Series& series, std::size_t from, std::size_t to);
-/// Σ over 100 steps from `event` of max(0, MaxVio - mean MaxVio of the run's last 100 steps).
-double excess_area(const Series& series, std::size_t event);
 
 /// Calls work(0) … work(count - 1) on all cores; results do not depend on the order.
 void in_parallel(std::size_t count, const std::function<void(std::size_t)>& work);

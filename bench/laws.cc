@@ -1,5 +1,6 @@
 // law_table [SECTION…] [--seeds N]: every law of the biases on the simulated router, side by side on the same
-// seeds. Prints Markdown. Sections (all by default): grid, laws, scale, first_gain, delay, dead, lumpy.
+// seeds. Prints Markdown. Sections (all by default): summary, feedforward, grid, laws, scale, first_gain, delay, dead,
+// lumpy. `summary` is the table of policies/README.md.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -15,19 +16,37 @@ namespace {
 
 int seeds = 3;
 
+// A law, and the option by which its gain is scaled, with its default.
+struct TunedLaw : Law {
+  std::string gain_option;
+  double gain = 0;
+
+  Law scaled(double factor) const {
+    Law law = *this;
+    law.options.emplace_back(gain_option, gain * factor);
+    // Its bound moves along, or it would be the bound that is measured.
+    if (policy == "adaptive_bias") law.options.emplace_back("gain_max", std::max(1.0, gain * factor));
+    return law;
+  }
+};
+
 const Law kAdaptive{"adaptive", "adaptive_bias", {}};
 const Law kCounts{"adaptive counts", "adaptive_bias", {{"form", std::string("counts")}}};
+const Law kRescue{"adaptive, rescue", "adaptive_bias", {{"rescue", true}}};
 
-// The laws to compare, those whose policies are registered.
+const std::vector<TunedLaw> kTunedLaws = {
+    {{"sign 1e-3", "sign_bias", {{"step", 1e-3}}}, "step", 1e-3},
+    {{"sign 1e-2", "sign_bias", {{"step", 1e-2}}}, "step", 1e-2},
+    {{"proportional", "proportional_bias", {}}, "step", 1e-2},
+    {{"tanh momentum", "tanh_momentum_bias", {}}, "step", 5e-4},
+    {{"quantile", "quantile_bias", {}}, "gain", 0.3},
+    {{"adaptive", "adaptive_bias", {}}, "gain", 0.25},
+    {{"adaptive counts", "adaptive_bias", {{"form", std::string("counts")}}}, "gain", 1e-3},
+};
+
 std::vector<Law> all_laws() {
-  std::vector<Law> laws = {kAdaptive,
-                           kCounts,
-                           {"sign 1e-3", "sign_bias", {{"step", 1e-3}}},
-                           {"sign 1e-2", "sign_bias", {{"step", 1e-2}}},
-                           {"proportional", "proportional_bias", {}},
-                           {"tanh momentum", "tanh_momentum_bias", {}},
-                           {"quantile", "quantile_bias", {}}};
-  std::erase_if(laws, [](const Law& law) { return PolicyRegistry::builtin().find(law.policy) == nullptr; });
+  std::vector<Law> laws(kTunedLaws.begin(), kTunedLaws.end());
+  laws.push_back(kRescue);
   return laws;
 }
 
@@ -50,7 +69,7 @@ SimulationOptions plant_of(int experts, int top_k, std::int64_t tokens, const Sp
   return plant;
 }
 
-struct Figures {
+struct LawFigures {
   double ratio = 0;                         // steady MaxVio over the floor, mean over seeds
   int settle = 0, back = 0, sunk_back = 0;  // the worst of the seeds; -1 = a seed never did
 };
@@ -60,16 +79,17 @@ int worse(int a, int b) {
 }
 
 // Figures over seeds: settle before the event, back after it, steady over the last 100 steps.
-Figures measure(const Law& law, SimulationOptions plant, std::int64_t steps = 600, std::int64_t event = 300) {
-  Figures f;
+LawFigures measure(const Law& law, SimulationOptions plant, std::int64_t steps = 600,
+                   std::int64_t event = 300) {
+  LawFigures f;
   for (int seed = 1; seed <= seeds; ++seed) {
     plant.seed = static_cast<std::uint64_t>(seed);
     plant.event_step = event;
     ControllerConfig config = config_for(law, plant);
     config.model.delay = plant.delay;
     const Series s = run(config, plant, steps);
-    const std::size_t size = s.max_vio.size(), at = static_cast<std::size_t>(event);
-    f.ratio += over_floor(s, size - 100, size) / seeds;
+    const std::size_t size = s.steps.size(), at = static_cast<std::size_t>(event);
+    f.ratio += figures_between(s, 0, size).max_vio_over_floor.value_or(0) / seeds;
     f.settle = worse(f.settle, settle(s, 0, at));
     f.back = worse(f.back, settle(s, at, size));
     int first = -1;
@@ -103,11 +123,11 @@ void grid() {
       }
     }
   }
-  std::vector<Figures> figures(plants.size());
+  std::vector<LawFigures> figures(plants.size());
   in_parallel(plants.size(), [&](std::size_t i) { figures[i] = measure(kAdaptive, plants[i]); });
   int met = 0;
   for (std::size_t i = 0; i < plants.size(); ++i) {
-    const Figures& f = figures[i];
+    const LawFigures& f = figures[i];
     const bool wide = spaces[i]->gate == SimulatedGate::kSoftmax && plants[i].experts == 256;
     const bool good =
         f.ratio <= 1.25 && f.settle >= 0 && f.settle <= 30 && f.back >= 0 && f.back <= (wide ? 75 : 30);
@@ -122,9 +142,9 @@ void grid() {
 
 // One table: a row a plant, a column a law.
 void side_by_side(const char* title, const std::vector<std::pair<std::string, SimulationOptions>>& rows,
-                  const std::function<std::string(const Figures&)>& cell, std::int64_t steps = 600) {
+                  const std::function<std::string(const LawFigures&)>& cell, std::int64_t steps = 600) {
   const std::vector<Law> laws = all_laws();
-  std::vector<Figures> figures(rows.size() * laws.size());
+  std::vector<LawFigures> figures(rows.size() * laws.size());
   in_parallel(figures.size(), [&](std::size_t i) {
     figures[i] = measure(laws[i % laws.size()], rows[i / laws.size()].second, steps);
   });
@@ -144,16 +164,100 @@ std::string number(double value) {
   std::snprintf(text, sizeof text, "%.2f", value);
   return text;
 }
-std::string all_three(const Figures& f) {
+std::string all_three(const LawFigures& f) {
   return number(f.ratio) + " · " + steps_text(f.settle) + " · " + steps_text(f.back);
 }
-std::string ratio_only(const Figures& f) {
+std::string ratio_only(const LawFigures& f) {
   return number(f.ratio);
 }
 
 std::string name_of_plant(const SimulationOptions& p, const char* space) {
   return std::string(space) + " " + std::to_string(p.experts) + "/" + std::to_string(p.top_k) + " T " +
          std::to_string(p.tokens);
+}
+
+// Largest power of two by which the gain can be multiplied with the loop still settled at the end; 0 = not even one.
+int gain_margin(const TunedLaw& law, SimulationOptions plant) {
+  int margin = 0;
+  for (int factor = 1; factor <= 64; factor *= 2) {
+    // Relaxation by more than two diverges by construction; the option ends before.
+    if (law.policy == "quantile_bias" && law.gain * factor > 2) break;
+    const Series s = run(config_for(law.scaled(factor), plant), plant, 500);
+    if (!(figures_between(s, 0, s.steps.size()).max_vio_over_floor.value_or(9) < 1.6)) break;
+    margin = factor;
+  }
+  return margin;
+}
+
+void summary() {
+  const std::size_t rows = kTunedLaws.size(), cells = rows * kSpaces.size();
+  std::vector<LawFigures> figures(cells);
+  std::vector<int> margins(cells);
+  in_parallel(2 * cells, [&](std::size_t i) {
+    const TunedLaw& law = kTunedLaws[i / 2 / kSpaces.size()];
+    SimulationOptions plant = plant_of(16, 2, 2048, kSpaces[i / 2 % kSpaces.size()]);
+    if (i % 2 == 1) {
+      margins[i / 2] = gain_margin(law, plant);
+      return;
+    }
+    plant.scenario = Scenario::kShift;
+    figures[i / 2] = measure(law, plant);
+  });
+  std::printf(
+      "\n### Laws side by side: settle · back after the shift · × floor · gain margin (16/2, T 2048, %d "
+      "seeds)\n\n",
+      seeds);
+  std::printf("| law |");
+  for (const Space& space : kSpaces) std::printf(" %s |", space.name);
+  std::printf("\n|---|---|---|---|\n");
+  for (std::size_t row = 0; row < rows; ++row) {
+    std::printf("| %s |", kTunedLaws[row].name.c_str());
+    for (std::size_t at = 0; at < kSpaces.size(); ++at) {
+      const std::size_t i = row * kSpaces.size() + at;
+      const LawFigures& f = figures[i];
+      std::printf(" %s · %s · %s · %s |", steps_text(f.settle).c_str(), steps_text(f.back).c_str(),
+                  number(f.ratio).c_str(), margins[i] > 0 ? std::to_string(margins[i]).c_str() : "< 1");
+    }
+    std::printf("\n");
+  }
+}
+
+// Domains that alternate at random from step to step, of which one is switched on at step 300.
+void feedforward() {
+  struct Result {
+    double ratio = 0, area = 0;
+  };
+  const std::size_t ways = 2, all = static_cast<std::size_t>(seeds) * ways;
+  std::vector<Result> results(all);
+  in_parallel(all, [&](std::size_t i) {
+    SimulationOptions plant = plant_of(16, 2, 2048, kSpaces[1]);
+    plant.seed = i / ways + 1;
+    plant.mixture_spread = 1;
+    plant.scenario = Scenario::kShift;
+    ControllerConfig config = config_for(kAdaptive, plant);
+    config.model.domains = {"a", "b", "c", "d"};
+    config.expert_bias.options.set("feedforward", std::string(i % ways == 1 ? "tags" : "off"));
+    const Series s = run(config, plant, 600);
+    const Figures f = compute_figures(s.steps, plant.event_step);
+    results[i] = {f.max_vio_over_floor.value_or(0), f.excess_area.value_or(0)};
+  });
+  std::printf(
+      "\n### adaptive_bias with and without feed-forward: mixtures drawn at every step, a domain switched on "
+      "at "
+      "step 300\n\n| seed | × floor off | × floor tags | excess area off | excess area tags "
+      "|\n|---|---|---|---|---|\n");
+  Result mean[2];
+  for (std::size_t seed = 0; seed < static_cast<std::size_t>(seeds); ++seed) {
+    const Result &off = results[seed * ways], &tags = results[seed * ways + 1];
+    std::printf("| %zu | %.2f | %.2f | %.1f | %.1f |\n", seed + 1, off.ratio, tags.ratio, off.area,
+                tags.area);
+    for (std::size_t w = 0; w < ways; ++w) {
+      mean[w].ratio += results[seed * ways + w].ratio / seeds;
+      mean[w].area += results[seed * ways + w].area / seeds;
+    }
+  }
+  std::printf("| mean | %.2f | %.2f | %.1f | %.1f |\n", mean[0].ratio, mean[1].ratio, mean[0].area,
+              mean[1].area);
 }
 
 void laws() {
@@ -188,7 +292,7 @@ void first_gain() {
       "\n### First gain of counts-only wrong by a factor: × floor · settle · back (16/2, T 2048)\n\n");
   std::printf("| scores | ÷ 100 | ÷ 10 | × 1 | × 10 | × 100 |\n|---|---|---|---|---|---|\n");
   const std::vector<double> factors = {0.01, 0.1, 1, 10, 100};
-  std::vector<Figures> figures(kSpaces.size() * factors.size());
+  std::vector<LawFigures> figures(kSpaces.size() * factors.size());
   in_parallel(figures.size(), [&](std::size_t i) {
     const Space& space = kSpaces[i / factors.size()];
     SimulationOptions plant = plant_of(16, 2, 2048, space);
@@ -226,7 +330,7 @@ void dead() {
     }
   }
   side_by_side("A sunk expert: steps until every expert has half its load again", rows,
-               [](const Figures& f) { return steps_text(f.sunk_back); });
+               [](const LawFigures& f) { return steps_text(f.sunk_back); });
 }
 
 void lumpy() {
@@ -246,8 +350,9 @@ void lumpy() {
 
 int main_of(int argc, char** argv) {
   const std::vector<std::pair<std::string, void (*)()>> sections = {
-      {"grid", grid},   {"laws", laws}, {"scale", scale}, {"first_gain", first_gain},
-      {"delay", delay}, {"dead", dead}, {"lumpy", lumpy}};
+      {"summary", summary}, {"feedforward", feedforward}, {"grid", grid},   {"laws", laws},
+      {"scale", scale},     {"first_gain", first_gain},   {"delay", delay}, {"dead", dead},
+      {"lumpy", lumpy}};
   std::set<std::string> wanted;
   for (int i = 1; i < argc; ++i) {
     const std::string arg = argv[i];
@@ -258,7 +363,9 @@ int main_of(int argc, char** argv) {
     const bool known =
         std::any_of(sections.begin(), sections.end(), [&](const auto& s) { return s.first == arg; });
     if (!known) {
-      std::fprintf(stderr, "usage: law_table [--seeds N] [grid|laws|scale|first_gain|delay|dead|lumpy]…\n");
+      std::fprintf(stderr,
+                   "usage: law_table [--seeds N] "
+                   "[summary|feedforward|grid|laws|scale|first_gain|delay|dead|lumpy]…\n");
       return 2;
     }
     wanted.insert(arg);

@@ -139,7 +139,7 @@ PolicyDescription quantile_bias() {
        .unit = "",
        .description = "share of the way to the quantile that is gone at a decision; published: 1",
        .min = 0,
-       .max = 1},
+       .max = 2},
   };
   d.make = [](const PolicyContext& context, const PolicyOptions& options) {
     return std::make_unique<QuantileBias>(Options::from(options), context);

@@ -17,6 +17,9 @@ constexpr double kGapEma = 0.1;
 constexpr double kHelped = 0.7;
 // A relapse doubles the time for which balance must hold before the guard lets go again, up to 2^6 times.
 constexpr std::int64_t kMostRelapses = 6;
+// Steps of the biases follow the signs of their errors (Rprop, Riedmiller & Braun 1993): how far an expert has to go, and
+// how steeply its load answers, differ by orders of magnitude under a softmax.
+constexpr double kGrow = 1.2, kShrink = 0.5, kSmallestStep = 1.0 / 64, kLargestStep = 4;
 // A scalar is back where it was once it is this close, as a ratio.
 constexpr double kBack = 1e-9;
 
@@ -69,8 +72,8 @@ std::string_view name_of(GuardState state) {
 }
 
 std::string_view name_of(GuardTrigger trigger) {
-  constexpr std::array<std::string_view, 5> kNames = {"none", "fhs", "entropy_fall", "dead_experts",
-                                                      "max_load"};
+  constexpr std::array<std::string_view, 6> kNames = {"none",         "fhs",      "entropy_fall",
+                                                      "dead_experts", "max_load", "relapse"};
   return kNames[static_cast<std::size_t>(trigger)];
 }
 
@@ -79,10 +82,12 @@ LayerGuard::LayerGuard(const GuardOptions& options, int experts, int top_k)
       top_k_(top_k),
       handed_back_(-(std::int64_t{1} << 60)),
       errors_(static_cast<std::size_t>(experts), 0.0),
+      steps_(static_cast<std::size_t>(experts), 1.0),
       bias_before_(static_cast<std::size_t>(experts), 0.0) {}
 
 // The trigger that stands, with its numbers. Entropy is held against its own past, the rest against levels.
-GuardReport LayerGuard::strongest_trigger(const RoutingStats& stats, const Metrics& metrics) {
+GuardReport LayerGuard::strongest_trigger(std::int64_t step, const RoutingStats& stats,
+                                          const Metrics& metrics) {
   GuardReport seen;
   const auto raise = [&seen](GuardTrigger trigger, double value, double threshold) {
     if (seen.trigger == GuardTrigger::kNone) seen = {GuardState::kWatching, trigger, value, threshold};
@@ -106,6 +111,10 @@ GuardReport LayerGuard::strongest_trigger(const RoutingStats& stats, const Metri
   // With k = N every expert gets every token, and nothing is wrong with that.
   if (metrics.max_load && top_k_ < stats.experts() && *metrics.max_load * top_k_ > options_.max_token_share) {
     raise(GuardTrigger::kMaxLoad, *metrics.max_load, options_.max_token_share / top_k_);
+  }
+  // The recovery goes on being watched: whoever could not hold the balance gets help before all is lost again.
+  if (step - handed_back_ < options_.patience && vio_average_ > options_.recovered_max_vio) {
+    raise(GuardTrigger::kRelapse, vio_average_, options_.recovered_max_vio);
   }
   return seen;
 }
@@ -132,7 +141,7 @@ void LayerGuard::observe(std::int64_t step, const RoutingStats& stats, const Met
     const double now = top_k_ * *gap;
     gap_ = gap_ > 0 ? gap_ + kGapEma * (now - gap_) : now;
   }
-  const GuardReport seen = strongest_trigger(stats, metrics);
+  const GuardReport seen = strongest_trigger(step, stats, metrics);
   switch (report_.state) {
     case GuardState::kWatching:
       confirmed_ = seen.trigger != GuardTrigger::kNone && step >= options_.warmup ? confirmed_ + 1 : 0;
@@ -144,9 +153,11 @@ void LayerGuard::observe(std::int64_t step, const RoutingStats& stats, const Met
       start_vio_ = worst;
       vio_average_ = worst;
       relapses_ = step - handed_back_ < options_.patience ? std::min(relapses_ + 1, kMostRelapses) : 0;
+      for (std::size_t i = 0; i < steps_.size(); ++i) steps_[i] = errors_[i] < 0 ? -1 : 1;
       enter(GuardState::kIntervening, step);
       break;
     case GuardState::kIntervening:
+      size_steps();
       balanced_ =
           seen.trigger == GuardTrigger::kNone && worst <= options_.recovered_max_vio ? balanced_ + 1 : 0;
       if (balanced_ >= options_.dwell << relapses_) {
@@ -158,7 +169,10 @@ void LayerGuard::observe(std::int64_t step, const RoutingStats& stats, const Met
       }
       break;
     case GuardState::kHandingBack:
-      if (scalars_are_back(in_force)) {
+      size_steps();
+      // Balance must have outlived the scalars' return before the biases are let go as well.
+      balanced_ = scalars_are_back(in_force) && worst <= options_.recovered_max_vio ? balanced_ + 1 : 0;
+      if (balanced_ >= options_.dwell || step - since_ >= options_.patience) {
         handed_back_ = step;
         enter(GuardState::kWatching, step);
       }
@@ -178,6 +192,15 @@ void LayerGuard::observe(std::int64_t step, const RoutingStats& stats, const Met
   }
 }
 
+void LayerGuard::size_steps() {
+  for (std::size_t i = 0; i < steps_.size(); ++i) {
+    const bool turned = (errors_[i] < 0) != (steps_[i] < 0);
+    const double size =
+        std::clamp(std::abs(steps_[i]) * (turned ? kShrink : kGrow), kSmallestStep, kLargestStep);
+    steps_[i] = errors_[i] < 0 ? -size : size;
+  }
+}
+
 bool LayerGuard::scalars_are_back(const std::span<const double> (&in_force)[kActuatorCount]) const {
   const auto near = [](double a, double b) { return std::abs(a - b) <= kBack * std::abs(b); };
   return near(in_force[1][0], aux_before_) && near(in_force[2][0], temperature_before_);
@@ -187,8 +210,11 @@ bool LayerGuard::overrides(Actuator actuator, const Limits& limits, std::span<co
                            std::span<double> wanted) const {
   const bool intervening = report_.state == GuardState::kIntervening;
   const bool undoing = report_.state == GuardState::kRollingBack;
+  const bool handing_back = report_.state == GuardState::kHandingBack;
+  if (!intervening && !undoing && !handing_back) return false;
   if (actuator == Actuator::kExpertBias) {
-    if (!intervening && !undoing) return false;
+    // Also while the scalars glide back: scores in probability space change with the temperature, and with them
+    // what the biases weigh.
     if (undoing) {
       std::copy(bias_before_.begin(), bias_before_.end(), wanted.begin());
       return true;
@@ -196,11 +222,10 @@ bool LayerGuard::overrides(Actuator actuator, const Limits& limits, std::span<co
     // The gap is the unit of a step; without one, the rate is all that is known of the scores.
     const double step = gap_ > 0 ? options_.bias_step * gap_ : limits.rate;
     for (std::size_t i = 0; i < wanted.size(); ++i) {
-      wanted[i] = in_force[i] + step * std::min(std::max(errors_[i], -1.0), 1.0);
+      wanted[i] = in_force[i] + step * std::abs(steps_[i]) * std::min(std::max(errors_[i], -1.0), 1.0);
     }
     return true;
   }
-  if (!intervening && !undoing && report_.state != GuardState::kHandingBack) return false;
   const bool aux = actuator == Actuator::kAuxLossWeight;
   const double before = aux ? aux_before_ : temperature_before_;
   wanted[0] = intervening ? before * (aux ? options_.aux_factor : options_.temperature_factor) : before;
@@ -221,6 +246,7 @@ void LayerGuard::save(StateWriter& out) const {
                                         start_vio_,    aux_before_,       temperature_before_, vio_average_};
   out.put("guard_values", values);
   out.put("guard_bias_before", bias_before_);
+  out.put("guard_bias_steps", steps_);
 }
 
 void LayerGuard::load(StateReader& in) {
@@ -229,7 +255,8 @@ void LayerGuard::load(StateReader& in) {
   std::array<double, 8> values{};
   in.get("guard_values", values);
   in.get("guard_bias_before", bias_before_);
-  if (steps[0] < 0 || steps[0] > 4 || steps[1] < 0 || steps[1] > 4 || steps[6] < 0 ||
+  in.get("guard_bias_steps", steps_);
+  if (steps[0] < 0 || steps[0] > 4 || steps[1] < 0 || steps[1] > 5 || steps[6] < 0 ||
       steps[6] > kMostRelapses) {
     throw StateError("guard_steps: not a state or trigger of the guard");
   }

@@ -182,6 +182,42 @@ TEST(GuardOnThePlant, RecoversACollapseThatTheLawAloneDoesNot) {
   EXPECT_GT(without.max_vio, 1.0);
 }
 
+// All three actuators are fixed, so the guard is the only one to act, and whatever made the router collapse goes on.
+// bench/collapse.cc runs it over hundreds of seeds.
+TEST(GuardOnThePlant, RecoversAloneWhatNothingElseHolds) {
+  int recovered = 0, without = 0, runs = 0;
+  for (const CollapseKind kind : {CollapseKind::kRunaway, CollapseKind::kColdStart, CollapseKind::kDeadThird,
+                                  CollapseKind::kPoisonedBias}) {
+    for (const std::uint64_t seed : {1, 2, 3}) {
+      const auto max_vio = [&](bool guard) {
+        ControllerConfig config;
+        config.model = {
+            .layers = 1, .experts = 16, .top_k = 2, .tokens_per_step = 512, .domains = {}, .targets = {}};
+        config.expert_bias.limits = {.min = -16, .max = 16, .rate = 1};
+        config.aux_loss_weight.initial = 1e-3;
+        config.guard.enabled = guard;
+        Controller controller(config);
+        SimulationOptions plant = simulation_options(controller.config());
+        plant.gate = seed % 2 == 0 ? SimulatedGate::kSigmoid : SimulatedGate::kSoftmax;
+        plant.scenario = Scenario::kCollapse;
+        plant.collapse = kind;
+        plant.event_step = 200;
+        plant.seed = seed;
+        double sum = 0;
+        simulate(controller, plant, 600, [&](const StepReport& report) {
+          if (report.step >= 550) sum += *report.layers[0].metrics->max_vio / 50;
+        });
+        return sum;
+      };
+      ++runs;
+      recovered += max_vio(true) <= 1;
+      without += max_vio(false) <= 1;
+    }
+  }
+  EXPECT_GE(recovered, runs - 1);
+  EXPECT_LE(without, runs / 5);
+}
+
 TEST(GuardOnThePlant, DoesNoHarmWhereTheLawRecoversByItself) {
   for (const CollapseKind kind :
        {CollapseKind::kRunaway, CollapseKind::kColdStart, CollapseKind::kPoisonedBias}) {

@@ -1,8 +1,8 @@
 // Guard: supervisor of a layer's three actuators against collapse.
 //
-//             a trigger, confirmed            balanced for `dwell` steps
+//             a trigger, confirmed            balanced for `dwell` steps     scalars are back, balanced for `dwell`
 //   watching ────────────────────▶ intervening ────────────────────────▶ handing back ──▶ watching
-//      ▲                                │ no better after `patience` steps       scalars glide back
+//      ▲                                │ no better after `patience` steps       biases held, scalars glide back
 //      └──────── cooldown ◀── rolling back: scalars and biases as before
 //
 // It is no policy, because it acts on all three actuators at once: it stands between the proposals and the
@@ -36,10 +36,14 @@ struct GuardOptions {
   // Intervention.
   double aux_factor = 10;           ///< The aux weight is raised by up to this factor, ≥ 1.
   double temperature_factor = 1.5;  ///< The temperature likewise, ≥ 1.
-  double bias_step = 1;             ///< Move of a bias for a relative error of 1, in score gaps, ≥ 0.
+  /// First move of a bias for a relative error of 1, in score gaps, ≥ 0. Each expert's grows by a fifth while
+  /// its error keeps its sign and halves when it turns.
+  double bias_step = 1;
   // Watched recovery.
-  double recovered_max_vio = 1;  ///< Balanced: MaxVio is no more than this, > 0 …
-  std::int64_t dwell = 30;       ///< … for so many steps, ≥ 1; twice as many after every relapse.
+  /// Balanced: MaxVio is no more than this, > 0. For `patience` steps after handing back, a smoothed MaxVio above
+  /// it is a relapse, and a trigger by itself …
+  double recovered_max_vio = 1;
+  std::int64_t dwell = 30;      ///< … for so many steps, ≥ 1; twice as many after every relapse.
   std::int64_t patience = 300;  ///< Steps without recovery after which the intervention is rolled back, ≥ 1.
   std::int64_t cooldown = 100;  ///< Steps after a rollback before the next intervention, ≥ 0.
 };
@@ -47,7 +51,7 @@ struct GuardOptions {
 std::string check_guard(const GuardOptions& options);
 
 enum class GuardState : std::uint8_t { kWatching, kIntervening, kHandingBack, kRollingBack, kCooldown };
-enum class GuardTrigger : std::uint8_t { kNone, kFhs, kEntropyFall, kDeadExperts, kMaxLoad };
+enum class GuardTrigger : std::uint8_t { kNone, kFhs, kEntropyFall, kDeadExperts, kMaxLoad, kRelapse };
 std::string_view name_of(GuardState state);
 std::string_view name_of(GuardTrigger trigger);
 
@@ -82,7 +86,8 @@ class LayerGuard {
   void load(StateReader& in);
 
  private:
-  GuardReport strongest_trigger(const RoutingStats& stats, const Metrics& metrics);
+  GuardReport strongest_trigger(std::int64_t step, const RoutingStats& stats, const Metrics& metrics);
+  void size_steps();
   void enter(GuardState state, std::int64_t step);
   bool scalars_are_back(const std::span<const double> (&in_force)[kActuatorCount]) const;
 
@@ -99,6 +104,7 @@ class LayerGuard {
   double gap_ = 0;
   double start_vio_ = 0;        // MaxVio when the intervention began
   std::vector<double> errors_;  // relative, of this step
+  std::vector<double> steps_;   // of each bias, in units of bias_step; negative if its last error was
   std::vector<double> bias_before_;
   double aux_before_ = 0, temperature_before_ = 1;
   double vio_average_ = 0;
