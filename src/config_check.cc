@@ -113,6 +113,11 @@ void check_measuring(const ControllerConfig& config, Checks& checks) {
                 fault.substr(second + 2));
   }
   checks.at_least(1, "log.every", config.log.every);
+  checks.require(config.log.rotate_mb >= 0 && config.log.rotate_mb <= 1e6, "log.rotate_mb",
+                 config.log.rotate_mb, "must be from 0 (never) to 1e6");
+  checks.at_least(0, "log.keep", config.log.keep);
+  checks.require(config.log.keep == 0 || config.log.rotate_mb > 0, "log.keep", config.log.keep,
+                 "must be 0 without log.rotate_mb: only finished pieces are removed");
 }
 
 void check_limits_of(Actuator which, const ActuatorConfig& actuator, const std::string& path,

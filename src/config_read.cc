@@ -195,6 +195,8 @@ void read_guard(YamlMap map, GuardOptions& guard) {
 void read_log(YamlMap map, LogConfig& log) {
   map.read("every", log.every);
   map.read("per_expert", log.per_expert);
+  map.read("rotate_mb", log.rotate_mb);
+  map.read("keep", log.keep);
   map.finish();
 }
 

@@ -115,7 +115,10 @@ Json tree(const ControllerConfig& config) {
   all["safety"] = tree(config.safety);
   all["guard"] = tree(config.guard);
   all["health"] = tree(config.monitor.health);
-  all["log"] = {{"every", config.log.every}, {"per_expert", config.log.per_expert}};
+  all["log"] = {{"every", config.log.every},
+                {"per_expert", config.log.per_expert},
+                {"rotate_mb", config.log.rotate_mb},
+                {"keep", config.log.keep}};
   const StatsNeeds& c = config.collect;
   all["collect"] = {{"gap", c.gap},
                     {"sequences", c.sequences},

@@ -1,5 +1,7 @@
 #include "log_lines.h"
 
+#include <fcntl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -27,8 +29,13 @@ LogLines::LogLines(const std::string& path, std::function<void()> follow)
   if (std::filesystem::is_directory(path, ignored))
     throw LogError(name_ + ": cannot be opened: is a directory");
   errno = 0;
-  file_ = path == "-" ? gzdopen(dup(STDIN_FILENO), "rb") : gzopen(path.c_str(), "rb");
-  if (!file_) throw LogError(name_ + ": cannot be opened: " + std::strerror(errno ? errno : ENOMEM));
+  descriptor_ = path == "-" ? dup(STDIN_FILENO) : open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (descriptor_ >= 0) file_ = gzdopen(descriptor_, "rb");
+  if (!file_) {
+    const int why = errno ? errno : ENOMEM;
+    if (descriptor_ >= 0) close(descriptor_);
+    throw LogError(name_ + ": cannot be opened: " + std::strerror(why));
+  }
   gzbuffer(file_, 1U << 17);
 }
 
@@ -51,9 +58,23 @@ int LogLines::read_some(char* to, std::size_t size) {
     const int got = gzread(file_, to, static_cast<unsigned>(size));
     if (got != 0) return got;
     gzclearerr(file_);
+    if (replaced_) return 0;
+    if (was_replaced()) {
+      // What was written between the last read and the replacement is still to come.
+      replaced_ = true;
+      continue;
+    }
     follow_();
     std::this_thread::sleep_for(std::chrono::milliseconds(200));
   }
+}
+
+/// Rotation puts a new file under the name; a run that starts again cuts the old one short.
+bool LogLines::was_replaced() const {
+  struct stat here {
+  }, there{};
+  if (fstat(descriptor_, &here) != 0 || stat(name_.c_str(), &there) != 0) return false;
+  return here.st_ino != there.st_ino || here.st_dev != there.st_dev || here.st_size < gzoffset(file_);
 }
 
 bool LogLines::fill() {

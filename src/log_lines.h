@@ -14,8 +14,8 @@ namespace moectl {
 class LogLines {
  public:
   /// `-` is standard input. Throws LogError if the file cannot be opened. With `follow`, the end of a file
-  /// that is still being written is waited at, for ever; standard input ends when its writer does, and must
-  /// not be gzip.
+  /// that is still being written is waited at until another file stands under its name or it was cut short;
+  /// standard input ends when its writer does, and must not be gzip.
   explicit LogLines(const std::string& path, std::function<void()> follow = {});
   ~LogLines();
   LogLines(const LogLines&) = delete;
@@ -33,19 +33,24 @@ class LogLines {
   /// True once next() has thrown: there is nothing more to read.
   bool broken() const { return broken_; }
   const std::string& name() const { return name_; }
+  /// True once a followed file ended because it was replaced or cut short: it may be opened again.
+  bool replaced() const { return replaced_; }
 
  private:
   bool fill();
   int read_some(char* to, std::size_t size);
+  bool was_replaced() const;
 
   std::string name_;
   std::function<void()> follow_;
   gzFile file_ = nullptr;
+  int descriptor_ = -1;
   std::vector<char> buffer_;
   std::size_t begin_ = 0, end_ = 0;
   std::int64_t number_ = 0, offset_ = 0;
   bool complete_ = true;
   bool broken_ = false;
+  bool replaced_ = false;
 };
 
 }  // namespace moectl

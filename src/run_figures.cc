@@ -45,6 +45,10 @@ Figures RunFigures::figures(std::optional<std::int64_t> shift) const {
 
 Figures read_figures(const std::string& path, std::optional<std::int64_t> shift) {
   LogReader reader(path);
+  return read_figures(reader, shift);
+}
+
+Figures read_figures(LogReader& reader, std::optional<std::int64_t> shift) {
   if (!shift) shift = reader.header().shift;
   RecordMetrics metrics;
   RunFigures run;

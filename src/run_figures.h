@@ -23,6 +23,9 @@ class RecordMetrics {
 /// The reasons of a logged actuator; words of other versions are passed over.
 LimitReport reasons_of(const LoggedActuator& actuator);
 
+/// The figures of a log that is open; see read_figures().
+Figures read_figures(LogReader& log, std::optional<std::int64_t> shift);
+
 /// Takes in a run record by record.
 class RunFigures {
  public:

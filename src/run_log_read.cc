@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <filesystem>
 #include <limits>
 #include <set>
 #include <utility>
@@ -147,6 +148,7 @@ LogHeader read_header(const Line& line, const json& object, bool any_version = f
               "must be at most experts (" + std::to_string(*header.experts) + ")");
   }
   if (const json* shift = line.find("shift")) header.shift = line.integer("shift", *shift);
+  if (const json* piece = line.find("piece")) header.piece = line.integer("piece", *piece, 1);
   return header;
 }
 
@@ -344,6 +346,19 @@ void read_values(const Line& line, const std::string& field, const json& entry, 
   }
 }
 
+void read_extent(const Line& line, const std::string& field, const json& entry, LoggedActuator& actuator) {
+  if (!actuator.applied.empty()) {
+    const auto [min, max] = std::minmax_element(actuator.applied.begin(), actuator.applied.end());
+    actuator.min = *min;
+    actuator.max = *max;
+    return;
+  }
+  for (const auto& [key, out] : {std::pair{"min", &actuator.min}, std::pair{"max", &actuator.max}}) {
+    const auto it = entry.find(key);
+    if (it != entry.end() && !it->is_null()) *out = line.number(field + '.' + key, *it);
+  }
+}
+
 void read_words(const Line& line, const std::string& field, const json& list, std::vector<std::string>& out) {
   if (!list.is_array()) line.reject(field, list, "must be an array");
   for (std::size_t i = 0; i < list.size(); ++i) out.push_back(line.text(Line::at(field, i), list[i]));
@@ -367,6 +382,7 @@ void read_decisions(const Line& line, LogRecord& record) {
       LoggedActuator& actuator = record.actuators[name];
       read_values(line, field, entry, "proposed", actuator.proposed);
       read_values(line, field, entry, "applied", actuator.applied);
+      read_extent(line, field, entry, actuator);
       if (const auto reasons = entry.find("reasons"); reasons != entry.end()) {
         read_words(line, field + ".reasons", *reasons, actuator.reasons);
       }
@@ -428,34 +444,97 @@ class Seen {
   std::map<std::pair<int, std::string>, Steps> steps_;
 };
 
+/// Finds steps that are missing between others. The distance of steps is the smallest seen; before it has held
+/// for a few steps nothing is said, since a trace may be sampled as its writer likes.
+class Holes {
+ public:
+  /// The last step before a hole that ends at `step`, if there is one.
+  std::optional<std::int64_t> add(std::int64_t step) {
+    constexpr int kRegular = 8;
+    if (!last_ || step <= *last_) {
+      last_ = std::max(last_.value_or(step), step);
+      return std::nullopt;
+    }
+    const std::int64_t distance = step - *last_, before = *last_;
+    last_ = step;
+    if (spacing_ > 0 && distance > spacing_) {
+      if (regular_ >= kRegular) return before;
+      regular_ = 0;
+    } else {
+      regular_ = distance == spacing_ ? regular_ + 1 : 1;
+      spacing_ = distance;
+    }
+    return std::nullopt;
+  }
+  std::int64_t spacing() const { return spacing_; }
+
+ private:
+  std::optional<std::int64_t> last_;
+  std::int64_t spacing_ = 0;
+  int regular_ = 0;
+};
+
+/// What happened to a file, as against what its writer should not have written.
+class Damage : public LogError {
+ public:
+  using LogError::LogError;
+};
+
+/// "step 3", "steps 3 to 7".
+std::string range_of(const std::string& word, std::int64_t from, std::int64_t to) {
+  if (from >= to) return word + ' ' + std::to_string(from);
+  return word + "s " + std::to_string(from) + " to " + std::to_string(to);
+}
+
+/// Pieces of one log differ in their number alone.
+json without_number(json header) {
+  header.erase("piece");
+  return header;
+}
+
 }  // namespace
 
 struct LogReader::File {
-  File(const std::string& path, Reading r, std::function<void()> follow)
-      : lines(path, std::move(follow)), reading(r) {
+  File(const std::string& p, Reading r, std::function<void()> f) : path(p), reading(r), follow(std::move(f)) {
+    open(path);
     read_first();
+    find_pieces();
+  }
+
+  void open(const std::string& file) {
+    // A finished piece does not grow.
+    lines = std::make_unique<LogLines>(file, file == path ? follow : std::function<void()>());
   }
 
   /// The next line that is not blank, as an object.
   bool next_object() {
     std::string_view text;
-    do {
-      if (!lines.next(text)) return false;
-    } while (text.find_first_not_of(" \t\r") == std::string_view::npos);
     try {
+      do {
+        if (!lines->next(text)) return false;
+      } while (text.find_first_not_of(" \t\r") == std::string_view::npos);
       object = json::parse(text);
+    } catch (const LogError& e) {
+      throw Damage(e.what());
     } catch (const json::exception& e) {
       const std::string_view what = e.what();
       const std::size_t said = what.find(": ");
-      throw LogError(lines.name() + ':' + std::to_string(lines.number()) + ": line: not JSON: " +
-                     std::string(what.substr(said == std::string_view::npos ? 0 : said + 2)) +
-                     (lines.complete() ? "" : " (the file ends within this line)"));
+      throw Damage(lines->name() + ':' + std::to_string(lines->number()) + ": line: not JSON: " +
+                   std::string(what.substr(said == std::string_view::npos ? 0 : said + 2)) +
+                   (lines->complete() ? "" : " (the file ends within this line)"));
     }
-    if (!object.is_object()) line().reject("line", object, "must be a JSON object");
+    if (!object.is_object()) {
+      try {
+        line().reject("line", object, "must be a JSON object");
+      } catch (const LogError& e) {
+        throw Damage(e.what());
+      }
+    }
     return true;
   }
-  Line line() const { return {lines.name(), lines.number(), object}; }
+  Line line() const { return {lines->name(), lines->number(), object}; }
 
+  /// The first line of the file: a header, or a record of a trace without one.
   void read_first() {
     try {
       if (!next_object()) return;
@@ -465,42 +544,150 @@ struct LogReader::File {
       }
       header = read_header(line(), object);
     } catch (const LogError& e) {
-      salvage(e);
+      pass_over(e, true);
+      if (!object.is_object() || !object.contains("format")) return;
       // Of another version, what is named and formed as in this one is read.
-      if (object.is_object() && object.contains("format")) header = read_header(line(), object, true);
+      header = read_header(line(), object, true);
+      other_version = true;
+    }
+    first_line = without_number(object);
+  }
+
+  /// Begins with the oldest piece that is left of a rotated log.
+  void find_pieces() {
+    if (header.piece <= 1 || path == "-") return;
+    std::int64_t oldest = header.piece;
+    while (oldest > 1 && std::filesystem::exists(piece_path(path, oldest - 1))) --oldest;
+    if (oldest > 1 && reading != Reading::kStrict) {
+      note("missing: " + path + ": " + range_of("piece", 1, oldest - 1) + " of the log");
+    }
+    for (std::int64_t piece = oldest; piece < header.piece; ++piece)
+      pending.push_back(piece_path(path, piece));
+    if (pending.empty()) return;
+    pending.push_back(path);
+    header.piece = oldest - 1;
+    next_piece();
+  }
+
+  /// Opens the next piece, or the new file that took the place of the one that was followed.
+  bool next_piece() {
+    if (pending.empty()) {
+      if (!lines->replaced()) return false;
+      const std::int64_t read = header.piece;
+      open(path);
+      read_header_again();
+      // It may have been rotated more than once since.
+      for (std::int64_t piece = read + 1; piece < header.piece; ++piece) {
+        if (std::filesystem::exists(piece_path(path, piece))) pending.push_back(piece_path(path, piece));
+      }
+      if (pending.empty()) return true;
+      pending.push_back(path);
+      header.piece = read;
+    }
+    open(pending.front());
+    pending.erase(pending.begin());
+    read_header_again();
+    return true;
+  }
+
+  /// The first line of a later piece, or of the run that took a followed one's place.
+  void read_header_again() {
+    try {
+      if (!next_object()) return;
+      if (!object.contains("format")) {
+        first_is_record = true;
+        return;
+      }
+      const LogHeader next = read_header(line(), object, other_version);
+      if (without_number(object) == first_line && next.piece > header.piece) {
+        header.piece = next.piece;
+      } else {
+        join();
+      }
+    } catch (const LogError& e) {
+      pass_over(e, true);
+    }
+  }
+
+  /// A header where a record should be, or a piece of something else.
+  void join() {
+    const std::string fault = lines->name() + ':' + std::to_string(lines->number()) +
+                              ": format: " + object["format"].dump() +
+                              ": must stand in the first line: two files were joined here";
+    if (reading == Reading::kStrict) throw Damage(fault);
+    joined = true;
+    if (follow) {
+      // Who follows wants to see the run that goes on now.
+      header = read_header(line(), object, true);
+      first_line = without_number(object);
+      seen = Seen();
+      holes = Holes();
+      note("passed over: " + fault + "; a new run begins");
+    } else if (without_number(object) == first_line) {
+      note("passed over: " + fault + "; the same run goes on, its repeated steps are passed over");
+    } else {
+      const std::int64_t from = lines->number();
+      std::string_view text;
+      while (lines->next(text)) continue;
+      pending.clear();
+      note("passed over: " + fault + "; another run begins, lines " + std::to_string(from) + " to " +
+           std::to_string(lines->number()) + " are not of this one");
     }
   }
 
   /// The next record, or nothing at the end.
   std::optional<LogRecord> read_next() {
-    if (!std::exchange(first_is_record, false) && !next_object()) return std::nullopt;
-    const Line here = line();
-    if (object.contains("format")) {
-      here.reject("format", object["format"], "must stand in the first line: two files were joined here");
+    if (!std::exchange(first_is_record, false)) {
+      while (!next_object()) {
+        if (!next_piece()) return std::nullopt;
+        if (std::exchange(first_is_record, false)) break;
+      }
+      while (object.contains("format")) {
+        join();
+        if (!next_object()) return std::nullopt;
+      }
     }
-    LogRecord record = read_record(here, header, lines.number());
+    const Line here = line();
+    LogRecord record = read_record(here, header, lines->number());
     if (!seen.add(record)) {
       here.fail("step", std::to_string(record.step),
                 "repeated for layer " + (record.layer < 0 ? "null" : std::to_string(record.layer)) +
                     ", tag " + record.tag);
     }
+    if (reading != Reading::kStrict && record.tag == "train") look_for_hole(record.step);
     return record;
   }
 
-  /// Rethrows in strict reading, notes the fault otherwise.
-  void salvage(const LogError& fault) {
-    if (reading == Reading::kStrict) throw fault;
+  void look_for_hole(std::int64_t step) {
+    const auto before = holes.add(step);
+    if (!before) return;
+    note("missing: " + lines->name() + ':' + std::to_string(lines->number()) + ": " +
+         range_of("step", *before + holes.spacing(), step - holes.spacing()));
+  }
+
+  /// Rethrows what this way of reading does not pass over, notes it otherwise.
+  void pass_over(const LogError& fault, bool damage) {
+    if (reading == Reading::kStrict || (reading == Reading::kRepair && !damage)) throw LogError(fault);
+    note(std::string("passed over: ") + fault.what());
+  }
+
+  void note(std::string message) {
     constexpr std::size_t kKept = 20;
-    if (faults.size() < kKept) faults.emplace_back(fault.what());
+    if (faults.size() < kKept) faults.push_back(std::move(message));
     ++fault_count;
   }
 
-  LogLines lines;
+  std::string path;
   Reading reading;
-  json object;
+  std::function<void()> follow;
+  std::unique_ptr<LogLines> lines;
+  std::vector<std::string> pending;  // pieces still to be read
+  json object, first_line;
   LogHeader header;
   bool first_is_record = false;
+  bool other_version = false, joined = false;
   Seen seen;
+  Holes holes;
   std::vector<std::string> faults;
   std::int64_t fault_count = 0;
 };
@@ -519,14 +706,18 @@ std::int64_t LogReader::fault_count() const {
 }
 
 std::optional<LogRecord> LogReader::next() {
+  File& file = *file_;
   for (;;) {
     try {
-      return file_->read_next();
+      return file.read_next();
+    } catch (const Damage& e) {
+      file.pass_over(e, true);
     } catch (const LogError& e) {
-      file_->salvage(e);
-      // A damaged gzip file cannot be read on; a damaged line was left behind.
-      if (file_->lines.broken()) return std::nullopt;
+      // After a join steps repeat, and another version may form its records otherwise.
+      file.pass_over(e, file.joined || file.other_version);
     }
+    // A damaged gzip file cannot be read on; a damaged line was left behind.
+    if (file.lines->broken() && !file.next_piece()) return std::nullopt;
   }
 }
 

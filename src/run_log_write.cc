@@ -80,9 +80,9 @@ class Json {
 /// Where bytes go. Written to at once, so that a reader of a growing log sees whole steps.
 class Sink {
  public:
-  Sink(const std::string& path, bool append) {
+  Sink(const std::string& path, bool append, bool zipped) {
     errno = 0;
-    if (path.ends_with(".gz")) {
+    if (zipped) {
       zip_ = gzopen(path.c_str(), append ? "ab" : "wb");
     } else {
       file_ = path == "-"
@@ -124,17 +124,40 @@ std::int64_t step_of(std::string_view line) {
   return step;
 }
 
+/// The number of the piece that this writer left under `path`; 1 for a log that was not rotated.
+std::int64_t piece_of(const std::string& path) {
+  constexpr std::string_view kStart = "{\"format\":\"moectl-run\",\"version\":1,\"piece\":";
+  std::int64_t piece = 1;
+  LogLines lines(path);
+  std::string_view line;
+  if (lines.next(line) && line.starts_with(kStart))
+    std::from_chars(line.data() + kStart.size(), line.data() + line.size(), piece);
+  return piece;
+}
+
+bool is_zipped(const std::string& path) {
+  return path.ends_with(".gz");
+}
+
+/// What is left of a log that was cut.
+struct Kept {
+  std::int64_t bytes = 0;   // before compression
+  std::int64_t header = 0;  // of which are the first line
+};
+
 /// Cuts off a log what stands in it from `step` on, and a last line that was torn. Throws on files that
 /// cannot be read or rewritten.
-void keep_before(const std::string& path, std::int64_t step) {
-  std::int64_t keep = 0;
+Kept keep_before(const std::string& path, std::int64_t step) {
+  Kept result;
+  std::int64_t& keep = result.bytes;
   std::string kept;
-  const bool zipped = path.ends_with(".gz");
+  const bool zipped = is_zipped(path);
   try {
     LogLines lines(path);
     std::string_view line;
     while (lines.next(line) && lines.complete() && step_of(line) < step) {
       keep = lines.offset();
+      if (lines.number() == 1 && step_of(line) < 0) result.header = keep;
       if (zipped) kept.append(line).push_back('\n');
     }
   } catch (const LogError&) {
@@ -143,21 +166,28 @@ void keep_before(const std::string& path, std::int64_t step) {
   }
   if (!zipped) {
     std::filesystem::resize_file(path, static_cast<std::uintmax_t>(keep));
-    return;
+    return result;
   }
-  const std::string part = path + ".part.gz";
-  Sink sink(part, false);
+  const std::string part = path + ".part";
+  Sink sink(part, false, true);
   if (!sink.is_open() || !sink.write(kept) || !sink.flush()) throw LogError(part + ": cannot be written");
   std::filesystem::rename(part, path);
+  return result;
 }
 
 }  // namespace
+
+std::string piece_path(const std::string& path, std::int64_t piece) {
+  char number[32];
+  std::snprintf(number, sizeof number, ".%06lld", static_cast<long long>(piece));
+  return path + number;
+}
 
 struct RunLogWriter::File {
   File(const std::string& name, const ControllerConfig& c) : path(name), config(c) {}
 
   void open(bool append) {
-    sink = std::make_unique<Sink>(path, append);
+    sink = std::make_unique<Sink>(path, append, is_zipped(path));
     if (!sink->is_open()) give_up(std::strerror(errno ? errno : ENOMEM));
   }
 
@@ -170,28 +200,78 @@ struct RunLogWriter::File {
                  why);
   }
 
+  bool rotates() const { return config.log.rotate_mb > 0 && path != "-"; }
+
   void put() {
+    const auto size = static_cast<std::int64_t>(json.text().size());
+    if (good && rotates() && written > header_size &&
+        static_cast<double>(written + size) > config.log.rotate_mb * 1e6) {
+      rotate();
+    }
     if (good && !sink->write(json.text())) give_up(std::strerror(errno ? errno : EIO));
+    written += size;
     json.text().clear();
   }
 
-  void header(std::optional<std::int64_t> shift) {
-    json.raw("{\"format\":\"moectl-run\",\"version\":1");
-    if (shift) json.field("shift", *shift);
-    json.raw(",\"config\":");
-    json.raw(to_json(config));
-    json.raw("}\n");
-    put();
+  std::string header() const {
+    std::string text = "{\"format\":\"moectl-run\",\"version\":1";
+    if (rotates()) text += ",\"piece\":" + std::to_string(piece);
+    if (shift) text += ",\"shift\":" + std::to_string(*shift);
+    return text + ",\"config\":" + to_json(config) + "}\n";
   }
 
-  /// A resumed run repeats the steps after its checkpoint.
+  void start() {
+    open(false);
+    begin(header());
+  }
+
+  void begin(const std::string& first_line) {
+    if (good && !sink->write(first_line)) give_up(std::strerror(errno ? errno : EIO));
+    written = header_size = static_cast<std::int64_t>(first_line.size());
+  }
+
+  /// The next piece is begun beside the full one and then takes its name, so that a full disk or a kill leaves
+  /// a log with a header under `path` in any case.
+  void rotate() {
+    const std::string full = piece_path(path, piece++), part = path + ".part";
+    std::error_code failed, ignored;
+    sink = std::make_unique<Sink>(part, false, is_zipped(path));
+    if (!sink->is_open()) return give_up(std::strerror(errno ? errno : ENOMEM));
+    begin(header());
+    if (good && !sink->flush()) give_up(std::strerror(errno ? errno : EIO));
+    if (good) {
+      std::filesystem::remove(full, ignored);
+      std::filesystem::create_hard_link(path, full, failed);
+      if (failed) std::filesystem::rename(path, full, failed);  // a file system without links
+      if (!failed) std::filesystem::rename(part, path, failed);
+      if (failed) give_up(failed.message().c_str());
+    }
+    if (!good) {
+      std::filesystem::remove(part, ignored);
+    } else if (config.log.keep > 0 && piece - 1 > config.log.keep) {
+      std::filesystem::remove(piece_path(path, piece - 1 - config.log.keep), ignored);
+    }
+  }
+
+  /// A resumed run repeats the steps after its checkpoint: they are cut off, with the pieces that hold nothing
+  /// else.
   void resume(std::int64_t step) {
     try {
-      keep_before(path, step);
+      piece = piece_of(path);
+      Kept kept = keep_before(path, step);
+      while (rotates() && kept.bytes == kept.header && piece > 1 &&
+             std::filesystem::exists(piece_path(path, piece - 1))) {
+        --piece;
+        std::filesystem::rename(piece_path(path, piece), path);
+        kept = keep_before(path, step);
+      }
+      written = kept.bytes;
+      header_size = kept.header;
     } catch (const std::exception& e) {
       return give_up(e.what());
     }
     open(true);
+    if (good && written == 0) begin(header());  // not even the first line was whole
   }
 
   std::string path;
@@ -200,6 +280,9 @@ struct RunLogWriter::File {
   bool good = true;
   bool resuming = false;
   Json json;
+  std::optional<std::int64_t> shift;
+  std::int64_t piece = 1;
+  std::int64_t written = 0, header_size = 0;  // bytes of this piece before compression
 
   void record(const StepReport& report, const LayerReport& layer, std::string_view tag);
   void model_record(const StepReport& report, std::string_view tag);
@@ -215,13 +298,13 @@ struct RunLogWriter::File {
 RunLogWriter::RunLogWriter(const std::string& path, const ControllerConfig& config, bool append,
                            std::optional<std::int64_t> shift)
     : file_(std::make_unique<File>(path, config)) {
+  file_->shift = shift;
   std::error_code none;
   if (append && path != "-" && std::filesystem::file_size(path, none) > 0 && !none) {
     file_->resuming = true;
     return;
   }
-  file_->open(false);
-  file_->header(shift);
+  file_->start();
 }
 
 RunLogWriter::~RunLogWriter() = default;

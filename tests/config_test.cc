@@ -107,7 +107,7 @@ safety:
   rollback: {loss_jump: 1, drop_jump: 0.5, within: 2, cooldown: 9}
   oscillation: on
   fallback_after: 0
-log: {every: 4, per_expert: false}
+log: {every: 4, per_expert: false, rotate_mb: 1.5, keep: 3}
 collect: {gap: true, sequences: true, probabilities: true, gradients: true, losses: true, domain_losses: true,
           latencies: true, margins: true}
 )");
@@ -151,6 +151,8 @@ collect: {gap: true, sequences: true, probabilities: true, gradients: true, loss
   EXPECT_EQ(c.safety.fallback_after, 0);
   EXPECT_EQ(c.log.every, 4);
   EXPECT_FALSE(c.log.per_expert);
+  EXPECT_EQ(c.log.rotate_mb, 1.5);
+  EXPECT_EQ(c.log.keep, 3);
   const StatsNeeds all{.gap = true,
                        .sequences = true,
                        .probabilities = true,
@@ -306,6 +308,10 @@ INSTANTIATE_TEST_SUITE_P(
               "c.yaml:3:28: metrics.capacity_factor: nan: must be finite"},
         Wrong{"Overflow", with("metrics: {capacity_factor: 1e999}\n"),
               "c.yaml:3:28: metrics.capacity_factor: 1e999: must be a number that a double can hold"},
+        Wrong{"RotateBelowZero", with("log: {rotate_mb: -1}\n"),
+              "c.yaml:3:18: log.rotate_mb: -1: must be from 0 (never) to 1e6"},
+        Wrong{"KeepWithoutRotation", with("log: {keep: 2}\n"),
+              "c.yaml:3:13: log.keep: 2: must be 0 without log.rotate_mb: only finished pieces are removed"},
         Wrong{"NotAFlag", with("log: {per_expert: 1}\n"),
               "c.yaml:3:19: log.per_expert: 1: must be true or false (also on, off, yes, no)"},
         Wrong{"Mode", with("mode: actve\n"),

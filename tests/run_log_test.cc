@@ -291,12 +291,14 @@ TEST(LogReader, SalvageReadsWhatCanBeReadAndSaysTheRest) {
   const auto line = [](int step, const char* counts) {
     return "{\"step\":" + std::to_string(step) + ",\"layer\":0,\"tokens\":2,\"counts\":" + counts + "}\n";
   };
-  const std::string path = dir.write(
-      "t.jsonl", R"({"format":"moectl-trace","version":3,"layers":1,"experts":4,"top_k":2})"
-                 "\n" +
-                     line(0, "[1,1,1,1]") + "garbage\n" + line(5, "[9,9,9,9]") +
-                     line(6, "[1,1,1,1]") +  // a hole: 1 to 5
-                     kHeader + "\n" + line(0, "[2,0,1,1]") + line(7, "[0,2,1,1]") + "{\"step\":8,\"lay");
+  const std::string path =
+      dir.write("t.jsonl", R"({"format":"moectl-trace","version":3,"layers":1,"experts":4,"top_k":2})"
+                           "\n" +
+                               line(0, "[1,1,1,1]") + "garbage\n" + line(5, "[9,9,9,9]") +
+                               line(6, "[1,1,1,1]") +  // a hole: 1 to 5
+                               R"({"format":"moectl-trace","version":3,"layers":1,"experts":4,"top_k":2})"
+                               "\n" +
+                               line(0, "[2,0,1,1]") + line(7, "[0,2,1,1]") + "{\"step\":8,\"lay");
   LogReader reader(path, Reading::kSalvage);
   std::vector<std::int64_t> steps;
   while (const auto record = reader.next()) steps.push_back(record->step);
@@ -307,6 +309,7 @@ TEST(LogReader, SalvageReadsWhatCanBeReadAndSaysTheRest) {
                         ":6: format: \"moectl-trace\"", ":7: step: 0: repeated", ":9: line: not JSON"};
   for (std::size_t i = 0; i < 6; ++i) EXPECT_THAT(reader.faults()[i], HasSubstr(said[i]));
   EXPECT_THAT(reader.faults()[5], HasSubstr("(the file ends within this line)"));
+  EXPECT_THAT(reader.faults()[3], HasSubstr("the same run goes on"));
 
   write_gzip(dir.path("t.gz"), std::string(kHeader) + "\n" + line(0, "[1,1,1,1]"));
   const std::string bytes = TempDir::read(dir.path("t.gz"));
@@ -316,6 +319,80 @@ TEST(LogReader, SalvageReadsWhatCanBeReadAndSaysTheRest) {
   EXPECT_LE(read, 1);
   EXPECT_EQ(cut.fault_count(), 1);
   EXPECT_FALSE(cut.next());  // and does not go round for ever
+}
+
+std::vector<std::int64_t> steps_of(const std::string& path, Reading reading,
+                                   std::vector<std::string>* faults) {
+  LogReader reader(path, reading);
+  std::vector<std::int64_t> steps;
+  while (const auto record = reader.next()) steps.push_back(record->step);
+  *faults = reader.faults();
+  return steps;
+}
+
+std::string made_line(int step, const char* counts = "[1,1,1,1]") {
+  return "{\"step\":" + std::to_string(step) + ",\"layer\":0,\"tokens\":2,\"top_k\":2,\"counts\":" + counts +
+         "}\n";
+}
+
+// Damage happens to files; a record that is whole and cannot be true is its writer's.
+TEST(LogReader, RepairPassesOverDamageButNotWrongRecords) {
+  const TempDir dir;
+  std::vector<std::string> faults;
+  const std::string torn = dir.write("torn", made_line(0) + std::string(3, '\0') + "\n" + made_line(1) +
+                                                 "[]\n" + made_line(2).substr(0, 30));
+  EXPECT_THAT(steps_of(torn, Reading::kRepair, &faults), ElementsAre(0, 1));
+  EXPECT_THAT(faults, ElementsAre(HasSubstr("torn:2: line: not JSON"), HasSubstr("torn:4: line: []: must be"),
+                                  HasSubstr("torn:5: line: not JSON")));
+  for (const std::string& wrong :
+       {made_line(1, "[9,9,9,9]"), made_line(1, "[-1,1,1,1]"), made_line(1, "[1.5,1,1,1]"), made_line(0)}) {
+    const std::string path = dir.write("wrong", made_line(0) + "torn\n" + wrong + made_line(2));
+    EXPECT_THAT([&] { steps_of(path, Reading::kRepair, &faults); },
+                ::testing::ThrowsMessage<LogError>(HasSubstr("wrong:3: ")));
+    EXPECT_THAT(steps_of(path, Reading::kSalvage, &faults), ElementsAre(0, 2));
+    EXPECT_EQ(faults.size(), 2U);
+  }
+  // Another version may form its records otherwise: then none of them is called wrong.
+  const std::string later = dir.write("later", "{\"format\":\"moectl-trace\",\"version\":2}\n" +
+                                                   made_line(0) + "{\"time\":1}\n" + made_line(2));
+  EXPECT_THAT(steps_of(later, Reading::kRepair, &faults), ElementsAre(0, 2));
+  EXPECT_THAT(faults, ElementsAre(HasSubstr("later:1: version: 2"), HasSubstr("later:3: step: missing")));
+}
+
+TEST(LogReader, ASecondRunIsReadOnIfItIsTheSameAndPassedOverIfNot) {
+  const TempDir dir;
+  std::vector<std::string> faults;
+  const std::string header = std::string(kHeader) + "\n";
+  const std::string again =
+      dir.write("again", header + made_line(0) + made_line(1) + header + made_line(1) + made_line(2));
+  EXPECT_THAT(steps_of(again, Reading::kRepair, &faults), ElementsAre(0, 1, 2));
+  EXPECT_THAT(faults, ElementsAre(HasSubstr("again:4: format: \"moectl-trace\""),
+                                  HasSubstr("again:5: step: 1: repeated")));
+  const std::string other = dir.write(
+      "other", header + made_line(0) + "{\"format\":\"moectl-trace\",\"version\":1,\"layers\":9}\n" +
+                   made_line(1) + made_line(2));
+  EXPECT_THAT(steps_of(other, Reading::kSalvage, &faults), ElementsAre(0));
+  EXPECT_THAT(faults, ElementsAre(HasSubstr("another run begins, lines 3 to 5 are not of this one")));
+  EXPECT_THAT([&] { steps_of(other, Reading::kStrict, &faults); },
+              ::testing::ThrowsMessage<LogError>(HasSubstr("other:3: format: ")));
+}
+
+TEST(LogReader, HolesAreSaidOnceTheirSpacingIsKnown) {
+  const TempDir dir;
+  std::vector<std::string> faults;
+  std::string text;
+  for (int step = 0; step <= 200; step += 10) {
+    if (step < 120 || step > 150) text += made_line(step);
+  }
+  EXPECT_EQ(steps_of(dir.write("t", text), Reading::kRepair, &faults).size(), 17U);
+  EXPECT_THAT(faults, ElementsAre("missing: " + dir.path("t") + ":13: steps 120 to 150"));
+  EXPECT_EQ(steps_of(dir.path("t"), Reading::kStrict, &faults).size(), 17U);  // a trace may skip
+  EXPECT_THAT(faults, ElementsAre());
+  // Sampled as it pleased its writer.
+  text.clear();
+  for (const int step : {0, 1, 2, 5, 6, 7, 12, 13, 30, 31, 32, 33}) text += made_line(step);
+  steps_of(dir.write("t", text), Reading::kRepair, &faults);
+  EXPECT_THAT(faults, ElementsAre());
 }
 
 TEST(LogReader, FilesThatCannotBeOpened) {
@@ -611,6 +688,117 @@ TEST(RunLogWriter, AppendContinuesAsIfTheRunHadNeverStopped) {
       EXPECT_EQ(TempDir::read(whole), TempDir::read(parts));
     }
   }
+}
+
+/// Writes made steps, rotated to pieces of about two and a half.
+void write_rotated(const std::string& path, int from, int to, bool append, std::int64_t keep = 0) {
+  ControllerConfig config = config_of(2, 4, 2);
+  config.log.rotate_mb = 0.012;
+  config.log.keep = keep;
+  RunLogWriter writer(path, config, append);
+  for (int step = from; step < to; ++step) {
+    MadeStep made(2, {.experts = 4, .top_k = 2, .needs = {}}, static_cast<std::uint64_t>(step));
+    made.report.step = step;
+    writer.write(made.report);
+  }
+  EXPECT_TRUE(writer.ok());
+}
+
+/// The number of the piece that stands under the log's own name.
+std::int64_t last_piece(const std::string& path) {
+  LogReader reader(path);
+  while (reader.next()) continue;
+  return reader.header().piece;
+}
+
+TEST(RunLogWriter, RotatesBySizeIntoPiecesThatReadAsOneLog) {
+  for (const char* name : {"run.jsonl", "run.jsonl.gz"}) {
+    const TempDir dir;
+    const std::string path = dir.path(name);
+    write_rotated(path, 0, 30, false);
+    std::int64_t pieces = 0;
+    while (std::filesystem::exists(piece_path(path, pieces + 1))) {
+      ++pieces;
+      // Each is a log by itself, and says which piece it is.
+      LogReader piece(piece_path(path, pieces), Reading::kRepair);
+      EXPECT_EQ(piece.header().layers, 2);
+      if (path.ends_with(".jsonl")) {
+        EXPECT_LE(std::filesystem::file_size(piece_path(path, pieces)), 12000U);
+      }
+    }
+    EXPECT_GE(pieces, 4) << name;
+    EXPECT_FALSE(std::filesystem::exists(path + ".part"));
+    LogReader whole(path);
+    EXPECT_EQ(whole.header().piece, 1);
+    std::vector<std::int64_t> steps;
+    while (const auto record = whole.next()) {
+      if (record->layer == 0) steps.push_back(record->step);
+    }
+    EXPECT_EQ(whole.header().piece, pieces + 1);
+    ASSERT_EQ(steps.size(), 30U) << name;
+    for (std::size_t i = 0; i < steps.size(); ++i) EXPECT_EQ(steps[i], static_cast<std::int64_t>(i));
+    EXPECT_EQ(whole.fault_count(), 0);
+
+    // A piece that is gone is said, and so is what is missing for it.
+    std::filesystem::remove(piece_path(path, 1));
+    std::vector<std::string> faults;
+    EXPECT_LT(steps_of(path, Reading::kRepair, &faults).size(), 60U);
+    EXPECT_THAT(faults, ElementsAre("missing: " + path + ": piece 1 of the log"));
+  }
+}
+
+TEST(RunLogWriter, KeepsAsManyFinishedPiecesAsAsked) {
+  const TempDir dir;
+  const std::string path = dir.path("run.jsonl");
+  write_rotated(path, 0, 40, false, 2);
+  const std::int64_t last = last_piece(path);
+  ASSERT_GE(last, 5);
+  for (std::int64_t piece = 1; piece < last; ++piece) {
+    EXPECT_EQ(std::filesystem::exists(piece_path(path, piece)), piece >= last - 2) << piece;
+  }
+}
+
+// A run killed in one piece and resumed from a checkpoint in an earlier one gives the files of a run that was not.
+TEST(RunLogWriter, AResumedRotatedLogHasTheSamePieces) {
+  for (const char* name : {"run.jsonl", "run.jsonl.gz"}) {
+    const TempDir whole, parts;
+    write_rotated(whole.path(name), 0, 30, false);
+    write_rotated(parts.path(name), 0, 23, true);
+    write_rotated(parts.path(name), 7, 30, true);
+    const std::int64_t last = last_piece(whole.path(name));
+    EXPECT_GE(last, 5);
+    EXPECT_EQ(last_piece(parts.path(name)), last) << name;
+    for (std::int64_t piece = 1; piece <= last; ++piece) {
+      const auto file = [&](const TempDir& dir) {
+        return piece == last ? dir.path(name) : piece_path(dir.path(name), piece);
+      };
+      const auto a = read_all(file(whole)), b = read_all(file(parts));
+      ASSERT_EQ(a.size(), b.size()) << name << piece;
+      for (std::size_t i = 0; i < a.size(); ++i) EXPECT_EQ(a[i].step, b[i].step);
+      if (std::string_view(name) == "run.jsonl") {
+        EXPECT_EQ(TempDir::read(file(whole)), TempDir::read(file(parts)));
+      }
+    }
+  }
+}
+
+TEST(RunLogWriter, ARotationThatFailsIsSaidOnceAndLeavesTheLog) {
+  const TempDir dir;
+  const std::string path = dir.path("run.jsonl");
+  std::filesystem::create_directory(path + ".part");  // stands where the next piece would be begun
+  ControllerConfig config = config_of(2, 4, 2);
+  config.log.rotate_mb = 0.004;
+  MadeStep made(2, {.experts = 4, .top_k = 2, .needs = {}}, 1);
+  ::testing::internal::CaptureStderr();
+  RunLogWriter writer(path, config);
+  for (int step = 0; step < 20; ++step) {
+    made.report.step = step;
+    EXPECT_NO_THROW(writer.write(made.report));
+  }
+  EXPECT_FALSE(writer.ok());
+  const std::string said = ::testing::internal::GetCapturedStderr();
+  EXPECT_EQ(said, "moectl: " + path + ": run log cannot be written (Is a directory); going on without it\n");
+  EXPECT_GE(read_all(path).size(), 2U);
 }
 
 TEST(RunLogWriter, DoesNotAllocateInTheSteadyState) {

@@ -55,6 +55,9 @@ struct ActuatorConfig {
 struct LogConfig {
   std::int64_t every = 1;  ///< Steps between records, ≥ 1.
   bool per_expert = true;  ///< Arrays over experts in each record.
+  double rotate_mb =
+      0;  ///< A piece of the log ends before it grows above this many MB (10^6 bytes); 0: never.
+  std::int64_t keep = 0;  ///< Finished pieces that stay, older ones are removed; 0: all. Needs rotate_mb.
 };
 
 struct ControllerConfig {

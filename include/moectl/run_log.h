@@ -27,6 +27,7 @@ class LogError : public std::runtime_error {
 /// What an actuator's entry in a run log says.
 struct LoggedActuator {
   std::vector<double> proposed, applied;  ///< Empty if not logged; NaN where a proposal was not a number.
+  std::optional<double> min, max;         ///< Of `applied`; all that a log without per-expert arrays has.
   std::vector<std::string> reasons;
 };
 
@@ -55,20 +56,33 @@ struct LogHeader {
   std::optional<int> layers, experts, top_k;
   std::optional<std::int64_t> shift;  ///< The step at which the host says the data changed.
   std::string config_json;            ///< Run logs: the config object, else empty.
+  std::int64_t piece = 0;             ///< The piece being read of a log that is rotated, from 1; else 0.
 };
 
+/// Damage is what happens to a file: a torn or unreadable line, records missing between others, a second
+/// run joined on, another version. A wrong record is whole and cannot be true: counts that sum above
+/// tokens · top_k, say.
 enum class Reading {
   kStrict,   ///< The first fault is a LogError.
-  kSalvage,  ///< What can be read is read: holes, torn lines, a second run joined on. The rest is in
-             ///< faults().
+  kRepair,   ///< Damage is passed over and told in faults(); a wrong record is a LogError.
+  kSalvage,  ///< Wrong records are passed over as well.
 };
 
-/// Reads one record after another. `-` is standard input; gzip is recognised by its content.
+/// Name of a finished piece of the rotated log at `path`: "run.jsonl.000003".
+std::string piece_path(const std::string& path, std::int64_t piece);
+
+/// Reads one record after another. `-` is standard input; gzip is recognised by its content. Of a rotated log
+/// the pieces that are still there are read first, oldest first, as one log.
+///
+/// A second header in a file means that two runs were joined. If both say the same the second is read on (a
+/// run that was resumed: its repeated steps are passed over), otherwise what follows is another run and is
+/// passed over.
 class LogReader {
  public:
   /// Throws LogError if the file cannot be opened or its header is wrong.
   /// With `follow`, next() waits at the end of a file for what will be appended to it, and calls `follow`
-  /// before each wait; standard input ends when its writer does.
+  /// before each wait; standard input ends when its writer does. A new run under the same name is then
+  /// followed in its turn.
   explicit LogReader(const std::string& path, Reading reading = Reading::kStrict,
                      std::function<void()> follow = {});
   ~LogReader();
@@ -76,7 +90,8 @@ class LogReader {
   /// The next record, or nothing at the end. Throws LogError with the line on anything that is not a record:
   /// counts that sum above tokens · top_k, a repeated (step, layer, tag), a negative or non-integer count.
   std::optional<LogRecord> next();
-  /// What kSalvage passed over so far: the messages of the first 20 faults, and how many there were in all.
+  /// What was passed over or is missing so far: the first 20 messages, each whole ("passed over: run.jsonl:7:
+  /// line: not JSON"), and how many there were in all.
   const std::vector<std::string>& faults() const;
   std::int64_t fault_count() const;
 
@@ -88,6 +103,11 @@ class LogReader {
 /// Writes a run log: pass `[&](const StepReport& r) { writer.write(r); }` to Controller::set_log. Does not
 /// allocate in the steady state. A file that cannot be written is reported once on standard error and never
 /// stops training.
+///
+/// With `log.rotate_mb` a step that would not fit begins a new piece: the full one becomes piece_path(path, n),
+/// n = 1, 2, …, and `path` starts again with a header that carries the next number. Sizes are those before
+/// compression, so that the same run is cut at the same steps wherever it is written. At any moment `path` is a
+/// log with a header.
 class RunLogWriter {
  public:
   /// `-` is standard output; a name that ends in `.gz` is compressed. With `append`, a log that exists is

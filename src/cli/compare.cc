@@ -5,6 +5,7 @@
 
 #include "cli/tool.h"
 #include "moectl/figures.h"
+#include "run_figures.h"
 
 namespace moectl::cli {
 namespace {
@@ -13,6 +14,7 @@ struct Options {
   std::vector<std::string> runs;
   std::optional<std::int64_t> shift;
   std::string format;
+  Reading reading = Reading::kRepair;
 };
 
 nlohmann::ordered_json json_of(const std::string& run, const Figures& figures) {
@@ -29,9 +31,19 @@ nlohmann::ordered_json json_of(const std::string& run, const Figures& figures) {
   return row;
 }
 
+Figures figures_of_run(const std::string& run, const Options& options) {
+  LogReader log(run, options.reading);
+  Figures figures = read_figures(log, options.shift);
+  if (figures.steps == 0 && log.fault_count() > 0) {
+    throw InputError(run + ": holds no record that can be read; " + log.faults().front());
+  }
+  say_faults(log, run);
+  return figures;
+}
+
 int compare(const Options& options) {
   std::vector<Figures> figures;
-  for (const std::string& run : options.runs) figures.push_back(read_figures(run, options.shift));
+  for (const std::string& run : options.runs) figures.push_back(figures_of_run(run, options));
   if (options.format == "json") {
     auto all = nlohmann::ordered_json::array();
     for (std::size_t i = 0; i < figures.size(); ++i) all.push_back(json_of(options.runs[i], figures[i]));
@@ -81,7 +93,11 @@ void add_compare(CLI::App& app, Tool& tool) {
       "  loss                mean of the last 100 steps; validation_loss: the last record tagged "
       "'validation'\n"
       "The shift is the step at which the data changed: from the run log's first line ('shift'), or "
-      "--shift.\n\n"
+      "--shift.\n"
+      "A damaged log is compared by what can be read of it, and the rest is said; a record that is wrong "
+      "ends "
+      "the\n"
+      "command, unless --salvage is given.\n\n"
       "Examples:\n"
       "  moectl compare runs/demo/*.jsonl\n"
       "  moectl compare --shift 420 before.jsonl after.jsonl.gz --format json");
@@ -89,6 +105,7 @@ void add_compare(CLI::App& app, Tool& tool) {
   command->add_option("RUN", options->runs, "Run logs or traces")->required();
   command->add_option("--shift", options->shift, "Step at which the data changed, for all runs")
       ->check(CLI::NonNegativeNumber);
+  add_salvage(*command, options->reading);
   add_format(*command, options->format, {"table", "json"});
   command->callback([&tool, options] { tool.run = [options] { return compare(*options); }; });
 }

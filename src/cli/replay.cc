@@ -18,12 +18,13 @@ namespace {
 
 struct Options {
   std::string config, trace, run = "-";
+  Reading reading = Reading::kRepair;
 };
 
 class Replay {
  public:
   Replay(const Options& options, const PolicyRegistry& registry)
-      : options_(options), config_(active(options, registry)), trace_(options.trace) {
+      : options_(options), config_(active(options, registry)), trace_(options.trace, options.reading) {
     const LogHeader& header = trace_.header();
     const ModelConfig& model = config_.model;
     must_agree("layers", header.layers, model.layers, 1);
@@ -39,19 +40,23 @@ class Replay {
       const auto record = trace_.next();
       if (!record) break;
       if (record->layer < 0 || record->tag != "train") continue;
-      if (record->step != step_) {
-        finish_step();
-        if (record->step < step_) {
-          fail(*record, "step", std::to_string(record->step),
-               "must not be below the step before it (" + std::to_string(step_) +
-                   "): sort the records by step");
-        }
-        step_ = record->step;
+      try {
+        check(*record);
+      } catch (const InputError& e) {
+        if (options_.reading != Reading::kSalvage) throw;
+        std::cerr << "passed over: " << e.what() << '\n';
+        continue;
       }
+      if (record->step != step_) finish_step();
+      step_ = record->step;
       take(*record);
     }
     finish_step();
     writer_->flush();
+    if (controller_->steps() == 0 && trace_.fault_count() > 0) {
+      throw InputError(options_.trace + ": holds no record that can be read; " + trace_.faults().front());
+    }
+    say_faults(trace_, options_.trace);
     if (!writer_->ok()) return 1;  // the writer has said why
     if (options_.run != "-") {
       std::cout << "replayed " << controller_->steps() << " steps of " << config_.model.layers
@@ -87,8 +92,13 @@ class Replay {
     }
   }
 
-  void take(const LogRecord& record) {
+  /// What the file says must fit the config and the order of the steps.
+  void check(const LogRecord& record) const {
     const ModelConfig& model = config_.model;
+    if (record.step < step_) {
+      fail(record, "step", std::to_string(record.step),
+           "must not be below the step before it (" + std::to_string(step_) + "): sort the records by step");
+    }
     if (record.layer >= model.layers) {
       fail(record, "layer", std::to_string(record.layer),
            "must be below model.layers (" + std::to_string(model.layers) + ") of " + options_.config);
@@ -98,6 +108,10 @@ class Replay {
     }
     must_agree("experts", record.stats.experts(), model.experts, record.line);
     must_agree("top_k", record.stats.top_k(), model.top_k, record.line);
+  }
+
+  void take(const LogRecord& record) {
+    const ModelConfig& model = config_.model;
     controller_->record(record.layer,
                         reshaped(record.stats, record.domains, controller_->shape().needs, model.domains));
     any_ = true;
@@ -143,7 +157,12 @@ void add_replay(CLI::App& app, Tool& tool) {
   command->footer(
       "The controller runs active and without lag: what is applied at step t uses step t's counts. Records "
       "tagged\n"
-      "other than 'train' are passed over; a layer that a step does not mention has no data in it.\n\n"
+      "other than 'train' are passed over; a layer that a step does not mention has no data in it.\n"
+      "A damaged trace (torn or unreadable lines, holes, a second run joined on, another version) is "
+      "replayed "
+      "as far\n"
+      "as it can be read, and the rest is said; a record that is wrong ends the command, unless --salvage is "
+      "given.\n\n"
       "Examples:\n"
       "  moectl replay policies/sign_bias.yaml trace.jsonl -o run.jsonl\n"
       "  zcat trace.jsonl.gz | moectl replay policies/sign_bias.yaml - | head");
@@ -151,6 +170,7 @@ void add_replay(CLI::App& app, Tool& tool) {
   command->add_option("CONFIG", options->config, "YAML config")->required();
   command->add_option("TRACE", options->trace, "Trace or run log")->required();
   command->add_option("-o,--output", options->run, "Run log to write; without it, standard output");
+  add_salvage(*command, options->reading);
   command->callback(
       [&tool, options] { tool.run = [&tool, options] { return Replay(*options, tool.registry).run(); }; });
 }

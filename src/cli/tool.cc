@@ -4,6 +4,7 @@
 #include <charconv>
 #include <cmath>
 #include <cstdio>
+#include <iostream>
 
 namespace moectl::cli {
 
@@ -12,6 +13,20 @@ void add_format(CLI::App& command, std::string& format, std::vector<std::string>
   command.add_option("--format", format, "How to print")
       ->check(CLI::IsMember(std::move(formats)))
       ->capture_default_str();
+}
+
+void say_faults(const LogReader& log, const std::string& path) {
+  for (const std::string& fault : log.faults()) std::cerr << fault << '\n';
+  if (const auto more = log.fault_count() - static_cast<std::int64_t>(log.faults().size()); more > 0) {
+    std::cerr << path << ": " << more << " more faults\n";
+  }
+}
+
+void add_salvage(CLI::App& command, Reading& reading) {
+  reading = Reading::kRepair;
+  command.add_flag_callback(
+      "--salvage", [&reading] { reading = Reading::kSalvage; },
+      "Pass over records that are wrong (damaged ones are passed over in any case); both are said");
 }
 
 std::string Table::text() const {

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "moectl/policy.h"
+#include "moectl/run_log.h"
 
 namespace moectl::cli {
 
@@ -34,10 +35,16 @@ void add_policies(CLI::App& app, Tool& tool);
 void add_replay(CLI::App& app, Tool& tool);
 void add_report(CLI::App& app, Tool& tool);
 void add_simulate(CLI::App& app, Tool& tool);
+void add_tensorboard(CLI::App& app, Tool& tool);
 void add_watch(CLI::App& app, Tool& tool);
 
 /// The choice of an output format, the first being the default.
 void add_format(CLI::App& command, std::string& format, std::vector<std::string> formats);
+
+/// Says on standard error what a reader passed over or missed.
+void say_faults(const LogReader& log, const std::string& path);
+/// The option --salvage of a command that reads logs.
+void add_salvage(CLI::App& command, Reading& reading);
 
 /// A table of text with aligned columns: the first to the left, the others to the right.
 class Table {

@@ -64,5 +64,38 @@ TEST(Watch, FollowsAGrowingFile) {
   EXPECT_THAT(out, ::testing::Not(HasSubstr("passed over")));
 }
 
+// The log is rotated under the eyes of who follows it, and then a new run takes its place.
+TEST(Watch, FollowsARotatedLogAndTheNextRun) {
+  const TempDir dir;
+  const auto header = [](int piece) {
+    return R"({"format":"moectl-run","version":1,"piece":)" + std::to_string(piece) +
+           R"(,"config":{"model":{"layers":1,"experts":2,"top_k":1}}})" + "\n";
+  };
+  dir.write("run.jsonl", header(1) + record(0, 0, "[60,40]"));
+  std::thread writer([&] {
+    const auto pause = [] { std::this_thread::sleep_for(std::chrono::milliseconds(600)); };
+    pause();
+    std::ofstream(dir.path("run.jsonl"), std::ios::app) << record(1, 0, "[70,30]");
+    for (int piece = 2; piece <= 3; ++piece) {  // twice at once
+      std::filesystem::rename(dir.path("run.jsonl"), dir.path("run.jsonl.00000" + std::to_string(piece - 1)));
+      dir.write("run.jsonl", header(piece) + record(piece, 0, "[80,20]"));
+    }
+    pause();
+    dir.write("run.jsonl", header(1));  // cut short and begun again
+    pause();
+    std::ofstream(dir.path("run.jsonl"), std::ios::app)
+        << record(0, 0, "[90,10]") << record(1, 0, "[90,10]") << record(2, 0, "[90,10]");
+  });
+  const std::string command = "timeout 6 '" MOECTL_TOOL "' watch '" + dir.path("run.jsonl") + "' > '" +
+                              dir.path("out") + "' 2>'" + dir.path("err") + "'";
+  EXPECT_EQ(WEXITSTATUS(std::system(command.c_str())), 124);
+  writer.join();
+  std::vector<std::string> steps;
+  std::istringstream lines(TempDir::read(dir.path("out")));
+  for (std::string line; std::getline(lines, line);) steps.push_back(line.substr(0, line.find("  loss")));
+  EXPECT_EQ(steps, (std::vector<std::string>{"step 0", "step 1", "step 2", "step 3", "step 0", "step 1"}));
+  EXPECT_THAT(TempDir::read(dir.path("err")), HasSubstr("; a new run begins"));
+}
+
 }  // namespace
 }  // namespace moectl
