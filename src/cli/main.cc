@@ -47,6 +47,7 @@ int run(int argc, char** argv) {
   add_replay(app, tool);
   add_report(app, tool);
   add_simulate(app, tool);
+  add_tensorboard(app, tool);
   add_watch(app, tool);
   app.footer(
       "Exit codes: 0 good, 1 the input or config is wrong, 2 usage.\n'moectl COMMAND --help' has examples.");

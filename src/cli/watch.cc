@@ -11,6 +11,9 @@
 
 #include "cli/tool.h"
 #include "moectl/figures.h"
+#ifdef MOECTL_PROMETHEUS
+#include "moectl/prometheus.h"
+#endif
 #include "moectl/run_log.h"
 #include "run_figures.h"
 
@@ -18,7 +21,7 @@ namespace moectl::cli {
 namespace {
 
 struct Options {
-  std::string run;
+  std::string run, listen;
   std::int64_t every = 1;
   bool once = false, plain = false;
 };
@@ -81,11 +84,41 @@ std::string bars(const RoutingStats& stats, std::size_t width) {
   return text;
 }
 
+/// What `--listen` asks for; nothing without it.
+class Endpoint {
+ public:
+  explicit Endpoint(const std::string& address) {
+    if (address.empty()) return;
+#ifdef MOECTL_PROMETHEUS
+    feed_ = std::make_unique<PrometheusFeed>(address);
+    std::cerr << "serving http://" << address.substr(0, address.rfind(':')) << ':' << feed_->port()
+              << "/metrics" << std::endl;
+#else
+    throw InputError("--listen: " + address + ": this moectl was built without prometheus-cpp");
+#endif
+  }
+#ifdef MOECTL_PROMETHEUS
+  void write(const LogRecord& record, const Metrics& metrics) {
+    if (feed_) feed_->write(record, metrics);
+  }
+  void set_faults(std::int64_t count) {
+    if (feed_) feed_->set_log_faults(count);
+  }
+
+ private:
+  std::unique_ptr<PrometheusFeed> feed_;
+#else
+  void write(const LogRecord&, const Metrics&) {}
+  void set_faults(std::int64_t) {}
+#endif
+};
+
 class Watch {
  public:
   explicit Watch(const Options& options)
       : options_(options),
         live_(!options.plain && isatty(STDOUT_FILENO) == 1),
+        endpoint_(options.listen),
         reader_(
             options.run, Reading::kSalvage,
             options.once ? std::function<void()>() : [this] { draw_pending(); }) {}
@@ -109,16 +142,17 @@ class Watch {
     for (const auto& [name, actuator] : record.actuators) {
       step.mean.add(reasons_of(actuator));
       Step::Track& track = step.tracks[name];
-      for (const double value : actuator.applied) {
-        track.min = track.any ? std::min(track.min, value) : value;
-        track.max = track.any ? std::max(track.max, value) : value;
+      if (actuator.min && actuator.max) {
+        track.min = track.any ? std::min(track.min, *actuator.min) : *actuator.min;
+        track.max = track.any ? std::max(track.max, *actuator.max) : *actuator.max;
         track.any = true;
       }
       for (const std::string& reason : actuator.reasons) ++track.reasons[reason];
     }
     if (record.loss) step.mean.set_loss(record.loss);
+    const Metrics metrics = record.layer < 0 ? Metrics() : metrics_.of(record);
+    endpoint_.write(record, metrics);
     if (record.layer < 0) return;
-    const Metrics metrics = metrics_.of(record);
     step.mean.add(metrics);
     step.metrics[record.layer] = metrics;
     step.layers.insert_or_assign(record.layer, record);
@@ -129,8 +163,9 @@ class Watch {
   }
 
   void say_faults() {
+    endpoint_.set_faults(reader_.fault_count());
     for (; said_ < reader_.faults().size(); ++said_) {
-      if (!live_) std::cerr << "passed over: " << reader_.faults()[said_] << '\n';
+      if (!live_) std::cerr << reader_.faults()[said_] << '\n';
     }
   }
 
@@ -183,6 +218,7 @@ class Watch {
 
   const Options& options_;
   bool live_;
+  Endpoint endpoint_;
   std::string frame_;  // composed, but not yet drawn
   LogReader reader_;
   RecordMetrics metrics_;
@@ -201,16 +237,30 @@ void add_watch(CLI::App& app, Tool& tool) {
       "last\n"
       "decisions with what limited them. Elsewhere one line a step. A file is followed until interrupted, "
       "standard\n"
-      "input until it ends.\n\n"
+      "input until it ends. A log that is rotated is followed from piece to piece.\n\n"
+      "With --listen the same data stand at http://ADDR:PORT/metrics for Prometheus: every metric by layer, "
+      "load and\n"
+      "bias by expert, health, alerts, and what limited the actuators. There is no authentication: listen at "
+      "the\n"
+      "loopback address unless the network is trusted. Alerts and a dashboard are in "
+      "share/moectl/monitoring.\n\n"
       "Examples:\n"
       "  moectl watch runs/demo/run.jsonl\n"
       "  train | moectl watch - --every 10 | tee progress.txt\n"
-      "  moectl watch run.jsonl --once --plain");
+      "  moectl watch run.jsonl --once --plain\n"
+      "  serve | moectl watch - --listen 127.0.0.1:9464 --plain --every 1000");
   auto options = std::make_shared<Options>();
   command->add_option("RUN", options->run, "Run log or trace; - is standard input")->required();
   command->add_option("--every", options->every, "Print every so many steps, when not in a terminal")
       ->check(CLI::PositiveNumber);
-  command->add_flag("--once", options->once, "Stop at the end of the file instead of waiting for more");
+  CLI::Option* once =
+      command->add_flag("--once", options->once, "Stop at the end of the file instead of waiting for more");
+  command
+      ->add_option(
+          "--listen", options->listen,
+          "Serve metrics for Prometheus at this address, as 127.0.0.1:9464; port 0: any that is free")
+      ->type_name("ADDR:PORT")
+      ->excludes(once);
   command->add_flag("--plain", options->plain, "One line a step in a terminal as well");
   command->callback([&tool, options] { tool.run = [options] { return Watch(*options).run(); }; });
 }

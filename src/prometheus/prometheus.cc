@@ -1,0 +1,361 @@
+// The state after the last step → metric families, on the naming rules of prometheus.io/docs/practices/naming:
+// base units in the name, ratios from 0 to 1, counters ending in _total.
+#include "moectl/prometheus.h"
+
+#include <prometheus/collectable.h>
+#include <prometheus/exposer.h>
+#include <prometheus/metric_family.h>
+#include <prometheus/text_serializer.h>
+
+#include <algorithm>
+#include <chrono>
+#include <map>
+#include <mutex>
+#include <optional>
+#include <stdexcept>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "moectl/health.h"
+#include "step_sample.h"
+
+namespace moectl {
+namespace {
+
+using prometheus::ClientMetric;
+using prometheus::MetricFamily;
+using prometheus::MetricType;
+
+/// What is known of one layer, or of the whole-model actuators.
+struct LayerState {
+  Metrics metrics;
+  std::vector<std::int64_t> counts, assigned;  // [N]: of the last step, and of all
+  std::int64_t tokens = 0, dropped = 0;
+  bool reports_drops = false;
+  std::string health;
+  std::map<std::string, bool, std::less<>> alerts;  // every name met, and whether it stands
+  struct ActuatorState {
+    std::vector<double> applied;
+    std::optional<double> min, max;
+    std::int64_t reasons[kReasonCount] = {};
+  } actuators[kActuatorCount];
+
+  void add(const StepSample& sample);
+};
+
+void LayerState::add(const StepSample& sample) {
+  if (sample.metrics) metrics = *sample.metrics;
+  if (sample.stats) {
+    const RoutingStats& stats = *sample.stats;
+    counts.assign(stats.counts().begin(), stats.counts().end());
+    assigned.resize(counts.size(), 0);
+    for (std::size_t i = 0; i < counts.size(); ++i) assigned[i] += counts[i];
+    tokens += stats.tokens();
+    if (stats.dropped()) {
+      reports_drops = true;
+      dropped += stats.scalar(RoutingStats::kDropped);
+    }
+  }
+  health = sample.health;
+  for (auto& [name, stands] : alerts) stands = false;
+  for (const std::string_view alert : sample.alerts) {
+    const auto it = alerts.find(alert);
+    (it == alerts.end() ? alerts.emplace(alert, true).first : it)->second = true;
+  }
+  for (std::size_t a = 0; a < kActuatorCount; ++a) {
+    const ActuatorSample& from = sample.actuators[a];
+    if (!from.min) continue;
+    ActuatorState& to = actuators[a];
+    to.applied.assign(from.applied.begin(), from.applied.end());
+    to.min = from.min;
+    to.max = from.max;
+    for (int r = 0; r < kReasonCount; ++r) to.reasons[r] += from.reasons.has(static_cast<Reason>(r)) ? 1 : 0;
+  }
+}
+
+/// All of it: copied whole at a scrape.
+struct Totals {
+  std::map<int, LayerState> layers;
+  std::int64_t step = 0, steps = 0, log_faults = 0;
+  double written_at = 0;
+  std::optional<double> loss;
+};
+
+std::string label_of(int layer) {
+  return layer < 0 ? "model" : std::to_string(layer);
+}
+
+/// The name, and what the value is to be multiplied with, in base units.
+std::pair<std::string, double> base_units(const MetricField& field) {
+  const std::string name = "moectl_" + std::string(field.name);
+  // Shares are called ratios, whatever the field calls them.
+  static constexpr std::pair<std::string_view, std::string_view> kRatios[] = {
+      {"max_load", "max_load_ratio"},
+      {"min_load", "min_load_ratio"},
+      {"inactive_fraction", "inactive_ratio"},
+      {"drop_rate", "drop_ratio"},
+      {"predicted_drop_rate", "predicted_drop_ratio"}};
+  for (const auto& [ours, theirs] : kRatios) {
+    if (field.name == ours) return {"moectl_" + std::string(theirs), 1};
+  }
+  if (field.unit == "percentage points") return {name + "_ratio", 0.01};
+  if (field.unit == "nats") return {name + "_nats", 1};
+  if (field.unit == "nats/step") return {name + "_nats_per_step", 1};
+  if (field.unit == "rad") return {name + "_radians", 1};
+  if (field.unit == "s") return {name + "_seconds", 1};
+  if (field.unit == "tokens^2") return {name + "_square_tokens", 1};
+  return {name, 1};
+}
+
+using Labels = std::vector<ClientMetric::Label>;
+
+/// The families of a state, one after another.
+class Families {
+ public:
+  void begin(std::string name, std::string help, MetricType type) {
+    families_.push_back({std::move(name), std::move(help), type, {}});
+  }
+  void gauge(std::string name, std::string help) {
+    begin(std::move(name), std::move(help), MetricType::Gauge);
+  }
+  void counter(std::string name, std::string help) {
+    begin(std::move(name), std::move(help), MetricType::Counter);
+  }
+  void add(Labels labels, double value) {
+    ClientMetric& metric = families_.back().metric.emplace_back();
+    metric.label = std::move(labels);
+    (families_.back().type == MetricType::Gauge ? metric.gauge.value : metric.counter.value) =
+        value + 0.0;  // of -0 makes 0
+  }
+  void add(Labels labels, std::int64_t value) { add(std::move(labels), static_cast<double>(value)); }
+
+  /// Without those that have no sample: a name is there from its first value on.
+  std::vector<MetricFamily> take() {
+    std::erase_if(families_, [](const MetricFamily& family) { return family.metric.empty(); });
+    return std::move(families_);
+  }
+
+ private:
+  std::vector<MetricFamily> families_;
+};
+
+void add_run(const Totals& all, Families& out) {
+  out.gauge("moectl_step", "The last step.");
+  if (all.steps > 0) out.add({}, all.step);
+  out.counter("moectl_steps_total", "Steps taken in.");
+  out.add({}, all.steps);
+  out.gauge("moectl_loss", "Loss of the last step that had one, as the host reported it.");
+  if (all.loss) out.add({}, *all.loss);
+  out.gauge("moectl_last_record_timestamp_seconds",
+            "When the last step arrived, in seconds since the epoch.");
+  if (all.steps > 0) out.add({}, all.written_at);
+  out.counter("moectl_log_faults_total", "Lines of the log that were passed over, and holes in it.");
+  out.add({}, all.log_faults);
+}
+
+void add_metrics(const Totals& all, Families& out) {
+  for (const MetricField& field : metric_fields()) {
+    const auto [name, factor] = base_units(field);
+    out.gauge(name, std::string(field.formula) + ", of the last step.");
+    for (const auto& [layer, state] : all.layers) {
+      if (const Metrics::Value& value = state.metrics.*field.value) {
+        out.add({{"layer", label_of(layer)}}, *value * factor);
+      }
+    }
+  }
+}
+
+void add_loads(const Totals& all, Families& out) {
+  out.counter("moectl_tokens_total", "Tokens routed.");
+  for (const auto& [layer, state] : all.layers) {
+    if (!state.counts.empty()) out.add({{"layer", label_of(layer)}}, state.tokens);
+  }
+  out.counter("moectl_dropped_assignments_total",
+              "Choices of an expert that were dropped, where the router says.");
+  for (const auto& [layer, state] : all.layers) {
+    if (state.reports_drops) out.add({{"layer", label_of(layer)}}, state.dropped);
+  }
+  const auto each_expert = [&](auto add) {
+    for (const auto& [layer, state] : all.layers) {
+      for (std::size_t i = 0; i < state.counts.size(); ++i) {
+        add(Labels{{"layer", label_of(layer)}, {"expert", std::to_string(i)}}, state, i);
+      }
+    }
+  };
+  out.counter("moectl_expert_assignments_total", "Choices of the expert, before any capacity limit.");
+  each_expert([&](Labels labels, const LayerState& state, std::size_t i) {
+    out.add(std::move(labels), state.assigned[i]);
+  });
+  out.gauge("moectl_expert_load_ratio", "Load of the expert over the mean load, in the last step.");
+  each_expert([&](Labels labels, const LayerState& state, std::size_t i) {
+    std::int64_t sum = 0;
+    for (const std::int64_t count : state.counts) sum += count;
+    if (sum == 0) return;
+    const double mean = static_cast<double>(sum) / static_cast<double>(state.counts.size());
+    out.add(std::move(labels), static_cast<double>(state.counts[i]) / mean);
+  });
+}
+
+void add_actuators(const Totals& all, Families& out) {
+  constexpr auto kBias = static_cast<std::size_t>(Actuator::kExpertBias);
+  out.gauge("moectl_expert_bias", "Selection bias of the expert, in units of its score.");
+  for (const auto& [layer, state] : all.layers) {
+    const auto& applied = state.actuators[kBias].applied;
+    for (std::size_t i = 0; i < applied.size(); ++i) {
+      out.add({{"layer", label_of(layer)}, {"expert", std::to_string(i)}}, applied[i]);
+    }
+  }
+  out.gauge("moectl_expert_bias_largest", "Largest selection bias of the layer.");
+  for (const auto& [layer, state] : all.layers) {
+    if (const auto& max = state.actuators[kBias].max) out.add({{"layer", label_of(layer)}}, *max);
+  }
+  out.gauge("moectl_expert_bias_smallest", "Smallest selection bias of the layer.");
+  for (const auto& [layer, state] : all.layers) {
+    if (const auto& min = state.actuators[kBias].min) out.add({{"layer", label_of(layer)}}, *min);
+  }
+  out.gauge("moectl_actuator_value", "Value of a scalar actuator in force.");
+  for (const auto& [layer, state] : all.layers) {
+    for (const Actuator which : kActuators) {
+      if (which == Actuator::kExpertBias) continue;
+      if (const auto& value = state.actuators[static_cast<std::size_t>(which)].max) {
+        out.add({{"layer", label_of(layer)}, {"actuator", std::string(name_of(which))}}, *value);
+      }
+    }
+  }
+  out.counter(
+      "moectl_actuator_reasons_total",
+      "Steps in which a limit, a hold or a roll-back kept the actuator from its proposal, by reason.");
+  for (const auto& [layer, state] : all.layers) {
+    for (const Actuator which : kActuators) {
+      const auto& actuator = state.actuators[static_cast<std::size_t>(which)];
+      if (!actuator.min) continue;
+      // All reasons from the start: a rate needs the zero before the first one.
+      for (int r = 0; r < kReasonCount; ++r) {
+        out.add({{"layer", label_of(layer)},
+                 {"actuator", std::string(name_of(which))},
+                 {"reason", std::string(name_of(static_cast<Reason>(r)))}},
+                actuator.reasons[r]);
+      }
+    }
+  }
+}
+
+void add_health(const Totals& all, Families& out) {
+  out.gauge("moectl_health", "1 for the state that the layer is in, 0 for the others.");
+  for (const auto& [layer, state] : all.layers) {
+    if (state.health.empty()) continue;
+    for (int h = 0; h < kHealthCount; ++h) {
+      const std::string_view name = name_of(static_cast<Health>(h));
+      out.add({{"layer", label_of(layer)}, {"state", std::string(name)}}, name == state.health ? 1.0 : 0.0);
+    }
+  }
+  out.gauge("moectl_alert", "1 while the alert, failure mode or broken band stands, 0 after it.");
+  for (const auto& [layer, state] : all.layers) {
+    for (const auto& [name, stands] : state.alerts) {
+      out.add({{"layer", label_of(layer)}, {"alert", name}}, stands ? 1.0 : 0.0);
+    }
+  }
+}
+
+std::vector<MetricFamily> families_of(const Totals& all) {
+  Families out;
+  add_run(all, out);
+  add_metrics(all, out);
+  add_loads(all, out);
+  add_actuators(all, out);
+  add_health(all, out);
+  return out.take();
+}
+
+/// Splits HOST:PORT.
+void check_address(const std::string& address) {
+  const std::size_t colon = address.rfind(':');
+  const std::string port = colon == std::string::npos ? "" : address.substr(colon + 1);
+  const bool digits = !port.empty() && port.size() <= 5 &&
+                      std::all_of(port.begin(), port.end(), [](char c) { return c >= '0' && c <= '9'; });
+  const std::string host = address.substr(0, std::min(colon, address.size()));
+  // A comma or a letter would mean something else to the web server underneath: several ports, or TLS.
+  const bool plain =
+      !host.empty() && host.find_first_not_of("0123456789abcdefABCDEF.:[]") == std::string::npos;
+  if (!digits || std::stoi(port) > 65535 || !plain) {
+    throw std::invalid_argument("address: " + address +
+                                ": must be HOST:PORT with a numeric host, as 127.0.0.1:9464");
+  }
+}
+
+}  // namespace
+
+class PrometheusFeed::State : public prometheus::Collectable {
+ public:
+  std::vector<MetricFamily> Collect() const override {
+    std::unique_lock lock(mutex_);
+    const Totals copy = totals_;
+    lock.unlock();
+    return families_of(copy);
+  }
+
+  void add(const StepReport& report) {
+    const std::scoped_lock lock(mutex_);
+    for (const LayerReport& layer : report.layers) add(sample_of(report, &layer));
+    if (has_model_actuators(report)) add(sample_of(report, nullptr));
+  }
+  void add(const LogRecord& record, const Metrics& metrics) {
+    const std::scoped_lock lock(mutex_);
+    add(sample_of(record, metrics, alerts_));
+  }
+  void set_log_faults(std::int64_t count) {
+    const std::scoped_lock lock(mutex_);
+    totals_.log_faults = count;
+  }
+
+ private:
+  void add(const StepSample& sample) {
+    if (totals_.steps == 0 || sample.step != totals_.step) {
+      ++totals_.steps;
+      totals_.step = sample.step;
+    }
+    if (sample.loss) totals_.loss = sample.loss;
+    totals_.written_at =
+        std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count();
+    totals_.layers[sample.layer].add(sample);
+  }
+
+  mutable std::mutex mutex_;
+  Totals totals_;
+  std::vector<std::string_view> alerts_;  // scratch space of add()
+};
+
+PrometheusFeed::PrometheusFeed(const std::string& address) : state_(std::make_shared<State>()) {
+  check_address(address);
+  try {
+    exposer_ = std::make_unique<prometheus::Exposer>(address);
+  } catch (const std::exception& e) {
+    throw std::runtime_error(address + ": cannot be listened at (in use?): " + e.what());
+  }
+  exposer_->RegisterCollectable(state_);
+}
+
+PrometheusFeed::~PrometheusFeed() = default;
+
+void PrometheusFeed::write(const StepReport& report) {
+  state_->add(report);
+}
+
+void PrometheusFeed::write(const LogRecord& record, const Metrics& metrics) {
+  if (record.tag == "train") state_->add(record, metrics);
+}
+
+void PrometheusFeed::set_log_faults(std::int64_t count) {
+  state_->set_log_faults(count);
+}
+
+int PrometheusFeed::port() const {
+  return exposer_->GetListeningPorts().front();
+}
+
+std::string PrometheusFeed::text() const {
+  return prometheus::TextSerializer().Serialize(state_->Collect());
+}
+
+}  // namespace moectl

@@ -1,0 +1,317 @@
+// What the endpoint says, by hand; that promtool takes it; and that Prometheus itself scrapes it and fires an
+// alert.
+#include <gmock/gmock.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <sstream>
+#include <thread>
+
+#include "moectl/prometheus.h"
+#include "process.h"
+#include "test_paths.h"
+
+namespace moectl {
+namespace {
+
+using ::testing::HasSubstr;
+using ::testing::Not;
+
+/// Two layers of four experts, of which the second decides.
+ControllerConfig small_config() {
+  return parse_config(
+      "version: 1\n"
+      "model: {layers: 2, experts: 4, top_k: 1}\n"
+      "expert_bias: {policy: sign_bias, options: {step: 0.5, centred: false},"
+      " limits: {rate: 0.25, min: -0.5, max: 0.5, center: false}}\n"
+      "aux_loss_weight: {policy: fixed, initial: 0.01, scope: model}\n"
+      "health: {alerts: [{metric: max_vio, above: 1, name: 'too \"high\"'}]}\n");
+}
+
+void record(Controller& controller, int layer, std::vector<std::int64_t> counts) {
+  RoutingStats stats(controller.shape());
+  std::int64_t sum = 0;
+  for (const std::int64_t count : counts) sum += count;
+  std::ranges::copy(counts, stats.mutable_array(RoutingStats::kCounts).begin());
+  stats.set_scalar(RoutingStats::kTokens, sum);
+  controller.record(layer, stats);
+}
+
+/// The value of a sample, by its whole name with labels; NaN if it is not there.
+double sample(const std::string& text, const std::string& name) {
+  std::istringstream lines(text);
+  for (std::string line; std::getline(lines, line);) {
+    if (line.starts_with(name + ' ')) return std::stod(line.substr(name.size() + 1));
+  }
+  return std::nan("");
+}
+
+TEST(PrometheusFeed, SaysWhatTheStepsSaid) {
+  Controller controller(small_config());
+  PrometheusFeed feed("127.0.0.1:0");
+  controller.set_log([&](const StepReport& report) { feed.write(report); });
+  record(controller, 0, {70, 10, 10, 10});
+  record(controller, 1, {25, 25, 25, 25});
+  controller.step({.loss = 2.5});
+  record(controller, 0, {40, 20, 20, 20});
+  record(controller, 1, {25, 25, 25, 25});
+  controller.step({.loss = 2.25});
+
+  const std::string text = http_get(feed.port(), "/metrics");
+  EXPECT_THAT(text, HasSubstr(feed.text()));
+  const auto is = [&](const char* name, double value) {
+    EXPECT_DOUBLE_EQ(sample(text, name), value) << name;
+  };
+  is("moectl_step", 1);
+  is("moectl_steps_total", 2);
+  is("moectl_loss", 2.25);
+  is("moectl_log_faults_total", 0);
+  is(R"(moectl_tokens_total{layer="0"})", 200);
+  is(R"(moectl_expert_assignments_total{layer="0",expert="0"})", 110);
+  is(R"(moectl_expert_assignments_total{layer="1",expert="3"})", 50);
+  is(R"(moectl_expert_load_ratio{layer="0",expert="0"})", 1.6);
+  is(R"(moectl_max_vio{layer="0"})", 0.6);
+  is(R"(moectl_max_vio{layer="1"})", 0);
+  is(R"(moectl_max_load_ratio{layer="0"})", 0.4);
+  // load_std is in percentage points: 100 · std(.4, .2, .2, .2).
+  is(R"(moectl_load_std_ratio{layer="0"})", std::sqrt((0.15 * 0.15 + 3 * 0.05 * 0.05) / 4));
+  is(R"(moectl_entropy_nats{layer="1"})", std::log(4.0));
+  // Moves of 0.5 wanted, 0.25 each allowed; the second wants to leave the range.
+  is(R"(moectl_expert_bias{layer="0",expert="0"})", -0.5);
+  is(R"(moectl_expert_bias{layer="0",expert="1"})", 0.5);
+  is(R"(moectl_expert_bias_largest{layer="0"})", 0.5);
+  is(R"(moectl_actuator_reasons_total{layer="0",actuator="expert_bias",reason="rate"})", 1);
+  is(R"(moectl_actuator_reasons_total{layer="0",actuator="expert_bias",reason="range"})", 1);
+  is(R"(moectl_actuator_reasons_total{layer="1",actuator="expert_bias",reason="rate"})", 0);
+  is(R"(moectl_actuator_value{layer="model",actuator="aux_loss_weight"})", 0.01);
+  // A quote within a name is escaped.
+  is(R"(moectl_alert{layer="0",alert="too \"high\""})", 1);
+  double states = 0;
+  for (int h = 0; h < kHealthCount; ++h) {
+    states += sample(
+        text, R"(moectl_health{layer="0",state=")" + std::string(name_of(static_cast<Health>(h))) + "\"}");
+  }
+  EXPECT_EQ(states, 1);
+  EXPECT_GT(sample(text, "moectl_last_record_timestamp_seconds"), 1.7e9);
+  // An alert that is lifted comes down to 0 instead of going away.
+  for (int step = 0; step < 100; ++step) {
+    record(controller, 0, {25, 25, 25, 25});
+    controller.step();
+  }
+  EXPECT_EQ(sample(feed.text(), R"(moectl_alert{layer="0",alert="too \"high\""})"), 0);
+  // What is not known is not there.
+  EXPECT_THAT(text, Not(HasSubstr("moectl_dropped_assignments_total")));
+  EXPECT_THAT(text, Not(HasSubstr("moectl_latency")));
+}
+
+TEST(PrometheusFeed, ARecordOfALogSaysTheSame) {
+  const TempDir dir;
+  Controller controller(small_config());
+  PrometheusFeed live("127.0.0.1:0"), read("127.0.0.1:0");
+  {
+    RunLogWriter writer(dir.path("run.jsonl"), controller.config());
+    controller.set_log([&](const StepReport& report) {
+      live.write(report);
+      writer.write(report);
+      writer.write(report, "validation");
+    });
+    for (int step = 0; step < 5; ++step) {
+      record(controller, 0, {70, 10, 10, 10 * step});
+      record(controller, 1, {25, 25, 25, 25});
+      controller.step({.loss = 2.5});
+    }
+  }
+  LogReader log(dir.path("run.jsonl"));
+  while (const auto line = log.next()) {
+    Metrics metrics;
+    for (const auto& [name, value] : line->metrics) metrics.*find_metric(name)->value = value;
+    read.write(*line, metrics);
+  }
+  const auto without_time = [](const std::string& text) {
+    const std::size_t at = text.find("\nmoectl_last_record_timestamp_seconds ");
+    return text.substr(0, at) + text.substr(text.find('\n', at + 1));
+  };
+  EXPECT_TRUE(without_time(read.text()) == without_time(live.text())) << read.text() << live.text();
+}
+
+TEST(PrometheusFeed, AddressesThatAreNoneAndPortsThatAreTaken) {
+  for (const char* address : {"", "9464", "localhost:9464", "127.0.0.1", "127.0.0.1:", "127.0.0.1:70000",
+                              "127.0.0.1:9464,9465", "127.0.0.1:443s", "127.0.0.1:-1"}) {
+    EXPECT_THROW(PrometheusFeed{address}, std::invalid_argument) << address;
+  }
+  PrometheusFeed feed("127.0.0.1:0");
+  const std::string taken = "127.0.0.1:" + std::to_string(feed.port());
+  EXPECT_THAT([&] { PrometheusFeed{taken}; },
+              ::testing::ThrowsMessage<std::runtime_error>(HasSubstr(taken + ": cannot be listened at")));
+}
+
+TEST(PrometheusFeed, ScrapesWhileStepsAreWritten) {
+  Controller controller(small_config());
+  PrometheusFeed feed("127.0.0.1:0");
+  controller.set_log([&](const StepReport& report) { feed.write(report); });
+  std::atomic<bool> done = false;
+  std::thread scraper([&] {
+    double last = 0;
+    do {
+      const std::string text = feed.text();
+      const double steps = sample(text, "moectl_steps_total");
+      EXPECT_GE(steps, last);
+      // All layers of a step at once.
+      if (steps == 0) continue;
+      EXPECT_EQ(sample(text, R"(moectl_tokens_total{layer="0"})"), 100 * steps);
+      EXPECT_EQ(sample(text, R"(moectl_tokens_total{layer="1"})"), 100 * steps);
+      last = steps;
+    } while (!done);
+  });
+  for (int step = 0; step < 300; ++step) {
+    record(controller, 0, {70, 10, 10, 10});
+    record(controller, 1, {25, 25, 25, 25});
+    controller.step();
+  }
+  done = true;
+  scraper.join();
+}
+
+// ---- Debian's Prometheus. ----
+
+#define NEED_PROGRAM(variable, name)               \
+  const std::string variable = find_program(name); \
+  if (variable.empty()) GTEST_SKIP() << name " is not in the PATH: Debian's package 'prometheus' has it"
+
+/// A log of a serving router: drops, domains, an alert, a collapsed layer, an actuator at its limits.
+std::string serving_log(int from, int to) {
+  std::string text;
+  if (from == 0) {
+    text = R"({"format":"moectl-run","version":1,"config":{"model":{"layers":2,"experts":4,"top_k":1}}})"
+           "\n";
+  }
+  for (int step = from; step < to; ++step) {
+    for (int layer = 0; layer < 2; ++layer) {
+      const char* counts = layer == 0 ? "[25,25,26,24]" : "[97,1,1,1]";
+      text += R"({"step":)" + std::to_string(step) + R"(,"layer":)" + std::to_string(layer) +
+              R"(,"tokens":100,"top_k":1,"loss":2.5,"dropped":10,"counts":)" + counts + R"(,"health":")" +
+              (layer == 0 ? "healthy" : "collapsed") + R"(","alerts":)" +
+              (layer == 0 ? "[]" : R"(["expert_collapse"])") +
+              R"(,"actuators":{"expert_bias":{"applied":[-1,0,0,1],"reasons":["range"]},)"
+              R"("aux_loss_weight":{"applied":[0.05],"reasons":["cadence"]}}})"
+              "\n";
+    }
+  }
+  return text;
+}
+
+TEST(Promtool, TakesTheMetricsWithoutAWord) {
+  NEED_PROGRAM(promtool, "promtool");
+  const TempDir dir;
+  dir.write("run.jsonl", serving_log(0, 5));
+  PrometheusFeed feed("127.0.0.1:0");
+  LogReader log(dir.path("run.jsonl"));
+  Measurer measurer({.experts = 4, .top_k = 1, .needs = {}}, {});
+  while (const auto line = log.next()) {
+    // Every metric there is, so that every name is judged.
+    Metrics metrics;
+    double value = 0.25;
+    for (const MetricField& field : metric_fields()) metrics.*field.value = value += 0.5;
+    feed.write(*line, metrics);
+  }
+  dir.write("metrics.txt", feed.text());
+  EXPECT_EQ(run_shell(promtool + " check metrics <'" + dir.path("metrics.txt") + "'", dir.path("said")), 0);
+  EXPECT_EQ(TempDir::read(dir.path("said")), "");
+  EXPECT_GT(std::ranges::count(feed.text(), '\n'), 200);
+}
+
+TEST(Promtool, TakesTheRulesAndTheyFireWhenTheyShould) {
+  NEED_PROGRAM(promtool, "promtool");
+  const TempDir dir;
+  const std::string folder = MOECTL_SOURCE_DIR "/monitoring/";
+  EXPECT_EQ(run_shell(promtool + " check rules " + folder + "alerts.yml", dir.path("said")), 0)
+      << TempDir::read(dir.path("said"));
+  EXPECT_EQ(run_shell(promtool + " check config " + folder + "prometheus.yml", dir.path("said")), 0)
+      << TempDir::read(dir.path("said"));
+  EXPECT_EQ(run_shell(promtool + " test rules " + folder + "alerts_test.yml", dir.path("said")), 0)
+      << TempDir::read(dir.path("said"));
+}
+
+std::string replaced(std::string text, const std::string& from, const std::string& to) {
+  for (std::size_t at = 0; (at = text.find(from, at)) != std::string::npos; at += to.size()) {
+    text.replace(at, from.size(), to);
+  }
+  return text;
+}
+
+/// Every query of the dashboard, with its variables filled in as Grafana would.
+std::vector<std::string> dashboard_queries() {
+  const auto dashboard = nlohmann::json::parse(TempDir::read(MOECTL_SOURCE_DIR "/monitoring/dashboard.json"));
+  std::vector<std::string> queries;
+  for (const auto& panel : dashboard["panels"]) {
+    for (const auto& target : panel["targets"]) {
+      std::string text = target["expr"];
+      for (const auto& [from, to] : {std::pair{"$job", "moectl"}, std::pair{"$instance", ".*"},
+                                     std::pair{"$layer", ".*"}, std::pair{"$__rate_interval", "5s"}}) {
+        text = replaced(text, from, to);
+      }
+      queries.push_back(text);
+    }
+  }
+  return queries;
+}
+
+// The tool follows a log that grows; a server scrapes it, knows its metrics, answers the dashboard's questions, and
+// fires an alert of the file as it stands.
+TEST(Prometheus, ScrapesTheToolAndFiresAnAlert) {
+  NEED_PROGRAM(server, "prometheus");
+  const TempDir dir;
+  const std::string log = dir.write("run.jsonl", serving_log(0, 2));
+  const Process watch({MOECTL_TOOL, "watch", "--plain", "--listen", "127.0.0.1:0", log},
+                      dir.path("watch.out"));
+  int port = 0;
+  ASSERT_TRUE(eventually([&] {
+    const std::string said = TempDir::read(dir.path("watch.out"));
+    const std::size_t at = said.find("serving http://127.0.0.1:");
+    if (at == std::string::npos || said.find("/metrics\n", at) == std::string::npos) return false;
+    port = std::stoi(said.substr(at + 25));
+    return true;
+  })) << TempDir::read(dir.path("watch.out"));
+
+  std::string config = TempDir::read(MOECTL_SOURCE_DIR "/monitoring/prometheus.yml");
+  config = replaced(config, "15s", "250ms");
+  config = replaced(config, "alerts.yml", MOECTL_SOURCE_DIR "/monitoring/alerts.yml");
+  config = replaced(config, "127.0.0.1:9464", "127.0.0.1:" + std::to_string(port));
+  dir.write("prometheus.yml", config);
+  const int at = free_port();
+  const Process prometheus(
+      {server, "--config.file=" + dir.path("prometheus.yml"), "--storage.tsdb.path=" + dir.path("data"),
+       "--web.listen-address=127.0.0.1:" + std::to_string(at), "--log.level=error"},
+      dir.path("prometheus.out"));
+  std::atomic<bool> done = false;
+  std::thread grow([&] {
+    std::ofstream file(log, std::ios::app);
+    for (int step = 2; !done; ++step) {
+      file << serving_log(step, step + 1) << std::flush;
+      std::this_thread::sleep_for(std::chrono::milliseconds(100));
+    }
+  });
+  const auto query = [&](const std::string& text) {
+    const std::string answer = http_get(at, "/api/v1/query", text);
+    return answer.empty() ? nlohmann::json() : nlohmann::json::parse(answer)["data"]["result"];
+  };
+  EXPECT_TRUE(eventually([&] { return query("moectl_step > 5").size() == 1; }))
+      << TempDir::read(dir.path("prometheus.out"));
+  EXPECT_TRUE(eventually([&] {
+    const auto firing = query(R"(ALERTS{alertname="MoectlLayerCollapsed",alertstate="firing"})");
+    return firing.size() == 1 && firing[0]["metric"]["layer"] == "1" &&
+           firing[0]["metric"]["severity"] == "critical";
+  }));
+  EXPECT_TRUE(eventually([&] { return query("rate(moectl_steps_total[5s]) > 0").size() == 1; }));
+  for (const std::string& text : dashboard_queries()) {
+    EXPECT_TRUE(eventually([&] { return query(text).size() >= 1; }, 15)) << text;
+  }
+  done = true;
+  grow.join();
+}
+
+}  // namespace
+}  // namespace moectl
