@@ -1,5 +1,7 @@
 #include "cli/report_data.h"
 
+#include "cli/tool.h"
+
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -11,7 +13,11 @@ namespace {
 using nlohmann::json;
 
 constexpr std::size_t kColumns = 600;
-constexpr std::size_t kAlerts = 500;
+// Names of alerts that are drawn: one row each. The others are counted.
+constexpr std::size_t kAlerts = 40;
+constexpr std::size_t kAlertLayers = 8;  // named for each column
+// Points of all experts' loss curves together, about five bytes each.
+constexpr std::size_t kLossPoints = 200000;
 // Cells of all expert maps of a run together: a byte each, and a third more as text.
 constexpr std::size_t kCells = 900000;
 
@@ -95,6 +101,7 @@ ReportRun::ReportRun(const std::string& path, std::optional<std::int64_t> shift)
   header_ = reader.header();
   shift_ = shift ? shift : header_.shift;
   while (const auto record = reader.next()) add(*record);
+  say_faults(reader, path);
   faults_ = reader.faults();
   fault_count_ = reader.fault_count();
   if (records_ == 0) {
@@ -134,11 +141,68 @@ void ReportRun::halve() {
       for (const auto& [reason, count] : b) a[reason] += count;
     });
   }
+  for (auto& [name, alert] : alerts_) {
+    halve_row(alert.layers, [](std::set<int>& a, const std::set<int>& b) { a.insert(b.begin(), b.end()); });
+  }
   for (auto& [number, layer] : layers_) {
     halve_row(layer.health, [](std::string& a, const std::string& b) {
       if (severity(b) > severity(a)) a = b;
     });
   }
+}
+
+void ReportRun::add_alert(const std::string& name, const LogRecord& record, std::size_t column) {
+  const auto [it, is_new] = alerts_.try_emplace(name);
+  Alert& alert = it->second;
+  if (is_new) alert.first = record.step;
+  if (is_new || record.step != alert.last) ++alert.steps;
+  alert.last = record.step;
+  if (alert.layers.size() <= column) alert.layers.resize(column + 1);
+  alert.layers[column].insert(record.layer);
+}
+
+json ReportRun::alerts_json() const {
+  nlohmann::json all = nlohmann::json::array();
+  for (const auto& [name, alert] : alerts_) {
+    if (all.size() == kAlerts) break;
+    nlohmann::json columns = nlohmann::json::array();
+    std::set<int> ever;
+    for (std::size_t c = 0; c < alert.layers.size(); ++c) {
+      const std::set<int>& layers = alert.layers[c];
+      if (layers.empty()) continue;
+      ever.insert(layers.begin(), layers.end());
+      nlohmann::json named = nlohmann::json::array();
+      for (const int layer : layers) {
+        if (named.size() < kAlertLayers) named.push_back(layer);
+      }
+      columns.push_back({c, layers.size(), named});
+    }
+    all.push_back({{"name", name},
+                   {"first", alert.first},
+                   {"last", alert.last},
+                   {"steps", alert.steps},
+                   {"layers", ever.size()},
+                   {"columns", columns}});
+  }
+  return all;
+}
+
+/// A mean a column, of as many columns as the page has room for.
+json ReportRun::loss_lines(const Layer& layer, std::size_t columns) const {
+  const std::size_t all = static_cast<std::size_t>((last_ - *first_) / width_) + 1;
+  const std::size_t each = (all + columns - 1) / columns;
+  nlohmann::json lines = nlohmann::json::array();
+  for (const Row& row : layer.loss) {
+    nlohmann::json line = nlohmann::json::array();
+    for (std::size_t from = 0; from < row.size(); from += each) {
+      Extremes point;
+      for (std::size_t i = from; i < std::min(from + each, row.size()); ++i) point.merge(row[i]);
+      line.push_back(point.count ? rounded(point.sum / static_cast<double>(point.count))
+                                 : nlohmann::json(nullptr));
+    }
+    lines.push_back(std::move(line));
+  }
+  return {{"each", each}, {"lines", lines}};
 }
 
 void ReportRun::add(const LogRecord& record) {
@@ -162,13 +226,16 @@ void ReportRun::add(const LogRecord& record) {
   for (const auto& [name, actuator] : record.actuators) {
     Track& track = tracks_[name];
     for (const double value : actuator.applied) put(track.value, column, value);
+    if (actuator.applied.empty()) {
+      for (const auto& end : {actuator.min, actuator.max}) {
+        if (end) put(track.value, column, *end);
+      }
+    }
     if (track.reasons.size() <= column) track.reasons.resize(column + 1);
     for (const std::string& reason : actuator.reasons) ++track.reasons[column][reason];
   }
   for (const std::string& alert : record.alerts) {
-    if (alerts_.size() < kAlerts) {
-      alerts_.push_back({{"step", record.step}, {"layer", record.layer}, {"name", alert}});
-    }
+    add_alert(alert, record, column);
   }
   if (record.layer < 0) return;
   Layer& layer = layers_[record.layer];
@@ -236,9 +303,10 @@ json ReportRun::expert_map(const std::vector<Row>& rows, std::size_t columns, do
 json ReportRun::json() const {
   const std::size_t columns = static_cast<std::size_t>((last_ - *first_) / width_) + 1;
   nlohmann::json out = {
-      {"name", name_},      {"first", *first_},    {"last", last_},     {"width", width_},
-      {"columns", columns}, {"records", records_}, {"faults", faults_}, {"fault_count", fault_count_},
-      {"alerts", alerts_}};
+      {"name", name_},          {"first", *first_},    {"last", last_},     {"width", width_},
+      {"columns", columns},     {"records", records_}, {"faults", faults_}, {"fault_count", fault_count_},
+      {"alerts", alerts_json()}};
+  out["alert_names"] = alerts_.size();
   out["shift"] = shift_ ? nlohmann::json(*shift_) : nlohmann::json(nullptr);
   out["config"] =
       header_.config_json.empty() ? nlohmann::json(nullptr) : nlohmann::json::parse(header_.config_json);
@@ -258,10 +326,11 @@ json ReportRun::json() const {
     }
     out["actuators"][name] = {{"value", lines_of(track.value)}, {"marks", marks}};
   }
-  std::size_t cells = 0;
+  std::size_t cells = 0, curves = 0;
   double widest = 1e-12;
   for (const auto& [number, layer] : layers_) {
     cells += layer.load.size() + layer.bias.size();
+    curves += layer.loss.size();
     for (const Row& row : layer.bias) {
       for (const Extremes& e : row) {
         if (e.count) widest = std::max({widest, std::abs(double{e.min}), std::abs(double{e.max})});
@@ -269,6 +338,8 @@ json ReportRun::json() const {
     }
   }
   const std::size_t map_columns = std::clamp<std::size_t>(kCells / std::max<std::size_t>(cells, 1), 20, 300);
+  const std::size_t loss_columns =
+      std::clamp<std::size_t>(kLossPoints / std::max<std::size_t>(curves, 1), 12, kColumns);
   out["layers"] = nlohmann::json::array();
   for (const auto& [number, layer] : layers_) {
     nlohmann::json vio = nlohmann::json::array();
@@ -282,7 +353,7 @@ json ReportRun::json() const {
       one["health"] = states;
     }
     if (!layer.domains.empty()) one["domains"] = layer.domains;
-    for (const Row& row : layer.loss) one["loss"].push_back(lines_of(row)["mean"]);
+    if (!layer.loss.empty()) one["loss"] = loss_lines(layer, loss_columns);
     out["layers"].push_back(one);
   }
   out["health_names"] = kHealth;

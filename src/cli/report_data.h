@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <map>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -47,7 +48,16 @@ class ReportRun {
     std::vector<std::map<std::string, std::int64_t>> reasons;  // how often, by column
   };
 
+  /// When an alert stood, and in which layers.
+  struct Alert {
+    std::vector<std::set<int>> layers;  // of each column
+    std::int64_t first = 0, last = 0, steps = 0;
+  };
+
   void add(const LogRecord& record);
+  void add_alert(const std::string& name, const LogRecord& record, std::size_t column);
+  nlohmann::json alerts_json() const;
+  nlohmann::json loss_lines(const Layer& layer, std::size_t columns) const;
   std::size_t column_of(std::int64_t step);
   void halve();
   template <typename Visit>
@@ -68,7 +78,7 @@ class ReportRun {
   std::map<std::string, Track> tracks_;
   std::map<std::string, Row> series_;
   std::map<std::int64_t, double> validation_;
-  std::vector<nlohmann::json> alerts_;
+  std::map<std::string, Alert> alerts_;
   std::vector<std::string> faults_;
   std::int64_t fault_count_ = 0;
 };

@@ -1,9 +1,9 @@
 // The report page in a real browser: it renders, its charts have data, a mark says its reason, its figures are those of
-// `moectl compare`. Needs Chromium and, once, `npm install` in this directory. Screenshots go to $SCREENSHOTS if set.
-//   MOECTL=…/moectl npm test
+// `moectl compare`. `./dev test-browser` runs it; so does CTest where Chromium, node and npm are installed. Screenshots go
+// to $SCREENSHOTS if set.
 import assert from 'node:assert/strict';
 import {execFileSync} from 'node:child_process';
-import {mkdtempSync, rmSync, writeFileSync} from 'node:fs';
+import {mkdtempSync, readFileSync, rmSync, writeFileSync} from 'node:fs';
 import {tmpdir} from 'node:os';
 import {join} from 'node:path';
 import {after, before, test} from 'node:test';
@@ -33,6 +33,7 @@ const config = (policy) => `version: 1
 model: {layers: 2, experts: 4, top_k: 1, tokens_per_step: 100, domains: [code, prose]}
 expert_bias: {policy: ${policy}, limits: {max: 0.05, min: -0.05, rate: 0.004, warmup: 5, center: false}}
 collect: {losses: true}
+health: {alerts: [{metric: max_vio, above: 1, for: 2, name: peaked}]}
 `;
 
 before(async () => {
@@ -65,7 +66,9 @@ for (const [name, width, colorScheme] of [['desktop-light', 1280, 'light'], ['de
   test(`renders without complaint: ${name}`, async () => {
     const [page, complaints] = await open({viewport: {width, height: 900}, colorScheme});
     for (const id of ['domains-section', 'loss-section']) await page.click(`#${id} > summary`);
+    await page.selectOption('#loss-layer', '1');
     await page.waitForTimeout(100);
+    assert.match(await page.locator('#expert-loss figcaption').first().innerText(), /layer 1/);
     assert.deepEqual(complaints, []);
     assert.equal(await page.evaluate(() => document.documentElement.scrollWidth), width, 'no sideways scrolling');
     assert.equal(await page.evaluate(() => document.documentElement.classList.contains('dark')), colorScheme === 'dark');
@@ -127,6 +130,71 @@ test('pointing at a mark says the reason; keys do too', async () => {
   await page.focus('#map-load');
   await page.keyboard.press('ArrowDown');
   assert.match(await page.locator('#map-load ~ .readout').innerText(), /^expert 1, step.*× the mean load$/);
+  await page.close();
+});
+
+test('health and alerts stand on a timeline, in words too', async () => {
+  const [page] = await open();
+  assert.match(await page.locator('#health').innerText(), /free: worst state/);
+  // Layer 0 and layer 1 are peaked for the first 40 steps, alerts come after two and stay for their dwell.
+  const rows = page.locator('tr[data-alert="peaked"]');
+  assert.equal(await rows.count(), 2);
+  const [from, to, steps, layers] = (await rows.first().locator('td:not(.when)').allInnerTexts()).map(Number);
+  const log = readFileSync(join(dir, 'free.jsonl'), 'utf8').trim().split('\n').slice(1).map((l) => JSON.parse(l));
+  const stood = log.filter((r) => r.alerts?.includes('peaked'));
+  assert.ok(stood.length > 10);
+  assert.deepEqual([from, to, steps, layers], [stood[0].step, stood.at(-1).step, new Set(stood.map((r) => r.step)).size,
+                                               new Set(stood.map((r) => r.layer)).size]);
+  await rows.first().locator('canvas').focus();
+  for (let step = 0; step < from; ++step) await page.keyboard.press('ArrowRight');
+  const says = page.locator('#health .alerts').first().locator('xpath=ancestor::figure').locator('.readout').last();
+  assert.match(await says.innerText(), new RegExp(`^step ${from}: peaked in layer`));
+  await page.close();
+});
+
+test('limits are bands, the shift is marked, and a roll-back is crossed out', async () => {
+  const [page] = await open();
+  const band = await page.evaluate(() => Chart.getChart('chart-expert_bias').data.datasets.filter((d) => d.frame).map((d) => [d.label, d.data[0].y]));
+  assert.deepEqual(band, [['limits.max', 0.05], ['limits.min', -0.05]]);
+  assert.deepEqual(await page.evaluate(() => Chart.getChart('chart-max-vio').options.plugins.uprights.steps), [150]);
+  // A log as the controller writes it, with a step taken back.
+  const log = readFileSync(join(dir, 'held.jsonl'), 'utf8').trim().split('\n').map((l) => JSON.parse(l));
+  for (const r of log) if (r.step === 80) r.actuators.expert_bias.reasons = ['rollback'];
+  writeFileSync(join(dir, 'back.jsonl'), log.map((r) => JSON.stringify(r)).join('\n') + '\n');
+  execFileSync(tool, ['report', 'back.jsonl', '-o', 'back.html'], {cwd: dir});
+  await page.goto('file://' + join(dir, 'back.html'));
+  const mark = await page.evaluate(() => {
+    const set = Chart.getChart('chart-expert_bias').data.datasets.find((d) => d.marks);
+    const i = set.data.findIndex((m) => m.column === 80);
+    return [set.pointStyle[i], set.data[i].reasons];
+  });
+  assert.deepEqual(mark, ['crossRot', 'rollback ×2']);
+  assert.match(await page.locator('#held').innerText(), /rollback ×2/);
+  await page.close();
+});
+
+test('what is damaged is said on the page', async () => {
+  const [page] = await open();
+  const log = readFileSync(join(dir, 'held.jsonl'), 'utf8').trim().split('\n');
+  writeFileSync(join(dir, 'torn.jsonl'), [...log.slice(0, 101), ...log.slice(161, 300), log[301].slice(0, 40)].join('\n'));
+  execFileSync(tool, ['report', 'torn.jsonl', '-o', 'torn.html'], {cwd: dir, stdio: 'ignore'});
+  await page.goto('file://' + join(dir, 'torn.html'));
+  await page.click('#faults-section > summary');
+  const said = await page.locator('#faults').innerText();
+  assert.match(said, /missing: torn\.jsonl:102: steps 50 to 79/);
+  assert.match(said, /the file ends within this line/);
+  // The hole is a gap, not a line through it.
+  const gap = await page.evaluate(() => Chart.getChart('chart-max-vio').data.datasets.find((d) => d.walk).data.slice(48, 82).map((p) => p.y !== null));
+  assert.deepEqual(gap, Array.from({length: 34}, (_, i) => i < 2 || i >= 32));
+  await page.close();
+});
+
+test('it prints in light colours without controls', async () => {
+  const [page] = await open({colorScheme: 'dark'});
+  await page.emulateMedia({media: 'print'});
+  assert.equal(await page.evaluate(() => getComputedStyle(document.body).backgroundColor), 'rgb(255, 255, 255)');
+  assert.equal(await page.locator('#theme').isVisible(), false);
+  assert.ok((await page.pdf({format: 'A4'})).length > 20000);
   await page.close();
 });
 

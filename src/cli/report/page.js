@@ -249,8 +249,13 @@
         interaction: {mode: 'nearest', axis: 'xy', intersect: false},
         elements: {point: {radius: 0, hitRadius: 6}, line: {borderWidth: 1.5}},
         scales: {
-          x: {type: 'linear', title: {display: true, text: 'step'}, ticks: {maxRotation: 0, includeBounds: false}, bounds: 'data'},
-          y: {type: log ? 'logarithmic' : 'linear', min, max, ticks: {maxTicksLimit: 8, callback: (v) => number(v)}},
+          x: {type: 'linear', title: {display: true, text: 'step'}, ticks: {maxRotation: 0, includeBounds: false}, bounds: 'data',
+              afterBuildTicks: (axis) => {
+                // The last step gets a tick of its own, which may lie on the regular one before it.
+                const t = axis.ticks.map((tick) => tick.value), n = t.length;
+                if (n > 2 && t[n - 1] - t[n - 2] < 0.6 * (t[1] - t[0])) axis.ticks.pop();
+              }},
+          y: {type: log ? 'logarithmic' : 'linear', min, max, ticks: {maxTicksLimit: 8, includeBounds: false, callback: (v) => number(v)}},
         },
         plugins: {
           legend: {display: false},
@@ -258,7 +263,7 @@
           tooltip: {
             filter: (item) => !item.dataset.silent,
             callbacks: {
-              title: (items) => (items.length ? stepsOf(items[0].dataset.run, items[0].raw.column) : ''),
+              title: (items) => (items.length ? stepsOf(items[0].dataset.run, items[0].raw.column, items[0].raw.each) : ''),
               label: (item) => (item.dataset.marks ? item.raw.reasons : `${item.dataset.label}: ${number(item.raw.y, 4)}`),
             },
           },
@@ -292,7 +297,8 @@
   };
   balanceChart('chart-max-vio', 'max_vio', 'max_vio_floor', 'MaxVio');
   balanceChart('chart-cv', 'cv', 'cv_floor', 'CV');
-  chart($('chart-loss'), runs.flatMap((run, r) => [
+  $('loss-figure').hidden = !runs.some((run) => run.series.loss || run.validation.length);
+  if (!$('loss-figure').hidden) chart($('chart-loss'), runs.flatMap((run, r) => [
     ...withBand(run, r, run.series.loss, named(r, 'loss')),
     {data: run.validation.map(([x, y]) => ({x, y, column: Math.floor((x - run.first) / run.width)})), label: named(r, 'validation loss'),
      borderColor: colour(r), backgroundColor: colour(r), showLine: false, pointRadius: 4, pointStyle: 'rectRot', run},
@@ -369,7 +375,7 @@
   const HEALTH = [[200, 200, 200], [0, 158, 115], [86, 180, 233], [0, 114, 178], [204, 121, 167], [230, 159, 0], [213, 94, 0], [60, 0, 0]];
 
   // Draws cells and answers to pointer and arrow keys with the words for the cell.
-  const drawMap = (canvas, rows, columns, cell, words) => {
+  const drawMap = (canvas, rows, columns, cell, words, out = canvas.parentElement.querySelector('.readout')) => {
     canvas.width = Math.max(1, columns);
     canvas.height = Math.max(1, rows);
     const context = canvas.getContext('2d');
@@ -381,7 +387,6 @@
       }
     }
     context.putImageData(image, 0, 0);
-    const out = canvas.parentElement.querySelector('.readout');
     out.textContent = rows ? 'Point at a cell, or use the arrow keys.' : 'Not logged.';
     let at = [0, 0];
     const say = (x, y) => {
@@ -456,7 +461,7 @@
     const layers = run.layers.filter((l) => l.health);
     if (!layers.length) return;
     const canvas = element('canvas', {class: 'map', tabindex: '0', style: 'height:120px'});
-    $('health').append(element('figure', {}, element('figcaption', {}, key(r), `${shortNames[r]}: worst state, layer × step`), canvas,
+    $('health').append(element('figure', {'data-run': r}, element('figcaption', {}, key(r), `${shortNames[r]}: worst state, layer × step`), canvas,
                                element('p', {class: 'readout', 'aria-live': 'polite'})));
     drawMap(canvas, layers.length, run.columns, (x, y) => (layers[y].health[x] == null ? null : HEALTH[layers[y].health[x]]),
             (x, y) => `layer ${layers[y].layer}, ${stepsOf(run, x)}: ${run.health_names[layers[y].health[x] ?? 0]}`);
@@ -465,43 +470,90 @@
         (s) => [element('span', {class: 'key', style: `background:rgb(${HEALTH[s]})`}), run.health_names[s]])));
   };
   runs.forEach(healthOf);
-  runs.forEach((run, r) => run.alerts.forEach((a) => $('alerts').append(
-      element('li', {}, key(r), `step ${a.step}${a.layer >= 0 ? `, layer ${a.layer}` : ''}: ${a.name}`))));
-  if (!$('health').children.length && !$('alerts').children.length) $('health-section').hidden = true;
 
-  const domainsOf = (run, r) => {
-    for (const layer of run.layers) {
-      if (!layer.domains) continue;
-      const names = Object.keys(layer.domains), n = layer.domains[names[0]].length;
-      const total = names.map((d) => layer.domains[d].reduce((a, b) => a + b, 0));
-      const canvas = element('canvas', {class: 'map', tabindex: '0', style: 'height:120px'});
-      $('domains').append(element('figure', {}, element('figcaption', {}, key(r), `${shortNames[r]}, layer ${layer.layer}: domain × expert`),
-                                  canvas, element('p', {class: 'readout', 'aria-live': 'polite'})));
-      const ratio = (x, y) => (total[y] ? layer.domains[names[y]][x] / total[y] * n : null);
-      drawMap(canvas, names.length, n, (x, y) => (ratio(x, y) === null ? null : DIVERGING((Math.log2(Math.max(ratio(x, y), 1e-9)) / 3 + 1) / 2)),
-              (x, y) => `${names[y]}, expert ${x}: ${number(ratio(x, y))}× its even share of the domain`);
-      rampKey(canvas.parentElement, DIVERGING, '⅛ of an even share', '8×');
+  // A row an alert: its name, a strip on the time axis, and the same in words.
+  const ALERT = ramp([[247, 215, 178], [213, 94, 0], [110, 30, 0]]);
+  const alertsOf = (run, r) => {
+    if (!run.alerts.length) return;
+    const out = element('p', {class: 'readout', 'aria-live': 'polite'});
+    const body = element('tbody');
+    const table = element('table', {class: 'alerts'},
+                          element('thead', {}, element('tr', {}, ...['alert', 'when', 'from', 'to', 'steps', 'layers'].map(
+                              (t) => element('th', {scope: 'col'}, t)))), body);
+    const figure = $('health').querySelector(`[data-run="${r}"]`) ?? element('figure', {}, element('figcaption', {}, key(r), `${shortNames[r]}: alerts`));
+    figure.append(element('div', {class: 'scroll'}, table), out);
+    $('health').append(figure);
+    for (const alert of run.alerts) {
+      const strip = element('canvas', {class: 'strip', tabindex: '0', 'aria-label': `When ${alert.name} stood`});
+      body.append(element('tr', {'data-alert': alert.name}, element('th', {scope: 'row'}, alert.name), element('td', {class: 'when'}, strip),
+                          ...[alert.first, alert.last, alert.steps, alert.layers].map((v) => element('td', {}, String(v)))));
+      const at = new Map(alert.columns.map(([c, n, layers]) => [c, [n, layers]]));
+      drawMap(strip, 1, run.columns,
+              (x) => (at.has(x) ? ALERT(run.layers.length > 1 ? (at.get(x)[0] - 1) / (run.layers.length - 1) : 1) : null),
+              (x) => {
+                if (!at.has(x)) return `${stepsOf(run, x)}: no ${alert.name}`;
+                const [n, layers] = at.get(x);
+                const whole = layers.includes(-1);
+                const where = whole ? 'the whole model' : `layer${n > 1 ? 's' : ''} ${layers.join(', ')}${n > layers.length ? ', …' : ''}`;
+                return `${stepsOf(run, x)}: ${alert.name} in ${where}`;
+              }, out);
     }
+    if (run.alert_names > run.alerts.length) out.after(element('p', {class: 'note'}, `${run.alert_names - run.alerts.length} more names are not drawn.`));
+  };
+  runs.forEach(alertsOf);
+  if (!$('health').children.length) $('health-section').hidden = true;
+
+  const layerOf = (run, select) => run.layers.find((l) => String(l.layer) === $(select).value);
+  const domainsOf = (run, r) => {
+    const layer = layerOf(run, 'domains-layer');
+    if (!layer?.domains) return;
+    const names = Object.keys(layer.domains), n = layer.domains[names[0]].length;
+    const total = names.map((d) => layer.domains[d].reduce((a, b) => a + b, 0));
+    const canvas = element('canvas', {class: 'map', tabindex: '0', style: 'height:120px',
+                                      'aria-label': `Use of the experts of layer ${layer.layer} by each domain`});
+    $('domains').append(element('figure', {}, element('figcaption', {}, key(r), `${shortNames[r]}, layer ${layer.layer}: domain × expert, whole run`),
+                                element('p', {class: 'note'}, `From the top: ${names.join(', ')}.`), canvas,
+                                element('p', {class: 'readout', 'aria-live': 'polite'})));
+    const ratio = (x, y) => (total[y] ? layer.domains[names[y]][x] / total[y] * n : null);
+    drawMap(canvas, names.length, n, (x, y) => (ratio(x, y) === null ? null : DIVERGING((Math.log2(Math.max(ratio(x, y), 1e-9)) / 3 + 1) / 2)),
+            (x, y) => `${names[y]}, expert ${x}: ${number(ratio(x, y))}× its even share of the domain`);
+    rampKey(canvas.parentElement, DIVERGING, '⅛ of an even share', '8×');
   };
   const lossesOf = (run, r) => {
-    for (const layer of run.layers) {
-      if (!layer.loss) continue;
-      const canvas = element('canvas');
-      $('expert-loss').append(element('figure', {}, element('figcaption', {}, key(r), `${shortNames[r]}, layer ${layer.layer}`),
-                                      element('div', {class: 'plot'}, canvas)));
-      chart(canvas, layer.loss.map((row, e) => ({
-        data: points(run, row), label: `expert ${e}`, borderColor: COLOURS[e % COLOURS.length], borderWidth: 1, run, walk: e === 0,
-        borderDash: [[], [4, 3], [1, 2]][Math.floor(e / COLOURS.length) % 3],
-      })), `Loss of each expert of layer ${layer.layer}`);
-    }
+    const layer = layerOf(run, 'loss-layer');
+    if (!layer?.loss) return;
+    const canvas = element('canvas');
+    $('expert-loss').append(element('figure', {}, element('figcaption', {}, key(r), `${shortNames[r]}, layer ${layer.layer}`),
+                                    element('div', {class: 'plot'}, canvas)));
+    const each = layer.loss.each;
+    chart(canvas, layer.loss.lines.map((row, e) => ({
+      data: row.map((y, c) => ({x: stepOf(run, c * each), y, column: c * each, each})), label: `expert ${e}`,
+      borderColor: COLOURS[e % COLOURS.length], borderWidth: 1, run, walk: e === 0,
+      borderDash: [[], [4, 3], [1, 2]][Math.floor(e / COLOURS.length) % 3],
+    })), `Loss of each expert of layer ${layer.layer}`);
   };
-  // Drawn when first opened: a chart in a closed section has no size.
-  const once = (id, any, draw) => {
-    if (!any) { $(id).hidden = true; return; }
-    $(id).addEventListener('toggle', () => { runs.forEach(draw); dress(); }, {once: true});
+  // Drawn when opened: a chart in a closed section has no size. One layer at a time: there may be a hundred.
+  const oneLayer = (what, has, draw) => {
+    const section = $(`${what}-section`), select = $(`${what}-layer`), place = section.querySelector('.grid');
+    const layers = [...new Set(runs.flatMap((run) => run.layers.filter(has).map((l) => l.layer)))].sort((a, b) => a - b);
+    section.hidden = !layers.length;
+    select.append(...layers.map((l) => element('option', {value: l}, String(l))));
+    const redraw = () => {
+      if (!section.open) return;
+      for (const canvas of place.querySelectorAll('.plot canvas')) {
+        const old = Chart.getChart(canvas);
+        charts.splice(charts.indexOf(old), 1);
+        old.destroy();
+      }
+      place.replaceChildren();
+      runs.forEach(draw);
+      dress();
+    };
+    section.addEventListener('toggle', redraw);
+    select.addEventListener('change', redraw);
   };
-  once('domains-section', runs.some((run) => run.layers.some((l) => l.domains)), domainsOf);
-  once('loss-section', runs.some((run) => run.layers.some((l) => l.loss)), lossesOf);
+  oneLayer('domains', (l) => l.domains, domainsOf);
+  oneLayer('loss', (l) => l.loss, lossesOf);
   runs.forEach((run) => run.faults.forEach((f) => $('faults').append(element('li', {}, f))));
   const faults = runs.reduce((n, run) => n + run.fault_count, 0);
   $('faults-section').hidden = faults === 0;
