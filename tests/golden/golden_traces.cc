@@ -1,0 +1,159 @@
+// golden_traces DIR [--record]: what every policy proposes on one made-up run, against the trace recorded in DIR.
+//
+// A change of a law's behaviour shows here first, number by number. If it is meant, record anew and let the difference
+// be read: golden_traces tests/golden --record. Windows come from whole numbers alone, and numbers are compared within
+// 1e-9, because the C library's exponentials may differ in the last bit.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <map>
+#include <sstream>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "policies/policy_rig.h"
+
+namespace moectl::testing {
+namespace {
+
+constexpr int kExperts = 8, kTopK = 2, kSteps = 60;
+constexpr double kTolerance = 1e-9;
+
+struct Case {
+  std::string name, policy;
+  RigOptions rig;
+};
+
+// Every policy on every actuator with its defaults, and the variants that run other code.
+std::vector<Case> all_cases() {
+  std::vector<Case> cases;
+  const auto add = [&cases](const std::string& name, const std::string& policy, Actuator actuator,
+                            std::map<std::string, OptionValue> options = {}, int delay = 0) {
+    cases.push_back({name, policy,
+                     RigOptions{.actuator = actuator,
+                                .experts = kExperts,
+                                .top_k = kTopK,
+                                .delay = delay,
+                                .options = std::move(options)}});
+  };
+  for (const PolicyDescription* policy : PolicyRegistry::builtin().all()) {
+    for (const Actuator actuator : policy->actuators) {
+      add(policy->name + "." + std::string(name_of(actuator)), policy->name, actuator);
+    }
+  }
+  const Actuator bias = Actuator::kExpertBias, weight = Actuator::kAuxLossWeight;
+  add("adaptive_bias.counts", "adaptive_bias", bias, {{"form", std::string("counts")}});
+  add("adaptive_bias.delay", "adaptive_bias", bias, {}, 3);
+  add("adaptive_bias.rescue", "adaptive_bias", bias, {{"rescue", true}});
+  add("proportional_bias.rms", "proportional_bias", bias, {{"normalise", std::string("rms")}});
+  add("quantile_bias.delay", "quantile_bias", bias, {{"gain", 1.0}}, 2);
+  add("sign_bias.uncentred", "sign_bias", bias, {{"centred", false}});
+  add("pi.autotune", "pi", weight, {{"autotune", true}, {"target", 0.3}});
+  return cases;
+}
+
+// Window `step` of the run: loads that drift and jitter, an expert without a token from step 20 to 29, and all sums
+// that a router can report.
+RoutingStats window(const StatsShape& shape, int step) {
+  std::uint64_t random = 88172645463325252ULL + static_cast<std::uint64_t>(step);
+  std::vector<std::int64_t> counts;
+  std::int64_t total = 0;
+  for (int i = 0; i < kExperts; ++i) {
+    for (int turn = 0; turn < 3; ++turn) random = random * 6364136223846793005ULL + 1442695040888963407ULL;
+    const auto jitter = static_cast<std::int64_t>(random >> 58);
+    const std::int64_t drift = (i * 16 + step * (i % 3)) % 160;
+    counts.push_back(i == 5 && step >= 20 && step < 30 ? 0 : 64 + drift + jitter);
+    total += counts.back();
+  }
+  counts[0] += total % kTopK;
+  RoutingStats stats = stats_of(shape, counts);
+  if (shape.needs.gap) {
+    stats.set_scalar(RoutingStats::kGapSum, stats.tokens() * to_fixed(0.03125 + 0.001 * (step % 7)));
+    stats.set_scalar(RoutingStats::kGapTokens, stats.tokens());
+  }
+  if (shape.needs.probabilities) {
+    stats.set_scalar(RoutingStats::kProbTokens, stats.tokens());
+    stats.set_scalar(RoutingStats::kTokenEntropySum, stats.tokens() * to_fixed(1.5 - 0.01 * step));
+    const auto sums = stats.mutable_array(RoutingStats::kProbSum);
+    const auto roots = stats.mutable_array(RoutingStats::kSqrtProbSum);
+    for (std::size_t i = 0; i < counts.size(); ++i) {
+      const double mean = static_cast<double>(counts[i]) / static_cast<double>(kTopK * stats.tokens());
+      sums[i] = to_fixed(mean * static_cast<double>(stats.tokens()));
+      roots[i] = to_fixed(0.9 * std::sqrt(mean) * static_cast<double>(stats.tokens()));
+    }
+  }
+  return stats;
+}
+
+std::string trace_of(const Case& one) {
+  PolicyRig rig(one.policy, one.rig);
+  std::string out;
+  for (int step = 0; step < kSteps; ++step) {
+    rig.step(window(rig.shape(), step), {.loss = 3 - 0.01 * step});
+    for (const double value : rig.value) {
+      char text[32];
+      std::snprintf(text, sizeof text, "%.17g ", value);
+      out += text;
+    }
+    out.back() = '\n';
+  }
+  return out;
+}
+
+// The first number that differs, in words; empty if none does.
+std::string difference(const std::string& recorded, const std::string& now) {
+  std::istringstream a(recorded), b(now);
+  std::string line_a, line_b;
+  for (int step = 0; std::getline(b, line_b); ++step) {
+    if (!std::getline(a, line_a)) return "the recorded trace ends at step " + std::to_string(step);
+    std::istringstream row_a(line_a), row_b(line_b);
+    double x = 0, y = 0;
+    while (row_b >> y) {
+      if (!(row_a >> x) || !(std::abs(x - y) <= kTolerance * std::max({std::abs(x), std::abs(y), 1e-6}))) {
+        return "step " + std::to_string(step) + ":\n  recorded " + line_a + "\n  now      " + line_b;
+      }
+    }
+  }
+  return std::getline(a, line_a) ? "the recorded trace is longer" : "";
+}
+
+int main_of(int argc, char** argv) {
+  const bool record = argc == 3 && std::string(argv[2]) == "--record";
+  if (argc != 2 && !record) {
+    std::fprintf(stderr, "usage: golden_traces DIR [--record]\n");
+    return 2;
+  }
+  int wrong = 0;
+  for (const Case& one : all_cases()) {
+    const std::filesystem::path path = std::filesystem::path(argv[1]) / (one.name + ".txt");
+    const std::string now = trace_of(one);
+    if (record) {
+      std::ofstream(path) << now;
+      continue;
+    }
+    std::ifstream in(path);
+    if (!in) {
+      std::printf("%s: not recorded\n", one.name.c_str());
+      ++wrong;
+      continue;
+    }
+    const std::string recorded{std::istreambuf_iterator<char>(in), {}};
+    if (const std::string found = difference(recorded, now); !found.empty()) {
+      std::printf("%s: %s\n", one.name.c_str(), found.c_str());
+      ++wrong;
+    }
+  }
+  return wrong == 0 ? 0 : 1;
+}
+
+}  // namespace
+}  // namespace moectl::testing
+
+int main(int argc, char** argv) {
+  return moectl::testing::main_of(argc, argv);
+}
