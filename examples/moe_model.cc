@@ -3,6 +3,7 @@
 #include <chrono>
 #include <cmath>
 #include <limits>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -40,11 +41,17 @@ struct Combine : torch::autograd::Function<Combine> {
   }
 };
 
-/// Each run of rows times its own expert's matrix.
-Tensor grouped_mm(const Tensor& rows, const std::vector<std::int64_t>& sizes, const Tensor& matrices) {
+/// Each run of rows times its own expert's matrix. Adds to `seconds`, unless it is empty, the time of each.
+Tensor grouped_mm(const Tensor& rows, const std::vector<std::int64_t>& sizes, const Tensor& matrices,
+                  std::vector<double>& seconds) {
   std::vector<Tensor> parts = rows.split_with_sizes(sizes);
   const std::vector<Tensor> weights = matrices.unbind();
-  for (std::size_t i = 0; i < parts.size(); ++i) parts[i] = parts[i].mm(weights[i]);
+  for (std::size_t i = 0; i < parts.size(); ++i) {
+    const auto start = std::chrono::steady_clock::now();
+    parts[i] = parts[i].mm(weights[i]);
+    if (!seconds.empty())
+      seconds[i] += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  }
   return torch::cat(parts);
 }
 
@@ -90,8 +97,12 @@ Tensor MoeImpl::forward(const Tensor& x, Pass& pass) {
   const std::vector<std::int64_t> sizes(counts.data_ptr<std::int64_t>(),
                                         counts.data_ptr<std::int64_t>() + experts_);
 
-  const Tensor hidden = torch::gelu(grouped_mm(Dispatch::apply(tokens, order, inverse, top_k_), sizes, in_));
-  const Tensor outputs = Combine::apply(grouped_mm(hidden, sizes, out_), order, inverse);
+  std::vector<double> seconds(pass.time_experts ? sizes.size() : 0);
+  const Tensor hidden =
+      torch::gelu(grouped_mm(Dispatch::apply(tokens, order, inverse, top_k_), sizes, in_, seconds));
+  const Tensor outputs = Combine::apply(grouped_mm(hidden, sizes, out_, seconds), order, inverse);
+  pass.chosen.push_back(routed.indices);
+  pass.latencies.push_back(std::move(seconds));
   const Tensor gates = routed.gates.reshape({-1, 1, top_k_});
   const Tensor mixed = gates.bmm(outputs.view({-1, top_k_, x.size(-1)})).view_as(x);
   return mixed + shared_out_(torch::gelu(shared_in_(x)));
@@ -135,6 +146,12 @@ MoeLmImpl::MoeLmImpl(const ModelOptions& options) {
   const torch::NoGradGuard no_grad;
   bytes_->weight.mul_(0.3);
   places_->weight.mul_(0.1);
+}
+
+std::vector<std::vector<Tensor>> MoeLmImpl::expert_parameters() const {
+  std::vector<std::vector<Tensor>> layers;
+  for (const auto& block : *blocks_) layers.push_back(block->as<BlockImpl>()->moe()->expert_parameters());
+  return layers;
 }
 
 Tensor MoeLmImpl::forward(const Tensor& bytes, Pass& pass) {

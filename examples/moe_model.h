@@ -23,6 +23,9 @@ struct Pass {
   torch::Tensor domain_ids{};                     // [B, S]
   torch::Tensor aux_loss{};                       // out: summed over layers
   double control_seconds = 0;                     // out: spent in recording
+  std::vector<torch::Tensor> chosen{};            // out: indices [B, S, k] of each layer
+  bool time_experts = false;                      // fills latencies
+  std::vector<std::vector<double>> latencies{};   // out: seconds in each expert, by layer
 };
 
 /// k of N expert MLPs per token beside one shared by all.
@@ -30,6 +33,7 @@ class MoeImpl : public torch::nn::Module {
  public:
   MoeImpl(const ModelOptions& options, int layer);
   torch::Tensor forward(const torch::Tensor& x, Pass& pass);  // [B, S, width] → the same
+  std::vector<torch::Tensor> expert_parameters() const { return {in_, out_}; }
 
  private:
   int layer_;
@@ -44,6 +48,7 @@ class BlockImpl : public torch::nn::Module {
  public:
   BlockImpl(const ModelOptions& options, int layer);
   torch::Tensor forward(const torch::Tensor& x, Pass& pass);
+  const Moe& moe() const { return moe_; }
 
  private:
   torch::Tensor attend(const torch::Tensor& x);
@@ -60,6 +65,8 @@ class MoeLmImpl : public torch::nn::Module {
   explicit MoeLmImpl(const ModelOptions& options);
   /// Logits of the next byte [B, S, 256] for bytes [B, S].
   torch::Tensor forward(const torch::Tensor& bytes, Pass& pass);
+  /// Those that have a slice for each expert, by layer.
+  std::vector<std::vector<torch::Tensor>> expert_parameters() const;
 
  private:
   torch::nn::Embedding bytes_{nullptr}, places_{nullptr};

@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -21,6 +22,7 @@
 #include "moectl/state_file.h"
 #include "moectl/torch/controller.h"
 #include "moectl/torch/evaluation.h"
+#include "moectl/torch/observations.h"
 
 // OpenBLAS has its own threads beside LibTorch's. Absent with another BLAS.
 extern "C" __attribute__((weak)) void openblas_set_num_threads(int);
@@ -29,6 +31,9 @@ namespace {
 
 using torch::Tensor;
 using Clock = std::chrono::steady_clock;
+
+// Norms of the experts' gradients take as long as all the rest of the control, so not at every step.
+constexpr std::int64_t kGradientEvery = 10;
 
 double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
@@ -83,7 +88,8 @@ Training::Training(const Arguments& arguments, Peers peers) : args_(arguments), 
   config.model.tokens_per_step = args_.sequences * args_.length;
   config.model.domains.clear();
   for (const Domain& domain : domains_) config.model.domains.push_back(domain.name);
-  config.collect.sequences = true;
+  config.collect.sequences = config.collect.gradients = true;
+  config.collect.losses = config.collect.domain_losses = true;
   const ModelOptions size{.layers = config.model.layers,
                           .experts = config.model.experts,
                           .top_k = config.model.top_k,
@@ -155,10 +161,14 @@ void Training::train(std::int64_t step) {
   static_cast<torch::optim::AdamWOptions&>(optimizer_->param_groups()[0].options()).lr(rate);
 
   const auto [bytes, domain_ids] = tensors(next_);
-  Pass pass{.controller = controller_.get(), .domain_ids = domain_ids};
+  Pass pass{.controller = controller_.get(),
+            .domain_ids = domain_ids,
+            .time_experts = controller_->controller().shape().needs.latencies};
   const Tensor logits = model_->forward(bytes.narrow(1, 0, args_.length), pass);
-  const Tensor loss = torch::nn::functional::cross_entropy(logits.view({-1, 256}),
-                                                           bytes.narrow(1, 1, args_.length).reshape(-1));
+  const Tensor targets = bytes.narrow(1, 1, args_.length).reshape(-1);
+  const Tensor log_probabilities = logits.view({-1, 256}).log_softmax(1);
+  const Tensor loss = torch::nll_loss(log_probabilities, targets);
+  observe_losses(pass, log_probabilities.detach().gather(1, targets.unsqueeze(1)).neg());
   optimizer_->zero_grad();
   if (peers_.ranks == 1) {
     (loss + pass.aux_loss).backward();
@@ -169,6 +179,7 @@ void Training::train(std::int64_t step) {
     ((loss + pass.aux_loss) * share).backward();
     sum_gradients();
   }
+  if (step % kGradientEvery == 0) observe_gradients();
   const double norm = torch::nn::utils::clip_grad_norm_(model_->parameters(), 1.0);
   optimizer_->step();
 
@@ -182,6 +193,48 @@ void Training::train(std::int64_t step) {
   controller_->step({.loss = loss_, .gradient_norm = norm, .next_mixture = next_mixture_});
   control_seconds_ += pass.control_seconds + seconds_since(control);
   train_seconds_ += seconds_since(start);
+}
+
+/// What the experts' own tokens cost, and how long the experts took.
+void Training::observe_losses(const Pass& pass, const Tensor& losses) {
+  const auto start = Clock::now();
+  for (std::size_t l = 0; l < pass.chosen.size(); ++l) {
+    const int layer = static_cast<int>(l);
+    moectl::record_losses(*controller_, layer, pass.chosen[l], losses, {.domain_ids = pass.domain_ids});
+    if (pass.latencies[l].empty()) continue;
+    controller_->controller().record(
+        layer, [&](moectl::RoutingStats& sums) { sums.add_latencies(pass.latencies[l]); });
+  }
+  control_seconds_ += seconds_since(start);
+}
+
+void Training::observe_gradients() {
+  const auto start = Clock::now();
+  const auto layers = model_->expert_parameters();
+  for (std::size_t l = 0; l < layers.size(); ++l) {
+    moectl::record_gradients(*controller_, static_cast<int>(l), layers[l]);
+  }
+  control_seconds_ += seconds_since(start);
+}
+
+/// The experts that serve each domain most, with their share of its tokens' choices.
+std::string Training::specialists(const moectl::LayerReport& layer) const {
+  std::string line = format("layer %d", layer.layer);
+  for (std::size_t d = 0; d < domains_.size(); ++d) {
+    const auto counts = layer.stats->domain_counts(static_cast<int>(d));
+    std::vector<std::size_t> experts(counts.size());
+    std::iota(experts.begin(), experts.end(), std::size_t{0});
+    std::stable_sort(experts.begin(), experts.end(),
+                     [&](std::size_t a, std::size_t b) { return counts[a] > counts[b]; });
+    const auto total =
+        std::max<std::int64_t>(1, std::accumulate(counts.begin(), counts.end(), std::int64_t{0}));
+    line += "  " + domains_[d].name + ":";
+    for (std::size_t i = 0; i < std::min<std::size_t>(3, experts.size()); ++i) {
+      line += format(" %zu (%.0f %%)", experts[i],
+                     100.0 * static_cast<double>(counts[experts[i]]) / static_cast<double>(total));
+    }
+  }
+  return line;
 }
 
 void Training::validate(std::int64_t step) {
@@ -221,6 +274,9 @@ void Training::validate(std::int64_t step) {
                          static_cast<long long>(step + 1), mean,
                          vio / static_cast<double>(report.layers.size())) +
                   line);
+  if (step + 1 != args_.steps) return;
+  progress_->note("experts that serve each domain most, and their share of it:");
+  for (const moectl::LayerReport& layer : report.layers) progress_->note(specialists(layer));
 }
 
 std::string Training::live_line() const {

@@ -52,6 +52,9 @@ class Training {
   std::vector<double> mixture(std::int64_t step) const;
   std::pair<torch::Tensor, torch::Tensor> tensors(const Batch& batch) const;
   void train(std::int64_t step);
+  void observe_losses(const Pass& pass, const torch::Tensor& losses);
+  void observe_gradients();
+  std::string specialists(const moectl::LayerReport& layer) const;
   void validate(std::int64_t step);
   Batch batch_of(std::int64_t step) const;
   void sum_gradients();

@@ -389,6 +389,14 @@ void RunLogWriter::File::means(std::span<const std::int64_t> sums, std::span<con
   json.raw(']');
 }
 
+namespace {
+
+bool any_above_zero(std::span<const std::int64_t> counts) {
+  return std::any_of(counts.begin(), counts.end(), [](std::int64_t count) { return count > 0; });
+}
+
+}  // namespace
+
 void RunLogWriter::File::sums(const RoutingStats& stats) {
   using S = RoutingStats;
   // Sums that an invalid record or an overflow has spoilt would not read back; the reasons say what happened.
@@ -423,7 +431,7 @@ void RunLogWriter::File::sums(const RoutingStats& stats) {
     fixed("grad_norm", S::kGradNormSum, 1.0 / static_cast<double>(n));
   if (const auto n = stats.scalar(S::kLatencyRecords); n > 0)
     fixed("latency", S::kLatencySum, 1.0 / static_cast<double>(n));
-  if (stats.shape().needs.losses) {
+  if (any_above_zero(stats.array(S::kExpertLossTokens))) {
     json.key("expert_loss");
     means(stats.array(S::kExpertLossSum), stats.array(S::kExpertLossTokens));
   }
@@ -435,7 +443,7 @@ void RunLogWriter::File::sums(const RoutingStats& stats) {
     json.array(stats.domain_counts(static_cast<int>(d)));
   }
   json.raw('}');
-  if (!stats.shape().needs.domain_losses) return;
+  if (!any_above_zero(stats.array(S::kDomainLossTokens))) return;
   json.key("domain_loss");
   json.raw('{');
   const auto n = static_cast<std::size_t>(stats.experts());

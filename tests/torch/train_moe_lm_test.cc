@@ -14,6 +14,7 @@
 #include <fstream>
 #include <iterator>
 #include <random>
+#include <sstream>
 #include <string>
 #include <thread>
 #include <vector>
@@ -37,10 +38,13 @@ class TrainMoeLm : public ::testing::Test {
     // Two languages: words over different letters.
     write("first.txt", words("abcdefgh", 1));
     write("second.txt", words("qrstuvwxyz{}", 2));
-    write("policy.yaml",
-          "version: 1\n"
-          "model: {layers: 2, experts: 8, top_k: 2}\n"
-          "expert_bias:\n  policy: adaptive_bias\n  limits: {rate: 16, center: true}\n");
+    write_policy(0);
+  }
+  void write_policy(int lag) const {
+    write("policy.yaml", "version: 1\nlag: " + std::to_string(lag) +
+                             "\n"
+                             "model: {layers: 2, experts: 8, top_k: 2}\n"
+                             "expert_bias:\n  policy: adaptive_bias\n  limits: {rate: 16, center: true}\n");
   }
   void TearDown() override { fs::remove_all(folder_); }
 
@@ -86,6 +90,9 @@ class TrainMoeLm : public ::testing::Test {
     return start == std::string::npos ? output : output.substr(start, output.find('\n', start) - start);
   }
 
+  void workers_apply_the_same_bits();
+  void a_killed_worker_is_an_error_on_the_others();
+
   fs::path folder_;
 };
 
@@ -107,6 +114,20 @@ TEST_F(TrainMoeLm, AResumedRunContinuesBitForBit) {
   const std::string log = read("straight.jsonl");
   EXPECT_GT(log.size(), 10'000U);
   EXPECT_TRUE(read("resumed.jsonl") == log) << "the run logs differ";
+}
+
+TEST_F(TrainMoeLm, WithLagAResumedRunContinuesBitForBit) {
+  write_policy(1);
+  const Outcome straight = run("--steps 30 --log " + path("straight.jsonl"));
+  ASSERT_EQ(straight.code, 0) << straight.output;
+  const std::string checkpoint = " --checkpoint " + path("run.pt") + " --log " + path("resumed.jsonl");
+  const Outcome begun = run("--steps 30 --until 14" + checkpoint);
+  ASSERT_EQ(begun.code, 0) << begun.output;
+  const Outcome resumed = run("--steps 30 --resume " + path("run.pt") + checkpoint);
+  ASSERT_EQ(resumed.code, 0) << resumed.output;
+  EXPECT_THAT(final_loss(straight.output), HasSubstr("final loss "));
+  EXPECT_EQ(final_loss(resumed.output), final_loss(straight.output));
+  EXPECT_TRUE(read("resumed.jsonl") == read("straight.jsonl")) << "the run logs differ";
 }
 
 TEST_F(TrainMoeLm, KilledAtAnyMomentItGoesOnFromAnIntactCheckpoint) {
@@ -152,6 +173,25 @@ TEST_F(TrainMoeLm, TheLogHoldsEveryStepAndTheValidationPasses) {
   EXPECT_EQ(with_floor, train + validation);
 }
 
+TEST_F(TrainMoeLm, TheLogSaysWhatEachExpertCostsAndWhichDomainItServes) {
+  write("policy.yaml", read("policy.yaml") + "collect: {latencies: true}\n");
+  const Outcome outcome = run("--steps 20 --log " + path("run.jsonl"));
+  ASSERT_EQ(outcome.code, 0) << outcome.output;
+  const auto lines_with = [log = read("run.jsonl")](const std::string& key) {
+    int lines = 0;
+    std::istringstream in(log);
+    for (std::string line; std::getline(in, line);)
+      lines += line.find("\"" + key + "\":") != std::string::npos;
+    return lines;
+  };
+  EXPECT_EQ(lines_with("expert_loss"), 20 * 2) << "of every step and layer";
+  EXPECT_EQ(lines_with("latency"), 20 * 2);
+  EXPECT_EQ(lines_with("grad_norm"), 2 * 2) << "of every tenth step";
+  EXPECT_EQ(lines_with("domain_counts"), 20 * 2 + 2) << "and of the validation pass";
+  EXPECT_THAT(outcome.output, HasSubstr("experts that serve each domain most"));
+  EXPECT_THAT(outcome.output, HasSubstr("layer 1  first.txt: "));
+}
+
 TEST_F(TrainMoeLm, PlainLinesWhereThereIsNoTerminal) {
   const Outcome outcome = run("--steps 40");
   EXPECT_THAT(outcome.output, HasSubstr("policy 40/40  loss "));
@@ -173,6 +213,13 @@ TEST_F(TrainMoeLm, SaysWhatIsWrong) {
 }
 
 TEST_F(TrainMoeLm, WorkersApplyTheSameBits) {
+  for (const int lag : {0, 1}) {
+    write_policy(lag);
+    workers_apply_the_same_bits();
+  }
+}
+
+void TrainMoeLm::workers_apply_the_same_bits() {
   const Outcome outcome = run("--workers 3 --steps 30 --log " + path("run.jsonl"), MOECTL_DISTRIBUTED);
   ASSERT_EQ(outcome.code, 0) << outcome.output;
   std::vector<std::string> states;
@@ -188,6 +235,15 @@ TEST_F(TrainMoeLm, WorkersApplyTheSameBits) {
 }
 
 TEST_F(TrainMoeLm, AWorkerKilledMidRunIsAnErrorOnTheOthers) {
+  a_killed_worker_is_an_error_on_the_others();
+}
+
+TEST_F(TrainMoeLm, WithLagAWorkerKilledMidRunIsAnErrorOnTheOthers) {
+  write_policy(1);
+  a_killed_worker_is_an_error_on_the_others();
+}
+
+void TrainMoeLm::a_killed_worker_is_an_error_on_the_others() {
   const pid_t parent =
       start("--workers 3 --steps 1000000 --timeout 10 --log " + path("run.jsonl"), MOECTL_DISTRIBUTED);
   const auto until = [](auto done) {
