@@ -9,8 +9,8 @@
 //
 // Limitations
 // - It steers how undecided the router is on each token, not the load. Without a bias, or with biases on
-// logits, the
-//   top-k choice does not depend on T at all; with biases on probabilities a higher T makes them weigh more.
+//   logits, the top-k choice does not depend on T at all; with biases on probabilities a higher T makes them
+//   weigh more.
 // - It needs the router's probabilities.
 #include <array>
 #include <cmath>

@@ -29,12 +29,10 @@
 // error and hunt for ever; see multiplicative.
 //
 // Limitations
-// - The router answers to the weight over tens of steps. Give it time: a cadence of about ten steps, and
-// gains that
-//   are small against the delay. The defaults suit a router that settles in some hundred steps.
+// - The router answers to the weight over tens of steps. Give it time: a cadence of five to ten steps, and
+//   gains that are small against the delay. The defaults suit a router that settles in some hundred steps.
 // - A stronger auxiliary loss makes routing itself less specific, which lowers the floor and can cost loss;
-// the target
-//   says how much balance is wanted, not how much is good.
+//   the target says how much balance is wanted, not how much is good.
 // - A temperature does not move the load of deterministic top-k routing. Use metrics that it moves.
 #include <algorithm>
 #include <array>

@@ -31,7 +31,7 @@
 // Limitations
 // - It needs all scores of the router, not only the largest k+1.
 // - Lumpy routing: where many tokens have nearly one margin, the quantile lies at the edge of a lump and
-// flips over it.
+//   flips over it.
 // - k = N has no margins; biases then stay.
 #include <algorithm>
 #include <cmath>

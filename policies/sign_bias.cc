@@ -15,11 +15,9 @@
 //
 // Limitations
 // - u carries the unit of a score. 1e-3 fits sigmoid gates of moderate spread; with a sharper or flatter
-// router it is
-//   slow early and noisy late, and no one value is right for both.
+//   router it is slow early and noisy late, and no one value is right for both.
 // - The size of an error is thrown away: an expert with no token at all moves no faster than one that lacks a
-// single
-//   token, and at balance every bias keeps stepping by ±u for ever.
+//   single token, and at balance every bias keeps stepping by ±u for ever.
 // - Uncentred, the mean of the biases drifts. That changes no selection, but it uses up range and precision.
 #include <algorithm>
 #include <cmath>

@@ -65,6 +65,7 @@ Closed close_loop(double first_weight, double slope, double lag, double target) 
   config.model.experts = 16;
   config.model.top_k = 1;
   config.aux_loss_weight.initial = first_weight;
+  config.aux_loss_weight.limits.cadence = 10;
   config.aux_loss_weight.options.set("target", target);
   Controller controller(config);
   std::mt19937_64 random(17);
