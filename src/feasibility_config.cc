@@ -6,6 +6,8 @@
 
 #include "moectl/config.h"
 #include "moectl/feasibility.h"
+#include "moectl/metrics.h"
+#include "targets.h"
 
 namespace moectl {
 namespace {
@@ -13,14 +15,8 @@ namespace {
 // Set-points on the metrics of single steps; those of longer windows are no function of the same loads.
 Bands set_points(const ControllerConfig& config) {
   Bands points;
-  for (const Actuator which : kActuators) {
-    const ActuatorConfig& actuator = config.actuator(which);
-    const auto& options = actuator.options.values();
-    const auto metric = options.find("metric"), target = options.find("target");
-    if (metric == options.end() || target == options.end() || actuator.limits.cadence != 1) continue;
-    const auto* name = std::get_if<std::string>(&metric->second);
-    const auto* value = std::get_if<double>(&target->second);
-    if (name && value && find_metric(*name)) points[*name] = {*value, *value};
+  for (const Target& target : targets_of(config)) {
+    if (target.cadence == 1) points[target.metric] = {target.value, target.value};
   }
   return points;
 }
@@ -58,6 +54,21 @@ void judge_one(const LoadSpace& space, const std::string& where, Bands bands, co
 }
 
 }  // namespace
+
+std::vector<Target> targets_of(const ControllerConfig& config) {
+  std::vector<Target> targets;
+  for (const Actuator which : kActuators) {
+    const ActuatorConfig& actuator = config.actuator(which);
+    const auto& options = actuator.options.values();
+    const auto metric = options.find("metric"), target = options.find("target");
+    if (metric == options.end() || target == options.end()) continue;
+    const auto* name = std::get_if<std::string>(&metric->second);
+    const auto* value = std::get_if<double>(&target->second);
+    if (name && value && find_metric(*name))
+      targets.push_back({which, *name, *value, actuator.limits.cadence});
+  }
+  return targets;
+}
 
 Feasibility judge_bands(const ControllerConfig& config) {
   const HealthOptions& health = config.monitor.health;

@@ -7,7 +7,7 @@
 #include "cli/tool.h"
 #include "moectl/config.h"
 #include "moectl/feasibility.h"
-#include "moectl/metrics.h"
+#include "targets.h"
 
 namespace moectl::cli {
 namespace {
@@ -15,29 +15,6 @@ namespace {
 struct Options {
   std::string config, format;
 };
-
-/// The set-points that the config's policies steer to, each as a band of one value.
-struct Target {
-  Actuator actuator;
-  std::string metric;
-  double value;
-  std::int64_t tokens;  ///< that one decision sees; 0 = not known
-};
-
-std::vector<Target> targets_of(const ControllerConfig& config) {
-  std::vector<Target> targets;
-  for (const Actuator which : kActuators) {
-    const ActuatorConfig& actuator = config.actuator(which);
-    const auto& options = actuator.options.values();
-    const auto metric = options.find("metric"), target = options.find("target");
-    if (metric == options.end() || target == options.end()) continue;
-    const auto* name = std::get_if<std::string>(&metric->second);
-    const auto* value = std::get_if<double>(&target->second);
-    if (!name || !value || !find_metric(*name)) continue;
-    targets.push_back({which, *name, *value, config.model.tokens_per_step * actuator.limits.cadence});
-  }
-  return targets;
-}
 
 /// A set-point that cannot be reached can only be chased: the integrator winds up until a limit stops it.
 std::vector<Conflict> judge_targets(const ControllerConfig& config) {
@@ -56,9 +33,10 @@ std::vector<Conflict> judge_targets(const ControllerConfig& config) {
     const Bands band = {{target.metric, {target.value, target.value}}};
     const std::string where =
         std::string(name_of(target.actuator)) + ".options.target: " + exact(target.value) + ": ";
-    keep(judge({space.experts, space.top_k, target.tokens}, band).conflicts, where);
+    const std::int64_t tokens = config.model.tokens_per_step * target.cadence;
+    keep(judge({space.experts, space.top_k, tokens}, band).conflicts, where);
     all.insert(*band.begin());
-    space.tokens = std::max(space.tokens, target.tokens);
+    space.tokens = std::max(space.tokens, tokens);
   }
   keep(judge(space, all).conflicts, "targets: ");
   return conflicts;
