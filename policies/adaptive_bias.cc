@@ -74,7 +74,7 @@
 #include <utility>
 
 #include "builtin.h"
-#include "sums.h"
+#include "lanes.h"
 
 namespace moectl::policies {
 namespace {

@@ -16,7 +16,7 @@
 #include <cmath>
 
 #include "builtin.h"
-#include "sums.h"
+#include "lanes.h"
 
 namespace moectl::policies {
 namespace {

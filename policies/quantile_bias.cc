@@ -39,7 +39,7 @@
 #include <vector>
 
 #include "builtin.h"
-#include "sums.h"
+#include "lanes.h"
 
 namespace moectl::policies {
 namespace {

@@ -93,6 +93,9 @@ FloorToMaxVio floor_to_max_vio(int experts) {
   return {z * std::sqrt(n / (n - 1)), (z * z - 1) / 6};
 }
 
+// Counts that lie within this many times N of each other are ranked by a histogram.
+constexpr std::size_t kBinsPerExpert = 4;
+
 // What one pass over the counts can tell.
 struct Totals {
   std::int64_t min, max, sum;
@@ -115,7 +118,7 @@ Totals total(std::span<const std::int64_t> counts) {
   return t;
 }
 
-// Sums of one pass in floating point, two experts at a time.
+// Sums of one pass in floating point, four experts at a time.
 struct Sums {
   double root_sq;       // Σ (√q - 1)²
   double q_root_q;      // Σ q √q
@@ -130,72 +133,37 @@ struct Thresholds {
 
 // kSmall: every count is under 2^52, so that it converts to double in the vector unit.
 template <bool kSmall>
-Sums sums_over(std::span<const std::int64_t> counts, const Totals& t, const Thresholds& at) {
+Sums sums_over(std::span<const std::int64_t> counts, const Totals& t, const Thresholds& at_mean) {
   const double n = static_cast<double>(counts.size());
-  const Double2 per_mean = splat(n / static_cast<double>(t.sum));
+  const double per_mean = n / static_cast<double>(t.sum);
   // Deviations are taken from the smallest count: exact where counts are huge and nearly equal.
-  const std::int64_t base = t.min;
-  constexpr double kTiny = 1e-300;  // 0 ln 0 = 0
-  double above_base = 0;
-  {
-    Wide exact = static_cast<Wide>(t.sum) - static_cast<Wide>(base) * static_cast<Wide>(counts.size());
-    above_base = static_cast<double>(exact) / n;
-  }
-  const Double2 mean = splat(above_base);
-  struct Pair {
-    Double2 root_sq, q_root_q, q_ln_q, deviation_sq;
-    Int2 inactive, hot, cold;
-  };
-  const auto look = [&](const std::int64_t* pair, std::size_t second) {
-    Double2 c, above;
+  const Wide above_base =
+      static_cast<Wide>(t.sum) - static_cast<Wide>(t.min) * static_cast<Wide>(counts.size());
+  const double mean = static_cast<double>(above_base) / n;
+  constexpr double kTiny = 1e-300;  // added to q it changes nothing but 0, so that 0 ln 0 = 0
+  Double4 root_sq{}, q_root_q{}, q_ln_q{}, deviation_sq{};
+  Int4 inactive{}, hot{}, cold{};
+  for_each_four(counts.size(), [&](std::size_t i, auto at) {
+    Double4 c, above;
     if constexpr (kSmall) {
-      c = to_double(Int2{pair[0], pair[second]});
-      above = c - static_cast<double>(base);
+      c = to_double(at.get_int(&counts[i]));
+      above = c - static_cast<double>(t.min);
     } else {
-      c = Double2{static_cast<double>(pair[0]), static_cast<double>(pair[second])};
-      above = Double2{static_cast<double>(pair[0] - base), static_cast<double>(pair[second] - base)};
+      const Int4 whole = at.get_int(&counts[i]);
+      c = convert(whole);
+      above = convert(whole - t.min);
     }
-    const Double2 q = c * per_mean;
-    const Double2 root = fast_sqrt(q);
-    return Pair{(root - 1.0) * (root - 1.0),
-                q * root,
-                q * fast_log(q > kTiny ? q : splat(kTiny)),
-                (above - mean) * (above - mean),
-                c == 0.0,
-                c > at.hot,
-                c < at.cold};
-  };
-  Pair even{}, odd{};
-  const auto take = [](Pair& into, const Pair& one) {
-    into.root_sq += one.root_sq;
-    into.q_root_q += one.q_root_q;
-    into.q_ln_q += one.q_ln_q;
-    into.deviation_sq += one.deviation_sq;
-    into.inactive += one.inactive;
-    into.hot += one.hot;
-    into.cold += one.cold;
-  };
-  std::size_t i = 0;
-  for (; i + 4 <= counts.size(); i += 4) {
-    take(even, look(&counts[i], 1));
-    take(odd, look(&counts[i + 2], 1));
-  }
-  if (i + 2 <= counts.size()) {
-    take(even, look(&counts[i], 1));
-    i += 2;
-  }
-  if (i < counts.size()) {
-    Pair last = look(&counts[i], 0);
-    last.root_sq[1] = last.q_root_q[1] = last.q_ln_q[1] = last.deviation_sq[1] = 0;
-    last.inactive[1] = last.hot[1] = last.cold[1] = 0;
-    take(odd, last);
-  }
-  take(even, odd);
-  // Comparisons give -1.
-  return {even.root_sq[0] + even.root_sq[1],      even.q_root_q[0] + even.q_root_q[1],
-          even.q_ln_q[0] + even.q_ln_q[1],        even.deviation_sq[0] + even.deviation_sq[1],
-          -(even.inactive[0] + even.inactive[1]), -(even.hot[0] + even.hot[1]),
-          -(even.cold[0] + even.cold[1])};
+    const Double4 q = c * per_mean, root = fast_sqrt(q);
+    root_sq += at.keep((root - 1.0) * (root - 1.0));
+    q_root_q += q * root;
+    q_ln_q += q * fast_log(q + kTiny);
+    deviation_sq += at.keep((above - mean) * (above - mean));
+    inactive -= at.keep(c == 0.0);  // comparisons give -1
+    hot -= at.keep(c > at_mean.hot);
+    cold -= at.keep(c < at_mean.cold);
+  });
+  return {sum_of(root_sq),  sum_of(q_root_q), sum_of(q_ln_q), sum_of(deviation_sq),
+          sum_of(inactive), sum_of(hot),      sum_of(cold)};
 }
 
 std::int64_t predicted_drops(std::span<const std::int64_t> counts, const Totals& t, double capacity_factor) {
@@ -248,6 +216,7 @@ Measurer::Measurer(const StatsShape& shape, MetricsOptions options)
   RoutingStats{shape};  // checks the shape
   check(shape_, options_);
   sorted_.resize(static_cast<std::size_t>(shape.experts));
+  histogram_.resize(kBinsPerExpert * sorted_.size());
   swap_.resize(sorted_.size());
   if (shape.needs.probabilities || shape.needs.gradients || shape.needs.latencies) {
     mean_.resize(sorted_.size());
@@ -332,13 +301,30 @@ double Measurer::straggler(std::span<const std::int64_t> counts, std::int64_t ma
          static_cast<double>(device_load_.size()) / static_cast<double>(sum);
 }
 
-// With counts ascending, Σ_ij |c_i - c_j| = 2 Σ_r (2r - N + 1) c_(r), r = 0…N-1: exact in integers. Ranks
-// come from a radix sort, least significant digit first, of c - min; the last pass need not move anything,
-// since an expert's place is all the sum wants of it.
+// Exact in integers, and linear. Where counts lie close together, Σ_ij |c_i - c_j| = 2 Σ_v F(v) (N - F(v)), F(v)
+// the number of counts up to v, from a histogram.
 double Measurer::gini(std::span<const std::int64_t> counts, std::int64_t min, std::int64_t max,
                       std::int64_t sum) {
+  const auto range = static_cast<std::uint64_t>(max - min);
+  if (range == 0) return 0;
+  if (range >= histogram_.size()) return gini_by_rank(counts, min, max, sum);
+  std::fill_n(histogram_.begin(), range + 1, 0);
+  for (const std::int64_t c : counts) ++histogram_[static_cast<std::uint64_t>(c - min)];
+  const auto n = static_cast<std::int64_t>(counts.size());
+  std::int64_t up_to = 0, pairs = 0;
+  for (std::uint64_t v = 0; v < range; ++v) {
+    up_to += histogram_[v];
+    pairs += up_to * (n - up_to);
+  }
+  return static_cast<double>(pairs) / (static_cast<double>(n) * static_cast<double>(sum));
+}
+
+// With counts ascending, Σ_ij |c_i - c_j| = 2 Σ_r (2r - N + 1) c_(r), r = 0…N-1. Ranks come from a radix sort,
+// least significant digit first, of c - min; the last pass need not move anything, since an expert's place is
+// all the sum wants of it.
+double Measurer::gini_by_rank(std::span<const std::int64_t> counts, std::int64_t min, std::int64_t max,
+                              std::int64_t sum) {
   const int bits = static_cast<int>(std::bit_width(static_cast<std::uint64_t>(max - min)));
-  if (bits == 0) return 0;
   constexpr int kMaxDigit = 8;
   const int passes = (bits + kMaxDigit - 1) / kMaxDigit;
   const int digit = (bits + passes - 1) / passes;

@@ -7,7 +7,7 @@
 #include <limits>
 #include <stdexcept>
 
-#include "double2.h"
+#include "lanes.h"
 
 namespace moectl {
 namespace {
@@ -27,7 +27,6 @@ constexpr double kGainUp = 1.02;
 constexpr double kFarAway = 1048576.0;
 constexpr int kMaxCentringSteps = 128;
 
-// Four partial sums: the order is fixed, so the bits are, and the additions need not wait for each other.
 struct ClippedSum {
   double sum = 0;
   double free = 0;  // how many are not clipped
@@ -35,20 +34,15 @@ struct ClippedSum {
 
 ClippedSum clipped_sum(std::span<const double> w, std::span<const double> lo, std::span<const double> hi,
                        double mu) {
-  std::array<double, 4> sum{}, free{};
-  const std::size_t n = w.size();
-  std::size_t i = 0;
-  const auto add = [&](std::size_t at, std::size_t lane) {
-    const double v = w[at] - mu;
-    const double c = std::min(std::max(v, lo[at]), hi[at]);
-    sum[lane] += c;
-    free[lane] += c == v ? 1.0 : 0.0;
-  };
-  for (; i + 4 <= n; i += 4) {
-    for (std::size_t lane = 0; lane < 4; ++lane) add(i + lane, lane);
-  }
-  for (; i < n; ++i) add(i, 0);
-  return {(sum[0] + sum[1]) + (sum[2] + sum[3]), (free[0] + free[1]) + (free[2] + free[3])};
+  Double4 sum{};
+  Int4 free{};
+  for_each_four(w.size(), [&](std::size_t i, auto at) {
+    const Double4 v = at.get(&w[i]) - mu;
+    const Double4 clipped = smaller(larger(v, at.get(&lo[i])), at.get(&hi[i]));
+    sum += at.keep(clipped);
+    free -= at.keep(clipped == v);  // comparisons give -1
+  });
+  return {sum_of(sum), static_cast<double>(sum_of(free))};
 }
 
 // The μ for which Σ clip(w - μ, lo, hi) is zero, or as near as the bounds allow. The sum falls with μ and is
@@ -80,13 +74,7 @@ double centring_shift(std::span<const double> w, std::span<const double> lo, std
 }
 
 double mean(std::span<const double> values) {
-  std::array<double, 4> sum{};
-  std::size_t i = 0;
-  for (; i + 4 <= values.size(); i += 4) {
-    for (std::size_t lane = 0; lane < 4; ++lane) sum[lane] += values[i + lane];
-  }
-  for (; i < values.size(); ++i) sum[0] += values[i];
-  return ((sum[0] + sum[1]) + (sum[2] + sum[3])) / static_cast<double>(values.size());
+  return sum_of(values) / static_cast<double>(values.size());
 }
 
 double take_mean_out(std::span<double> values) {
@@ -95,35 +83,29 @@ double take_mean_out(std::span<double> values) {
   return shift;
 }
 
-// The largest of `measure` over pairs of n experts, at least 0.
-template <class Measure>
-double largest(std::size_t n, Measure measure) {
-  Double2 most{};
-  std::size_t i = 0;
-  for (; i + 2 <= n; i += 2) most = larger(most, measure(i, i + 1));
-  if (i < n) most = larger(most, measure(i, i));
-  return std::max(most[0], most[1]);
-}
-
 bool all_finite(std::span<const double> v) {
   // x - x is zero for finite x and NaN otherwise; NaN survives the sum.
-  Double2 zero{};
-  std::size_t i = 0;
-  for (; i + 2 <= v.size(); i += 2) zero += Double2{v[i], v[i + 1]} - Double2{v[i], v[i + 1]};
-  if (i < v.size()) zero += splat(v[i]) - v[i];
-  return zero[0] + zero[1] == 0;
+  return sum_over(v.size(), [&](std::size_t i, auto at) { return at.get(&v[i]) - at.get(&v[i]); }) == 0;
+}
+
+// The largest of measure(i, at), at least 0.
+template <class Measure>
+double largest(std::size_t size, Measure measure) {
+  Double4 most{};
+  for_each_four(size, [&](std::size_t i, auto at) { most = larger(most, measure(i, at)); });
+  return largest_of(most);
 }
 
 bool all_inside(std::span<const double> v, std::span<const double> lo, std::span<const double> hi) {
-  return largest(v.size(), [&](std::size_t i, std::size_t j) {
-           const Double2 x{v[i], v[j]};
-           return larger(Double2{lo[i], lo[j]} - x, x - Double2{hi[i], hi[j]});
+  return largest(v.size(), [&](std::size_t i, auto at) {
+           const Double4 x = at.get(&v[i]);
+           return larger(at.get(&lo[i]) - x, x - at.get(&hi[i]));
          }) == 0;
 }
 
 bool all_equal(std::span<const double> a, std::span<const double> b) {
-  return largest(a.size(), [&](std::size_t i, std::size_t j) {
-           const Double2 difference = Double2{a[i], a[j]} - Double2{b[i], b[j]};
+  return largest(a.size(), [&](std::size_t i, auto at) {
+           const Double4 difference = at.get(&a[i]) - at.get(&b[i]);
            return larger(difference, -difference);
          }) == 0;
 }

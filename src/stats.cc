@@ -134,7 +134,7 @@ RoutingStats::RoutingStats(const StatsShape& shape) : shape_(shape) {
   delta_.assign(shape.flat_size(), 0);
   const std::size_t lane = lane_size(shape.experts);
   histogram_.assign(lane <= kMaxLaneSize ? lane * kLanes : lane, 0);
-  if (shape.needs.probabilities) row_.assign(static_cast<std::size_t>(shape.experts) + 1, 1.0);
+  if (shape.needs.probabilities) row_.assign(static_cast<std::size_t>(shape.experts), 0.0);
 }
 
 std::span<const std::int64_t> RoutingStats::array(Array which) const {
@@ -439,12 +439,12 @@ bool RoutingStats::gather_probabilities(const RoutingBatch& batch) {
     for (std::size_t i = 0; i < n; ++i) row_[i] /= total;
     for (std::size_t i = 0; i < n; ++i) sums[i] += to_fixed(row_[i]);
     for (std::size_t i = 0; i < n; ++i) roots[i] += to_fixed(std::sqrt(row_[i]));
-    Double2 entropy = splat(0);
-    for (std::size_t i = 0; i < n; i += 2) {  // row_[n], where n is odd, is 1 and adds nothing
-      const Double2 p{row_[i], row_[i + 1]};
-      entropy -= p * fast_log(p > 1e-300 ? p : splat(1e-300));
-    }
-    delta_[kTokenEntropySum] += to_fixed(std::max(0.0, entropy[0] + entropy[1]));
+    Double4 entropy = splat(0);
+    for_each_four(n, [&](std::size_t i, auto at) {
+      const Double4 p = at.get(&row_[i]);
+      entropy -= p * fast_log(larger(splat(1e-300), p));
+    });
+    delta_[kTokenEntropySum] += to_fixed(std::max(0.0, sum_of(entropy)));
   }
   delta_[kProbTokens] = delta_[kTokens];
   return true;

@@ -163,11 +163,14 @@ class Measurer {
   void measure_router(const RoutingStats& stats, Metrics& out);
   void measure_experts(const RoutingStats& stats, Metrics& out);
   double gini(std::span<const std::int64_t> counts, std::int64_t min, std::int64_t max, std::int64_t sum);
+  double gini_by_rank(std::span<const std::int64_t> counts, std::int64_t min, std::int64_t max,
+                      std::int64_t sum);
   double straggler(std::span<const std::int64_t> counts, std::int64_t max, std::int64_t sum);
   double sampling_floor(const RoutingStats& stats, std::int64_t sum) const;
 
   StatsShape shape_;
   MetricsOptions options_;
+  std::vector<std::int64_t> histogram_;      // of counts that lie close together
   std::vector<std::int64_t> sorted_, swap_;  // of the sort
   std::vector<std::int64_t> device_load_;
   std::vector<double> mean_, mean_root_;  // of probabilities; of an expert's gradients or latencies
