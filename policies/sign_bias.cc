@@ -23,6 +23,7 @@
 #include <cmath>
 
 #include "builtin.h"
+#include "lanes.h"
 
 namespace moectl::policies {
 namespace {
@@ -46,11 +47,7 @@ class SignBias final : public Policy {
   void propose(const LayerView& layer, std::span<double> bias) override {
     if (options_.freeze_after > 0 && layer.step >= options_.freeze_after) return;
     move_towards_target(layer.stats, layer.targets);
-    double shift = 0;
-    if (options_.centred) {
-      for (const double d : delta_) shift += d;
-      shift /= static_cast<double>(delta_.size());
-    }
+    const double shift = options_.centred ? sum_of(delta_) / static_cast<double>(delta_.size()) : 0;
     for (std::size_t i = 0; i < bias.size(); ++i) bias[i] += delta_[i] - shift;
   }
 
@@ -58,20 +55,18 @@ class SignBias final : public Policy {
   void move_towards_target(const RoutingStats& stats, std::span<const double> targets) {
     const std::span<const std::int64_t> counts = stats.counts();
     const std::int64_t total = stats.assignments();
-    const auto n = static_cast<std::int64_t>(counts.size());
-    const bool uniform =
-        std::all_of(targets.begin(), targets.end(), [&](double t) { return t == targets[0]; });
-    for (std::size_t i = 0; i < delta_.size(); ++i) {
-      int sign = 0;
-      if (uniform) {
-        // N·c against S without the product, which hostile counts could overflow: S = N·q + r.
-        const std::int64_t q = total / n, r = total % n;
-        sign = counts[i] < q || (counts[i] == q && r > 0) ? 1 : (counts[i] > q ? -1 : 0);
-      } else {
-        const double error = targets[i] * static_cast<double>(total) - static_cast<double>(counts[i]);
-        sign = error > 0 ? 1 : (error < 0 ? -1 : 0);
+    if (std::all_of(targets.begin(), targets.end(), [&](double t) { return t == targets[0]; })) {
+      // c against S/N without the product N·c, which hostile counts could overflow.
+      const auto n = static_cast<std::int64_t>(counts.size());
+      const std::int64_t below = total / n, above = below + (total % n > 0 ? 1 : 0);
+      for (std::size_t i = 0; i < delta_.size(); ++i) {
+        delta_[i] = options_.step * static_cast<double>((counts[i] < above) - (counts[i] > below));
       }
-      delta_[i] = options_.step * sign;
+      return;
+    }
+    for (std::size_t i = 0; i < delta_.size(); ++i) {
+      const double error = targets[i] * static_cast<double>(total) - static_cast<double>(counts[i]);
+      delta_[i] = options_.step * static_cast<double>((error > 0) - (error < 0));
     }
   }
 
