@@ -1,17 +1,18 @@
 #!/bin/sh
 # ./dev demo: the same model trained uncontrolled and controlled, on the same batches, and both runs side by side.
-# Expects the tool and the training example to be built. Leaves run logs in runs/demo.
+# `moectl watch` shows each run while it trains. Expects the tool and the training example to be built. Leaves run logs,
+# and what each training said, in runs/demo.
 set -eu
 cd "$(dirname "$0")/.."
 
 seeds=1
-steps=""
+steps=600
 policy=examples/controlled.yaml
 text=""
 while [ $# -gt 0 ]; do
   case $1 in
     --seeds) seeds=$2; shift 2 ;;
-    --steps) steps="--steps $2"; shift 2 ;;
+    --steps) steps=$2; shift 2 ;;
     --policy) policy=$2; shift 2 ;;
     --text) shift; text="$*"; break ;;
     *) echo "./dev demo: no option '$1'" >&2; exit 2 ;;
@@ -19,17 +20,41 @@ while [ $# -gt 0 ]; do
 done
 
 train=build/release/examples/train_moe_lm
+moectl=build/release/moectl
 runs=runs/demo
 mkdir -p "$runs"
 name=$(basename "$policy" .yaml)
+every=$((steps > 20 ? steps / 20 : 1))  # lines of `watch` where there is no terminal
 
-# train_run NAME SEED CONFIG: one training run, logged as NAME-sSEED.
+# The training is in the background, where Ctrl-C does not reach it.
+training=""
+stop_training() {
+  [ -n "$training" ] || return 0
+  kill "$training" 2>/dev/null || :
+  wait "$training" 2>/dev/null || :
+}
+trap stop_training EXIT
+trap 'exit 129' HUP
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+# train_run NAME SEED CONFIG: one training run, logged as NAME-sSEED. It is watched by its log, in a terminal by a live
+# view; what it has to say itself comes after.
 train_run() {
   log=$runs/$1-s$2.jsonl
+  said=$runs/$1-s$2.txt
   echo
   echo "== $1, seed $2 → $log"
-  # shellcheck disable=SC2086 # lists of words
-  $train --policy "$3" --seed "$2" --log "$log" $steps ${text:+--text $text}
+  rm -f "$log"
+  # shellcheck disable=SC2086 # a list of words
+  $train --policy "$3" --seed "$2" --log "$log" --steps "$steps" --quiet ${text:+--text $text} >"$said" 2>&1 &
+  training=$!
+  $moectl watch "$log" --pid "$training" --every "$every" || :  # it says itself what is wrong; the training goes on
+  status=0
+  wait "$training" || status=$?
+  training=""
+  cat "$said"
+  [ "$status" -eq 0 ] || exit "$status"
 }
 
 seed=1
@@ -46,7 +71,7 @@ done
 if [ "$seeds" -gt 1 ]; then
   echo
   # shellcheck disable=SC2086
-  build/release/moectl compare --format json $logs | awk -F'[:,]' '
+  $moectl compare --format json $logs | awk -F'[:,]' '
     /"run"/ { controlled = $2 !~ /uncontrolled-s/ }
     /"validation_loss"/ {
       if (!controlled) { base = $2; next }
@@ -60,9 +85,9 @@ if [ "$seeds" -gt 1 ]; then
 fi
 
 # shellcheck disable=SC2086
-build/release/moectl report $logs -o $runs/report.html
+$moectl report $logs -o $runs/report.html
 echo
 echo "The same with every step, layer and expert: $runs/report.html"
 echo
 # shellcheck disable=SC2086
-build/release/moectl compare $logs
+$moectl compare $logs

@@ -73,6 +73,7 @@ void Arguments::declare(CLI::App& app) {
   app.add_option("--validate-every", validate_every, "Steps between validation passes")
       ->check(CLI::Range(1, 100000000));
   app.add_option("--log", log, "Run log to write (JSON lines)");
+  app.add_flag("--quiet", quiet, "Say results alone: `moectl watch` shows how the run goes");
   app.add_option("--checkpoint", checkpoint, "Checkpoint to write at the end, or every so many steps");
   app.add_option("--checkpoint-every", checkpoint_every, "Steps between checkpoints (0 = at the end only)");
   app.add_option("--resume", resume, "Checkpoint to continue from");
@@ -368,7 +369,7 @@ void Training::run() {
   for (std::int64_t step = first; step < end; ++step) {
     train(step);
     if (!first_rank) continue;
-    progress_->show(step + 1, live_line());
+    if (!args_.quiet) progress_->show(step + 1, live_line());
     if ((step + 1) % args_.validate_every == 0 || step + 1 == args_.steps) validate(step);
     const bool due = args_.checkpoint_every > 0 && (step + 1) % args_.checkpoint_every == 0;
     if (!args_.checkpoint.empty() && (due || step + 1 == end)) save(step + 1);

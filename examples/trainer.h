@@ -29,6 +29,7 @@ struct Arguments {
   std::int64_t steps = 600, until = 0, seed = 1, checkpoint_every = 0, validate_every = 100;
   std::int64_t sequences = 16, length = 128;
   int threads = 2;
+  bool quiet = false;
   double learning_rate = 3e-3, shift_at = 0.6;
 
   void declare(CLI::App& app);

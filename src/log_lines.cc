@@ -23,7 +23,7 @@ constexpr std::size_t kLongestLine = std::size_t{1} << 28;
 
 }  // namespace
 
-LogLines::LogLines(const std::string& path, std::function<void()> follow)
+LogLines::LogLines(const std::string& path, std::function<bool()> follow)
     : name_(path == "-" ? "<stdin>" : path), follow_(std::move(follow)), buffer_(kFirstBuffer) {
   std::error_code ignored;
   if (std::filesystem::is_directory(path, ignored))
@@ -58,13 +58,11 @@ int LogLines::read_some(char* to, std::size_t size) {
     const int got = gzread(file_, to, static_cast<unsigned>(size));
     if (got != 0) return got;
     gzclearerr(file_);
-    if (replaced_) return 0;
-    if (was_replaced()) {
-      // What was written between the last read and the replacement is still to come.
-      replaced_ = true;
-      continue;
-    }
-    follow_();
+    if (replaced_ || finished_) return 0;
+    // What was written between the last read and the replacement, or the end, is still to come.
+    replaced_ = was_replaced();
+    finished_ = !replaced_ && !follow_();
+    if (replaced_ || finished_) continue;
     std::this_thread::sleep_for(std::chrono::milliseconds(200));
   }
 }

@@ -14,9 +14,10 @@ namespace moectl {
 class LogLines {
  public:
   /// `-` is standard input. Throws LogError if the file cannot be opened. With `follow`, the end of a file
-  /// that is still being written is waited at until another file stands under its name or it was cut short;
-  /// standard input ends when its writer does, and must not be gzip.
-  explicit LogLines(const std::string& path, std::function<void()> follow = {});
+  /// that is still being written is waited at until another file stands under its name, it was cut short, or
+  /// `follow`, which is called before each wait, says false; standard input ends when its writer does, and
+  /// must not be gzip.
+  explicit LogLines(const std::string& path, std::function<bool()> follow = {});
   ~LogLines();
   LogLines(const LogLines&) = delete;
   LogLines& operator=(const LogLines&) = delete;
@@ -42,7 +43,7 @@ class LogLines {
   bool was_replaced() const;
 
   std::string name_;
-  std::function<void()> follow_;
+  std::function<bool()> follow_;
   gzFile file_ = nullptr;
   int descriptor_ = -1;
   std::vector<char> buffer_;
@@ -51,6 +52,7 @@ class LogLines {
   bool complete_ = true;
   bool broken_ = false;
   bool replaced_ = false;
+  bool finished_ = false;  // follow_ said that nothing more will be written
 };
 
 }  // namespace moectl

@@ -81,7 +81,13 @@ class Line {
   }
   void integers(const std::string& field, const json& value, std::span<std::int64_t> out) const {
     check_array(field, value, out.size());
-    for (std::size_t i = 0; i < out.size(); ++i) out[i] = integer(at(field, i), value[i]);
+    for (std::size_t i = 0; i < out.size(); ++i) {
+      // Names of elements cost more than the elements: only those at fault get one.
+      const auto* plain = value[i].get_ptr<const std::uint64_t*>();
+      out[i] = plain && *plain <= static_cast<std::uint64_t>(kLargestInteger)
+                   ? static_cast<std::int64_t>(*plain)
+                   : integer(at(field, i), value[i]);
+    }
   }
   /// Sums in fixed point.
   std::int64_t fixed(const std::string& field, const json& value) const {
@@ -92,7 +98,11 @@ class Line {
   }
   void fixed(const std::string& field, const json& value, std::span<std::int64_t> out) const {
     check_array(field, value, out.size());
-    for (std::size_t i = 0; i < out.size(); ++i) out[i] = fixed(at(field, i), value[i]);
+    for (std::size_t i = 0; i < out.size(); ++i) {
+      const auto* plain = value[i].get_ptr<const double*>();
+      out[i] = plain && *plain >= 0 && *plain <= kLargestSum ? std::llrint(*plain / kFixedUnit)
+                                                             : fixed(at(field, i), value[i]);
+    }
   }
   /// All of a group of fields, or none.
   bool has_all(std::initializer_list<const char*> fields) const {
@@ -205,10 +215,11 @@ void read_losses(const Line& line, const std::string& field, const json& losses,
   line.check_array(field, losses, sums.size());
   for (std::size_t i = 0; i < sums.size(); ++i) {
     if (losses[i].is_null()) continue;
-    const std::string at = Line::at(field, i);
-    const double sum = line.number(at, losses[i]) * static_cast<double>(counts[i]);
-    if (!(std::abs(sum) <= kMost))
-      line.reject(at, losses[i], "must be at most 2.7e11 in sum over its tokens");
+    if (!losses[i].is_number()) line.reject(Line::at(field, i), losses[i], "must be a number");
+    const double sum = losses[i].get<double>() * static_cast<double>(counts[i]);
+    if (!(std::abs(sum) <= kMost)) {
+      line.reject(Line::at(field, i), losses[i], "must be at most 2.7e11 in sum over its tokens");
+    }
     sums[i] = std::llrint(sum / kFixedUnit);
     tokens[i] = counts[i];
   }
@@ -338,11 +349,15 @@ void read_values(const Line& line, const std::string& field, const json& entry, 
                  std::vector<double>& out) {
   const auto it = entry.find(key);
   if (it == entry.end() || it->is_null()) return;
-  const std::string path = field + '.' + key;
-  if (!it->is_array()) line.reject(path, *it, "must be an array");
+  if (!it->is_array()) line.reject(field + '.' + key, *it, "must be an array");
+  out.reserve(it->size());
   for (std::size_t i = 0; i < it->size(); ++i) {
     const json& value = (*it)[i];
-    out.push_back(value.is_null() ? std::nan("") : line.number(Line::at(path, i), value));
+    if (const auto* plain = value.get_ptr<const double*>()) {
+      out.push_back(*plain);
+    } else {
+      out.push_back(value.is_null() ? std::nan("") : line.number(Line::at(field + '.' + key, i), value));
+    }
   }
 }
 
@@ -495,7 +510,7 @@ json without_number(json header) {
 }  // namespace
 
 struct LogReader::File {
-  File(const std::string& p, Reading r, std::function<void()> f) : path(p), reading(r), follow(std::move(f)) {
+  File(const std::string& p, Reading r, std::function<bool()> f) : path(p), reading(r), follow(std::move(f)) {
     open(path);
     read_first();
     find_pieces();
@@ -503,7 +518,7 @@ struct LogReader::File {
 
   void open(const std::string& file) {
     // A finished piece does not grow.
-    lines = std::make_unique<LogLines>(file, file == path ? follow : std::function<void()>());
+    lines = std::make_unique<LogLines>(file, file == path ? follow : std::function<bool()>());
   }
 
   /// The next line that is not blank, as an object.
@@ -679,7 +694,7 @@ struct LogReader::File {
 
   std::string path;
   Reading reading;
-  std::function<void()> follow;
+  std::function<bool()> follow;
   std::unique_ptr<LogLines> lines;
   std::vector<std::string> pending;  // pieces still to be read
   json object, first_line;
@@ -692,7 +707,7 @@ struct LogReader::File {
   std::int64_t fault_count = 0;
 };
 
-LogReader::LogReader(const std::string& path, Reading reading, std::function<void()> follow)
+LogReader::LogReader(const std::string& path, Reading reading, std::function<bool()> follow)
     : file_(std::make_unique<File>(path, reading, std::move(follow))) {}
 LogReader::~LogReader() = default;
 const LogHeader& LogReader::header() const {

@@ -81,10 +81,10 @@ class LogReader {
  public:
   /// Throws LogError if the file cannot be opened or its header is wrong.
   /// With `follow`, next() waits at the end of a file for what will be appended to it, and calls `follow`
-  /// before each wait; standard input ends when its writer does. A new run under the same name is then
-  /// followed in its turn.
+  /// before each wait: false means that nothing more will be written, and ends the file. Standard input ends
+  /// when its writer does. A new run under the same name is followed in its turn.
   explicit LogReader(const std::string& path, Reading reading = Reading::kStrict,
-                     std::function<void()> follow = {});
+                     std::function<bool()> follow = {});
   ~LogReader();
   const LogHeader& header() const;
   /// The next record, or nothing at the end. Throws LogError with the line on anything that is not a record:

@@ -1,16 +1,17 @@
 // moectl watch RUN|-: follows a growing log: a live view in a terminal, one line a step elsewhere.
-#include <sys/ioctl.h>
+#include <signal.h>
 #include <unistd.h>
 
-#include <algorithm>
+#include <cerrno>
 #include <chrono>
-#include <cmath>
+#include <filesystem>
+#include <fstream>
 #include <iostream>
-#include <map>
 #include <memory>
+#include <thread>
 
 #include "cli/tool.h"
-#include "moectl/figures.h"
+#include "cli/watch_view.h"
 #ifdef MOECTL_PROMETHEUS
 #include "moectl/prometheus.h"
 #endif
@@ -23,65 +24,26 @@ namespace {
 struct Options {
   std::string run, listen;
   std::int64_t every = 1;
+  pid_t process = 0;
   bool once = false, plain = false;
 };
 
-/// What is known of the step that is being read.
-struct Step {
-  explicit Step(std::int64_t step) : mean(step), number(step) {}
-  struct Track {
-    double min = 0, max = 0;
-    bool any = false;
-    std::map<std::string, int> reasons;
-  };
-  LayerMean mean;
-  std::int64_t number;
-  std::map<int, LogRecord> layers;
-  std::map<int, Metrics> metrics;
-  std::map<std::string, Track> tracks;
-};
-
-std::string times(const std::optional<double>& value, const std::optional<double>& floor) {
-  if (!value || !floor || !(*floor > 0)) return "";
-  return " (" + brief(*value / *floor) + "x floor)";
-}
-
-std::string decisions(const Step::Track& track) {
-  std::string text = track.any ? brief(track.min) : "-";
-  if (track.any && track.max != track.min) text += ".." + brief(track.max);
-  std::string reasons;
-  for (const auto& [reason, count] : track.reasons) {
-    reasons += (reasons.empty() ? "" : ", ") + reason + (count > 1 ? " x" + std::to_string(count) : "");
-  }
-  return reasons.empty() ? text : text + " [" + reasons + "]";
-}
-
-std::string line_of(const Step& step) {
-  const StepFigures figures = step.mean.figures();
-  std::string text = "step " + std::to_string(step.number);
-  if (figures.loss) text += "  loss " + brief(figures.loss);
-  text += "  max_vio " + brief(figures.max_vio) + times(figures.max_vio, figures.floor_max_vio);
-  text += "  cv " + brief(figures.cv) + times(figures.cv, figures.floor_cv);
-  text += "  dead " + brief(figures.dead_experts);
-  for (const auto& [name, track] : step.tracks) text += "  " + name + ' ' + decisions(track);
-  return text;
-}
-
-/// One block a column, its height the load over twice the mean; experts that share a column show their
-/// largest.
-std::string bars(const RoutingStats& stats, std::size_t width) {
-  static const char* const kBlocks[] = {" ", "▁", "▂", "▃", "▄", "▅", "▆", "▇", "█"};
-  const auto counts = stats.counts();
-  const double mean = static_cast<double>(stats.assignments()) / static_cast<double>(counts.size());
-  const std::size_t each = (counts.size() + width - 1) / width;
+/// True while the process runs. One that has ended but was not yet waited for by its parent has ended.
+bool is_running(pid_t process) {
+  if (kill(process, 0) != 0) return errno == EPERM;
+  std::ifstream file("/proc/" + std::to_string(process) + "/stat");
   std::string text;
-  for (std::size_t i = 0; i < counts.size(); i += each) {
-    const auto group = counts.subspan(i, std::min(each, counts.size() - i));
-    const double load =
-        mean > 0 ? static_cast<double>(*std::max_element(group.begin(), group.end())) / mean : 0;
-    text += kBlocks[static_cast<std::size_t>(std::clamp(std::lround(load * 4), 0L, 8L))];
+  std::getline(file, text);
+  // "PID (NAME) STATE …", where the name may hold anything.
+  const std::size_t name_end = text.rfind(") ");
+  return name_end == std::string::npos || name_end + 2 >= text.size() || text[name_end + 2] != 'Z';
+}
+
+/// A training that has just been started may not have opened its log yet.
+void wait_for_file(const Options& options) {
+  while (options.process != 0 && !std::filesystem::exists(options.run) && is_running(options.process)) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));
   }
-  return text;
 }
 
 /// What `--listen` asks for; nothing without it.
@@ -121,52 +83,43 @@ class Watch {
         endpoint_(options.listen),
         reader_(
             options.run, Reading::kSalvage,
-            options.once ? std::function<void()>() : [this] { draw_pending(); }) {}
+            options.once ? std::function<bool()>() : [this] { return pause(); }) {}
 
   int run() {
     while (const auto record = reader_.next()) {
       say_faults();
       if (record->tag == "train") take(*record);
     }
-    say_faults();
     show();
-    draw_pending();
+    screen_.draw_pending();
+    live_ = false;
+    say_faults();
     return 0;
   }
 
  private:
+  /// At the end of what has been written so far.
+  bool pause() {
+    screen_.draw_pending();
+    return options_.process == 0 || is_running(options_.process);
+  }
+
   void take(const LogRecord& record) {
     if (step_ && step_->number != record.step) show();
-    if (!step_) step_ = std::make_unique<Step>(record.step);
-    Step& step = *step_;
-    for (const auto& [name, actuator] : record.actuators) {
-      step.mean.add(reasons_of(actuator));
-      Step::Track& track = step.tracks[name];
-      if (actuator.min && actuator.max) {
-        track.min = track.any ? std::min(track.min, *actuator.min) : *actuator.min;
-        track.max = track.any ? std::max(track.max, *actuator.max) : *actuator.max;
-        track.any = true;
-      }
-      for (const std::string& reason : actuator.reasons) ++track.reasons[reason];
-    }
-    if (record.loss) step.mean.set_loss(record.loss);
+    if (!step_) step_ = std::make_unique<WatchedStep>(record.step);
     const Metrics metrics = record.layer < 0 ? Metrics() : metrics_.of(record);
     endpoint_.write(record, metrics);
-    if (record.layer < 0) return;
-    step.mean.add(metrics);
-    step.metrics[record.layer] = metrics;
-    step.layers.insert_or_assign(record.layer, record);
+    step_->add(record, metrics);
     // A step that is known to be whole need not wait for the next one; the record of whole-model actuators
     // may follow.
     const auto layers = reader_.header().layers;
-    if (layers && static_cast<int>(step.layers.size()) == *layers && live_) draw();
+    if (layers && static_cast<int>(step_->layers.size()) == *layers && live_) draw();
   }
 
   void say_faults() {
     endpoint_.set_faults(reader_.fault_count());
-    for (; said_ < reader_.faults().size(); ++said_) {
-      if (!live_) std::cerr << reader_.faults()[said_] << '\n';
-    }
+    if (live_) return;  // the view counts them, and they are said below it at the end
+    for (; said_ < reader_.faults().size(); ++said_) std::cerr << reader_.faults()[said_] << '\n';
   }
 
   void show() {
@@ -174,58 +127,25 @@ class Watch {
     if (live_) {
       draw();
     } else if (shown_++ % options_.every == 0) {
-      std::cout << line_of(*step_) << std::endl;
+      std::cout << plain_line(*step_) << std::endl;
     }
     step_.reset();
   }
 
-  /// Composes the view; what comes too soon after the last frame is left for the next one or for the next
-  /// pause.
   void draw() {
-    compose();
-    if (std::chrono::steady_clock::now() - drawn_ >= std::chrono::milliseconds(50)) draw_pending();
-  }
-
-  void draw_pending() {
-    if (frame_.empty()) return;
-    std::cout << frame_ << std::flush;
-    frame_.clear();
-    drawn_ = std::chrono::steady_clock::now();
-  }
-
-  void compose() {
-    winsize window{};
-    const bool known =
-        ioctl(STDOUT_FILENO, TIOCGWINSZ, &window) == 0 && window.ws_row > 4 && window.ws_col > 40;
-    const std::size_t rows = known ? window.ws_row : 24, columns = known ? window.ws_col : 80;
-    const StepFigures f = step_->mean.figures();
-    std::string text = "\x1b[H\x1b[J" + options_.run + "  step " + std::to_string(step_->number) + "\nloss " +
-                       brief(f.loss) + "  MaxVio " + brief(f.max_vio) + times(f.max_vio, f.floor_max_vio) +
-                       "  CV " + brief(f.cv) + times(f.cv, f.floor_cv) + "  dead " + brief(f.dead_experts) +
-                       "\n";
-    std::size_t used = 4 + step_->tracks.size();
-    for (const auto& [number, record] : step_->layers) {
-      if (++used > rows) break;
-      text += "layer " + std::to_string(number) + "  MaxVio " + brief(step_->metrics[number].max_vio) + "  " +
-              (record.stats.experts() > 0 ? bars(record.stats, columns - 34) : "") +
-              (record.health.empty() ? "" : "  " + record.health) + '\n';
-    }
-    for (const auto& [name, track] : step_->tracks)
-      text += (name + ' ' + decisions(track)).substr(0, columns) + '\n';
-    if (reader_.fault_count() > 0) text += std::to_string(reader_.fault_count()) + " lines passed over\n";
-    frame_ = std::move(text);
+    const auto [rows, columns] = Screen::size();
+    screen_.show(view_of(*step_, options_.run, reader_.fault_count(), rows, columns));
   }
 
   const Options& options_;
   bool live_;
   Endpoint endpoint_;
-  std::string frame_;  // composed, but not yet drawn
+  Screen screen_;
   LogReader reader_;
   RecordMetrics metrics_;
-  std::unique_ptr<Step> step_;
+  std::unique_ptr<WatchedStep> step_;
   std::int64_t shown_ = 0;
   std::size_t said_ = 0;
-  std::chrono::steady_clock::time_point drawn_{};
 };
 
 }  // namespace
@@ -235,9 +155,11 @@ void add_watch(CLI::App& app, Tool& tool) {
   command->footer(
       "In a terminal, a live view: each layer's load by expert (a full block is twice the mean) and the "
       "last\n"
-      "decisions with what limited them. Elsewhere one line a step. A file is followed until interrupted, "
-      "standard\n"
-      "input until it ends. A log that is rotated is followed from piece to piece.\n\n"
+      "decisions with what limited them. Elsewhere one line a step. A file is followed until interrupted or, "
+      "with --pid,\n"
+      "until the process that writes it has ended; standard input until it ends. A log that is rotated is "
+      "followed\n"
+      "from piece to piece.\n\n"
       "With --listen the same data stand at http://ADDR:PORT/metrics for Prometheus: every metric by layer, "
       "load and\n"
       "bias by expert, health, alerts, and what limited the actuators. There is no authentication: listen at "
@@ -246,6 +168,7 @@ void add_watch(CLI::App& app, Tool& tool) {
       "share/moectl/monitoring.\n\n"
       "Examples:\n"
       "  moectl watch runs/demo/run.jsonl\n"
+      "  train --log run.jsonl & moectl watch run.jsonl --pid $!\n"
       "  train | moectl watch - --every 10 | tee progress.txt\n"
       "  moectl watch run.jsonl --once --plain\n"
       "  serve | moectl watch - --listen 127.0.0.1:9464 --plain --every 1000");
@@ -256,13 +179,26 @@ void add_watch(CLI::App& app, Tool& tool) {
   CLI::Option* once =
       command->add_flag("--once", options->once, "Stop at the end of the file instead of waiting for more");
   command
+      ->add_option("--pid", options->process,
+                   "Stop once this process has ended and what it wrote has been shown")
+      ->check(CLI::PositiveNumber)
+      ->excludes(once);
+  command
       ->add_option(
           "--listen", options->listen,
           "Serve metrics for Prometheus at this address, as 127.0.0.1:9464; port 0: any that is free")
       ->type_name("ADDR:PORT")
       ->excludes(once);
   command->add_flag("--plain", options->plain, "One line a step in a terminal as well");
-  command->callback([&tool, options] { tool.run = [options] { return Watch(*options).run(); }; });
+  command->callback([&tool, options] {
+    if (options->run == "-" && options->process != 0) {
+      throw CLI::ValidationError("--pid: standard input ends with its writer, without --pid");
+    }
+    tool.run = [options] {
+      wait_for_file(*options);
+      return Watch(*options).run();
+    };
+  });
 }
 
 }  // namespace moectl::cli

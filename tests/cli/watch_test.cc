@@ -64,6 +64,74 @@ TEST(Watch, FollowsAGrowingFile) {
   EXPECT_THAT(out, ::testing::Not(HasSubstr("passed over")));
 }
 
+/// What watch shows of a file that another process writes, by the shell text `pieces`.
+std::string watched_by_pid(const TempDir& dir, const std::string& pieces, const std::string& options) {
+  const std::string script = "cd '" + dir.path("") + "'\n(" + pieces +
+                             ") & timeout 20 '" MOECTL_TOOL "' watch run.jsonl --pid $! " + options +
+                             " >out 2>err; echo $? >code\n";
+  dir.write("watch.sh", script);
+  EXPECT_EQ(std::system(("sh '" + dir.path("watch.sh") + "'").c_str()), 0);
+  EXPECT_EQ(TempDir::read(dir.path("code")), "0\n");
+  return TempDir::read(dir.path("out"));
+}
+
+// Begins before the file is there, and ends by itself with all that was written.
+TEST(Watch, EndsWithTheProcessThatWrites) {
+  const TempDir dir;
+  dir.write("a", record(0, 0, "[60,40]") + record(1, 0, "[70,30]"));
+  dir.write("b", record(2, 0, "[80,20]") + record(3, 0, "[90,10]"));
+  const std::string out =
+      watched_by_pid(dir, "sleep .3; cat a >run.jsonl; sleep .5; cat b >>run.jsonl", "--plain");
+  EXPECT_THAT(out, HasSubstr("step 0 "));
+  EXPECT_THAT(out, HasSubstr("step 3  loss 2.5  max_vio 0.8 "));
+  EXPECT_EQ(TempDir::read(dir.path("err")), "");
+}
+
+TEST(Watch, RefusesAProcessForStandardInput) {
+  const TempDir dir;
+  const ToolResult result = run_tool(dir, "watch - --pid 1");
+  EXPECT_EQ(result.code, 2);
+  EXPECT_THAT(result.err, HasSubstr("standard input ends with its writer"));
+}
+
+/// The view as it is drawn in a terminal of that size.
+std::string drawn(const TempDir& dir, int rows, int columns) {
+  const std::string command = "cd '" + dir.path("") + "' && script -qec \"stty rows " + std::to_string(rows) +
+                              " cols " + std::to_string(columns) +
+                              "; '" MOECTL_TOOL "' watch run.jsonl --once\" /dev/null </dev/null >out 2>&1";
+  EXPECT_EQ(std::system(command.c_str()), 0);
+  std::string out = TempDir::read(dir.path("out"));
+  std::erase(out, '\r');
+  return out;
+}
+
+// Layers with their loads and health, then the last decisions; each frame over the one before.
+TEST(Watch, DrawsAViewInATerminal) {
+  const TempDir dir;
+  const auto line = [](int layer, const std::string& counts, const std::string& health) {
+    return R"({"step":7,"layer":)" + std::to_string(layer) + R"(,"tokens":100,"counts":)" + counts +
+           R"(,"loss":2.5,"health":")" + health +
+           R"(","actuators":{"expert_bias":{"applied":[0.1,-0.25],"reasons":["rate"]}}})" + "\n";
+  };
+  const std::string header =
+      R"({"format":"moectl-run","version":1,"config":{"model":{"layers":2,"experts":2,"top_k":1}}})"
+      "\n";
+  dir.write("run.jsonl", header + line(0, "[50,50]", "healthy") + line(1, "[100,0]", "collapsed") + "torn");
+  const std::string wide = drawn(dir, 24, 80);
+  // MaxVio is 0 and 1; an even load is half a block, all of the load a whole one. Three columns an expert.
+  EXPECT_THAT(wide, HasSubstr("run.jsonl  step 7\x1b[K\nloss 2.5  MaxVio 0.5 (6.077x floor)"));
+  EXPECT_THAT(wide, HasSubstr("\nlayer 0  MaxVio 0       ▄▄▄▄▄▄  healthy\x1b[K\n"));
+  EXPECT_THAT(wide, HasSubstr("\nlayer 1  MaxVio 1       ███     collapsed\x1b[K\n"));
+  EXPECT_THAT(wide, HasSubstr("\nexpert_bias -0.25..0.1 [rate x2]\x1b[K\n"));
+  EXPECT_THAT(wide, HasSubstr("\x1b[5F"));  // the view is drawn again with what came last
+  EXPECT_THAT(wide, HasSubstr("\n1 lines passed over\x1b[K\n"));
+  EXPECT_THAT(wide, HasSubstr("passed over: run.jsonl:4: line: not JSON"));
+  // No line is wider than the terminal, and no view higher.
+  const std::string narrow = drawn(dir, 6, 41);
+  EXPECT_THAT(narrow, HasSubstr("\nloss 2.5  MaxVio 0.5 (6.077x floor)  CV 0\x1b[K\n"));
+  EXPECT_THAT(narrow, HasSubstr("\n… 2 more layers\x1b[K\nexpert_bias"));
+}
+
 // The log is rotated under the eyes of who follows it, and then a new run takes its place.
 TEST(Watch, FollowsARotatedLogAndTheNextRun) {
   const TempDir dir;
