@@ -84,18 +84,6 @@ void halve_row(std::vector<T>& row, Merge merge) {
 
 }  // namespace
 
-void Extremes::add(double value) {
-  merge({static_cast<float>(value), static_cast<float>(value), value, 1});
-}
-
-void Extremes::merge(const Extremes& other) {
-  if (other.count == 0) return;
-  min = count ? std::min(min, other.min) : other.min;
-  max = count ? std::max(max, other.max) : other.max;
-  sum += other.sum;
-  count += other.count;
-}
-
 ReportRun::ReportRun(const std::string& path, std::optional<std::int64_t> shift) : name_(path) {
   LogReader reader(path, Reading::kSalvage);
   header_ = reader.header();

@@ -3,6 +3,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <optional>
@@ -20,8 +21,14 @@ struct Extremes {
   float min = 0, max = 0;
   double sum = 0;
   std::int64_t count = 0;
-  void add(double value);
-  void merge(const Extremes& other);
+  void add(double value) { merge({static_cast<float>(value), static_cast<float>(value), value, 1}); }
+  void merge(const Extremes& other) {
+    if (other.count == 0) return;
+    min = count ? std::min(min, other.min) : other.min;
+    max = count ? std::max(max, other.max) : other.max;
+    sum += other.sum;
+    count += other.count;
+  }
 };
 
 /// A row of columns, each of `width` steps. When the row is full its columns are merged in pairs.

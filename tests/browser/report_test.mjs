@@ -173,6 +173,68 @@ test('limits are bands, the shift is marked, and a roll-back is crossed out', as
   await page.close();
 });
 
+test('what the guard moved is not called fixed', async () => {
+  const [page] = await open();
+  // All policies are fixed; the guard pushed a bias and gave it back.
+  const log = readFileSync(join(dir, 'free.jsonl'), 'utf8').trim().split('\n').map((l) => JSON.parse(l));
+  for (const r of log) {
+    if (r.layer !== 0 || r.step < 80 || r.step >= 90) continue;
+    r.actuators = {expert_bias: {proposed: [0, 0, 0, 0], applied: [0.04, 0, 0, -0.01], reasons: ['guard']}};
+  }
+  writeFileSync(join(dir, 'guard.jsonl'), log.map((r) => JSON.stringify(r)).join('\n') + '\n');
+  execFileSync(tool, ['report', 'guard.jsonl', '-o', 'guard.html'], {cwd: dir});
+  await page.goto('file://' + join(dir, 'guard.html'));
+  assert.match(await page.locator('#moved').innerText(), /expert_bias \(fixed\), by the guard or a roll-back alone.*at most 0\.04/);
+  assert.match(await page.locator('#held').innerText(), /expert_bias: guard ×10/);
+  const crossed = await page.evaluate(() => {
+    const set = Chart.getChart('chart-expert_bias').data.datasets.find((d) => d.marks);
+    return set.data.filter((_, i) => set.pointStyle[i] === 'crossRot').map((m) => m.column);
+  });
+  assert.deepEqual(crossed, Array.from({length: 10}, (_, i) => 80 + i));
+  await page.close();
+});
+
+test('limits that differ are lines in the colour of their run', async () => {
+  const [page] = await open();
+  writeFileSync(join(dir, 'loose.yaml'), config('sign_bias, options: {step: 0.005, centred: false}').replace('max: 0.05', 'max: 0.08'));
+  execFileSync(tool, ['replay', 'loose.yaml', 'trace.jsonl', '-o', 'loose.jsonl'], {cwd: dir});
+  execFileSync(tool, ['report', 'held.jsonl', 'loose.jsonl', '-o', 'loose.html'], {cwd: dir});
+  await page.goto('file://' + join(dir, 'loose.html'));
+  const lines = await page.evaluate(() => Chart.getChart('chart-expert_bias').data.datasets.filter((d) => d.frame).map(
+      (d) => [d.label, d.data[0].y, d.borderColor, 'fill' in d]));
+  assert.deepEqual(lines, [['held, limits.max', 0.05, '#0072b2', false], ['held, limits.min', -0.05, '#0072b2', false],
+                           ['loose, limits.max', 0.08, '#e69f00', false], ['loose, limits.min', -0.05, '#e69f00', false]]);
+  await page.close();
+});
+
+for (const width of [1280, 390]) {
+  test(`ticks of log axes have room and the data fill the axis, ${width} wide`, async () => {
+    const [page] = await open({viewport: {width, height: 900}});
+    for (const id of ['chart-max-vio', 'chart-cv']) {
+      const {at, values, min, lowest} = await page.evaluate((i) => {
+        const c = Chart.getChart(i), y = c.scales.y;
+        const all = c.data.datasets.flatMap((d) => d.data.map((p) => p.y)).filter((v) => v !== null);
+        return {at: y.ticks.map((t) => y.getPixelForValue(t.value)), values: y.ticks.map((t) => t.label), min: y.min, lowest: Math.min(...all)};
+      }, id);
+      assert.ok(at.length >= 3, `${id}: ${values}`);
+      for (let i = 1; i < at.length; ++i) assert.ok(at[i - 1] - at[i] >= 16, `${id}: ${values} at ${at}`);
+      assert.ok(min > 0.8 * lowest, `${id} begins at ${min}, its data at ${lowest}`);
+    }
+    await page.close();
+  });
+}
+
+test('on a phone the whole table can be seen', async () => {
+  const [page] = await open({viewport: {width: 390, height: 900}});
+  for (const figure of ['excess_cv', 'loss']) {
+    const cell = page.locator(`#summary td[data-figure="${figure}"]`).first(), box = await cell.boundingBox();
+    assert.ok(box.x >= 0 && box.x + box.width <= 390, `${figure} ends at ${box.x + box.width}`);
+  }
+  assert.match(await page.evaluate(() => getComputedStyle(document.querySelector('#summary td[data-figure="excess_cv"]'), '::before').content),
+               /excess CV/);
+  await page.close();
+});
+
 test('what is damaged is said on the page', async () => {
   const [page] = await open();
   const log = readFileSync(join(dir, 'held.jsonl'), 'utf8').trim().split('\n');
@@ -194,6 +256,13 @@ test('it prints in light colours without controls', async () => {
   await page.emulateMedia({media: 'print'});
   assert.equal(await page.evaluate(() => getComputedStyle(document.body).backgroundColor), 'rgb(255, 255, 255)');
   assert.equal(await page.locator('#theme').isVisible(), false);
+  // On paper nothing reaches over the edge of its card.
+  await page.setViewportSize({width: 740, height: 1000});
+  await page.evaluate(() => dispatchEvent(new Event('beforeprint')));
+  const over = await page.evaluate(() => [...document.querySelectorAll('canvas')].filter((c) => c.offsetParent).map((c) => [
+    c.id, c.getBoundingClientRect().right - c.closest('figure').getBoundingClientRect().right]).filter(([, by]) => by > 0));
+  assert.deepEqual(over, []);
+  assert.equal(await page.evaluate(() => document.documentElement.scrollWidth), 740);
   assert.ok((await page.pdf({format: 'A4'})).length > 20000);
   await page.close();
 });

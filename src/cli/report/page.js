@@ -29,14 +29,21 @@
   // Paths share most of their letters; what tells them apart is enough.
   const shortNames = (() => {
     const names = runs.map((r) => r.name.replace(/^.*\//, '').replace(/\.jsonl(\.gz)?$/, ''));
-    return names.map((n, i) => (names.indexOf(n) === i && names.lastIndexOf(n) === i ? n : runs[i].name));
+    if (new Set(names).size < names.length) return runs.map((r) => r.name);
+    let shared = names.length > 1 ? names[0].length : 0;
+    for (const n of names) while (!n.startsWith(names[0].slice(0, shared))) --shared;
+    const words = names[0].slice(0, shared).search(/[-_.][^-_.]*$/) + 1;
+    return names.map((n) => (names.every((other) => other.length > words) ? n.slice(words) : n));
   })();
   const key = (r) => element('span', {class: 'key', style: `background:${colour(r)}`, 'aria-hidden': 'true'});
   const policyOf = (run, actuator) => run.config?.[actuator]?.policy;
-  const moves = (run) => Object.keys(run.actuators).filter((a) => policyOf(run, a) && policyOf(run, a) !== 'fixed');
+  // What a policy moves, and what the guard or a roll-back moved all the same.
+  const overridden = (run, a) => run.actuators[a].marks.some(([, reasons]) => Object.keys(reasons).some((w) => OVERRIDES.has(w)));
+  const decides = (run, a) => policyOf(run, a) && policyOf(run, a) !== 'fixed';
+  const moves = (run) => Object.keys(run.actuators).filter((a) => decides(run, a) || overridden(run, a));
   const isController = (run) => moves(run).length > 0;
 
-  runs.forEach((run, r) => $('legend').append(element('li', {}, key(r), shortNames[r])));
+  runs.forEach((run, r) => $('legend').append(element('li', {title: run.name}, key(r), shortNames[r])));
 
   // ---- Answers. ----
 
@@ -48,6 +55,7 @@
   };
   const verdict = (good, text) => element('span', {class: good ? 'good' : 'bad'}, text);
 
+  const BALANCED = 1.6;  // times the floor; where moectl compare says that a run has settled
   const endRatio = (run) => {
     // The last hundred steps, shift or not: "now".
     const vio = run.series.max_vio?.mean, floor = run.series.max_vio_floor?.mean;
@@ -65,18 +73,18 @@
   const answerBalanced = (run, r) => {
     const now = endRatio(run);
     if (!now) return answer('balanced', r, 'No data.');
-    const good = now.ratio < 1.6;
+    const good = now.ratio < BALANCED;
     answer('balanced', r, verdict(good, good ? 'Yes' : 'No'),
            ` – MaxVio ${number(now.vio)} is ${number(now.ratio)}× its ${floorName(run)} (${number(now.floor)}).`);
   };
 
-  // Stretches of columns in which the mean MaxVio was above 1.6 floors.
+  // Stretches of columns in which the mean MaxVio was not.
   const stretches = (run) => {
     const vio = run.series.max_vio?.mean ?? [], floor = run.series.max_vio_floor?.mean ?? [];
     const out = [];
     let open = null;
     vio.forEach((v, c) => {
-      const above = v !== null && floor[c] > 0 && v > 1.6 * floor[c];
+      const above = v !== null && floor[c] > 0 && v > BALANCED * floor[c];
       if (above && open === null) open = c;
       if (!above && open !== null) { out.push([open, c - 1]); open = null; }
     });
@@ -87,37 +95,45 @@
     const parts = stretches(run).map(([a, b]) => ({from: stepOf(run, a), to: Math.min(run.last, stepOf(run, b + 1) - 1)}));
     const total = parts.reduce((sum, s) => sum + s.to - s.from + 1, 0);
     const all = run.last - run.first + 1;
-    if (total === 0) return answer('unbalanced', r, verdict(true, 'Never'), ' above 1.6 floors.');
+    if (total === 0) return answer('unbalanced', r, verdict(true, 'Never'), ` above ${BALANCED} floors.`);
     const longest = [...parts].sort((a, b) => b.to - b.from - (a.to - a.from)).slice(0, 2).sort((a, b) => a.from - b.from);
     const settle = run.figures.settle;
-    answer('unbalanced', r, `${number(100 * total / all, 2)} % of steps; longest ` +
+    answer('unbalanced', r, `${number(100 * total / all, 2)} % of steps, longest ` +
            longest.map((s) => (s.from === s.to ? `${s.from}` : `${s.from}–${s.to}`)).join(', ') + '. ' +
-           (settle === null ? 'It never settled.' : `Settled from step ${settle}.`) +
-           (run.figures.excess_area === null ? '' : ` Excess area after the shift: ${number(run.figures.excess_area)}.`));
+           (settle === null ? 'It never settled.' : `It first settled at step ${settle}.`) +
+           (run.figures.excess_area === null ? '' : ` Excess area after the shift, over the run's own end: ${number(run.figures.excess_area)}.`));
   };
 
   const ends = (row) => {
     const known = row.filter((v) => v !== null);
     return [known[0], known[known.length - 1]];
   };
+  // The value furthest from where an actuator began.
+  const reach = ({value}) => {
+    const all = [...(value.min ?? []), ...(value.max ?? []), ...value.mean].filter((v) => v !== null);
+    const start = value.mean.find((v) => v !== null);
+    return all.reduce((far, v) => (Math.abs(v - start) > Math.abs(far - start) ? v : far), start);
+  };
   const WHY = {
     sign_bias: 'each expert by a fixed step towards the mean load',
     adaptive_bias: 'each expert by its load error, in units of the score gap',
   };
   const whyOf = (run, actuator) => {
+    if (!decides(run, actuator)) return 'by the guard or a roll-back alone';
     const {policy, options} = run.config[actuator];
     if (options?.metric && options.target !== undefined) return `towards ${options.metric} = ${number(options.target)}`;
     return WHY[policy] ?? `as ${policy} decides`;
   };
   const answerMoved = (run, r) => {
     if (!isController(run)) {
-      return answer('moved', r, run.config ? 'Nothing: all actuators are fixed.' : 'Nothing: this is a trace.');
+      return answer('moved', r, run.config ? 'Nothing: all actuators stayed fixed.' : 'Nothing: this is a trace.');
     }
     for (const a of moves(run)) {
       const track = run.actuators[a];
       const lows = ends(track.value.min ?? track.value.mean), highs = ends(track.value.max ?? track.value.mean);
-      answer('moved', r, `${a} (${policyOf(run, a)}), ${whyOf(run, a)}: now ` +
-             (lows[1] === highs[1] ? number(lows[1]) : `${number(lows[1])} to ${number(highs[1])}`) + '.');
+      answer('moved', r, `${a} (${policyOf(run, a) ?? 'no policy'}), ${whyOf(run, a)}: now ` +
+             (lows[1] === highs[1] ? number(lows[1]) : `${number(lows[1])} to ${number(highs[1])}`) +
+             (decides(run, a) ? '.' : `, at most ${number(reach(track))}.`));
     }
   };
   const answerHeld = (run, r) => {
@@ -137,7 +153,7 @@
   const answerCost = (run, r) => {
     const loss = lossOf(run);
     if (loss === null) return answer('cost', r, 'No loss was logged.');
-    const kind = run.figures.validation_loss !== null ? 'validation loss' : 'loss of the last 100 steps';
+    const kind = run.figures.validation_loss !== null ? 'Validation loss' : 'Loss of the last 100 steps';
     // Against the first run that nothing controlled.
     const base = runs.find((other) => !isController(other) && lossOf(other) !== null &&
                            (other.figures.validation_loss === null) === (run.figures.validation_loss === null));
@@ -145,6 +161,8 @@
     if (base && base !== run) {
       const d = loss - lossOf(base);
       parts.push(', ', verdict(d <= 0.02, `${d >= 0 ? '+' : '−'}${number(Math.abs(d))}`), ' against the uncontrolled run');
+    } else if (isController(run)) {
+      parts.push('; what control cost is shown beside an uncontrolled run');
     }
     answer('cost', r, ...parts, '.');
   };
@@ -154,8 +172,8 @@
 
   // ---- Summary. ----
 
-  const FIGURES = {steps: 'steps', settle: 'settle', max_vio: 'MaxVio', max_vio_over_floor: 'over floor', cv: 'CV',
-                   cv_over_floor: 'over floor', excess_area: 'excess area', dead_experts: 'dead experts',
+  const FIGURES = {steps: 'steps', settle: 'settle', max_vio: 'MaxVio', max_vio_over_floor: 'MaxVio / floor', cv: 'CV',
+                   cv_over_floor: 'CV / floor', excess_cv: 'excess CV', excess_area: 'excess area', dead_experts: 'dead experts',
                    limit_hits: 'limit hits', loss: 'loss', validation_loss: 'validation loss'};
   const summarise = () => {
     const names = Object.keys(FIGURES).filter((f) => f === 'settle' || runs.some((run) => run.figures[f] !== null));
@@ -167,26 +185,35 @@
       const row = element('tr', {}, element('th', {scope: 'row'}, key(r), shortNames[r]));
       for (const f of names) {
         const v = run.figures[f];
-        row.append(element('td', {'data-figure': f, 'data-value': v ?? ''}, f === 'settle' && v === null ? 'never' : number(v, 4)));
+        row.append(element('td', {'data-figure': f, 'data-value': v ?? '', 'data-label': FIGURES[f]}, f === 'settle' && v === null ? 'never' : number(v, 4)));
       }
       body.append(row);
     });
     $('summary').append(body);
   };
-  const advise = (run, r) => {
+  const advise = (run) => {
     const says = [];
     const now = endRatio(run);
     const hits = (a, reason) => run.actuators[a].marks.reduce((n, [, reasons]) => n + (reasons[reason] ? 1 : 0), 0) /
                                 Math.max(1, run.columns);
-    if (now && now.ratio >= 1.6 && !isController(run)) says.push('nothing controls this run: try policies/adaptive_bias.yaml');
+    if (now && now.ratio >= BALANCED && !isController(run)) says.push('nothing controls this run: try policies/adaptive_bias.yaml');
     for (const a of moves(run)) {
       if (hits(a, 'range') > 0.2) says.push(`${a} sat on its range for long: widen limits.min/max, or set a target that can be reached`);
-      if (hits(a, 'rate') > 0.5 && now && now.ratio >= 1.6) says.push(`${a} was held back by limits.rate most of the time: raise it`);
+      if (hits(a, 'rate') > 0.5 && now && now.ratio >= BALANCED) says.push(`${a} was held back by limits.rate most of the time: raise it`);
       if (hits(a, 'no_data') + hits(a, 'invalid') > 0.05) says.push(`${a} was often held for lack of usable data: look at the host's records`);
     }
     if ((run.figures.dead_experts ?? 0) > 0.5) says.push(`about ${number(run.figures.dead_experts, 2)} experts are dead: a bias policy brings them back`);
     if (now && !run.sampled) says.push('only the noise floor is known: collect sequences for the sampling floor of real text');
-    return says.length ? `${shortNames[r]}: ${says.join('; ')}.` : `${shortNames[r]}: nothing to change.`;
+    return says.length ? says : ['nothing to change'];
+  };
+  // One line for what is said of several runs.
+  const advice = () => {
+    const said = new Map();
+    runs.forEach((run, r) => advise(run).forEach((text) => said.set(text, [...(said.get(text) ?? []), r])));
+    for (const [text, who] of said) {
+      const names = runs.length > 1 && who.length === runs.length ? ['All runs'] : who.flatMap((r, i) => [i ? ', ' : '', key(r), shortNames[r]]);
+      $('advice').append(element('li', {}, ...names, `: ${text}.`));
+    }
   };
 
   // ---- Charts. ----
@@ -239,6 +266,26 @@
     });
   };
 
+  // As many round values as have room: twelve to a decade, or one to several decades.
+  const logTicks = (axis) => {
+    const height = 0.75 * axis.chart.height, from = Math.log10(axis.min), to = Math.log10(axis.max);
+    const room = (values) => values.every((v, i) => !i || Math.log10(v / values[i - 1]) / (to - from) * height >= 20);
+    const decades = (digits, every = 1) => {
+      const values = [];
+      for (let e = Math.floor(from); e <= to; ++e) {
+        if (e % every === 0) values.push(...digits.map((d) => Number((d * 10 ** e).toPrecision(3))));
+      }
+      return values.filter((v) => v >= axis.min && v <= axis.max);
+    };
+    let values = [];
+    for (const digits of [[1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 4, 5, 6, 8], [1, 1.5, 2, 3, 4, 6, 8], [1, 1.5, 2, 3, 5, 7], [1, 2, 5], [1, 3]]) {
+      values = decades(digits);
+      if (room(values)) break;
+    }
+    for (let every = 1; !room(values) && every < 20; ++every) values = decades([1], every);
+    axis.ticks = values.map((value) => ({value}));
+  };
+
   const chart = (canvas, datasets, label, {log = false, min, max} = {}) => {
     const c = new Chart(canvas, {
       type: 'line',
@@ -255,7 +302,8 @@
                 const t = axis.ticks.map((tick) => tick.value), n = t.length;
                 if (n > 2 && t[n - 1] - t[n - 2] < 0.6 * (t[1] - t[0])) axis.ticks.pop();
               }},
-          y: {type: log ? 'logarithmic' : 'linear', min, max, ticks: {maxTicksLimit: 8, includeBounds: false, callback: (v) => number(v)}},
+          y: log ? {type: 'logarithmic', min, max, afterBuildTicks: logTicks, ticks: {autoSkip: false, callback: (v) => number(v)}}
+                 : {type: 'linear', min, max, ticks: {maxTicksLimit: 8, includeBounds: false, callback: (v) => number(v)}},
         },
         plugins: {
           legend: {display: false},
@@ -264,7 +312,7 @@
             filter: (item) => !item.dataset.silent,
             callbacks: {
               title: (items) => (items.length ? stepsOf(items[0].dataset.run, items[0].raw.column, items[0].raw.each) : ''),
-              label: (item) => (item.dataset.marks ? item.raw.reasons : `${item.dataset.label}: ${number(item.raw.y, 4)}`),
+              label: (item) => (item.dataset.marks ? item.raw.reasons : `${item.dataset.label}: ${number(item.raw.below ?? item.raw.y, 4)}`),
             },
           },
         },
@@ -291,9 +339,19 @@
       ...withBand(run, r, run.series[series], named(r, label)),
       {data: points(run, run.series[floor]?.mean), label: named(r, 'floor'), borderColor: colour(r), borderDash: [5, 4], borderWidth: 1, run},
     ]);
-    // A logarithm has no zero, and a perfectly balanced step would drag the axis to it.
-    for (const set of datasets) for (const p of set.data) if (p.y !== null && p.y < 1e-3) p.y = 1e-3;
-    chart($(id), datasets, `${label} of ${runs.length} runs against the floor`, {log: true});
+    // A logarithm has no zero: a balance far under the floor is drawn at the lower edge, and said as it is.
+    const floors = runs.flatMap((run) => run.series[floor]?.mean ?? []).filter((v) => v > 0);
+    const edge = floors.length ? 0.2 * floors.reduce((a, v) => Math.min(a, v)) : 1e-3;
+    let low = Infinity, high = edge;
+    for (const set of datasets) {
+      for (const p of set.data) {
+        if (p.y === null) continue;
+        if (p.y < edge) [p.below, p.y] = [p.y, edge];
+        low = Math.min(low, p.y);
+        high = Math.max(high, p.y);
+      }
+    }
+    chart($(id), datasets, `${label} of ${runs.length} runs against the floor`, {log: true, min: 0.9 * Math.min(low, high), max: 1.1 * high});
   };
   balanceChart('chart-max-vio', 'max_vio', 'max_vio_floor', 'MaxVio');
   balanceChart('chart-cv', 'cv', 'cv_floor', 'CV');
@@ -317,7 +375,7 @@
     const canvas = element('canvas', {id: `chart-${name}`});
     figure.append(element('div', {class: 'plot'}, canvas));
     $('actuators').append(figure);
-    const shown = runs.map((run, r) => [run, r]).filter(([run]) => run.actuators[name] && policyOf(run, name) !== 'fixed');
+    const shown = runs.map((run, r) => [run, r]).filter(([run]) => moves(run).includes(name));
     let low = Infinity, high = -Infinity;
     const datasets = [];
     for (const [run, r] of shown) {
@@ -339,28 +397,32 @@
     const multiplicative = name !== 'expert_bias' && low > 0;
     const pad = multiplicative ? 1.25 : Math.max((high - low) * 0.12, 1e-9);
     let min = multiplicative ? low / pad : low - pad, max = multiplicative ? high * pad : high + pad;
-    const limits = shown[0]?.[0].config?.[name]?.limits;
-    if (limits && shown.length) {
-      // Limits far outside what was used would flatten it; they are drawn where they come into view.
-      const [run] = shown[0];
-      const ends = [run.first, run.last].map((x) => ({x, column: Math.floor((x - run.first) / run.width)}));
+    // Limits far outside what was used would flatten it; they are drawn where they come into view. As a band where all
+    // runs have the same, else as lines in each run's colour.
+    const limitsOf = (run) => run.config?.[name]?.limits;
+    const limited = shown.filter(([run]) => limitsOf(run));
+    const textOf = (l) => `limits ${number(l.min)} to ${number(l.max)}, rate ${number(l.rate)} a step`;
+    const alike = new Set(limited.map(([run]) => textOf(limitsOf(run)))).size === 1;
+    const near = (edge, used) => (multiplicative ? Math.abs(Math.log(edge / used)) < 0.7 : Math.abs(edge - used) < (high - low) * 0.5);
+    for (const [run, r] of alike ? limited.slice(0, 1) : limited) {
+      const limits = limitsOf(run);
+      const [first, last] = alike ? [Math.min(...shown.map(([s]) => s.first)), Math.max(...shown.map(([s]) => s.last))] : [run.first, run.last];
+      const ends = [first, last].map((x) => ({x, column: Math.floor((x - run.first) / run.width)}));
       const side = (from, to, what) => [
-        {data: ends.map((e) => ({...e, y: from})), borderColor: ink('--soft'), borderWidth: 1, borderDash: [1, 2], run, label: what,
-         fill: '+1', backgroundColor: shade('#808080', 0.22), frame: true},
-        {data: ends.map((e) => ({...e, y: to})), borderWidth: 0, run, silent: true, label: ''}];
+        {data: ends.map((e) => ({...e, y: from})), borderColor: alike ? ink('--soft') : colour(r), borderWidth: 1, borderDash: [1, 2], run,
+         label: alike ? what : named(r, what), frame: true, ...(alike ? {fill: '+1', backgroundColor: shade('#808080', 0.22)} : {})},
+        ...(alike ? [{data: ends.map((e) => ({...e, y: to})), borderWidth: 0, run, silent: true, label: ''}] : [])];
       datasets.push(...side(limits.max, limits.max + 1e6, 'limits.max'));
       datasets.push(...side(limits.min, multiplicative ? limits.min / 1e6 : limits.min - 1e6, 'limits.min'));
-      const near = (edge, used) => (multiplicative ? Math.abs(Math.log(edge / used)) < 0.7 : Math.abs(edge - used) < (high - low) * 0.5);
-      if (limits.max > 0 && near(limits.max, high)) max = multiplicative ? limits.max * pad : limits.max + pad;
-      if ((limits.min > 0 || !multiplicative) && near(limits.min, low)) min = multiplicative ? limits.min / pad : limits.min - pad;
-      const text = `limits ${number(limits.min)} to ${number(limits.max)}, rate ${number(limits.rate)} a step`;
-      figure.querySelector('figcaption').append(` – ${text}`);
+      if (limits.max > 0 && near(limits.max, high)) max = Math.max(max, multiplicative ? limits.max * pad : limits.max + pad);
+      if ((limits.min > 0 || !multiplicative) && near(limits.min, low)) min = Math.min(min, multiplicative ? limits.min / pad : limits.min - pad);
     }
+    if (limited.length) figure.querySelector('figcaption').append(` – ${alike ? textOf(limitsOf(limited[0][0])) : 'limits dotted, they differ'}`);
     chart(canvas, datasets, `${name} as applied, with limits and marks`, {log: multiplicative, min, max});
   };
   const controlled = [...new Set(runs.flatMap(moves))];
   for (const name of ['expert_bias', 'aux_loss_weight', 'router_temperature']) if (controlled.includes(name)) actuatorChart(name);
-  if (!controlled.length) $('actuators').append(element('p', {class: 'note'}, 'All actuators were fixed.'));
+  if (!controlled.length) $('actuators').append(element('p', {class: 'note'}, 'All actuators stayed fixed.'));
 
   // ---- Maps. ----
 
@@ -406,6 +468,11 @@
     };
     canvas.setAttribute('role', 'img');
   };
+  const stepAxis = (run) => [element('span', {}, `step ${run.first}`), element('span', {}, String(run.last))];
+  const axisUnder = (canvas, run) => {
+    canvas.parentElement.querySelector('.axis')?.remove();
+    canvas.after(element('p', {class: 'axis', 'aria-hidden': 'true'}, ...stepAxis(run)));
+  };
   const rampKey = (figure, colours, low, high) => {
     figure.querySelector('.ramp')?.remove();
     const stops = [0, 0.25, 0.5, 0.75, 1].map((t) => `rgb(${colours(t)})`).join(',');
@@ -421,6 +488,7 @@
     drawMap($('map-layers'), run.layers.length, run.columns,
             (x, y) => (run.layers[y].max_vio[x] == null ? null : SEQUENTIAL(scaled(run.layers[y].max_vio[x]))),
             (x, y) => `layer ${run.layers[y].layer}, ${stepsOf(run, x)}: MaxVio up to ${number(run.layers[y].max_vio[x] ?? null)}`);
+    axisUnder($('map-layers'), run);
     rampKey($('map-layers').parentElement, SEQUENTIAL, '0', `${number(top)} (log scale)`);
   };
   const expertMap = (id, run, layer, map, words, low, high) => {
@@ -434,7 +502,9 @@
               return where + (b === 255 ? 'no data' : words((b / 127 - 1) * map.scale));
             });
     $(id).setAttribute('aria-label', `${id === 'map-load' ? 'Load' : 'Bias'} of each expert of layer ${layer.layer} over the steps`);
-    if (rows) rampKey($(id).parentElement, DIVERGING, low, high);
+    if (!rows) return;
+    axisUnder($(id), run);
+    rampKey($(id).parentElement, DIVERGING, low, high);
   };
   const drawMaps = () => {
     const run = runs[$('map-run').value], layer = run.layers[$('map-layer').value];
@@ -460,11 +530,13 @@
   const healthOf = (run, r) => {
     const layers = run.layers.filter((l) => l.health);
     if (!layers.length) return;
-    const canvas = element('canvas', {class: 'map', tabindex: '0', style: 'height:120px'});
+    const canvas = element('canvas', {class: 'map', tabindex: '0', style: `height:${Math.max(18, Math.min(120, 16 * layers.length))}px`,
+                                      'aria-label': `Worst state of each layer of ${shortNames[r]} over the steps`});
     $('health').append(element('figure', {'data-run': r}, element('figcaption', {}, key(r), `${shortNames[r]}: worst state, layer × step`), canvas,
                                element('p', {class: 'readout', 'aria-live': 'polite'})));
     drawMap(canvas, layers.length, run.columns, (x, y) => (layers[y].health[x] == null ? null : HEALTH[layers[y].health[x]]),
             (x, y) => `layer ${layers[y].layer}, ${stepsOf(run, x)}: ${run.health_names[layers[y].health[x] ?? 0]}`);
+    axisUnder(canvas, run);
     const seen = new Set(layers.flatMap((l) => l.health));
     canvas.parentElement.append(element('p', {class: 'ramp'}, ...[...seen].filter((s) => s !== null).sort((a, b) => a - b).flatMap(
         (s) => [element('span', {class: 'key', style: `background:rgb(${HEALTH[s]})`}), run.health_names[s]])));
@@ -478,11 +550,13 @@
     const out = element('p', {class: 'readout', 'aria-live': 'polite'});
     const body = element('tbody');
     const table = element('table', {class: 'alerts'},
-                          element('thead', {}, element('tr', {}, ...['alert', 'when', 'from', 'to', 'steps', 'layers'].map(
-                              (t) => element('th', {scope: 'col'}, t)))), body);
+                          element('thead', {}, element('tr', {}, element('th', {scope: 'col'}, 'alert'),
+                                                                element('th', {scope: 'col', class: 'when', 'aria-label': 'when'},
+                                                                        element('span', {class: 'axis'}, ...stepAxis(run))),
+                                                                ...['from', 'to', 'steps', 'layers'].map((t) => element('th', {scope: 'col'}, t)))), body);
     const figure = $('health').querySelector(`[data-run="${r}"]`) ?? element('figure', {}, element('figcaption', {}, key(r), `${shortNames[r]}: alerts`));
     figure.append(element('div', {class: 'scroll'}, table), out);
-    $('health').append(figure);
+    if (!figure.isConnected) $('health').append(figure);
     for (const alert of run.alerts) {
       const strip = element('canvas', {class: 'strip', tabindex: '0', 'aria-label': `When ${alert.name} stood`});
       body.append(element('tr', {'data-alert': alert.name}, element('th', {scope: 'row'}, alert.name), element('td', {class: 'when'}, strip),
@@ -564,7 +638,7 @@
   });
   $('config-section').hidden = !$('configs').children.length;
   summarise();
-  runs.forEach((run, r) => $('advice').append(element('li', {}, key(r), advise(run, r))));
+  advice();
 
   // ---- Light and dark. ----
 
@@ -590,6 +664,7 @@
   wish.addEventListener('change', (e) => wear(e.matches));
   $('theme').addEventListener('click', () => wear(!document.documentElement.classList.contains('dark')));
   wear(wish.matches);
-  addEventListener('beforeprint', () => { document.documentElement.classList.remove('dark'); dress(); charts.forEach((c) => c.resize()); });
+  // The paper's width is not known to a script: charts are drawn for half a page, and scaled to what there is.
+  addEventListener('beforeprint', () => { document.documentElement.classList.remove('dark'); charts.forEach((c) => c.resize(480, 260)); dress(); });
   addEventListener('afterprint', () => { wear($('theme').getAttribute('aria-pressed') === 'true'); charts.forEach((c) => c.resize()); });
 })();
