@@ -156,7 +156,7 @@ struct AllFour {
   static void put(double* to, Double4 v) { std::memcpy(to, &v, sizeof v); }
   /// Zero where there is no element.
   static Double4 keep(Double4 v) { return v; }
-  static Int4 keep(Int4 v) { return v; }
+  static Int4 keep_int(Int4 v) { return v; }
 };
 
 /// At the end of an array, where there are fewer: those beyond read as 0 and are not written.
@@ -175,7 +175,7 @@ struct FirstFew {
   Double4 get(const std::int64_t* from) const { return convert(get_int(from)); }
   void put(double* to, Double4 v) const { std::memcpy(to, &v, count * sizeof *to); }
   Double4 keep(Double4 v) const { return lanes(v[0], count > 1 ? v[1] : 0.0, count > 2 ? v[2] : 0.0, 0.0); }
-  Int4 keep(Int4 v) const { return lanes(v[0], count > 1 ? v[1] : 0, count > 2 ? v[2] : 0, std::int64_t{0}); }
+  Int4 keep_int(Int4 v) const { return lanes(v[0], count > 1 ? v[1] : 0, count > 2 ? v[2] : 0, std::int64_t{0}); }
 };
 
 /// Calls `body(i, at)` for i = 0, 4, 8, …, where `at` reads and writes the elements from i on.

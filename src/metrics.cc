@@ -158,9 +158,9 @@ Sums sums_over(std::span<const std::int64_t> counts, const Totals& t, const Thre
     q_root_q += q * root;
     q_ln_q += q * fast_log(q + kTiny);
     deviation_sq += at.keep((above - mean) * (above - mean));
-    inactive -= at.keep(c == 0.0);  // comparisons give -1
-    hot -= at.keep(c > at_mean.hot);
-    cold -= at.keep(c < at_mean.cold);
+    inactive -= at.keep_int(c == 0.0);  // comparisons give -1
+    hot -= at.keep_int(c > at_mean.hot);
+    cold -= at.keep_int(c < at_mean.cold);
   });
   return {sum_of(root_sq),  sum_of(q_root_q), sum_of(q_ln_q), sum_of(deviation_sq),
           sum_of(inactive), sum_of(hot),      sum_of(cold)};
@@ -213,7 +213,7 @@ const MetricField* find_metric(std::string_view name) {
 
 Measurer::Measurer(const StatsShape& shape, MetricsOptions options)
     : shape_(shape), options_(std::move(options)) {
-  RoutingStats{shape};  // checks the shape
+  [[maybe_unused]] const RoutingStats checks_the_shape(shape);
   check(shape_, options_);
   sorted_.resize(static_cast<std::size_t>(shape.experts));
   histogram_.resize(kBinsPerExpert * sorted_.size());

@@ -40,7 +40,7 @@ ClippedSum clipped_sum(std::span<const double> w, std::span<const double> lo, st
     const Double4 v = at.get(&w[i]) - mu;
     const Double4 clipped = smaller(larger(v, at.get(&lo[i])), at.get(&hi[i]));
     sum += at.keep(clipped);
-    free -= at.keep(clipped == v);  // comparisons give -1
+    free -= at.keep_int(clipped == v);  // comparisons give -1
   });
   return {sum_of(sum), static_cast<double>(sum_of(free))};
 }

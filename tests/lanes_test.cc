@@ -42,7 +42,7 @@ TEST(Lanes, CountsOnlyWhereThereAreElements) {
   for (std::size_t n = 0; n <= 13; ++n) {
     const std::vector<std::int64_t> zeros(n, 0);
     Int4 found{};
-    for_each_four(n, [&](std::size_t i, auto at) { found -= at.keep(at.get(&zeros[i]) == 0.0); });
+    for_each_four(n, [&](std::size_t i, auto at) { found -= at.keep_int(at.get(&zeros[i]) == 0.0); });
     EXPECT_EQ(sum_of(found), static_cast<std::int64_t>(n));
   }
 }

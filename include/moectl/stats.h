@@ -201,10 +201,14 @@ class RoutingStats {
     kArrayCount,
     kFirstSigned = kExpertLossSum
   };
-  std::int64_t scalar(Scalar which) const { return sums_.empty() ? 0 : sums_[which]; }
+  std::int64_t scalar(Scalar which) const {
+    return sums_.empty() ? 0 : sums_[static_cast<std::size_t>(which)];
+  }
   std::span<const std::int64_t> array(Array which) const;
   /// For readers of recorded sums: direct access. The caller keeps the sums consistent.
-  void set_scalar(Scalar which, std::int64_t value) { sums_[which] = value; }
+  void set_scalar(Scalar which, std::int64_t value) {
+    sums_[static_cast<std::size_t>(which)] = value;
+  }
   std::span<std::int64_t> mutable_array(Array which);
 
  private:

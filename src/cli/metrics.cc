@@ -341,7 +341,9 @@ int print_comparison(LogReader& reader, const Measuring& how, const Options& opt
   std::vector<std::string> header = {"metric", "layer", first, second, "difference"};
   if (options.format == "csv") print_csv(header);
   Table table(header);
-  for (const auto& [layer, left] : a.layers()) {
+  for (const auto& of_layer : a.layers()) {
+    const int layer = of_layer.first;
+    const Window::Layer& left = of_layer.second;
     const auto it = b.layers().find(layer);
     if (it == b.layers().end() || it->second.stats.experts() != left.stats.experts()) continue;
     const Window::Layer& right = it->second;
