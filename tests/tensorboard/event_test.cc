@@ -1,5 +1,5 @@
 // Event files read back by readers that share nothing with the writer: protobuf of the system with the public schema,
-// framing and checksum by hand, and TensorBoard itself where Python has it.
+// framing and checksum by hand. Readers that others wrote: readers_test.mjs.
 #include <gmock/gmock.h>
 #include <google/protobuf/descriptor.pb.h>
 #include <google/protobuf/dynamic_message.h>
