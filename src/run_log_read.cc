@@ -1,6 +1,4 @@
 // JSON lines → records, strictly: what is accepted can be replayed, what is not names its line and field.
-#include <nlohmann/json.hpp>
-
 #include <algorithm>
 #include <cmath>
 #include <filesystem>
@@ -8,6 +6,7 @@
 #include <set>
 #include <utility>
 
+#include "json_line.h"
 #include "log_lines.h"
 #include "moectl/run_log.h"
 
@@ -24,84 +23,77 @@ constexpr double kLargestSum = 5.4e11;
 /// One line being read: reads fields by name and type; a LogError names the line, the field and the value.
 class Line {
  public:
-  Line(const std::string& file, std::int64_t number, const json& object)
+  Line(const std::string& file, std::int64_t number, const JsonNode& object)
       : file_(file), number_(number), object_(object) {}
 
   [[noreturn]] void fail(const std::string& field, const std::string& value,
                          const std::string& constraint) const {
     throw LogError(file_ + ':' + std::to_string(number_) + ": " + field + ": " + value + ": " + constraint);
   }
-  [[noreturn]] void reject(const std::string& field, const json& value, const std::string& constraint) const {
-    std::string text = value.dump(-1, ' ', false, json::error_handler_t::replace);
+  [[noreturn]] void reject(const std::string& field, const JsonNode& value,
+                           const std::string& constraint) const {
+    std::string text = value.dump();
     if (text.size() > 60) text = text.substr(0, 60) + "...";
     fail(field, text, constraint);
   }
 
-  const json* find(const char* field) const {
-    const auto it = object_.find(field);
-    return it == object_.end() ? nullptr : &*it;
-  }
-  const json& need(const char* field) const {
-    const json* value = find(field);
+  const JsonNode* find(std::string_view field) const { return object_.find(field); }
+  const JsonNode& need(const char* field) const {
+    const JsonNode* value = find(field);
     if (!value) fail(field, "missing", "required");
     return *value;
   }
 
-  std::int64_t integer(const std::string& field, const json& value, std::int64_t least = 0,
+  std::int64_t integer(const std::string& field, const JsonNode& value, std::int64_t least = 0,
                        std::int64_t most = kLargestInteger) const {
-    if (!value.is_number_integer()) reject(field, value, "must be a whole number");
-    if (value.is_number_unsigned() ? value.get<std::uint64_t>() > static_cast<std::uint64_t>(most)
-                                   : value.get<std::int64_t>() > most) {
+    if (!value.is_integer()) reject(field, value, "must be a whole number");
+    if (value.is_unsigned() ? value.as_unsigned() > static_cast<std::uint64_t>(most)
+                            : value.as_integer() > most) {
       reject(field, value,
              most == kLargestInteger ? "must be at most 2^53" : "must be at most " + std::to_string(most));
     }
-    if (!value.is_number_unsigned() && value.get<std::int64_t>() < least) {
-      reject(field, value, "must be at least " + std::to_string(least));
-    }
-    if (value.get<std::int64_t>() < least) reject(field, value, "must be at least " + std::to_string(least));
-    return value.get<std::int64_t>();
+    if (value.as_integer() < least) reject(field, value, "must be at least " + std::to_string(least));
+    return value.as_integer();
   }
-  double number(const std::string& field, const json& value) const {
+  double number(const std::string& field, const JsonNode& value) const {
     if (!value.is_number()) reject(field, value, "must be a number");
-    return value.get<double>();
+    return value.as_double();
   }
-  std::string text(const std::string& field, const json& value) const {
-    if (!value.is_string() || value.get_ref<const std::string&>().empty()) {
-      reject(field, value, "must be a word in quotes");
-    }
-    return value.get<std::string>();
+  std::string text(const std::string& field, const JsonNode& value) const {
+    if (!value.is_string() || value.text().empty()) reject(field, value, "must be a word in quotes");
+    return std::string(value.text());
   }
   /// Checks that the value is an array of one element an expert.
-  void check_array(const std::string& field, const json& value, std::size_t experts) const {
+  void check_array(const std::string& field, const JsonNode& value, std::size_t experts) const {
     if (!value.is_array()) reject(field, value, "must be an array");
     if (value.size() != experts) {
       fail(field, std::to_string(value.size()) + " values",
            "must have " + std::to_string(experts) + ", one for each expert");
     }
   }
-  void integers(const std::string& field, const json& value, std::span<std::int64_t> out) const {
+  void integers(const std::string& field, const JsonNode& value, std::span<std::int64_t> out) const {
     check_array(field, value, out.size());
     for (std::size_t i = 0; i < out.size(); ++i) {
       // Names of elements cost more than the elements: only those at fault get one.
-      const auto* plain = value[i].get_ptr<const std::uint64_t*>();
-      out[i] = plain && *plain <= static_cast<std::uint64_t>(kLargestInteger)
-                   ? static_cast<std::int64_t>(*plain)
-                   : integer(at(field, i), value[i]);
+      const JsonNode& element = value[i];
+      out[i] = element.is_unsigned() && element.as_unsigned() <= static_cast<std::uint64_t>(kLargestInteger)
+                   ? element.as_integer()
+                   : integer(at(field, i), element);
     }
   }
   /// Sums in fixed point.
-  std::int64_t fixed(const std::string& field, const json& value) const {
+  std::int64_t fixed(const std::string& field, const JsonNode& value) const {
     const double sum = number(field, value);
     if (!(sum >= 0)) reject(field, value, "must be at least 0");
     if (!(sum <= kLargestSum)) reject(field, value, "must be at most 5.4e11");
     return std::llrint(sum / kFixedUnit);
   }
-  void fixed(const std::string& field, const json& value, std::span<std::int64_t> out) const {
+  void fixed(const std::string& field, const JsonNode& value, std::span<std::int64_t> out) const {
     check_array(field, value, out.size());
     for (std::size_t i = 0; i < out.size(); ++i) {
-      const auto* plain = value[i].get_ptr<const double*>();
-      out[i] = plain && *plain >= 0 && *plain <= kLargestSum ? std::llrint(*plain / kFixedUnit)
-                                                             : fixed(at(field, i), value[i]);
+      const JsonNode& element = value[i];
+      const double sum = element.is_number() ? element.as_double() : -1;
+      out[i] = sum >= 0 && sum <= kLargestSum ? std::llrint(sum / kFixedUnit) : fixed(at(field, i), element);
     }
   }
   /// All of a group of fields, or none.
@@ -122,47 +114,57 @@ class Line {
  private:
   const std::string& file_;
   std::int64_t number_;
-  const json& object_;
+  const JsonNode& object_;
 };
 
-LogHeader read_header(const Line& line, const json& object, bool any_version = false) {
+LogHeader read_header(const Line& line, const JsonNode& object, bool any_version = false) {
   LogHeader header;
-  const std::string format = line.text("format", object.at("format"));
+  const std::string format = line.text("format", line.need("format"));
   if (format != "moectl-trace" && format != "moectl-run") {
-    line.reject("format", object.at("format"), "must be moectl-trace or moectl-run");
+    line.reject("format", line.need("format"), "must be moectl-trace or moectl-run");
   }
   header.is_run = format == "moectl-run";
   if (!any_version && line.integer("version", line.need("version")) != 1) {
-    line.reject("version", object.at("version"), "must be 1, the only version there is");
+    line.reject("version", line.need("version"), "must be 1, the only version there is");
   }
   constexpr std::int64_t kMost = 1 << 30;
-  const json* from = &object;
+  const JsonNode* from = &object;
   std::string prefix;
   if (header.is_run) {
-    const json& config = line.need("config");
+    const JsonNode& config = line.need("config");
     if (!config.is_object()) line.reject("config", config, "must be an object");
     header.config_json = config.dump();
-    const auto model = config.find("model");
-    if (model == config.end() || !model->is_object()) line.fail("config.model", "missing", "required");
-    from = &*model;
+    const JsonNode* model = config.find("model");
+    if (!model || !model->is_object()) line.fail("config.model", "missing", "required");
+    from = model;
     prefix = "config.model.";
   }
   for (const auto& [key, out] : {std::pair{"layers", &header.layers}, std::pair{"experts", &header.experts},
                                  std::pair{"top_k", &header.top_k}}) {
-    if (const auto it = from->find(key); it != from->end()) {
-      *out = static_cast<int>(line.integer(prefix + key, *it, 1, kMost));
+    if (const JsonNode* value = from->find(key)) {
+      *out = static_cast<int>(line.integer(prefix + key, *value, 1, kMost));
     }
   }
   if (header.top_k && header.experts && *header.top_k > *header.experts) {
     line.fail(prefix + "top_k", std::to_string(*header.top_k),
               "must be at most experts (" + std::to_string(*header.experts) + ")");
   }
-  if (const json* shift = line.find("shift")) header.shift = line.integer("shift", *shift);
-  if (const json* piece = line.find("piece")) header.piece = line.integer("piece", *piece, 1);
+  if (const JsonNode* shift = line.find("shift")) header.shift = line.integer("shift", *shift);
+  if (const JsonNode* piece = line.find("piece")) header.piece = line.integer("piece", *piece, 1);
   return header;
 }
 
 // ---- The sums of a record. ----
+
+/// The domains of a record, by name.
+using Domains = std::vector<std::pair<std::string_view, const JsonNode*>>;
+
+Domains domains_of(const JsonNode& object) {
+  Domains domains;
+  for (const JsonNode& member : object) domains.emplace_back(member.key(), &member);
+  std::ranges::sort(domains, {}, &Domains::value_type::first);
+  return domains;
+}
 
 void read_sequences(const Line& line, RoutingStats& stats) {
   stats.set_scalar(RoutingStats::kSequences, line.integer("sequences", line.need("sequences")));
@@ -184,12 +186,12 @@ void read_probabilities(const Line& line, RoutingStats& stats) {
 
 /// For each expert the number of its first bin that holds a token, and the counts from there on. Every token
 /// has a margin for every expert.
-void read_margins(const Line& line, const json& margins, RoutingStats& stats) {
+void read_margins(const Line& line, const JsonNode& margins, RoutingStats& stats) {
   const std::span<std::int64_t> all = stats.mutable_array(RoutingStats::kMargins);
   line.check_array("margins", margins, stats.counts().size());
   for (std::size_t i = 0; i < margins.size(); ++i) {
     const std::string field = Line::at("margins", i);
-    const json& entry = margins[i];
+    const JsonNode& entry = margins[i];
     if (!entry.is_array() || entry.empty()) line.reject(field, entry, "must be an array: first bin, counts");
     const auto first = static_cast<std::size_t>(
         line.integer(Line::at(field, 0), entry[0], 0, static_cast<std::int64_t>(kMarginBins)));
@@ -208,7 +210,7 @@ void read_margins(const Line& line, const json& margins, RoutingStats& stats) {
 }
 
 /// Losses are means over each expert's assignments, null where it had none; the sums weigh them by those.
-void read_losses(const Line& line, const std::string& field, const json& losses,
+void read_losses(const Line& line, const std::string& field, const JsonNode& losses,
                  std::span<const std::int64_t> counts, std::span<std::int64_t> sums,
                  std::span<std::int64_t> tokens) {
   constexpr double kMost = kLargestSum / 2;  // of either sign: RoutingStats::valid() wants them under 2^62
@@ -216,7 +218,7 @@ void read_losses(const Line& line, const std::string& field, const json& losses,
   for (std::size_t i = 0; i < sums.size(); ++i) {
     if (losses[i].is_null()) continue;
     if (!losses[i].is_number()) line.reject(Line::at(field, i), losses[i], "must be a number");
-    const double sum = losses[i].get<double>() * static_cast<double>(counts[i]);
+    const double sum = losses[i].as_double() * static_cast<double>(counts[i]);
     if (!(std::abs(sum) <= kMost)) {
       line.reject(Line::at(field, i), losses[i], "must be at most 2.7e11 in sum over its tokens");
     }
@@ -226,29 +228,32 @@ void read_losses(const Line& line, const std::string& field, const json& losses,
 }
 
 /// `domain_loss` is the mean over each (domain, expert)'s assignments, null where it had none.
-void read_domain_losses(const Line& line, const json& losses, const json& domains, RoutingStats& stats) {
+void read_domain_losses(const Line& line, const JsonNode& losses, const Domains& domains,
+                        RoutingStats& stats) {
   if (!losses.is_object()) line.reject("domain_loss", losses, "must be an object of arrays");
   const std::size_t n = stats.counts().size();
-  for (const auto& [name, values] : losses.items()) {
-    const auto it = domains.find(name);
-    if (it == domains.end()) line.fail("domain_loss." + name, "unknown", "must be in domain_counts");
+  for (const JsonNode& values : losses) {
+    const std::string field = "domain_loss." + std::string(values.key());
+    const auto it = std::ranges::lower_bound(domains, values.key(), {}, &Domains::value_type::first);
+    if (it == domains.end() || it->first != values.key())
+      line.fail(field, "unknown", "must be in domain_counts");
     const auto d = static_cast<std::size_t>(std::distance(domains.begin(), it));
-    read_losses(line, "domain_loss." + name, values, stats.domain_counts(static_cast<int>(d)),
+    read_losses(line, field, values, stats.domain_counts(static_cast<int>(d)),
                 stats.mutable_array(RoutingStats::kDomainLossSum).subspan(d * n, n),
                 stats.mutable_array(RoutingStats::kDomainLossTokens).subspan(d * n, n));
   }
 }
 
-void read_domains(const Line& line, const json& domains, RoutingStats& stats) {
+void read_domains(const Line& line, const Domains& domains, RoutingStats& stats) {
   const auto counts = stats.counts();
   const std::span<std::int64_t> all = stats.mutable_array(RoutingStats::kDomainCounts);
   std::vector<std::int64_t> sums(counts.size(), 0);
   std::size_t at = 0;
   std::int64_t assignments = 0;
-  for (const auto& [name, values] : domains.items()) {
-    const std::string field = "domain_counts." + name;
+  for (const auto& [name, values] : domains) {
+    const std::string field = "domain_counts." + std::string(name);
     const std::span<std::int64_t> out = all.subspan(at++ * counts.size(), counts.size());
-    line.integers(field, values, out);
+    line.integers(field, *values, out);
     for (std::size_t i = 0; i < out.size(); ++i) {
       sums[i] += out[i];
       assignments += out[i];
@@ -277,14 +282,15 @@ void check_sum(const Line& line, std::span<const std::int64_t> counts, std::int6
   }
 }
 
-RoutingStats read_stats(const Line& line, const LogHeader& header, std::int64_t tokens, const json& counts) {
+RoutingStats read_stats(const Line& line, const LogHeader& header, std::int64_t tokens,
+                        const JsonNode& counts) {
   if (!counts.is_array() || counts.empty())
     line.reject("counts", counts, "must be an array, one for each expert");
   if (header.experts) line.check_array("counts", counts, static_cast<std::size_t>(*header.experts));
   StatsShape shape;
   shape.experts = static_cast<int>(counts.size());
   shape.top_k = header.top_k.value_or(0);
-  if (const json* top_k = line.find("top_k")) {
+  if (const JsonNode* top_k = line.find("top_k")) {
     shape.top_k = static_cast<int>(line.integer("top_k", *top_k, 1, shape.experts));
     if (header.top_k && shape.top_k != *header.top_k) {
       line.reject("top_k", *top_k, "must be " + std::to_string(*header.top_k) + ", as the first line says");
@@ -292,13 +298,13 @@ RoutingStats read_stats(const Line& line, const LogHeader& header, std::int64_t 
   } else if (!header.top_k) {
     line.fail("top_k", "missing", "required where the first line does not give it");
   }
-  const json* gap = line.find("gap_sum");
-  const json* gradients = line.find("grad_norm");
-  const json* losses = line.find("expert_loss");
-  const json* latencies = line.find("latency");
-  const json* margins = line.find("margins");
-  const json* domains = line.find("domain_counts");
-  const json* domain_losses = line.find("domain_loss");
+  const JsonNode* gap = line.find("gap_sum");
+  const JsonNode* gradients = line.find("grad_norm");
+  const JsonNode* losses = line.find("expert_loss");
+  const JsonNode* latencies = line.find("latency");
+  const JsonNode* margins = line.find("margins");
+  const JsonNode* domains = line.find("domain_counts");
+  const JsonNode* domain_losses = line.find("domain_loss");
   if (domain_losses && !domains) line.fail("domain_counts", "missing", "required with domain_loss");
   if (domains && !domains->is_object()) line.reject("domain_counts", *domains, "must be an object of arrays");
   shape.needs = {.gap = gap != nullptr,
@@ -320,7 +326,7 @@ RoutingStats read_stats(const Line& line, const LogHeader& header, std::int64_t 
   }
   if (shape.needs.sequences) read_sequences(line, stats);
   if (shape.needs.probabilities) read_probabilities(line, stats);
-  if (const json* dropped = line.find("dropped"); dropped && !dropped->is_null()) {
+  if (const JsonNode* dropped = line.find("dropped"); dropped && !dropped->is_null()) {
     stats.set_scalar(RoutingStats::kDropped, line.integer("dropped", *dropped, 0, stats.assignments()));
     stats.set_scalar(RoutingStats::kDropTokens, tokens);
   }
@@ -338,30 +344,34 @@ RoutingStats read_stats(const Line& line, const LogHeader& header, std::int64_t 
                 stats.mutable_array(RoutingStats::kExpertLossTokens));
   }
   if (margins) read_margins(line, *margins, stats);
-  if (domains) read_domains(line, *domains, stats);
-  if (domain_losses) read_domain_losses(line, *domain_losses, *domains, stats);
+  if (domains) {
+    const Domains by_name = domains_of(*domains);
+    read_domains(line, by_name, stats);
+    if (domain_losses) read_domain_losses(line, *domain_losses, by_name, stats);
+  }
   return stats;
 }
 
 // ---- What only run logs have. ----
 
-void read_values(const Line& line, const std::string& field, const json& entry, const char* key,
+void read_values(const Line& line, const std::string& field, const JsonNode& entry, const char* key,
                  std::vector<double>& out) {
-  const auto it = entry.find(key);
-  if (it == entry.end() || it->is_null()) return;
+  const JsonNode* it = entry.find(key);
+  if (!it || it->is_null()) return;
   if (!it->is_array()) line.reject(field + '.' + key, *it, "must be an array");
   out.reserve(it->size());
   for (std::size_t i = 0; i < it->size(); ++i) {
-    const json& value = (*it)[i];
-    if (const auto* plain = value.get_ptr<const double*>()) {
-      out.push_back(*plain);
+    const JsonNode& value = (*it)[i];
+    if (value.is_number()) {
+      out.push_back(value.as_double());
     } else {
       out.push_back(value.is_null() ? std::nan("") : line.number(Line::at(field + '.' + key, i), value));
     }
   }
 }
 
-void read_extent(const Line& line, const std::string& field, const json& entry, LoggedActuator& actuator) {
+void read_extent(const Line& line, const std::string& field, const JsonNode& entry,
+                 LoggedActuator& actuator) {
   if (!actuator.applied.empty()) {
     const auto [min, max] = std::minmax_element(actuator.applied.begin(), actuator.applied.end());
     actuator.min = *min;
@@ -369,36 +379,40 @@ void read_extent(const Line& line, const std::string& field, const json& entry, 
     return;
   }
   for (const auto& [key, out] : {std::pair{"min", &actuator.min}, std::pair{"max", &actuator.max}}) {
-    const auto it = entry.find(key);
-    if (it != entry.end() && !it->is_null()) *out = line.number(field + '.' + key, *it);
+    const JsonNode* value = entry.find(key);
+    if (value && !value->is_null()) *out = line.number(field + '.' + key, *value);
   }
 }
 
-void read_words(const Line& line, const std::string& field, const json& list, std::vector<std::string>& out) {
+void read_words(const Line& line, const std::string& field, const JsonNode& list,
+                std::vector<std::string>& out) {
   if (!list.is_array()) line.reject(field, list, "must be an array");
   for (std::size_t i = 0; i < list.size(); ++i) out.push_back(line.text(Line::at(field, i), list[i]));
 }
 
 void read_decisions(const Line& line, LogRecord& record) {
-  if (const json* metrics = line.find("metrics")) {
+  if (const JsonNode* metrics = line.find("metrics")) {
     if (!metrics->is_object()) line.reject("metrics", *metrics, "must be an object");
-    for (const auto& [name, value] : metrics->items()) {
+    for (const JsonNode& value : *metrics) {
       if (value.is_null() || value.is_array()) continue;
-      record.metrics.emplace(name, line.number("metrics." + name, value));
+      const std::string name(value.key());
+      record.metrics.emplace(name,
+                             value.is_number() ? value.as_double() : line.number("metrics." + name, value));
     }
   }
-  if (const json* health = line.find("health")) record.health = line.text("health", *health);
-  if (const json* alerts = line.find("alerts")) read_words(line, "alerts", *alerts, record.alerts);
-  if (const json* actuators = line.find("actuators")) {
+  if (const JsonNode* health = line.find("health")) record.health = line.text("health", *health);
+  if (const JsonNode* alerts = line.find("alerts")) read_words(line, "alerts", *alerts, record.alerts);
+  if (const JsonNode* actuators = line.find("actuators")) {
     if (!actuators->is_object()) line.reject("actuators", *actuators, "must be an object");
-    for (const auto& [name, entry] : actuators->items()) {
+    for (const JsonNode& entry : *actuators) {
+      const std::string name(entry.key());
       const std::string field = "actuators." + name;
       if (!entry.is_object()) line.reject(field, entry, "must be an object");
       LoggedActuator& actuator = record.actuators[name];
       read_values(line, field, entry, "proposed", actuator.proposed);
       read_values(line, field, entry, "applied", actuator.applied);
       read_extent(line, field, entry, actuator);
-      if (const auto reasons = entry.find("reasons"); reasons != entry.end()) {
+      if (const JsonNode* reasons = entry.find("reasons")) {
         read_words(line, field + ".reasons", *reasons, actuator.reasons);
       }
     }
@@ -409,28 +423,29 @@ LogRecord read_record(const Line& line, const LogHeader& header, std::int64_t nu
   LogRecord record;
   record.line = number;
   record.step = line.integer("step", line.need("step"));
-  const json& layer = line.need("layer");
+  const JsonNode& layer = line.need("layer");
   const bool whole_model = header.is_run && layer.is_null();
   if (!whole_model) {
     const std::int64_t last = header.layers ? *header.layers - 1 : std::int64_t{1} << 30;
     record.layer = static_cast<int>(line.integer("layer", layer, 0, last));
   }
-  if (const json* tag = line.find("tag")) record.tag = line.text("tag", *tag);
-  if (const json* loss = line.find("loss"); loss && !loss->is_null())
+  if (const JsonNode* tag = line.find("tag")) record.tag = line.text("tag", *tag);
+  if (const JsonNode* loss = line.find("loss"); loss && !loss->is_null())
     record.loss = line.number("loss", *loss);
-  if (const json* mixture = line.find("next_mixture")) {
+  if (const JsonNode* mixture = line.find("next_mixture")) {
     if (!mixture->is_object()) line.reject("next_mixture", *mixture, "must be an object of token counts");
-    for (const auto& [name, tokens] : mixture->items()) {
+    for (const JsonNode& tokens : *mixture) {
+      const std::string name(tokens.key());
       record.next_mixture[name] = line.integer("next_mixture." + name, tokens);
     }
   }
   if (!whole_model) {
     record.tokens = line.integer("tokens", line.need("tokens"));
     // A run log with `per_expert: false` has no counts; a trace without them is none.
-    const json* counts = header.is_run ? line.find("counts") : &line.need("counts");
+    const JsonNode* counts = header.is_run ? line.find("counts") : &line.need("counts");
     if (counts) record.stats = read_stats(line, header, record.tokens, *counts);
-    if (const json* domains = line.find("domain_counts"); domains && counts) {
-      for (const auto& item : domains->items()) record.domains.push_back(item.key());
+    if (const JsonNode* domains = line.find("domain_counts"); domains && counts) {
+      for (const auto& [name, values] : domains_of(*domains)) record.domains.emplace_back(name);
     }
   }
   if (header.is_run) read_decisions(line, record);
@@ -502,9 +517,10 @@ std::string range_of(const std::string& word, std::int64_t from, std::int64_t to
 }
 
 /// Pieces of one log differ in their number alone.
-json without_number(json header) {
-  header.erase("piece");
-  return header;
+json without_number(const JsonNode& header) {
+  json object = json::parse(header.dump());
+  object.erase("piece");
+  return object;
 }
 
 }  // namespace
@@ -528,7 +544,7 @@ struct LogReader::File {
       do {
         if (!lines->next(text)) return false;
       } while (text.find_first_not_of(" \t\r") == std::string_view::npos);
-      object = json::parse(text);
+      parsed.parse(text);
     } catch (const LogError& e) {
       throw Damage(e.what());
     } catch (const json::exception& e) {
@@ -538,34 +554,36 @@ struct LogReader::File {
                    std::string(what.substr(said == std::string_view::npos ? 0 : said + 2)) +
                    (lines->complete() ? "" : " (the file ends within this line)"));
     }
-    if (!object.is_object()) {
+    if (!object().is_object()) {
       try {
-        line().reject("line", object, "must be a JSON object");
+        line().reject("line", object(), "must be a JSON object");
       } catch (const LogError& e) {
         throw Damage(e.what());
       }
     }
     return true;
   }
-  Line line() const { return {lines->name(), lines->number(), object}; }
+  const JsonNode& object() const { return parsed.value(); }
+  bool is_header() const { return object().find("format") != nullptr; }
+  Line line() const { return {lines->name(), lines->number(), object()}; }
 
   /// The first line of the file: a header, or a record of a trace without one.
   void read_first() {
     try {
       if (!next_object()) return;
-      if (!object.contains("format")) {
+      if (!is_header()) {
         first_is_record = true;
         return;
       }
-      header = read_header(line(), object);
+      header = read_header(line(), object());
     } catch (const LogError& e) {
       pass_over(e, true);
-      if (!object.is_object() || !object.contains("format")) return;
+      if (!is_header()) return;
       // Of another version, what is named and formed as in this one is read.
-      header = read_header(line(), object, true);
+      header = read_header(line(), object(), true);
       other_version = true;
     }
-    first_line = without_number(object);
+    first_line = without_number(object());
   }
 
   /// Begins with the oldest piece that is left of a rotated log.
@@ -609,12 +627,12 @@ struct LogReader::File {
   void read_header_again() {
     try {
       if (!next_object()) return;
-      if (!object.contains("format")) {
+      if (!is_header()) {
         first_is_record = true;
         return;
       }
-      const LogHeader next = read_header(line(), object, other_version);
-      if (without_number(object) == first_line && next.piece > header.piece) {
+      const LogHeader next = read_header(line(), object(), other_version);
+      if (without_number(object()) == first_line && next.piece > header.piece) {
         header.piece = next.piece;
       } else {
         join();
@@ -627,18 +645,18 @@ struct LogReader::File {
   /// A header where a record should be, or a piece of something else.
   void join() {
     const std::string fault = lines->name() + ':' + std::to_string(lines->number()) +
-                              ": format: " + object["format"].dump() +
+                              ": format: " + object().find("format")->dump() +
                               ": must stand in the first line: two files were joined here";
     if (reading == Reading::kStrict) throw Damage(fault);
     joined = true;
     if (follow) {
       // Who follows wants to see the run that goes on now.
-      header = read_header(line(), object, true);
-      first_line = without_number(object);
+      header = read_header(line(), object(), true);
+      first_line = without_number(object());
       seen = Seen();
       holes = Holes();
       note("passed over: " + fault + "; a new run begins");
-    } else if (without_number(object) == first_line) {
+    } else if (without_number(object()) == first_line) {
       note("passed over: " + fault + "; the same run goes on, its repeated steps are passed over");
     } else {
       const std::int64_t from = lines->number();
@@ -657,7 +675,7 @@ struct LogReader::File {
         if (!next_piece()) return std::nullopt;
         if (std::exchange(first_is_record, false)) break;
       }
-      while (object.contains("format")) {
+      while (is_header()) {
         join();
         if (!next_object()) return std::nullopt;
       }
@@ -697,7 +715,8 @@ struct LogReader::File {
   std::function<bool()> follow;
   std::unique_ptr<LogLines> lines;
   std::vector<std::string> pending;  // pieces still to be read
-  json object, first_line;
+  JsonLine parsed;
+  json first_line;
   LogHeader header;
   bool first_is_record = false;
   bool other_version = false, joined = false;

@@ -10,6 +10,7 @@
 #include <sstream>
 #include <thread>
 
+#include "allocation_counter.h"
 #include "moectl/prometheus.h"
 #include "process.h"
 #include "test_paths.h"
@@ -47,6 +48,25 @@ double sample(const std::string& text, const std::string& name) {
     if (line.starts_with(name + ' ')) return std::stod(line.substr(name.size() + 1));
   }
   return std::nan("");
+}
+
+// What the header promises to the training loop. Alerts, health and reasons come and go.
+TEST(PrometheusFeed, DoesNotAllocateInTheSteadyState) {
+  Controller controller(small_config());
+  PrometheusFeed feed("127.0.0.1:0");
+  std::int64_t allocated = 0;
+  controller.set_log(
+      [&](const StepReport& report) { allocated += testing::allocations_of([&] { feed.write(report); }); });
+  std::int64_t before = 0;
+  for (int step = 0; step < 400; ++step) {
+    if (step == 200) before = allocated;
+    record(controller, 0, {step % 50 < 20 ? 90 : 25, 25, 25, 25});
+    record(controller, 1, {25, 25, 25, step % 40 < 30 ? 0 : 25});
+    controller.step({.loss = 2.5});
+  }
+  EXPECT_GT(before, 0);  // it does count
+  EXPECT_EQ(allocated, before);
+  EXPECT_DOUBLE_EQ(sample(feed.text(), "moectl_steps_total"), 400);
 }
 
 TEST(PrometheusFeed, SaysWhatTheStepsSaid) {

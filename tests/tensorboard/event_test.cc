@@ -16,6 +16,7 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 
+#include "allocation_counter.h"
 #include "cli/tool.h"
 #include "moectl/config.h"
 #include "moectl/tensorboard.h"
@@ -180,6 +181,31 @@ TEST(TensorBoard, ScalarsAndHistogramsReadBack) {
   EXPECT_EQ(load["bucketLimit"][29], load["max"]);
   EXPECT_EQ(histograms["load/layer_1"]["bucket"].size(), 1U);  // all alike: one bucket
   EXPECT_FALSE(events[2].dump().find("histo") != std::string::npos);
+}
+
+// What the header promises to the training loop. Histograms, alerts, health and reasons come and go.
+TEST(TensorBoard, DoesNotAllocateInTheSteadyState) {
+  const TempDir dir;
+  Controller controller(small_config());
+  TensorBoardWriter board(dir.path("run"), {.histogram_every = 10});
+  std::int64_t allocated = 0;
+  controller.set_log(
+      [&](const StepReport& report) { allocated += testing::allocations_of([&] { board.write(report); }); });
+  std::int64_t before = 0;
+  for (int step = 0; step < 400; ++step) {
+    if (step == 200) before = allocated;
+    for (int layer = 0; layer < 2; ++layer) {
+      RoutingStats stats(controller.shape());
+      const std::int64_t counts[] = {layer == 0 && step % 50 < 20 ? 90 : 25, 25, 25, step % 40 < 30 ? 0 : 25};
+      std::ranges::copy(counts, stats.mutable_array(RoutingStats::kCounts).begin());
+      stats.set_scalar(RoutingStats::kTokens, counts[0] + counts[1] + counts[2] + counts[3]);
+      controller.record(layer, stats);
+    }
+    controller.step({.loss = 2.5});
+  }
+  EXPECT_GT(before, 0);  // it does count
+  EXPECT_EQ(allocated, before);
+  EXPECT_TRUE(board.ok());
 }
 
 TEST(TensorBoard, TheToolWritesTheSameFromALog) {
