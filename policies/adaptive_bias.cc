@@ -61,6 +61,14 @@
 // was applied less the feed-forward, so that this never integrates. It tells the router which domains a batch
 // holds and nothing about a single token, so causality in tokens stands.
 //
+// Rescue (`rescue: true`). A bias moves by at most one gap a step, so an expert that sinks by many gaps at once takes
+// long to come back. Where the router hands out all its scores, the layer's margins (margins.h) say how far it has to
+// go: an expert with e_i > 0.75 for three steps goes half of that way at each step instead,
+//
+//   b_i += 0.5 (τ_i - b_i),   τ_i - b_i = the move at which c̄_i tokens of this batch would have chosen i
+//
+// until it has a quarter of its load.
+//
 // Limitations
 // - An undeclared delay of more than a few steps makes it overshoot; declare it (`model.delay`).
 // - Lumpy routing (a dozen clusters of nearly identical tokens) moves whole clusters at once; no integral law
@@ -90,6 +98,7 @@ struct Options {
   bool per_expert = true;
   std::string feedforward = "off";
   double feedforward_share = 0.8;
+  bool rescue = false;
 
   static Options from(const PolicyOptions& o) {
     return {.form = o.text("form"),
@@ -101,7 +110,8 @@ struct Options {
             .gap_ema = o.number("gap_ema"),
             .per_expert = o.flag("per_expert"),
             .feedforward = o.text("feedforward"),
-            .feedforward_share = o.number("feedforward_share")};
+            .feedforward_share = o.number("feedforward_share"),
+            .rescue = o.flag("rescue")};
   }
 };
 
@@ -135,6 +145,11 @@ double likeness(double a, double b) {
   const double square = a * a + b * b;
   return 2 * a * b / (square > 0 ? square : 1.0);
 }
+
+// Rescue: who starves, for how long before it counts, and the share of the way back that is gone at once.
+constexpr double kStarving = 0.75;
+constexpr std::int64_t kStarvedFor = 3;
+constexpr double kRescue = 0.5;
 
 // What each domain does to the loads, learnt from tagged counts; and what the next mixture will therefore do.
 class Feedforward {
@@ -230,6 +245,7 @@ class AdaptiveBias final : public Policy {
         lag_count_(2 * first_lag_ + 6),
         experts_(static_cast<std::size_t>(context.experts)),
         errors_(experts_, 0.0),
+        starving_(options.rescue ? experts_ : 0, 0),
         history_((first_lag_ + lag_count_ - 1) * experts_, 0.0),
         norms_(first_lag_ + lag_count_ - 1, 0.0),
         correlations_(lag_count_, 0.0),
@@ -240,7 +256,7 @@ class AdaptiveBias final : public Policy {
     if (options_.feedforward == "tags") feedforward_.emplace(context.domains, experts_);
   }
 
-  StatsNeeds needs() const override { return {.gap = options_.form != "counts"}; }
+  StatsNeeds needs() const override { return {.gap = options_.form != "counts", .margins = options_.rescue}; }
 
   void propose(const LayerView& layer, std::span<double> bias) override {
     const std::optional<double> gap = measured_gap(layer.stats);
@@ -250,6 +266,7 @@ class AdaptiveBias final : public Policy {
     tune_gain();
     const double step = gain_ * (uses_gap_ ? gap_ : 1.0);
     for (std::size_t i = 0; i < experts_; ++i) bias[i] += step * shares_[i] * clip_error(errors_[i]);
+    if (options_.rescue) rescue(layer, step, bias);
     if (feedforward_) {
       feedforward_->learn(layer.stats, layer.targets);
       for (std::size_t i = 0; i < experts_; ++i) bias[i] -= feedforward_->in_force()[i];
@@ -280,6 +297,7 @@ class AdaptiveBias final : public Policy {
     out.put("adaptive_shares", shares_);
     out.put("adaptive_own_near", own_near_);
     out.put("adaptive_own_half", own_half_);
+    out.put("adaptive_starving", starving_);
     if (feedforward_) feedforward_->save(out);
   }
 
@@ -300,6 +318,7 @@ class AdaptiveBias final : public Policy {
     in.get("adaptive_shares", shares_);
     in.get("adaptive_own_near", own_near_);
     in.get("adaptive_own_half", own_half_);
+    in.get("adaptive_starving", starving_);
     if (feedforward_) feedforward_->load(in);
   }
 
@@ -372,6 +391,19 @@ class AdaptiveBias final : public Policy {
     ++past_;
   }
 
+  // In place of the integral step, half of what the margins say is lacking.
+  void rescue(const LayerView& layer, double step, std::span<double> bias) {
+    const bool known = layer.stats.has_margins();
+    const auto total = static_cast<double>(layer.stats.assignments());
+    for (std::size_t i = 0; i < experts_; ++i) {
+      starving_[i] = errors_[i] > kStarving ? starving_[i] + 1 : 0;
+      if (!known || starving_[i] < kStarvedFor) continue;
+      const double lacking =
+          margin_quantile(layer.stats.margins(static_cast<int>(i)), layer.targets[i] * total);
+      bias[i] += kRescue * lacking - step * shares_[i] * clip_error(errors_[i]);
+    }
+  }
+
   std::span<const double> errors_before(std::int64_t lag) const {
     if (lag > past_) return {};
     const auto row = static_cast<std::size_t>((past_ - lag) % static_cast<std::int64_t>(norms_.size()));
@@ -429,8 +461,9 @@ class AdaptiveBias final : public Policy {
   bool planned_ = false;  // the last propose() went through to its end
   std::optional<Feedforward> feedforward_;
   std::vector<double> errors_;
-  std::vector<double> history_;  // [rows × N], a ring: the errors of window w in row w % rows
-  std::vector<double> norms_;    // [rows]
+  std::vector<std::int64_t> starving_;  // steps in a row [N]; empty without rescue
+  std::vector<double> history_;         // [rows × N], a ring: the errors of window w in row w % rows
+  std::vector<double> norms_;           // [rows]
   std::vector<double> correlations_;
   std::vector<double> shares_;               // h [N]
   std::vector<double> own_near_, own_half_;  // ρ(D), ρ(2D-1) [N]
@@ -447,6 +480,10 @@ std::string check(const PolicyContext& context, const PolicyOptions& options) {
     if (o.form == "counts") return "feedforward: tags: needs the gap";
     if (context.delay > 0)
       return "feedforward: tags: needs routing that is not late (model.delay: 0, lag: 0)";
+  }
+  if (o.rescue) {
+    if (context.top_k >= context.experts) return "rescue: true: needs top_k below the number of experts";
+    if (context.delay > 0) return "rescue: true: needs routing that is not late (model.delay: 0, lag: 0)";
   }
   if (o.gain_min > 0 && o.gain_max > 0 && o.gain_min > o.gain_max)
     return "gain_min: must not exceed gain_max";
@@ -519,6 +556,10 @@ PolicyDescription adaptive_bias() {
        .description = "f: share of the expected imbalance that is cancelled ahead",
        .min = 0,
        .max = 1},
+      {.name = "rescue",
+       .default_value = defaults.rescue,
+       .unit = "",
+       .description = "bring starved experts back by their margins; wants all of the router's scores"},
   };
   d.make = [](const PolicyContext& context, const PolicyOptions& options) {
     return std::make_unique<AdaptiveBias>(Options::from(options), context);

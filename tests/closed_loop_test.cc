@@ -133,6 +133,14 @@ TEST_P(AdaptiveBias, BringsASunkExpertBack) {
   EXPECT_LE(back - (r.lowest.begin() + 150), 35);
 }
 
+TEST_P(AdaptiveBias, RescueBringsASunkExpertBackSooner) {
+  SimulationOptions plant = this->plant();
+  plant.scenario = Scenario::kDead;
+  const Series r = run(config_for(plant, "adaptive_bias", {{"rescue", true}}), plant, 250);
+  const auto back = std::find_if(r.lowest.begin() + 150, r.lowest.end(), [](double l) { return l > 0.5; });
+  EXPECT_LE(back - (r.lowest.begin() + 150), 25);
+}
+
 INSTANTIATE_TEST_SUITE_P(
     Routers, AdaptiveBias,
     ::testing::Values(Cell{16, 2, 2048, SimulatedGate::kSigmoid, ScoreSpace::kProbability},

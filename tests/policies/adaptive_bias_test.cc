@@ -66,6 +66,38 @@ TEST(AdaptiveBias, ADeclaredDelayDividesTheFirstGain) {
   EXPECT_NEAR(rig.value[1], 0.5e-3 / 4, 1e-15);
 }
 
+// Expert 3 gets nothing for three windows: then it goes half of what its margins say it lacks. Four tokens, one wanted
+// for each expert; its margins are .125, .375, .375, .75 from a threshold of .625, so one token lies below x at the far
+// edge of the bin [.125, .1875): move .5 · .1875 where an integral step would be .25 gaps.
+TEST(AdaptiveBias, RescueGoesHalfTheWayThatTheMarginsSay) {
+  const auto rig_with = [](bool rescue) {
+    return PolicyRig("adaptive_bias", RigOptions{.experts = 4,
+                                                 .top_k = 1,
+                                                 .options = {{"form", std::string("gap")},
+                                                             {"adaptation", 0.0},
+                                                             {"per_expert", false},
+                                                             {"rescue", rescue}}});
+  };
+  const std::vector<std::int64_t> experts = {0, 1, 2, 0};
+  const std::vector<float> top = {0.75F, 0.5F, 0.75F, 0.5F, 0.75F, 0.5F, 0.75F, 0.5F};
+  const std::vector<float> scores = {0.75F, 0.5F, 0,     0.5F,  0.5F,  0.75F, 0,    0.25F,
+                                     0.5F,  0,    0.75F, 0.25F, 0.75F, 0.5F,  0.5F, -0.125F};
+  const auto window = [&](const PolicyRig& rig) {
+    RoutingStats stats(rig.shape());
+    EXPECT_TRUE(stats.add({.experts = experts, .top_values = top, .biased_scores = scores}));
+    return stats;
+  };
+  PolicyRig with = rig_with(true), without = rig_with(false);
+  const double step = 0.25 * 0.25;  // gain times gap; e_3 = 1
+  for (int i = 0; i < 3; ++i) {
+    EXPECT_EQ(with.value, without.value) << i;
+    with.step(window(with));
+    without.step(window(without));
+  }
+  // The mean goes out of both, a quarter of the difference.
+  EXPECT_NEAR(with.value[3] - without.value[3], 0.75 * (0.5 * 0.1875 - step), 1e-15);
+}
+
 // Domains that alternate at random, told to the law one batch ahead: closer to the floor than without.
 TEST(AdaptiveBias, FeedforwardCancelsWhatTheMixtureBrings) {
   const auto steady = [](const char* feedforward) {
