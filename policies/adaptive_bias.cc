@@ -9,10 +9,19 @@
 //   ρ_i(l) += (0.1/D) · (2 e_ti e_{t-l,i} / (e_ti² + e_{t-l,i}²) - ρ_i(l))        e clipped to ±1
 //   h_i = h_i · exp(0.3/D · ρ_i(2D-1))  if ρ_i(2D-1) < -0.5/√D
 //         h_i · exp(0.1/D · ρ_i(D))     if ρ_i(D) > 0.5/√D, else as it was
+//   h_i = h_i · max(1/4, e_{t-D,i} / (e_{t-D,i} - e_ti))^(1/D)  on a leap: from beyond 4n on one side to beyond
+//                                                          4n on the other; g and F fall by the mean of it
 //   h_i = clip(h_i / (geometric mean of h), 1/16, 8)
-//   b_i += g · h_i · Ḡ · clip(e_i, -1, 1),   b -= mean(b)
+//   n²   = max(floor², n² + 0.1 · (min(rms² e, 4n²) · (1 - max(r_D, 0)) - n²))
+//                                                          floor: the CV that perfect balance would show
+//   s(e) = x⁴ / (1 + x⁴),  x = e / 4n
+//   F    = max(g, clip(F · exp(adaptation · s(rms e) · drive), g_min, g_max))         3 adaptation if drive < 0
+//   g_i  = g + (F - g) · s(e_i) · max(0, 2 e_ti e_{t-D,i} / (e_ti² + e_{t-D,i}²))
+//   t_i  = t_i · max(0, 1 + min_l a_l + 0.8/√(N-1))      the factor only if min_l a_l is significant, as above
+//          + g/(16 D F) · g · h_i · Ḡ · (1 - s(e_i)) · e_i
+//   b_i += g_i · h_i · Ḡ · clip(e_i, -1, 1) + t_i,   b -= mean(b)
 //
-// Three facts carry it.
+// Five facts carry it.
 //
 // The gap is the unit. How many tokens change expert when a bias moves by δ is the density of tokens at the
 // selection threshold times δ, and the gap between the k-th and the (k+1)-th score is the inverse of that
@@ -34,6 +43,22 @@
 // expert's share h_i of the gain; what all experts have in common stays with g. Each pair of errors counts
 // the same, so that one large disturbance does not pass for a trend. `per_expert: false` leaves h_i at 1.
 //
+// What is far from the noise is none. The gain that whitens is small where noise is most of what is seen, and
+// too small when the data change and errors are twenty floors high. So an error of more than four times the
+// noise is met with a gain of its own, F, which is learnt in such times alone; as a Kalman filter's gain is
+// the larger the more of an error is not noise. Only while the expert's error keeps its sign: one that
+// overshoots under F gets no more of it. And one that leaps from far on one side to far on the other, as the
+// seldom chosen experts of a softmax do, has overshot beyond doubt, and the secant says by how much.
+// The noise is the floor where tokens are all that varies (metrics.h). Mixtures that vary from batch to batch
+// come on top and no floor knows of them: so it is the level of the errors that are unlike the last ones.
+//
+// What stays on one side near the floor is a trend. Routers sharpen and preferences form, most of it in the
+// first hundreds of steps, so the biases that are wanted move steadily, and a plain integrator trails them by
+// drift over gain: with many tokens that is more than the noise. t learns the drift from what the step leaves
+// over. An integrator that goes the share α of the way, with a trend that learns β of it, is critically damped
+// at β/α = α/4; F being about half a full step, g/16F is half of that. Errors far from the noise teach it
+// nothing, since they are being dealt with; and what swings is no trend, so a negative correlation sheds it.
+//
 // With a declared delay of d steps an error answers to the bias of D = d+1 steps ago, so nearer lags say
 // nothing about the gain. The first gain and its bounds are divided by D, and the lags reach to three times
 // D, past the half period 2D - 1 of the slowest oscillation that the delay can cause; by the correlation at
@@ -47,23 +72,11 @@
 // fits common routers (1e-3 on probabilities, 1e-2 on logits), trusting the correlation to find the rest
 // within wide bounds; `auto` takes the gap if the first window has one.
 //
-// Feed-forward (`feedforward: tags`). The data loader knows the domain mixture w of the next batch. From
-// tagged counts the law learns what each domain alone does to the loads, ε_d, and cancels what the mixture
-// will bring before it comes:
+// Feed-forward (`feedforward: tags`) cancels ahead what the next batch's mixture will do: feedforward.h.
 //
-//   ê = Σ_d (w_d - w̄_d) ε_d              w̄ running mean mixture
-//   b_applied = b + f · Ḡ · clip(ê, -1, 1)
-//   after the step, for each domain with n_d tokens:
-//   ε_d += 0.1 · min(1, n_d/512) · (e_d + ê - ε_d)
-//   w̄ += 0.02 (w - w̄)
-//
-// Adding ê takes the feed-forward's own effect out again. The law keeps b to itself: it recovers it as what
-// was applied less the feed-forward, so that this never integrates. It tells the router which domains a batch
-// holds and nothing about a single token, so causality in tokens stands.
-//
-// Rescue (`rescue: true`). A bias moves by at most one gap a step, so an expert that sinks by many gaps at once takes
-// long to come back. Where the router hands out all its scores, the layer's margins (margins.h) say how far it has to
-// go: an expert with e_i > 0.75 for three steps goes half of that way at each step instead,
+// Rescue (`rescue: true`). A bias moves by at most one gap a step, so an expert that sinks by many gaps at
+// once takes long to come back. Where the router hands out all its scores, the layer's margins (margins.h) say
+// how far it has to go: an expert with e_i > 0.75 for three steps goes half of that way at each step instead,
 //
 //   b_i += 0.5 (τ_i - b_i),   τ_i - b_i = the move at which c̄_i tokens of this batch would have chosen i
 //
@@ -82,6 +95,7 @@
 #include <utility>
 
 #include "builtin.h"
+#include "feedforward.h"
 #include "lanes.h"
 
 namespace moectl::policies {
@@ -133,8 +147,26 @@ constexpr double kOwnSignificance = 0.5;
 constexpr double kOwnRise = 0.1, kOwnFall = 0.3;
 constexpr double kOwnMin = 1.0 / 16, kOwnMax = 8;
 
+// Errors of more than so many times the noise are none; their gain falls so many times as fast as it rises; and
+// how fast the trend follows the errors below.
+constexpr double kFar = 4;
+constexpr double kFarFall = 3;
+constexpr double kTrend = 1.0 / 16;
+
+// How fast the measured noise is followed, and of what multiple of it at most one step is taken.
+constexpr double kNoiseEma = 0.1, kNoiseStep = 4;
+
+// The least that a leap from far on one side to far on the other leaves of a share.
+constexpr double kLeastSecant = 0.25;
+
 double clip_error(double e) {
   return std::min(std::max(e, -1.0), 1.0);
+}
+
+// How surely an error of x times kFar times the noise is none: 0 … 1.
+double certainty(double x) {
+  const double square = x * x;
+  return 1 - 1 / (1 + square * square);
 }
 
 // 1 for equal errors, -1 for opposite ones, whatever their size; its mean over noise is 0. Without a branch,
@@ -151,91 +183,6 @@ constexpr double kStarving = 0.75;
 constexpr std::int64_t kStarvedFor = 3;
 constexpr double kRescue = 0.5;
 
-// What each domain does to the loads, learnt from tagged counts; and what the next mixture will therefore do.
-class Feedforward {
- public:
-  Feedforward(int domains, std::size_t experts)
-      : domains_(static_cast<std::size_t>(domains)),
-        experts_(experts),
-        effect_(domains_ * experts, 0.0),
-        mean_mixture_(domains_, 0.0),
-        expected_(experts, 0.0),
-        next_(experts, 0.0),
-        in_force_(experts, 0.0) {}
-
-  std::span<const double> in_force() const { return in_force_; }
-  std::span<const double> next() const { return next_; }
-
-  /// Learns from a window that was routed with `expected_` taken into account.
-  void learn(const RoutingStats& stats, std::span<const double> targets) {
-    if (!stats.has_domains()) return;
-    for (std::size_t d = 0; d < domains_; ++d) {
-      const auto tokens = static_cast<double>(stats.domain_tokens(static_cast<int>(d)));
-      if (!(tokens > 0)) continue;
-      const std::span<const std::int64_t> counts = stats.domain_counts(static_cast<int>(d));
-      const double total = tokens * static_cast<double>(stats.top_k());
-      const double weight = kLearning * std::min(1.0, tokens / kFullWeightTokens);
-      for (std::size_t i = 0; i < experts_; ++i) {
-        const double target = targets[i] * total;
-        const double error = target > 0 ? (target - static_cast<double>(counts[i])) / target : 0;
-        double& effect = effect_[d * experts_ + i];
-        effect += weight * (error + expected_[i] - effect);
-      }
-    }
-  }
-
-  /// Sets what the biases should get on top for the next batch, `unit` score units for an error of 1. Mean
-  /// zero.
-  void plan(std::span<const std::int64_t> mixture, double unit) {
-    std::fill(expected_.begin(), expected_.end(), 0.0);
-    double total = 0;
-    for (const std::int64_t tokens : mixture) total += static_cast<double>(tokens);
-    if (mixture.size() == domains_ && total > 0) {
-      for (std::size_t d = 0; d < domains_; ++d) {
-        const double share = static_cast<double>(mixture[d]) / total;
-        if (!mixture_known_) mean_mixture_[d] = share;
-        const double change = share - mean_mixture_[d];
-        for (std::size_t i = 0; i < experts_; ++i) expected_[i] += change * effect_[d * experts_ + i];
-        mean_mixture_[d] += kMixtureEma * change;
-      }
-      mixture_known_ = true;
-    }
-    for (std::size_t i = 0; i < experts_; ++i) next_[i] = unit * std::min(std::max(expected_[i], -1.0), 1.0);
-    const double mean = sum_of(next_) / static_cast<double>(experts_);
-    for (double& v : next_) v -= mean;
-  }
-
-  void commit() { in_force_ = next_; }
-
-  void save(StateWriter& out) const {
-    out.put("feedforward_effect", effect_);
-    out.put("feedforward_mixture", mean_mixture_);
-    out.put("feedforward_expected", expected_);
-    out.put("feedforward_in_force", in_force_);
-    out.put("feedforward_known", std::int64_t{mixture_known_ ? 1 : 0});
-  }
-  void load(StateReader& in) {
-    in.get("feedforward_effect", effect_);
-    in.get("feedforward_mixture", mean_mixture_);
-    in.get("feedforward_expected", expected_);
-    in.get("feedforward_in_force", in_force_);
-    mixture_known_ = in.get_int("feedforward_known") != 0;
-  }
-
- private:
-  static constexpr double kLearning = 0.1;
-  static constexpr double kFullWeightTokens = 512;
-  static constexpr double kMixtureEma = 0.02;
-
-  std::size_t domains_, experts_;
-  std::vector<double> effect_;        // ε [domains × N]
-  std::vector<double> mean_mixture_;  // w̄ [domains]
-  std::vector<double> expected_;      // ê of the batch being routed [N]
-  std::vector<double> next_;          // planned [N]
-  std::vector<double> in_force_;      // part of what is applied now [N]
-  bool mixture_known_ = false;
-};
-
 class AdaptiveBias final : public Policy {
  public:
   AdaptiveBias(const Options& options, const PolicyContext& context)
@@ -249,9 +196,11 @@ class AdaptiveBias final : public Policy {
         history_((first_lag_ + lag_count_ - 1) * experts_, 0.0),
         norms_(first_lag_ + lag_count_ - 1, 0.0),
         correlations_(lag_count_, 0.0),
+        alike_(experts_, 0.0),
         shares_(experts_, 1.0),
         own_near_(options.per_expert ? experts_ : 0, 0.0),
-        own_half_(first_lag_ > 1 ? own_near_.size() : 0, 0.0) {
+        own_half_(first_lag_ > 1 ? own_near_.size() : 0, 0.0),
+        trends_(experts_, 0.0) {
     if (options_.form != "auto") choose_form(options_.form == "gap");
     if (options_.feedforward == "tags") feedforward_.emplace(context.domains, experts_);
   }
@@ -263,9 +212,10 @@ class AdaptiveBias final : public Policy {
     if (!form_known_) choose_form(gap.has_value());
     if (!follow_gap(gap)) return;
     measure_errors(layer);
-    tune_gain();
-    const double step = gain_ * (uses_gap_ ? gap_ : 1.0);
-    for (std::size_t i = 0; i < experts_; ++i) bias[i] += step * shares_[i] * clip_error(errors_[i]);
+    tune_gains(layer.metrics.sampling_floor_cv ? layer.metrics.sampling_floor_cv
+                                               : layer.metrics.noise_floor_cv);
+    const Step step = step_now();
+    move(step, bias);
     if (options_.rescue) rescue(layer, step, bias);
     if (feedforward_) {
       feedforward_->learn(layer.stats, layer.targets);
@@ -289,14 +239,15 @@ class AdaptiveBias final : public Policy {
   void save(StateWriter& out) const override {
     const std::array<std::int64_t, 5> flags = {form_known_, uses_gap_, gap_known_, limited_, past_};
     out.put("adaptive_flags", flags);
-    const std::array<double, 2> scalars = {gain_, gap_};
-    out.put("adaptive_gain_gap", scalars);
+    const std::array<double, 4> scalars = {gain_, far_gain_, gap_, noise_sq_};
+    out.put("adaptive_scalars", scalars);
     out.put("adaptive_history", history_);
     out.put("adaptive_norms", norms_);
     out.put("adaptive_correlations", correlations_);
     out.put("adaptive_shares", shares_);
     out.put("adaptive_own_near", own_near_);
     out.put("adaptive_own_half", own_half_);
+    out.put("adaptive_trends", trends_);
     out.put("adaptive_starving", starving_);
     if (feedforward_) feedforward_->save(out);
   }
@@ -304,20 +255,23 @@ class AdaptiveBias final : public Policy {
   void load(StateReader& in) override {
     std::array<std::int64_t, 5> flags{};
     in.get("adaptive_flags", flags);
-    std::array<double, 2> scalars{};
-    in.get("adaptive_gain_gap", scalars);
+    std::array<double, 4> scalars{};
+    in.get("adaptive_scalars", scalars);
     if (flags[0] != 0) choose_form(flags[1] != 0);
     gap_known_ = flags[2] != 0;
     limited_ = flags[3] != 0;
     past_ = flags[4];
     gain_ = scalars[0];
-    gap_ = scalars[1];
+    far_gain_ = scalars[1];
+    gap_ = scalars[2];
+    noise_sq_ = scalars[3];
     in.get("adaptive_history", history_);
     in.get("adaptive_norms", norms_);
     in.get("adaptive_correlations", correlations_);
     in.get("adaptive_shares", shares_);
     in.get("adaptive_own_near", own_near_);
     in.get("adaptive_own_half", own_half_);
+    in.get("adaptive_trends", trends_);
     in.get("adaptive_starving", starving_);
     if (feedforward_) feedforward_->load(in);
   }
@@ -334,6 +288,7 @@ class AdaptiveBias final : public Policy {
     gain_max_ = share * (options_.gain_max > 0 ? options_.gain_max : form.max);
     gain_ = std::clamp(share * (options_.gain > 0 ? options_.gain : form.first), gain_min_,
                        std::max(gain_min_, gain_max_));
+    far_gain_ = gain_;
   }
 
   std::optional<double> measured_gap(const RoutingStats& stats) const {
@@ -365,8 +320,8 @@ class AdaptiveBias final : public Policy {
     }
   }
 
-  // Correlates the errors with those of earlier windows, moves the gain, and remembers the errors.
-  void tune_gain() {
+  // Correlates the errors with those of earlier windows, moves the gains, and remembers the errors.
+  void tune_gains(const std::optional<double>& floor) {
     const double norm = std::sqrt(dot(errors_, errors_));
     const auto rows = static_cast<std::int64_t>(norms_.size());
     double nearest = 0, lowest = 0;
@@ -383,7 +338,13 @@ class AdaptiveBias final : public Policy {
     const double chance = kSignificance / std::sqrt(std::max(1.0, static_cast<double>(experts_) - 1.0));
     double drive = lowest < -chance ? lowest : nearest;
     if (limited_) drive = std::min(drive, 0.0);
-    gain_ = std::min(std::max(gain_ * std::exp(options_.adaptation * drive), gain_min_), gain_max_);
+    keep_trends_ = lowest < -chance ? std::max(0.0, 1 + lowest + chance) : 1.0;
+    const double rms = norm / std::sqrt(static_cast<double>(experts_));
+    follow_noise(floor.value_or(0), rms, nearest);
+    far_gain_ = tuned(far_gain_, certainty(rms * per_far_error_) * (drive < 0 ? kFarFall : 1) * drive);
+    gain_ = tuned(gain_, drive);
+    far_gain_ = std::max(far_gain_, gain_);
+    compare_with_last();
     if (options_.per_expert) share_gain();
     const auto row = static_cast<std::size_t>(past_ % rows);
     std::copy(errors_.begin(), errors_.end(), history_.begin() + static_cast<std::ptrdiff_t>(row * experts_));
@@ -391,8 +352,55 @@ class AdaptiveBias final : public Policy {
     ++past_;
   }
 
+  // The level of errors that are unlike the last ones, no lower than the floor. One step can raise it a little.
+  void follow_noise(double floor, double rms, double resemblance) {
+    const double square = rms * rms;
+    if (past_ == 0) noise_sq_ = floor > 0 ? floor * floor : square;
+    const double unlike = std::min(square, kNoiseStep * noise_sq_) * (1 - std::max(resemblance, 0.0));
+    noise_sq_ = std::max(noise_sq_ + kNoiseEma * (unlike - noise_sq_), floor * floor);
+    per_far_error_ = noise_sq_ > 0 ? 1 / (kFar * std::sqrt(noise_sq_)) : 0;
+  }
+
+  double tuned(double gain, double drive) const {
+    return std::min(std::max(gain * std::exp(options_.adaptation * drive), gain_min_), gain_max_);
+  }
+
+  void compare_with_last() {
+    const std::span<const double> last = errors_before(static_cast<std::int64_t>(first_lag_));
+    leaps_ = 0;
+    for (std::size_t i = 0; i < last.size(); ++i) {
+      const double e = errors_[i], before = last[i];
+      alike_[i] = likeness(e, before);
+      const double nearer = std::min(std::abs(e), std::abs(before)) * per_far_error_;
+      leaps_ += (e * before < 0 ? 1 : 0) & (nearer > 1 ? 1 : 0);
+    }
+  }
+
+  // Score units for an error of 1: of any, more where it is surely no noise, and what the trend learns.
+  struct Step {
+    double any, more, learnt;
+  };
+  Step step_now() const {
+    const double unit = uses_gap_ ? gap_ : 1.0;
+    const bool learns = !limited_ && far_gain_ > 0;
+    const double rate = learns ? kTrend * gain_ / (far_gain_ * static_cast<double>(first_lag_)) : 0;
+    return {gain_ * unit, (far_gain_ - gain_) * unit, rate * gain_ * unit};
+  }
+  double integral_step(const Step& step, std::size_t i, double sure) const {
+    return shares_[i] * (step.any + step.more * sure * std::max(alike_[i], 0.0)) * clip_error(errors_[i]);
+  }
+
+  void move(const Step& step, std::span<double> bias) {
+    const double per_far_error = per_far_error_, kept = keep_trends_;
+    for (std::size_t i = 0; i < experts_; ++i) {
+      const double sure = certainty(errors_[i] * per_far_error);
+      trends_[i] = kept * trends_[i] + step.learnt * shares_[i] * (1 - sure) * errors_[i];
+      bias[i] += integral_step(step, i, sure) + trends_[i];
+    }
+  }
+
   // In place of the integral step, half of what the margins say is lacking.
-  void rescue(const LayerView& layer, double step, std::span<double> bias) {
+  void rescue(const LayerView& layer, const Step& step, std::span<double> bias) {
     const bool known = layer.stats.has_margins();
     const auto total = static_cast<double>(layer.stats.assignments());
     for (std::size_t i = 0; i < experts_; ++i) {
@@ -400,7 +408,9 @@ class AdaptiveBias final : public Policy {
       if (!known || starving_[i] < kStarvedFor) continue;
       const double lacking =
           margin_quantile(layer.stats.margins(static_cast<int>(i)), layer.targets[i] * total);
-      bias[i] += kRescue * lacking - step * shares_[i] * clip_error(errors_[i]);
+      const double sure = certainty(errors_[i] * per_far_error_);
+      bias[i] += kRescue * lacking - integral_step(step, i, sure) - trends_[i];
+      trends_[i] = 0;
     }
   }
 
@@ -414,11 +424,16 @@ class AdaptiveBias final : public Policy {
   void share_gain() {
     const auto delay = static_cast<double>(first_lag_);
     const double weight = kOwnEma / delay, chance = kOwnSignificance / std::sqrt(delay);
-    follow(errors_before(static_cast<std::int64_t>(first_lag_)), weight, own_near_);
-    if (first_lag_ > 1)
-      follow(errors_before(static_cast<std::int64_t>(2 * first_lag_ - 1)), weight, own_half_);
+    const auto near_lag = static_cast<std::int64_t>(first_lag_), half_lag = 2 * near_lag - 1;
+    if (near_lag <= past_) {
+      for (std::size_t i = 0; i < experts_; ++i) own_near_[i] += weight * (alike_[i] - own_near_[i]);
+    }
+    const std::span<const double> before = near_lag > 1 ? errors_before(half_lag) : std::span<const double>();
+    for (std::size_t i = 0; i < before.size(); ++i) {
+      own_half_[i] += weight * (likeness(errors_[i], before[i]) - own_half_[i]);
+    }
     const std::span<const double> half = first_lag_ > 1 ? own_half_ : own_near_;
-    double moved = 0;
+    double moved = correct_leaps();
     for (std::size_t i = 0; i < experts_; ++i) {
       if (half[i] < -chance) {
         moved += scale_share(i, kOwnFall / delay * half[i]);
@@ -429,6 +444,27 @@ class AdaptiveBias final : public Policy {
     if (moved == 0) return;
     const double common = std::exp(-moved / static_cast<double>(experts_));
     for (double& share : shares_) share = std::min(std::max(share * common, kOwnMin), kOwnMax);
+  }
+
+  // Errors that went from far on one side to far on the other: each such step was too large by what the secant
+  // says. What all experts have in common of that is the gains'. Returns by how much the logarithms of the
+  // shares moved in all.
+  double correct_leaps() {
+    const std::span<const double> last = errors_before(static_cast<std::int64_t>(first_lag_));
+    const auto delay = static_cast<double>(first_lag_);
+    if (leaps_ == 0) return 0;
+    double moved = 0;
+    for (std::size_t i = 0; i < experts_; ++i) {
+      if (!(errors_[i] * last[i] < 0)) continue;
+      if (!(std::min(std::abs(errors_[i]), std::abs(last[i])) * per_far_error_ > 1)) continue;
+      const double secant = last[i] / (last[i] - errors_[i]);
+      moved += scale_share(i, std::log(std::max(secant, kLeastSecant)) / delay);
+    }
+    if (moved == 0 || options_.adaptation == 0) return moved;
+    const double common = std::exp(moved / static_cast<double>(experts_));
+    gain_ = std::max(gain_ * common, gain_min_);
+    far_gain_ = std::max(far_gain_ * common, gain_);
+    return moved;
   }
 
   // Returns by how much the share's logarithm moved.
@@ -444,17 +480,11 @@ class AdaptiveBias final : public Policy {
     return std::log(bound / std::exchange(share, bound));
   }
 
-  void follow(std::span<const double> before, double weight, std::vector<double>& average) const {
-    for (std::size_t i = 0; i < before.size(); ++i) {
-      average[i] += weight * (likeness(errors_[i], before[i]) - average[i]);
-    }
-  }
-
   Options options_;
   ScoreSpace score_space_;
   std::size_t first_lag_, lag_count_, experts_;
   bool form_known_ = false, uses_gap_ = false;
-  double gain_ = 0, gain_min_ = 0, gain_max_ = 0;
+  double gain_ = 0, far_gain_ = 0, gain_min_ = 0, gain_max_ = 0;  // g, F and their bounds
   bool gap_known_ = false;
   double gap_ = 0;
   bool limited_ = false;
@@ -465,8 +495,14 @@ class AdaptiveBias final : public Policy {
   std::vector<double> history_;         // [rows × N], a ring: the errors of window w in row w % rows
   std::vector<double> norms_;           // [rows]
   std::vector<double> correlations_;
+  std::vector<double> alike_;                // how alike the errors are to those of D windows before [N]
+  std::int64_t leaps_ = 0;                   // experts that went from far on one side to far on the other
   std::vector<double> shares_;               // h [N]
   std::vector<double> own_near_, own_half_;  // ρ(D), ρ(2D-1) [N]
+  double noise_sq_ = 0;                      // n²
+  double per_far_error_ = 0;                 // 1/4n; 0 = not known
+  double keep_trends_ = 1;                   // factor on the trends at this step
+  std::vector<double> trends_;               // t [N]
   std::int64_t past_ = 0;                    // windows seen
 };
 

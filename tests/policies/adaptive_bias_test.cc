@@ -1,5 +1,6 @@
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <numeric>
 
 #include "moectl/simulation.h"
@@ -13,19 +14,35 @@ using moectl::testing::PolicyRig;
 using moectl::testing::RigOptions;
 using moectl::testing::stats_of;
 
-// N = 2, k = 1, counts (30, 10): e = (-0.5, 0.5). No gap in the stats, so counts only: b = 1e-3 · e at first.
+// Part of an error e that may be noise of variance n², 1/(1 + (e/4n)⁴): only this part feeds the trend.
+double part_of_noise(double e, double noise_sq) {
+  return 1 / (1 + std::pow(e * e / (16 * noise_sq), 2));
+}
+
+// N = 2, k = 1, counts (30, 10): e = (-0.5, 0.5), floor² = 1/40. No gap in the stats, so counts only: g = F = 1e-3.
 TEST(AdaptiveBias, FirstStepsByHandCountsOnly) {
   PolicyRig rig("adaptive_bias", RigOptions{.experts = 2, .top_k = 1});
   rig.step(stats_of(rig.shape(), {30, 10}));
-  EXPECT_NEAR(rig.value[0], -0.5e-3, 1e-15);
-  EXPECT_NEAR(rig.value[1], 0.5e-3, 1e-15);
-  // The same errors again: r_1 = 1, so g = 1e-3 · exp(0.1).
+  // Nothing to compare with. n² = .025 + .1 (min(.25, 4 · .025) - .025) = .0325.
+  double trend = 1e-3 / 16 * part_of_noise(0.5, 0.0325) * 0.5;
+  double wanted = 0.5e-3 + trend;
+  EXPECT_NEAR(rig.value[0], -wanted, 1e-15);
+  EXPECT_NEAR(rig.value[1], wanted, 1e-15);
+  // The same errors again: r_1 = 1, so g = 1e-3 · exp(0.1), which lifts F with it. No error is unlike the last:
+  // n² = .9 · .0325.
   rig.step(stats_of(rig.shape(), {30, 10}));
-  EXPECT_NEAR(rig.value[1], 0.5e-3 * (1 + std::exp(0.1)), 1e-15);
+  const double risen = 1e-3 * std::exp(0.1);
+  trend += risen / 16 * part_of_noise(0.5, 0.02925) * 0.5;
+  wanted += risen * 0.5 + trend;
+  EXPECT_NEAR(rig.value[1], wanted, 1e-15);
   // Reversed: r_1 = r_2 = -1. a_1 = 0.2·1 = 0.2 after the second step, then 0.2 + 0.2·(-1 - 0.2) = -0.04; a_2
-  // = -0.2. Neither is below -0.8, so the drive is r_1 = -1 and g is back at 1e-3.
+  // = -0.2. Neither is below -0.8, so the drive is r_1 = -1, g is back at 1e-3 and no trend is shed.
+  // n² = .02925 + .1 (4 · .02925 - .02925); F falls by thrice .1 of the part of .5 that is no noise.
   rig.step(stats_of(rig.shape(), {10, 30}));
-  EXPECT_NEAR(rig.value[1], 0.5e-3 * (1 + std::exp(0.1)) - 0.5e-3, 1e-15);
+  const double noise = part_of_noise(0.5, 0.038025);
+  trend -= 1e-3 * 1e-3 / (16 * risen * std::exp(-0.3 * (1 - noise))) * noise * 0.5;
+  wanted += -0.5e-3 + trend;
+  EXPECT_NEAR(rig.value[1], wanted, 1e-15);
 }
 
 TEST(AdaptiveBias, GapFormStepsInGaps) {
@@ -36,11 +53,15 @@ TEST(AdaptiveBias, GapFormStepsInGaps) {
   const std::vector<float> top = {0.75F, 0.5F, 0.75F, 0.5F, 0.75F, 0.5F, 0.75F, 0.5F};
   ASSERT_TRUE(stats.add({.experts = experts, .top_values = top}));
   rig.step(stats);
-  // e = (-2, 0, 1, 1), clipped (-1, 0, 1, 1); step 0.25 · 1 · 0.25; mean 1/4 of it out.
+  // e = (-2, 0, 1, 1), clipped (-1, 0, 1, 1); step 0.25 · 1 · 0.25. The trend takes a sixteenth of what may be noise,
+  // not clipped; floor² = 3/4, n² = .75 + .1 (6/4 - .75).
   const double step = 0.0625;
-  EXPECT_NEAR(rig.value[0], -1.25 * step, 1e-15);
-  EXPECT_NEAR(rig.value[1], -0.25 * step, 1e-15);
-  EXPECT_NEAR(rig.value[2], 0.75 * step, 1e-15);
+  const double down = -step - step / 16 * 2 * part_of_noise(2, 0.825);
+  const double up = step + step / 16 * part_of_noise(1, 0.825);
+  const double mean = (down + 2 * up) / 4;
+  EXPECT_NEAR(rig.value[0], down - mean, 1e-15);
+  EXPECT_NEAR(rig.value[1], -mean, 1e-15);
+  EXPECT_NEAR(rig.value[2], up - mean, 1e-15);
 }
 
 TEST(AdaptiveBias, WithoutAGapTheGapFormHolds) {
@@ -57,13 +78,48 @@ TEST(AdaptiveBias, ALimitedMoveDoesNotRaiseTheGain) {
   for (int i = 0; i < 50; ++i) rig.step(stats_of(rig.shape(), {30, 10}), {}, limited);
   rig.value.assign(2, 0.0);
   rig.step(stats_of(rig.shape(), {30, 10}));
-  EXPECT_NEAR(rig.value[1], 0.5e-3, 1e-15);
+  // Nor does it teach a trend: what there is comes from the first window, before any limit was heard of.
+  EXPECT_NEAR(rig.value[1], 0.5e-3 + 1e-3 / 16 * part_of_noise(0.5, 0.0325) * 0.5, 1e-15);
 }
 
 TEST(AdaptiveBias, ADeclaredDelayDividesTheFirstGain) {
   PolicyRig rig("adaptive_bias", RigOptions{.experts = 2, .top_k = 1, .delay = 3});
   rig.step(stats_of(rig.shape(), {30, 10}));
-  EXPECT_NEAR(rig.value[1], 0.5e-3 / 4, 1e-15);
+  const double step = 0.5e-3 / 4;  // and of the trend a quarter of that again
+  EXPECT_NEAR(rig.value[1], step + step / (16 * 4) * part_of_noise(0.5, 0.0325), 1e-15);
+}
+
+// 4000 tokens over four experts: floor² = 3/4000, so e = ±.5 is far from it. Expert 0 leaps from .5 to -.5 and
+// gives the tokens to expert 1, which leaps back; experts 2 and 3 stay on one side. The secant of a leap to its
+// mirror image is 1/2, so shares (1, 1, 1, 1) become (1/2, 1/2, 1, 1) over their geometric mean √(1/2), and the gain
+// of all falls by that mean: what experts 0 and 1 do is halved, what 2 and 3 do stays.
+TEST(AdaptiveBias, ALeapFromFarToFarHalvesTheExpertsShare) {
+  const auto moves_after = [](const std::vector<std::int64_t>& second) {
+    PolicyRig rig("adaptive_bias", RigOptions{.experts = 4, .top_k = 1, .options = {{"adaptation", 1e-9}}});
+    rig.step(stats_of(rig.shape(), {500, 1500, 900, 1100}));
+    std::vector<double> moves = rig.value;
+    rig.step(stats_of(rig.shape(), second));
+    for (std::size_t i = 0; i < 4; ++i) moves[i] = rig.value[i] - moves[i];
+    return moves;
+  };
+  const std::vector<double> leapt = moves_after({1500, 500, 900, 1100});
+  EXPECT_NEAR(leapt[1], 0.5 * 0.5e-3, 0.02e-3);
+  EXPECT_NEAR(leapt[0], -0.5 * 0.5e-3, 0.02e-3);
+  EXPECT_NEAR(leapt[2], 0.1e-3, 0.02e-3);
+  const std::vector<double> stayed = moves_after({500, 1500, 900, 1100});
+  EXPECT_NEAR(stayed[0], 0.5e-3, 0.05e-3);
+}
+
+// Errors that stay: with noise to hide in, the trend adds to the step; far from it, it hardly does.
+TEST(AdaptiveBias, TheTrendLearnsFromErrorsNearTheNoiseAlone) {
+  const auto extra = [](std::int64_t unit) {
+    PolicyRig rig("adaptive_bias", RigOptions{.experts = 2, .top_k = 1, .options = {{"adaptation", 0.0}}});
+    for (int i = 0; i < 20; ++i) rig.step(stats_of(rig.shape(), {12 * unit, 8 * unit}));
+    return rig.value[1] / (20 * 0.2e-3) - 1;  // beyond 20 integral steps of e = .2
+  };
+  // Σ_{j ≤ 20} j / 16 steps are added to 20: 10.5 / 16 of them, if all of the error may be noise.
+  EXPECT_NEAR(extra(1), 10.5 / 16, 0.02);
+  EXPECT_LT(extra(10000), 0.001);
 }
 
 // Expert 3 gets nothing for three windows: then it goes half of what its margins say it lacks. Four tokens, one wanted
@@ -94,8 +150,9 @@ TEST(AdaptiveBias, RescueGoesHalfTheWayThatTheMarginsSay) {
     with.step(window(with));
     without.step(window(without));
   }
-  // The mean goes out of both, a quarter of the difference.
-  EXPECT_NEAR(with.value[3] - without.value[3], 0.75 * (0.5 * 0.1875 - step), 1e-15);
+  // The mean goes out of both, a quarter of the difference. Three windows have taught a trend, which ends here.
+  const double trend = 3 * step / 16 * part_of_noise(1, 0.75);
+  EXPECT_NEAR(with.value[3] - without.value[3], 0.75 * (0.5 * 0.1875 - step - trend), 1e-15);
 }
 
 // Domains that alternate at random, told to the law one batch ahead: closer to the floor than without.

@@ -1,0 +1,113 @@
+// Feed-forward of adaptive_bias (`feedforward: tags`). The data loader knows the domain mixture w of the next
+// batch. From tagged counts the law learns what each domain alone does to the loads, ε_d, and cancels what the
+// mixture will bring before it comes:
+//
+//   ê = Σ_d (w_d - w̄_d) ε_d              w̄ running mean mixture
+//   b_applied = b + f · Ḡ · clip(ê, -1, 1)
+//   after the step, for each domain with n_d tokens:
+//   ε_d += 0.1 · min(1, n_d/512) · (e_d + ê - ε_d)
+//   w̄ += 0.02 (w - w̄)
+//
+// Adding ê takes the feed-forward's own effect out again. The law keeps b to itself: it recovers it as what
+// was applied less the feed-forward, so that this never integrates. It tells the router which domains a batch
+// holds and nothing about a single token, so causality in tokens stands.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "lanes.h"
+#include "moectl/state.h"
+#include "moectl/stats.h"
+
+namespace moectl::policies {
+
+/// What each domain does to the loads, learnt from tagged counts; and what the next mixture will therefore do.
+class Feedforward {
+ public:
+  Feedforward(int domains, std::size_t experts)
+      : domains_(static_cast<std::size_t>(domains)),
+        experts_(experts),
+        effect_(domains_ * experts, 0.0),
+        mean_mixture_(domains_, 0.0),
+        expected_(experts, 0.0),
+        next_(experts, 0.0),
+        in_force_(experts, 0.0) {}
+
+  std::span<const double> in_force() const { return in_force_; }
+  std::span<const double> next() const { return next_; }
+
+  /// Learns from a window that was routed with `expected_` taken into account.
+  void learn(const RoutingStats& stats, std::span<const double> targets) {
+    if (!stats.has_domains()) return;
+    for (std::size_t d = 0; d < domains_; ++d) {
+      const auto tokens = static_cast<double>(stats.domain_tokens(static_cast<int>(d)));
+      if (!(tokens > 0)) continue;
+      const std::span<const std::int64_t> counts = stats.domain_counts(static_cast<int>(d));
+      const double total = tokens * static_cast<double>(stats.top_k());
+      const double weight = kLearning * std::min(1.0, tokens / kFullWeightTokens);
+      for (std::size_t i = 0; i < experts_; ++i) {
+        const double target = targets[i] * total;
+        const double error = target > 0 ? (target - static_cast<double>(counts[i])) / target : 0;
+        double& effect = effect_[d * experts_ + i];
+        effect += weight * (error + expected_[i] - effect);
+      }
+    }
+  }
+
+  /// Sets what the biases should get on top for the next batch, `unit` score units for an error of 1. Mean
+  /// zero.
+  void plan(std::span<const std::int64_t> mixture, double unit) {
+    std::fill(expected_.begin(), expected_.end(), 0.0);
+    double total = 0;
+    for (const std::int64_t tokens : mixture) total += static_cast<double>(tokens);
+    if (mixture.size() == domains_ && total > 0) {
+      for (std::size_t d = 0; d < domains_; ++d) {
+        const double share = static_cast<double>(mixture[d]) / total;
+        if (!mixture_known_) mean_mixture_[d] = share;
+        const double change = share - mean_mixture_[d];
+        for (std::size_t i = 0; i < experts_; ++i) expected_[i] += change * effect_[d * experts_ + i];
+        mean_mixture_[d] += kMixtureEma * change;
+      }
+      mixture_known_ = true;
+    }
+    for (std::size_t i = 0; i < experts_; ++i) next_[i] = unit * std::min(std::max(expected_[i], -1.0), 1.0);
+    const double mean = sum_of(next_) / static_cast<double>(experts_);
+    for (double& v : next_) v -= mean;
+  }
+
+  void commit() { in_force_ = next_; }
+
+  void save(StateWriter& out) const {
+    out.put("feedforward_effect", effect_);
+    out.put("feedforward_mixture", mean_mixture_);
+    out.put("feedforward_expected", expected_);
+    out.put("feedforward_in_force", in_force_);
+    out.put("feedforward_known", std::int64_t{mixture_known_ ? 1 : 0});
+  }
+  void load(StateReader& in) {
+    in.get("feedforward_effect", effect_);
+    in.get("feedforward_mixture", mean_mixture_);
+    in.get("feedforward_expected", expected_);
+    in.get("feedforward_in_force", in_force_);
+    mixture_known_ = in.get_int("feedforward_known") != 0;
+  }
+
+ private:
+  static constexpr double kLearning = 0.1;
+  static constexpr double kFullWeightTokens = 512;
+  static constexpr double kMixtureEma = 0.02;
+
+  std::size_t domains_, experts_;
+  std::vector<double> effect_;        // ε [domains × N]
+  std::vector<double> mean_mixture_;  // w̄ [domains]
+  std::vector<double> expected_;      // ê of the batch being routed [N]
+  std::vector<double> next_;          // planned [N]
+  std::vector<double> in_force_;      // part of what is applied now [N]
+  bool mixture_known_ = false;
+};
+
+}  // namespace moectl::policies
