@@ -57,8 +57,8 @@ struct Conflict {
 /// What was found of a set of bands.
 struct Feasibility {
   std::vector<Conflict> conflicts;
-  /// Three or more axes have bands and no conflict was found: single bands and pairs are decided, the whole
-  /// is not.
+  /// Three or more axes have bands and no conflict was found: single bands, pairs, and pairs under a band on the
+  /// largest load are decided, the whole is not.
   bool undecided_together = false;
   /// Metrics of bands that are no function of the loads, and so were not judged.
   std::vector<std::string> not_judged;
