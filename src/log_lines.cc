@@ -1,6 +1,7 @@
 #include "log_lines.h"
 
 #include <fcntl.h>
+#include <poll.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -48,6 +49,9 @@ int LogLines::read_some(char* to, std::size_t size) {
   // other. But it waits for a full buffer, which is not what a pipe that is followed should do.
   if (!follow_) return gzread(file_, to, static_cast<unsigned>(size));
   if (name_ == "<stdin>") {
+    // Before a wait, as with files.
+    pollfd input{STDIN_FILENO, POLLIN, 0};
+    if (poll(&input, 1, 0) == 0) follow_();
     ssize_t got;
     do {
       got = ::read(STDIN_FILENO, to, size);

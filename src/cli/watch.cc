@@ -134,7 +134,8 @@ class Watch {
 
   void draw() {
     const auto [rows, columns] = Screen::size();
-    screen_.show(view_of(*step_, options_.run, reader_.fault_count(), rows, columns));
+    screen_.show(view_of(*step_, options_.run == "-" ? "standard input" : options_.run, reader_.fault_count(),
+                         rows, columns));
   }
 
   const Options& options_;
