@@ -173,9 +173,8 @@ bool JsonLine::read_members(std::size_t index, int depth) {
       skip_space();
       if (at_ == end_ || *at_ != ':') return false;
       ++at_;
-      const std::size_t hash = key.empty() ? 0
-                                           : key.size() * 7 + static_cast<unsigned char>(key.front()) * 3 +
-                                                 static_cast<unsigned char>(key.back());
+      const auto byte = [](char c) { return std::size_t{static_cast<unsigned char>(c)}; };
+      const std::size_t hash = key.empty() ? 0 : key.size() * 7 + byte(key.front()) * 3 + byte(key.back());
       const std::uint64_t bit = std::uint64_t{1} << (hash & 63);
       if (seen & bit) {
         // Of a key that comes twice, the last counts.

@@ -35,7 +35,6 @@ class JsonNode {
   /// Written without a fraction or an exponent, and within 64 bits.
   bool is_integer() const { return kind_ == Kind::kUnsigned || kind_ == Kind::kNegative; }
   bool is_number() const { return is_integer() || kind_ == Kind::kNumber; }
-  bool is_fraction() const { return kind_ == Kind::kNumber; }
   bool is_unsigned() const { return kind_ == Kind::kUnsigned; }
 
   std::uint64_t as_unsigned() const { return number_.u; }
