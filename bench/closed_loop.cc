@@ -33,7 +33,9 @@ Series run(const ControllerConfig& config, const SimulationOptions& plant, std::
     const StepFigures figures = figures_of(report);
     if (!figures.max_vio) return;
     series.steps.push_back(figures);
-    series.lowest_load.push_back(report.layers.front().metrics->min_load.value_or(0) * config.model.experts);
+    const RoutingStats& stats = *report.layers.front().stats;
+    std::vector<double>& loads = series.loads.emplace_back(stats.counts().begin(), stats.counts().end());
+    for (double& load : loads) load *= config.model.experts / static_cast<double>(stats.assignments());
   });
   return series;
 }

@@ -22,7 +22,7 @@ struct Law {
 /// One run.
 struct Series {
   std::vector<StepFigures> steps;
-  std::vector<double> lowest_load;  ///< Of any expert of layer 0, over the mean load, a value a step.
+  std::vector<std::vector<double>> loads;  ///< Of the experts of layer 0 over their mean, a row a step.
 };
 
 /// A config with `law` on the biases of the plant. Limits are set wide, so that laws are compared and not

@@ -26,7 +26,9 @@
 // Forms. `histogram` is 128 integers an expert in the payload. `exact` keeps every margin of the step, so it
 // wants all tokens in one process, refuses a reduction, and its memory is tokens × experts floats a layer. A
 // runner-up's margin is 0 there, so an expert that is short of no more tokens than it is runner-up of stays;
-// it rises by centring.
+// it rises by centring, and the form goes about half as far at a decision as its gain says: at 0.3 it trails a
+// drifting router as the histogram does at 0.15 (simulated router, steps 50 to 150: 1.3 times the floor, 1.35),
+// and 0.6 suits it better (1.2).
 //
 // Limitations
 // - It needs all scores of the router, not only the largest k+1.

@@ -7,11 +7,14 @@
 #include <deque>
 #include <functional>
 #include <limits>
+#include <map>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
 #include "moectl/controller.h"
+#include "moectl/figures.h"
 #include "moectl/simulation.h"
 
 namespace moectl {
@@ -33,26 +36,19 @@ ControllerConfig config_for(const SimulationOptions& plant, const std::string& p
   return config;
 }
 
-// The series of one run on layer 0.
+// One run, as figures.h sums it up.
 struct Series {
-  std::vector<double> vio, floor, lowest;
+  std::vector<StepFigures> steps;
+  std::vector<double> lowest;  // load of any expert of layer 0, over the mean
 
+  // MaxVio over the floor in the last 100 of the steps [from, to).
   double ratio(std::size_t from, std::size_t to) const {
-    double v = 0, f = 0;
-    for (std::size_t i = from; i < to; ++i) v += vio[i], f += floor[i];
-    return v / f;
+    return compute_figures(std::span(steps).subspan(from, to - from)).max_vio_over_floor.value();
   }
-  // Steps from `from` until the 5-step median stays under 1.6 floors for 20 steps; a large number if never.
+  // Steps from `from` until settled; a large number if never.
   int settle(std::size_t from = 0) const {
-    int in_row = 0;
-    for (std::size_t i = from + 4; i < vio.size(); ++i) {
-      std::vector<double> window(vio.begin() + static_cast<std::ptrdiff_t>(i - 4),
-                                 vio.begin() + static_cast<std::ptrdiff_t>(i + 1));
-      std::nth_element(window.begin(), window.begin() + 2, window.end());
-      in_row = window[2] < 1.6 * floor[i] ? in_row + 1 : 0;
-      if (in_row == 20) return static_cast<int>(i - 19 - from);
-    }
-    return 1 << 20;
+    const auto step = compute_figures(std::span(steps).subspan(from)).settle;
+    return step ? static_cast<int>(*step - steps[from].step) : 1 << 20;
   }
 };
 
@@ -60,11 +56,10 @@ Series run(const ControllerConfig& config, const SimulationOptions& plant, std::
   Series out;
   Controller controller(config);
   simulate(controller, plant, steps, [&](const StepReport& report) {
-    const Metrics& m = *report.layers[0].metrics;
-    if (!m.max_vio) return;
-    out.vio.push_back(*m.max_vio);
-    out.floor.push_back(*floor_max_vio(m));
-    out.lowest.push_back(*m.min_load * config.model.experts);
+    const StepFigures figures = figures_of(report);
+    if (!figures.max_vio) return;
+    out.steps.push_back(figures);
+    out.lowest.push_back(*report.layers[0].metrics->min_load * config.model.experts);
   });
   return out;
 }
@@ -120,8 +115,8 @@ TEST_P(AdaptiveBias, SettlesAndReturnsAfterAShift) {
   SimulationOptions plant = this->plant();
   plant.scenario = Scenario::kShift;
   const Series r = run(config_for(plant, "adaptive_bias"), plant, 400);
-  EXPECT_LE(r.settle(), 35);
-  EXPECT_LE(r.settle(150), 45);
+  EXPECT_LE(r.settle(), 30);
+  EXPECT_LE(r.settle(150), 30);
   EXPECT_LE(r.ratio(300, 400), 1.25);
 }
 
@@ -154,13 +149,24 @@ INSTANTIATE_TEST_SUITE_P(
              std::string(name_of(c.space));
     });
 
+// So many tokens that the floor lies below what the forming router drifts in a few steps. The law without a trend and
+// without a gain for large errors took 74 steps to settle on this plant, and 29 to return after a shift at step 300.
+TEST(ClosedLoop, AdaptiveFollowsADriftThatIsAboveTheFloor) {
+  SimulationOptions plant = plant_of(16, 2, 65536);
+  plant.scenario = Scenario::kShift;
+  const Series r = run(config_for(plant, "adaptive_bias"), plant, 260);
+  EXPECT_LE(r.settle(), 30);
+  EXPECT_LE(r.settle(150), 20);
+  EXPECT_LE(r.ratio(0, 150), 1.3);
+}
+
 TEST(ClosedLoop, AdaptiveToleratesADeclaredDelay) {
   for (int late : {1, 2, 4, 8}) {
     SimulationOptions plant;
     plant.scenario = Scenario::kDelay;
     plant.delay = late;
     const Series r = run(config_for(plant, "adaptive_bias"), plant, 500);
-    EXPECT_LE(r.ratio(400, r.vio.size()), 1.5) << late;
+    EXPECT_LE(r.ratio(400, r.steps.size()), 1.5) << late;
   }
 }
 
