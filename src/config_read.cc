@@ -180,6 +180,7 @@ void read_guard(YamlMap map, GuardOptions& guard) {
   map.read("entropy_fall", guard.entropy_fall);
   map.read("dead_share", guard.dead_share);
   map.read("max_token_share", guard.max_token_share);
+  map.read("lost_after", guard.lost_after);
   map.read("warmup", guard.warmup);
   map.read("confirm", guard.confirm);
   map.read("aux_factor", guard.aux_factor);

@@ -36,6 +36,7 @@ Json tree(const GuardOptions& guard) {
           {"entropy_fall", guard.entropy_fall},
           {"dead_share", guard.dead_share},
           {"max_token_share", guard.max_token_share},
+          {"lost_after", guard.lost_after},
           {"warmup", guard.warmup},
           {"confirm", guard.confirm},
           {"aux_factor", guard.aux_factor},

@@ -13,13 +13,23 @@ namespace {
 constexpr double kEntropyEma = 0.01;
 constexpr double kVioEma = 0.1;
 constexpr double kGapEma = 0.1;
+constexpr double kLoadEma = 0.05;  // chance averages out over twenty steps
+// A layer was well balanced if its smoothed loads came within this share of recovered_max_vio. What never balanced
+// cannot lose its balance: the law is too weak for the layer, and a raised load is its daily state.
+constexpr double kWellBalanced = 0.5;
 // Rolled back or not: an intervention has helped if MaxVio is under this share of what it began at.
 constexpr double kHelped = 0.7;
 // A relapse doubles the time for which balance must hold before the guard lets go again, up to 2^6 times.
 constexpr std::int64_t kMostRelapses = 6;
 // Steps of the biases follow the signs of their errors (Rprop, Riedmiller & Braun 1993): how far an expert has to go, and
 // how steeply its load answers, differ by orders of magnitude under a softmax.
-constexpr double kGrow = 1.2, kShrink = 0.5, kSmallestStep = 1.0 / 64, kLargestStep = 4;
+// Experts that sank together are alike under a softmax: a thousandth of a gap can move all tokens of one to another.
+constexpr double kGrow = 1.2, kShrink = 0.5, kSmallestStep = 1.0 / 1024, kLargestStep = 4;
+// After a relapse steps go on at the size that was found, yet no smaller than this: the layer is near balance, and a
+// first step meant for a collapse would throw it.
+constexpr double kSmallestFirstStep = 1.0 / 16;
+// How fast the scalars are raised after a relapse, while the biases alone do not balance.
+constexpr double kRaise = 0.1;
 // A scalar is back where it was once it is this close, as a ratio.
 constexpr double kBack = 1e-9;
 
@@ -46,8 +56,8 @@ std::string check_guard(const GuardOptions& o) {
                          : std::string();
   };
   for (const std::string& wrong :
-       {count("warmup", o.warmup, 0), count("confirm", o.confirm, 1), count("dwell", o.dwell, 1),
-        count("patience", o.patience, 1), count("cooldown", o.cooldown, 0)}) {
+       {count("lost_after", o.lost_after, 1), count("warmup", o.warmup, 0), count("confirm", o.confirm, 1),
+        count("dwell", o.dwell, 1), count("patience", o.patience, 1), count("cooldown", o.cooldown, 0)}) {
     if (!wrong.empty()) return wrong;
   }
   if (!(o.aux_factor >= 1) || !std::isfinite(o.aux_factor)) {
@@ -72,9 +82,15 @@ std::string_view name_of(GuardState state) {
 }
 
 std::string_view name_of(GuardTrigger trigger) {
-  constexpr std::array<std::string_view, 6> kNames = {"none",         "fhs",      "entropy_fall",
-                                                      "dead_experts", "max_load", "relapse"};
+  constexpr std::array<std::string_view, 7> kNames = {
+      "none", "fhs", "entropy_fall", "dead_experts", "max_load", "lost_balance", "relapse"};
   return kNames[static_cast<std::size_t>(trigger)];
+}
+
+std::string_view name_of(GuardCause cause) {
+  constexpr std::array<std::string_view, 8> kNames = {"none",    "triggered", "balanced", "helped",
+                                                      "no_help", "undone",    "time_up",  "rested"};
+  return kNames[static_cast<std::size_t>(cause)];
 }
 
 LayerGuard::LayerGuard(const GuardOptions& options, int experts, int top_k)
@@ -82,8 +98,34 @@ LayerGuard::LayerGuard(const GuardOptions& options, int experts, int top_k)
       top_k_(top_k),
       handed_back_(-(std::int64_t{1} << 60)),
       errors_(static_cast<std::size_t>(experts), 0.0),
+      smoothed_(static_cast<std::size_t>(experts), 0.0),
       steps_(static_cast<std::size_t>(experts), 1.0),
       bias_before_(static_cast<std::size_t>(experts), 0.0) {}
+
+// Errors of this step and smoothed, MaxVio of both, the gap, and for how long balance has been lost.
+void LayerGuard::follow_loads(std::int64_t step, const RoutingStats& stats, std::span<const double> targets) {
+  const auto total = static_cast<double>(stats.assignments());
+  vio_ = excess_ = 0;
+  for (std::size_t i = 0; i < errors_.size(); ++i) {
+    const double target = targets[i] * total;
+    errors_[i] = target > 0 ? (target - static_cast<double>(stats.counts()[i])) / target : 0;
+    smoothed_[i] = begun_ ? smoothed_[i] + kLoadEma * (errors_[i] - smoothed_[i]) : errors_[i];
+    vio_ = std::max(vio_, -errors_[i]);
+    excess_ = std::max(excess_, -smoothed_[i]);
+  }
+  begun_ = true;
+  vio_average_ += kVioEma * (vio_ - vio_average_);
+  if (const auto gap = stats.mean_gap(); gap && *gap >= 0) {
+    const double now = top_k_ * *gap;
+    gap_ = gap_ > 0 ? gap_ + kGapEma * (now - gap_) : now;
+  }
+  if (step < options_.warmup) return;
+  least_excess_ = least_excess_ < 0 ? excess_ : std::min(least_excess_, excess_);
+  const bool lost =
+      least_excess_ <= kWellBalanced * options_.recovered_max_vio && excess_ > options_.recovered_max_vio;
+  lost_steps_ = lost ? lost_steps_ + 1 : 0;
+  lost_sum_ = lost ? lost_sum_ + excess_ : 0;
+}
 
 // The trigger that stands, with its numbers. Entropy is held against its own past, the rest against levels.
 GuardReport LayerGuard::strongest_trigger(std::int64_t step, const RoutingStats& stats,
@@ -112,6 +154,10 @@ GuardReport LayerGuard::strongest_trigger(std::int64_t step, const RoutingStats&
   if (metrics.max_load && top_k_ < stats.experts() && *metrics.max_load * top_k_ > options_.max_token_share) {
     raise(GuardTrigger::kMaxLoad, *metrics.max_load, options_.max_token_share / top_k_);
   }
+  // A law on its way back has less now than on average since the balance was lost.
+  if (lost_steps_ >= options_.lost_after && excess_ * static_cast<double>(lost_steps_) >= lost_sum_) {
+    raise(GuardTrigger::kLostBalance, excess_, options_.recovered_max_vio);
+  }
   // The recovery goes on being watched: whoever could not hold the balance gets help before all is lost again.
   if (step - handed_back_ < options_.patience && vio_average_ > options_.recovered_max_vio) {
     raise(GuardTrigger::kRelapse, vio_average_, options_.recovered_max_vio);
@@ -119,8 +165,12 @@ GuardReport LayerGuard::strongest_trigger(std::int64_t step, const RoutingStats&
   return seen;
 }
 
-void LayerGuard::enter(GuardState state, std::int64_t step) {
+void LayerGuard::enter(GuardState state, std::int64_t step, GuardCause cause, double value,
+                       double threshold) {
   report_.state = state;
+  report_.cause = cause;
+  report_.value = value;
+  report_.threshold = threshold;
   since_ = step;
   confirmed_ = 0;
   balanced_ = 0;
@@ -129,66 +179,91 @@ void LayerGuard::enter(GuardState state, std::int64_t step) {
 void LayerGuard::observe(std::int64_t step, const RoutingStats& stats, const Metrics& metrics,
                          std::span<const double> targets,
                          const std::span<const double> (&in_force)[kActuatorCount]) {
-  const auto total = static_cast<double>(stats.assignments());
-  double worst = 0;
-  for (std::size_t i = 0; i < errors_.size(); ++i) {
-    const double target = targets[i] * total;
-    errors_[i] = target > 0 ? (target - static_cast<double>(stats.counts()[i])) / target : 0;
-    worst = std::max(worst, -errors_[i]);
-  }
-  vio_average_ += kVioEma * (worst - vio_average_);
-  if (const auto gap = stats.mean_gap(); gap && *gap >= 0) {
-    const double now = top_k_ * *gap;
-    gap_ = gap_ > 0 ? gap_ + kGapEma * (now - gap_) : now;
-  }
+  follow_loads(step, stats, targets);
   const GuardReport seen = strongest_trigger(step, stats, metrics);
+  const std::int64_t spent = step - since_;
+  const auto end = [&](GuardState next, GuardCause cause, std::int64_t allowed) {
+    enter(next, step, cause, static_cast<double>(spent), static_cast<double>(allowed));
+  };
   switch (report_.state) {
     case GuardState::kWatching:
       confirmed_ = seen.trigger != GuardTrigger::kNone && step >= options_.warmup ? confirmed_ + 1 : 0;
       report_ = seen;
-      if (confirmed_ < options_.confirm) break;
-      std::copy(in_force[0].begin(), in_force[0].end(), bias_before_.begin());
-      aux_before_ = in_force[1][0];
-      temperature_before_ = in_force[2][0];
-      start_vio_ = worst;
-      vio_average_ = worst;
-      relapses_ = step - handed_back_ < options_.patience ? std::min(relapses_ + 1, kMostRelapses) : 0;
-      for (std::size_t i = 0; i < steps_.size(); ++i) steps_[i] = errors_[i] < 0 ? -1 : 1;
-      enter(GuardState::kIntervening, step);
+      if (confirmed_ >= options_.confirm) intervene(step, in_force);
       break;
-    case GuardState::kIntervening:
+    case GuardState::kIntervening: {
       size_steps();
-      balanced_ =
-          seen.trigger == GuardTrigger::kNone && worst <= options_.recovered_max_vio ? balanced_ + 1 : 0;
+      if (vio_average_ > options_.recovered_max_vio) raised_ = std::min(1.0, raised_ + kRaise);
+      const bool balanced = seen.trigger == GuardTrigger::kNone && vio_ <= options_.recovered_max_vio;
+      balanced_ = balanced ? balanced_ + 1 : 0;
       if (balanced_ >= options_.dwell << relapses_) {
-        enter(GuardState::kHandingBack, step);
-      } else if (step - since_ >= options_.patience << relapses_) {
+        enter(GuardState::kHandingBack, step, GuardCause::kBalanced, vio_, options_.recovered_max_vio);
+      } else if (spent >= options_.patience << relapses_) {
         // Not balanced in time. What has helped is kept, and the scalars go back; what has not is undone.
-        enter(vio_average_ <= kHelped * start_vio_ ? GuardState::kHandingBack : GuardState::kRollingBack,
-              step);
+        const double bound = kHelped * start_vio_;
+        if (vio_average_ <= bound) {
+          enter(GuardState::kHandingBack, step, GuardCause::kHelped, vio_average_, bound);
+        } else {
+          enter(GuardState::kRollingBack, step, GuardCause::kNoHelp, vio_average_, bound);
+        }
       }
       break;
+    }
     case GuardState::kHandingBack:
       size_steps();
-      // Balance must have outlived the scalars' return before the biases are let go as well.
-      balanced_ = scalars_are_back(in_force) && worst <= options_.recovered_max_vio ? balanced_ + 1 : 0;
-      if (balanced_ >= options_.dwell || step - since_ >= options_.patience) {
-        handed_back_ = step;
-        enter(GuardState::kWatching, step);
+      hand_back(step, in_force);
+      break;
+    case GuardState::kRollingBack: {
+      double left = 0;
+      for (std::size_t i = 0; i < bias_before_.size(); ++i) {
+        left = std::max(left, std::abs(in_force[0][i] - bias_before_[i]));
+      }
+      if (scalars_are_back(in_force) && left <= kBack) {
+        enter(GuardState::kCooldown, step, GuardCause::kUndone, left, kBack);
+      } else if (spent >= options_.patience) {  // a limit keeps it from getting back
+        end(GuardState::kCooldown, GuardCause::kTimeUp, options_.patience);
       }
       break;
-    case GuardState::kRollingBack:
-      if (scalars_are_back(in_force) &&
-          std::equal(in_force[0].begin(), in_force[0].end(), bias_before_.begin(),
-                     [](double a, double b) { return std::abs(a - b) < kBack; })) {
-        enter(GuardState::kCooldown, step);
-      } else if (step - since_ >= options_.patience) {  // a limit keeps it from getting back
-        enter(GuardState::kCooldown, step);
-      }
-      break;
+    }
     case GuardState::kCooldown:
-      if (step - since_ >= options_.cooldown) enter(GuardState::kWatching, step);
+      if (spent >= options_.cooldown) end(GuardState::kWatching, GuardCause::kRested, options_.cooldown);
       break;
+  }
+}
+
+void LayerGuard::intervene(std::int64_t step, const std::span<const double> (&in_force)[kActuatorCount]) {
+  std::copy(in_force[0].begin(), in_force[0].end(), bias_before_.begin());
+  aux_before_ = in_force[1][0];
+  temperature_before_ = in_force[2][0];
+  start_vio_ = vio_average_ = vio_;
+  const bool relapsed = step - handed_back_ < options_.patience;
+  relapses_ = relapsed ? std::min(relapses_ + 1, kMostRelapses) : 0;
+  raised_ = relapsed ? 0 : 1;
+  for (std::size_t i = 0; i < steps_.size(); ++i) {
+    const double size = relapsed ? std::max(std::abs(steps_[i]), kSmallestFirstStep) : 1;
+    steps_[i] = errors_[i] < 0 ? -size : size;
+  }
+  enter(GuardState::kIntervening, step, GuardCause::kTriggered, report_.value, report_.threshold);
+}
+
+// The scalars go back by a `dwell`-th a step while the load stands, and up again while it does not; once patience
+// is out they go back whatever the load does, so that nothing stays raised for good.
+void LayerGuard::hand_back(std::int64_t step, const std::span<const double> (&in_force)[kActuatorCount]) {
+  const std::int64_t spent = step - since_, allowed = options_.patience << relapses_;
+  const bool in_time = spent < allowed;
+  const double share = 1 / static_cast<double>(options_.dwell);
+  const bool stands = vio_average_ <= options_.recovered_max_vio;
+  raised_ = std::clamp(raised_ + (in_time && !stands ? share : -share), 0.0, 1.0);
+  const bool back = scalars_are_back(in_force);
+  // Balance must have outlived the scalars' return before the biases are let go as well.
+  balanced_ = back && vio_ <= options_.recovered_max_vio ? balanced_ + 1 : 0;
+  if (balanced_ >= options_.dwell) {
+    handed_back_ = step;
+    enter(GuardState::kWatching, step, GuardCause::kBalanced, vio_, options_.recovered_max_vio);
+  } else if (!in_time && (back || spent >= 2 * allowed)) {  // twice: a limit keeps them from getting back
+    handed_back_ = step;
+    enter(GuardState::kWatching, step, GuardCause::kTimeUp, static_cast<double>(spent),
+          static_cast<double>(allowed));
   }
 }
 
@@ -208,10 +283,10 @@ bool LayerGuard::scalars_are_back(const std::span<const double> (&in_force)[kAct
 
 bool LayerGuard::overrides(Actuator actuator, const Limits& limits, std::span<const double> in_force,
                            std::span<double> wanted) const {
-  const bool intervening = report_.state == GuardState::kIntervening;
   const bool undoing = report_.state == GuardState::kRollingBack;
-  const bool handing_back = report_.state == GuardState::kHandingBack;
-  if (!intervening && !undoing && !handing_back) return false;
+  if (!undoing && report_.state != GuardState::kIntervening && report_.state != GuardState::kHandingBack) {
+    return false;
+  }
   if (actuator == Actuator::kExpertBias) {
     // Also while the scalars glide back: scores in probability space change with the temperature, and with them
     // what the biases weigh.
@@ -228,51 +303,64 @@ bool LayerGuard::overrides(Actuator actuator, const Limits& limits, std::span<co
   }
   const bool aux = actuator == Actuator::kAuxLossWeight;
   const double before = aux ? aux_before_ : temperature_before_;
-  wanted[0] = intervening ? before * (aux ? options_.aux_factor : options_.temperature_factor) : before;
+  const double factor = aux ? options_.aux_factor : options_.temperature_factor;
+  wanted[0] = undoing ? before : before * std::pow(factor, raised_);
   return true;
 }
 
 void LayerGuard::save(StateWriter& out) const {
-  const std::array<std::int64_t, 8> steps = {static_cast<std::int64_t>(report_.state),
-                                             static_cast<std::int64_t>(report_.trigger),
-                                             since_,
-                                             confirmed_,
-                                             balanced_,
-                                             entropy_known_ ? 1 : 0,
-                                             relapses_,
-                                             handed_back_};
+  const std::array<std::int64_t, 11> steps = {static_cast<std::int64_t>(report_.state),
+                                              static_cast<std::int64_t>(report_.trigger),
+                                              static_cast<std::int64_t>(report_.cause),
+                                              since_,
+                                              confirmed_,
+                                              balanced_,
+                                              entropy_known_ ? 1 : 0,
+                                              relapses_,
+                                              handed_back_,
+                                              lost_steps_,
+                                              begun_ ? 1 : 0};
   out.put("guard_steps", steps);
-  const std::array<double, 8> values = {report_.value, report_.threshold, entropy_average_,    gap_,
-                                        start_vio_,    aux_before_,       temperature_before_, vio_average_};
+  const std::array<double, 11> values = {
+      report_.value,       report_.threshold, entropy_average_, gap_,      start_vio_, aux_before_,
+      temperature_before_, vio_average_,      least_excess_,    lost_sum_, raised_};
   out.put("guard_values", values);
   out.put("guard_bias_before", bias_before_);
   out.put("guard_bias_steps", steps_);
+  out.put("guard_smoothed_errors", smoothed_);
 }
 
 void LayerGuard::load(StateReader& in) {
-  std::array<std::int64_t, 8> steps{};
+  std::array<std::int64_t, 11> steps{};
   in.get("guard_steps", steps);
-  std::array<double, 8> values{};
+  std::array<double, 11> values{};
   in.get("guard_values", values);
   in.get("guard_bias_before", bias_before_);
   in.get("guard_bias_steps", steps_);
-  if (steps[0] < 0 || steps[0] > 4 || steps[1] < 0 || steps[1] > 5 || steps[6] < 0 ||
-      steps[6] > kMostRelapses) {
-    throw StateError("guard_steps: not a state or trigger of the guard");
+  in.get("guard_smoothed_errors", smoothed_);
+  if (steps[0] < 0 || steps[0] > 4 || steps[1] < 0 || steps[1] > 6 || steps[2] < 0 || steps[2] > 7 ||
+      steps[7] < 0 || steps[7] > kMostRelapses) {
+    throw StateError("guard_steps: not a state, trigger or cause of the guard");
   }
-  report_ = {static_cast<GuardState>(steps[0]), static_cast<GuardTrigger>(steps[1]), values[0], values[1]};
-  since_ = steps[2];
-  confirmed_ = steps[3];
-  balanced_ = steps[4];
-  entropy_known_ = steps[5] != 0;
-  relapses_ = steps[6];
-  handed_back_ = steps[7];
+  report_ = {static_cast<GuardState>(steps[0]), static_cast<GuardTrigger>(steps[1]), values[0], values[1],
+             static_cast<GuardCause>(steps[2])};
+  since_ = steps[3];
+  confirmed_ = steps[4];
+  balanced_ = steps[5];
+  entropy_known_ = steps[6] != 0;
+  relapses_ = steps[7];
+  handed_back_ = steps[8];
+  lost_steps_ = steps[9];
+  begun_ = steps[10] != 0;
   entropy_average_ = values[2];
   gap_ = values[3];
   start_vio_ = values[4];
   aux_before_ = values[5];
   temperature_before_ = values[6];
   vio_average_ = values[7];
+  least_excess_ = values[8];
+  lost_sum_ = values[9];
+  raised_ = values[10];
 }
 
 }  // namespace moectl

@@ -51,6 +51,7 @@ void describe_guard(std::string& out, const GuardOptions& guard) {
   line(out, "guard.entropy_fall", guard.entropy_fall);
   line(out, "guard.dead_share", guard.dead_share);
   line(out, "guard.max_token_share", guard.max_token_share);
+  line(out, "guard.lost_after", guard.lost_after);
   line(out, "guard.warmup", guard.warmup);
   line(out, "guard.confirm", guard.confirm);
   line(out, "guard.aux_factor", guard.aux_factor);

@@ -344,11 +344,13 @@ void RunLogWriter::File::record(const StepReport& report, const LayerReport& lay
   if (layer.stats) sums(*layer.stats);
   info(report, tag);
   if (layer.metrics) metrics(layer);
-  if (layer.guard.state != GuardState::kWatching || layer.guard.trigger != GuardTrigger::kNone) {
+  if (layer.guard.state != GuardState::kWatching || layer.guard.trigger != GuardTrigger::kNone ||
+      layer.guard.cause != GuardCause::kNone) {
     json.key("guard");
     json.raw('{');
     json.field("state", name_of(layer.guard.state));
     json.field("trigger", name_of(layer.guard.trigger));
+    json.field("cause", name_of(layer.guard.cause));
     json.field("value", layer.guard.value);
     json.field("threshold", layer.guard.threshold);
     json.raw('}');

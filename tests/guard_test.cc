@@ -3,10 +3,17 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <cmath>
+#include <map>
+#include <nlohmann/json.hpp>
 #include <numeric>
+#include <random>
+#include <sstream>
 
 #include "moectl/controller.h"
+#include "moectl/run_log.h"
 #include "moectl/simulation.h"
+#include "temp_dir.h"
 #include "test_paths.h"
 
 namespace moectl {
@@ -61,6 +68,97 @@ TEST(Guard, OptionsNameKeyValueAndConstraint) {
   EXPECT_THAT(wrong([](GuardOptions& o) { o.bias_step = -1; }), HasSubstr("bias_step: -1"));
 }
 
+// One signal alone, the others set so that they cannot act.
+GuardOptions only(GuardTrigger signal) {
+  GuardOptions options = quick();
+  options.fhs = signal == GuardTrigger::kFhs;
+  if (signal != GuardTrigger::kEntropyFall) options.entropy_fall = 1;
+  if (signal != GuardTrigger::kDeadExperts) options.dead_share = 1;
+  if (signal != GuardTrigger::kMaxLoad) options.max_token_share = 1;
+  options.lost_after = signal == GuardTrigger::kLostBalance ? 10 : 1000000;
+  return options;
+}
+
+// Feeds the same counts until the guard intervenes; returns how many steps that took, or -1.
+int steps_to_intervention(Controller& controller, const Counts& counts, int most) {
+  for (int i = 1; i <= most; ++i) {
+    if (feed(controller, counts).guard.state == GuardState::kIntervening) return i;
+  }
+  return -1;
+}
+
+TEST(Guard, RecognisesFhsAboveOneAndItsNoiseGateHoldsWhatChanceExplains) {
+  Controller controller(guarded(only(GuardTrigger::kFhs)));
+  EXPECT_EQ(steps_to_intervention(controller, kPile, 10), 3);
+  const GuardReport& seen = controller.report().layers[0].guard;
+  EXPECT_EQ(seen.trigger, GuardTrigger::kFhs);
+  EXPECT_EQ(seen.cause, GuardCause::kTriggered);
+  // B = 1 - Σ √(p/N), W = 1 - Σ p^1.5 for k = 1.
+  const double b = 1 - (std::sqrt(.97) + 3 * std::sqrt(.01)) / 2;
+  const double w = 1 - (std::pow(.97, 1.5) + 3 * std::pow(.01, 1.5));
+  EXPECT_NEAR(seen.value, b / w, 1e-9);
+  EXPECT_EQ(seen.threshold, 1);
+  // Two tokens that chance sent to one expert: FHS is above 1 as well, and says nothing (B = 1/2, its gate is at 0.65).
+  Controller few(guarded(only(GuardTrigger::kFhs)));
+  EXPECT_EQ(steps_to_intervention(few, {2, 0, 0, 0}, 50), -1);
+  EXPECT_GT(few.report().layers[0].metrics->fhs.value_or(0), 1);
+}
+
+TEST(Guard, RecognisesFallingEntropy) {
+  Controller controller(guarded(only(GuardTrigger::kEntropyFall)));
+  for (int i = 0; i < 10; ++i) feed(controller, kEven);
+  EXPECT_EQ(steps_to_intervention(controller, {70, 10, 10, 10}, 10), 3);
+  const GuardReport& seen = controller.report().layers[0].guard;
+  EXPECT_EQ(seen.trigger, GuardTrigger::kEntropyFall);
+  const double entropy = -(.7 * std::log(.7) + .3 * std::log(.1)) / std::log(4.0);
+  EXPECT_NEAR(seen.value, entropy, 1e-9);
+  // The slow average has taken in two of the three uneven steps.
+  EXPECT_NEAR(seen.threshold, entropy + (1 - entropy) * .99 * .99 - .15, 1e-9);
+}
+
+TEST(Guard, RecognisesDeadExperts) {
+  GuardOptions options = only(GuardTrigger::kDeadExperts);
+  ControllerConfig config = guarded(options);
+  Controller controller(config);
+  const int steps = steps_to_intervention(controller, {34, 33, 33, 0}, 200);
+  EXPECT_EQ(steps, config.monitor.dead_after + options.confirm - 1);
+  const GuardReport& seen = controller.report().layers[0].guard;
+  EXPECT_EQ(seen.trigger, GuardTrigger::kDeadExperts);
+  EXPECT_EQ(seen.value, 1);
+  EXPECT_EQ(seen.threshold, 1);  // a quarter of four
+}
+
+TEST(Guard, RecognisesAnExpertThatMostTokensChoose) {
+  Controller controller(guarded(only(GuardTrigger::kMaxLoad)));
+  EXPECT_EQ(steps_to_intervention(controller, {79, 7, 7, 7}, 100), -1);
+  EXPECT_EQ(steps_to_intervention(controller, {85, 5, 5, 5}, 10), 3);
+  const GuardReport& seen = controller.report().layers[0].guard;
+  EXPECT_EQ(seen.trigger, GuardTrigger::kMaxLoad);
+  EXPECT_NEAR(seen.value, .85, 1e-12);
+  EXPECT_NEAR(seen.threshold, .8, 1e-12);
+}
+
+// Loads smoothed by 0.05 a step: after n uneven steps of MaxVio 1.4 the smoothed one is 1.4 (1 - 0.95^n), above 1
+// from n = 25 on. It is so for ten steps at n = 34, and confirmed at 36.
+TEST(Guard, RecognisesABalanceThatIsLostAndNotComingBack) {
+  const Counts uneven = {60, 20, 10, 10};
+  Controller controller(guarded(only(GuardTrigger::kLostBalance)));
+  for (int i = 0; i < 10; ++i) feed(controller, kEven);
+  EXPECT_EQ(steps_to_intervention(controller, uneven, 100), 36);
+  const GuardReport& seen = controller.report().layers[0].guard;
+  EXPECT_EQ(seen.trigger, GuardTrigger::kLostBalance);
+  EXPECT_NEAR(seen.value, 1.4 * (1 - std::pow(.95, 36)), 1e-9);
+  EXPECT_EQ(seen.threshold, 1);
+
+  Controller never(guarded(only(GuardTrigger::kLostBalance)));  // what never balanced has nothing to lose
+  EXPECT_EQ(steps_to_intervention(never, uneven, 300), -1);
+
+  Controller returning(guarded(only(GuardTrigger::kLostBalance)));  // a law on its way back is left alone
+  for (int i = 0; i < 10; ++i) feed(returning, kEven);
+  EXPECT_EQ(steps_to_intervention(returning, uneven, 26), -1);
+  EXPECT_EQ(steps_to_intervention(returning, {50, 25, 15, 10}, 100), -1);
+}
+
 TEST(Guard, IntervenesOnceConfirmedAndHandsBackOnceBalanced) {
   Controller controller(guarded(quick()));
   for (int i = 0; i < 2; ++i) {
@@ -83,26 +181,152 @@ TEST(Guard, IntervenesOnceConfirmedAndHandsBackOnceBalanced) {
   const std::vector<double> bias(controller.bias(0).begin(), controller.bias(0).end());
   for (int i = 0; i < 2; ++i) feed(controller, kEven);
   EXPECT_EQ(controller.report().layers[0].guard.state, GuardState::kHandingBack);
-  for (int i = 0; i < 6; ++i) feed(controller, kEven);
+  EXPECT_EQ(controller.report().layers[0].guard.cause, GuardCause::kBalanced);
+  EXPECT_EQ(controller.report().layers[0].guard.value, 0);  // MaxVio
+  EXPECT_EQ(controller.report().layers[0].guard.threshold, 1);
+  for (int i = 0; i < 100 && controller.report().layers[0].guard.state == GuardState::kHandingBack; ++i) {
+    feed(controller, kEven);
+  }
   EXPECT_EQ(controller.report().layers[0].guard.state, GuardState::kWatching);
   EXPECT_NEAR(controller.aux_loss_weight(0), 0.01, 1e-11);
   EXPECT_NEAR(controller.temperature(0), 1, 1e-9);
   EXPECT_NEAR(controller.bias(0)[0], bias[0], 1e-12);  // what balanced stays
 }
 
+// Every decision is confirmed by MaxVio, which the counts alone set: scalars go back while the load stands, stop and
+// turn when it does not, and go back at last whatever it does.
+TEST(Guard, HandsBackOnlyAsFastAsTheLoadStands) {
+  GuardOptions options = quick();
+  options.dwell = 10;
+  options.patience = 60;
+  ControllerConfig config = guarded(options);
+  config.aux_loss_weight.limits.rate = 10;
+  Controller controller(config);
+  for (int i = 0; i < 4; ++i) feed(controller, kPile);
+  ASSERT_NEAR(controller.aux_loss_weight(0), 0.1, 1e-12);
+  for (int i = 0; i < 60 && controller.report().layers[0].guard.state != GuardState::kHandingBack; ++i) {
+    feed(controller, kEven);
+  }
+  ASSERT_EQ(controller.report().layers[0].guard.state, GuardState::kHandingBack);
+  double last = controller.aux_loss_weight(0);
+  for (int i = 0; i < 5; ++i) {  // a tenth of the way, in the logarithm, a step
+    feed(controller, kEven);
+    EXPECT_NEAR(std::log(last / controller.aux_loss_weight(0)), std::log(10.0) / 10, 1e-9);
+    last = controller.aux_loss_weight(0);
+  }
+  for (int i = 0; i < 10; ++i) feed(controller, kPile);
+  EXPECT_GT(controller.aux_loss_weight(0), last);
+  int steps = 0;
+  while (controller.report().layers[0].guard.state == GuardState::kHandingBack && steps++ < 200) {
+    feed(controller, kPile);
+  }
+  const GuardReport& let_go = controller.report().layers[0].guard;
+  EXPECT_EQ(let_go.state, GuardState::kWatching);
+  EXPECT_EQ(let_go.cause, GuardCause::kTimeUp);
+  EXPECT_GE(let_go.value, let_go.threshold);
+  EXPECT_EQ(let_go.threshold, 60);
+  EXPECT_NEAR(controller.aux_loss_weight(0), 0.01, 1e-10);
+  EXPECT_NEAR(controller.temperature(0), 1, 1e-8);
+}
+
+// After a relapse the biases come first: the scalars rise by a tenth a step, and only while smoothed MaxVio is high.
+TEST(Guard, ARelapseIsMetByBiasesFirst) {
+  Controller controller(guarded(quick()));
+  for (int i = 0; i < 5; ++i) feed(controller, kPile);
+  for (int i = 0; i < 100 && controller.report().layers[0].guard.state != GuardState::kWatching; ++i) {
+    feed(controller, kEven);
+  }
+  ASSERT_EQ(controller.report().layers[0].guard.state, GuardState::kWatching);
+  const double aux = controller.aux_loss_weight(0), bias = controller.bias(0)[0];
+  ASSERT_GT(steps_to_intervention(controller, {60, 20, 10, 10}, 20), 0);  // within patience of handing back
+  EXPECT_NEAR(controller.aux_loss_weight(0), aux, 1e-12);
+  EXPECT_LT(controller.bias(0)[0], bias);
+  feed(controller, {60, 20, 10, 10});
+  EXPECT_NEAR(controller.aux_loss_weight(0), aux * std::pow(10, 0.1), 1e-9);
+}
+
 TEST(Guard, RollsBackWhatDoesNotHelp) {
   Controller controller(guarded(quick()));
   for (int i = 0; i < 3; ++i) feed(controller, kPile);
   for (int i = 0; i < 20; ++i) feed(controller, kPile);
-  EXPECT_EQ(controller.report().layers[0].guard.state, GuardState::kRollingBack);
+  const GuardReport& given_up = controller.report().layers[0].guard;
+  EXPECT_EQ(given_up.state, GuardState::kRollingBack);
+  EXPECT_EQ(given_up.trigger, GuardTrigger::kFhs);
+  EXPECT_EQ(given_up.cause, GuardCause::kNoHelp);
+  EXPECT_NEAR(given_up.value, 2.88, 1e-9);  // smoothed MaxVio, the same as at the start
+  EXPECT_NEAR(given_up.threshold, 0.7 * 2.88, 1e-9);
   EXPECT_LT(controller.bias(0)[0], -1);
+  EXPECT_GT(controller.temperature(0), 1.2);
   int steps = 0;
   while (controller.report().layers[0].guard.state == GuardState::kRollingBack && steps++ < 100) {
     feed(controller, kPile);
   }
   EXPECT_EQ(controller.report().layers[0].guard.state, GuardState::kCooldown);
+  EXPECT_EQ(controller.report().layers[0].guard.cause, GuardCause::kUndone);
   EXPECT_NEAR(controller.bias(0)[0], 0, 1e-8);
   EXPECT_NEAR(controller.aux_loss_weight(0), 0.01, 1e-10);
+  EXPECT_NEAR(controller.temperature(0), 1, 1e-8);
+}
+
+TEST(Guard, KeepsWhatHelpedThoughNotEnough) {
+  Controller controller(guarded(quick()));
+  for (int i = 0; i < 3; ++i) feed(controller, kPile);
+  for (int i = 0; i < 20; ++i)
+    feed(controller, {60, 20, 10, 10});  // MaxVio 2.88 → 1.4: under 0.7 of it, above 1
+  const GuardReport& seen = controller.report().layers[0].guard;
+  EXPECT_EQ(seen.state, GuardState::kHandingBack);
+  EXPECT_EQ(seen.cause, GuardCause::kHelped);
+  EXPECT_NEAR(seen.value, 1.4 + 1.48 * std::pow(.9, 20), 1e-9);
+  EXPECT_NEAR(seen.threshold, 0.7 * 2.88, 1e-9);
+}
+
+// What the run log holds of each decision of an intervention that is rolled back and of one that is handed back.
+TEST(Guard, EachDecisionIsInTheLogWithItsNumbers) {
+  const TempDir dir;
+  const std::string path = dir.path("run.jsonl");
+  const ControllerConfig config = guarded(quick());
+  {
+    RunLogWriter writer(path, config);
+    Controller controller(config);
+    controller.set_log([&](const StepReport& report) { writer.write(report); });
+    for (int i = 0; i < 60; ++i)
+      feed(controller, kPile);  // intervenes, rolls back, rests, and intervenes again
+    for (int i = 0; i < 60; ++i) feed(controller, kEven);
+  }
+  struct Seen {
+    std::string state, trigger, cause;
+    double value, threshold;
+  };
+  std::vector<Seen> decisions;
+  std::istringstream lines(TempDir::read(path));
+  std::string before = "watching";
+  for (std::string line; std::getline(lines, line);) {
+    const auto record = nlohmann::json::parse(line);
+    if (!record.contains("step")) continue;
+    Seen now{"watching", "none", "none", 0, 0};
+    if (record.contains("guard")) {
+      const auto& g = record["guard"];
+      now = {g["state"], g["trigger"], g["cause"], g["value"], g["threshold"]};
+    }
+    if (now.state != before) decisions.push_back(now);
+    before = now.state;
+  }
+  std::vector<std::string> told;
+  for (const Seen& d : decisions) told.push_back(d.state + " " + d.cause);
+  EXPECT_THAT(told, ::testing::ElementsAre("intervening triggered", "rolling_back no_help", "cooldown undone",
+                                           "watching rested", "intervening triggered",
+                                           "handing_back balanced", "watching balanced"));
+  ASSERT_EQ(decisions.size(), 7U);
+  for (const int i : {0, 1, 4}) {
+    EXPECT_EQ(decisions[static_cast<std::size_t>(i)].trigger, "fhs") << i;
+    EXPECT_GT(decisions[static_cast<std::size_t>(i)].value, decisions[static_cast<std::size_t>(i)].threshold)
+        << i;
+  }
+  EXPECT_LE(decisions[2].value, decisions[2].threshold);
+  EXPECT_EQ(decisions[3].value, 5);
+  EXPECT_EQ(decisions[3].threshold, 5);
+  EXPECT_EQ(decisions[5].threshold, 1);
+  EXPECT_LE(decisions[6].value, 1);
 }
 
 TEST(Guard, NeverOverridesALimitOrAFreeze) {
@@ -119,6 +343,51 @@ TEST(Guard, NeverOverridesALimitOrAFreeze) {
   for (int i = 0; i < 10; ++i) feed(frozen, kPile);
   EXPECT_EQ(frozen.bias(0)[0], 0);
   EXPECT_EQ(frozen.report().layers[0].guard.state, GuardState::kWatching);
+}
+
+// Whatever is counted, whatever state the guard is in: range, rate and centre hold for all three actuators.
+TEST(Guard, HoldsTheLimitsOfAllThreeActuatorsOnHostileCounts) {
+  std::mt19937_64 random(7);
+  std::map<GuardState, int> visited;
+  for (int run = 0; run < 40; ++run) {
+    ControllerConfig config = guarded(quick());
+    config.guard.aux_factor = 1000;
+    config.guard.temperature_factor = 100;
+    config.guard.bias_step = run % 2 == 0 ? 1 : 1e6;
+    config.expert_bias.limits = {.min = -0.5, .max = 0.5, .rate = 0.07, .center = true};
+    config.aux_loss_weight.limits = {.min = 1e-3, .max = 0.05, .rate = 0.2};
+    config.router_temperature.limits = {.min = 0.8, .max = 2, .rate = 0.05};
+    Controller controller(config);
+    std::vector<double> bias(controller.bias(0).begin(), controller.bias(0).end());
+    double aux = controller.aux_loss_weight(0), temperature = controller.temperature(0);
+    Counts counts = kEven;
+    for (int step = 0; step < 300; ++step) {
+      if (random() % 12 == 0) {
+        for (auto& c : counts) c = static_cast<std::int64_t>(random() % 4 == 0 ? 0 : random() % 1000);
+        if (random() % 3 == 0) counts = kPile;
+        if (random() % 3 == 0) counts = kEven;
+      }
+      ++visited[feed(controller, counts).guard.state];
+      double sum = 0;
+      for (std::size_t i = 0; i < bias.size(); ++i) {
+        const double now = controller.bias(0)[i];
+        ASSERT_LE(std::abs(now), 0.5);
+        ASSERT_LE(std::abs(now - bias[i]), 0.07 + 1e-12);
+        sum += now;
+        bias[i] = now;
+      }
+      ASSERT_NEAR(sum, 0, 1e-9);
+      ASSERT_GE(controller.aux_loss_weight(0), 1e-3);
+      ASSERT_LE(controller.aux_loss_weight(0), 0.05);
+      ASSERT_LE(std::abs(std::log(controller.aux_loss_weight(0) / aux)), 0.2 + 1e-12);
+      ASSERT_GE(controller.temperature(0), 0.8);
+      ASSERT_LE(controller.temperature(0), 2);
+      ASSERT_LE(std::abs(std::log(controller.temperature(0) / temperature)), 0.05 + 1e-12);
+      aux = controller.aux_loss_weight(0);
+      temperature = controller.temperature(0);
+    }
+  }
+  EXPECT_EQ(visited.size(), 5U);  // all states
 }
 
 TEST(Guard, EvenRoutingAndAPassingPileLeaveItWatching) {

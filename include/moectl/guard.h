@@ -2,7 +2,8 @@
 //
 //             a trigger, confirmed            balanced for `dwell` steps     scalars are back, balanced for `dwell`
 //   watching ────────────────────▶ intervening ────────────────────────▶ handing back ──▶ watching
-//      ▲                                │ no better after `patience` steps       biases held, scalars glide back
+//      ▲                                │ no better after `patience` steps       the guard keeps the biases, scalars
+//      │                                ▼                                        go back as far as the balance stands
 //      └──────── cooldown ◀── rolling back: scalars and biases as before
 //
 // It is no policy, because it acts on all three actuators at once: it stands between the proposals and the
@@ -30,18 +31,21 @@ struct GuardOptions {
   double entropy_fall = 0.15;    ///< Of entropy_normalized, below its slow average, (0, 1].
   double dead_share = 0.25;      ///< Of experts that are dead, (0, 1].
   double max_token_share = 0.8;  ///< Of tokens that choose one and the same expert, (0, 1].
+  /// Steps over which a layer that was well balanced has an expert at more than `recovered_max_vio` above its
+  /// share, and rising: what a law too slow for it looks like long before anything else shows. ≥ 1
+  std::int64_t lost_after = 100;
   std::int64_t warmup =
       50;  ///< Steps at the start without a trigger: a young router is uneven by nature. ≥ 0
   std::int64_t confirm = 5;  ///< ≥ 1
-  // Intervention.
+  // Intervention. After a relapse the biases are tried first, and the scalars follow while that is not enough.
   double aux_factor = 10;           ///< The aux weight is raised by up to this factor, ≥ 1.
   double temperature_factor = 1.5;  ///< The temperature likewise, ≥ 1.
   /// First move of a bias for a relative error of 1, in score gaps, ≥ 0. Each expert's grows by a fifth while
   /// its error keeps its sign and halves when it turns.
   double bias_step = 1;
   // Watched recovery.
-  /// Balanced: MaxVio is no more than this, > 0. For `patience` steps after handing back, a smoothed MaxVio above
-  /// it is a relapse, and a trigger by itself …
+  /// Balanced: MaxVio is no more than this, > 0; well balanced: than half of it. For `patience` steps after
+  /// handing back, a smoothed MaxVio above it is a relapse, and a trigger by itself …
   double recovered_max_vio = 1;
   std::int64_t dwell = 30;      ///< … for so many steps, ≥ 1; twice as many after every relapse.
   std::int64_t patience = 300;  ///< Steps without recovery after which the intervention is rolled back, ≥ 1.
@@ -51,16 +55,38 @@ struct GuardOptions {
 std::string check_guard(const GuardOptions& options);
 
 enum class GuardState : std::uint8_t { kWatching, kIntervening, kHandingBack, kRollingBack, kCooldown };
-enum class GuardTrigger : std::uint8_t { kNone, kFhs, kEntropyFall, kDeadExperts, kMaxLoad, kRelapse };
+enum class GuardTrigger : std::uint8_t {
+  kNone,
+  kFhs,
+  kEntropyFall,
+  kDeadExperts,
+  kMaxLoad,
+  kLostBalance,
+  kRelapse
+};
+/// Why the guard is in its state, and which numbers decided so.
+enum class GuardCause : std::uint8_t {
+  kNone,       ///< Watching, nothing decided: the numbers are those of a trigger that stands, if any.
+  kTriggered,  ///< The trigger was confirmed: its number and its threshold.
+  kBalanced,   ///< MaxVio has been at most `recovered_max_vio` for long enough.
+  kHelped,     ///< Time is up, yet smoothed MaxVio is no more than 0.7 × what it was at the start: kept.
+  kNoHelp,     ///< Time is up and smoothed MaxVio is more than that: rolled back.
+  kUndone,     ///< Biases and scalars are as before: the largest distance left, of biases, and its bound.
+  kTimeUp,     ///< Steps spent in the state before, and how many it may last.
+  kRested,     ///< The same, for the cooldown.
+};
 std::string_view name_of(GuardState state);
 std::string_view name_of(GuardTrigger trigger);
+std::string_view name_of(GuardCause cause);
 
-/// What the guard of one layer saw and does, for the log.
+/// What the guard of one layer saw and does, for the log. A decision's numbers stand while its state lasts;
+/// those of a decision to watch stand for one step.
 struct GuardReport {
   GuardState state = GuardState::kWatching;
   GuardTrigger trigger = GuardTrigger::kNone;  ///< What set off the intervention under way, or stands now.
-  double value = 0;                            ///< The trigger's number …
+  double value = 0;                            ///< The number that decided …
   double threshold = 0;                        ///< … and what it is held against.
+  GuardCause cause = GuardCause::kNone;
 };
 
 /// One layer's guard. Does not allocate after construction.
@@ -86,9 +112,12 @@ class LayerGuard {
   void load(StateReader& in);
 
  private:
+  void follow_loads(std::int64_t step, const RoutingStats& stats, std::span<const double> targets);
   GuardReport strongest_trigger(std::int64_t step, const RoutingStats& stats, const Metrics& metrics);
+  void intervene(std::int64_t step, const std::span<const double> (&in_force)[kActuatorCount]);
+  void hand_back(std::int64_t step, const std::span<const double> (&in_force)[kActuatorCount]);
   void size_steps();
-  void enter(GuardState state, std::int64_t step);
+  void enter(GuardState state, std::int64_t step, GuardCause cause, double value, double threshold);
   bool scalars_are_back(const std::span<const double> (&in_force)[kActuatorCount]) const;
 
   GuardOptions options_;
@@ -101,13 +130,20 @@ class LayerGuard {
   std::int64_t handed_back_;    // step at which the guard last let go
   double entropy_average_ = 0;
   bool entropy_known_ = false;
+  bool begun_ = false;  // whether a step has been seen
   double gap_ = 0;
-  double start_vio_ = 0;        // MaxVio when the intervention began
-  std::vector<double> errors_;  // relative, of this step
-  std::vector<double> steps_;   // of each bias, in units of bias_step; negative if its last error was
+  double vio_ = 0, vio_average_ = 0;  // MaxVio of this step, and smoothed
+  double start_vio_ = 0;              // MaxVio when the intervention began
+  double excess_ = 0;         // MaxVio of the smoothed loads: what remains once chance has averaged out
+  double least_excess_ = -1;  // the lowest since the warm-up; below 0 = none yet
+  double lost_sum_ = 0;       // of excess_ over the lost_steps_ for which balance has been lost
+  std::int64_t lost_steps_ = 0;
+  double raised_ = 0;             // how far the scalars are raised, as the exponent of their factors, [0, 1]
+  std::vector<double> errors_;    // relative, of this step
+  std::vector<double> smoothed_;  // the same, smoothed
+  std::vector<double> steps_;     // of each bias, in units of bias_step; negative if its last error was
   std::vector<double> bias_before_;
   double aux_before_ = 0, temperature_before_ = 1;
-  double vio_average_ = 0;
 };
 
 }  // namespace moectl
