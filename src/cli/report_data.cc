@@ -31,6 +31,11 @@ std::size_t severity(const std::string& health) {
   return it == kHealth.end() ? 0 : static_cast<std::size_t>(it - kHealth.begin());
 }
 
+/// How many columns the page has room for, of maps with so many rows in all.
+std::size_t map_columns(std::size_t rows) {
+  return std::clamp<std::size_t>(kCells / std::max<std::size_t>(rows, 1), 20, 300);
+}
+
 std::string base64(const std::vector<unsigned char>& bytes) {
   static const char* const kDigits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
   std::string text;
@@ -88,6 +93,11 @@ ReportRun::ReportRun(const std::string& path, std::optional<std::int64_t> shift)
   LogReader reader(path, Reading::kSalvage);
   header_ = reader.header();
   shift_ = shift ? shift : header_.shift;
+  // What the page will not show of the experts need not be kept: with hundreds in each of many layers it would be most
+  // of the memory. Four times the columns of the load and bias maps are enough to choose from.
+  const std::size_t rows = 2U * static_cast<std::size_t>(header_.layers.value_or(1)) *
+                           static_cast<std::size_t>(header_.experts.value_or(1));
+  while (expert_each_ < 16 && kColumns / (2 * expert_each_) >= 4 * map_columns(rows)) expert_each_ *= 2;
   while (const auto record = reader.next()) add(*record);
   say_faults(reader, path);
   faults_ = reader.faults();
@@ -107,6 +117,12 @@ std::size_t ReportRun::column_of(std::int64_t step) {
   while (column() >= kColumns) halve();
   last_ = std::max(last_, step);
   return column();
+}
+
+/// Columns of the rows of single experts.
+std::size_t ReportRun::expert_columns() const {
+  const std::size_t all = static_cast<std::size_t>((last_ - *first_) / width_) + 1;
+  return (all + expert_each_ - 1) / expert_each_;
 }
 
 template <typename Visit>
@@ -177,8 +193,7 @@ json ReportRun::alerts_json() const {
 
 /// A mean a column, of as many columns as the page has room for.
 json ReportRun::loss_lines(const Layer& layer, std::size_t columns) const {
-  const std::size_t all = static_cast<std::size_t>((last_ - *first_) / width_) + 1;
-  const std::size_t each = (all + columns - 1) / columns;
+  const std::size_t each = (expert_columns() + columns - 1) / columns;
   nlohmann::json lines = nlohmann::json::array();
   for (const Row& row : layer.loss) {
     nlohmann::json line = nlohmann::json::array();
@@ -190,7 +205,7 @@ json ReportRun::loss_lines(const Layer& layer, std::size_t columns) const {
     }
     lines.push_back(std::move(line));
   }
-  return {{"each", each}, {"lines", lines}};
+  return {{"each", each * expert_each_}, {"lines", lines}};
 }
 
 void ReportRun::add(const LogRecord& record) {
@@ -232,25 +247,26 @@ void ReportRun::add(const LogRecord& record) {
     if (layer.health.size() <= column) layer.health.resize(column + 1, kHealth.front());
     if (severity(record.health) > severity(layer.health[column])) layer.health[column] = record.health;
   }
+  const std::size_t coarse = column / expert_each_;
   const RoutingStats& stats = record.stats;
   const auto n = static_cast<std::size_t>(stats.experts());
   if (n > 0 && stats.assignments() > 0) {
     layer.load.resize(n);
     const double mean = static_cast<double>(stats.assignments()) / static_cast<double>(n);
     for (std::size_t i = 0; i < n; ++i)
-      put(layer.load[i], column, static_cast<double>(stats.counts()[i]) / mean);
+      put(layer.load[i], coarse, static_cast<double>(stats.counts()[i]) / mean);
   }
   if (const auto it = record.actuators.find("expert_bias"); it != record.actuators.end()) {
     const std::vector<double>& bias = it->second.applied;
     layer.bias.resize(std::max(layer.bias.size(), bias.size()));
-    for (std::size_t i = 0; i < bias.size(); ++i) put(layer.bias[i], column, bias[i]);
+    for (std::size_t i = 0; i < bias.size(); ++i) put(layer.bias[i], coarse, bias[i]);
   }
   if (stats.shape().needs.losses) {
     layer.loss.resize(n);
     const auto sums = stats.array(RoutingStats::kExpertLossSum),
                tokens = stats.array(RoutingStats::kExpertLossTokens);
     for (std::size_t i = 0; i < n; ++i) {
-      if (tokens[i] > 0) put(layer.loss[i], column, from_fixed(sums[i]) / static_cast<double>(tokens[i]));
+      if (tokens[i] > 0) put(layer.loss[i], coarse, from_fixed(sums[i]) / static_cast<double>(tokens[i]));
     }
   }
   for (std::size_t d = 0; d < record.domains.size(); ++d) {
@@ -269,8 +285,7 @@ json ReportRun::expert_map(const std::vector<Row>& rows, std::size_t columns, do
     // An expert with no tokens has the lowest colour, not none.
     return log_ratio ? std::log2(std::max(v, 1e-9)) : v;
   };
-  const std::size_t all = static_cast<std::size_t>((last_ - *first_) / width_) + 1;
-  const std::size_t each = (all + columns - 1) / columns;
+  const std::size_t all = expert_columns(), each = (all + columns - 1) / columns;
   std::vector<unsigned char> bytes;
   for (const Row& row : rows) {
     for (std::size_t from = 0; from < all; from += each) {
@@ -285,7 +300,7 @@ json ReportRun::expert_map(const std::vector<Row>& rows, std::size_t columns, do
       bytes.push_back(static_cast<unsigned char>(std::lround((value + 1) * 127)));
     }
   }
-  return {{"rows", rows.size()}, {"each", each}, {"scale", scale}, {"data", base64(bytes)}};
+  return {{"rows", rows.size()}, {"each", each * expert_each_}, {"scale", scale}, {"data", base64(bytes)}};
 }
 
 json ReportRun::json() const {
@@ -325,7 +340,7 @@ json ReportRun::json() const {
       }
     }
   }
-  const std::size_t map_columns = std::clamp<std::size_t>(kCells / std::max<std::size_t>(cells, 1), 20, 300);
+  const std::size_t for_maps = map_columns(cells);
   const std::size_t loss_columns =
       std::clamp<std::size_t>(kLossPoints / std::max<std::size_t>(curves, 1), 12, kColumns);
   out["layers"] = nlohmann::json::array();
@@ -333,8 +348,8 @@ json ReportRun::json() const {
     nlohmann::json vio = nlohmann::json::array();
     for (const Extremes& e : layer.max_vio) vio.push_back(e.count ? rounded(e.max) : nlohmann::json(nullptr));
     nlohmann::json one = {{"layer", number}, {"max_vio", vio}};
-    if (!layer.load.empty()) one["load"] = expert_map(layer.load, map_columns, 3, true);
-    if (!layer.bias.empty()) one["bias"] = expert_map(layer.bias, map_columns, widest, false);
+    if (!layer.load.empty()) one["load"] = expert_map(layer.load, for_maps, 3, true);
+    if (!layer.bias.empty()) one["bias"] = expert_map(layer.bias, for_maps, widest, false);
     if (!layer.health.empty()) {
       nlohmann::json states = nlohmann::json::array();
       for (const std::string& state : layer.health) states.push_back(severity(state));

@@ -66,6 +66,7 @@ class ReportRun {
   nlohmann::json alerts_json() const;
   nlohmann::json loss_lines(const Layer& layer, std::size_t columns) const;
   std::size_t column_of(std::int64_t step);
+  std::size_t expert_columns() const;
   void halve();
   template <typename Visit>
   void for_each_row(Visit visit);
@@ -81,6 +82,7 @@ class ReportRun {
   bool sampled_ = false;  // the sampling floor is known
   std::optional<std::int64_t> first_;
   std::int64_t last_ = 0, width_ = 1;
+  std::size_t expert_each_ = 1;  // columns that a row of one expert keeps as one
   std::map<int, Layer> layers_;
   std::map<std::string, Track> tracks_;
   std::map<std::string, Row> series_;

@@ -74,6 +74,52 @@ TEST(Report, DownsamplingKeepsExtremes) {
   EXPECT_EQ(page["layers"][0]["max_vio"][3333 / 16], 1.0);
 }
 
+std::string from_base64(const std::string& text) {
+  static const std::string kDigits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+  std::string bytes;
+  unsigned word = 0, bits = 0;
+  for (const char c : text.substr(0, text.find('='))) {
+    word = word << 6 | static_cast<unsigned>(kDigits.find(c));
+    bits += 6;
+    if (bits < 8) continue;
+    bits -= 8;
+    bytes += static_cast<char>(word >> bits & 255);
+  }
+  return bytes;
+}
+
+// Where there are very many experts, fewer columns of each are kept; extremes still are.
+TEST(Report, MapsOfManyExpertsAreCoarserAndKeepExtremes) {
+  const TempDir dir;
+  std::string even = "[1", one = "[0";
+  for (int e = 1; e < 256; ++e) {
+    even += ",1";
+    one += e == 3 ? ",256" : ",0";
+  }
+  const std::string first = R"({"format":"moectl-trace","version":1,"layers":64,"experts":256,"top_k":1})";
+  std::string run = first + "\n";
+  for (int step = 0; step < 500; ++step) {
+    run += R"({"step":)" + std::to_string(step) + R"(,"layer":0,"tokens":256,"counts":)" +
+           (step == 333 ? one : even) + "]}\n";
+  }
+  dir.write("a.jsonl", run);
+  ASSERT_EQ(run_tool(dir, "report a.jsonl -o r.html").code, 0);
+  const auto page = data_of(TempDir::read(dir.path("r.html"))).at(0);
+  EXPECT_EQ(page["columns"], 500);
+  const auto& load = page["layers"][0]["load"];
+  EXPECT_EQ(load["rows"], 256);
+  ASSERT_EQ(load["each"], 4);
+  const std::string cells = from_base64(load["data"]);
+  ASSERT_EQ(cells.size(), 256U * 125);
+  for (std::size_t e = 0; e < 256; ++e) {
+    for (std::size_t c = 0; c < 125; ++c) {
+      // 127 is the mean load, 0 and 254 an eighth and eight times of it and more.
+      const int expected = c != 333 / 4 ? 127 : e == 3 ? 254 : 0;
+      ASSERT_EQ(static_cast<unsigned char>(cells[e * 125 + c]), expected) << e << ' ' << c;
+    }
+  }
+}
+
 TEST(Report, WhatCannotBeReadIsSaidAndNamesCannotEndTheScript) {
   const TempDir dir;
   const std::string name = "x<script>.jsonl";
