@@ -413,6 +413,23 @@ TEST(Guard, SavedAndLoadedItGoesOnWithTheSameBits) {
   }
 }
 
+TEST(Guard, ABalanceBeingLostIsSavedAndLoaded) {
+  const Counts uneven = {60, 20, 10, 10};
+  for (const int at :
+       {5, 20, 40, 44, 80}) {  // balanced, then uneven, lost from step 35 on, intervening from 46 on
+    Controller first(guarded(only(GuardTrigger::kLostBalance)));
+    for (int i = 0; i < at; ++i) feed(first, i < 10 ? kEven : uneven);
+    Controller second(guarded(only(GuardTrigger::kLostBalance)));
+    second.load(first.save());
+    for (int i = at; i < 120; ++i) {
+      const Counts& counts = i < 10 || i > 100 ? kEven : uneven;
+      feed(first, counts);
+      feed(second, counts);
+      ASSERT_EQ(first.save(), second.save()) << at << " " << i;
+    }
+  }
+}
+
 // On the simulated router: a law too slow for a collapse, with and without the guard.
 struct Outcome {
   double max_vio = 0;
