@@ -194,7 +194,8 @@ const advise = (run) => {
   const now = endRatio(run);
   const hits = (a, reason) => run.actuators[a].marks.reduce((n, [, reasons]) => n + (reasons[reason] ? 1 : 0), 0) /
                               Math.max(1, run.columns);
-  if (now && now.ratio >= BALANCED && !isController(run)) says.push('nothing controls this run: try policies/adaptive_bias.yaml');
+  const noPolicy = !Object.keys(run.actuators).some((a) => decides(run, a));
+  if (now && now.ratio >= BALANCED && noPolicy) says.push('no policy controls this run: try policies/adaptive_bias.yaml');
   for (const a of moves(run)) {
     if (hits(a, 'range') > 0.2) says.push(`${a} sat on its range for long: widen limits.min/max, or set a target that can be reached`);
     if (hits(a, 'rate') > 0.5 && now && now.ratio >= BALANCED) says.push(`${a} was held back by limits.rate most of the time: raise it`);
