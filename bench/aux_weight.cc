@@ -1,11 +1,20 @@
-// aux_weight_table [--seeds N]: pi on the auxiliary loss's weight against seven fixed weights, on the
-// simulated router.
+// aux_weight_table [tracking | shift] [--seeds FIRST:LAST]: pi on the auxiliary loss's weight, on the simulated
+// router.
 //
-// Balance is the signed excess CV, cost the displacement of the router's preferences from those that the task
-// wants (simulation.h), both averaged over the last 800 of 3000 steps. pi starts from weights 100 times too
-// high and too low, with its default gains and with gains of its own finding (autotune). Its cost is compared
-// with that of the fixed weight which balances as well: a run at the weight that the seven say balances as pi
-// did, and the slope of the seven for what is left. Prints Markdown.
+// tracking   Against seven fixed weights, from first weights 100 times too high and too low, with the default gains
+//            and with gains of its own finding (autotune). Balance is the signed excess CV, cost the displacement of
+//            the router's preferences from those that the task wants (simulation.h), both averaged over the last 800
+//            of 10000 steps. Its cost is compared with that of the fixed weight which balances as well: a run of the
+//            same length at the weight that the seven say balances as pi did, and the slope of the seven for what is
+//            left. The same once more over the last 800 of 3000 steps. Preferences come back at the task's pull
+//            alone, whose time constant is 1667 steps, so that a run of 3000 still holds what the first weight did
+//            to the router. How much of it no law could have undone is shown by `told`: it knows the weight that is
+//            right in the long run and goes there at the rate limit, helped by a proportional term.
+// shift      A new domain becomes half of the data after 150 decisions, by when gains have been found; the same
+//            router at several cadences, which answers accordingly fast or slowly. Errors are those of ten
+//            decisions' mean excess, relative to the target of 0.3.
+//
+// Prints Markdown.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -19,117 +28,278 @@
 namespace moectl::bench {
 namespace {
 
-constexpr std::int64_t kSteps = 3000, kWindow = 800, kTokens = 1024;
+constexpr std::int64_t kShort = 3000, kLong = 10000, kWindow = 800, kTokens = 1024, kCadence = 10;
+constexpr double kRate = 0.5;
 
 struct Point {
-  double excess = 0, cost = 0, weight = 0;
+  double excess = 0, cost = 0;
   int moves = 0;      // of the weight, in the window
   int reversals = 0;  // moves against the one before, in the window
 };
 
-enum class Tuner { kFixed, kGains, kAutotune };
+enum class Tuner { kFixed, kTold, kGains, kAutotune };
 
-Point run(Tuner tuner, double initial, double target, std::uint64_t seed) {
-  SimulationOptions plant;
-  plant.seed = seed;
-  plant.tokens = kTokens;
-  ControllerConfig config = config_for({"", "fixed", {}}, plant);
-  config.aux_loss_weight.policy = tuner == Tuner::kFixed ? "fixed" : "pi";
-  config.aux_loss_weight.initial = initial;
-  config.aux_loss_weight.limits = {.min = 1e-6, .max = 10, .rate = 0.5, .cadence = 10};
-  if (tuner != Tuner::kFixed) {
-    config.aux_loss_weight.options.set("target", target);
-    config.aux_loss_weight.options.set("autotune", tuner == Tuner::kAutotune);
+struct Run {
+  Tuner tuner = Tuner::kFixed;
+  double initial = 0, target = 0;
+  double told = 0;  // what kTold knows
+  std::uint64_t seed = 1;
+  std::int64_t cadence = kCadence;
+  std::int64_t shift = 0;  // step at which a new domain becomes half of the data; 0 = never
+};
+
+class Loop {
+ public:
+  explicit Loop(const Run& run) : run_(run), controller_(config_of(run)), router_(plant_of(run)) {
+    own_ = run.initial;
   }
-  Controller controller(config);
-  SimulatedRouter router(plant);
-  Point p;
-  double square = 0, before = initial, last_move = 0;
-  for (std::int64_t step = 0; step < kSteps; ++step) {
-    controller.record(0, router.route(controller.bias(0), controller.aux_loss_weight(0)));
-    const StepReport& report = controller.step();
-    const double move = controller.aux_loss_weight(0) - before;
-    before = controller.aux_loss_weight(0);
-    if (step < kSteps - kWindow) continue;
-    square += signed_excess_cv_sq(*report.layers[0].metrics).value_or(0) / kWindow;
-    p.cost += router.displacement() / kWindow;
-    p.weight += before / kWindow;
-    if (move != 0) {
+
+  double weight() const { return run_.tuner == Tuner::kTold ? own_ : controller_.aux_loss_weight(0); }
+  /// One step; its signed excess, squared.
+  double step() {
+    controller_.record(0, router_.route(controller_.bias(0), weight()));
+    const double seen = signed_excess_cv_sq(*controller_.step().layers[0].metrics).value_or(0);
+    sum_ += seen;
+    if (++steps_ % run_.cadence == 0) {
+      const double error =
+          std::copysign(std::sqrt(std::abs(sum_ / static_cast<double>(run_.cadence))), sum_) /
+              std::max(run_.target, 1e-9) -
+          1;
+      const double move = std::log(run_.told / own_) + 3 * std::clamp(error, -1.0, 1.0);
+      if (run_.tuner == Tuner::kTold) own_ *= std::exp(std::clamp(move, -kRate, kRate));
+      sum_ = 0;
+    }
+    return seen;
+  }
+  double cost() const { return router_.displacement(); }
+  /// Runs to `end`; figures of the last `window` steps.
+  Point run_to(std::int64_t end, std::int64_t window) {
+    Point p;
+    double square = 0, before = weight(), last_move = 0;
+    while (steps_ < end) {
+      const double seen = step(), move = weight() - before;
+      before = weight();
+      if (steps_ <= end - window) continue;
+      square += seen / static_cast<double>(window);
+      p.cost += cost() / static_cast<double>(window);
+      if (move == 0) continue;
       ++p.moves;
       p.reversals += move * last_move < 0;
       last_move = move;
     }
+    p.excess = std::copysign(std::sqrt(std::abs(square)), square);
+    return p;
   }
-  p.excess = std::copysign(std::sqrt(std::abs(square)), square);
-  return p;
+
+ private:
+  static SimulationOptions plant_of(const Run& run) {
+    SimulationOptions plant;
+    plant.seed = run.seed;
+    plant.tokens = kTokens;
+    if (run.shift > 0) {
+      plant.scenario = Scenario::kShift;
+      plant.event_step = run.shift;
+    }
+    return plant;
+  }
+  static ControllerConfig config_of(const Run& run) {
+    const bool pi = run.tuner == Tuner::kGains || run.tuner == Tuner::kAutotune;
+    ControllerConfig config = config_for({"", "fixed", {}}, plant_of(run));
+    config.aux_loss_weight.policy = pi ? "pi" : "fixed";
+    config.aux_loss_weight.initial = run.initial;
+    config.aux_loss_weight.limits = {.min = 1e-6, .max = 10, .rate = kRate, .cadence = run.cadence};
+    if (pi) {
+      config.aux_loss_weight.options.set("target", run.target);
+      config.aux_loss_weight.options.set("autotune", run.tuner == Tuner::kAutotune);
+    }
+    return config;
+  }
+
+  Run run_;
+  Controller controller_;
+  SimulatedRouter router_;
+  double own_ = 0;  // the weight in force under kTold
+  double sum_ = 0;
+  std::int64_t steps_ = 0;
+};
+
+struct Both {
+  Point early, late;  // the last kWindow of kShort and of kLong steps
+};
+
+Both run_both(const Run& run) {
+  Loop loop(run);
+  Both both;
+  both.early = loop.run_to(kShort, kWindow);
+  both.late = loop.run_to(kLong, kWindow);
+  return both;
 }
 
+using Window = Point Both::*;
+struct Fixed {
+  double weight = 0;
+  Both both;
+};
+
 // Of the seven, by falling excess, the first of the two between which `excess` lies (or that are nearest).
-std::size_t segment_of(const std::vector<Point>& curve, double excess) {
+std::size_t segment_of(const std::vector<Fixed>& curve, Window window, double excess) {
   std::size_t i = 0;
-  while (i + 2 < curve.size() && curve[i + 1].excess > excess) ++i;
+  while (i + 2 < curve.size() && (curve[i + 1].both.*window).excess > excess) ++i;
   return i;
 }
 
-// The fixed weight that balances as well as `wanted`.
-Point as_good(const Point& wanted, const std::vector<Point>& curve, std::uint64_t seed) {
-  const std::size_t i = segment_of(curve, wanted.excess);
-  const Point &a = curve[i], &b = curve[i + 1];
-  const double part = (wanted.excess - a.excess) / (b.excess - a.excess);
-  Point found = run(Tuner::kFixed, a.weight * std::pow(b.weight / a.weight, part), 0, seed);
-  found.cost += (wanted.excess - found.excess) * (b.cost - a.cost) / (b.excess - a.excess);
-  return found;
+double weight_for(const std::vector<Fixed>& curve, Window window, double excess) {
+  const std::size_t i = segment_of(curve, window, excess);
+  const Point &a = curve[i].both.*window, &b = curve[i + 1].both.*window;
+  const double part = (excess - a.excess) / (b.excess - a.excess);
+  return curve[i].weight * std::pow(curve[i + 1].weight / curve[i].weight, part);
 }
 
-int main_of(int argc, char** argv) {
-  int seeds = 1;
-  if (argc == 3 && std::string(argv[1]) == "--seeds") {
-    seeds = std::max(1, std::atoi(argv[2]));
-  } else if (argc != 1) {
-    std::fprintf(stderr, "usage: aux_weight_table [--seeds N]\n");
-    return 2;
+// The cost of the fixed weight that balances as well as `wanted` in the same window.
+double cost_as_good(const Point& wanted, const std::vector<Fixed>& curve, Window window, std::uint64_t seed) {
+  const std::size_t i = segment_of(curve, window, wanted.excess);
+  const Point &a = curve[i].both.*window, &b = curve[i + 1].both.*window;
+  Loop loop({.initial = weight_for(curve, window, wanted.excess), .seed = seed});
+  const Point found = loop.run_to(window == &Both::late ? kLong : kShort, kWindow);
+  return found.cost + (wanted.excess - found.excess) * (b.cost - a.cost) / (b.excess - a.excess);
+}
+
+const char* name_of(Tuner tuner) {
+  switch (tuner) {
+    case Tuner::kGains:
+      return "gains 1, 0.15";
+    case Tuner::kAutotune:
+      return "autotune";
+    case Tuner::kTold:
+      return "told";
+    case Tuner::kFixed:
+      break;
   }
-  const std::vector<double> weights = {1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1};
-  const std::vector<double> targets = {0.6, 0.3, 0.15};
-  for (int seed = 1; seed <= seeds; ++seed) {
-    const auto s = static_cast<std::uint64_t>(seed);
-    std::vector<Point> curve(weights.size());
-    in_parallel(weights.size(), [&](std::size_t i) { curve[i] = run(Tuner::kFixed, weights[i], 0, s); });
-    std::printf("\n### Seed %d\n\n| weight | excess CV | cost |\n|---|---|---|\n", seed);
-    for (std::size_t i = 0; i < weights.size(); ++i) {
-      std::printf("| fixed %g | %.3f | %.4f |\n", weights[i], curve[i].excess, curve[i].cost);
+  return "fixed";
+}
+
+std::vector<Fixed> curve_of(std::uint64_t seed) {
+  std::vector<Fixed> curve;
+  for (const double weight : {1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1}) curve.push_back({weight, {}});
+  in_parallel(curve.size(),
+              [&](std::size_t i) { curve[i].both = run_both({.initial = curve[i].weight, .seed = seed}); });
+  return curve;
+}
+
+void tracking(std::uint64_t first, std::uint64_t last) {
+  for (std::uint64_t seed = first; seed <= last; ++seed) {
+    const std::vector<Fixed> curve = curve_of(seed);
+    std::printf("\n### Seed %d\n\n| weight | excess CV, cost at 3000 | at 10000 |\n|---|---|---|\n",
+                static_cast<int>(seed));
+    for (const Fixed& f : curve) {
+      std::printf("| fixed %g | %.3f, %.4f | %.3f, %.4f |\n", f.weight, f.both.early.excess,
+                  f.both.early.cost, f.both.late.excess, f.both.late.cost);
     }
-    // Where pi should end, from the curve: first weights are 100 times above and below it.
+    // First weights are 100 times above and below the one of the seven that is best in the long run.
     struct Trial {
-      Tuner tuner;
-      double target, initial;
-      Point point, fixed;
+      Run run;
+      Both both;
+      double early_cost = 0, late_cost = 0;  // of the fixed weight as good
     };
     std::vector<Trial> trials;
-    for (double target : targets) {
-      std::size_t nearest = 0;
-      for (std::size_t i = 0; i < curve.size(); ++i) {
-        if (std::abs(curve[i].excess - target) < std::abs(curve[nearest].excess - target)) nearest = i;
-      }
-      for (const Tuner tuner : {Tuner::kGains, Tuner::kAutotune}) {
-        trials.push_back({tuner, target, weights[nearest] / 100, {}, {}});
-        trials.push_back({tuner, target, weights[nearest] * 100, {}, {}});
+    for (const double target : {0.6, 0.3, 0.15}) {
+      const auto nearest = *std::min_element(curve.begin(), curve.end(), [&](const Fixed& a, const Fixed& b) {
+        return std::abs(a.both.late.excess - target) < std::abs(b.both.late.excess - target);
+      });
+      for (const Tuner tuner : {Tuner::kTold, Tuner::kGains, Tuner::kAutotune}) {
+        if (tuner == Tuner::kTold && target != 0.6) continue;  // elsewhere nothing is left to explain
+        for (const double factor : {0.01, 100.0}) {
+          trials.push_back({{.tuner = tuner,
+                             .initial = nearest.weight * factor,
+                             .target = target,
+                             .told = weight_for(curve, &Both::late, target),
+                             .seed = seed},
+                            {}});
+        }
       }
     }
     in_parallel(trials.size(), [&](std::size_t i) {
-      trials[i].point = run(trials[i].tuner, trials[i].initial, trials[i].target, s);
-      trials[i].fixed = as_good(trials[i].point, curve, s);
+      Trial& t = trials[i];
+      t.both = run_both(t.run);
+      t.early_cost = cost_as_good(t.both.early, curve, &Both::early, seed);
+      t.late_cost = cost_as_good(t.both.late, curve, &Both::late, seed);
     });
     std::printf(
-        "\n| pi | target | first weight | excess CV | cost | fixed weight as good | its cost | ratio | "
-        "moves, reversals |\n|---|---|---|---|---|---|---|---|---|\n");
+        "\n| law | target | first weight | excess CV at 3000 | cost | of the fixed weight as good | ratio | "
+        "excess CV at 10000 | cost | of the fixed weight as good | ratio | moves, reversals |\n"
+        "|---|---|---|---|---|---|---|---|---|---|---|---|\n");
     for (const Trial& t : trials) {
-      std::printf("| %s | %.2f | %.0e | %.3f | %.4f | %.5f | %.4f | %.3f | %d, %d |\n",
-                  t.tuner == Tuner::kGains ? "gains 1, 0.15" : "autotune", t.target, t.initial,
-                  t.point.excess, t.point.cost, t.fixed.weight, t.fixed.cost, t.point.cost / t.fixed.cost,
-                  t.point.moves, t.point.reversals);
+      const Point &early = t.both.early, &late = t.both.late;
+      std::printf("| %s | %.2f | %.0e | %.3f | %.4f | %.4f | %.3f | %.3f | %.4f | %.4f | %.3f | %d, %d |\n",
+                  name_of(t.run.tuner), t.run.target, t.run.initial, early.excess, early.cost, t.early_cost,
+                  early.cost / t.early_cost, late.excess, late.cost, t.late_cost, late.cost / t.late_cost,
+                  late.moves, late.reversals);
     }
   }
+}
+
+struct Jolt {
+  double mean =
+      0;       // distance of the excess from the target, relative to it, over the decisions after the shift
+  Point rest;  // the decisions after those
+};
+
+Jolt jolt_of(Run run) {
+  constexpr std::int64_t kBefore = 150, kAfter = 100, kRest = 50;
+  run.shift = kBefore * run.cadence;
+  Loop loop(run);
+  loop.run_to(run.shift, 1);
+  Jolt jolt;
+  for (std::int64_t ten = 0; ten < kAfter / 10; ++ten) {
+    const Point p = loop.run_to(run.shift + (ten + 1) * 10 * run.cadence, 10 * run.cadence);
+    jolt.mean += std::abs(p.excess / run.target - 1) * 10 / kAfter;
+  }
+  jolt.rest = loop.run_to(run.shift + (kAfter + kRest) * run.cadence, kRest * run.cadence);
+  return jolt;
+}
+
+void shift(std::uint64_t first, std::uint64_t last) {
+  struct Trial {
+    Run run;
+    Jolt jolt;
+  };
+  std::vector<Trial> trials;
+  for (const std::int64_t cadence : {3, 10, 30}) {
+    for (std::uint64_t seed = first; seed <= last; ++seed) {
+      for (const Tuner tuner : {Tuner::kGains, Tuner::kAutotune}) {
+        trials.push_back(
+            {{.tuner = tuner, .initial = 0.003, .target = 0.3, .seed = seed, .cadence = cadence}, {}});
+      }
+    }
+  }
+  in_parallel(trials.size(), [&](std::size_t i) { trials[i].jolt = jolt_of(trials[i].run); });
+  std::printf(
+      "\n| cadence | law | seed | mean error over 100 decisions after the shift | excess CV of the next 50 | "
+      "moves, reversals |\n|---|---|---|---|---|---|\n");
+  for (const Trial& t : trials) {
+    std::printf("| %d | %s | %d | %.3f | %.3f | %d, %d |\n", static_cast<int>(t.run.cadence),
+                name_of(t.run.tuner), static_cast<int>(t.run.seed), t.jolt.mean, t.jolt.rest.excess,
+                t.jolt.rest.moves, t.jolt.rest.reversals);
+  }
+}
+
+int main_of(const std::vector<std::string>& arguments) {
+  unsigned long long first = 1, last = 1;
+  bool wrong = false;
+  std::string what = "tracking";
+  for (std::size_t i = 0; i < arguments.size(); ++i) {
+    if (arguments[i] == "--seeds" && i + 1 < arguments.size()) {
+      wrong = wrong || std::sscanf(arguments[++i].c_str(), "%llu:%llu", &first, &last) != 2 || last < first;
+    } else {
+      what = arguments[i];
+    }
+  }
+  if (wrong || (what != "tracking" && what != "shift")) {
+    std::fprintf(stderr, "usage: aux_weight_table [tracking | shift] [--seeds FIRST:LAST]\n");
+    return 2;
+  }
+  std::printf("\n## pi on the auxiliary weight: %s, seeds %llu to %llu\n", what.c_str(), first, last);
+  (what == "shift" ? shift : tracking)(first, last);
   return 0;
 }
 
@@ -137,5 +307,5 @@ int main_of(int argc, char** argv) {
 }  // namespace moectl::bench
 
 int main(int argc, char** argv) {
-  return moectl::bench::main_of(argc, argv);
+  return moectl::bench::main_of({argv + 1, argv + argc});
 }

@@ -25,14 +25,9 @@ namespace {
 struct Options {
   SetPoint set_point;
   double factor = 1.2;
-  double ema = 1;
-  double dead_band = 0;
 
   static Options from(const PolicyOptions& o) {
-    return {.set_point = SetPoint::from(o),
-            .factor = o.number("factor"),
-            .ema = o.number("ema"),
-            .dead_band = o.number("dead_band")};
+    return {.set_point = SetPoint::from(o), .factor = o.number("factor")};
   }
 };
 
@@ -44,10 +39,10 @@ class Multiplicative final : public Policy {
     const SetPoint& goal = options_.set_point;
     const Metrics::Value seen = goal.metrics(layer).*(goal.metric->value);
     if (!seen || !std::isfinite(*seen)) return;
-    average_ = known_ ? average_ + options_.ema * (*seen - average_) : *seen;
+    average_ = known_ ? average_ + goal.ema * (*seen - average_) : *seen;
     known_ = true;
     const double error = goal.error(average_);
-    const double band = std::abs(goal.target) * options_.dead_band;
+    const double band = std::abs(goal.target) * goal.dead_band;
     if (error > band) value[0] *= options_.factor;
     if (error < -band) value[0] /= options_.factor;
   }
@@ -81,19 +76,12 @@ PolicyDescription multiplicative() {
   d.name = "multiplicative";
   d.summary = "a fixed factor up or down on the sign of a metric's error (ReMoE, axlearn)";
   d.actuators = {Actuator::kAuxLossWeight, Actuator::kRouterTemperature};
-  d.options = SetPoint::options("load_cv", 0.3);
+  d.options = SetPoint::options("load_cv", 0.3, 1.0, 0.0);
   d.options.push_back({.name = "factor",
                        .default_value = defaults.factor,
                        .unit = "",
                        .description = "by which the value is multiplied or divided at every decision",
                        .min = 1,
-                       .max = 10});
-  d.options.push_back(ema_option(defaults.ema));
-  d.options.push_back({.name = "dead_band",
-                       .default_value = defaults.dead_band,
-                       .unit = "of the target",
-                       .description = "errors no larger than this move nothing",
-                       .min = 0,
                        .max = 10});
   d.make = [](const PolicyContext&, const PolicyOptions& options) {
     return std::make_unique<Multiplicative>(Options::from(options));

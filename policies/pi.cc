@@ -3,15 +3,24 @@
 //
 //   y    = EMA of the process variable, weight `ema`
 //   e    = clip((y - target) / scale, -1, 1),  scale = |target| (1 for a target of 0); sign turned if
-//   `effect: raises`;
-//          0 while |e| ≤ dead_band
-//   Δ    = kp · (e_t - e_{t-1}) + ki · e_t
+//   `effect: raises`
+//   Δ    = kp · (e_t - e_{t-1}) + ki · e_t,   without ki · e_t while the error goes by itself;   0 at rest
 //   ln w ← ln w + Δ
 //
 // The actuator is moved in its logarithm because both weight and temperature act by ratio: from 1e-4 to 1e-3
 // is as far as from 1e-2 to 1e-1, and one pair of gains serves the whole range. Velocity form: the value in
-// force is the integral, so nothing winds up behind a bound; and a proportional kick that a cooldown or a
-// dead band of the limits held back is not lost, because e_{t-1} stays that of the last move that was made.
+// force is the integral, so nothing winds up behind a bound. e_{t-1} is that of the last move that was made, so
+// a proportional kick that a cooldown or a dead band of the limits held back is not lost; behind a bound it is
+// the error nearest to leaving it, so that noise does not knock the value off and any less error does.
+//
+// The error goes by itself if at its pace over the last ten decisions or so it is gone within thirty. All that
+// while an integral would go on pushing a router that follows slowly, and push it far beyond.
+//
+// The law rests, and moves nothing at all, from |e| ≤ dead_band/2 until e leaves the dead band for more than
+// noise: until |e| > max(dead_band, dead_band/2 + 4σ), or until its slower average (weight ema/4) has left by
+// half as much, so that also a small error does not stay for ever. σ is measured, from second differences of
+// the windows: steady change of the router is none of it. A band with one edge would be crossed to and fro by
+// the noise of every window.
 //
 // The process variable of `excess_cv` is the signed excess, averaged before the root is taken:
 // y = sgn(x) √|x|, x = EMA of (load_cv² - floor²). Even perfectly balanced routing shows the CV of sampling,
@@ -19,10 +28,9 @@
 // weight to its upper bound and costs loss. The rectified excess_cv is biased near zero, the signed one is
 // not.
 //
-// `autotune: true` starts with an experiment (relay_experiment.h) that goes to the target from wherever the
-// first value is, lets the loop swing around it by a factor of e for some fifty decisions, and reads from the
-// swing the gains that suit this router. It needs no model and no gain; if it cannot finish, kp and ki stay
-// as given.
+// `autotune: true` makes an experiment (step_experiment.h) once the law has come near the target: twelve to
+// forty decisions in which the value is taken up or down by a factor of e and back, and from whose answer the
+// gains that suit this router are computed. If nothing comes of it, kp and ki stay as given.
 //
 // Source: Åström & Murray, "Feedback Systems" (2nd ed. 2021), ch. 11, for the velocity form and anti-windup.
 // The fixed steps in use elsewhere (ReMoE, arXiv 2412.14711: ×1.2 or ÷1.2 at every step) know no size of an
@@ -30,7 +38,11 @@
 //
 // Limitations
 // - The router answers to the weight over tens of steps. Give it time: a cadence of five to ten steps, and
-//   gains that are small against the delay. The defaults suit a router that settles in some hundred steps.
+//   gains that are small against the delay. The defaults suit a router that settles in some ten decisions.
+// - Autotune needs an answer that stands out of the noise, and a router that answers alike to a factor of e and
+//   to less. Where the excess falls faster than the weight grows, its gains can do worse than the defaults.
+// - A router remembers: preferences that a weight far too high has levelled come back as slowly as the task
+//   teaches them, whatever the law does.
 // - A stronger auxiliary loss makes routing itself less specific, which lowers the floor and can cost loss;
 //   the target says how much balance is wanted, not how much is good.
 // - A temperature does not move the load of deterministic top-k routing. Use metrics that it moves.
@@ -40,94 +52,132 @@
 #include <optional>
 
 #include "builtin.h"
-#include "relay_experiment.h"
 #include "set_point.h"
+#include "step_experiment.h"
 
 namespace moectl::policies {
 namespace {
 
 constexpr std::string_view kExcess = "excess_cv";
+constexpr double kClearOfNoise = 4;  // σ beyond the inner edge of the dead band that end a rest
+constexpr double kSlower = 0.25;     // weight of the slower average, in ema; its noise is half of the other's
+constexpr double kSoon = 30;         // decisions until an error is gone that ki need not work on
+constexpr double kWildest = 4;       // error of one window that is believed
+constexpr double kNoiseMemory = 0.05;  // weight of the newest window in σ²
 
 struct Options {
   SetPoint set_point;
   double kp = 1.0;
   double ki = 0.15;
-  double ema = 0.3;
-  double dead_band = 0.05;
   bool autotune = false;
 
   static Options from(const PolicyOptions& o) {
     return {.set_point = SetPoint::from(o),
             .kp = o.number("kp"),
             .ki = o.number("ki"),
-            .ema = o.number("ema"),
-            .dead_band = o.number("dead_band"),
             .autotune = o.flag("autotune")};
   }
 };
 
-// Of the experiment's relay: clear of the dead band and of the noise of a window.
-double hysteresis_of(const Options& options) {
-  return std::max(options.dead_band, 0.05);
-}
+// The standard deviation of what is left when steady change is taken out.
+class Noise {
+ public:
+  void add(double x) {
+    const double second = x - 2 * last_ + before_;
+    before_ = last_;
+    last_ = x;
+    if (++seen_ < 3) return;
+    variance_ += std::max(kNoiseMemory, 1 / (seen_ - 2)) * (second * second / 6 - variance_);
+  }
+  double deviation() const { return std::sqrt(variance_); }
+  std::array<double, 4> state() const { return {last_, before_, variance_, seen_}; }
+  void set(const std::array<double, 4>& s) {
+    last_ = s[0];
+    before_ = s[1];
+    variance_ = s[2];
+    seen_ = s[3];
+  }
+
+ private:
+  double last_ = 0, before_ = 0, variance_ = 0, seen_ = 0;
+};
 
 class Pi final : public Policy {
  public:
-  Pi(const Options& options, const PolicyContext& context)
+  explicit Pi(const Options& options)
       : options_(options),
-        excess_(options.set_point.metric->name == kExcess),
-        scale_(options.set_point.target != 0 ? std::abs(options.set_point.target) : 1.0),
-        lowest_(std::log(context.min)),
-        highest_(std::log(context.max)) {
-    if (options.autotune) experiment_.emplace(hysteresis_of(options));
+        goal_(options.set_point),
+        excess_(goal_.metric->name == kExcess),
+        scale_(goal_.target != 0 ? std::abs(goal_.target) : 1.0) {
+    if (options.autotune) experiment_.emplace(goal_.ema);
   }
 
   StatsNeeds needs() const override { return {.sequences = excess_}; }
 
   void propose(const LayerView& layer, std::span<double> value) override {
-    const Metrics::Value seen = measured(options_.set_point.metrics(layer));
+    const Metrics::Value seen = measured(goal_.metrics(layer));
     if (!seen || !std::isfinite(*seen)) return;
-    average_ = known_ ? average_ + options_.ema * (*seen - average_) : *seen;
-    const double y = excess_ ? std::copysign(std::sqrt(std::abs(average_)), average_) : average_;
-    error_ = std::clamp(options_.set_point.error(y) / scale_, -1.0, 1.0);
-    const double seen_error = error_;
-    if (std::abs(error_) <= options_.dead_band) error_ = 0;
-    if (!known_) {
-      last_error_ = error_;
-      centre_ = std::log(value[0]);
-    }
+    average_ = known_ ? average_ + goal_.ema * (*seen - average_) : *seen;
+    error_ = std::clamp(error_of(average_), -1.0, 1.0);
+    const double single = std::clamp(error_of(*seen), -kWildest, kWildest);
+    noise_.add(single);
+    if (!known_) last_error_ = slow_ = error_;
+    slow_ += kSlower * goal_.ema * (error_ - slow_);
     known_ = true;
-    const double move = options_.kp * (error_ - last_error_) + options_.ki * error_;
     if (experiment_ && !experiment_->done()) {
-      // What is in force swings, so the law goes on from where it would be without.
-      centre_ = std::clamp(centre_ + move, lowest_, highest_);
-      value[0] = std::exp(centre_ + experiment_->next(seen_error, std::log(value[0])));
+      const ErrorSeen what = {
+          .averaged = error_, .slow = slow_, .single = single, .noise = noise_.deviation()};
+      const std::optional<double> wanted = experiment_->next(what, std::log(value[0]));
       if (experiment_->done()) adopt();
-    } else {
-      value[0] *= std::exp(move);
+      if (wanted) {
+        resting_ = false;
+        move_ = 0;
+        value[0] = std::exp(*wanted);
+        return;
+      }
     }
+    rest_or_wake();
+    if (resting_) {
+      move_ = 0;
+      error_ = last_error_;
+      return;
+    }
+    move_ = options_.kp * (error_ - last_error_) + (goes_by_itself() ? 0 : options_.ki * error_);
+    value[0] *= std::exp(move_);
   }
 
   void on_applied(std::span<const double>, const LimitReport& why) override {
     // A held move is made up for later; after a warm-up, a freeze or bad data the past is past.
-    const bool pending = why.held() && (why.has(Reason::kCooldown) || why.has(Reason::kDeadband));
-    if (!pending) last_error_ = error_;
+    if (why.held() && (why.has(Reason::kCooldown) || why.has(Reason::kDeadband))) return;
+    bounded_ = why.has(Reason::kRange) && move_ != 0;
+    if (bounded_) {
+      last_error_ = move_ > 0 ? std::min(last_error_, error_) : std::max(last_error_, error_);
+    } else {
+      last_error_ = error_;
+    }
   }
 
   void save(StateWriter& out) const override {
-    const std::array<double, 5> state = {average_, error_, last_error_, centre_, known_ ? 1.0 : 0.0};
+    const std::array<double, 7> state = {
+        average_, error_, last_error_, slow_, known_ ? 1.0 : 0.0, resting_ ? 1.0 : 0.0, bounded_ ? 1.0 : 0.0};
     out.put("pi", state);
+    out.put("pi_noise", noise_.state());
     if (experiment_) experiment_->save(out);
   }
 
   void load(StateReader& in) override {
-    std::array<double, 5> state{};
+    std::array<double, 7> state{};
     in.get("pi", state);
     average_ = state[0];
     error_ = state[1];
     last_error_ = state[2];
-    centre_ = state[3];
+    slow_ = state[3];
     known_ = state[4] != 0;
+    resting_ = state[5] != 0;
+    bounded_ = state[6] != 0;
+    std::array<double, 4> noise{};
+    in.get("pi_noise", noise);
+    noise_.set(noise);
     if (!experiment_) return;
     experiment_->load(in);
     if (experiment_->done()) adopt();
@@ -135,7 +185,32 @@ class Pi final : public Policy {
 
  private:
   Metrics::Value measured(const Metrics& metrics) const {
-    return excess_ ? signed_excess_cv_sq(metrics) : metrics.*(options_.set_point.metric->value);
+    return excess_ ? signed_excess_cv_sq(metrics) : metrics.*(goal_.metric->value);
+  }
+  // e of a measured value, or of the average of measured values; not cut.
+  double error_of(double value) const {
+    const double y = excess_ ? std::copysign(std::sqrt(std::abs(value)), value) : value;
+    return goal_.error(y) / scale_;
+  }
+  // Whether the error, at its present pace, is gone within kSoon decisions.
+  bool goes_by_itself() const {
+    if (bounded_) return false;  // what seems to go is noise: nothing was moved
+    const double gone = error_ > 0 ? slow_ - error_ : error_ - slow_;
+    const double behind = (1 / kSlower - 1) / goal_.ema;  // decisions that the slower average is older
+    return gone * kSoon > behind * std::abs(error_);
+  }
+  void rest_or_wake() {
+    const double band = goal_.dead_band;
+    if (!resting_) {
+      resting_ = band > 0 && std::abs(error_) <= band / 2;
+      if (resting_) slow_ = error_;
+      return;
+    }
+    const double sigma = noise_.deviation() * std::sqrt(goal_.ema / (2 - goal_.ema));
+    const auto out = [&](double error, double noise) {
+      return std::abs(error) > std::max(band, band / 2 + kClearOfNoise * noise);
+    };
+    resting_ = !out(error_, sigma) && !out(slow_, sigma / 2);
   }
   void adopt() {
     if (const std::optional<PiGains> gains = experiment_->gains()) {
@@ -145,13 +220,16 @@ class Pi final : public Policy {
   }
 
   Options options_;
+  SetPoint goal_;
   bool excess_;
-  double scale_, lowest_, highest_;
-  std::optional<RelayExperiment> experiment_;
+  double scale_;
+  std::optional<StepExperiment> experiment_;
+  Noise noise_;  // of the windows' errors
   double average_ = 0;
-  double error_ = 0, last_error_ = 0;
-  double centre_ = 0;  // ln of where the law would be, while an experiment makes the value swing
-  bool known_ = false;
+  double error_ = 0, last_error_ = 0, slow_ = 0;
+  double move_ = 0;  // of ln w, between propose and on_applied
+  bool known_ = false, resting_ = false;
+  bool bounded_ = false;  // the last move was cut at a bound
 };
 
 std::string check(const PolicyContext& context, const PolicyOptions& options) {
@@ -160,6 +238,7 @@ std::string check(const PolicyContext& context, const PolicyOptions& options) {
   if (!(context.min > 0)) return "limits.min: must be above 0: moves are ratios";
   if (o.set_point.metric->name == kExcess && o.set_point.target < 0)
     return "target: must be at least 0 for excess_cv";
+  if (o.set_point.dead_band > 1) return "dead_band: must be at most 1: errors are cut there";
   return "";
 }
 
@@ -171,7 +250,7 @@ PolicyDescription pi() {
   d.name = "pi";
   d.summary = "log-domain proportional-integral control on any metric; tunes the auxiliary-loss weight";
   d.actuators = {Actuator::kAuxLossWeight, Actuator::kRouterTemperature};
-  d.options = SetPoint::options(kExcess, 0.1);
+  d.options = SetPoint::options(kExcess, 0.1, 0.3, 0.05);
   d.options.push_back({.name = "kp",
                        .default_value = defaults.kp,
                        .unit = "log ratio",
@@ -184,20 +263,13 @@ PolicyDescription pi() {
                        .description = "move at every decision for a relative error of 1",
                        .min = 0,
                        .max = 100});
-  d.options.push_back(ema_option(defaults.ema));
-  d.options.push_back({.name = "dead_band",
-                       .default_value = defaults.dead_band,
-                       .unit = "of the target",
-                       .description = "relative errors no larger than this are taken as zero",
-                       .min = 0,
-                       .max = 1});
   d.options.push_back(
       {.name = "autotune",
        .default_value = defaults.autotune,
        .unit = "",
-       .description = "find kp and ki by a relay experiment first; those given serve if it fails"});
-  d.make = [](const PolicyContext& context, const PolicyOptions& options) {
-    return std::make_unique<Pi>(Options::from(options), context);
+       .description = "find kp and ki by an experiment near the target; those given serve before"});
+  d.make = [](const PolicyContext&, const PolicyOptions& options) {
+    return std::make_unique<Pi>(Options::from(options));
   };
   d.check = check;
   return d;

@@ -6,10 +6,13 @@ SetPoint SetPoint::from(const PolicyOptions& options) {
   return {.metric = find_metric(options.text("metric")),
           .target = options.number("target"),
           .raises = options.text("effect") == "raises",
-          .worst = options.text("over_layers") == "worst"};
+          .worst = options.text("over_layers") == "worst",
+          .ema = options.number("ema"),
+          .dead_band = options.number("dead_band")};
 }
 
-std::vector<OptionSpec> SetPoint::options(std::string_view metric, double target) {
+std::vector<OptionSpec> SetPoint::options(std::string_view metric, double target, double ema,
+                                          double dead_band) {
   std::vector<std::string> names;
   for (const MetricField& field : metric_fields()) names.emplace_back(field.name);
   return {
@@ -34,16 +37,19 @@ std::vector<OptionSpec> SetPoint::options(std::string_view metric, double target
        .unit = "",
        .description = "for scope: model, the mean over layers or the largest",
        .choices = {"mean", "worst"}},
+      {.name = "ema",
+       .default_value = ema,
+       .unit = "",
+       .description = "weight of the newest window in the averaged metric",
+       .min = 1e-3,
+       .max = 1},
+      {.name = "dead_band",
+       .default_value = dead_band,
+       .unit = "of the target",
+       .description = "errors no larger than this move nothing",
+       .min = 0,
+       .max = 10},
   };
-}
-
-OptionSpec ema_option(double weight) {
-  return {.name = "ema",
-          .default_value = weight,
-          .unit = "",
-          .description = "weight of the newest window in the averaged metric",
-          .min = 1e-3,
-          .max = 1};
 }
 
 }  // namespace moectl::policies

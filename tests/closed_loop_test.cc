@@ -259,23 +259,30 @@ TEST(ClosedLoop, PiReachesItsTargetFromWeightsFarOff) {
 // A target under the floor drives the weight to its bound and no further: once data allow the target, it
 // leaves the bound at the next decisions instead of unwinding first.
 TEST(ClosedLoop, PiDoesNotWindUpBehindItsBound) {
-  SimulationOptions plant;
-  plant.tokens = 512;
-  ControllerConfig config = pi_config(plant, 0.03, 1e-2);
-  config.aux_loss_weight.options.set("metric",
-                                     std::string("load_cv"));  // floor 0.037 on ten steps of 512 tokens
-  config.aux_loss_weight.limits.max = 0.05;
-  Controller controller(config);
-  SimulatedRouter router(plant);
-  const auto step = [&] {
-    controller.record(0, router.route(controller.bias(0), controller.aux_loss_weight(0), 1));
-    controller.step();
-  };
-  for (int i = 0; i < 1500; ++i) step();
-  EXPECT_DOUBLE_EQ(controller.aux_loss_weight(0), 0.05);
-  router.set_tokens(65536);  // floor 0.003
-  for (int i = 0; i < 60; ++i) step();
-  EXPECT_LT(controller.aux_loss_weight(0), 0.05);
+  for (const bool autotune : {false, true}) {
+    SimulationOptions plant;
+    plant.tokens = 512;
+    ControllerConfig config = pi_config(plant, 0.02, 1e-2);
+    // The floor of ten steps of 512 tokens is 0.037.
+    config.aux_loss_weight.options.set("metric", std::string("load_cv"));
+    config.aux_loss_weight.options.set("autotune", autotune);
+    config.aux_loss_weight.limits.max = 0.05;
+    Controller controller(config);
+    SimulatedRouter router(plant);
+    const auto step = [&] {
+      controller.record(0, router.route(controller.bias(0), controller.aux_loss_weight(0), 1));
+      controller.step();
+    };
+    for (int i = 0; i < 1500; ++i) {
+      step();
+      if (i >= 1000) {
+        ASSERT_DOUBLE_EQ(controller.aux_loss_weight(0), 0.05) << autotune << " " << i;
+      }
+    }
+    router.set_tokens(65536);  // floor 0.003
+    for (int i = 0; i < 30; ++i) step();
+    EXPECT_LT(controller.aux_loss_weight(0), 0.05) << autotune;
+  }
 }
 
 // ---- Faults in the loop: limits hold throughout, and balance returns after the fault. ----
