@@ -77,7 +77,9 @@ std::optional<double> StepExperiment::next(const ErrorSeen& seen, double in_forc
   const auto at = static_cast<std::size_t>(decisions_++);
   u_[at] = in_force - centre_;
   e_[at] = seen.single;
-  if (seen.averaged * direction_ >= kFar) {  // something else has happened to the router
+  // Far on the wrong side, or still far long after the way back: something else has happened to the router.
+  const bool far = std::abs(seen.averaged) >= kFar;
+  if (far && (seen.averaged * direction_ > 0 || (half_ > 0 && decisions_ >= kFewest))) {
     ++tries_;
     phase_ = tries_ == kMostTries ? Phase::kDone : Phase::kWaiting;
     decisions_ = 0;
@@ -88,7 +90,7 @@ std::optional<double> StepExperiment::next(const ErrorSeen& seen, double in_forc
         std::min(kShortestHalf * (tries_ + 1), static_cast<std::int64_t>(kLongestHalf));
     const double answer = (from_ - seen.averaged) * direction_;
     const double clear = std::max(kClear, kClearOfNoise * seen.noise * share_of_noise(ema_));
-    if ((decisions_ >= least && answer >= clear) || std::abs(seen.averaged) >= kFar ||
+    if ((decisions_ >= least && answer >= clear) || far ||
         decisions_ == static_cast<std::int64_t>(kLongestHalf)) {
       half_ = decisions_;
     }
