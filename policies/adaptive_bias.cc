@@ -147,8 +147,8 @@ constexpr double kOwnSignificance = 0.5;
 constexpr double kOwnRise = 0.1, kOwnFall = 0.3;
 constexpr double kOwnMin = 1.0 / 16, kOwnMax = 8;
 
-// Errors of more than so many times the noise are none; their gain falls so many times as fast as it rises; and
-// how fast the trend follows the errors below.
+// Errors of more than so many times the noise are none; their gain falls so many times as fast as it rises;
+// and how fast the trend follows the errors below.
 constexpr double kFar = 4;
 constexpr double kFarFall = 3;
 constexpr double kTrend = 1.0 / 16;
