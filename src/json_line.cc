@@ -9,6 +9,8 @@ using nlohmann::json;
 
 // No record is nested deeper than a few levels.
 constexpr int kDeepest = 16;
+// Nor does it have more members in one object: beyond, looking for a key that comes twice would take too long.
+constexpr std::uint32_t kMostMembers = 1024;
 
 bool is_digit(const char* at, const char* end) {
   return at != end && *at >= '0' && *at <= '9';
@@ -20,14 +22,6 @@ double JsonNode::as_double() const {
   if (kind_ == Kind::kUnsigned) return static_cast<double>(number_.u);
   if (kind_ == Kind::kNegative) return static_cast<double>(number_.i);
   return number_.d;
-}
-
-const JsonNode& JsonNode::operator[](std::size_t i) const {
-  // Arrays of numbers: every child is one node.
-  if (span_ == size_ + 1) return *(this + 1 + i);
-  Iterator at = begin();
-  while (i-- > 0) ++at;
-  return *at;
 }
 
 const JsonNode* JsonNode::find(std::string_view key) const {
@@ -168,6 +162,7 @@ bool JsonLine::read_members(std::size_t index, int depth) {
   for (;; ++size) {
     std::string_view key;
     if (object) {
+      if (size == kMostMembers) return false;
       skip_space();
       if (at_ == end_ || *at_ != '"' || !read_string(key)) return false;
       skip_space();
@@ -199,7 +194,7 @@ bool JsonLine::read_members(std::size_t index, int depth) {
   return true;
 }
 
-void JsonLine::convert(const json& value, std::string_view key, int depth) {
+void JsonLine::convert(json& value, std::string_view key, int depth) {
   const std::size_t index = nodes_.size();
   JsonNode& node = nodes_.emplace_back();
   node.key_ = key;
@@ -228,14 +223,16 @@ void JsonLine::convert(const json& value, std::string_view key, int depth) {
     case json::value_t::array:
     case json::value_t::object:
       if (depth > kDeepest) {
-        // Nothing that is read lies there, and a line can be nested deeper than a stack is.
+        // Nothing that is read lies there, and a line can be nested deeper than a stack is: dump() must not go there
+        // either.
         node.kind_ = Kind::kDeep;
+        value = "...";
         break;
       }
       node.kind_ = value.is_array() ? Kind::kArray : Kind::kObject;
       node.size_ = static_cast<std::uint32_t>(value.size());
       if (value.is_array()) {
-        for (const json& element : value) convert(element, {}, depth + 1);
+        for (json& element : value) convert(element, {}, depth + 1);
       } else {
         for (auto it = value.begin(); it != value.end(); ++it) convert(it.value(), it.key(), depth + 1);
       }

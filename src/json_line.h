@@ -47,10 +47,9 @@ class JsonNode {
   /// Of an array or an object.
   std::size_t size() const { return size_; }
   bool empty() const { return size_ == 0; }
-  const JsonNode& operator[](std::size_t i) const;
   /// Null if there is none.
   const JsonNode* find(std::string_view key) const;
-  /// As JSON, with the members of objects in order.
+  /// As JSON, with the members of objects in order; what lies too deep to be looked into as "...".
   std::string dump() const;
 
   class Iterator {
@@ -96,7 +95,7 @@ class JsonLine {
   bool read_string(std::string_view& out);
   bool read_members(std::size_t at, int depth);
   void skip_space();
-  void convert(const nlohmann::json& value, std::string_view key, int depth);
+  void convert(nlohmann::json& value, std::string_view key, int depth);
 
   std::vector<JsonNode> nodes_ = std::vector<JsonNode>(1);
   nlohmann::json original_;

@@ -54,12 +54,13 @@ class Line : public LogLine {
   }
   void integers(const std::string& field, const JsonNode& value, std::span<std::int64_t> out) const {
     check_array(field, value, out.size());
-    for (std::size_t i = 0; i < out.size(); ++i) {
+    std::size_t i = 0;
+    for (const JsonNode& element : value) {
       // Names of elements cost more than the elements: only those at fault get one.
-      const JsonNode& element = value[i];
       out[i] = element.is_unsigned() && element.as_unsigned() <= static_cast<std::uint64_t>(kLargestInteger)
                    ? element.as_integer()
                    : integer(at(field, i), element);
+      ++i;
     }
   }
   /// Sums in fixed point.
@@ -71,10 +72,11 @@ class Line : public LogLine {
   }
   void fixed(const std::string& field, const JsonNode& value, std::span<std::int64_t> out) const {
     check_array(field, value, out.size());
-    for (std::size_t i = 0; i < out.size(); ++i) {
-      const JsonNode& element = value[i];
+    std::size_t i = 0;
+    for (const JsonNode& element : value) {
       const double sum = element.is_number() ? element.as_double() : -1;
       out[i] = sum >= 0 && sum <= kLargestSum ? std::llrint(sum / kFixedUnit) : fixed(at(field, i), element);
+      ++i;
     }
   }
   /// All of a group of fields, or none.
@@ -128,22 +130,25 @@ void read_probabilities(const Line& line, RoutingStats& stats) {
 void read_margins(const Line& line, const JsonNode& margins, RoutingStats& stats) {
   const std::span<std::int64_t> all = stats.mutable_array(RoutingStats::kMargins);
   line.check_array("margins", margins, stats.counts().size());
-  for (std::size_t i = 0; i < margins.size(); ++i) {
-    const std::string field = Line::at("margins", i);
-    const JsonNode& entry = margins[i];
+  std::size_t expert = 0;
+  for (const JsonNode& entry : margins) {
+    const std::string field = Line::at("margins", expert);
     if (!entry.is_array() || entry.empty()) line.reject(field, entry, "must be an array: first bin, counts");
     const auto first = static_cast<std::size_t>(
-        line.integer(Line::at(field, 0), entry[0], 0, static_cast<std::int64_t>(kMarginBins)));
+        line.integer(Line::at(field, 0), *entry.begin(), 0, static_cast<std::int64_t>(kMarginBins)));
     if (first + entry.size() - 1 > kMarginBins) {
       line.reject(field, entry, "must end by bin " + std::to_string(kMarginBins - 1));
     }
     std::int64_t left = stats.tokens();
-    for (std::size_t j = 1; j < entry.size(); ++j) {
-      const std::int64_t count = line.integer(Line::at(field, j), entry[j], 0, left);
-      all[i * kMarginBins + first + j - 1] = count;
+    std::size_t j = 0;
+    for (const JsonNode& element : entry) {
+      if (j++ == 0) continue;
+      const std::int64_t count = line.integer(Line::at(field, j - 1), element, 0, left);
+      all[expert * kMarginBins + first + j - 2] = count;
       left -= count;
     }
     if (left != 0) line.reject(field, entry, "must sum to tokens (" + std::to_string(stats.tokens()) + ")");
+    ++expert;
   }
   stats.set_scalar(RoutingStats::kMarginTokens, stats.tokens());
 }
@@ -154,12 +159,14 @@ void read_losses(const Line& line, const std::string& field, const JsonNode& los
                  std::span<std::int64_t> tokens) {
   constexpr double kMost = kLargestSum / 2;  // of either sign: RoutingStats::valid() wants them under 2^62
   line.check_array(field, losses, sums.size());
-  for (std::size_t i = 0; i < sums.size(); ++i) {
-    if (losses[i].is_null()) continue;
-    if (!losses[i].is_number()) line.reject(Line::at(field, i), losses[i], "must be a number");
-    const double sum = losses[i].as_double() * static_cast<double>(counts[i]);
+  std::size_t next = 0;
+  for (const JsonNode& loss : losses) {
+    const std::size_t i = next++;
+    if (loss.is_null()) continue;
+    if (!loss.is_number()) line.reject(Line::at(field, i), loss, "must be a number");
+    const double sum = loss.as_double() * static_cast<double>(counts[i]);
     if (!(std::abs(sum) <= kMost)) {
-      line.reject(Line::at(field, i), losses[i], "must be at most 2.7e11 in sum over its tokens");
+      line.reject(Line::at(field, i), loss, "must be at most 2.7e11 in sum over its tokens");
     }
     sums[i] = std::llrint(sum / kFixedUnit);
     tokens[i] = counts[i];
@@ -299,11 +306,11 @@ void read_values(const Line& line, const std::string& field, const JsonNode& ent
   if (!it || it->is_null()) return;
   if (!it->is_array()) line.reject(field + '.' + key, *it, "must be an array");
   out.reserve(it->size());
-  for (std::size_t i = 0; i < it->size(); ++i) {
-    const JsonNode& value = (*it)[i];
+  for (const JsonNode& value : *it) {
     if (value.is_number()) {
       out.push_back(value.as_double());
     } else {
+      const std::size_t i = out.size();
       out.push_back(value.is_null() ? std::nan("") : line.real(Line::at(field + '.' + key, i), value));
     }
   }
@@ -326,7 +333,7 @@ void read_extent(const Line& line, const std::string& field, const JsonNode& ent
 void read_words(const Line& line, const std::string& field, const JsonNode& list,
                 std::vector<std::string>& out) {
   if (!list.is_array()) line.reject(field, list, "must be an array");
-  for (std::size_t i = 0; i < list.size(); ++i) out.push_back(line.text(Line::at(field, i), list[i]));
+  for (const JsonNode& word : list) out.push_back(line.text(Line::at(field, out.size()), word));
 }
 
 void read_decisions(const Line& line, LogRecord& record) {

@@ -2,9 +2,10 @@
 
 #include <gmock/gmock.h>
 
+#include <chrono>
 #include <random>
 
-#include "test_paths.h"
+#include "log_record.h"
 
 namespace moectl {
 namespace {
@@ -21,7 +22,8 @@ json rebuilt(const JsonNode& node) {
   }
   if (node.is_array()) {
     json array = json::array();
-    for (std::size_t i = 0; i < node.size(); ++i) array.push_back(rebuilt(node[i]));
+    for (const JsonNode& element : node) array.push_back(rebuilt(element));
+    EXPECT_EQ(array.size(), node.size());
     return array;
   }
   if (node.is_string()) return std::string(node.text());
@@ -132,8 +134,47 @@ TEST(JsonLine, TakesAnyDepth) {
   ASSERT_NE(line.value().find("b"), nullptr);
   EXPECT_EQ(line.value().find("b")->as_unsigned(), 2U);
   EXPECT_TRUE(line.value().find("a")->is_array());
+  // What it says of itself stays short as well, and is JSON.
+  const json said = json::parse(line.value().find("a")->dump());
+  EXPECT_LT(said.dump().size(), 60U);
+  EXPECT_EQ(json::parse(line.value().dump()), (json{{"a", said}, {"b", 2}}));
   EXPECT_THROW(line.parse(std::string(100000, '[')), json::exception);
   compare(line, std::string(14, '[') + "{\"a\":1}" + std::string(14, ']'));
+}
+
+// Members are held against those before them to find a key that comes twice: all against all would take a minute.
+TEST(JsonLine, AnObjectOfManyMembersTakesNoLongerThanItsLength) {
+  std::string text = "{";
+  for (int i = 0; i < 200000; ++i) text += "\"k" + std::to_string(i) + "\":" + std::to_string(i) + ',';
+  text += "\"k7\":-1}";
+  JsonLine line;
+  const auto start = std::chrono::steady_clock::now();
+  line.parse(text);
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(5));
+  EXPECT_EQ(line.value().size(), 200000U);
+  EXPECT_EQ(line.value().find("k7")->as_integer(), -1);
+  for (const int members : {1023, 1024, 1025, 1500}) {
+    std::string some = "{";
+    for (int i = 0; i < members; ++i)
+      some += (i ? ",\"" : "\"") + std::to_string(i % 1300) + "\":" + std::to_string(i);
+    compare(line, some + "}");
+  }
+}
+
+// As above: elements are walked, not counted from the front each time.
+TEST(JsonLine, AWrongElementFarDownALongArrayIsNamedAtOnce) {
+  std::string text = R"({"step":0,"layer":0,"tokens":0,"top_k":1,"counts":[)";
+  for (int i = 0; i < 200000; ++i) text += "0,";
+  JsonLine line;
+  line.parse(text += "[0]]}");
+  const auto start = std::chrono::steady_clock::now();
+  try {
+    read_record({"t", 1, line.value()}, LogHeader());
+    ADD_FAILURE() << "accepted";
+  } catch (const LogError& e) {
+    EXPECT_STREQ(e.what(), "t:1: counts[200000]: [0]: must be a whole number");
+  }
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(5));
 }
 
 // Records that were changed at random: most are no JSON any more, some are another.
