@@ -28,6 +28,8 @@ constexpr double kGrow = 1.2, kShrink = 0.5, kSmallestStep = 1.0 / 1024, kLarges
 // After a relapse steps go on at the size that was found, yet no smaller than this: the layer is near balance, and a
 // first step meant for a collapse would throw it.
 constexpr double kSmallestFirstStep = 1.0 / 16;
+// Doubled after every relapse and added to steps: it must not overflow.
+constexpr std::int64_t kMostSteps = 1'000'000'000'000;
 // How fast the scalars are raised after a relapse, while the biases alone do not balance.
 constexpr double kRaise = 0.1;
 // A scalar is back where it was once it is this close, as a ratio.
@@ -51,6 +53,7 @@ std::string check_guard(const GuardOptions& o) {
   if (!is_share(o.max_token_share))
     return violated("max_token_share", o.max_token_share, "must be in (0, 1]");
   const auto count = [](const char* key, std::int64_t value, std::int64_t least) {
+    if (value > kMostSteps) return violated(key, static_cast<double>(value), "must be at most 1e12");
     return value < least ? violated(key, static_cast<double>(value),
                                     least == 0 ? "must be at least 0" : "must be at least 1")
                          : std::string();
@@ -327,6 +330,7 @@ void LayerGuard::save(StateWriter& out) const {
   out.put("guard_values", values);
   out.put("guard_bias_before", bias_before_);
   out.put("guard_bias_steps", steps_);
+  out.put("guard_errors", errors_);  // a step without data decides on those of the step before
   out.put("guard_smoothed_errors", smoothed_);
 }
 
@@ -337,7 +341,18 @@ void LayerGuard::load(StateReader& in) {
   in.get("guard_values", values);
   in.get("guard_bias_before", bias_before_);
   in.get("guard_bias_steps", steps_);
+  in.get("guard_errors", errors_);
   in.get("guard_smoothed_errors", smoothed_);
+  const auto all_finite = [](std::span<const double> v) {
+    return std::all_of(v.begin(), v.end(), [](double x) { return std::isfinite(x); });
+  };
+  // The first two are for the log, and may hold a threshold that is infinite.
+  for (const std::span<const double> v :
+       {std::span<const double>(values).subspan(2), std::span<const double>(bias_before_),
+        std::span<const double>(steps_), std::span<const double>(errors_),
+        std::span<const double>(smoothed_)}) {
+    if (!all_finite(v)) throw StateError("guard: a saved value is not finite");
+  }
   if (steps[0] < 0 || steps[0] > 4 || steps[1] < 0 || steps[1] > 6 || steps[2] < 0 || steps[2] > 7 ||
       steps[7] < 0 || steps[7] > kMostRelapses) {
     throw StateError("guard_steps: not a state, trigger or cause of the guard");

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <limits>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <numeric>
@@ -63,6 +64,9 @@ TEST(Guard, OptionsNameKeyValueAndConstraint) {
   EXPECT_EQ(wrong([](GuardOptions& o) { o.entropy_fall = 0; }), "entropy_fall: 0: must be in (0, 1]");
   EXPECT_EQ(wrong([](GuardOptions& o) { o.confirm = 0; }), "confirm: 0: must be at least 1");
   EXPECT_EQ(wrong([](GuardOptions& o) { o.cooldown = -1; }), "cooldown: -1: must be at least 0");
+  EXPECT_EQ(wrong([](GuardOptions& o) { o.patience = 1'000'000'000'000; }), "");
+  EXPECT_THAT(wrong([](GuardOptions& o) { o.patience = std::numeric_limits<std::int64_t>::max(); }),
+              HasSubstr("patience: 9.22337e+18: must be at most 1e12"));
   EXPECT_THAT(wrong([](GuardOptions& o) { o.aux_factor = 0.5; }),
               HasSubstr("aux_factor: 0.5: must be at least 1"));
   EXPECT_THAT(wrong([](GuardOptions& o) { o.bias_step = -1; }), HasSubstr("bias_step: -1"));
@@ -411,6 +415,40 @@ TEST(Guard, SavedAndLoadedItGoesOnWithTheSameBits) {
       ASSERT_EQ(first.save(), second.save()) << at << " " << i;
     }
   }
+}
+
+// With a cadence, a decision may come at a step that brings no data: it goes by the load of the step before.
+TEST(Guard, ADecisionWithoutDataIsTheSameAfterLoading) {
+  ControllerConfig config = guarded(quick());
+  config.expert_bias.limits.cadence = 2;
+  Controller first(config);
+  for (int i = 0; i < 5; ++i) feed(first, kPile);  // decides at steps 1, 3, 5
+  ASSERT_EQ(first.report().layers[0].guard.state, GuardState::kIntervening);
+  Controller second(config);
+  second.load(first.save());
+  const double before = first.bias(0)[0];
+  first.step();
+  second.step();
+  EXPECT_LT(first.bias(0)[0], before);
+  EXPECT_EQ(first.save(), second.save());
+}
+
+TEST(Guard, ASavedValueThatIsNotFiniteIsRefused) {
+  const auto load = [](double aux_before) {
+    StateWriter out;
+    out.put("guard_steps", std::vector<std::int64_t>(11, 0));
+    out.put("guard_values", std::vector<double>{0, 0, 0, 0, 0, aux_before, 1, 0, -1, 0, 0});
+    for (const char* name :
+         {"guard_bias_before", "guard_bias_steps", "guard_errors", "guard_smoothed_errors"}) {
+      out.put(name, std::vector<double>(4, 0.0));
+    }
+    const std::string state = out.finish();
+    StateReader in(state);
+    LayerGuard(quick(), 4, 1).load(in);
+  };
+  EXPECT_NO_THROW(load(0.01));
+  EXPECT_THROW(load(std::nan("")), StateError);
+  EXPECT_THROW(load(std::numeric_limits<double>::infinity()), StateError);
 }
 
 TEST(Guard, ABalanceBeingLostIsSavedAndLoaded) {
