@@ -129,6 +129,7 @@ std::vector<std::string> view_of(const WatchedStep& step, const std::string& tit
     lines.push_back(std::move(line));
   }
   lines.insert(lines.end(), last.begin(), last.end());
+  if (lines.size() > rows) lines.resize(rows);
   for (std::string& line : lines) line = cut(std::move(line), columns);
   return lines;
 }
