@@ -196,6 +196,31 @@ test('what the guard moved is not called fixed', async () => {
   await page.close();
 });
 
+test('a mark keeps its form where an earlier one has no value to stand at, and keys pass a run without the curve', async () => {
+  const [page, complaints] = await open();
+  const log = readFileSync(join(dir, 'held.jsonl'), 'utf8').trim().split('\n').map((l) => JSON.parse(l));
+  for (const r of log.slice(1)) {
+    const bias = r.actuators.expert_bias;
+    if (r.step < 5) r.actuators = {expert_bias: {reasons: ['warmup']}};
+    else bias.reasons = r.step < 10 ? ['rate'] : [];
+  }
+  writeFileSync(join(dir, 'marks.jsonl'), log.map((r) => JSON.stringify(r)).join('\n') + '\n');
+  for (const r of log) delete r.loss;
+  writeFileSync(join(dir, 'no-loss.jsonl'), log.map((r) => JSON.stringify(r)).join('\n') + '\n');
+  execFileSync(tool, ['report', 'no-loss.jsonl', 'marks.jsonl', '-o', 'marks.html'], {cwd: dir});
+  await page.goto('file://' + join(dir, 'marks.html'));
+  const marks = await page.evaluate(() => {
+    const set = Chart.getChart('chart-expert_bias').data.datasets.find((d) => d.marks);
+    return [set.data.map((m) => m.column), set.pointStyle];
+  });
+  assert.deepEqual(marks, [[5, 6, 7, 8, 9], Array(5).fill('triangle')]);
+  await page.focus('#chart-loss');
+  await page.keyboard.press('Home');
+  assert.match(await page.evaluate(() => Chart.getChart('chart-loss').tooltip.body?.flatMap((b) => b.lines).join(' ') ?? ''), /loss: 3/);
+  assert.deepEqual(complaints, []);
+  await page.close();
+});
+
 test('limits that differ are lines in the colour of their run', async () => {
   const [page] = await open();
   writeFileSync(join(dir, 'loose.yaml'), config('sign_bias, options: {step: 0.005, centred: false}').replace('max: 0.05', 'max: 0.08'));

@@ -31,7 +31,7 @@ const walkable = (chart, label) => {
   let at = -1;
   canvas.addEventListener('keydown', (event) => {
     const by = {ArrowLeft: -1, ArrowRight: 1, Home: -1e9, End: 1e9}[event.key];
-    const d = chart.data.datasets.findIndex((set) => set.walk);
+    const d = chart.data.datasets.findIndex((set) => set.walk && set.data.length);
     if (!by || d < 0) return;
     event.preventDefault();
     const n = chart.data.datasets[d].data.length;
@@ -165,14 +165,14 @@ const actuatorChart = (name) => {
     for (const v of [...lows, ...highs]) if (v !== null) { low = Math.min(low, v); high = Math.max(high, v); }
     datasets.push(...withBand(run, r, track.value, named(r, name)));
     const marks = track.marks.map(([c, reasons]) => [c, Object.fromEntries(Object.entries(reasons).filter(([w]) => !QUIET.has(w)))])
-                      .filter(([, reasons]) => Object.keys(reasons).length);
+                      .filter(([c, reasons]) => Object.keys(reasons).length && (highs[c] ?? null) !== null);
     datasets.push({
       marks: true, run, label: named(r, 'marks'), showLine: false, borderColor: colour(r), backgroundColor: colour(r),
       pointRadius: 3.5, pointBorderWidth: 1.5, pointStyle: marks.map(([, reasons]) => kindOf(reasons)),
       data: marks.map(([c, reasons]) => ({
-        x: stepOf(run, c), y: highs[c] ?? null, column: c,
+        x: stepOf(run, c), y: highs[c], column: c,
         reasons: Object.entries(reasons).map(([w, n]) => `${w} ×${n}`).join(', '),
-      })).filter((p) => p.y !== null),
+      })),
     });
   }
   const multiplicative = name !== 'expert_bias' && low > 0;
