@@ -14,6 +14,10 @@ StepInfo usable(StepInfo info) {
   return info;
 }
 
+bool acts(GuardState state) {
+  return state != GuardState::kWatching && state != GuardState::kCooldown;
+}
+
 }  // namespace
 
 Controller::Loop::Layer::Layer(const ControllerConfig& config, const PolicyRegistry& registry, int index) {
@@ -211,15 +215,30 @@ void Controller::Loop::propose() {
   });
 }
 
+bool Controller::Loop::guard_acts() const {
+  return std::any_of(layers_.begin(), layers_.end(),
+                     [](const auto& layer) { return layer->guard && acts(layer->guard->report().state); });
+}
+
 // Where a layer's guard intervenes, its wish takes the place of the proposal. An actuator of the whole model
 // goes where the first intervening layer wants it.
 void Controller::Loop::guard() {
   if (!config_.guard.enabled) return;
+  if (!guard_acts()) {
+    for (std::size_t a = 0; a < kActuatorCount; ++a) {
+      if (model_servos_[a]) before_guards_[a] = model_servos_[a]->applied()[0];
+    }
+  }
   for (const auto& layer : layers_) {
     if (!layer->valid || !layer->has_data || layer->frozen) continue;
+    const bool acting = acts(layer->guard->report().state);
     std::span<const double> in_force[kActuatorCount];
     for (std::size_t a = 0; a < kActuatorCount; ++a) {
-      in_force[a] = layer->servos[a] ? layer->servos[a]->applied() : model_servos_[a]->applied();
+      if (layer->servos[a]) {
+        in_force[a] = layer->servos[a]->applied();
+      } else {
+        in_force[a] = acting ? model_servos_[a]->applied() : std::span<const double>(&before_guards_[a], 1);
+      }
     }
     layer->guard->observe(steps_, layer->stats, layer->metrics, targets_, in_force);
   }

@@ -97,6 +97,7 @@ class Controller::Loop {
   Evidence evidence(Servo& servo, std::size_t actuator, int layer);
   Evidence layer_evidence(Servo& servo, Layer& layer, std::size_t window);
   Evidence model_evidence(Servo& servo, std::size_t actuator);
+  bool guard_acts() const;
 
   static constexpr std::int64_t kMaxMicroBatches = 1 << 20;
   void save_to(StateWriter& out) const;
@@ -108,6 +109,9 @@ class Controller::Loop {
   StatsShape shape_;
   std::vector<std::unique_ptr<Layer>> layers_;
   std::array<std::optional<Servo>, kActuatorCount> model_servos_;  // those of `scope: model`
+  // Of those, what was in force when no guard acted: where every guard takes its actuator back to, though another may
+  // have moved it already.
+  std::array<double, kActuatorCount> before_guards_{};
   std::array<std::vector<double>, kActuatorCount> initial_;
   std::vector<double> targets_;
   std::optional<Measurer> measurer_;

@@ -1,5 +1,6 @@
 // What of a running loop is saved, and what of the config a saved state belongs to.
 #include <array>
+#include <cmath>
 #include <cstdio>
 #include <string>
 #include <variant>
@@ -187,6 +188,7 @@ void Controller::Loop::save_to(StateWriter& out) const {
   for (const auto& servo : model_servos_) {
     if (servo) servo->save(out);
   }
+  if (config_.guard.enabled) out.put("before_guards", before_guards_);
   if (!flight_) return;
   flight_->save(out);
   out.put("landed", std::int64_t{landed_ ? 1 : 0});
@@ -215,6 +217,12 @@ void Controller::Loop::load_from(StateReader& in) {
   }
   for (auto& servo : model_servos_) {
     if (servo) servo->load(in);
+  }
+  if (config_.guard.enabled) {
+    in.get("before_guards", before_guards_);
+    for (const double value : before_guards_) {
+      if (!std::isfinite(value)) throw StateError("before_guards: a saved value is not finite");
+    }
   }
   if (!flight_) return;
   flight_->load(in);

@@ -433,6 +433,43 @@ TEST(Guard, ADecisionWithoutDataIsTheSameAfterLoading) {
   EXPECT_EQ(first.save(), second.save());
 }
 
+// Two layers share one weight. The second collapses while the first's guard has raised it: what it goes back to is what
+// it was before either.
+TEST(Guard, GuardsThatShareAnActuatorTakeItBackToWhereItWas) {
+  ControllerConfig config = guarded(quick());
+  config.guard.dwell = 5;
+  config.guard.patience = 40;
+  config.model.layers = 2;
+  config.aux_loss_weight.scope = Scope::kModel;
+  config.aux_loss_weight.limits = {.min = 1e-4, .max = 1, .rate = 0.2};
+  const auto step = [](Controller& controller, int i) {
+    for (int layer = 0; layer < 2; ++layer) {
+      const bool piled = i >= 10 + 8 * layer && i < 30 + 8 * layer;
+      controller.record(layer, [&](RoutingStats& sums) { sums.add_counts(piled ? kPile : kEven, 100); });
+    }
+    controller.step();
+  };
+  Controller first(config), second(config);
+  double most = 0;
+  bool both = false;
+  for (int i = 0; i < 300; ++i) {
+    if (i == 16) second.load(first.save());  // the first layer's guard acts, the second's does not yet
+    step(first, i);
+    if (i >= 16) {
+      step(second, i);
+      ASSERT_EQ(first.save(), second.save()) << i;
+    }
+    most = std::max(most, first.aux_loss_weight(1));
+    const auto layers = first.report().layers;
+    both = both || (layers[0].guard.state == GuardState::kIntervening &&
+                    layers[1].guard.state == GuardState::kIntervening);
+  }
+  EXPECT_TRUE(both);
+  EXPECT_NEAR(most, 0.1, 1e-9);  // aux_factor times what it was, and no more
+  EXPECT_NEAR(first.aux_loss_weight(0), 0.01, 1e-9);
+  for (const LayerReport& layer : first.report().layers) EXPECT_EQ(layer.guard.state, GuardState::kWatching);
+}
+
 TEST(Guard, ASavedValueThatIsNotFiniteIsRefused) {
   const auto load = [](double aux_before) {
     StateWriter out;
