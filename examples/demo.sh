@@ -26,14 +26,15 @@ mkdir -p "$runs"
 name=$(basename "$policy" .yaml)
 every=$((steps > 20 ? steps / 20 : 1))  # lines of `watch` where there is no terminal
 
-# The training is in the background, where Ctrl-C does not reach it.
-training=""
-stop_training() {
-  [ -n "$training" ] || return 0
-  kill "$training" 2>/dev/null || :
-  wait "$training" 2>/dev/null || :
+# Both are in the background: Ctrl-C does not reach them there, and a signal to this script is seen at once.
+training="" watch=""
+stop_both() {
+  for process in $training $watch; do
+    kill "$process" 2>/dev/null || :
+    wait "$process" 2>/dev/null || :
+  done
 }
-trap stop_training EXIT
+trap stop_both EXIT
 trap 'exit 129' HUP
 trap 'exit 130' INT
 trap 'exit 143' TERM
@@ -49,7 +50,10 @@ train_run() {
   # shellcheck disable=SC2086 # a list of words
   $train --policy "$3" --seed "$2" --log "$log" --steps "$steps" --quiet ${text:+--text $text} >"$said" 2>&1 &
   training=$!
-  $moectl watch "$log" --pid "$training" --every "$every" || :  # it says itself what is wrong; the training goes on
+  $moectl watch "$log" --pid "$training" --every "$every" &
+  watch=$!
+  wait "$watch" || :  # it says itself what is wrong; the training goes on
+  watch=""
   status=0
   wait "$training" || status=$?
   training=""

@@ -45,9 +45,9 @@ struct GuardOptions {
   double bias_step = 1;
   // Watched recovery.
   /// Balanced: MaxVio is no more than this, > 0; well balanced: than half of it. For `patience` steps after
-  /// handing back, a smoothed MaxVio above it is a relapse, and a trigger by itself …
+  /// handing back, a smoothed MaxVio above it is a relapse, which is a trigger by itself.
   double recovered_max_vio = 1;
-  std::int64_t dwell = 30;      ///< … for so many steps, ≥ 1; twice as many after every relapse.
+  std::int64_t dwell = 30;  ///< Steps of balance before handing back, ≥ 1; twice as many after every relapse.
   std::int64_t patience = 300;  ///< Steps without recovery after which the intervention is rolled back, ≥ 1.
   std::int64_t cooldown = 100;  ///< Steps after a rollback before the next intervention, ≥ 0.
 };

@@ -97,7 +97,7 @@ ReportRun::ReportRun(const std::string& path, std::optional<std::int64_t> shift)
   // of the memory. Four times the columns of the load and bias maps are enough to choose from.
   const std::size_t rows = 2U * static_cast<std::size_t>(header_.layers.value_or(1)) *
                            static_cast<std::size_t>(header_.experts.value_or(1));
-  while (expert_each_ < 16 && kColumns / (2 * expert_each_) >= 4 * map_columns(rows)) expert_each_ *= 2;
+  while (kColumns / (2 * expert_each_) >= 4 * map_columns(rows)) expert_each_ *= 2;
   while (const auto record = reader.next()) add(*record);
   say_faults(reader, path);
   faults_ = reader.faults();

@@ -21,7 +21,11 @@ struct Extremes {
   float min = 0, max = 0;
   double sum = 0;
   std::int64_t count = 0;
-  void add(double value) { merge({static_cast<float>(value), static_cast<float>(value), value, 1}); }
+  void add(double value) {
+    constexpr double kMost = 1e30;  // inside a float, and more than anything that can be drawn
+    const double v = std::clamp(value, -kMost, kMost);
+    merge({static_cast<float>(v), static_cast<float>(v), v, 1});
+  }
   void merge(const Extremes& other) {
     if (other.count == 0) return;
     min = count ? std::min(min, other.min) : other.min;

@@ -28,6 +28,14 @@ std::string decisions(const WatchedStep::Track& track) {
   return reasons.empty() ? text : text + " [" + reasons + "]";
 }
 
+/// What a log names may hold anything; what drives a terminal is shown as '?'.
+std::string printable(std::string text) {
+  for (char& byte : text) {
+    if (static_cast<unsigned char>(byte) < 0x20 || byte == 0x7f) byte = '?';
+  }
+  return text;
+}
+
 bool starts_character(char byte) {
   return (byte & 0xC0) != 0x80;
 }
@@ -93,7 +101,7 @@ std::string plain_line(const WatchedStep& step) {
   text += "  cv " + brief(figures.cv) + times(figures.cv, figures.floor_cv);
   text += "  dead " + brief(figures.dead_experts);
   for (const auto& [name, track] : step.tracks) text += "  " + name + ' ' + decisions(track);
-  return text;
+  return printable(std::move(text));
 }
 
 std::vector<std::string> view_of(const WatchedStep& step, const std::string& title, std::int64_t faults,
@@ -130,7 +138,7 @@ std::vector<std::string> view_of(const WatchedStep& step, const std::string& tit
   }
   lines.insert(lines.end(), last.begin(), last.end());
   if (lines.size() > rows) lines.resize(rows);
-  for (std::string& line : lines) line = cut(std::move(line), columns);
+  for (std::string& line : lines) line = cut(printable(std::move(line)), columns);
   return lines;
 }
 

@@ -81,14 +81,21 @@ TEST_F(Demo, FailsAsTheTrainingDoes) {
   EXPECT_THAT(out_, HasSubstr("final loss 2.5"));
 }
 
-// Ctrl-C reaches the demo and `watch`; the training, which is in the background, must not outlive them.
-TEST_F(Demo, CtrlCEndsTheTrainingToo) {
+// The training, which is in the background, must not outlive the demo: not after Ctrl-C, and not when a signal reaches
+// the script alone, while `watch` waits for a training that never ends.
+TEST_F(Demo, ASignalEndsTheTrainingToo) {
   train("echo $$ >pid; trap 'echo ended >last; exit' TERM; while :; do sleep .1; done\n");
+  const auto expect_ended = [this] {
+    EXPECT_EQ(TempDir::read(dir_.path("last")), "ended\n");
+    const std::string pid = TempDir::read(dir_.path("pid"));
+    EXPECT_NE(pid, "");
+    EXPECT_FALSE(fs::exists("/proc/" + pid.substr(0, pid.find('\n'))));
+  };
   EXPECT_EQ(run("timeout --signal=INT 2 sh"), 124);
-  EXPECT_EQ(TempDir::read(dir_.path("last")), "ended\n");
-  const std::string pid = TempDir::read(dir_.path("pid"));
-  EXPECT_NE(pid, "");
-  EXPECT_FALSE(fs::exists("/proc/" + pid.substr(0, pid.find('\n'))));
+  expect_ended();
+  fs::remove(dir_.path("last"));
+  EXPECT_EQ(run("timeout 60 sh -c 'sh \"$@\" & sleep 2; kill $!; wait $!' sh"), 143);
+  expect_ended();
 }
 
 }  // namespace

@@ -106,6 +106,21 @@ std::string drawn(const TempDir& dir, int rows, int columns) {
   return out;
 }
 
+// A log from elsewhere must not drive the terminal.
+TEST(Watch, ShowsNoControlCharactersOfALog) {
+  const TempDir dir;
+  dir.write("run.jsonl",
+            R"({"format":"moectl-run","version":1,"config":{"model":{"layers":1,"experts":2,"top_k":1}}})"
+            "\n"
+            R"({"step":7,"layer":0,"tokens":100,"counts":[50,50],"health":"fine\u001b[2J",)"
+            R"("actuators":{"expert_bias":{"applied":[0,0],"reasons":["rate\u000anext"]}}})"
+            "\n");
+  const std::string view = drawn(dir, 24, 80);
+  EXPECT_THAT(view, HasSubstr("fine?[2J\x1b[K\n"));
+  EXPECT_THAT(view, HasSubstr("[rate?next]\x1b[K\n"));
+  EXPECT_THAT(view, Not(HasSubstr("\x1b[2J")));
+}
+
 // Layers with their loads and health, then the last decisions; each frame over the one before.
 TEST(Watch, DrawsAViewInATerminal) {
   const TempDir dir;
