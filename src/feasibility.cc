@@ -283,7 +283,7 @@ Feasibility judge(const LoadSpace& space, const Bands& bands) {
       judge_pair(placed[i], placed[j], space, found.conflicts);
   }
   std::array<bool, kLoadAxisCount> used{};
-  for (const Placed& p : placed) used[p.on.axis] = true;
+  for (const Placed& p : placed) used[static_cast<std::size_t>(p.on.axis)] = true;
   const bool many = std::count(used.begin(), used.end(), true) >= 3;
   if (found.conflicts.empty() && many) judge_together(placed, space, found.conflicts);
   found.undecided_together = many && found.conflicts.empty();

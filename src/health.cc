@@ -219,8 +219,9 @@ void HealthMonitor::look(const Metrics& metrics, const Metrics& smoothed, double
 
   bool& collapsing = flag(Health::kCollapsing);
   // A line through a few points proves nothing: the slope counts after two dwells.
-  seen_ = std::min<std::int64_t>(seen_ + 1, 2 * options_.dwell);
-  const bool known = seen_ >= 2 * options_.dwell && metrics.entropy_slope && scale > 0;
+  const std::int64_t two_dwells = 2 * std::int64_t{options_.dwell};
+  seen_ = std::min(seen_ + 1, two_dwells);
+  const bool known = seen_ >= two_dwells && metrics.entropy_slope && scale > 0;
   const double slope = known ? *metrics.entropy_slope / scale : 0;
   const bool falling = below(entropy, kCollapsingEntropy, collapsing) &&
                        below(entropy + kCollapsingHorizon * slope, kCollapsedEntropy, collapsing);

@@ -127,8 +127,9 @@ std::string describe_for_state(const ControllerConfig& config, const StatsShape&
     line(out, where + ".policy", actuator.policy);
     line(out, where + ".scope", name_of(actuator.scope));
     line(out, where + ".limits.cadence", actuator.limits.cadence);
-    for (const auto& [name, value] : actuator.options.values()) {
-      std::visit([&](const auto& v) { line(out, where + ".options." + name, v); }, value);
+    for (const auto& option : actuator.options.values()) {
+      const std::string key = where + ".options." + option.first;
+      std::visit([&](const auto& v) { line(out, key, v); }, option.second);
     }
   }
   return out;

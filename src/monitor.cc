@@ -179,7 +179,7 @@ void LayerMonitor::watch_experts(const RoutingStats& stats, Metrics& metrics) {
     std::int64_t stagnant = 0;
     for (std::size_t i = 0; i < below_.size(); ++i) {
       const bool alive = below_[i] == 0, learns = fast_loss_[i] < slow_loss_[i];
-      stagnant += alive & !learns & (grad_norm_[i] < limit) ? 1 : 0;
+      stagnant += (alive & !learns & (grad_norm_[i] < limit)) ? 1 : 0;
     }
     return stagnant;
   };

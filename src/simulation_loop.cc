@@ -39,6 +39,7 @@ void simulate(Controller& controller, const SimulationOptions& options, std::int
   plant.biased_scores =
       plant.biased_scores || controller.shape().needs.margins || controller.shape().needs.margin_rows;
   std::vector<SimulatedRouter> routers;
+  routers.reserve(static_cast<std::size_t>(plant.layers));
   for (int layer = 0; layer < plant.layers; ++layer) routers.emplace_back(plant, layer);
   // Late stats wait here, one queue a layer.
   std::vector<std::deque<RoutingStats>> waiting(routers.size());

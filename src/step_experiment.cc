@@ -117,7 +117,8 @@ void StepExperiment::evaluate(double noise) {
   // Once to see how well it can be done, once for the longest lag that does nearly so.
   for (const bool choose : {false, true}) {
     const double enough = best * (1 + kAsGood / (static_cast<double>(n) - 5));
-    for (double tau = 1; tau <= 128; tau *= 2) {
+    for (int octave = 0; octave <= 7; ++octave) {
+      const double tau = 1 << octave;
       const double follow = -std::expm1(-1 / tau);
       for (int d = 0; d <= 4; ++d) {
         double now = 0;
