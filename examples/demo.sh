@@ -9,13 +9,23 @@ seeds=1
 steps=600
 policy=examples/controlled.yaml
 text=""
+wrong() {
+  echo "./dev demo: $1" >&2
+  exit 2
+}
+# whole OPTION VALUE: a whole number above 0.
+whole() {
+  case $2 in
+    '' | 0* | *[!0-9]*) wrong "$1: '$2': must be a whole number above 0" ;;
+  esac
+}
 while [ $# -gt 0 ]; do
   case $1 in
-    --seeds) seeds=$2; shift 2 ;;
-    --steps) steps=$2; shift 2 ;;
-    --policy) policy=$2; shift 2 ;;
+    --seeds) whole "$1" "${2-}"; seeds=$2; shift 2 ;;
+    --steps) whole "$1" "${2-}"; steps=$2; shift 2 ;;
+    --policy) [ -r "${2-}" ] || wrong "--policy: '${2-}': must be a config that can be read"; policy=$2; shift 2 ;;
     --text) shift; text="$*"; break ;;
-    *) echo "./dev demo: no option '$1'" >&2; exit 2 ;;
+    *) wrong "no option '$1'" ;;
   esac
 done
 

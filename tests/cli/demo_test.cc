@@ -81,6 +81,19 @@ TEST_F(Demo, FailsAsTheTrainingDoes) {
   EXPECT_THAT(out_, HasSubstr("final loss 2.5"));
 }
 
+TEST_F(Demo, AWrongOptionIsNamedBeforeAnythingRuns) {
+  for (const auto& [options, said] :
+       {std::pair{"--steps many", "--steps: 'many': must be a whole number above 0"},
+        std::pair{"--seeds", "--seeds: '': must be a whole number above 0"},
+        std::pair{"--seeds 0", "--seeds: '0': must be a whole number above 0"},
+        std::pair{"--policy none.yaml", "--policy: 'none.yaml': must be a config"},
+        std::pair{"--step 3", "no option '--step'"}}) {
+    EXPECT_EQ(run("sh", options), 2) << options;
+    EXPECT_THAT(err_, HasSubstr(said));
+    EXPECT_EQ(out_, "");
+  }
+}
+
 // The training, which is in the background, must not outlive the demo: not after Ctrl-C, and not when a signal reaches
 // the script alone, while `watch` waits for a training that never ends.
 TEST_F(Demo, ASignalEndsTheTrainingToo) {
