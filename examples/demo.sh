@@ -1,7 +1,7 @@
 #!/bin/sh
 # ./dev demo: the same model trained uncontrolled and controlled, on the same batches, and both runs side by side.
 # `moectl watch` shows each run while it trains. Expects the tool and the training example to be built. Leaves run logs,
-# and what each training said, in runs/demo.
+# and what each training said, in runs/demo. With --check as the first option it only looks at the others.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -19,15 +19,24 @@ whole() {
     '' | 0* | *[!0-9]*) wrong "$1: '$2': must be a whole number above 0" ;;
   esac
 }
+only_check=""
+[ "${1-}" != --check ] || { only_check=yes; shift; }
 while [ $# -gt 0 ]; do
   case $1 in
     --seeds) whole "$1" "${2-}"; seeds=$2; shift 2 ;;
     --steps) whole "$1" "${2-}"; steps=$2; shift 2 ;;
     --policy) [ -r "${2-}" ] || wrong "--policy: '${2-}': must be a config that can be read"; policy=$2; shift 2 ;;
-    --text) shift; text="$*"; break ;;
+    --text)
+      shift
+      [ $# -gt 0 ] || wrong "--text: must be followed by files"
+      for file in "$@"; do [ -r "$file" ] || wrong "--text: '$file': must be a file that can be read"; done
+      text="$*"
+      break
+      ;;
     *) wrong "no option '$1'" ;;
   esac
 done
+[ -z "$only_check" ] || exit 0
 
 train=build/release/examples/train_moe_lm
 moectl=build/release/moectl
@@ -39,6 +48,7 @@ every=$((steps > 20 ? steps / 20 : 1))  # lines of `watch` where there is no ter
 # Both are in the background: Ctrl-C does not reach them there, and a signal to this script is seen at once.
 training="" watch=""
 stop_both() {
+  trap '' HUP INT TERM  # a second one would cut the waiting short, and the training outlive this script
   for process in $training $watch; do
     kill "$process" 2>/dev/null || :
     wait "$process" 2>/dev/null || :

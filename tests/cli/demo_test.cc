@@ -87,11 +87,18 @@ TEST_F(Demo, AWrongOptionIsNamedBeforeAnythingRuns) {
         std::pair{"--seeds", "--seeds: '': must be a whole number above 0"},
         std::pair{"--seeds 0", "--seeds: '0': must be a whole number above 0"},
         std::pair{"--policy none.yaml", "--policy: 'none.yaml': must be a config"},
+        std::pair{"--text", "--text: must be followed by files"},
+        std::pair{"--text none.txt", "--text: 'none.txt': must be a file that can be read"},
         std::pair{"--step 3", "no option '--step'"}}) {
     EXPECT_EQ(run("sh", options), 2) << options;
     EXPECT_THAT(err_, HasSubstr(said));
     EXPECT_EQ(out_, "");
   }
+  // Nor does ./dev install or build anything before.
+  fs::copy(MOECTL_SOURCE_DIR "/dev", dir_.path("dev"));
+  EXPECT_EQ(std::system(("cd '" + dir_.path("") + "' && ./dev demo --step 3 >out 2>err").c_str()), 2 << 8);
+  EXPECT_EQ(TempDir::read(dir_.path("out")), "");
+  EXPECT_THAT(TempDir::read(dir_.path("err")), HasSubstr("no option '--step'"));
 }
 
 // The training, which is in the background, must not outlive the demo: not after Ctrl-C, and not when a signal reaches
