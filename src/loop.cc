@@ -18,6 +18,12 @@ bool acts(GuardState state) {
   return state != GuardState::kWatching && state != GuardState::kCooldown;
 }
 
+// Of metrics that fall as a load gets worse, the worst layer shows the smallest.
+bool falls_with_imbalance(const MetricField& field) {
+  return field.value == &Metrics::entropy || field.value == &Metrics::entropy_normalized ||
+         field.value == &Metrics::effective_experts || field.value == &Metrics::min_load;
+}
+
 }  // namespace
 
 Controller::Loop::Layer::Layer(const ControllerConfig& config, const PolicyRegistry& registry, int index) {
@@ -370,8 +376,8 @@ Controller::Loop::Evidence Controller::Loop::layer_evidence(Servo& servo, Layer&
           .drop_rate = layer.metrics.drop_rate};
 }
 
-// The model's actuators see the mean and the largest over layers of each metric. One layer's bad data holds
-// them; they are frozen once all layers are.
+// The model's actuators see the mean and the worst over layers of each metric. One layer's bad data holds them; they
+// are frozen once all layers are.
 Controller::Loop::Evidence Controller::Loop::model_evidence(Servo& servo, std::size_t actuator) {
   Metrics& mean = model_mean_[actuator];
   Metrics& worst = model_worst_[actuator];
@@ -394,16 +400,17 @@ Controller::Loop::Evidence Controller::Loop::model_evidence(Servo& servo, std::s
   all.worst = &worst;
   if (!servo.due(steps_) || !all.valid) return all;
   for (const MetricField& field : metric_fields()) {
-    double sum = 0, count = 0, largest = 0;
+    const bool falls = falls_with_imbalance(field);
+    double sum = 0, count = 0, extreme = 0;
     for (std::size_t l = 0; l < layers_.size(); ++l) {
       const Metrics::Value value = (*layer_evidence(servo, *layers_[l], l).metrics).*field.value;
       if (!value) continue;
       sum += *value;
-      largest = count == 0 ? *value : std::max(largest, *value);
+      extreme = count == 0 ? *value : falls ? std::min(extreme, *value) : std::max(extreme, *value);
       count += 1;
     }
     mean.*field.value = count > 0 ? Metrics::Value(sum / count) : std::nullopt;
-    worst.*field.value = count > 0 ? Metrics::Value(largest) : std::nullopt;
+    worst.*field.value = count > 0 ? Metrics::Value(extreme) : std::nullopt;
   }
   return all;
 }

@@ -35,7 +35,7 @@ std::vector<OptionSpec> SetPoint::options(std::string_view metric, double target
       {.name = "over_layers",
        .default_value = std::string("mean"),
        .unit = "",
-       .description = "for scope: model, the mean over layers or the largest",
+       .description = "for scope: model, the mean over layers or the worst one",
        .choices = {"mean", "worst"}},
       {.name = "ema",
        .default_value = ema,

@@ -14,7 +14,7 @@ struct SetPoint {
   const MetricField* metric = nullptr;
   double target = 0;
   bool raises = false;   ///< Raising the actuator raises the metric.
-  bool worst = false;    ///< For `scope: model`, the largest over layers instead of the mean.
+  bool worst = false;    ///< For `scope: model`, the worst over layers instead of the mean.
   double ema = 1;        ///< Weight of the newest window in the averaged metric.
   double dead_band = 0;  ///< Relative to the target.
 

@@ -219,7 +219,7 @@ TEST(Controller, LogsEverySoManySteps) {
 
 // A policy that keeps what it saw, to look at the views.
 struct Seen {
-  std::vector<double> mean_load, worst_load;
+  std::vector<double> mean_load, worst_load, worst_entropy, least_load;
   std::vector<int> layers;
   std::vector<std::int64_t> next_mixture;
 };
@@ -230,6 +230,8 @@ PolicyRegistry spying(Seen& seen) {
     void propose(const LayerView& view, std::span<double> value) override {
       seen_.mean_load.push_back(view.metrics.max_load.value_or(-1));
       seen_.worst_load.push_back(view.worst.max_load.value_or(-1));
+      seen_.worst_entropy.push_back(view.worst.entropy_normalized.value_or(-1));
+      seen_.least_load.push_back(view.worst.min_load.value_or(-1));
       seen_.layers.push_back(view.layer);
       seen_.next_mixture.assign(view.info.next_mixture.begin(), view.info.next_mixture.end());
       value[0] *= 2;
@@ -269,6 +271,9 @@ TEST(Controller, ModelScopeSeesMeanAndWorstAndMovesAllLayers) {
   const StepReport& report = controller.step();
   EXPECT_THAT(seen.mean_load, ElementsAre(0.625));
   EXPECT_THAT(seen.worst_load, ElementsAre(1.0));
+  // The layer that has collapsed, not the even one, whose entropy and least load are larger.
+  EXPECT_THAT(seen.worst_entropy, ElementsAre(0.0));
+  EXPECT_THAT(seen.least_load, ElementsAre(0.0));
   EXPECT_THAT(seen.layers, ElementsAre(-1));
   EXPECT_DOUBLE_EQ(controller.aux_loss_weight(0), 0.02);
   EXPECT_EQ(controller.aux_loss_weight(1), controller.aux_loss_weight(0));

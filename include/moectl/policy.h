@@ -41,7 +41,7 @@ struct LayerView {
   const RoutingStats& stats;
   /// Metrics of those sums. For `scope: model`, the mean over layers of each metric.
   const Metrics& metrics;
-  /// The largest over layers of each metric for `scope: model`; else the same as `metrics`.
+  /// The largest over layers of each metric for `scope: model` (entropies, min_load: least); else `metrics`.
   const Metrics& worst;
   const LayerMonitor& monitor;      ///< For `scope: model`, the first layer's.
   std::span<const double> targets;  ///< Wanted share of the load of each expert, summing to 1. [N]
