@@ -168,34 +168,35 @@ std::string nearest_band(const Placed& p, const Extent& feasible, const LoadSpac
   return p.metric + ": [" + only + ", " + only + "]";
 }
 
-void judge_alone(const Placed& p, const LoadSpace& s, std::vector<Conflict>& conflicts) {
-  const Extent all = whole(p.on.axis, room_of(s));
-  if (p.low <= all.max + kSlack && p.high >= all.min - kSlack) return;
-  const bool too_high = p.low > all.max;
-  conflicts.push_back({{p.metric},
-                       p.metric + " " + show(p.given) + " cannot be: " +
-                           side(p, too_high ? all.max : all.min, too_high, s) + " " + where(s),
-                       nearest_band(p, all, s)});
+// The least imbalance that perfectly balanced routing of this many tokens still shows: of a CV and a largest load what
+// it is on average; of Gini and the entropies the least that they can be at that CV. Absent if nothing is known of it.
+std::optional<double> floor_of(LoadAxis axis, const LoadSpace& s) {
+  if (s.tokens <= 0 || axis == kIdle) return std::nullopt;
+  const auto cv = noise_floor_cv(s.experts, s.top_k, static_cast<double>(s.tokens));
+  if (!cv || axis == kCv) return cv;
+  if (axis != kMax) return extent_at(kCv, *cv, axis, room_of(s)).min;
+  const auto vio = max_vio_of_cv(s.experts, *cv);
+  return vio ? std::optional((1 + *vio) / s.experts) : std::nullopt;
 }
 
-// Perfectly balanced routing of this many tokens still scatters.
-void judge_against_floor(const Placed& p, const LoadSpace& s, std::vector<Conflict>& conflicts) {
-  if (s.tokens <= 0 || (p.on.axis != kCv && p.on.axis != kMax)) return;
-  const auto cv = noise_floor_cv(s.experts, s.top_k, static_cast<double>(s.tokens));
-  if (!cv) return;
-  double floor = *cv;
-  if (p.on.axis == kMax) {
-    const auto vio = max_vio_of_cv(s.experts, *cv);
-    if (!vio) return;
-    floor = (1 + *vio) / s.experts;
+// A band that no load lies in, or that lies under the floor.
+void judge_alone(const Placed& p, const LoadSpace& s, std::vector<Conflict>& conflicts) {
+  const Extent all = whole(p.on.axis, room_of(s));
+  const std::optional<double> floor = floor_of(p.on.axis, s);
+  const Extent reachable = {std::max(all.min, floor.value_or(all.min)), all.max};
+  const bool too_high = p.low > all.max + kSlack, too_low = p.high < all.min - kSlack;
+  const auto add = [&](const std::string& why) {
+    conflicts.push_back(
+        {{p.metric}, p.metric + " " + show(p.given) + why + " " + where(s), nearest_band(p, reachable, s)});
+  };
+  if (too_high || too_low) {
+    add(" cannot be: " + side(p, too_high ? all.max : all.min, too_high, s));
+  } else if (floor && p.high < *floor - kSlack) {
+    const bool mean = p.on.axis == kCv || p.on.axis == kMax;
+    add(" lies under the noise floor: perfectly balanced routing of " + std::to_string(s.tokens) +
+        " tokens still shows " +
+        (mean ? p.metric + " = " + number(p.on.from_axis(*floor, s)) : side(p, *floor, false, s)));
   }
-  if (p.high >= floor - kSlack) return;
-  conflicts.push_back({{p.metric},
-                       p.metric + " " + show(p.given) +
-                           " lies under the noise floor: perfectly balanced routing of " +
-                           std::to_string(s.tokens) + " tokens still shows " + p.metric + " = " +
-                           number(p.on.from_axis(floor, s)) + " " + where(s),
-                       nearest_band(p, {floor, whole(p.on.axis, room_of(s)).max}, s)});
 }
 
 // Two bands on different axes, of loads that live in `room`; `given` is what makes it so.
@@ -275,7 +276,6 @@ Feasibility judge(const LoadSpace& space, const Bands& bands) {
   std::erase_if(placed, [&](const Placed& p) {
     const std::size_t before = found.conflicts.size();
     judge_alone(p, space, found.conflicts);
-    judge_against_floor(p, space, found.conflicts);
     return found.conflicts.size() > before;
   });
   for (std::size_t i = 0; i < placed.size(); ++i) {

@@ -262,6 +262,17 @@ TEST(Feasibility, TargetsUnderTheNoiseFloor) {
   EXPECT_EQ(judge(space, {{"max_vio", {0, 0.12}}}).conflicts.size(), 0U);
   EXPECT_THAT(messages(judge(space, {{"load_cv", {0, 0.05}}}))[0], HasSubstr("noise floor"));
   EXPECT_EQ(judge(kPublished, {{"load_cv", {0, 0.05}}}).conflicts.size(), 0U);  // tokens not known
+  // At that CV: KL is about CV²/2 = .00171, the entropy 1 - .00171 / ln 16 of its largest, Gini at least .05846 √15 / 16.
+  EXPECT_EQ(judge(space, {{"kl_to_uniform", {0, 0.0015}}}).conflicts.size(), 1U);
+  EXPECT_EQ(judge(space, {{"kl_to_uniform", {0, 0.0018}}}).conflicts.size(), 0U);
+  EXPECT_EQ(judge(space, {{"entropy_normalized", {0.9995, 1}}}).conflicts.size(), 1U);
+  EXPECT_EQ(judge(space, {{"entropy_normalized", {0.9993, 1}}}).conflicts.size(), 0U);
+  EXPECT_EQ(judge(space, {{"effective_experts", {15.99, 16}}}).conflicts.size(), 1U);
+  EXPECT_EQ(judge(space, {{"gini", {0, 0.0141}}}).conflicts.size(), 1U);
+  EXPECT_EQ(judge(space, {{"gini", {0, 0.0142}}}).conflicts.size(), 0U);
+  EXPECT_EQ(judge(space, {{"dead_experts", {0, 0}}}).conflicts.size(), 0U);
+  EXPECT_THAT(messages(judge(space, {{"entropy_normalized", {0.9999, 1}}}))[0],
+              HasSubstr("2048 tokens still shows entropy_normalized ≤ 0.9995 at N = 16"));
 }
 
 TEST(Feasibility, OpenBands) {
