@@ -1,27 +1,31 @@
+// clang-format off
 // rules: the published red flags of MoE training and the fixes that go with them, as data.
 //
-//   at every decision, the first rule of the phase whose conditions all hold for `confirm` decisions in a row
-//   acts: value ← value · factor of the rule; then nothing for `wait` decisions, so that the router can
-//   answer.
+//   at every decision, the first rule of the phase whose conditions all hold for `confirm` decisions in a row acts:
+//   value ← value · factor of the rule; then nothing for `wait` decisions, so that the router can answer.
 //
-//   rule                   from step   conditions                                              aux weight
-//   temperature collapse                       0   entropy_normalized < 0.5 × 2         × 1.1 collapse 0
-//   kl_to_uniform > 2                                             × 2         × 1.1 collapse 0   load_cv
-//   > 1.5                                                 × 2         × 1.1 superexpert                    0
-//   max_load > 0.35                                               × 2         × 1.1 dead experts 0
-//   dead_experts > 4                                              × 2         × 1.1 severe imbalance 0
-//   load_cv > 1                                                   × 2           × 1 dropped tokens 1000
-//   drop_rate > 0.05                                            × 1.5           × 1 late imbalance 5000
-//   load_cv > 0.8                                               × 1.5           × 1 weak specialization 2000
-//   entropy_normalized > 0.95, kl_to_uniform < 0.15, load_cv < 0.2   ÷ 2        × 1
+//   rule               from  all of                                                           weight  temperature
+//   collapse              0  entropy_normalized < 0.5                                         × 2     × 1.1
+//   collapse              0  kl_to_uniform > 2                                                × 2     × 1.1
+//   collapse              0  load_cv > 1.5                                                    × 2     × 1.1
+//   collapse              0  max_load > 0.35                                                  × 2     × 1.1
+//   collapse              0  dead_experts > 4                                                 × 2     × 1.1
+//   imbalance             0  load_cv > 1                                                      × 2
+//   dropped tokens     1000  drop_rate > 0.05                                                 × 1.5
+//   severe imbalance   5000  load_cv > 0.8                                                    × 1.5
+//   too even           2000  entropy_normalized > 0.95, kl_to_uniform < 0.15, load_cv < 0.2   ÷ 2
 //
-// The thresholds are the ones that training guides for 16 experts, top-2, publish. They are rules of thumb:
-// several of their bands exclude each other (CV below 0.6 forces a normalised entropy above 0.89 at 16
-// experts), and weak specialization describes every well-balanced router, which is why that rule is off
-// unless `specialize` asks for it.
+// Thresholds, the phases' borders (1000, 2000, 5000 steps), doubling the weight at CV 1, and the directions
+// of the other fixes (collapse: more weight, more temperature; too even, "weak specialization": less weight)
+// are those that training guides for 16 experts, top-2, publish. The sizes of the other fixes are ours, as
+// is asking for drops and CV 0.8 only once a router has formed. They are rules of thumb: several of the
+// bands that go with them exclude each other (CV below 0.6 forces a normalised entropy above 0.89 at 16
+// experts), and "too even" describes every well-balanced router, which is why that rule is off unless
+// `specialize` asks for it.
 //
 // Limitations: thresholds on N = 16 do not carry over to other N unchanged. A rule acts late and in large
 // steps; pi holds a set-point instead of waiting for an alarm.
+// clang-format on
 #include <array>
 #include <cmath>
 
@@ -149,7 +153,7 @@ PolicyDescription rules() {
       {.name = "over_layers",
        .default_value = defaults.over_layers,
        .unit = "",
-       .description = "for scope: model, the mean over layers or the largest",
+       .description = "for scope: model, the mean over layers or the worst one",
        .choices = {"mean", "worst"}},
       {.name = "specialize",
        .default_value = defaults.specialize,

@@ -1,17 +1,20 @@
 // schedule: an open-loop path in time: warm up, hold, decay, stay.
 //
-//   t < warmup:                            first → initial, in a straight line
-//   decay_start ≤ t < decay_start + decay_steps:   initial → final, with x = (t - decay_start) / decay_steps
-//       linear        initial + (final - initial) x
-//       cosine        final + (initial - final) (1 + cos πx) / 2
-//       exponential   initial · (final / initial)^x
-//   afterwards final, between the two initial. A first or final of 0 means: as initial.
+//   t < warmup:                                    initial → peak, in a straight line
+//   t < decay_start:                               peak
+//   decay_start ≤ t < decay_start + decay_steps:   peak → final, with x = (t - decay_start) / decay_steps
+//       linear        peak + (final - peak) x
+//       cosine        final + (peak - final) (1 + cos πx) / 2
+//       exponential   peak · (final / peak)^x
+//   afterwards final. A peak of 0 means: as initial; a final of 0: as peak. t is the step that the value serves,
+//   the one after the decision.
 //
 // Sources: the exponential path is the usual annealing of a router's temperature, T0 (T1/T0)^(t/T); the
 // linear warm-up and the decay to a small final weight are how auxiliary losses are scheduled in practice;
 // cosine after Loshchilov & Hutter, arXiv 1608.03983.
 //
-// Limitations: it looks at nothing but the step. Its path is bent by the limits' rate, which should be wide.
+// Limitations: it looks at nothing but the step. Its path is bent by the limits' rate, which should be wide, and by a
+// cadence above one.
 #include <cmath>
 #include <numbers>
 
@@ -21,7 +24,7 @@ namespace moectl::policies {
 namespace {
 
 struct Options {
-  double first = 0;
+  double peak = 0;
   std::int64_t warmup = 0;
   double final = 0;
   std::int64_t decay_start = 0;
@@ -29,7 +32,7 @@ struct Options {
   std::string shape = "cosine";
 
   static Options from(const PolicyOptions& o) {
-    return {.first = o.number("first"),
+    return {.peak = o.number("peak"),
             .warmup = o.integer("warmup"),
             .final = o.number("final"),
             .decay_start = o.integer("decay_start"),
@@ -41,24 +44,24 @@ struct Options {
 class Schedule final : public Policy {
  public:
   Schedule(const Options& options, double initial) : options_(options), initial_(initial) {
-    if (options_.first == 0) options_.first = initial;
-    if (options_.final == 0) options_.final = initial;
+    if (options_.peak == 0) options_.peak = initial;
+    if (options_.final == 0) options_.final = options_.peak;
   }
 
-  void propose(const LayerView& layer, std::span<double> value) override { value[0] = at(layer.step); }
+  void propose(const LayerView& layer, std::span<double> value) override { value[0] = at(layer.step + 1); }
 
  private:
   double at(std::int64_t step) const {
     const Options& o = options_;
     if (step < o.warmup) {
-      return o.first + (initial_ - o.first) * static_cast<double>(step) / static_cast<double>(o.warmup);
+      return initial_ + (o.peak - initial_) * static_cast<double>(step) / static_cast<double>(o.warmup);
     }
-    if (step < o.decay_start) return initial_;
+    if (step < o.decay_start) return o.peak;
     if (step >= o.decay_start + o.decay_steps) return o.final;
     const double x = static_cast<double>(step - o.decay_start) / static_cast<double>(o.decay_steps);
-    if (o.shape == "linear") return initial_ + (o.final - initial_) * x;
-    if (o.shape == "cosine") return o.final + (initial_ - o.final) * (1 + std::cos(std::numbers::pi * x)) / 2;
-    return initial_ * std::pow(o.final / initial_, x);
+    if (o.shape == "linear") return o.peak + (o.final - o.peak) * x;
+    if (o.shape == "cosine") return o.final + (o.peak - o.final) * (1 + std::cos(std::numbers::pi * x)) / 2;
+    return o.peak * std::pow(o.final / o.peak, x);
   }
 
   Options options_;
@@ -68,7 +71,7 @@ class Schedule final : public Policy {
 std::string check(const PolicyContext& context, const PolicyOptions& options) {
   const Options o = Options::from(options);
   if (!(context.initial > 0)) return "initial: must be above 0: moves are ratios";
-  if (o.decay_start < o.warmup) return "decay_start: must not lie before the end of warmup";
+  if (o.final > 0 && o.decay_start < o.warmup) return "decay_start: must not lie before the end of warmup";
   return "";
 }
 
@@ -81,21 +84,21 @@ PolicyDescription schedule() {
   d.summary = "open-loop path in time: warm up, hold, decay, stay";
   d.actuators = {Actuator::kAuxLossWeight, Actuator::kRouterTemperature};
   d.options = {
-      {.name = "first",
-       .default_value = defaults.first,
+      {.name = "peak",
+       .default_value = defaults.peak,
        .unit = "of the actuator",
-       .description = "value at step 0; 0 = as initial",
+       .description = "value from the end of the warm-up to the decay; 0 = as initial",
        .min = 0,
        .max = 1e6},
       {.name = "warmup",
        .default_value = defaults.warmup,
        .unit = "steps",
-       .description = "length of the straight line from first to initial",
+       .description = "length of the straight line from initial to peak",
        .min = 0},
       {.name = "final",
        .default_value = defaults.final,
        .unit = "of the actuator",
-       .description = "value at the end; 0 = as initial",
+       .description = "value at the end; 0 = as peak",
        .min = 0,
        .max = 1e6},
       {.name = "decay_start",

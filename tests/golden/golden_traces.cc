@@ -27,6 +27,7 @@ constexpr double kTolerance = 1e-9;
 struct Case {
   std::string name, policy;
   RigOptions rig;
+  bool collapses = false;  // from step 30 on two experts take nearly all
 };
 
 // Every policy on every actuator with its defaults, and the variants that run other code.
@@ -54,12 +55,25 @@ std::vector<Case> all_cases() {
   add("quantile_bias.delay", "quantile_bias", bias, {{"gain", 1.0}}, 2);
   add("sign_bias.uncentred", "sign_bias", bias, {{"centred", false}});
   add("pi.autotune", "pi", weight, {{"autotune", true}, {"target", 0.3}});
+  // What rests with its defaults on a run like this one.
+  add("schedule.path", "schedule", weight,
+      {{"peak", 0.05},
+       {"warmup", std::int64_t{10}},
+       {"final", 0.0005},
+       {"decay_start", std::int64_t{20}},
+       {"decay_steps", std::int64_t{30}}});
+  add("schedule.exponential", "schedule", Actuator::kRouterTemperature,
+      {{"final", 0.5}, {"decay_steps", std::int64_t{50}}, {"shape", std::string("exponential")}});
+  for (const Actuator actuator : {weight, Actuator::kRouterTemperature}) {
+    add("rules.collapse." + std::string(name_of(actuator)), "rules", actuator, {{"wait", std::int64_t{8}}});
+    cases.back().collapses = true;
+  }
   return cases;
 }
 
 // Window `step` of the run: loads that drift and jitter, an expert without a token from step 20 to 29, and all sums
 // that a router can report.
-RoutingStats window(const StatsShape& shape, int step) {
+RoutingStats window(const StatsShape& shape, int step, bool collapses) {
   std::uint64_t random = 88172645463325252ULL + static_cast<std::uint64_t>(step);
   std::vector<std::int64_t> counts;
   std::int64_t total = 0;
@@ -68,6 +82,7 @@ RoutingStats window(const StatsShape& shape, int step) {
     const auto jitter = static_cast<std::int64_t>(random >> 58);
     const std::int64_t drift = (i * 16 + step * (i % 3)) % 160;
     counts.push_back(i == 5 && step >= 20 && step < 30 ? 0 : 64 + drift + jitter);
+    if (collapses && step >= 30) counts.back() *= i < 2 ? 100 : 1;
     total += counts.back();
   }
   counts[0] += total % kTopK;
@@ -94,7 +109,7 @@ std::string trace_of(const Case& one) {
   PolicyRig rig(one.policy, one.rig);
   std::string out;
   for (int step = 0; step < kSteps; ++step) {
-    rig.step(window(rig.shape(), step), {.loss = 3 - 0.01 * step});
+    rig.step(window(rig.shape(), step, one.collapses), {.loss = 3 - 0.01 * step});
     for (const double value : rig.value) {
       char text[32];
       std::snprintf(text, sizeof text, "%.17g ", value);

@@ -76,26 +76,38 @@ TEST(Multiplicative, FactorByTheSignOutsideTheDeadBand) {
   EXPECT_EQ(rig.value[0], 0.005);
 }
 
+// The value for step t is decided at step t - 1; the rig starts from 0.01.
 TEST(Schedule, WarmsUpHoldsAndDecays) {
   const auto at = [](const char* shape, std::int64_t step) {
-    PolicyRig rig("schedule", scalar(Actuator::kAuxLossWeight, {{"first", 0.002},
+    PolicyRig rig("schedule", scalar(Actuator::kAuxLossWeight, {{"peak", 0.05},
                                                                 {"warmup", std::int64_t{4}},
-                                                                {"final", 0.0001},
+                                                                {"final", 0.0005},
                                                                 {"decay_start", std::int64_t{10}},
                                                                 {"decay_steps", std::int64_t{10}},
                                                                 {"shape", std::string(shape)}}));
-    rig.now = step;
+    rig.now = step - 1;
     rig.step(stats_of(rig.shape(), {1, 1}));
     return rig.value[0];
   };
-  EXPECT_DOUBLE_EQ(at("linear", 0), 0.002);
-  EXPECT_DOUBLE_EQ(at("linear", 1), 0.004);
-  EXPECT_DOUBLE_EQ(at("linear", 4), 0.01);
-  EXPECT_DOUBLE_EQ(at("linear", 9), 0.01);
-  EXPECT_DOUBLE_EQ(at("linear", 15), 0.00505);
-  EXPECT_DOUBLE_EQ(at("cosine", 15), 0.00505);
-  EXPECT_NEAR(at("exponential", 15), 0.001, 1e-15);
-  for (const char* shape : {"linear", "cosine", "exponential"}) EXPECT_DOUBLE_EQ(at(shape, 1000), 0.0001);
+  EXPECT_DOUBLE_EQ(at("linear", 1), 0.02);
+  EXPECT_DOUBLE_EQ(at("linear", 4), 0.05);
+  EXPECT_DOUBLE_EQ(at("linear", 9), 0.05);
+  EXPECT_DOUBLE_EQ(at("linear", 12), 0.0401);
+  EXPECT_DOUBLE_EQ(at("linear", 15), 0.02525);
+  EXPECT_DOUBLE_EQ(at("cosine", 15), 0.02525);
+  EXPECT_NEAR(at("exponential", 15), 0.005, 1e-15);
+  for (const char* shape : {"linear", "cosine", "exponential"}) {
+    EXPECT_DOUBLE_EQ(at(shape, 20), 0.0005);
+    EXPECT_DOUBLE_EQ(at(shape, 1000), 0.0005);
+  }
+}
+
+TEST(Schedule, WithoutAFinalItStaysAtItsPeak) {
+  PolicyRig rig("schedule", scalar(Actuator::kAuxLossWeight, {{"peak", 0.05}, {"warmup", std::int64_t{4}}}));
+  for (const double wanted : {0.02, 0.03, 0.04, 0.05, 0.05, 0.05}) {
+    rig.step(stats_of(rig.shape(), {1, 1}));
+    EXPECT_DOUBLE_EQ(rig.value[0], wanted);
+  }
 }
 
 RoutingStats soft(const StatsShape& shape, float p) {
