@@ -14,20 +14,31 @@ constexpr double kEntropyEma = 0.01;
 constexpr double kVioEma = 0.1;
 constexpr double kGapEma = 0.1;
 constexpr double kLoadEma = 0.05;  // chance averages out over twenty steps
-// A layer was well balanced if its smoothed loads came within this share of recovered_max_vio. What never balanced
-// cannot lose its balance: the law is too weak for the layer, and a raised load is its daily state.
-constexpr double kWellBalanced = 0.5;
+// What never balanced cannot lose its balance: the law is too weak for the layer, and a raised load is its daily state.
+// A layer has been balanced once MaxVio of all experts but the heaviest, among themselves and smoothed, came within this
+// share of what counts as balanced: a law that balances the others and loses hold of one has lost the balance.
+constexpr double kWellBalanced = 0.25;
+// Of the smoothed MaxVio of single steps, as much counts as lost balance as of smoothed loads. Experts that take each
+// other's tokens in turn are heavy in no average; data that differ from step to step look alike, but less so.
+constexpr double kInTurn = 0.5;
+// Balanced is at least this many times the MaxVio that chance alone is expected to show.
+constexpr double kFloors = 2;
 // Rolled back or not: an intervention has helped if MaxVio is under this share of what it began at.
 constexpr double kHelped = 0.7;
-// A relapse doubles the time for which balance must hold before the guard lets go again, up to 2^6 times.
+// Balance that is lost while the guard takes itself back, or soon after, doubles the time for which it holds on before it
+// tries again, and for which it watches after that: up to 2^6 times.
 constexpr std::int64_t kMostRelapses = 6;
+// The guard has been needed again soon if it is within this many times `patience` after letting go (doubled likewise).
+constexpr std::int64_t kSoon = 4;
+// Scalars are taken back in steps of this much of the exponent of their factors.
+constexpr double kRung = 0.25;
 // Steps of the biases follow the signs of their errors (Rprop, Riedmiller & Braun 1993): how far an expert has to go, and
 // how steeply its load answers, differ by orders of magnitude under a softmax.
 // Experts that sank together are alike under a softmax: a thousandth of a gap can move all tokens of one to another.
 constexpr double kGrow = 1.2, kShrink = 0.5, kSmallestStep = 1.0 / 1024, kLargestStep = 4;
 // After a relapse steps go on at the size that was found, yet no smaller than this: the layer is near balance, and a
 // first step meant for a collapse would throw it.
-constexpr double kSmallestFirstStep = 1.0 / 16;
+constexpr double kSmallestFirstStep = 1.0 / 256;
 // Doubled after every relapse and added to steps: it must not overflow.
 constexpr std::int64_t kMostSteps = 1'000'000'000'000;
 // How fast the scalars are raised after a relapse, while the biases alone do not balance.
@@ -79,8 +90,8 @@ std::string check_guard(const GuardOptions& o) {
 }
 
 std::string_view name_of(GuardState state) {
-  constexpr std::array<std::string_view, 5> kNames = {"watching", "intervening", "handing_back",
-                                                      "rolling_back", "cooldown"};
+  constexpr std::array<std::string_view, 6> kNames = {"watching", "intervening",  "handing_back",
+                                                      "holding",  "rolling_back", "cooldown"};
   return kNames[static_cast<std::size_t>(state)];
 }
 
@@ -91,7 +102,7 @@ std::string_view name_of(GuardTrigger trigger) {
 }
 
 std::string_view name_of(GuardCause cause) {
-  constexpr std::array<std::string_view, 8> kNames = {"none",    "triggered", "balanced", "helped",
+  constexpr std::array<std::string_view, 9> kNames = {"none",    "triggered", "balanced", "helped", "lost",
                                                       "no_help", "undone",    "time_up",  "rested"};
   return kNames[static_cast<std::size_t>(cause)];
 }
@@ -105,16 +116,25 @@ LayerGuard::LayerGuard(const GuardOptions& options, int experts, int top_k)
       steps_(static_cast<std::size_t>(experts), 1.0),
       bias_before_(static_cast<std::size_t>(experts), 0.0) {}
 
-// Errors of this step and smoothed, MaxVio of both, the gap, and for how long balance has been lost.
-void LayerGuard::follow_loads(std::int64_t step, const RoutingStats& stats, std::span<const double> targets) {
+// Errors of this step and smoothed, MaxVio of both, the gap, the level of balance, and for how long it has been lost.
+void LayerGuard::follow_loads(std::int64_t step, const RoutingStats& stats, const Metrics& metrics,
+                              std::span<const double> targets) {
+  level_ = std::max(options_.recovered_max_vio, kFloors * floor_max_vio(metrics).value_or(0));
   const auto total = static_cast<double>(stats.assignments());
-  vio_ = excess_ = 0;
+  double heaviest = 0, second = 0, target_of_heaviest = 0;  // smoothed loads, relative to their targets
+  vio_ = 0;
   for (std::size_t i = 0; i < errors_.size(); ++i) {
     const double target = targets[i] * total;
-    errors_[i] = target > 0 ? (target - static_cast<double>(stats.counts()[i])) / target : 0;
+    if (!(target > 0)) continue;
+    errors_[i] = (target - static_cast<double>(stats.counts()[i])) / target;
     smoothed_[i] = begun_ ? smoothed_[i] + kLoadEma * (errors_[i] - smoothed_[i]) : errors_[i];
     vio_ = std::max(vio_, -errors_[i]);
-    excess_ = std::max(excess_, -smoothed_[i]);
+    const double load = 1 - smoothed_[i];
+    second = std::max(second, std::min(heaviest, load));
+    if (load > heaviest) {
+      heaviest = load;
+      target_of_heaviest = targets[i];
+    }
   }
   begun_ = true;
   vio_average_ += kVioEma * (vio_ - vio_average_);
@@ -123,9 +143,11 @@ void LayerGuard::follow_loads(std::int64_t step, const RoutingStats& stats, std:
     gap_ = gap_ > 0 ? gap_ + kGapEma * (now - gap_) : now;
   }
   if (step < options_.warmup) return;
-  least_excess_ = least_excess_ < 0 ? excess_ : std::min(least_excess_, excess_);
-  const bool lost =
-      least_excess_ <= kWellBalanced * options_.recovered_max_vio && excess_ > options_.recovered_max_vio;
+  excess_ = std::max(heaviest - 1, kInTurn * vio_average_);
+  // second / mean of the others - 1, without the division: "<", since others without any token are not balanced.
+  was_balanced_ = was_balanced_ || second * (1 - target_of_heaviest) <
+                                       (1 + kWellBalanced * level_) * (1 - heaviest * target_of_heaviest);
+  const bool lost = was_balanced_ && excess_ > level_;
   lost_steps_ = lost ? lost_steps_ + 1 : 0;
   lost_sum_ = lost ? lost_sum_ + excess_ : 0;
 }
@@ -159,12 +181,10 @@ GuardReport LayerGuard::strongest_trigger(std::int64_t step, const RoutingStats&
   }
   // A law on its way back has less now than on average since the balance was lost.
   if (lost_steps_ >= options_.lost_after && excess_ * static_cast<double>(lost_steps_) >= lost_sum_) {
-    raise(GuardTrigger::kLostBalance, excess_, options_.recovered_max_vio);
+    raise(GuardTrigger::kLostBalance, excess_, level_);
   }
   // The recovery goes on being watched: whoever could not hold the balance gets help before all is lost again.
-  if (step - handed_back_ < options_.patience && vio_average_ > options_.recovered_max_vio) {
-    raise(GuardTrigger::kRelapse, vio_average_, options_.recovered_max_vio);
-  }
+  if (let_go_lately(step) && vio_average_ > bar()) raise(GuardTrigger::kRelapse, vio_average_, bar());
   return seen;
 }
 
@@ -177,12 +197,13 @@ void LayerGuard::enter(GuardState state, std::int64_t step, GuardCause cause, do
   since_ = step;
   confirmed_ = 0;
   balanced_ = 0;
+  if (state == GuardState::kHandingBack) take_back_a_rung();
 }
 
 void LayerGuard::observe(std::int64_t step, const RoutingStats& stats, const Metrics& metrics,
                          std::span<const double> targets,
                          const std::span<const double> (&in_force)[kActuatorCount]) {
-  follow_loads(step, stats, targets);
+  follow_loads(step, stats, metrics, targets);
   const GuardReport seen = strongest_trigger(step, stats, metrics);
   const std::int64_t spent = step - since_;
   const auto end = [&](GuardState next, GuardCause cause, std::int64_t allowed) {
@@ -192,19 +213,20 @@ void LayerGuard::observe(std::int64_t step, const RoutingStats& stats, const Met
     case GuardState::kWatching:
       confirmed_ = seen.trigger != GuardTrigger::kNone && step >= options_.warmup ? confirmed_ + 1 : 0;
       report_ = seen;
-      if (confirmed_ >= options_.confirm) intervene(step, in_force);
+      if (confirmed_ >= options_.confirm) take_over(step, in_force);
       break;
     case GuardState::kIntervening: {
       size_steps();
-      if (vio_average_ > options_.recovered_max_vio) raised_ = std::min(1.0, raised_ + kRaise);
-      const bool balanced = seen.trigger == GuardTrigger::kNone && vio_ <= options_.recovered_max_vio;
+      const bool balanced = seen.trigger == GuardTrigger::kNone && vio_ <= level_;
       balanced_ = balanced ? balanced_ + 1 : 0;
-      if (balanced_ >= options_.dwell << relapses_) {
-        enter(GuardState::kHandingBack, step, GuardCause::kBalanced, vio_, options_.recovered_max_vio);
-      } else if (spent >= options_.patience << relapses_) {
-        // Not balanced in time. What has helped is kept, and the scalars go back; what has not is undone.
+      if (balanced_ >= options_.dwell) {
+        vio_average_ = vio_;  // forgets the collapse: what counts now is what letting go does
+        enter(GuardState::kHandingBack, step, GuardCause::kBalanced, vio_, level_);
+      } else if (spent >= options_.patience) {
+        // Not balanced in time. What has helped is kept as far as it goes on to help; what has not is undone.
         const double bound = kHelped * start_vio_;
         if (vio_average_ <= bound) {
+          helped_ = bound;
           enter(GuardState::kHandingBack, step, GuardCause::kHelped, vio_average_, bound);
         } else {
           enter(GuardState::kRollingBack, step, GuardCause::kNoHelp, vio_average_, bound);
@@ -216,6 +238,19 @@ void LayerGuard::observe(std::int64_t step, const RoutingStats& stats, const Met
       size_steps();
       hand_back(step, in_force);
       break;
+    case GuardState::kHolding: {
+      size_steps();
+      const bool stands = vio_average_ <= bar();
+      if (!stands) raised_ = std::min(1.0, raised_ + kRaise);
+      balanced_ = stands ? balanced_ + 1 : 0;
+      confirmed_ = stands ? 0 : confirmed_ + 1;
+      if (confirmed_ >= options_.patience) {
+        enter(GuardState::kRollingBack, step, GuardCause::kNoHelp, vio_average_, bar());
+      } else if (spent >= options_.patience << relapses_ && balanced_ >= options_.dwell) {
+        end(GuardState::kHandingBack, GuardCause::kRested, options_.patience << relapses_);
+      }
+      break;
+    }
     case GuardState::kRollingBack: {
       double left = 0;
       for (std::size_t i = 0; i < bias_before_.size(); ++i) {
@@ -234,40 +269,58 @@ void LayerGuard::observe(std::int64_t step, const RoutingStats& stats, const Met
   }
 }
 
-void LayerGuard::intervene(std::int64_t step, const std::span<const double> (&in_force)[kActuatorCount]) {
+// A first collapse is met with all that there is. Who let go lately was balancing by the biases alone, and goes back
+// to that: it was the last step that held.
+void LayerGuard::take_over(std::int64_t step, const std::span<const double> (&in_force)[kActuatorCount]) {
   std::copy(in_force[0].begin(), in_force[0].end(), bias_before_.begin());
   aux_before_ = in_force[1][0];
   temperature_before_ = in_force[2][0];
-  start_vio_ = vio_average_ = vio_;
-  const bool relapsed = step - handed_back_ < options_.patience;
-  relapses_ = relapsed ? std::min(relapses_ + 1, kMostRelapses) : 0;
-  raised_ = relapsed ? 0 : 1;
+  const bool again = let_go_lately(step);
+  if (!again) {
+    start_vio_ = vio_average_ = vio_;
+    helped_ = 0;
+  }
+  relapses_ = again ? std::min(relapses_ + 1, kMostRelapses) : 0;
+  raised_ = again ? 0 : 1;
   for (std::size_t i = 0; i < steps_.size(); ++i) {
-    const double size = relapsed ? std::max(std::abs(steps_[i]), kSmallestFirstStep) : 1;
+    const double size = again ? std::max(std::abs(steps_[i]), kSmallestFirstStep) : 1;
     steps_[i] = errors_[i] < 0 ? -size : size;
   }
-  enter(GuardState::kIntervening, step, GuardCause::kTriggered, report_.value, report_.threshold);
+  enter(again ? GuardState::kHolding : GuardState::kIntervening, step, GuardCause::kTriggered, report_.value,
+        report_.threshold);
 }
 
-// The scalars go back by a `dwell`-th a step while the load stands, and up again while it does not; once patience
-// is out they go back whatever the load does, so that nothing stays raised for good.
+// A rung of the scalars at a time, each watched for `dwell` steps; once they are back where they were, the biases.
+// Where the balance is lost the guard goes back to the rung before and holds on there.
 void LayerGuard::hand_back(std::int64_t step, const std::span<const double> (&in_force)[kActuatorCount]) {
-  const std::int64_t spent = step - since_, allowed = options_.patience << relapses_;
-  const bool in_time = spent < allowed;
-  const double share = 1 / static_cast<double>(options_.dwell);
-  const bool stands = vio_average_ <= options_.recovered_max_vio;
-  raised_ = std::clamp(raised_ + (in_time && !stands ? share : -share), 0.0, 1.0);
-  const bool back = scalars_are_back(in_force);
-  // Balance must have outlived the scalars' return before the biases are let go as well.
-  balanced_ = back && vio_ <= options_.recovered_max_vio ? balanced_ + 1 : 0;
-  if (balanced_ >= options_.dwell) {
+  confirmed_ = vio_average_ > bar() ? confirmed_ + 1 : 0;
+  ++balanced_;
+  if (confirmed_ >= options_.confirm) {
+    relapses_ = std::min(relapses_ + 1, kMostRelapses);
+    raised_ = held_;
+    enter(GuardState::kHolding, step, GuardCause::kLost, vio_average_, bar());
+  } else if (balanced_ < options_.dwell || confirmed_ > 0) {
+    return;
+  } else if (raised_ > 0) {
+    take_back_a_rung();
+    report_.cause = GuardCause::kBalanced;
+    report_.value = vio_average_;
+    report_.threshold = bar();
+  } else if (const bool back = scalars_are_back(in_force); back || balanced_ >= options_.patience) {
     handed_back_ = step;
-    enter(GuardState::kWatching, step, GuardCause::kBalanced, vio_, options_.recovered_max_vio);
-  } else if (!in_time && (back || spent >= 2 * allowed)) {  // twice: a limit keeps them from getting back
-    handed_back_ = step;
-    enter(GuardState::kWatching, step, GuardCause::kTimeUp, static_cast<double>(spent),
-          static_cast<double>(allowed));
+    if (back) {
+      enter(GuardState::kWatching, step, GuardCause::kBalanced, vio_average_, bar());
+    } else {  // a limit keeps them from getting back
+      enter(GuardState::kWatching, step, GuardCause::kTimeUp, static_cast<double>(balanced_),
+            static_cast<double>(options_.patience));
+    }
   }
+}
+
+void LayerGuard::take_back_a_rung() {
+  held_ = raised_;
+  raised_ = std::max(0.0, raised_ - kRung);
+  balanced_ = 0;
 }
 
 void LayerGuard::size_steps() {
@@ -279,6 +332,14 @@ void LayerGuard::size_steps() {
   }
 }
 
+double LayerGuard::bar() const {
+  return std::max(level_, helped_);
+}
+
+bool LayerGuard::let_go_lately(std::int64_t step) const {
+  return step - handed_back_ < kSoon * options_.patience << relapses_;
+}
+
 bool LayerGuard::scalars_are_back(const std::span<const double> (&in_force)[kActuatorCount]) const {
   const auto near = [](double a, double b) { return std::abs(a - b) <= kBack * std::abs(b); };
   return near(in_force[1][0], aux_before_) && near(in_force[2][0], temperature_before_);
@@ -287,9 +348,7 @@ bool LayerGuard::scalars_are_back(const std::span<const double> (&in_force)[kAct
 bool LayerGuard::overrides(Actuator actuator, const Limits& limits, std::span<const double> in_force,
                            std::span<double> wanted) const {
   const bool undoing = report_.state == GuardState::kRollingBack;
-  if (!undoing && report_.state != GuardState::kIntervening && report_.state != GuardState::kHandingBack) {
-    return false;
-  }
+  if (report_.state == GuardState::kWatching || report_.state == GuardState::kCooldown) return false;
   if (actuator == Actuator::kExpertBias) {
     // Also while the scalars glide back: scores in probability space change with the temperature, and with them
     // what the biases weigh.
@@ -312,7 +371,7 @@ bool LayerGuard::overrides(Actuator actuator, const Limits& limits, std::span<co
 }
 
 void LayerGuard::save(StateWriter& out) const {
-  const std::array<std::int64_t, 11> steps = {static_cast<std::int64_t>(report_.state),
+  const std::array<std::int64_t, 12> steps = {static_cast<std::int64_t>(report_.state),
                                               static_cast<std::int64_t>(report_.trigger),
                                               static_cast<std::int64_t>(report_.cause),
                                               since_,
@@ -322,11 +381,12 @@ void LayerGuard::save(StateWriter& out) const {
                                               relapses_,
                                               handed_back_,
                                               lost_steps_,
-                                              begun_ ? 1 : 0};
+                                              begun_ ? 1 : 0,
+                                              was_balanced_ ? 1 : 0};
   out.put("guard_steps", steps);
-  const std::array<double, 11> values = {
-      report_.value,       report_.threshold, entropy_average_, gap_,      start_vio_, aux_before_,
-      temperature_before_, vio_average_,      least_excess_,    lost_sum_, raised_};
+  const std::array<double, 12> values = {
+      report_.value,       report_.threshold, entropy_average_, gap_,    start_vio_, aux_before_,
+      temperature_before_, vio_average_,      lost_sum_,        raised_, held_,      helped_};
   out.put("guard_values", values);
   out.put("guard_bias_before", bias_before_);
   out.put("guard_bias_steps", steps_);
@@ -335,9 +395,9 @@ void LayerGuard::save(StateWriter& out) const {
 }
 
 void LayerGuard::load(StateReader& in) {
-  std::array<std::int64_t, 11> steps{};
+  std::array<std::int64_t, 12> steps{};
   in.get("guard_steps", steps);
-  std::array<double, 11> values{};
+  std::array<double, 12> values{};
   in.get("guard_values", values);
   in.get("guard_bias_before", bias_before_);
   in.get("guard_bias_steps", steps_);
@@ -353,7 +413,7 @@ void LayerGuard::load(StateReader& in) {
         std::span<const double>(smoothed_)}) {
     if (!all_finite(v)) throw StateError("guard: a saved value is not finite");
   }
-  if (steps[0] < 0 || steps[0] > 4 || steps[1] < 0 || steps[1] > 6 || steps[2] < 0 || steps[2] > 7 ||
+  if (steps[0] < 0 || steps[0] > 5 || steps[1] < 0 || steps[1] > 6 || steps[2] < 0 || steps[2] > 8 ||
       steps[7] < 0 || steps[7] > kMostRelapses) {
     throw StateError("guard_steps: not a state, trigger or cause of the guard");
   }
@@ -367,15 +427,17 @@ void LayerGuard::load(StateReader& in) {
   handed_back_ = steps[8];
   lost_steps_ = steps[9];
   begun_ = steps[10] != 0;
+  was_balanced_ = steps[11] != 0;
   entropy_average_ = values[2];
   gap_ = values[3];
   start_vio_ = values[4];
   aux_before_ = values[5];
   temperature_before_ = values[6];
   vio_average_ = values[7];
-  least_excess_ = values[8];
-  lost_sum_ = values[9];
-  raised_ = values[10];
+  lost_sum_ = values[8];
+  raised_ = values[9];
+  held_ = values[10];
+  helped_ = values[11];
 }
 
 }  // namespace moectl

@@ -226,8 +226,8 @@ bool Controller::Loop::guard_acts() const {
                      [](const auto& layer) { return layer->guard && acts(layer->guard->report().state); });
 }
 
-// Where a layer's guard intervenes, its wish takes the place of the proposal. An actuator of the whole model
-// goes where the first intervening layer wants it.
+// Where a layer's guard intervenes, its wish takes the place of the proposal. An actuator of the whole model, a scalar,
+// goes where the layer wants it that asks for most: guards only ever raise scalars.
 void Controller::Loop::guard() {
   if (!config_.guard.enabled) return;
   if (!guard_acts()) {
@@ -250,13 +250,23 @@ void Controller::Loop::guard() {
   }
   for_each_servo([this](Servo& servo, std::size_t actuator, int only) {
     const Limits& limits = config_.actuator(kActuators[actuator]).limits;
-    for (std::size_t l = 0; l < layers_.size(); ++l) {
-      if (only >= 0 && l != static_cast<std::size_t>(only)) continue;
-      if (layers_[l]->guard->overrides(kActuators[actuator], limits, servo.applied(), servo.guarded())) {
-        servo.take_over();
-        return;
-      }
+    const auto overridden_by = [&](const Layer& layer, std::span<double> wanted) {
+      return layer.guard->overrides(kActuators[actuator], limits, servo.applied(), wanted);
+    };
+    if (only >= 0) {
+      if (overridden_by(*layers_[static_cast<std::size_t>(only)], servo.guarded())) servo.take_over();
+      return;
     }
+    bool any = false;
+    double most = 0, wanted = 0;
+    for (const auto& layer : layers_) {
+      if (!overridden_by(*layer, {&wanted, 1})) continue;
+      most = any ? std::max(most, wanted) : wanted;
+      any = true;
+    }
+    if (!any) return;
+    servo.guarded()[0] = most;
+    servo.take_over();
   });
 }
 

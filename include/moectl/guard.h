@@ -1,11 +1,13 @@
 // Guard: supervisor of a layer's three actuators against collapse.
 //
-//             a trigger, confirmed            balanced for `dwell` steps     scalars are back, balanced for `dwell`
-//   watching ────────────────────▶ intervening ────────────────────────▶ handing back ──▶ watching
-//      ▲                                │ no better after `patience` steps       the guard keeps the biases, scalars
-//      │                                ▼                                        go back as far as the balance stands
-//      └──────── cooldown ◀── rolling back: scalars and biases as before
+//             a trigger, confirmed            balanced for `dwell` steps                  each step back has stood
+//   watching ────────────────────▶ intervening ────────────────────────▶ handing back ─────────────────────────▶ watching
+//      ▲                                │ no better after `patience` steps  │  ▲        scalars rung by rung,       │
+//      │                                ▼                     balance lost  ▼  │ time   then the biases             │ again
+//      └──────── cooldown ◀── rolling back ◀─────────────────────────── holding ◀────────────────────────────────────┘ soon
+//                             scalars and biases as before              at the last step that held, twice as long each time
 //
+// Where the law cannot hold the balance by itself the guard ends up holding it, with trials to let go ever further apart.
 // It is no policy, because it acts on all three actuators at once: it stands between the proposals and the
 // safety limits, overrides the first (reason `guard`) and never the second.
 #pragma once
@@ -31,8 +33,8 @@ struct GuardOptions {
   double entropy_fall = 0.15;    ///< Of entropy_normalized, below its slow average, (0, 1].
   double dead_share = 0.25;      ///< Of experts that are dead, (0, 1].
   double max_token_share = 0.8;  ///< Of tokens that choose one and the same expert, (0, 1].
-  /// Steps over which a layer that was well balanced has an expert at more than `recovered_max_vio` above its
-  /// share, and rising: what a law too slow for it looks like long before anything else shows. ≥ 1
+  /// Steps over which a layer that was balanced, but for one expert at most, has one at more than `recovered_max_vio`
+  /// above its share, and rising: what a law too slow for it looks like long before anything else shows. ≥ 1
   std::int64_t lost_after = 100;
   std::int64_t warmup =
       50;  ///< Steps at the start without a trigger: a young router is uneven by nature. ≥ 0
@@ -44,17 +46,27 @@ struct GuardOptions {
   /// its error keeps its sign and halves when it turns.
   double bias_step = 1;
   // Watched recovery.
-  /// Balanced: MaxVio is no more than this, > 0; well balanced: than half of it. For `patience` steps after
-  /// handing back, a smoothed MaxVio above it is a relapse, which is a trigger by itself.
+  /// Balanced: MaxVio is no more than this, > 0, or than twice what chance alone is expected to show on as many
+  /// tokens (the sampling floor, else the noise floor), if that is more. For 4 × `patience` steps after handing back a
+  /// smoothed MaxVio above it is a relapse, which is a trigger by itself.
   double recovered_max_vio = 1;
-  std::int64_t dwell = 30;  ///< Steps of balance before handing back, ≥ 1; twice as many after every relapse.
-  std::int64_t patience = 300;  ///< Steps without recovery after which the intervention is rolled back, ≥ 1.
+  std::int64_t dwell = 30;  ///< Steps of balance before handing back, and for each step of it, ≥ 1.
+  /// Steps without recovery after which the intervention is rolled back, ≥ 1. The guard holds on for twice as many
+  /// the first time that balance is lost on its way back or soon after, for twice that the next time, and so on.
+  std::int64_t patience = 300;
   std::int64_t cooldown = 100;  ///< Steps after a rollback before the next intervention, ≥ 0.
 };
 /// What is wrong with the options, as "key: value: constraint"; empty if nothing.
 std::string check_guard(const GuardOptions& options);
 
-enum class GuardState : std::uint8_t { kWatching, kIntervening, kHandingBack, kRollingBack, kCooldown };
+enum class GuardState : std::uint8_t {
+  kWatching,
+  kIntervening,
+  kHandingBack,
+  kHolding,
+  kRollingBack,
+  kCooldown
+};
 enum class GuardTrigger : std::uint8_t {
   kNone,
   kFhs,
@@ -68,12 +80,13 @@ enum class GuardTrigger : std::uint8_t {
 enum class GuardCause : std::uint8_t {
   kNone,       ///< Watching, nothing decided: the numbers are those of a trigger that stands, if any.
   kTriggered,  ///< The trigger was confirmed: its number and its threshold.
-  kBalanced,   ///< MaxVio has been at most `recovered_max_vio` for long enough.
-  kHelped,     ///< Time is up, yet smoothed MaxVio is no more than 0.7 × what it was at the start: kept.
-  kNoHelp,     ///< Time is up and smoothed MaxVio is more than that: rolled back.
-  kUndone,     ///< Biases and scalars are as before: the largest distance left, of biases, and its bound.
-  kTimeUp,     ///< Steps spent in the state before, and how many it may last.
-  kRested,     ///< The same, for the cooldown.
+  kBalanced,  ///< MaxVio (smoothed, while handing back) has been at most what counts as balanced for long enough.
+  kHelped,  ///< Time is up, yet smoothed MaxVio is no more than 0.7 × what it was at the start: kept.
+  kLost,  ///< Handing back, smoothed MaxVio rose above what counts as balanced (or helped): the step is undone.
+  kNoHelp,  ///< Time is up and smoothed MaxVio is more than that: rolled back.
+  kUndone,  ///< Biases and scalars are as before: the largest distance left, of biases, and its bound.
+  kTimeUp,  ///< Steps spent in the state before, and how many it may last.
+  kRested,  ///< The same, for the cooldown and for a hold.
 };
 std::string_view name_of(GuardState state);
 std::string_view name_of(GuardTrigger trigger);
@@ -112,33 +125,40 @@ class LayerGuard {
   void load(StateReader& in);
 
  private:
-  void follow_loads(std::int64_t step, const RoutingStats& stats, std::span<const double> targets);
+  void follow_loads(std::int64_t step, const RoutingStats& stats, const Metrics& metrics,
+                    std::span<const double> targets);
   GuardReport strongest_trigger(std::int64_t step, const RoutingStats& stats, const Metrics& metrics);
-  void intervene(std::int64_t step, const std::span<const double> (&in_force)[kActuatorCount]);
+  void take_over(std::int64_t step, const std::span<const double> (&in_force)[kActuatorCount]);
   void hand_back(std::int64_t step, const std::span<const double> (&in_force)[kActuatorCount]);
+  void take_back_a_rung();
   void size_steps();
   void enter(GuardState state, std::int64_t step, GuardCause cause, double value, double threshold);
+  double bar() const;  // what smoothed MaxVio must stay under while the guard takes itself back, and after
+  bool let_go_lately(std::int64_t step) const;
   bool scalars_are_back(const std::span<const double> (&in_force)[kActuatorCount]) const;
 
   GuardOptions options_;
   int top_k_;
   GuardReport report_;
   std::int64_t since_ = 0;      // step at which the state was entered
-  std::int64_t confirmed_ = 0;  // steps in a row with the same trigger
-  std::int64_t balanced_ = 0;   // steps in a row without one, during an intervention
-  std::int64_t relapses_ = 0;   // interventions that were needed again soon after handing back
+  std::int64_t confirmed_ = 0;  // steps in a row with a trigger, or with balance lost
+  std::int64_t balanced_ = 0;   // steps in a row without one, or on one rung of handing back
+  std::int64_t relapses_ = 0;   // times that balance was lost since the intervention
   std::int64_t handed_back_;    // step at which the guard last let go
   double entropy_average_ = 0;
   bool entropy_known_ = false;
   bool begun_ = false;  // whether a step has been seen
   double gap_ = 0;
+  double level_ = 0;                  // MaxVio that counts as balanced
   double vio_ = 0, vio_average_ = 0;  // MaxVio of this step, and smoothed
   double start_vio_ = 0;              // MaxVio when the intervention began
-  double excess_ = 0;         // MaxVio of the smoothed loads: what remains once chance has averaged out
-  double least_excess_ = -1;  // the lowest since the warm-up; below 0 = none yet
-  double lost_sum_ = 0;       // of excess_ over the lost_steps_ for which balance has been lost
+  double helped_ = 0;                 // if it helped but did not balance: the MaxVio that says so
+  double excess_ = 0;  // MaxVio of the smoothed loads: what remains once chance has averaged out
+  bool was_balanced_ = false;
+  double lost_sum_ = 0;  // of excess_ over the lost_steps_ for which balance has been lost
   std::int64_t lost_steps_ = 0;
   double raised_ = 0;             // how far the scalars are raised, as the exponent of their factors, [0, 1]
+  double held_ = 0;               // the same, of the last step back that held
   std::vector<double> errors_;    // relative, of this step
   std::vector<double> smoothed_;  // the same, smoothed
   std::vector<double> steps_;     // of each bias, in units of bias_step; negative if its last error was
