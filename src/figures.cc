@@ -137,7 +137,8 @@ Figures compute_figures(std::span<const StepFigures> steps, std::optional<std::i
   if (const auto square = mean(steady, [](const StepFigures& step) { return step.excess_cv_sq; })) {
     out.excess_cv = std::copysign(std::sqrt(std::abs(*square)), *square);
   }
-  out.dead_experts = mean(steady, [](const StepFigures& step) { return std::optional(step.dead_experts); });
+  out.dead_experts =
+      mean(last(steps), [](const StepFigures& step) { return std::optional(step.dead_experts); });
   if (floor) out.settle = find_settle(steps, kSettledRatio * *floor);
   if (cut < steps.size()) {
     if (const auto level = mean(last(steps), max_vio)) {
@@ -146,6 +147,8 @@ Figures compute_figures(std::span<const StepFigures> steps, std::optional<std::i
         if (step.max_vio) area += std::max(0.0, *step.max_vio - *level);
       }
       out.excess_area = area;
+      out.end_over_floor =
+          ratio(level, mean(last(steps), [](const StepFigures& step) { return step.floor_max_vio; }));
     }
   }
   for (const StepFigures& step : steps) out.limit_hits += step.limit_hits;
@@ -172,6 +175,7 @@ std::vector<std::pair<std::string, std::optional<double>>> fields_of(const Figur
           {"cv_over_floor", figures.cv_over_floor},
           {"excess_cv", figures.excess_cv},
           {"excess_area", figures.excess_area},
+          {"end_over_floor", figures.end_over_floor},
           {"dead_experts", figures.dead_experts},
           {"limit_hits", whole(figures.limit_hits)},
           {"loss", figures.loss},

@@ -67,8 +67,10 @@ struct Figures {
   std::optional<double> max_vio, max_vio_over_floor, cv, cv_over_floor;  ///< Over the steady window.
   std::optional<double>
       excess_cv;  ///< Over the steady window: the root of the mean signed square, with its sign.
-  std::optional<double> excess_area;      ///< Absent without a shift.
-  std::optional<double> dead_experts;     ///< Mean over the steady window of the sum over layers.
+  std::optional<double> excess_area;  ///< Absent without a shift.
+  /// MaxVio over the floor in the run's last 100 steps: what became of the shift. Absent without one.
+  std::optional<double> end_over_floor;
+  std::optional<double> dead_experts;     ///< Mean over the run's last 100 steps of the sum over layers.
   std::int64_t limit_hits = 0;            ///< Over the whole run.
   std::optional<double> loss;             ///< Mean of the last 100 steps that have one.
   std::optional<double> validation_loss;  ///< Of the last validation pass; filled in by readers of logs.

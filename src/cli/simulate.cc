@@ -27,8 +27,9 @@ struct Options {
 
 constexpr int kDelay = 4;  // of scenario delay, where the config declares none
 
-const std::vector<std::string> kColumns = {
-    "settle", "max_vio", "max_vio_over_floor", "cv_over_floor", "excess_area", "dead_experts", "limit_hits"};
+const std::vector<std::string> kColumns = {"settle",        "max_vio",     "max_vio_over_floor",
+                                           "cv_over_floor", "excess_area", "end_over_floor",
+                                           "dead_experts",  "limit_hits"};
 
 ControllerConfig config_of(const Options& options, const std::string& path, const PolicyRegistry& registry) {
   ControllerConfig config = load_config(path, registry);
@@ -145,14 +146,13 @@ void add_simulate(CLI::App& app, Tool& tool) {
       app.add_subcommand("simulate", "Close the loop on a simulated router and print figures");
   command->footer(
       "The plant is described in moectl/simulation.h. Scenarios act from the event on (half of the steps):\n"
-      "  steady    nothing happens              shift  a domain switches on      drift  the router keeps "
-      "moving\n"
-      "  collapse  rich get richer, runaway     dead   an expert sinks           noise  bursty mixtures, "
-      "jitter\n"
-      "  delay     statistics arrive late: by model.delay, else 4 steps that the config does not know of\n"
-      "Figures are those of 'moectl compare --help'; the steady window ends at the event, the excess area "
-      "starts\n"
-      "there. Configs run on the same tokens.\n\n"
+      "  steady    nothing happens              shift  a domain switches on\n"
+      "  collapse  rich get richer, runaway     dead   an expert sinks\n"
+      "  drift     the router keeps moving      noise  bursty mixtures, jitter\n"
+      "  delay     statistics are late from the first step on: by model.delay, else by 4 steps that the\n"
+      "            config does not know of\n"
+      "Figures are those of 'moectl compare --help'; the steady window ends at the event, the excess area\n"
+      "starts there, and end_over_floor says what became of it. Configs run on the same tokens.\n\n"
       "Examples:\n"
       "  moectl simulate policies/adaptive_bias.yaml policies/sign_bias.yaml --scenario shift\n"
       "  moectl simulate policies/adaptive_bias.yaml --experts 64 --top-k 6 --tokens 8192 -o run.jsonl");

@@ -40,6 +40,7 @@ TEST(Compare, FiguresOfAMadeRun) {
   EXPECT_EQ(figures["settle"], 42);
   // Ten steps at 0.5 against a level of 0.1.
   EXPECT_NEAR(figures["excess_area"].get<double>(), 4, 1e-12);
+  EXPECT_NEAR(figures["end_over_floor"].get<double>(), 0.1 / 0.0822745, 1e-5);
   EXPECT_EQ(figures["limit_hits"], 0);
   EXPECT_EQ(figures["dead_experts"], 0);
   EXPECT_EQ(figures["loss"], 2);
@@ -47,6 +48,7 @@ TEST(Compare, FiguresOfAMadeRun) {
   // Without a shift there is no area, and the steady window is the run's end.
   const auto plain = nlohmann::json::parse(run_tool(dir, "compare a.jsonl --format json").out).at(0);
   EXPECT_TRUE(plain["excess_area"].is_null());
+  EXPECT_TRUE(plain["end_over_floor"].is_null());
   EXPECT_NEAR(plain["max_vio"].get<double>(), 0.1, 1e-12);
 }
 

@@ -54,7 +54,7 @@ TEST_F(SimulateTool, PrintsATable) {
   EXPECT_THAT(
       result.lines()[0],
       ::testing::MatchesRegex("config +settle +max_vio +max_vio_over_floor +cv_over_floor +excess_area "
-                              "+dead_experts +limit_hits"));
+                              "+end_over_floor +dead_experts +limit_hits"));
   EXPECT_THAT(result.lines()[1], ::testing::StartsWith("adaptive.yaml"));
 }
 
@@ -79,7 +79,7 @@ TEST_F(SimulateTool, WritesRunLogsThatCompareReads) {
   const auto rows = nlohmann::json::parse(compared.out);
   for (std::size_t i = 0; i < 2; ++i) {
     for (const char* name : {"settle", "max_vio", "max_vio_over_floor", "cv_over_floor", "excess_area",
-                             "dead_experts", "limit_hits"}) {
+                             "end_over_floor", "dead_experts", "limit_hits"}) {
       EXPECT_EQ(direct[i][name], rows[i][name]) << i << name;
     }
   }
@@ -89,6 +89,21 @@ TEST_F(SimulateTool, CorrelatedTokensAreMeasuredAgainstTheirOwnFloor) {
   const auto rows = json("adaptive.yaml --steps 300 --sequence-length 128");
   EXPECT_GT(rows[0]["max_vio"], 0.25);
   EXPECT_LT(rows[0]["max_vio_over_floor"], 1.25);
+}
+
+// The steady window ends at the event: whether a law copes with what happens then stands in the other columns.
+TEST_F(SimulateTool, TheTableTellsWhoCopesWithAScenario) {
+  dir_.write("fixed.yaml", "version: 1\nmodel: {layers: 1, experts: 16, top_k: 2, tokens_per_step: 1024}\n");
+  const auto dead = json("adaptive.yaml fixed.yaml --layers 1 --tokens 1024 --steps 400 --scenario dead");
+  EXPECT_LE(dead[0]["end_over_floor"], 1.3);
+  EXPECT_EQ(dead[0]["dead_experts"], 0);
+  EXPECT_GT(dead[1]["end_over_floor"], 10);
+  EXPECT_GE(dead[1]["dead_experts"], 1);
+  const auto collapse =
+      json("adaptive.yaml fixed.yaml --layers 1 --tokens 1024 --steps 400 --scenario collapse");
+  EXPECT_LE(collapse[0]["end_over_floor"], 1.3);
+  EXPECT_GT(collapse[1]["end_over_floor"], 20);
+  EXPECT_TRUE(json("adaptive.yaml --steps 30")[0]["end_over_floor"].is_null());
 }
 
 TEST_F(SimulateTool, EveryScenarioRuns) {
