@@ -87,6 +87,33 @@ TEST(Simulation, SameSeedSameBitsOtherSeedOthers) {
   }
 }
 
+// The bits of a run, written down: other compilers, flags and machines must draw the same.
+TEST(Simulation, TheBitsOfASeedAreTheseEverywhere) {
+  const auto bits = [](SimulatedGate gate, Scenario scenario) {
+    SimulationOptions options;
+    options.gate = gate;
+    options.scenario = scenario;
+    options.event_step = 5;
+    options.experts = 13;
+    options.tokens = 512;
+    options.sequence_length = 64;
+    options.capacity_factor = 1.25;
+    options.probabilities = true;
+    options.mixture_spread = 0.5;
+    options.seed = 7;
+    SimulatedRouter router(options);
+    std::vector<double> bias = zeros(13);
+    std::uint64_t hash = 1;
+    for (int step = 0; step < 12; ++step) {
+      hash = digest(router.route(bias, 1e-2, 1.25), hash);
+      bias[static_cast<std::size_t>(step)] += 0.0625;
+    }
+    return hash;
+  };
+  EXPECT_EQ(bits(SimulatedGate::kSigmoid, Scenario::kNoise), 1834203243309674644U);
+  EXPECT_EQ(bits(SimulatedGate::kSoftmax, Scenario::kDrift), 18038012704432880040U);
+}
+
 TEST(Simulation, LookingAtTheNextMixtureChangesNothing) {
   SimulationOptions options;
   options.mixture_spread = 1;
@@ -312,6 +339,47 @@ TEST(Simulation, CapacityDropsTheOverflow) {
   EXPECT_FALSE(SimulatedRouter(options).route(zeros(16)).dropped.has_value());
 }
 
+// Favour comes from the tokens an expert was trained on. At a capacity of its share no expert gets more than that.
+TEST(Simulation, DroppedTokensTrainNothing) {
+  SimulationOptions options;
+  options.capacity_factor = 1;
+  options.task_pull = options.affinity_walk = 0;
+  SimulatedRouter router(options);
+  const std::vector<double> load = loads(router.route(zeros(16)), 16);
+  for (std::size_t i = 0; i < 16; ++i) {
+    const double moved = router.preferences()[i] - router.wanted_preferences()[i];
+    EXPECT_NEAR(moved, options.rich * (std::min(load[i], 1.0) - 1), 1e-15) << i;
+  }
+  EXPECT_GT(max_of(load), 2);
+}
+
+TEST(Simulation, PreferencesStayInTheirBounds) {
+  SimulationOptions options;
+  options.rich = 2;  // so much that nothing else counts
+  SimulatedRouter router(options);
+  for (int step = 0; step < 40; ++step) router.route(zeros(16));
+  const std::vector<double> preferences(router.preferences().begin(), router.preferences().end());
+  EXPECT_EQ(max_of(preferences), 12);
+  EXPECT_EQ(*std::min_element(preferences.begin(), preferences.end()), -12);
+}
+
+// With one domain no mixture varies: what is left of scenario noise is its jitter.
+TEST(Simulation, NoiseJitters) {
+  SimulationOptions steady, noise;
+  steady.domains = noise.domains = 1;
+  noise.scenario = Scenario::kNoise;
+  steady.event_step = noise.event_step = 2;
+  SimulatedRouter a(steady), b(noise);
+  for (int step = 0; step < 4; ++step) {
+    const std::uint64_t bits = digest(a.route(zeros(16)));
+    if (step < 2) {
+      EXPECT_EQ(digest(b.route(zeros(16))), bits);
+    } else {
+      EXPECT_NE(digest(b.route(zeros(16))), bits);
+    }
+  }
+}
+
 TEST(Simulation, NextMixtureIsTheNextBatch) {
   for (std::int64_t length : {0, 128}) {
     SimulationOptions options;
@@ -413,6 +481,25 @@ TEST(Simulation, DriftMovesWhatSteadyLeaves) {
   };
   EXPECT_EQ(travelled(Scenario::kSteady), 0);
   EXPECT_GT(travelled(Scenario::kDrift), 0.05);
+}
+
+// A formed router that nothing happens to renews its affinities all the same.
+TEST(Simulation, AffinitiesWalkInSteadyTimesToo) {
+  SimulationOptions walking, still;
+  walking.affinity_walk = 1e-3;
+  still.affinity_walk = 0;
+  walking.forming = still.forming = walking.rich = still.rich = 0;
+  SimulatedRouter a(walking), b(still);
+  double first = 0, later = 0;
+  for (int step = 0; step < 101; ++step) {
+    const std::vector<double> x = loads(a.route(zeros(16)), 16), y = loads(b.route(zeros(16)), 16);
+    double distance = 0;
+    for (std::size_t i = 0; i < 16; ++i) distance += std::abs(x[i] - y[i]) / 16;
+    if (step == 0) first = distance;
+    if (step == 100) later = distance;
+  }
+  EXPECT_EQ(first, 0);
+  EXPECT_GT(later, 0.05);  // a tenth of the variance is new, and the tokens are the same
 }
 
 TEST(Simulation, RoutesWithoutAllocating) {

@@ -21,7 +21,7 @@
 //                  - aux_pull · α · mean_t ∂L/∂z_ti          the auxiliary loss L = N Σ_i f_i P_i (Switch), exactly;
 //               held inside ±12, as weight decay and z-loss do.
 //
-// SCENARIOS (all but `steady` act from `event_step` on):
+// SCENARIOS act from `event_step` on, but for `delay` and the cold start of `collapse`, which hold from the first step:
 //   shift     the last domain, absent before, becomes half of the data         dead      experts sink by 6 logits
 //   drift     affinities and preferences walk, 50 times faster                 delay     stats arrive `delay` steps late
 //   noise     each step's mixture of domains is drawn anew, with jitter        collapse  see CollapseKind
