@@ -1,8 +1,8 @@
 // quantile_bias: every bias goes to where its expert would have had the wanted load.
 //
-//   d_ti = θ_t - v_ti                margin: what the bias of i lacks for token t to choose it, v biased
-//   scores q_i  = Q(d_·i, w_i kT)           the move at which w_i kT tokens have a negative margin; w_i
-//   target share b_i ← b_i + gain · q_i,   b -= mean(b)
+//   d_ti = θ_t - v_ti         margin: what the bias of i lacks for token t to choose it, v biased scores
+//   q_i  = Q(d_·i, w_i kT)    the move at which w_i kT tokens have a negative margin, w_i the target share
+//   b_i ← b_i + gain · q_i,   b -= mean(b)
 //
 //   exact:      θ_t = v_(k+1), the runner-up's score; Q the (⌊w_i kT⌋ + 1)-th smallest margin
 //   histogram:  θ_t = (v_k + v_(k+1))/2; Q by counts in bins, linear within one (margins.h)
@@ -11,8 +11,8 @@
 // still, one full step would balance the batch it came from. They do not, since all biases move at once (a
 // Jacobi iteration on the dual of the assignment problem), and the next batch has other tokens: following the
 // last batch all the way adds its sampling noise to the next one's. `gain` is the way gone at a decision,
-// which makes b an exponential average over batches; with 0.3 the noise that is added is an eighth of what a
-// full step adds.
+// which makes b an exponential average over batches; with 0.3 the variance that is added is a sixth of what a
+// full step adds, g/(2 - g).
 //
 // With `model.delay` the margins belong to the biases of so many decisions ago, and q is counted from there:
 //   b_i ← b_i + gain · (b_i then + q_i - b_i)

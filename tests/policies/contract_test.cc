@@ -1,4 +1,5 @@
-// What every registered policy owes, on every actuator it serves, with its default options.
+// What every registered policy owes, on every actuator it serves, with its default options and in the forms that run
+// other code.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -22,6 +23,8 @@ constexpr int kSteps = 60;
 struct Case {
   std::string policy;
   Actuator actuator;
+  std::string form = {};  // "" = as it comes
+  std::map<std::string, OptionValue> options = {};
 };
 
 std::vector<Case> cases_of(bool biases_only) {
@@ -31,15 +34,31 @@ std::vector<Case> cases_of(bool biases_only) {
       if (!biases_only || actuator == Actuator::kExpertBias) cases.push_back({policy->name, actuator});
     }
   }
+  const Actuator bias = Actuator::kExpertBias;
+  cases.push_back({"adaptive_bias", bias, "counts", {{"form", std::string("counts")}}});
+  cases.push_back({"adaptive_bias", bias, "rescue", {{"rescue", true}}});
+  cases.push_back({"adaptive_bias", bias, "feedforward", {{"feedforward", std::string("tags")}}});
+  cases.push_back({"proportional_bias", bias, "none", {{"normalise", std::string("none")}}});
+  cases.push_back({"proportional_bias", bias, "rms", {{"normalise", std::string("rms")}}});
+  cases.push_back({"sign_bias", bias, "uncentred", {{"centred", false}}});
+  if (!biases_only) {
+    cases.push_back({"pi", Actuator::kAuxLossWeight, "autotune", {{"autotune", true}, {"target", 0.8}}});
+    cases.push_back({"multiplicative", Actuator::kAuxLossWeight, "averaged", {{"ema", 0.2}}});
+  }
   return cases;
 }
 
 class Contract : public ::testing::TestWithParam<Case> {
  protected:
   PolicyRig rig(int domains = 2) const {
-    return PolicyRig(GetParam().policy, RigOptions{.actuator = GetParam().actuator, .domains = domains});
+    return PolicyRig(
+        GetParam().policy,
+        RigOptions{.actuator = GetParam().actuator, .domains = domains, .options = GetParam().options});
   }
-  static StepInfo info(int step) { return {.loss = 3.0 - 0.01 * step}; }
+  static StepInfo info(int step) {
+    static const std::vector<std::int64_t> mixtures[] = {{128, 128}, {256, 0}, {64, 192}};
+    return {.loss = 3.0 - 0.01 * step, .next_mixture = mixtures[step % 3]};
+  }
 };
 
 class BiasContract : public Contract {};
@@ -162,9 +181,10 @@ TEST_P(Contract, DoesNotAllocateOnceWarm) {
   PolicyRig rig = this->rig();
   std::vector<RoutingStats> windows;
   for (std::uint64_t seed = 0; seed < 20; ++seed) windows.push_back(random_stats(rig.shape(), kTokens, seed));
-  for (const RoutingStats& stats : windows) rig.step(stats);
+  int now = 0;
+  for (const RoutingStats& stats : windows) rig.step(stats, info(now++));
   EXPECT_EQ(moectl::testing::allocations_of([&] {
-              for (const RoutingStats& stats : windows) rig.step(stats);
+              for (const RoutingStats& stats : windows) rig.step(stats, info(now++));
             }),
             0);
 }
@@ -172,8 +192,10 @@ TEST_P(Contract, DoesNotAllocateOnceWarm) {
 TEST_P(BiasContract, NonUniformTargetsAreLeftAloneOnceReached) {
   std::vector<double> targets(16, 0.5 / 15);
   targets[4] = 0.5;
-  PolicyRig rig(GetParam().policy,
-                RigOptions{.actuator = GetParam().actuator, .options = {}, .targets = targets});
+  PolicyRig rig(
+      GetParam().policy,
+      RigOptions{
+          .actuator = GetParam().actuator, .domains = 2, .options = GetParam().options, .targets = targets});
   std::vector<std::int64_t> counts(16, 100);
   counts[4] = 1500;
   const std::vector<double> wanted = rig.propose(moectl::testing::stats_of(rig.shape(), counts));
@@ -186,7 +208,8 @@ TEST_P(BiasContract, NonUniformTargetsAreLeftAloneOnceReached) {
 }
 
 std::string name_of_case(const ::testing::TestParamInfo<Case>& info) {
-  return info.param.policy + "_" + std::string(name_of(info.param.actuator));
+  const std::string name = info.param.policy + "_" + std::string(name_of(info.param.actuator));
+  return info.param.form.empty() ? name : name + "_" + info.param.form;
 }
 INSTANTIATE_TEST_SUITE_P(EveryPolicy, Contract, ::testing::ValuesIn(cases_of(false)), name_of_case);
 INSTANTIATE_TEST_SUITE_P(EveryPolicy, BiasContract, ::testing::ValuesIn(cases_of(true)), name_of_case);

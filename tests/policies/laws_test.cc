@@ -31,6 +31,25 @@ TEST(ProportionalBias, Normalisations) {
   EXPECT_DOUBLE_EQ(first("rms"), 0.5);
 }
 
+// Counts (70, 10, 10, 10) of 25 wanted: e / c̄ = (-1.8, .6, .6, .6), RMS √(27²/3) = 15.588… of 25 = 1.0392.
+TEST(ProportionalBias, LargeErrorsAreClippedUnlessAsked) {
+  const auto first = [](const char* normalise, double clip) {
+    PolicyRig rig(
+        "proportional_bias",
+        {.experts = 4,
+         .top_k = 1,
+         .options = {
+             {"step", 0.5}, {"normalise", std::string(normalise)}, {"clip", clip}, {"centred", false}}});
+    rig.step(stats_of(rig.shape(), {70, 10, 10, 10}));
+    return rig.value[0];
+  };
+  EXPECT_DOUBLE_EQ(first("mean", 1), -0.5);
+  EXPECT_DOUBLE_EQ(first("mean", 1.5), -0.75);
+  EXPECT_DOUBLE_EQ(first("mean", 4), -0.5 * 1.8);
+  EXPECT_DOUBLE_EQ(first("rms", 1), -0.5);
+  EXPECT_NEAR(first("rms", 2), -0.5 * std::sqrt(3.0), 1e-12);  // √N is never reached
+}
+
 TEST(ProportionalBias, TheStepHalves) {
   PolicyRig rig("proportional_bias", bias({{"step", 1.0}, {"half_life", 1.0}}));
   rig.step(stats_of(rig.shape(), {30, 10}));
@@ -74,6 +93,28 @@ TEST(Multiplicative, FactorByTheSignOutsideTheDeadBand) {
   rig.step(stats_of(rig.shape(), {28, 12}));  // 0.4
   rig.step(stats_of(rig.shape(), {28, 12}));
   EXPECT_EQ(rig.value[0], 0.005);
+}
+
+// load_cv .5, then .1: averaged, .3, which is not below the target yet.
+TEST(Multiplicative, FollowsTheAverage) {
+  PolicyRig rig("multiplicative",
+                scalar(Actuator::kAuxLossWeight, {{"target", 0.25}, {"factor", 2.0}, {"ema", 0.5}}));
+  rig.step(stats_of(rig.shape(), {30, 10}));
+  EXPECT_EQ(rig.value[0], 0.02);
+  rig.step(stats_of(rig.shape(), {22, 18}));
+  EXPECT_EQ(rig.value[0], 0.04);
+  rig.step(stats_of(rig.shape(), {22, 18}));  // .2
+  EXPECT_EQ(rig.value[0], 0.02);
+}
+
+TEST(Multiplicative, TurnsRoundWhereTheActuatorRaisesTheMetric) {
+  PolicyRig rig("multiplicative",
+                scalar(Actuator::kRouterTemperature,
+                       {{"target", 0.25}, {"factor", 2.0}, {"effect", std::string("raises")}}));
+  rig.step(stats_of(rig.shape(), {30, 10}));
+  EXPECT_EQ(rig.value[0], 0.5);
+  rig.step(stats_of(rig.shape(), {20, 20}));
+  EXPECT_EQ(rig.value[0], 1);
 }
 
 // The value for step t is decided at step t - 1; the rig starts from 0.01.
@@ -127,6 +168,19 @@ TEST(EntropyTemperature, RaisesTheTemperatureOfATooDecidedRouter) {
                  scalar(Actuator::kRouterTemperature, {{"target", 0.7}, {"gain", 0.5}}));
   even.step(soft(even.shape(), 0.5F));  // entropy ln 2 = all there is
   EXPECT_NEAR(even.value[0], std::exp(-0.5 * 0.3), 1e-6);
+}
+
+TEST(EntropyTemperature, RestsInItsDeadBandAndAverages) {
+  PolicyRig rig("entropy_temperature",
+                scalar(Actuator::kRouterTemperature, {{"target", 0.7}, {"gain", 0.5}, {"dead_band", 0.31}}));
+  rig.step(soft(rig.shape(), 0.5F));  // entropy 1, .3 too much
+  EXPECT_EQ(rig.value[0], 1);
+  for (int i = 0; i < 3; ++i) rig.step(soft(rig.shape(), 1.0F));  // averages .9, .81, .729
+  EXPECT_EQ(rig.value[0], 1);
+  for (int i = 0; i < 5; ++i) rig.step(soft(rig.shape(), 1.0F));
+  EXPECT_NEAR(rig.value[0], 1, 0) << "average .43 lies inside";
+  rig.step(soft(rig.shape(), 1.0F));
+  EXPECT_NEAR(rig.value[0], std::exp(0.5 * (0.7 - std::pow(0.9, 9))), 1e-6);
 }
 
 TEST(Rules, ActOnceConfirmedThenWait) {

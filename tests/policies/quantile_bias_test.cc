@@ -2,8 +2,11 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <barrier>
+#include <mutex>
 #include <numeric>
 #include <span>
+#include <thread>
 #include <tuple>
 
 #include "allocation_counter.h"
@@ -139,6 +142,30 @@ ControllerConfig config_of(const char* form) {
   return config;
 }
 
+// One step of two ranks in two threads: the sum is taken once both have given their share.
+void two_ranks_step(Controller& first, Controller& second) {
+  std::vector<std::int64_t> sum;
+  std::barrier all(2);
+  std::mutex mutex;
+  const Reduction reduction = [&](std::span<std::int64_t> share) {
+    {
+      const std::lock_guard lock(mutex);
+      sum.resize(share.size(), 0);
+      for (std::size_t i = 0; i < share.size(); ++i) sum[i] += share[i];
+    }
+    all.arrive_and_wait();
+    std::copy(sum.begin(), sum.end(), share.begin());
+    all.arrive_and_wait();
+    if (const std::lock_guard lock(mutex); !sum.empty()) sum.clear();
+    all.arrive_and_wait();
+  };
+  first.set_reduction(reduction);
+  second.set_reduction(reduction);
+  std::thread other([&] { second.step(); });
+  first.step();
+  other.join();
+}
+
 // On the plant: settled and near the noise floor, before and after a domain switches on. The exact form raises biases
 // by centring only and so goes half as far at a decision: with the histogram's gain it trails the forming router, with
 // twice that it does not.
@@ -161,6 +188,34 @@ TEST(QuantileBias, StaysNearTheNoiseFloor) {
     EXPECT_LT(before, bound) << form << " " << gain;
     EXPECT_LT(after, bound) << form << " " << gain;
   }
+}
+
+// Two ranks with half of each batch decide what one process with all of it decides, to the bit: histograms add.
+TEST(QuantileBias, HistogramsOfTwoRanksAreThatOfAll) {
+  const ControllerConfig config = config_of("histogram");
+  SimulationOptions plant = simulation_options(config);
+  plant.tokens = 128;
+  plant.biased_scores = true;
+  Controller alone(config), first(config), second(config);
+  SimulatedRouter router(plant);
+  for (int step = 0; step < 10; ++step) {
+    const RoutingBatch batch = router.route(alone.bias(0));
+    const auto half = [&](std::size_t which) {
+      const auto part = [&](auto all) { return all.subspan(which * all.size() / 2, all.size() / 2); };
+      return RoutingBatch{.experts = part(batch.experts),
+                          .top_values = part(batch.top_values),
+                          .biased_scores = part(batch.biased_scores)};
+    };
+    alone.record(0, half(0));
+    alone.record(0, half(1));
+    alone.step();
+    first.record(0, half(0));
+    second.record(0, half(1));
+    two_ranks_step(first, second);
+    ASSERT_THAT(first.bias(0), ::testing::ElementsAreArray(alone.bias(0))) << step;
+    ASSERT_THAT(second.bias(0), ::testing::ElementsAreArray(alone.bias(0))) << step;
+  }
+  EXPECT_NE(alone.bias(0)[0], 0);
 }
 
 // What was recorded and not yet decided on is part of the state, margins included.

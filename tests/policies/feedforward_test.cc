@@ -1,0 +1,84 @@
+// The feed-forward's own equation, by hand.
+#include "../../policies/feedforward.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <vector>
+
+namespace moectl::policies {
+namespace {
+
+using ::testing::DoubleEq;
+using ::testing::ElementsAre;
+
+// Tokens of two domains, each choosing one of two experts.
+struct Tokens {
+  int domain, expert, count;
+};
+RoutingStats window(const std::vector<Tokens>& parts) {
+  std::vector<std::int64_t> experts, domains;
+  for (const Tokens& part : parts) {
+    experts.insert(experts.end(), static_cast<std::size_t>(part.count), part.expert);
+    domains.insert(domains.end(), static_cast<std::size_t>(part.count), part.domain);
+  }
+  StatsShape shape{.experts = 2, .top_k = 1, .needs = {}};
+  shape.needs.domains = 2;
+  RoutingStats stats(shape);
+  EXPECT_TRUE(stats.add({.experts = experts, .domain_ids = domains}));
+  return stats;
+}
+
+const std::vector<double> kTargets = {0.5, 0.5};
+
+TEST(Feedforward, LearnsEachDomainsEffectAndPlansForTheChange) {
+  Feedforward law(2, 2);
+  const std::vector<std::int64_t> first = {1, 3}, second = {3, 1}, third = {1, 1};
+  law.plan(first, 1);  // the first mixture is the mean: nothing to expect
+  EXPECT_THAT(law.next(), ElementsAre(0, 0));
+  // Domain 0: 512 tokens, e = (-1, 1), weight .1. Domain 1: 256 tokens, e = (.5, -.5), weight .05.
+  const RoutingStats seen = window({{0, 0, 512}, {1, 0, 64}, {1, 1, 192}});
+  law.learn(seen, kTargets);
+  // ε = (-.1, .1) and (.025, -.025); w - w̄ = (.5, -.5); twice ê = .5 (-.1) - .5 (.025).
+  law.plan(second, 2);
+  EXPECT_THAT(law.next(), ElementsAre(DoubleEq(-0.125), DoubleEq(0.125)));
+  // Only what is committed is in force.
+  EXPECT_THAT(law.in_force(), ElementsAre(0, 0));
+  law.commit();
+  EXPECT_THAT(law.in_force(), ElementsAre(DoubleEq(-0.125), DoubleEq(0.125)));
+  // The same errors in spite of ê: ε_0 += .1 (-1 - .0625 + .1), ε_1 += .05 (.5 - .0625 - .025).
+  law.learn(seen, kTargets);
+  // w̄ has gone .02 of the way, to (.26, .74): ê = .24 (-.19625) - .24 (.045625).
+  law.plan(third, 1);
+  EXPECT_THAT(law.next(), ElementsAre(DoubleEq(-0.05805), DoubleEq(0.05805)));
+}
+
+TEST(Feedforward, ADomainThatIsAbsentKeepsItsEffectAndAnUnknownMixturePlansNothing) {
+  Feedforward law(2, 2);
+  const std::vector<std::int64_t> even = {1, 1}, zero = {0, 0}, one = {1, 0};
+  law.plan(even, 1);
+  law.learn(window({{0, 0, 512}, {1, 1, 512}}), kTargets);
+  law.plan({}, 1);
+  EXPECT_THAT(law.next(), ElementsAre(0, 0));
+  law.plan(zero, 1);
+  EXPECT_THAT(law.next(), ElementsAre(0, 0));
+  law.learn(window({{1, 0, 256}, {1, 1, 256}}), kTargets);
+  // ε_0 is still (-.1, .1); ε_1 has lost a tenth of (.1, -.1).
+  law.plan(one, 1);
+  EXPECT_THAT(law.next(), ElementsAre(DoubleEq(0.5 * -0.1 - 0.5 * 0.09), DoubleEq(0.095)));
+}
+
+TEST(Feedforward, CancelsNoMoreThanAllOfALoad) {
+  Feedforward law(2, 2);
+  const std::vector<std::int64_t> even = {1, 1}, one = {1, 0};
+  const std::vector<double> skewed = {0.01, 0.99};  // e_0 of an expert with all tokens: -99
+  law.plan(even, 1);
+  law.learn(window({{0, 0, 512}, {1, 1, 512}}), skewed);
+  law.plan(one, 1);
+  // ê is clipped to (-1, …); ε = .1 (-99, 1) and .1 (1, -1/99), the mean goes out.
+  const double up = 0.5 * 0.1 + 0.5 * 0.1 / 99;
+  EXPECT_THAT(law.next(), ElementsAre(DoubleEq((-1 - up) / 2), DoubleEq((1 + up) / 2)));
+}
+
+}  // namespace
+}  // namespace moectl::policies
