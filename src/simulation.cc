@@ -425,6 +425,11 @@ SimulatedRouter::SimulatedRouter(const SimulationOptions& options, int layer) {
   plant_ = std::make_unique<Plant>(options, layer);
 }
 SimulatedRouter::~SimulatedRouter() = default;
+SimulatedRouter::SimulatedRouter(const SimulatedRouter& other)
+    : plant_(std::make_unique<Plant>(*other.plant_)) {}
+SimulatedRouter& SimulatedRouter::operator=(const SimulatedRouter& other) {
+  return *this = SimulatedRouter(other);
+}
 SimulatedRouter::SimulatedRouter(SimulatedRouter&&) noexcept = default;
 SimulatedRouter& SimulatedRouter::operator=(SimulatedRouter&&) noexcept = default;
 

@@ -132,6 +132,9 @@ class SimulatedRouter {
   /// Throws std::invalid_argument naming the option that is out of range.
   explicit SimulatedRouter(const SimulationOptions& options, int layer = 0);
   ~SimulatedRouter();
+  /// A copy goes on by itself: what is routed through it leaves the original as it is.
+  SimulatedRouter(const SimulatedRouter&);
+  SimulatedRouter& operator=(const SimulatedRouter&);
   SimulatedRouter(SimulatedRouter&&) noexcept;
   SimulatedRouter& operator=(SimulatedRouter&&) noexcept;
 
