@@ -10,6 +10,9 @@
 //            alone, whose time constant is 1667 steps, so that a run of 3000 still holds what the first weight did
 //            to the router. How much of it no law could have undone is shown by `told`: it knows the weight that is
 //            right in the long run and goes there at the rate limit, helped by a proportional term.
+//            Whether pi hunts: at each of the last 80 decisions a copy of the router routes 262144 tokens, which tells
+//            its excess to a hundredth, whatever pi's windows of 10240 show. A move is one at rest if that error
+//            lies within the dead band; an excursion begins where it leaves the band.
 // shift      A new domain becomes half of the data after 150 decisions, by when gains have been found; the same
 //            router at several cadences, which answers accordingly fast or slowly. Errors are those of ten
 //            decisions' mean excess, relative to the target of 0.3.
@@ -20,6 +23,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "closed_loop.h"
@@ -30,11 +34,16 @@ namespace {
 
 constexpr std::int64_t kShort = 3000, kLong = 10000, kWindow = 800, kTokens = 1024, kCadence = 10;
 constexpr double kRate = 0.5;
+constexpr double kDeadBand = 0.05;                   // pi's default
+constexpr std::int64_t kTrueTokens = 256 * kTokens;  // of the batch that shows the true error
 
 struct Point {
   double excess = 0, cost = 0;
-  int moves = 0;      // of the weight, in the window
-  int reversals = 0;  // moves against the one before, in the window
+  // Of the window, if asked.
+  int decisions = 0, moves = 0;
+  int at_rest = 0;     // moves while the true error lies within the dead band
+  int outside = 0;     // decisions at which it does not
+  int excursions = 0;  // times that it went out
 };
 
 enum class Tuner { kFixed, kTold, kGains, kAutotune };
@@ -72,26 +81,45 @@ class Loop {
     return seen;
   }
   double cost() const { return router_.displacement(); }
-  /// Runs to `end`; figures of the last `window` steps.
-  Point run_to(std::int64_t end, std::int64_t window) {
+  /// Runs to `end`; figures of the last `window` steps, with its moves and excursions if asked.
+  Point run_to(std::int64_t end, std::int64_t window, bool with_moves = false) {
     Point p;
-    double square = 0, before = weight(), last_move = 0;
+    double square = 0;
+    bool was_out = false;
     while (steps_ < end) {
-      const double seen = step(), move = weight() - before;
-      before = weight();
+      const double before = weight();
+      const double seen = step();
       if (steps_ <= end - window) continue;
       square += seen / static_cast<double>(window);
       p.cost += cost() / static_cast<double>(window);
-      if (move == 0) continue;
-      ++p.moves;
-      p.reversals += move * last_move < 0;
-      last_move = move;
+      if (!with_moves || steps_ % run_.cadence != 0) continue;
+      const bool out = std::abs(true_error()) > kDeadBand, moved = weight() != before;
+      ++p.decisions;
+      p.moves += moved;
+      p.at_rest += moved && !out;
+      p.outside += out;
+      p.excursions += out && !was_out;
+      was_out = out;
     }
     p.excess = std::copysign(std::sqrt(std::abs(square)), square);
     return p;
   }
 
  private:
+  // Of the router as it is now, relative to the target.
+  double true_error() const {
+    SimulatedRouter router = router_;
+    router.set_tokens(kTrueTokens);
+    std::vector<double> counts(static_cast<std::size_t>(router.options().experts));
+    for (const std::int64_t expert : router.route(controller_.bias(0)).experts) {
+      ++counts[static_cast<std::size_t>(expert)];
+    }
+    const double experts = static_cast<double>(counts.size()), top_k = router.options().top_k;
+    const double mean = top_k * static_cast<double>(kTrueTokens) / experts;
+    double square = -(experts / top_k - 1) / static_cast<double>(kTrueTokens);  // the floor's
+    for (const double count : counts) square += (count / mean - 1) * (count / mean - 1) / experts;
+    return std::copysign(std::sqrt(std::abs(square)), square) / run_.target - 1;
+  }
   static SimulationOptions plant_of(const Run& run) {
     SimulationOptions plant;
     plant.seed = run.seed;
@@ -131,7 +159,7 @@ Both run_both(const Run& run) {
   Loop loop(run);
   Both both;
   both.early = loop.run_to(kShort, kWindow);
-  both.late = loop.run_to(kLong, kWindow);
+  both.late = loop.run_to(kLong, kWindow, run.tuner == Tuner::kGains || run.tuner == Tuner::kAutotune);
   return both;
 }
 
@@ -186,7 +214,24 @@ std::vector<Fixed> curve_of(std::uint64_t seed) {
   return curve;
 }
 
+// What all runs of one law came to.
+struct Total {
+  int runs = 0, late_within = 0, early_within = 0, decisions = 0, moves = 0, at_rest = 0, outside = 0,
+      excursions = 0;
+  void add(double early_ratio, double late_ratio, const Point& late) {
+    ++runs;
+    early_within += early_ratio <= 1.05;
+    late_within += late_ratio <= 1.05;
+    decisions += late.decisions;
+    moves += late.moves;
+    at_rest += late.at_rest;
+    outside += late.outside;
+    excursions += late.excursions;
+  }
+};
+
 void tracking(std::uint64_t first, std::uint64_t last) {
+  Total given, found;
   for (std::uint64_t seed = first; seed <= last; ++seed) {
     const std::vector<Fixed> curve = curve_of(seed);
     std::printf("\n### Seed %d\n\n| weight | excess CV, cost at 3000 | at 10000 |\n|---|---|---|\n",
@@ -226,15 +271,30 @@ void tracking(std::uint64_t first, std::uint64_t last) {
     });
     std::printf(
         "\n| law | target | first weight | excess CV at 3000 | cost | of the fixed weight as good | ratio | "
-        "excess CV at 10000 | cost | of the fixed weight as good | ratio | moves, reversals |\n"
-        "|---|---|---|---|---|---|---|---|---|---|---|---|\n");
+        "excess CV at 10000 | cost | of the fixed weight as good | ratio | moves | at rest | excursions | "
+        "outside |\n"
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|\n");
     for (const Trial& t : trials) {
       const Point &early = t.both.early, &late = t.both.late;
-      std::printf("| %s | %.2f | %.0e | %.3f | %.4f | %.4f | %.3f | %.3f | %.4f | %.4f | %.3f | %d, %d |\n",
+      const double early_ratio = early.cost / t.early_cost, late_ratio = late.cost / t.late_cost;
+      std::printf("| %s | %.2f | %.0e | %.3f | %.4f | %.4f | %.3f | %.3f | %.4f | %.4f | %.3f | ",
                   name_of(t.run.tuner), t.run.target, t.run.initial, early.excess, early.cost, t.early_cost,
-                  early.cost / t.early_cost, late.excess, late.cost, t.late_cost, late.cost / t.late_cost,
-                  late.moves, late.reversals);
+                  early_ratio, late.excess, late.cost, t.late_cost, late_ratio);
+      if (t.run.tuner == Tuner::kTold) {
+        std::printf("| | | |\n");
+        continue;
+      }
+      std::printf("%d | %d | %d | %d |\n", late.moves, late.at_rest, late.excursions, late.outside);
+      (t.run.tuner == Tuner::kGains ? given : found).add(early_ratio, late_ratio, late);
     }
+  }
+  std::printf(
+      "\n### All seeds\n\n| law | runs | within 5 %% of the fixed weight's cost or below, at 10000 | at 3000 "
+      "| "
+      "last decisions | moves | at rest | excursions | outside |\n|---|---|---|---|---|---|---|---|---|\n");
+  for (const auto& [tuner, t] : {std::pair{Tuner::kGains, given}, std::pair{Tuner::kAutotune, found}}) {
+    std::printf("| %s | %d | %d | %d | %d | %d | %d | %d | %d |\n", name_of(tuner), t.runs, t.late_within,
+                t.early_within, t.decisions, t.moves, t.at_rest, t.excursions, t.outside);
   }
 }
 
@@ -254,7 +314,7 @@ Jolt jolt_of(Run run) {
     const Point p = loop.run_to(run.shift + (ten + 1) * 10 * run.cadence, 10 * run.cadence);
     jolt.mean += std::abs(p.excess / run.target - 1) * 10 / kAfter;
   }
-  jolt.rest = loop.run_to(run.shift + (kAfter + kRest) * run.cadence, kRest * run.cadence);
+  jolt.rest = loop.run_to(run.shift + (kAfter + kRest) * run.cadence, kRest * run.cadence, true);
   return jolt;
 }
 
@@ -275,11 +335,11 @@ void shift(std::uint64_t first, std::uint64_t last) {
   in_parallel(trials.size(), [&](std::size_t i) { trials[i].jolt = jolt_of(trials[i].run); });
   std::printf(
       "\n| cadence | law | seed | mean error over 100 decisions after the shift | excess CV of the next 50 | "
-      "moves, reversals |\n|---|---|---|---|---|---|\n");
+      "moves | at rest | outside |\n|---|---|---|---|---|---|---|---|\n");
   for (const Trial& t : trials) {
-    std::printf("| %d | %s | %d | %.3f | %.3f | %d, %d |\n", static_cast<int>(t.run.cadence),
+    std::printf("| %d | %s | %d | %.3f | %.3f | %d | %d | %d |\n", static_cast<int>(t.run.cadence),
                 name_of(t.run.tuner), static_cast<int>(t.run.seed), t.jolt.mean, t.jolt.rest.excess,
-                t.jolt.rest.moves, t.jolt.rest.reversals);
+                t.jolt.rest.moves, t.jolt.rest.at_rest, t.jolt.rest.outside);
   }
 }
 

@@ -4,23 +4,31 @@
 //   y    = EMA of the process variable, weight `ema`
 //   e    = clip((y - target) / scale, -1, 1),  scale = |target| (1 for a target of 0); sign turned if
 //   `effect: raises`
-//   Δ    = kp · (e_t - e_{t-1}) + ki · e_t,   without ki · e_t while the error goes by itself;   0 at rest
-//   ln w ← ln w + Δ
+//   d    = e less the dead band: sgn(e) max(0, |e| - dead_band)
+//   Δ    = kp · (d_t - d_last) + Σ ki · e,   d_last of the last move, the sum over the decisions since,
+//                                            without those in which the error goes by itself
+//   ln w ← ln w + Δ   if |e| > dead_band and the evidence for that is complete, else ln w
 //
 // The actuator is moved in its logarithm because both weight and temperature act by ratio: from 1e-4 to 1e-3
 // is as far as from 1e-2 to 1e-1, and one pair of gains serves the whole range. Velocity form: the value in
-// force is the integral, so nothing winds up behind a bound. e_{t-1} is that of the last move that was made, so
-// a proportional kick that a cooldown or a dead band of the limits held back is not lost; behind a bound it is
-// the error nearest to leaving it, so that noise does not knock the value off and any less error does.
+// force is the integral, so nothing winds up behind a bound. d_last is that of the last move that was made, so
+// a proportional kick that was held back, by the limits or for want of evidence, is not lost; behind a bound,
+// where evidence is not asked for, it is the d nearest to leaving it, so that noise does not knock the value off
+// and any less error does. With e in place of d a steep router swings from one edge of the dead band to the
+// other.
+//
+// Evidence is a sum over windows, one for each side of the dead band (Page's test):
+//
+//   S ← clip(S + clip((±ε - dead_band)/σ, -4, 4), 0, 5),   complete at 5
+//
+// ε is the error of the window alone, σ its noise, measured from second differences of the windows: steady
+// change of the router is none of it. Each move costs S two, so that one that was needed is soon followed by
+// the next. A large error is answered at every decision, a small one after as many windows as it takes to tell it
+// from noise, and inside the dead band nothing moves.
 //
 // The error goes by itself if at its pace over the last ten decisions or so it is gone within thirty. All that
-// while an integral would go on pushing a router that follows slowly, and push it far beyond.
-//
-// The law rests, and moves nothing at all, from |e| ≤ dead_band/2 until e leaves the dead band for more than
-// noise: until |e| > max(dead_band, dead_band/2 + 4σ), or until its slower average (weight ema/4) has left by
-// half as much, so that also a small error does not stay for ever. σ is measured, from second differences of
-// the windows: steady change of the router is none of it. A band with one edge would be crossed to and fro by
-// the noise of every window.
+// while an integral would go on pushing a router that follows slowly, and push it far beyond: below some weight
+// less has no effect at all, and the way back up is long.
 //
 // The process variable of `excess_cv` is the signed excess, averaged before the root is taken:
 // y = sgn(x) √|x|, x = EMA of (load_cv² - floor²). Even perfectly balanced routing shows the CV of sampling,
@@ -32,7 +40,8 @@
 // forty decisions in which the value is taken up or down by a factor of e and back, and from whose answer the
 // gains that suit this router are computed. If nothing comes of it, kp and ki stay as given.
 //
-// Source: Åström & Murray, "Feedback Systems" (2nd ed. 2021), ch. 11, for the velocity form and anti-windup.
+// Sources: Åström & Murray, "Feedback Systems" (2nd ed. 2021), ch. 11, for the velocity form and anti-windup;
+// Page, "Continuous inspection schemes" (Biometrika 41, 1954), for the test.
 // The fixed steps in use elsewhere (ReMoE, arXiv 2412.14711: ×1.2 or ÷1.2 at every step) know no size of an
 // error and hunt for ever; see multiplicative.
 //
@@ -59,10 +68,12 @@ namespace moectl::policies {
 namespace {
 
 constexpr std::string_view kExcess = "excess_cv";
-constexpr double kClearOfNoise = 4;  // σ beyond the inner edge of the dead band that end a rest
-constexpr double kSlower = 0.25;     // weight of the slower average, in ema; its noise is half of the other's
-constexpr double kSoon = 30;         // decisions until an error is gone that ki need not work on
-constexpr double kWildest = 4;       // error of one window that is believed
+constexpr double kComplete = 5;        // evidence for a move
+constexpr double kSpent = 2;           // of it, by a move
+constexpr double kMostOfOne = 4;       // that one window can give: less than complete
+constexpr double kSlower = 0.25;       // weight of the slower average, in ema
+constexpr double kSoon = 30;           // decisions until an error is gone that ki need not work on
+constexpr double kWildest = 4;         // error of one window that is believed
 constexpr double kNoiseMemory = 0.05;  // weight of the newest window in σ²
 
 struct Options {
@@ -115,13 +126,14 @@ class Pi final : public Policy {
   StatsNeeds needs() const override { return {.sequences = excess_}; }
 
   void propose(const LayerView& layer, std::span<double> value) override {
+    decided_ = false;
     const Metrics::Value seen = measured(goal_.metrics(layer));
     if (!seen || !std::isfinite(*seen)) return;
     average_ = known_ ? average_ + goal_.ema * (*seen - average_) : *seen;
     error_ = std::clamp(error_of(average_), -1.0, 1.0);
     const double single = std::clamp(error_of(*seen), -kWildest, kWildest);
     noise_.add(single);
-    if (!known_) last_error_ = slow_ = error_;
+    if (!known_) slow_ = error_, last_beyond_ = beyond();
     slow_ += kSlower * goal_.ema * (error_ - slow_);
     known_ = true;
     if (experiment_ && !experiment_->done()) {
@@ -130,51 +142,60 @@ class Pi final : public Policy {
       const std::optional<double> wanted = experiment_->next(what, std::log(value[0]));
       if (experiment_->done()) adopt();
       if (wanted) {
-        resting_ = false;
-        move_ = 0;
+        above_ = below_ = pending_ = 0;  // the router's answer is no evidence
         value[0] = std::exp(*wanted);
         return;
       }
     }
-    rest_or_wake();
-    if (resting_) {
-      move_ = 0;
-      error_ = last_error_;
-      return;
-    }
-    move_ = options_.kp * (error_ - last_error_) + (goes_by_itself() ? 0 : options_.ki * error_);
+    weigh(single);
+    if (!goes_by_itself()) pending_ += options_.ki * error_;
+    decided_ = is_out();
+    if (!decided_) return;
+    move_ = options_.kp * (beyond() - last_beyond_) + pending_;
     value[0] *= std::exp(move_);
   }
 
   void on_applied(std::span<const double>, const LimitReport& why) override {
     // A held move is made up for later; after a warm-up, a freeze or bad data the past is past.
-    if (why.held() && (why.has(Reason::kCooldown) || why.has(Reason::kDeadband))) return;
+    if (!decided_ || (why.held() && (why.has(Reason::kCooldown) || why.has(Reason::kDeadband)))) return;
+    pending_ = 0;
+    above_ = std::max(0.0, above_ - kSpent);
+    below_ = std::max(0.0, below_ - kSpent);
     bounded_ = why.has(Reason::kRange) && move_ != 0;
     if (bounded_) {
-      last_error_ = move_ > 0 ? std::min(last_error_, error_) : std::max(last_error_, error_);
+      last_beyond_ = move_ > 0 ? std::min(last_beyond_, beyond()) : std::max(last_beyond_, beyond());
     } else {
-      last_error_ = error_;
+      last_beyond_ = beyond();
     }
   }
 
   void save(StateWriter& out) const override {
-    const std::array<double, 7> state = {
-        average_, error_, last_error_, slow_, known_ ? 1.0 : 0.0, resting_ ? 1.0 : 0.0, bounded_ ? 1.0 : 0.0};
+    const std::array<double, 9> state = {average_,
+                                         error_,
+                                         last_beyond_,
+                                         slow_,
+                                         above_,
+                                         below_,
+                                         pending_,
+                                         known_ ? 1.0 : 0.0,
+                                         bounded_ ? 1.0 : 0.0};
     out.put("pi", state);
     out.put("pi_noise", noise_.state());
     if (experiment_) experiment_->save(out);
   }
 
   void load(StateReader& in) override {
-    std::array<double, 7> state{};
+    std::array<double, 9> state{};
     in.get("pi", state);
     average_ = state[0];
     error_ = state[1];
-    last_error_ = state[2];
+    last_beyond_ = state[2];
     slow_ = state[3];
-    known_ = state[4] != 0;
-    resting_ = state[5] != 0;
-    bounded_ = state[6] != 0;
+    above_ = state[4];
+    below_ = state[5];
+    pending_ = state[6];
+    known_ = state[7] != 0;
+    bounded_ = state[8] != 0;
     std::array<double, 4> noise{};
     in.get("pi_noise", noise);
     noise_.set(noise);
@@ -199,18 +220,26 @@ class Pi final : public Policy {
     const double behind = (1 / kSlower - 1) / goal_.ema;  // decisions that the slower average is older
     return gone * kSoon > behind * std::abs(error_);
   }
-  void rest_or_wake() {
-    const double band = goal_.dead_band;
-    if (!resting_) {
-      resting_ = band > 0 && std::abs(error_) <= band / 2;
-      if (resting_) slow_ = error_;
-      return;
-    }
-    const double sigma = noise_.deviation() * std::sqrt(goal_.ema / (2 - goal_.ema));
-    const auto out = [&](double error, double noise) {
-      return std::abs(error) > std::max(band, band / 2 + kClearOfNoise * noise);
+  // d above.
+  double beyond() const { return std::copysign(std::max(0.0, std::abs(error_) - goal_.dead_band), error_); }
+  // One window's part in the evidence.
+  void weigh(double single) {
+    const double sigma = std::max(noise_.deviation(), 1e-9);
+    const auto sum = [&](double before, double beyond) {
+      return std::clamp(before + std::clamp(beyond / sigma, -kMostOfOne, kMostOfOne), 0.0, kComplete);
     };
-    resting_ = !out(error_, sigma) && !out(slow_, sigma / 2);
+    above_ = sum(above_, single - goal_.dead_band);
+    below_ = sum(below_, -single - goal_.dead_band);
+  }
+  // Whether the error has left the dead band. With none every decision moves, and at a bound, where none does
+  // anyhow until the error lessens.
+  bool is_out() {
+    if (goal_.dead_band == 0 || bounded_) return true;
+    if (std::abs(error_) <= goal_.dead_band) {
+      pending_ = 0;
+      return false;
+    }
+    return (error_ > 0 ? above_ : below_) >= kComplete;
   }
   void adopt() {
     if (const std::optional<PiGains> gains = experiment_->gains()) {
@@ -226,9 +255,12 @@ class Pi final : public Policy {
   std::optional<StepExperiment> experiment_;
   Noise noise_;  // of the windows' errors
   double average_ = 0;
-  double error_ = 0, last_error_ = 0, slow_ = 0;
-  double move_ = 0;  // of ln w, between propose and on_applied
-  bool known_ = false, resting_ = false;
+  double error_ = 0, last_beyond_ = 0, slow_ = 0;
+  double above_ = 0, below_ = 0;  // evidence that the error lies beyond the dead band, on either side
+  double pending_ = 0;            // of ln w, from the integral since the last move
+  double move_ = 0;               // of ln w, between propose and on_applied
+  bool decided_ = false;          // and whether there was one
+  bool known_ = false;
   bool bounded_ = false;  // the last move was cut at a bound
 };
 

@@ -48,6 +48,32 @@ TEST(Pi, ANextMoveMakesUpForAKickThatACooldownHeldBack) {
   EXPECT_NEAR(rig.value[0], 0.01 * std::exp(-4.0), 1e-15);
 }
 
+// N = 2, counts (1 + c, 1 - c): load_cv = c; target 0.4. With ema = 1, e = ε.
+TEST(Pi, MovesWhenEvidenceIsComplete) {
+  PolicyRig rig("pi", aux({{"metric", std::string("load_cv")},
+                           {"target", 0.4},
+                           {"ema", 1.0},
+                           {"kp", 1.0},
+                           {"ki", 0.1},
+                           {"dead_band", 0.1}}));
+  const auto window = [&](double error) {
+    const auto odd = static_cast<std::int64_t>(std::llround(0.4 * (1 + error) * 1e9));
+    return stats_of(rig.shape(), {1000000000 + odd, 1000000000 - odd});
+  };
+  // Alternating ±.05: every second difference is ±.2, σ² = .04/6, σ = .0816.
+  for (int i = 0; i < 200; ++i) rig.step(window(i % 2 == 0 ? 0.05 : -0.05));
+  ASSERT_EQ(rig.value[0], 0.01);
+  // .25, .15, .25 …: second differences .4, -.4 (the jump) and then ±.2 again, so that σ goes .088, .093, .092,
+  // .092, .091 and S grows by 1.71, .54, 1.63, .54 and 1.64: complete at the fifth.
+  const double before = rig.value[0];
+  for (int i = 0; i < 5; ++i) {
+    ASSERT_EQ(rig.value[0], before) << i;
+    rig.step(window(i % 2 == 0 ? 0.25 : 0.15));
+  }
+  // kp (e beyond the band) + ki (sum of the errors of five decisions).
+  EXPECT_NEAR(std::log(rig.value[0] / before), 0.15 + 0.1 * (0.25 + 0.15 + 0.25 + 0.15 + 0.25), 1e-6);
+}
+
 TEST(Pi, StaysPutInsideItsDeadBand) {
   PolicyRig rig("pi", aux({{"metric", std::string("load_cv")}, {"target", 0.5}, {"dead_band", 0.1}}));
   for (int i = 0; i < 20; ++i) rig.step(stats_of(rig.shape(), {i % 2 == 0 ? 302 : 298, 100}));
@@ -67,7 +93,7 @@ struct Closed {
   int settled = -1;  // decision from which on the excess stays within 15 % of the target
   double overshoot = 0, last = 0;
   int moves = 0;    // of the weight in the last 100 decisions
-  double jolt = 0;  // sum of the relative errors after decision 200
+  double jolt = 0;  // sum of what the relative errors after decision 200 are beyond the dead band
 };
 Closed close_loop(const Loop& loop) {
   constexpr double kTarget = 0.2;
@@ -88,7 +114,7 @@ Closed close_loop(const Loop& loop) {
   for (int decision = 0; decision < loop.decisions; ++decision) {
     const double before = controller.aux_loss_weight(0);
     excess += (f(before) * (decision < 200 ? 1 : loop.jump) - excess) / loop.lag;
-    if (decision >= 200) out.jolt += std::abs(excess / kTarget - 1);
+    if (decision >= 200) out.jolt += std::max(0.0, std::abs(excess / kTarget - 1) - 0.05);
     for (int step = 0; step < 10; ++step) {
       std::vector<std::int64_t> counts(16);
       for (std::size_t i = 0; i < 16; ++i) {
