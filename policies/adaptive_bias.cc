@@ -3,20 +3,20 @@
 //   e_i = (c̄_i - c_i) / c̄_i                            c̄_i target load, S/N unless targets are configured
 //   Ḡ  += gap_ema · (G - Ḡ),  G = k · mean_t(v_k - v_{k+1})     v sorted biased scores; counts only: Ḡ ≡ 1
 //   r_l = ⟨e_t, e_{t-l}⟩ / (|e_t| |e_{t-l}|),   a_l += correlation_ema · (r_l - a_l)
-//                                                                l = D … 3D+5, D = d+1
+//                                        D = d+1; l = D, then each 1 + ⌊(l-D)/4⌋ farther, up to 3D+9
 //   drive = min_l a_l  if that is below -0.8/√(N-1),  else r_D
-//   g   = clip(g · exp(adaptation · drive), g_min, g_max)
+//   g   = clip(g · exp(adaptation/D · drive), g_min, g_max)
 //   ρ_i(l) += (0.1/D) · (2 e_ti e_{t-l,i} / (e_ti² + e_{t-l,i}²) - ρ_i(l))        e clipped to ±1
-//   h_i = h_i · exp(0.3/D · ρ_i(2D-1))  if ρ_i(2D-1) < -0.5/√D
-//         h_i · exp(0.1/D · ρ_i(D))     if ρ_i(D) > 0.5/√D, else as it was
-//   h_i = h_i · max(1/4, e_{t-D,i} / (e_{t-D,i} - e_ti))^(1/D)  on a leap: from beyond 4n on one side to beyond
-//                                                          4n on the other; g and F fall by the mean of it
+//   h_i = h_i · exp(0.3/D · ρ_i(2D-1))  if ρ_i(2D-1) < -0.4/√D
+//         h_i · exp(0.1/D · ρ_i(D))     if ρ_i(D) > 0.4/√D and min_l a_l is not significant, else as it was
 //   h_i = clip(h_i / (geometric mean of h), 1/16, 8)
 //   n²   = max(floor², n² + 0.1 · (min(rms² e, 4n²) · (1 - max(r_D, 0)) - n²))
-//                                                          floor: the CV that perfect balance would show
+//                                                          floor: the CV that perfect balance would show;
+//                                                          n = floor until there is an r_D
 //   s(e) = x⁴ / (1 + x⁴),  x = e / 4n
-//   F    = max(g, clip(F · exp(adaptation · s(rms e) · drive), g_min, g_max))         3 adaptation if drive < 0
-//   g_i  = g + (F - g) · s(e_i) · max(0, 2 e_ti e_{t-D,i} / (e_ti² + e_{t-D,i}²))
+//   F    = max(g, clip(F · exp(adaptation/D · s(rms e) · drive), g_min, g_max))
+//   λ_i += 0.3 · (s(e_i) · max(0, 2 e_ti e_{t-D,i} / (e_ti² + e_{t-D,i}²)) - λ_i)
+//   g_i  = g + (F - g) · λ_i
 //   t_i  = t_i · max(0, 1 + min_l a_l + 0.8/√(N-1))      the factor only if min_l a_l is significant, as above
 //          + g/(16 D F) · g · h_i · Ḡ · (1 - s(e_i)) · e_i
 //   b_i += g_i · h_i · Ḡ · clip(e_i, -1, 1) + t_i,   b -= mean(b)
@@ -39,16 +39,18 @@
 // Experts differ. With a softmax gate the scores of a seldom chosen expert lie close together at the
 // threshold and those of a popular one far apart, so that under one common gain the first flips between too
 // many and too few tokens at every step while the second creeps. Each expert's own correlation shows it, once
-// it is averaged over some ten steps and clear of chance (0.5 is three standard errors), and moves the
-// expert's share h_i of the gain; what all experts have in common stays with g. Each pair of errors counts
-// the same, so that one large disturbance does not pass for a trend. `per_expert: false` leaves h_i at 1.
+// it is averaged over some ten steps and clear of chance (0.4 is two and a half standard errors), and moves
+// the expert's share h_i of the gain; what all experts have in common stays with g. Each pair of errors counts
+// the same, so that one large disturbance does not pass for a trend. While all of them swing, neighbouring
+// errors are alike within each half period and prove no one slow. `per_expert: false` leaves h_i at 1.
 //
 // What is far from the noise is none. The gain that whitens is small where noise is most of what is seen, and
 // too small when the data change and errors are twenty floors high. So an error of more than four times the
 // noise is met with a gain of its own, F, which is learnt in such times alone; as a Kalman filter's gain is
-// the larger the more of an error is not noise. Only while the expert's error keeps its sign: one that
-// overshoots under F gets no more of it. And one that leaps from far on one side to far on the other, as the
-// seldom chosen experts of a softmax do, has overshot beyond doubt, and the secant says by how much.
+// the larger the more of an error is not noise. Only as far as the expert's error has been far, on one side,
+// for some steps (λ): one that overshoots gets no more of it. F may be twenty times g, and what chance throws
+// far out for a step or two needs none of it: the seldom chosen experts of a softmax lie so close together
+// that a step under F takes one of them past all the others and gives it the tokens of ten.
 // The noise is the floor where tokens are all that varies (metrics.h). Mixtures that vary from batch to batch
 // come on top and no floor knows of them: so it is the level of the errors that are unlike the last ones.
 //
@@ -60,9 +62,11 @@
 // nothing, since they are being dealt with; and what swings is no trend, so a negative correlation sheds it.
 //
 // With a declared delay of d steps an error answers to the bias of D = d+1 steps ago, so nearer lags say
-// nothing about the gain. The first gain and its bounds are divided by D, and the lags reach to three times
-// D, past the half period 2D - 1 of the slowest oscillation that the delay can cause; by the correlation at
-// that half period an expert's own gain falls.
+// nothing about the gain. The first gain and its bounds are divided by D, and so are the rates of all gains,
+// which would else have grown by a half before the first answer to them is seen. The lags reach past three
+// times D, and so past the half period 2D - 1 of the slowest oscillation that the delay can cause; by the
+// correlation at that half period an expert's own gain falls. Without a delay they reach to 12, which is the
+// half period of one that is five steps late and was not declared.
 //
 // What the limits do to a proposal comes back through on_applied: after a hold, a rate limit or a clip the
 // errors stay alike for a reason that is not the gain, so the gain may then fall but not rise. The bias
@@ -83,7 +87,7 @@
 // until it has a quarter of its load.
 //
 // Limitations
-// - An undeclared delay of more than a few steps makes it overshoot; declare it (`model.delay`).
+// - An undeclared delay of more than two or three steps makes it swing; declare it (`model.delay`).
 // - Lumpy routing (a dozen clusters of nearly identical tokens) moves whole clusters at once; no integral law
 //   on the counts alone is smooth there.
 // - It balances every window as it comes. Errors that come from the data's order rather than from the router,
@@ -133,7 +137,7 @@ struct Options {
 struct Gains {
   double first, min, max;
 };
-constexpr Gains kGapGains{0.25, 0.01, 1.0};
+constexpr Gains kGapGains{0.25, 0.001, 1.0};
 constexpr Gains kCountsGains{1e-3, 1e-6, 1.0};
 constexpr Gains kCountsLogitGains{1e-2, 1e-6, 1.0};
 
@@ -143,21 +147,18 @@ constexpr double kSignificance = 0.8;
 // Each expert's own share of the gain; the rates are divided by D, the threshold by √D. Falling is quicker
 // than rising, since an expert that swings does more harm than one that creeps.
 constexpr double kOwnEma = 0.1;
-constexpr double kOwnSignificance = 0.5;
+constexpr double kOwnSignificance = 0.4;
 constexpr double kOwnRise = 0.1, kOwnFall = 0.3;
 constexpr double kOwnMin = 1.0 / 16, kOwnMax = 8;
 
-// Errors of more than so many times the noise are none; their gain falls so many times as fast as it rises;
-// and how fast the trend follows the errors below.
+// Errors of more than so many times the noise are none; how soon one that stays far counts as lasting; and how
+// fast the trend follows the errors below.
 constexpr double kFar = 4;
-constexpr double kFarFall = 3;
+constexpr double kLasting = 0.3;
 constexpr double kTrend = 1.0 / 16;
 
 // How fast the measured noise is followed, and of what multiple of it at most one step is taken.
 constexpr double kNoiseEma = 0.1, kNoiseStep = 4;
-
-// The least that a leap from far on one side to far on the other leaves of a share.
-constexpr double kLeastSecant = 0.25;
 
 double clip_error(double e) {
   return std::min(std::max(e, -1.0), 1.0);
@@ -189,14 +190,15 @@ class AdaptiveBias final : public Policy {
       : options_(options),
         score_space_(context.score_space),
         first_lag_(static_cast<std::size_t>(context.delay) + 1),
-        lag_count_(2 * first_lag_ + 6),
+        lags_(lags_from(first_lag_)),
         experts_(static_cast<std::size_t>(context.experts)),
         errors_(experts_, 0.0),
         starving_(options.rescue ? experts_ : 0, 0),
-        history_((first_lag_ + lag_count_ - 1) * experts_, 0.0),
-        norms_(first_lag_ + lag_count_ - 1, 0.0),
-        correlations_(lag_count_, 0.0),
+        history_(lags_.back() * experts_, 0.0),
+        norms_(lags_.back(), 0.0),
+        correlations_(lags_.size(), 0.0),
         alike_(experts_, 0.0),
+        lasting_(experts_, 0.0),
         shares_(experts_, 1.0),
         own_near_(options.per_expert ? experts_ : 0, 0.0),
         own_half_(first_lag_ > 1 ? own_near_.size() : 0, 0.0),
@@ -244,6 +246,7 @@ class AdaptiveBias final : public Policy {
     out.put("adaptive_history", history_);
     out.put("adaptive_norms", norms_);
     out.put("adaptive_correlations", correlations_);
+    out.put("adaptive_lasting", lasting_);
     out.put("adaptive_shares", shares_);
     out.put("adaptive_own_near", own_near_);
     out.put("adaptive_own_half", own_half_);
@@ -268,6 +271,7 @@ class AdaptiveBias final : public Policy {
     in.get("adaptive_history", history_);
     in.get("adaptive_norms", norms_);
     in.get("adaptive_correlations", correlations_);
+    in.get("adaptive_lasting", lasting_);
     in.get("adaptive_shares", shares_);
     in.get("adaptive_own_near", own_near_);
     in.get("adaptive_own_half", own_half_);
@@ -277,6 +281,13 @@ class AdaptiveBias final : public Policy {
   }
 
  private:
+  // All lags near the first, then fewer the farther they are, as a swing of that half period is the broader.
+  static std::vector<std::size_t> lags_from(std::size_t first) {
+    std::vector<std::size_t> lags;
+    for (std::size_t lag = first; lag <= 3 * first + 9; lag += 1 + (lag - first) / 4) lags.push_back(lag);
+    return lags;
+  }
+
   void choose_form(bool gap) {
     form_known_ = true;
     uses_gap_ = gap;
@@ -325,8 +336,8 @@ class AdaptiveBias final : public Policy {
     const double norm = std::sqrt(dot(errors_, errors_));
     const auto rows = static_cast<std::int64_t>(norms_.size());
     double nearest = 0, lowest = 0;
-    for (std::size_t j = 0; j < lag_count_; ++j) {
-      const auto lag = static_cast<std::int64_t>(first_lag_ + j);
+    for (std::size_t j = 0; j < lags_.size(); ++j) {
+      const auto lag = static_cast<std::int64_t>(lags_[j]);
       if (lag > past_) break;
       const auto row = static_cast<std::size_t>((past_ - lag) % rows);
       const double scale = norm * norms_[row];
@@ -338,10 +349,11 @@ class AdaptiveBias final : public Policy {
     const double chance = kSignificance / std::sqrt(std::max(1.0, static_cast<double>(experts_) - 1.0));
     double drive = lowest < -chance ? lowest : nearest;
     if (limited_) drive = std::min(drive, 0.0);
+    swings_ = lowest < -chance;
     keep_trends_ = lowest < -chance ? std::max(0.0, 1 + lowest + chance) : 1.0;
     const double rms = norm / std::sqrt(static_cast<double>(experts_));
     follow_noise(floor.value_or(0), rms, nearest);
-    far_gain_ = tuned(far_gain_, certainty(rms * per_far_error_) * (drive < 0 ? kFarFall : 1) * drive);
+    far_gain_ = tuned(far_gain_, certainty(rms * per_far_error_) * drive);
     gain_ = tuned(gain_, drive);
     far_gain_ = std::max(far_gain_, gain_);
     compare_with_last();
@@ -356,24 +368,21 @@ class AdaptiveBias final : public Policy {
   void follow_noise(double floor, double rms, double resemblance) {
     const double square = rms * rms;
     if (past_ == 0) noise_sq_ = floor > 0 ? floor * floor : square;
+    // Nothing is unlike while there is nothing to compare with.
+    if (past_ < static_cast<std::int64_t>(first_lag_)) resemblance = 1;
     const double unlike = std::min(square, kNoiseStep * noise_sq_) * (1 - std::max(resemblance, 0.0));
     noise_sq_ = std::max(noise_sq_ + kNoiseEma * (unlike - noise_sq_), floor * floor);
     per_far_error_ = noise_sq_ > 0 ? 1 / (kFar * std::sqrt(noise_sq_)) : 0;
   }
 
   double tuned(double gain, double drive) const {
-    return std::min(std::max(gain * std::exp(options_.adaptation * drive), gain_min_), gain_max_);
+    const double rate = options_.adaptation / static_cast<double>(first_lag_);
+    return std::min(std::max(gain * std::exp(rate * drive), gain_min_), gain_max_);
   }
 
   void compare_with_last() {
     const std::span<const double> last = errors_before(static_cast<std::int64_t>(first_lag_));
-    leaps_ = 0;
-    for (std::size_t i = 0; i < last.size(); ++i) {
-      const double e = errors_[i], before = last[i];
-      alike_[i] = likeness(e, before);
-      const double nearer = std::min(std::abs(e), std::abs(before)) * per_far_error_;
-      leaps_ += (e * before < 0 ? 1 : 0) & (nearer > 1 ? 1 : 0);
-    }
+    for (std::size_t i = 0; i < last.size(); ++i) alike_[i] = likeness(errors_[i], last[i]);
   }
 
   // Score units for an error of 1: of any, more where it is surely no noise, and what the trend learns.
@@ -386,16 +395,17 @@ class AdaptiveBias final : public Policy {
     const double rate = learns ? kTrend * gain_ / (far_gain_ * static_cast<double>(first_lag_)) : 0;
     return {gain_ * unit, (far_gain_ - gain_) * unit, rate * gain_ * unit};
   }
-  double integral_step(const Step& step, std::size_t i, double sure) const {
-    return shares_[i] * (step.any + step.more * sure * std::max(alike_[i], 0.0)) * clip_error(errors_[i]);
+  double integral_step(const Step& step, std::size_t i) const {
+    return shares_[i] * (step.any + step.more * lasting_[i]) * clip_error(errors_[i]);
   }
 
   void move(const Step& step, std::span<double> bias) {
     const double per_far_error = per_far_error_, kept = keep_trends_;
     for (std::size_t i = 0; i < experts_; ++i) {
       const double sure = certainty(errors_[i] * per_far_error);
+      lasting_[i] += kLasting * (sure * std::max(alike_[i], 0.0) - lasting_[i]);
       trends_[i] = kept * trends_[i] + step.learnt * shares_[i] * (1 - sure) * errors_[i];
-      bias[i] += integral_step(step, i, sure) + trends_[i];
+      bias[i] += integral_step(step, i) + trends_[i];
     }
   }
 
@@ -408,8 +418,7 @@ class AdaptiveBias final : public Policy {
       if (!known || starving_[i] < kStarvedFor) continue;
       const double lacking =
           margin_quantile(layer.stats.margins(static_cast<int>(i)), layer.targets[i] * total);
-      const double sure = certainty(errors_[i] * per_far_error_);
-      bias[i] += kRescue * lacking - integral_step(step, i, sure) - trends_[i];
+      bias[i] += kRescue * lacking - integral_step(step, i) - trends_[i];
       trends_[i] = 0;
     }
   }
@@ -433,38 +442,17 @@ class AdaptiveBias final : public Policy {
       own_half_[i] += weight * (likeness(errors_[i], before[i]) - own_half_[i]);
     }
     const std::span<const double> half = first_lag_ > 1 ? own_half_ : own_near_;
-    double moved = correct_leaps();
+    double moved = 0;
     for (std::size_t i = 0; i < experts_; ++i) {
       if (half[i] < -chance) {
         moved += scale_share(i, kOwnFall / delay * half[i]);
-      } else if (own_near_[i] > chance && !limited_) {
+      } else if (own_near_[i] > chance && !limited_ && !swings_) {
         moved += scale_share(i, kOwnRise / delay * own_near_[i]);
       }
     }
     if (moved == 0) return;
     const double common = std::exp(-moved / static_cast<double>(experts_));
     for (double& share : shares_) share = std::min(std::max(share * common, kOwnMin), kOwnMax);
-  }
-
-  // Errors that went from far on one side to far on the other: each such step was too large by what the secant
-  // says. What all experts have in common of that is the gains'. Returns by how much the logarithms of the
-  // shares moved in all.
-  double correct_leaps() {
-    const std::span<const double> last = errors_before(static_cast<std::int64_t>(first_lag_));
-    const auto delay = static_cast<double>(first_lag_);
-    if (leaps_ == 0) return 0;
-    double moved = 0;
-    for (std::size_t i = 0; i < experts_; ++i) {
-      if (!(errors_[i] * last[i] < 0)) continue;
-      if (!(std::min(std::abs(errors_[i]), std::abs(last[i])) * per_far_error_ > 1)) continue;
-      const double secant = last[i] / (last[i] - errors_[i]);
-      moved += scale_share(i, std::log(std::max(secant, kLeastSecant)) / delay);
-    }
-    if (moved == 0 || options_.adaptation == 0) return moved;
-    const double common = std::exp(moved / static_cast<double>(experts_));
-    gain_ = std::max(gain_ * common, gain_min_);
-    far_gain_ = std::max(far_gain_ * common, gain_);
-    return moved;
   }
 
   // Returns by how much the share's logarithm moved.
@@ -482,7 +470,9 @@ class AdaptiveBias final : public Policy {
 
   Options options_;
   ScoreSpace score_space_;
-  std::size_t first_lag_, lag_count_, experts_;
+  std::size_t first_lag_;
+  std::vector<std::size_t> lags_;
+  std::size_t experts_;
   bool form_known_ = false, uses_gap_ = false;
   double gain_ = 0, far_gain_ = 0, gain_min_ = 0, gain_max_ = 0;  // g, F and their bounds
   bool gap_known_ = false;
@@ -496,14 +486,15 @@ class AdaptiveBias final : public Policy {
   std::vector<double> norms_;           // [rows]
   std::vector<double> correlations_;
   std::vector<double> alike_;                // how alike the errors are to those of D windows before [N]
-  std::int64_t leaps_ = 0;                   // experts that went from far on one side to far on the other
+  std::vector<double> lasting_;              // how surely and for how long an error has been far [N]
   std::vector<double> shares_;               // h [N]
   std::vector<double> own_near_, own_half_;  // ρ(D), ρ(2D-1) [N]
   double noise_sq_ = 0;                      // n²
   double per_far_error_ = 0;                 // 1/4n; 0 = not known
-  double keep_trends_ = 1;                   // factor on the trends at this step
-  std::vector<double> trends_;               // t [N]
-  std::int64_t past_ = 0;                    // windows seen
+  bool swings_ = false;
+  double keep_trends_ = 1;      // factor on the trends at this step
+  std::vector<double> trends_;  // t [N]
+  std::int64_t past_ = 0;       // windows seen
 };
 
 std::string check(const PolicyContext& context, const PolicyOptions& options) {
@@ -550,7 +541,7 @@ PolicyDescription adaptive_bias() {
       {.name = "gain_min",
        .default_value = defaults.gain_min,
        .unit = "gaps (counts: score)",
-       .description = "smallest gain; 0 = the form's own: gap 0.01, counts 1e-6",
+       .description = "smallest gain; 0 = the form's own: gap 0.001, counts 1e-6",
        .min = 0,
        .max = 1e6},
       {.name = "gain_max",
