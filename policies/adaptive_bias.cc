@@ -382,7 +382,12 @@ class AdaptiveBias final : public Policy {
 
   void compare_with_last() {
     const std::span<const double> last = errors_before(static_cast<std::int64_t>(first_lag_));
-    for (std::size_t i = 0; i < last.size(); ++i) alike_[i] = likeness(errors_[i], last[i]);
+    const double per_far_error = per_far_error_;
+    for (std::size_t i = 0; i < last.size(); ++i) {
+      alike_[i] = likeness(errors_[i], last[i]);
+      const double stays = certainty(errors_[i] * per_far_error) * std::max(alike_[i], 0.0);
+      lasting_[i] += kLasting * (stays - lasting_[i]);
+    }
   }
 
   // Score units for an error of 1: of any, more where it is surely no noise, and what the trend learns.
@@ -403,7 +408,6 @@ class AdaptiveBias final : public Policy {
     const double per_far_error = per_far_error_, kept = keep_trends_;
     for (std::size_t i = 0; i < experts_; ++i) {
       const double sure = certainty(errors_[i] * per_far_error);
-      lasting_[i] += kLasting * (sure * std::max(alike_[i], 0.0) - lasting_[i]);
       trends_[i] = kept * trends_[i] + step.learnt * shares_[i] * (1 - sure) * errors_[i];
       bias[i] += integral_step(step, i) + trends_[i];
     }
