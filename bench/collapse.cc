@@ -1,14 +1,15 @@
-// collapse_table [--runs N] [--first-seed S] [--steps K]: the guard on seeded collapses of four kinds and on healthy runs, against the same runs
-// without it. Prints Markdown.
+// collapse_table [--runs N] [--first-seed S] [--steps K]: the guard on seeded collapses of four kinds and on healthy
+// runs, against the same runs without it. Prints Markdown.
 //
 // The plant is simulation.h's, 16 experts, top-2, 512 tokens a step, gates and score spaces in turn by seed; the event
-// comes at step 200 of 600, or of K (a cold start at step 0). A run has recovered if MaxVio stays at 1 or below on average over
-// its last 50 steps. Healthy runs are steady, shift, noise and drift under laws that balance: any intervention in
+// comes at step 200 of 600, or of K (a cold start at step 0). A run has recovered if MaxVio stays at 1 or below on
+// average over its last 50 steps. Healthy runs are steady, shift, noise and drift under laws that balance: any intervention in
 // them is a false one. The guard was developed on seeds 1–600; other seeds show what it does on runs that it has never
 // met. A guarded run that has recovered needed no guard, or ends handed back (the guard watches, and may yet have to come
-// back), holding, or at work; decisions are changes of the guard's state, and would show one that goes in circles.
-// `fixed` leaves all three actuators alone, with an auxiliary weight of 1e-3, so that the guard is
-// the only one to act; `sign 1e-3` is the law in common use; `adaptive` needs no guard here, and must not be harmed.
+// back), holding (or in another trial to let go after a hold), or at work; decisions are changes of the guard's state,
+// and would show one that goes in circles.
+// `fixed` leaves all three actuators alone, with an auxiliary weight of 1e-3, so that the guard is the only one to act;
+// `sign 1e-3` is the law in common use; `adaptive` needs no guard here, and must not be harmed.
 #include <algorithm>
 #include <array>
 #include <cstdio>
@@ -32,6 +33,7 @@ constexpr std::array<Scenario, 4> kHealthy = {Scenario::kSteady, Scenario::kShif
 struct Outcome {
   bool recovered = false;
   GuardState end = GuardState::kWatching;
+  bool held = false;  // the guard had to come back, or to stop on its way
   int interventions = 0;
   int decisions = 0;
 };
@@ -59,6 +61,7 @@ Outcome run_guarded(const Law& law, const SimulationOptions& plant, std::int64_t
     out.decisions += layer.guard.state != out.end;
     out.interventions += layer.guard.state == GuardState::kIntervening && out.end != GuardState::kIntervening;
     out.end = layer.guard.state;
+    out.held = out.held || out.end == GuardState::kHolding;
     if (report.step >= steps - kWindow) vio += layer.metrics->max_vio.value_or(0) / kWindow;
   });
   out.recovered = vio <= 1;
@@ -106,8 +109,9 @@ int main_of(int argc, char** argv) {
         ++n;
         guarded += with[i].recovered;
         untouched += with[i].recovered && with[i].interventions == 0;
-        handed_back += with[i].recovered && with[i].interventions > 0 && with[i].end == GuardState::kWatching;
-        holding += with[i].recovered && with[i].end == GuardState::kHolding;
+        handed_back += with[i].recovered && with[i].interventions > 0 && !with[i].held &&
+                       with[i].end == GuardState::kWatching;
+        holding += with[i].recovered && with[i].held;
         decisions = std::max(decisions, with[i].decisions);
         alone += without[i].recovered;
       }

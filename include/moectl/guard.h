@@ -1,13 +1,14 @@
 // Guard: supervisor of a layer's three actuators against collapse.
 //
-//             a trigger, confirmed            balanced for `dwell` steps                  each step back has stood
-//   watching ────────────────────▶ intervening ────────────────────────▶ handing back ─────────────────────────▶ watching
-//      ▲                                │ no better after `patience` steps  │  ▲        scalars rung by rung,       │
-//      │                                ▼                     balance lost  ▼  │ time   then the biases             │ again
-//      └──────── cooldown ◀── rolling back ◀─────────────────────────── holding ◀────────────────────────────────────┘ soon
-//                             scalars and biases as before              at the last step that held, twice as long each time
+//             a trigger                  balanced for `dwell` steps               all steps back have stood
+//   watching ───────────▶ intervening ────────────────────────────▶ handing back ───────────────────────▶ watching
+//      ▲                       │ no help in `patience` steps    time is up ▲ │ balance lost                   │
+//      │                       ▼                                           │ ▼                                │ lost
+//      └───── cooldown ◀── rolling back ◀─────────────────────────────── holding ◀───────────────────────────┘ soon
+//                  all as before                no help either        at the last step that held
 //
-// Where the law cannot hold the balance by itself the guard ends up holding it, with trials to let go ever further apart.
+// Steps back: the scalars, a rung at a time, then the biases. Each hold lasts twice as long as the one before, so where
+// the law cannot keep the balance the guard ends up keeping it, with trials to let go ever further apart.
 // It is no policy, because it acts on all three actuators at once: it stands between the proposals and the
 // safety limits, overrides the first (reason `guard`) and never the second.
 #pragma once
@@ -59,6 +60,7 @@ struct GuardOptions {
 /// What is wrong with the options, as "key: value: constraint"; empty if nothing.
 std::string check_guard(const GuardOptions& options);
 
+/// Handing back: scalars on their way back, biases still the guard's. Holding: the same, where balance last stood.
 enum class GuardState : std::uint8_t {
   kWatching,
   kIntervening,
@@ -153,7 +155,8 @@ class LayerGuard {
   double vio_ = 0, vio_average_ = 0;  // MaxVio of this step, and smoothed
   double start_vio_ = 0;              // MaxVio when the intervention began
   double helped_ = 0;                 // if it helped but did not balance: the MaxVio that says so
-  double excess_ = 0;  // MaxVio of the smoothed loads: what remains once chance has averaged out
+  // The larger of MaxVio of the smoothed loads (what remains once chance has averaged out) and half of vio_average_.
+  double excess_ = 0;
   bool was_balanced_ = false;
   double lost_sum_ = 0;  // of excess_ over the lost_steps_ for which balance has been lost
   std::int64_t lost_steps_ = 0;
