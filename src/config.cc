@@ -35,6 +35,12 @@ ActuatorConfig& ControllerConfig::actuator(Actuator which) {
                                              : router_temperature;
 }
 
+MetricsOptions metrics_options(const ControllerConfig& config) {
+  MetricsOptions options = config.metrics;
+  options.targets = config.model.targets;
+  return options;
+}
+
 const ActuatorConfig& ControllerConfig::actuator(Actuator which) const {
   return const_cast<ControllerConfig*>(this)->actuator(which);
 }

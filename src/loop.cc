@@ -60,7 +60,7 @@ Controller::Loop::Loop(ControllerConfig config, const PolicyRegistry& registry)
     if (config_.guard.enabled) layer->guard.emplace(config_.guard, model.experts, model.top_k);
   }
   description_ = describe_for_state(config_, shape_);
-  measurer_.emplace(shape_, config_.metrics);
+  measurer_.emplace(shape_, metrics_options(config_));
   targets_ = model.targets;
   if (targets_.empty()) targets_.assign(experts, 1.0 / static_cast<double>(experts));
   mixture_.assign(model.domains.size(), 0);

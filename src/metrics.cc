@@ -93,6 +93,23 @@ FloorToMaxVio floor_to_max_vio(int experts) {
   return {z * std::sqrt(n / (n - 1)), (z * z - 1) / 6};
 }
 
+// Expected largest of independent normals of these standard deviations: the integral of 1 - ΠΦ(x/σ_i) above zero less
+// that of ΠΦ(x/σ_i) below.
+double expected_largest(std::span<const double> deviations) {
+  const double widest = *std::max_element(deviations.begin(), deviations.end());
+  constexpr int kSteps = 4000;
+  const double step = 20 * widest / kSteps;
+  double sum = 0;
+  for (int j = 0; j < kSteps; ++j) {
+    const double x = -10 * widest + (j + 0.5) * step;
+    double below = 1;
+    for (const double d : deviations)
+      below *= 0.5 * std::erfc(-x / (std::max(d, 1e-6 * widest) * std::numbers::sqrt2));
+    sum += x > 0 ? 1 - below : -below;
+  }
+  return sum * step;
+}
+
 // Counts that lie within this many times N of each other are ranked by a histogram.
 constexpr std::size_t kBinsPerExpert = 4;
 
@@ -190,6 +207,16 @@ void check(const StatsShape& shape, const MetricsOptions& options) {
                                 " devices: must name one for each of " + std::to_string(shape.experts) +
                                 " experts");
   }
+  if (!options.targets.empty() && options.targets.size() != static_cast<std::size_t>(shape.experts)) {
+    throw std::invalid_argument("targets: " + std::to_string(options.targets.size()) +
+                                " shares: must be one for each of " + std::to_string(shape.experts) +
+                                " experts");
+  }
+  for (const double target : options.targets) {
+    if (!(target > 0 && target <= 1)) {
+      throw std::invalid_argument("targets: " + std::to_string(target) + ": must be above 0 and at most 1");
+    }
+  }
   for (const int device : options.placement) {
     if (device < 0 || device >= shape.experts) {
       throw std::invalid_argument("placement: " + std::to_string(device) + ": must be 0 to " +
@@ -233,6 +260,27 @@ Measurer::Measurer(const StatsShape& shape, MetricsOptions options)
     floor_to_max_vio_square_ = floor.square;
   }
   log_experts_ = fast_log(splat(static_cast<double>(shape.experts)))[0];
+  const std::vector<double>& targets = options_.targets;
+  if (std::any_of(targets.begin(), targets.end(), [&](double w) { return w != targets[0]; })) {
+    aim_floors_at_targets();
+  } else {
+    options_.targets.clear();
+  }
+}
+
+// A token chooses expert i with probability k w_i: of T tokens, its load scatters by √((1/(k w_i) - 1)/T) of its target.
+void Measurer::aim_floors_at_targets() {
+  std::vector<double> deviations;
+  double squares = 0;
+  for (const double w : options_.targets) {
+    const double square = std::max(0.0, 1 / (shape_.top_k * w) - 1);
+    squares += square;
+    deviations.push_back(std::sqrt(square));
+  }
+  const double n = shape_.experts;
+  unit_floor_cv_ = std::sqrt(squares / n);
+  if (!(unit_floor_cv_ > 0)) return;
+  floor_to_max_vio_linear_ = expected_largest(deviations) / unit_floor_cv_ * std::sqrt(n / (n - 1));
 }
 
 void Measurer::measure(const RoutingStats& stats, Metrics& out) {
@@ -243,6 +291,7 @@ void Measurer::measure(const RoutingStats& stats, Metrics& out) {
   const Totals t = total(counts);
   if (!t.usable || t.sum == 0) return;
   measure_load(counts, t.min, t.max, t.sum, out);
+  if (!options_.targets.empty()) measure_against_targets(counts, t.sum, out);
   if (const auto dropped = stats.dropped()) out.drop_rate = *dropped / static_cast<double>(t.sum);
   measure_floors(stats, t.sum, out);
   measure_router(stats, out);
@@ -289,6 +338,22 @@ void Measurer::measure_load(std::span<const std::int64_t> counts, std::int64_t m
   out.fsi = fisher_distance(load_displacement_);
   out.fsi_max = 2 * std::acos(1 / std::sqrt(n));
   out.fhs = fisher_ratio(load_displacement_, shape_.experts);
+}
+
+void Measurer::measure_against_targets(std::span<const std::int64_t> counts, std::int64_t sum, Metrics& out) {
+  const auto s = static_cast<double>(sum);
+  double largest = 0, squares = 0, roots = 0;
+  for (std::size_t i = 0; i < counts.size(); ++i) {
+    const double w = options_.targets[i], c = static_cast<double>(counts[i]);
+    const double relative = c / (w * s), root = std::sqrt(c / s) - std::sqrt(w);
+    largest = std::max(largest, relative);
+    squares += (relative - 1) * (relative - 1);
+    roots += root * root;
+  }
+  out.load_cv = std::sqrt(squares / shape_.experts);
+  out.max_to_mean = largest;
+  out.max_vio = largest - 1;
+  target_displacement_ = roots / 2;
 }
 
 double Measurer::straggler(std::span<const std::int64_t> counts, std::int64_t max, std::int64_t sum) {
@@ -370,6 +435,9 @@ void Measurer::measure_floors(const RoutingStats& stats, std::int64_t sum, Metri
   const bool has_max_vio = shape_.experts > 1;
   out.noise_floor_cv =
       moectl::noise_floor_cv(shape_.experts, shape_.top_k, static_cast<double>(stats.tokens()));
+  if (out.noise_floor_cv && !options_.targets.empty()) {
+    out.noise_floor_cv = unit_floor_cv_ / std::sqrt(static_cast<double>(stats.tokens()));
+  }
   if (out.noise_floor_cv && has_max_vio) out.noise_floor_max_vio = max_vio(*out.noise_floor_cv);
   if (stats.has_sequences() && stats.scalar(RoutingStats::kSequences) >= 2) {
     out.sampling_floor_cv = sampling_floor(stats, sum);
@@ -380,7 +448,9 @@ void Measurer::measure_floors(const RoutingStats& stats, std::int64_t sum, Metri
   if (out.fhs && floor) {
     // Near uniform B is CV²/8; the floor's CV² scatters by √(2/(N-1)) of itself.
     const double clear = *floor * *floor / 8 * (1 + 3 * std::sqrt(2.0 / (shape_.experts - 1)));
-    out.fhs_alarm = *out.fhs > 1 && load_displacement_.bias > clear ? 1 : 0;
+    const double bias = options_.targets.empty() ? load_displacement_.bias
+                                                 : std::min(load_displacement_.bias, target_displacement_);
+    out.fhs_alarm = *out.fhs > 1 && bias > clear ? 1 : 0;
   }
 }
 
@@ -395,7 +465,11 @@ double Measurer::sampling_floor(const RoutingStats& stats, std::int64_t sum) con
   double total = 0;
   for (std::size_t i = 0; i < counts.size(); ++i) {
     const double p = static_cast<double>(counts[i]) / s;
-    total += static_cast<double>(squares[i]) - 2 * p * static_cast<double>(cross[i]) + p * p * length_sq;
+    const double variance =
+        static_cast<double>(squares[i]) - 2 * p * static_cast<double>(cross[i]) + p * p * length_sq;
+    // In units of the mean load, as below.
+    const double unit = options_.targets.empty() ? 1 : n * options_.targets[i];
+    total += variance / (unit * unit);
   }
   const double mean_variance = sequences / (sequences - 1) * std::max(0.0, total) / n;
   return std::sqrt(mean_variance) / (s / n);

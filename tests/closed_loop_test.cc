@@ -194,6 +194,9 @@ TEST(ClosedLoop, AdaptiveReachesLoadsThatAreNotUniform) {
   SimulationOptions plant;
   ControllerConfig config = config_for(plant, "adaptive_bias");
   for (int i = 0; i < 16; ++i) config.model.targets.push_back(i % 8 == 0 ? 0.5 / 15 : 1.0 / 15);
+  const Series r = run(config, plant, 400);  // and the figures are those of loads against their targets
+  EXPECT_LE(r.settle(), 30);
+  EXPECT_LE(r.ratio(300, 400), 1.25);
   Controller controller(config);
   std::vector<double> counts(16, 0.0);
   double total = 0;

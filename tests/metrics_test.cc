@@ -7,6 +7,7 @@
 #include <cmath>
 #include <limits>
 #include <map>
+#include <numbers>
 #include <numeric>
 #include <random>
 #include <set>
@@ -448,6 +449,86 @@ TEST(Metrics, MeasuringAllocatesNothing) {
   Metrics m;
   EXPECT_EQ(testing::allocations_of([&] { measurer.measure(stats, m); }), 0);
   EXPECT_TRUE(m.sampling_floor_cv);
+}
+
+// Three quarters are wanted for expert 0 of two, and 60 of 100 go there: loads of .8 and 1.6 targets.
+TEST(MetricsWithTargets, HoldLoadsAgainstThem) {
+  const StatsShape shape{.experts = 2, .top_k = 1, .needs = {}};
+  RoutingStats stats(shape);
+  const std::vector<std::int64_t> counts = {60, 40};
+  ASSERT_TRUE(stats.add_counts(counts, 100));
+  const Metrics m = measure(stats, {.targets = {0.75, 0.25}});
+  EXPECT_DOUBLE_EQ(*m.max_to_mean, 1.6);
+  EXPECT_DOUBLE_EQ(*m.max_vio, 1.6 - 1);
+  EXPECT_DOUBLE_EQ(*m.load_cv, std::sqrt((0.2 * 0.2 + 0.6 * 0.6) / 2));
+  // One token: relative variances 1/.75 - 1 and 1/.25 - 1.
+  EXPECT_DOUBLE_EQ(*m.noise_floor_cv, std::sqrt((1.0 / 3 + 3) / 2 / 100));
+  EXPECT_DOUBLE_EQ(*m.excess_cv, std::sqrt(0.2 - (1.0 / 3 + 3) / 200));
+  // Of two independent normals the larger is √((a² + b²)/2π); √2 as their sum is fixed. The rest is the f² term.
+  const double f = *m.noise_floor_cv, z = normal_quantile(1.625 / 2.25);
+  EXPECT_NEAR(*m.noise_floor_max_vio,
+              std::sqrt((1.0 / 3 + 3) / (2 * std::numbers::pi) * 2 / 100) + f * f * (z * z - 1) / 6, 1e-7);
+  // What says nothing of targets does not know of them.
+  const Metrics plain = measure(stats);
+  EXPECT_EQ(m.entropy, plain.entropy);
+  EXPECT_EQ(m.max_load, plain.max_load);
+  EXPECT_EQ(m.fhs, plain.fhs);
+}
+
+TEST(MetricsWithTargets, EqualOnesChangeNoBit) {
+  const StatsShape shape{.experts = 3, .top_k = 2, .needs = {}};
+  RoutingStats stats(shape);
+  const std::vector<std::int64_t> counts = {50, 30, 20};
+  ASSERT_TRUE(stats.add_counts(counts, 50));
+  const Metrics with = measure(stats, {.targets = std::vector<double>(3, 1.0 / 3)}), without = measure(stats);
+  for (const MetricField& field : metric_fields())
+    EXPECT_EQ(with.*field.value, without.*field.value) << field.name;
+}
+
+TEST(MetricsWithTargets, ALoadOnItsTargetsIsNoCollapse) {
+  const StatsShape shape{.experts = 16, .top_k = 2, .needs = {}};
+  std::vector<double> targets(16, 0.1 / 13);
+  std::vector<std::int64_t> counts(16, 76);
+  for (std::size_t i = 0; i < 3; ++i) {
+    targets[i] = 0.3;
+    counts[i] = 3000;
+  }
+  RoutingStats stats(shape);
+  ASSERT_TRUE(stats.add_counts(counts, 5000));
+  EXPECT_EQ(measure(stats).fhs_alarm, 1);
+  EXPECT_EQ(measure(stats, {.targets = targets}).fhs_alarm, 0);
+  std::swap(targets[0], targets[15]);  // the same load, wanted elsewhere
+  EXPECT_EQ(measure(stats, {.targets = targets}).fhs_alarm, 1);
+}
+
+// Independent tokens that choose by the targets: the floors are what they show.
+TEST(MetricsWithTargets, FloorsAreThoseOfRandomTokens) {
+  std::vector<double> targets(16, 0.4 / 12);
+  for (std::size_t i = 0; i < 4; ++i) targets[i] = 0.15;
+  std::mt19937_64 random(11);
+  std::discrete_distribution<std::size_t> choose(targets.begin(), targets.end());
+  const StatsShape shape{.experts = 16, .top_k = 1, .needs = {}};
+  Measurer measurer(shape, {.targets = targets});
+  double squares = 0, vio = 0;
+  Metrics m;
+  for (int run = 0; run < 400; ++run) {
+    std::vector<std::int64_t> counts(16, 0);
+    for (int t = 0; t < 2048; ++t) ++counts[choose(random)];
+    RoutingStats stats(shape);
+    ASSERT_TRUE(stats.add_counts(counts, 2048));
+    measurer.measure(stats, m);
+    squares += *m.load_cv * *m.load_cv / 400;
+    vio += *m.max_vio / 400;
+  }
+  EXPECT_NEAR(std::sqrt(squares), *m.noise_floor_cv, 0.02 * *m.noise_floor_cv);
+  EXPECT_NEAR(vio, *m.noise_floor_max_vio, 0.06 * *m.noise_floor_max_vio);
+}
+
+TEST(MetricsWithTargets, AreChecked) {
+  const StatsShape shape{.experts = 2, .top_k = 1, .needs = {}};
+  EXPECT_THROW(Measurer(shape, {.targets = {1.0}}), std::invalid_argument);
+  EXPECT_THROW(Measurer(shape, {.targets = {0.0, 1.0}}), std::invalid_argument);
+  EXPECT_THROW(Measurer(shape, {.targets = {std::nan(""), 1.0}}), std::invalid_argument);
 }
 
 }  // namespace

@@ -100,6 +100,8 @@ ControllerConfig parse_config(std::string_view text, const std::string& name = "
 /// Checks a config made in code and fills in the options not given. Throws ConfigError ("key: value:
 /// constraint").
 void validate(ControllerConfig& config, const PolicyRegistry& registry = PolicyRegistry::builtin());
+/// What a Measurer is to be given: `metrics`, and the model's targets.
+MetricsOptions metrics_options(const ControllerConfig& config);
 /// The whole config, every default filled in, as YAML that parses back to the same config.
 std::string to_yaml(const ControllerConfig& config);
 /// The same as one JSON object, as it stands in the first line of a run log.

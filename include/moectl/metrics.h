@@ -97,6 +97,10 @@ struct MetricsOptions {
   double cold_fraction = 0.1;     ///< in [0, 1].
   /// Device of each expert [N], numbered from 0; empty = one expert a device.
   std::vector<int> placement{};
+  /// Wanted share of the load of each expert [N], above 0, summing to 1; empty = uniform. Otherwise load_cv,
+  /// max_to_mean, max_vio, excess_cv and the floors hold each load against its target, c_i / (w_i S), where they
+  /// say mean, and fhs_alarm wants the load to stand clear of its targets too.
+  std::vector<double> targets{};
 };
 
 /// Name, unit and meaning of one metric, and where it lies in Metrics.
@@ -159,6 +163,8 @@ class Measurer {
  private:
   void measure_load(std::span<const std::int64_t> counts, std::int64_t min, std::int64_t max,
                     std::int64_t sum, Metrics& out);
+  void measure_against_targets(std::span<const std::int64_t> counts, std::int64_t sum, Metrics& out);
+  void aim_floors_at_targets();
   void measure_floors(const RoutingStats& stats, std::int64_t sum, Metrics& out);
   void measure_router(const RoutingStats& stats, Metrics& out);
   void measure_experts(const RoutingStats& stats, Metrics& out);
@@ -175,7 +181,9 @@ class Measurer {
   std::vector<std::int64_t> device_load_;
   std::vector<double> mean_, mean_root_;  // of probabilities; of an expert's gradients or latencies
   Displacement load_displacement_;        // of the last load
+  double target_displacement_ = 0;        // B of the last load against its targets
   double log_experts_ = 0;                // ln N
+  double unit_floor_cv_ = 0;              // noise_floor_cv of one token under targets; 0 = uniform
   double floor_to_max_vio_linear_ = 0;    // MaxVio of a CV floor f: linear · f + square · f²
   double floor_to_max_vio_square_ = 0;
 };

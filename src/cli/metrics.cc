@@ -393,7 +393,7 @@ int metrics(const Options& options, const PolicyRegistry& registry) {
   how.trace = options.trace;
   if (!options.config.empty()) {
     const ControllerConfig config = load_config(options.config, registry);
-    how.metrics = config.metrics;
+    how.metrics = metrics_options(config);
     how.monitor = config.monitor;
     how.model = config.model;
   }

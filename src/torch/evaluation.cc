@@ -11,7 +11,7 @@ EvaluationMeter::EvaluationMeter(const Controller& controller)
     : stats_(static_cast<std::size_t>(controller.config().model.layers), RoutingStats(controller.shape())),
       metrics_(stats_.size()),
       layers_(stats_.size()),
-      measurer_(controller.shape(), controller.config().metrics) {}
+      measurer_(controller.shape(), metrics_options(controller.config())) {}
 
 void EvaluationMeter::record(int layer, const ::torch::Tensor& indices, const RecordOptions& options) {
   if (layer < 0 || static_cast<std::size_t>(layer) >= stats_.size()) {
