@@ -83,6 +83,17 @@ TEST(TanhMomentumBias, AHoldTakesTheMomentumOut) {
   EXPECT_EQ(rig.value[1], 0);
 }
 
+// A move that a limit shortened is made none the less: the momentum stays.
+TEST(TanhMomentumBias, ALimitLeavesTheMomentum) {
+  PolicyRig rig("tanh_momentum_bias", bias({}));
+  LimitReport limited;
+  limited.add(Reason::kRate);
+  rig.propose(stats_of(rig.shape(), {30, 10}));
+  rig.settle({0, 0}, limited);
+  rig.step(stats_of(rig.shape(), {10, 10}));
+  EXPECT_NEAR(rig.value[1], 0.25 * 5e-4 * std::tanh(1.0), 1e-18);
+}
+
 TEST(Multiplicative, FactorByTheSignOutsideTheDeadBand) {
   PolicyRig rig("multiplicative",
                 scalar(Actuator::kAuxLossWeight, {{"target", 0.5}, {"factor", 2.0}, {"dead_band", 0.1}}));
