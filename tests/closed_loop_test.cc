@@ -1,10 +1,9 @@
-// Policies, limits and the loop together on the simulated router: named scenarios, and faults in the loop.
+// Policies, limits and the loop together on the simulated router: named scenarios.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cmath>
-#include <deque>
 #include <functional>
 #include <limits>
 #include <map>
@@ -16,25 +15,10 @@
 #include "moectl/controller.h"
 #include "moectl/figures.h"
 #include "moectl/simulation.h"
+#include "simulated_loop.h"
 
 namespace moectl {
 namespace {
-
-ControllerConfig config_for(const SimulationOptions& plant, const std::string& policy,
-                            const std::map<std::string, OptionValue>& options = {}) {
-  ControllerConfig config;
-  config.model.layers = plant.layers;
-  config.model.experts = plant.experts;
-  config.model.top_k = plant.top_k;
-  config.model.tokens_per_step = plant.tokens;
-  config.model.score_space = plant.score_space;
-  config.model.delay = plant.delay;
-  config.expert_bias.policy = policy;
-  for (const auto& [name, value] : options) config.expert_bias.options.set(name, value);
-  const double unit = plant.score_scale * (plant.score_space == ScoreSpace::kLogit ? 8 : 1);
-  config.expert_bias.limits = {.min = -2 * unit, .max = 2 * unit, .rate = 0.1 * unit};
-  return config;
-}
 
 // One run, as figures.h sums it up.
 struct Series {
@@ -286,184 +270,6 @@ TEST(ClosedLoop, PiDoesNotWindUpBehindItsBound) {
     for (int i = 0; i < 30; ++i) step();
     EXPECT_LT(controller.aux_loss_weight(0), 0.05) << autotune;
   }
-}
-
-// ---- Faults in the loop: limits hold throughout, and balance returns after the fault. ----
-
-// Drives one layer step by step; `fault` replaces what an untroubled step does.
-class FaultyLoop {
- public:
-  explicit FaultyLoop(const std::string& policy = "adaptive_bias")
-      : config_(config_for(plant_, policy)), controller_(config_), router_(plant_) {
-    last_.assign(controller_.bias(0).begin(), controller_.bias(0).end());
-  }
-
-  Controller& controller() { return controller_; }
-  SimulatedRouter& router() { return router_; }
-  const std::vector<double>& vio() const { return vio_; }
-
-  RoutingBatch route() {
-    const RoutingBatch batch =
-        router_.route(controller_.bias(0), controller_.aux_loss_weight(0), controller_.temperature(0));
-    std::vector<double> counts(16, 0.0);
-    for (std::int64_t e : batch.experts) counts[static_cast<std::size_t>(e)] += 1;
-    vio_.push_back(
-        16 * *std::max_element(counts.begin(), counts.end()) / static_cast<double>(batch.experts.size()) - 1);
-    return batch;
-  }
-  void good_step() {
-    controller_.record(0, route());
-    step();
-  }
-  // Steps the controller and checks the safety invariant.
-  void step(const StepInfo& info = {}) {
-    controller_.step(info);
-    const Limits& limits = config_.expert_bias.limits;
-    const auto bias = controller_.bias(0);
-    for (std::size_t i = 0; i < bias.size(); ++i) {
-      ASSERT_TRUE(std::isfinite(bias[i]));
-      ASSERT_GE(bias[i], limits.min);
-      ASSERT_LE(bias[i], limits.max);
-      ASSERT_LE(std::abs(bias[i] - last_[i]), limits.rate * (1 + 1e-12));
-    }
-    last_.assign(bias.begin(), bias.end());
-  }
-  void good_steps(int n) {
-    for (int i = 0; i < n; ++i) good_step();
-  }
-  // Mean MaxVio of the last `n` batches over the noise floor of 2048 tokens.
-  double ratio(std::size_t n) const {
-    double sum = 0;
-    for (std::size_t i = vio_.size() - n; i < vio_.size(); ++i) sum += vio_[i] / static_cast<double>(n);
-    return sum / *max_vio_of_cv(16, *noise_floor_cv(16, 2, 2048));
-  }
-
- private:
-  SimulationOptions plant_;
-  ControllerConfig config_;
-  Controller controller_;
-  SimulatedRouter router_;
-  std::vector<double> last_, vio_;
-};
-
-TEST(LoopFaults, NaNScores) {
-  FaultyLoop loop;
-  loop.good_steps(100);
-  for (int i = 0; i < 20; ++i) {
-    RoutingBatch batch = loop.route();
-    std::vector<float> broken(batch.top_values.begin(), batch.top_values.end());
-    broken[static_cast<std::size_t>(3 * i + 1)] = std::numeric_limits<float>::quiet_NaN();
-    batch.top_values = broken;
-    const std::vector<double> before(loop.controller().bias(0).begin(), loop.controller().bias(0).end());
-    loop.controller().record(0, batch);
-    loop.step();
-    EXPECT_TRUE(loop.controller().report().layers[0].actuators[0].reasons.has(Reason::kInvalid));
-    EXPECT_THAT(loop.controller().bias(0), ::testing::ElementsAreArray(before));
-  }
-  loop.good_steps(60);
-  EXPECT_LT(loop.ratio(30), 1.4);
-}
-
-TEST(LoopFaults, IndicesOutsideTheLayer) {
-  FaultyLoop loop;
-  loop.good_steps(100);
-  for (int i = 0; i < 20; ++i) {
-    RoutingBatch batch = loop.route();
-    std::vector<std::int64_t> broken(batch.experts.begin(), batch.experts.end());
-    broken[7] = i % 2 == 0 ? 16 : -1;
-    batch.experts = broken;
-    loop.controller().record(0, batch);
-    loop.step();
-    EXPECT_TRUE(loop.controller().report().layers[0].actuators[0].reasons.has(Reason::kInvalid));
-  }
-  loop.good_steps(60);
-  EXPECT_LT(loop.ratio(30), 1.4);
-}
-
-TEST(LoopFaults, MissingSteps) {
-  FaultyLoop loop;
-  loop.good_steps(60);
-  for (int i = 0; i < 200; ++i) {
-    const RoutingBatch batch = loop.route();
-    if (i % 3 != 0) {
-      loop.step();  // nothing was recorded
-      EXPECT_TRUE(loop.controller().report().layers[0].actuators[0].reasons.has(Reason::kNoData));
-      continue;
-    }
-    loop.controller().record(0, batch);
-    loop.step();
-  }
-  EXPECT_LT(loop.ratio(60), 1.4);  // two steps in three are blind, and the loop still holds
-}
-
-TEST(LoopFaults, SkippedOptimizerSteps) {
-  FaultyLoop loop;
-  loop.good_steps(60);
-  for (int i = 0; i < 60; ++i) {
-    loop.controller().record(0, loop.route());
-    StepInfo info;
-    info.skipped = i % 2 == 0;
-    loop.step(info);
-    EXPECT_EQ(loop.controller().report().layers[0].actuators[0].reasons.has(Reason::kSkippedStep),
-              i % 2 == 0);
-  }
-  loop.good_steps(40);
-  EXPECT_LT(loop.ratio(30), 1.4);
-}
-
-// Statistics that are five steps old although the config says they are fresh.
-TEST(LoopFaults, StaleStatistics) {
-  FaultyLoop loop;
-  loop.good_steps(100);
-  std::deque<RoutingStats> queue;
-  for (int i = 0; i < 200; ++i) {
-    queue.emplace_back(loop.controller().shape()).add(loop.route());
-    if (queue.size() > 5) {
-      loop.controller().record(0, queue.front());
-      queue.pop_front();
-    }
-    loop.step();
-  }
-  EXPECT_LT(loop.ratio(100), 12);  // not declared: it may swing, within its limits
-  loop.good_steps(150);
-  EXPECT_LT(loop.ratio(50), 1.4);
-}
-
-TEST(LoopFaults, BatchesTenTimesAsLarge) {
-  FaultyLoop loop;
-  loop.good_steps(100);
-  loop.router().set_tokens(20480);
-  loop.good_steps(60);
-  EXPECT_LT(loop.ratio(30), 1);  // the noise floor falls with the batch, and the loop goes below the old one
-  loop.router().set_tokens(2048);
-  loop.good_steps(60);
-  EXPECT_LT(loop.ratio(30), 1.5);
-}
-
-TEST(LoopFaults, FrozenLayer) {
-  FaultyLoop loop;
-  loop.good_steps(20);
-  loop.controller().freeze(0);
-  const std::vector<double> before(loop.controller().bias(0).begin(), loop.controller().bias(0).end());
-  loop.good_steps(200);
-  EXPECT_THAT(loop.controller().bias(0), ::testing::ElementsAreArray(before));
-  EXPECT_GT(loop.ratio(30), 1.6);  // the router went on without it
-  loop.controller().freeze(0, false);
-  loop.good_steps(60);
-  EXPECT_LT(loop.ratio(30), 1.4);
-}
-
-// The router ignores the biases for a while, as when the host forgot to copy them.
-TEST(LoopFaults, ActuatorThatDoesNotAct) {
-  FaultyLoop loop;
-  loop.good_steps(60);
-  const std::vector<double> stuck(loop.controller().bias(0).begin(), loop.controller().bias(0).end());
-  for (int i = 0; i < 150; ++i) {
-    loop.controller().record(0, loop.router().route(stuck));
-    loop.step();
-  }
-  loop.good_steps(100);
-  EXPECT_LT(loop.ratio(30), 1.4);
 }
 
 }  // namespace
