@@ -226,15 +226,20 @@ class AdaptiveBias final : public Policy {
     const double mean = sum_of(bias) / static_cast<double>(experts_);
     for (double& b : bias) b -= mean;
     if (feedforward_) {
-      feedforward_->plan(layer.info.next_mixture, uses_gap_ ? options_.feedforward_share * gap_ : 0);
-      for (std::size_t i = 0; i < experts_; ++i) bias[i] += feedforward_->next()[i];
+      feedforward_->plan(layer.info.next_mixture, uses_gap_ ? options_.feedforward_share * gap_ : 0, bias);
     }
     planned_ = true;
   }
 
-  void on_applied(std::span<const double>, const LimitReport& why) override {
+  void on_applied(std::span<const double> applied, const LimitReport& why) override {
     limited_ = !why.empty();
-    if (feedforward_ && planned_ && !why.held()) feedforward_->commit();
+    if (feedforward_ && planned_ && !why.held()) {
+      if (limited_) {
+        feedforward_->commit_cut(applied);
+      } else {
+        feedforward_->commit();
+      }
+    }
     planned_ = false;
   }
 

@@ -4,12 +4,14 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <array>
 #include <vector>
 
 namespace moectl::policies {
 namespace {
 
 using ::testing::DoubleEq;
+using ::testing::DoubleNear;
 using ::testing::ElementsAre;
 
 // Tokens of two domains, each choosing one of two experts.
@@ -33,14 +35,15 @@ const std::vector<double> kTargets = {0.5, 0.5};
 
 TEST(Feedforward, LearnsEachDomainsEffectAndPlansForTheChange) {
   Feedforward law(2, 2);
+  std::array<double, 2> bias{};
   const std::vector<std::int64_t> first = {1, 3}, second = {3, 1}, third = {1, 1};
-  law.plan(first, 1);  // the first mixture is the mean: nothing to expect
+  law.plan(first, 1, bias);  // the first mixture is the mean: nothing to expect
   EXPECT_THAT(law.next(), ElementsAre(0, 0));
   // Domain 0: 512 tokens, e = (-1, 1), weight .1. Domain 1: 256 tokens, e = (.5, -.5), weight .05.
   const RoutingStats seen = window({{0, 0, 512}, {1, 0, 64}, {1, 1, 192}});
   law.learn(seen, kTargets);
   // ε = (-.1, .1) and (.025, -.025); w - w̄ = (.5, -.5); twice ê = .5 (-.1) - .5 (.025).
-  law.plan(second, 2);
+  law.plan(second, 2, bias);
   EXPECT_THAT(law.next(), ElementsAre(DoubleEq(-0.125), DoubleEq(0.125)));
   // Only what is committed is in force.
   EXPECT_THAT(law.in_force(), ElementsAre(0, 0));
@@ -49,35 +52,62 @@ TEST(Feedforward, LearnsEachDomainsEffectAndPlansForTheChange) {
   // The same errors in spite of ê: ε_0 += .1 (-1 - .0625 + .1), ε_1 += .05 (.5 - .0625 - .025).
   law.learn(seen, kTargets);
   // w̄ has gone .02 of the way, to (.26, .74): ê = .24 (-.19625) - .24 (.045625).
-  law.plan(third, 1);
+  law.plan(third, 1, bias);
   EXPECT_THAT(law.next(), ElementsAre(DoubleEq(-0.05805), DoubleEq(0.05805)));
 }
 
 TEST(Feedforward, ADomainThatIsAbsentKeepsItsEffectAndAnUnknownMixturePlansNothing) {
   Feedforward law(2, 2);
+  std::array<double, 2> bias{};
   const std::vector<std::int64_t> even = {1, 1}, zero = {0, 0}, one = {1, 0};
-  law.plan(even, 1);
+  law.plan(even, 1, bias);
   law.learn(window({{0, 0, 512}, {1, 1, 512}}), kTargets);
-  law.plan({}, 1);
+  law.plan({}, 1, bias);
   EXPECT_THAT(law.next(), ElementsAre(0, 0));
-  law.plan(zero, 1);
+  law.plan(zero, 1, bias);
   EXPECT_THAT(law.next(), ElementsAre(0, 0));
   law.learn(window({{1, 0, 256}, {1, 1, 256}}), kTargets);
   // ε_0 is still (-.1, .1); ε_1 has lost a tenth of (.1, -.1).
-  law.plan(one, 1);
+  law.plan(one, 1, bias);
   EXPECT_THAT(law.next(), ElementsAre(DoubleEq(0.5 * -0.1 - 0.5 * 0.09), DoubleEq(0.095)));
 }
 
 TEST(Feedforward, CancelsNoMoreThanAllOfALoad) {
   Feedforward law(2, 2);
+  std::array<double, 2> bias{};
   const std::vector<std::int64_t> even = {1, 1}, one = {1, 0};
   const std::vector<double> skewed = {0.01, 0.99};  // e_0 of an expert with all tokens: -99
-  law.plan(even, 1);
+  law.plan(even, 1, bias);
   law.learn(window({{0, 0, 512}, {1, 1, 512}}), skewed);
-  law.plan(one, 1);
+  law.plan(one, 1, bias);
   // ê is clipped to (-1, …); ε = .1 (-99, 1) and .1 (1, -1/99), the mean goes out.
   const double up = 0.5 * 0.1 + 0.5 * 0.1 / 99;
   EXPECT_THAT(law.next(), ElementsAre(DoubleEq((-1 - up) / 2), DoubleEq((1 + up) / 2)));
+}
+
+// A rate limit lets a tenth of the way through at a time. The law's own b comes out as it went in, and what could not be
+// done of ê is not learnt as if it had been.
+TEST(Feedforward, ALimitCutsItAndNotTheLawsOwnBiases) {
+  Feedforward law(2, 2);
+  const std::vector<std::int64_t> even = {1, 1}, one = {1, 0};
+  std::array<double, 2> bias{};
+  law.plan(even, 1, bias);
+  law.commit();
+  law.learn(window({{0, 0, 512}, {1, 1, 512}}), kTargets);  // ε = (-.1, .1) and (.1, -.1)
+  bias = {0.3, -0.3};
+  law.plan(one, 1, bias);  // ê = (-.1, .1)
+  EXPECT_THAT(bias, ElementsAre(DoubleEq(0.2), DoubleEq(-0.2)));
+  law.commit_cut(std::array{0.29, -0.29});
+  EXPECT_THAT(law.in_force(), ElementsAre(DoubleNear(-0.01, 1e-15), DoubleNear(0.01, 1e-15)));
+  // The next window shows e_0 = (-1, 1): ε_0 += .1 (-1 - .01 + .1), not .1 (-1 - .1 + .1). w̄ is (.51, .49).
+  law.learn(window({{0, 0, 512}}), kTargets);
+  bias = {0.3, -0.3};
+  law.plan(one, 1, bias);
+  const double effect = -0.1 + 0.1 * (-1 - 0.01 + 0.1);
+  EXPECT_THAT(law.next(), ElementsAre(DoubleEq(0.49 * (effect - 0.1)), DoubleEq(-0.49 * (effect - 0.1))));
+  // Never outside what was and what was planned, whatever came of it.
+  law.commit_cut(std::array{5.0, -5.0});
+  EXPECT_THAT(law.in_force(), ElementsAre(DoubleNear(-0.01, 1e-15), DoubleNear(0.01, 1e-15)));
 }
 
 }  // namespace
