@@ -172,7 +172,7 @@ runs.forEach((run, r) => {
 
 const FIGURES = {steps: 'steps', settle: 'settle', max_vio: 'MaxVio', max_vio_over_floor: 'MaxVio / floor', cv: 'CV',
                  cv_over_floor: 'CV / floor', excess_cv: 'excess CV', excess_area: 'excess area',
-                 end_over_floor: 'MaxVio / floor at the end', dead_experts: 'dead experts',
+                 end_over_floor: 'MaxVio / floor, end', dead_experts: 'dead experts',
                  limit_hits: 'limit hits', loss: 'loss', validation_loss: 'validation loss'};
 const summarise = () => {
   const names = Object.keys(FIGURES).filter((f) => f === 'settle' || runs.some((run) => run.figures[f] !== null));
