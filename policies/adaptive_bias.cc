@@ -516,6 +516,9 @@ std::string check(const PolicyContext& context, const PolicyOptions& options) {
     if (o.form == "counts") return "feedforward: tags: needs the gap";
     if (context.delay > 0)
       return "feedforward: tags: needs routing that is not late (model.delay: 0, lag: 0)";
+    if (context.cadence > 1)
+      return "feedforward: tags: needs a decision for every batch, since each has a mixture of its own "
+             "(limits.cadence: 1)";
   }
   if (o.rescue) {
     if (context.top_k >= context.experts) return "rescue: true: needs top_k below the number of experts";

@@ -229,7 +229,8 @@ void complete_actuator(Actuator which, ControllerConfig& config, const PolicyReg
                               .score_space = model.score_space,
                               .initial = actuator.initial,
                               .min = actuator.limits.min,
-                              .max = actuator.limits.max};
+                              .max = actuator.limits.max,
+                              .cadence = actuator.limits.cadence};
   if (const std::string fault = policy.check(context, actuator.options); !fault.empty()) {
     checks.fail(path + ".options", policy.name, fault);
   }

@@ -27,7 +27,8 @@ std::unique_ptr<Policy> make_policy(Actuator actuator, const ControllerConfig& c
                               .score_space = config.model.score_space,
                               .initial = own.initial,
                               .min = own.limits.min,
-                              .max = own.limits.max};
+                              .max = own.limits.max,
+                              .cadence = own.limits.cadence};
   return description->make(context, own.options);
 }
 

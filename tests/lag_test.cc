@@ -187,6 +187,21 @@ TEST(Lag, PoliciesAreToldOfTheDelay) {
   EXPECT_THROW(Controller{tags}, ConfigError);
 }
 
+// One decision would serve several batches, of which it knows the first one's mixture alone.
+TEST(Lag, FeedforwardIsForBatchesThatAreDecidedOnOneByOne) {
+  ControllerConfig tags = lag_config(0);
+  tags.model.domains = {"a", "b"};
+  tags.expert_bias.options.set("feedforward", std::string("tags"));
+  EXPECT_NO_THROW(Controller{tags});
+  tags.expert_bias.limits.cadence = 2;
+  try {
+    Controller{tags};
+    FAIL();
+  } catch (const ConfigError& error) {
+    EXPECT_THAT(error.what(), HasSubstr("limits.cadence: 1"));
+  }
+}
+
 TEST(Lag, MustBeZeroOrOne) {
   try {
     Controller controller(lag_config(2));

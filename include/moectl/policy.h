@@ -104,8 +104,9 @@ struct PolicyContext {
   int domains = 0;  ///< Domains whose tokens are counted apart.
   int delay = 0;    ///< Steps between the routing and the decision that uses it, beyond the loop's own one.
   ScoreSpace score_space = ScoreSpace::kProbability;
-  double initial = 0;       ///< The actuator's value at the start.
-  double min = 0, max = 0;  ///< Its range.
+  double initial = 0;        ///< The actuator's value at the start.
+  double min = 0, max = 0;   ///< Its range.
+  std::int64_t cadence = 1;  ///< Steps between decisions.
 };
 
 struct PolicyDescription {
