@@ -14,7 +14,7 @@
 //                                                          floor: the CV that perfect balance would show;
 //                                                          n = floor until there is an r_D
 //   s(e) = x⁴ / (1 + x⁴),  x = e / 4n
-//   F    = max(g, clip(F · exp(adaptation/D · s(rms e) · drive), g_min, g_max))
+//   F    = max(g, clip(F · exp(adaptation/D · s(rms e) · drive), g_min, g_max)),  first 2g
 //   λ_i += 0.3 · (s(e_i) · max(0, 2 e_ti e_{t-D,i} / (e_ti² + e_{t-D,i}²)) - λ_i)
 //   g_i  = g + (F - g) · λ_i
 //   t_i  = t_i · max(0, 1 + min_l a_l + 0.8/√(N-1))      the factor only if min_l a_l is significant, as above
@@ -48,9 +48,10 @@
 // too small when the data change and errors are twenty floors high. So an error of more than four times the
 // noise is met with a gain of its own, F, which is learnt in such times alone; as a Kalman filter's gain is
 // the larger the more of an error is not noise. Only as far as the expert's error has been far, on one side,
-// for some steps (λ): one that overshoots gets no more of it. F may be twenty times g, and what chance throws
-// far out for a step or two needs none of it: the seldom chosen experts of a softmax lie so close together
-// that a step under F takes one of them past all the others and gives it the tokens of ten.
+// for some steps (λ): one that overshoots gets no more of it. F begins at half a gap, which is half to a third
+// of what makes a loop unstable, and may come to be twenty times g; and what chance throws far out for a step
+// or two needs none of it: the seldom chosen experts of a softmax lie so close together that a step under F
+// takes one of them past all the others and gives it the tokens of ten.
 // The noise is the floor where tokens are all that varies (metrics.h). Mixtures that vary from batch to batch
 // come on top and no floor knows of them: so it is the level of the errors that are unlike the last ones.
 //
@@ -151,9 +152,10 @@ constexpr double kOwnSignificance = 0.4;
 constexpr double kOwnRise = 0.1, kOwnFall = 0.3;
 constexpr double kOwnMin = 1.0 / 16, kOwnMax = 8;
 
-// Errors of more than so many times the noise are none; how soon one that stays far counts as lasting; and how
-// fast the trend follows the errors below.
+// Errors of more than so many times the noise are none; the first gain for them, in first gains; how soon one
+// that stays far counts as lasting; and how fast the trend follows the errors below.
 constexpr double kFar = 4;
+constexpr double kFarFirst = 2;
 constexpr double kLasting = 0.3;
 constexpr double kTrend = 1.0 / 16;
 
@@ -304,7 +306,8 @@ class AdaptiveBias final : public Policy {
     gain_max_ = share * (options_.gain_max > 0 ? options_.gain_max : form.max);
     gain_ = std::clamp(share * (options_.gain > 0 ? options_.gain : form.first), gain_min_,
                        std::max(gain_min_, gain_max_));
-    far_gain_ = gain_;
+    const double far_first = options_.adaptation > 0 ? kFarFirst : 1;
+    far_gain_ = std::max(gain_, std::min(far_first * gain_, gain_max_));
   }
 
   std::optional<double> measured_gap(const RoutingStats& stats) const {
@@ -565,7 +568,7 @@ PolicyDescription adaptive_bias() {
       {.name = "adaptation",
        .default_value = defaults.adaptation,
        .unit = "1/step",
-       .description = "how fast the gain follows the correlation of the errors; 0 = fixed gain",
+       .description = "how fast the gain follows the correlation of the errors; 0 = one fixed gain",
        .min = 0,
        .max = 1},
       {.name = "correlation_ema",

@@ -19,30 +19,30 @@ double part_of_noise(double e, double noise_sq) {
   return 1 / (1 + std::pow(e * e / (16 * noise_sq), 2));
 }
 
-// N = 2, k = 1, counts (30, 10): e = (-0.5, 0.5), floor² = 1/40. No gap in the stats, so counts only: g = F = 1e-3.
+// N = 2, k = 1, counts (30, 10): e = (-0.5, 0.5), floor² = 1/40. No gap in the stats, so counts only: g = 1e-3, F = 2g.
 TEST(AdaptiveBias, FirstStepsByHandCountsOnly) {
   PolicyRig rig("adaptive_bias", RigOptions{.experts = 2, .top_k = 1});
   rig.step(stats_of(rig.shape(), {30, 10}));
-  // Nothing to compare with, so the noise is the floor, .025.
-  double trend = 1e-3 / 16 * part_of_noise(0.5, 0.025) * 0.5;
+  // Nothing to compare with, so the noise is the floor, .025, and nothing has lasted. The trend learns g/16F of the step.
+  double trend = 1e-3 / 32 * part_of_noise(0.5, 0.025) * 0.5;
   double wanted = 0.5e-3 + trend;
   EXPECT_NEAR(rig.value[0], -wanted, 1e-15);
   EXPECT_NEAR(rig.value[1], wanted, 1e-15);
-  // The same errors again: r_1 = 1, so g = 1e-3 · exp(0.1), which lifts F with it. No error is unlike the last:
-  // n² stays at the floor.
+  // The same errors again: r_1 = 1, so g = 1e-3 · exp(0.1), and F rises by .1 of the part of .5 that is no noise. No
+  // error is unlike the last: n² stays at the floor. Three tenths of that part count as lasting.
   rig.step(stats_of(rig.shape(), {30, 10}));
   const double risen = 1e-3 * std::exp(0.1);
-  trend += risen / 16 * part_of_noise(0.5, 0.025) * 0.5;
-  wanted += risen * 0.5 + trend;
+  const double sure = 1 - part_of_noise(0.5, 0.025), far_risen = 2e-3 * std::exp(0.1 * sure);
+  trend += risen * risen / (16 * far_risen) * (1 - sure) * 0.5;
+  wanted += (risen + (far_risen - risen) * 0.3 * sure) * 0.5 + trend;
   EXPECT_NEAR(rig.value[1], wanted, 1e-15);
   // Reversed: r_1 = r_2 = -1. a_1 = 0.2·1 = 0.2 after the second step, then 0.2 + 0.2·(-1 - 0.2) = -0.04; a_2
   // = -0.2. Neither is below -0.8, so the drive is r_1 = -1, g is back at 1e-3 and no trend is shed.
-  // n² = .025 + .1 (4 · .025 - .025); F falls by .1 of the part of .5 that is no noise. The error of the second
-  // step was like that of the first: three tenths of its part that is no noise count as lasting, of which .7 are left.
+  // n² = .025 + .1 (4 · .025 - .025); F falls by .1 of the part of .5 that is no noise. Of what lasted .7 are left.
   rig.step(stats_of(rig.shape(), {10, 30}));
   const double noise = part_of_noise(0.5, 0.0325);
-  const double far_gain = risen * std::exp(-0.1 * (1 - noise));
-  const double lasting = 0.7 * 0.3 * (1 - part_of_noise(0.5, 0.025));
+  const double far_gain = far_risen * std::exp(-0.1 * (1 - noise));
+  const double lasting = 0.7 * 0.3 * sure;
   trend -= 1e-3 * 1e-3 / (16 * far_gain) * noise * 0.5;
   wanted += -0.5 * (1e-3 + (far_gain - 1e-3) * lasting) + trend;
   EXPECT_NEAR(rig.value[1], wanted, 1e-15);
@@ -56,11 +56,11 @@ TEST(AdaptiveBias, GapFormStepsInGaps) {
   const std::vector<float> top = {0.75F, 0.5F, 0.75F, 0.5F, 0.75F, 0.5F, 0.75F, 0.5F};
   ASSERT_TRUE(stats.add({.experts = experts, .top_values = top}));
   rig.step(stats);
-  // e = (-2, 0, 1, 1), clipped (-1, 0, 1, 1); step 0.25 · 1 · 0.25. The trend takes a sixteenth of what may be noise,
-  // not clipped; n² = floor² = 3/4.
+  // e = (-2, 0, 1, 1), clipped (-1, 0, 1, 1); step 0.25 · 1 · 0.25. The trend takes a half of a sixteenth of what may be
+  // noise, not clipped; n² = floor² = 3/4.
   const double step = 0.0625;
-  const double down = -step - step / 16 * 2 * part_of_noise(2, 0.75);
-  const double up = step + step / 16 * part_of_noise(1, 0.75);
+  const double down = -step - step / 32 * 2 * part_of_noise(2, 0.75);
+  const double up = step + step / 32 * part_of_noise(1, 0.75);
   const double mean = (down + 2 * up) / 4;
   EXPECT_NEAR(rig.value[0], down - mean, 1e-15);
   EXPECT_NEAR(rig.value[1], -mean, 1e-15);
@@ -82,14 +82,16 @@ TEST(AdaptiveBias, ALimitedMoveDoesNotRaiseTheGain) {
   rig.value.assign(2, 0.0);
   rig.step(stats_of(rig.shape(), {30, 10}));
   // Nor does it teach a trend: what there is comes from the first window, before any limit was heard of.
-  EXPECT_NEAR(rig.value[1], 0.5e-3 + 1e-3 / 16 * part_of_noise(0.5, 0.025) * 0.5, 1e-15);
+  // Neither gain has risen, but an error that has lasted for so long is met with F.
+  const double noise = part_of_noise(0.5, 0.025), lasting = (1 - noise) * (1 - std::pow(0.7, 50));
+  EXPECT_NEAR(rig.value[1], 0.5e-3 * (1 + lasting) + 1e-3 / 32 * noise * 0.5, 1e-15);
 }
 
 TEST(AdaptiveBias, ADeclaredDelayDividesTheFirstGain) {
   PolicyRig rig("adaptive_bias", RigOptions{.experts = 2, .top_k = 1, .delay = 3});
   rig.step(stats_of(rig.shape(), {30, 10}));
   const double step = 0.5e-3 / 4;  // and of the trend a quarter of that again
-  EXPECT_NEAR(rig.value[1], step + step / (16 * 4) * part_of_noise(0.5, 0.025), 1e-15);
+  EXPECT_NEAR(rig.value[1], step + step / (32 * 4) * part_of_noise(0.5, 0.025), 1e-15);
 }
 
 // Both gains rise while a large error stays; then g falls, as errors near the noise alternate, and F is left high. An
@@ -230,8 +232,8 @@ TEST(AdaptiveBias, ADeclaredDelayOfEightStepsUnderASoftmaxStaysNearTheFloor) {
     options.scenario = Scenario::kDelay;
     options.seed = seed;
     double ratio = 0;
-    simulate(controller, options, 400, [&](const StepReport& report) {
-      if (report.step >= 300)
+    simulate(controller, options, 600, [&](const StepReport& report) {
+      if (report.step >= 500)
         ratio += *report.layers[0].metrics->max_vio / *report.layers[0].metrics->noise_floor_max_vio;
     });
     EXPECT_LT(ratio / 100, 1.5) << seed;
