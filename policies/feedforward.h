@@ -8,9 +8,10 @@
 //   ε_d += 0.1 · min(1, n_d/512) · (e_d + ê - ε_d)
 //   w̄ += 0.02 (w - w̄)
 //
-// Adding ê takes the feed-forward's own effect out again. The law keeps b to itself: it recovers it as what
-// was applied less the feed-forward, so that this never integrates. What a limit cuts off is the
-// feed-forward's first, and ê is less by it: a switch that the rate spreads over several steps leaves b where it was.
+// where ê is that of the biases which routed the batch: adding it takes the feed-forward's own effect out again. The law
+// keeps b to itself: it recovers it as what was applied less the feed-forward, so that this never integrates. What a
+// limit cuts off is the feed-forward's first, and ê is less by it: a switch that the rate spreads over several steps
+// leaves b where it was. A decision that is held changes neither: the last one's goes on acting, and so does its ê.
 // Mixtures that change at every step want a rate that lets them through: what arrives a step late cancels the wrong one,
 // and then the law is better off without (`moectl simulate --scenario noise`, seeds 1–3, end_over_floor: with a rate of
 // 0.01 5.3 without and 6.3 with, unlimited 5.1 and 2.5).
@@ -38,14 +39,14 @@ class Feedforward {
         effect_(domains_ * experts, 0.0),
         mean_mixture_(domains_, 0.0),
         expected_(experts, 0.0),
-        next_(experts, 0.0),
         in_force_(experts, 0.0),
+        planned_(experts, 0.0),
+        next_(experts, 0.0),
         own_(experts, 0.0) {}
 
   std::span<const double> in_force() const { return in_force_; }
-  std::span<const double> next() const { return next_; }
 
-  /// Learns from a window that was routed with `expected_` taken into account.
+  /// Learns from a window that was routed with what is in force.
   void learn(const RoutingStats& stats, std::span<const double> targets) {
     if (!stats.has_domains()) return;
     for (std::size_t d = 0; d < domains_; ++d) {
@@ -67,7 +68,7 @@ class Feedforward {
   /// of 1. Mean zero.
   void plan(std::span<const std::int64_t> mixture, double unit, std::span<double> bias) {
     unit_ = unit;
-    std::fill(expected_.begin(), expected_.end(), 0.0);
+    std::fill(planned_.begin(), planned_.end(), 0.0);
     double total = 0;
     for (const std::int64_t tokens : mixture) total += static_cast<double>(tokens);
     if (mixture.size() == domains_ && total > 0) {
@@ -75,12 +76,13 @@ class Feedforward {
         const double share = static_cast<double>(mixture[d]) / total;
         if (!mixture_known_) mean_mixture_[d] = share;
         const double change = share - mean_mixture_[d];
-        for (std::size_t i = 0; i < experts_; ++i) expected_[i] += change * effect_[d * experts_ + i];
+        for (std::size_t i = 0; i < experts_; ++i) planned_[i] += change * effect_[d * experts_ + i];
         mean_mixture_[d] += kMixtureEma * change;
       }
       mixture_known_ = true;
     }
-    for (std::size_t i = 0; i < experts_; ++i) next_[i] = unit * std::min(std::max(expected_[i], -1.0), 1.0);
+    if (!(unit > 0)) std::fill(planned_.begin(), planned_.end(), 0.0);  // nothing can be cancelled
+    for (std::size_t i = 0; i < experts_; ++i) next_[i] = unit * std::min(std::max(planned_[i], -1.0), 1.0);
     const double mean = sum_of(next_) / static_cast<double>(experts_);
     for (std::size_t i = 0; i < experts_; ++i) {
       next_[i] -= mean;
@@ -90,13 +92,16 @@ class Feedforward {
   }
 
   /// All that was planned is in force.
-  void commit() { in_force_ = next_; }
+  void commit() {
+    in_force_ = next_;
+    expected_ = planned_;
+  }
   /// A limit let only `applied` through: b's part of it is served first.
   void commit_cut(std::span<const double> applied) {
     for (std::size_t i = 0; i < experts_; ++i) {
       const auto [low, high] = std::minmax(in_force_[i], next_[i]);
       const double left = std::min(std::max(applied[i] - own_[i], low), high);
-      if (unit_ > 0) expected_[i] -= (next_[i] - left) / unit_;
+      expected_[i] = unit_ > 0 ? planned_[i] - (next_[i] - left) / unit_ : 0;
       in_force_[i] = left;
     }
   }
@@ -124,12 +129,12 @@ class Feedforward {
   std::size_t domains_, experts_;
   std::vector<double> effect_;        // ε [domains × N]
   std::vector<double> mean_mixture_;  // w̄ [domains]
-  std::vector<double> expected_;      // ê of the batch being routed [N]
-  std::vector<double> next_;          // planned [N]
-  std::vector<double> in_force_;      // part of what is applied now [N]
-  std::vector<double> own_;           // b, from plan to commit [N]
-  double unit_ = 0;
+  std::vector<double> expected_;      // ê that what is in force was meant to cancel [N]
+  std::vector<double> in_force_;      // the feed-forward's part of what is applied now, score units [N]
   bool mixture_known_ = false;
+  // From plan to commit: ê, what it comes to in score units, b, and the unit.
+  std::vector<double> planned_, next_, own_;
+  double unit_ = 0;
 };
 
 }  // namespace moectl::policies

@@ -186,6 +186,33 @@ TEST(AdaptiveBias, FeedforwardCancelsWhatTheMixtureBrings) {
   EXPECT_LT(with, 0.85 * without) << with << " " << without;
 }
 
+// While a layer is frozen no plan acts. Learnt from as if they had, batches of nearly one domain each make its effect
+// seem twice as large as it is.
+TEST(AdaptiveBias, WhatAFreezeHeldBackIsNotLearntAsIfItHadActed) {
+  const auto after_a_freeze = [](const char* feedforward) {
+    double vio = 0;
+    for (std::uint64_t seed = 1; seed <= 3; ++seed) {
+      ControllerConfig config = load_config(std::string(MOECTL_SOURCE_DIR) + "/policies/adaptive_bias.yaml");
+      config.model.layers = 1;
+      config.model.domains = {"a", "b"};
+      config.expert_bias.options.set("feedforward", std::string(feedforward));
+      Controller controller(config);
+      SimulationOptions options = simulation_options(config);
+      options.seed = seed;
+      options.mixture_spread = 5;
+      options.cluster_spread = 0.3;
+      simulate(controller, options, 367, [&](const StepReport& report) {
+        if (report.step == 300) controller.freeze(0);
+        if (report.step == 360) controller.freeze(0, false);
+        if (report.step > 361) vio += *report.layers[0].metrics->max_vio / 15;
+      });
+    }
+    return vio;
+  };
+  const double with = after_a_freeze("tags"), without = after_a_freeze("off");
+  EXPECT_LT(with, 0.6 * without) << with << " " << without;
+}
+
 TEST(AdaptiveBias, AHeldStepKeepsTheFeedforwardThatIsInForceApart) {
   PolicyRig rig("adaptive_bias", RigOptions{.experts = 4,
                                             .top_k = 1,
