@@ -11,8 +11,8 @@
 
 namespace moectl {
 
-SimulationOptions simulation_options(const ControllerConfig& config) {
-  SimulationOptions options;
+SimulationOptions simulation_options(const ControllerConfig& config, const SimulationOptions& otherwise) {
+  SimulationOptions options = otherwise;
   options.layers = config.model.layers;
   options.experts = config.model.experts;
   options.top_k = config.model.top_k;

@@ -549,7 +549,16 @@ TEST(Simulation, RejectsWhatMakesNoSense) {
   rejects([](auto& o) { o.scenario = Scenario::kDelay; }, "delay");
   rejects([](auto& o) { o.scenario = Scenario::kShift, o.domains = 1; }, "domains");
   rejects([](auto& o) { o.scenario = Scenario::kDead, o.sunk_experts = 16; }, "sunk_experts");
+  rejects(
+      [](auto& o) { o.scenario = Scenario::kCollapse, o.collapse = CollapseKind::kDeadThird, o.experts = 2; },
+      "experts");
   rejects([](auto& o) { o.clusters = 3; }, "clusters");
+  rejects([](auto& o) { o.layers = 4097; }, "layers");
+  rejects([](auto& o) { o.tokens = (std::int64_t{1} << 26) + 1; }, "tokens");
+  rejects([](auto& o) { o.layers = 1000, o.experts = 30000; }, "clusters");
+  rejects([](auto& o) { o.delay = 65536; }, "delay");
+  rejects([](auto& o) { o.jitter = 1e4; }, "jitter");
+  rejects([](auto& o) { o.capacity_factor = INFINITY; }, "capacity_factor");
   rejects([](auto& o) { o.token_spread = std::nan(""); }, "token_spread");
   rejects([](auto& o) { o.coherence = 1.1; }, "coherence");
   rejects([](auto& o) { o.score_scale = 0; }, "score_scale");
@@ -573,6 +582,11 @@ TEST(Simulation, NamesReadBack) {
   EXPECT_EQ(gate_of("softmax"), SimulatedGate::kSoftmax);
   EXPECT_EQ(gate_of(name_of(SimulatedGate::kSigmoid)), SimulatedGate::kSigmoid);
   EXPECT_FALSE(scenario_of("Steady").has_value());
+  for (int i = 0; i < 4; ++i) {
+    const auto kind = static_cast<CollapseKind>(i);
+    EXPECT_EQ(collapse_of(name_of(kind)), kind);
+  }
+  EXPECT_FALSE(collapse_of("cold").has_value());
 }
 
 }  // namespace

@@ -75,7 +75,7 @@ enum class CollapseKind {
   kRunaway,    ///< From the event on, rich-get-richer outruns the task's pull; a random expert has a head
                ///< start.
   kColdStart,  ///< From the first step on, one expert stands 6 logits above the rest, with the same lock-in.
-  kDeadThird,  ///< A third of the experts sinks by 6 logits, with the same lock-in.
+  kDeadThird,  ///< A third of the experts (N ≥ 3) sinks by 6 logits, with the same lock-in.
   kPoisonedBias,  ///< The selection biases that the router uses are wrong by a fixed vector.
 };
 
@@ -84,10 +84,12 @@ std::string_view name_of(Scenario scenario);
 std::string_view name_of(CollapseKind kind);
 std::optional<SimulatedGate> gate_of(std::string_view name);
 std::optional<Scenario> scenario_of(std::string_view name);
+std::optional<CollapseKind> collapse_of(std::string_view name);
 
 struct SimulationOptions {
-  int layers = 1;              ///< ≥ 1. Used by simulate(); a router is one layer.
-  int experts = 16;            ///< N ≥ 1.
+  // layers · kT and layers · N · clusters are at most 2^27: they fill memory.
+  int layers = 1;              ///< 1 to 4096. Used by simulate(); a router is one layer.
+  int experts = 16;            ///< N, 1 to 65535.
   int top_k = 2;               ///< 1 ≤ k ≤ N.
   std::int64_t tokens = 2048;  ///< T ≥ 1 a step; a multiple of sequence_length.
   SimulatedGate gate = SimulatedGate::kSigmoid;
@@ -98,9 +100,9 @@ struct SimulationOptions {
   std::int64_t event_step = 300;  ///< ≥ 0.
   CollapseKind collapse = CollapseKind::kRunaway;
   int sunk_experts = 1;  ///< `dead`: how many sink, < N.
-  int delay = 0;         ///< Steps by which stats are late in simulate(); scenario `delay` wants ≥ 1.
+  int delay = 0;  ///< Steps by which stats are late in simulate(), ≤ 65535; scenario `delay` wants ≥ 1.
 
-  // Tokens.
+  // Tokens. Spreads are at most 1000.
   std::int64_t sequence_length = 0;  ///< 0 = independent tokens.
   int domains = 4;                   ///< ≥ 1; `shift` wants ≥ 2.
   double mixture_spread = 0;    ///< Each step's mixture ∝ exp(spread · normal) a domain; 0 = constant.
@@ -111,9 +113,9 @@ struct SimulationOptions {
   double coherence = 0.55;      ///< [0, 1].
 
   // Router.
-  double preference = 1.0;     ///< Standard deviation of w over experts, logits.
-  double jitter = 0;           ///< ≥ 0.
-  double score_scale = 1;      ///< > 0. Factor on the scores that biases add to: the unit of the bias.
+  double preference = 1.0;  ///< Standard deviation of w over experts, logits, ≤ 1000.
+  double jitter = 0;        ///< 0 to 1000.
+  double score_scale = 1;   ///< 1e-6 to 1e6. Factor on the scores that biases add to: the unit of the bias.
   double capacity_factor = 0;  ///< 0 = dropless.
   bool probabilities = false;  ///< Hand out the router's probabilities (softmax, or sigmoids over their sum).
   bool biased_scores =
@@ -163,9 +165,9 @@ class SimulatedRouter {
   std::unique_ptr<Plant> plant_;
 };
 
-/// The plant that a config describes: its layers, experts, top_k, tokens (2048 if not known), score space and
-/// domains.
-SimulationOptions simulation_options(const ControllerConfig& config);
+/// The plant that a config describes: its layers, experts, top_k, tokens, score space, delay and domains. What it does
+/// not say (all else, and tokens or domains if it has none) is as in `otherwise`.
+SimulationOptions simulation_options(const ControllerConfig& config, const SimulationOptions& otherwise = {});
 
 /// Closes the loop: `steps` times routes every layer under what the controller has in force, records (`delay`
 /// steps late) and steps it. `observe`, if given, sees every report.

@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 
 #include <iostream>
+#include <new>
 
 #include "cli/tool.h"
 #include "moectl/config.h"
@@ -73,6 +74,9 @@ int main(int argc, char** argv) {
       return 1;
     }
     return code;
+  } catch (const std::bad_alloc&) {
+    std::cerr << "moectl: not enough memory\n";
+    return 1;
   } catch (const std::exception& e) {
     std::cout.flush();
     std::cerr << "moectl: " << e.what() << '\n';

@@ -1,6 +1,8 @@
 // moectl simulate CONFIG…: closes the loop on the simulated router, one run a config on the same tokens.
+#include <algorithm>
 #include <filesystem>
 #include <iostream>
+#include <limits>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -11,6 +13,7 @@
 #include "moectl/figures.h"
 #include "moectl/run_log.h"
 #include "moectl/simulation.h"
+#include "simulation_options.h"
 
 namespace moectl::cli {
 namespace {
@@ -18,11 +21,13 @@ namespace {
 struct Options {
   std::vector<std::string> configs;
   std::string scenario = "steady", gate = "sigmoid", format, output;
+  std::optional<std::string> collapse, score_space;
   std::int64_t steps = 600;
+  // Instead of the config's.
   std::optional<int> layers, experts, top_k;
-  std::optional<std::int64_t> tokens, event, delay;
-  std::int64_t sequence_length = 0;
-  std::uint64_t seed = 1;
+  std::optional<std::int64_t> tokens, event;
+  std::optional<int> sunk_experts, delay;
+  SimulationOptions plant;  // what else the plant is, by its own names
 };
 
 constexpr int kDelay = 4;  // of scenario delay, where the config declares none
@@ -33,24 +38,74 @@ const std::vector<std::string> kColumns = {"settle",        "max_vio",     "max_
 
 ControllerConfig config_of(const Options& options, const std::string& path, const PolicyRegistry& registry) {
   ControllerConfig config = load_config(path, registry);
-  if (options.layers) config.model.layers = *options.layers;
-  if (options.experts) config.model.experts = *options.experts;
-  if (options.top_k) config.model.top_k = *options.top_k;
-  if (options.tokens) config.model.tokens_per_step = *options.tokens;
+  ModelConfig& model = config.model;
+  if (options.layers) model.layers = *options.layers;
+  if (options.experts) model.experts = *options.experts;
+  if (options.top_k) model.top_k = *options.top_k;
+  if (options.tokens) model.tokens_per_step = *options.tokens;
+  if (options.score_space) {
+    model.score_space = *options.score_space == "logit" ? ScoreSpace::kLogit : ScoreSpace::kProbability;
+  }
   // Correlated tokens are to be measured against their own floor.
-  if (options.sequence_length > 0) config.collect.sequences = true;
+  if (options.plant.sequence_length > 0) config.collect.sequences = true;
   return config;
 }
 
+// The step from which on the plant is another than before, if there is one.
+std::optional<std::int64_t> event_of(const SimulationOptions& plant) {
+  const bool from_the_start =
+      plant.scenario == Scenario::kSteady || plant.scenario == Scenario::kDelay ||
+      (plant.scenario == Scenario::kCollapse && plant.collapse == CollapseKind::kColdStart);
+  return from_the_start ? std::nullopt : std::optional(plant.event_step);
+}
+
+void check_plant(const Options& options, const SimulationOptions& plant) {
+  const auto refuse = [](const std::string& option, std::int64_t value, const std::string& constraint) {
+    throw InputError(option + ": " + std::to_string(value) + ": " + constraint);
+  };
+  if (const auto fault = simulated::find_fault(plant)) {
+    std::string option = "--" + fault->option;
+    std::replace(option.begin(), option.end(), '_', '-');
+    if (fault->option == "domains") option = "model.domains";
+    throw InputError(option + ": " + fault->value + ": " + fault->constraint);
+  }
+  if (plant.top_k == plant.experts) {
+    refuse("--top-k", plant.top_k,
+           "must be below --experts: every token goes to every expert, and nothing is to be balanced");
+  }
+  const std::string steps = " --steps (" + std::to_string(options.steps) + ")";
+  if (const auto event = event_of(plant); event && *event >= options.steps) {
+    refuse("--event", *event, "must be below" + steps);
+  }
+  if (plant.delay >= options.steps) {
+    refuse("--delay", plant.delay, "must be below" + steps + ", or no statistics arrive");
+  }
+}
+
 SimulationOptions plant_of(const Options& options, const ControllerConfig& config) {
-  SimulationOptions plant = simulation_options(config);
+  SimulationOptions plant = simulation_options(config, options.plant);
   plant.gate = *gate_of(options.gate);
   plant.scenario = *scenario_of(options.scenario);
   plant.event_step = options.event.value_or(options.steps / 2);
-  plant.seed = options.seed;
-  plant.sequence_length = options.sequence_length;
-  if (options.delay) plant.delay = static_cast<int>(*options.delay);
-  if (plant.scenario == Scenario::kDelay && plant.delay == 0) plant.delay = kDelay;
+  if (options.collapse) {
+    if (plant.scenario != Scenario::kCollapse) {
+      throw InputError("--collapse: " + *options.collapse + ": needs --scenario collapse");
+    }
+    plant.collapse = *collapse_of(*options.collapse);
+  }
+  if (options.sunk_experts) {
+    if (plant.scenario != Scenario::kDead) {
+      throw InputError("--sunk-experts: " + std::to_string(*options.sunk_experts) +
+                       ": needs --scenario dead");
+    }
+    plant.sunk_experts = *options.sunk_experts;
+  }
+  if (options.delay) {
+    plant.delay = *options.delay;
+  } else if (plant.scenario == Scenario::kDelay && plant.delay == 0) {
+    plant.delay = kDelay;
+  }
+  check_plant(options, plant);
   return plant;
 }
 
@@ -70,10 +125,9 @@ std::string output_of(const Options& options, const std::string& config) {
 
 Figures simulate_one(const Options& options, const std::string& path, const PolicyRegistry& registry) {
   const ControllerConfig config = config_of(options, path, registry);
+  const SimulationOptions plant = plant_of(options, config);
   Controller controller(config, registry);
-  const SimulationOptions plant = plant_of(options, controller.config());
-  const bool struck = plant.scenario != Scenario::kSteady && plant.scenario != Scenario::kDelay;
-  const std::optional<std::int64_t> event = struck ? std::optional(plant.event_step) : std::nullopt;
+  const std::optional<std::int64_t> event = event_of(plant);
   std::optional<RunLogWriter> writer;
   if (const std::string run = output_of(options, path); !run.empty()) {
     writer.emplace(run, controller.config(), false, event);
@@ -145,46 +199,130 @@ void add_simulate(CLI::App& app, Tool& tool) {
   CLI::App* command =
       app.add_subcommand("simulate", "Close the loop on a simulated router and print figures");
   command->footer(
-      "The plant is described in moectl/simulation.h. Scenarios act from the event on (half of the steps):\n"
-      "  steady    nothing happens              shift  a domain switches on\n"
-      "  collapse  rich get richer, runaway     dead   an expert sinks\n"
-      "  drift     the router keeps moving      noise  bursty mixtures, jitter\n"
-      "  delay     statistics are late from the first step on: by model.delay, else by 4 steps that the\n"
-      "            config does not know of\n"
+      "The plant is described in moectl/simulation.h. Scenarios act from --event on:\n"
+      "  steady    nothing happens\n"
+      "  shift     the last domain, absent before, becomes half of the data\n"
+      "  collapse  by --collapse: runaway, the favoured learn faster and faster; dead_third, a third of the "
+      "experts\n"
+      "            sinks and stays behind; poisoned_bias, the router's biases are off by a fixed vector;\n"
+      "            cold_start, one expert is far ahead from the first step on\n"
+      "  dead      experts sink far below the others\n"
+      "  drift     the router keeps moving\n"
+      "  noise     a mixture spread of 1 and a jitter of .5, or more if so given\n"
+      "  delay     statistics are late from the first step on: by model.delay, else by 4 steps that the "
+      "config\n"
+      "            does not know of\n"
       "Figures are those of 'moectl compare --help'; the steady window ends at the event, the excess area\n"
-      "starts there, and end_over_floor says what became of it. Configs run on the same tokens.\n\n"
+      "starts there, and end_over_floor says what became of it. Configs run on the same tokens. Domains are\n"
+      "those of model.domains, four if there are none. Limits are in units of the scores: they want "
+      "rescaling\n"
+      "with them.\n\n"
       "Examples:\n"
       "  moectl simulate policies/adaptive_bias.yaml policies/sign_bias.yaml --scenario shift\n"
-      "  moectl simulate policies/adaptive_bias.yaml --experts 64 --top-k 6 --tokens 8192 -o run.jsonl");
+      "  moectl simulate policies/adaptive_bias.yaml --experts 64 --top-k 6 --tokens 8192 -o run.jsonl\n"
+      "  moectl simulate policies/pi.yaml --scenario collapse --collapse cold_start --gate softmax\n"
+      "  moectl simulate policies/adaptive_bias.yaml --clusters 12 --token-spread 0.02 --capacity-factor "
+      "1.25");
   auto options = std::make_shared<Options>();
+  SimulationOptions& plant = options->plant;
+  constexpr int kMostInt = std::numeric_limits<int>::max();
+  const CLI::Validator positive = whole_number(1), from_zero = whole_number(0),
+                       positive_int = whole_number(1, kMostInt);
   command->add_option("CONFIG", options->configs, "YAML configs")->required();
-  command->add_option("--scenario", options->scenario, "What happens to the router")
+
+  const char* const run = "Run";
+  command->add_option("--steps", options->steps, "Control steps")
+      ->check(positive_int)
+      ->capture_default_str()
+      ->group(run);
+  command->add_option("--seed", plant.seed, "Of the plant")
+      ->check(from_zero)
+      ->capture_default_str()
+      ->group(run);
+  command
+      ->add_option("-o,--output", options->output,
+                   "Run log to write; with several configs, one a config: RUN-NAME")
+      ->group(run);
+  add_format(*command, options->format, {"table", "json"})->group(run);
+
+  const char* const scenario = "What happens to the router";
+  command->add_option("--scenario", options->scenario, "See below")
       ->check(CLI::IsMember({"steady", "shift", "collapse", "dead", "drift", "delay", "noise"}))
-      ->capture_default_str();
+      ->capture_default_str()
+      ->group(scenario);
+  command->add_option("--event", options->event, "Step at which it happens; half of the steps unless given")
+      ->check(from_zero)
+      ->group(scenario);
+  command->add_option("--collapse", options->collapse, "Kind of collapse; runaway unless given")
+      ->check(CLI::IsMember({"runaway", "cold_start", "dead_third", "poisoned_bias"}))
+      ->group(scenario);
+  command
+      ->add_option("--sunk-experts", options->sunk_experts,
+                   "Experts that sink in scenario dead; 1 unless given")
+      ->check(positive_int)
+      ->group(scenario);
+  command->add_option("--delay", options->delay, "Steps by which statistics are late, declared or not")
+      ->check(whole_number(0, kMostInt))
+      ->group(scenario);
+
+  const char* const model = "Model, instead of the config's";
+  command->add_option("--layers", options->layers, "Instead of model.layers")
+      ->check(positive_int)
+      ->group(model);
+  command->add_option("--experts", options->experts, "Instead of model.experts")
+      ->check(positive_int)
+      ->group(model);
+  command->add_option("--top-k", options->top_k, "Instead of model.top_k")->check(positive)->group(model);
+  command->add_option("--tokens", options->tokens, "Tokens a step, instead of model.tokens_per_step")
+      ->check(positive)
+      ->group(model);
+  command->add_option("--score-space", options->score_space, "Instead of model.score_space")
+      ->check(CLI::IsMember({"probability", "logit"}))
+      ->group(model);
+
+  const char* const router = "Router";
   command->add_option("--gate", options->gate, "The router's gate")
       ->check(CLI::IsMember({"sigmoid", "softmax"}))
-      ->capture_default_str();
-  command->add_option("--steps", options->steps, "Control steps")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
-  command->add_option("--layers", options->layers, "Instead of model.layers")->check(CLI::PositiveNumber);
-  command->add_option("--experts", options->experts, "Instead of model.experts")->check(CLI::PositiveNumber);
-  command->add_option("--top-k", options->top_k, "Instead of model.top_k")->check(CLI::PositiveNumber);
-  command->add_option("--tokens", options->tokens, "Tokens a step, instead of model.tokens_per_step")
-      ->check(CLI::PositiveNumber);
+      ->capture_default_str()
+      ->group(router);
   command
-      ->add_option("--sequence-length", options->sequence_length,
+      ->add_option("--capacity-factor", plant.capacity_factor,
+                   "An expert takes this many mean loads and drops the rest; 0 = dropless")
+      ->check(number_from_zero())
+      ->capture_default_str()
+      ->group(router);
+  command
+      ->add_option("--jitter", plant.jitter,
+                   "Noise on the logits of each token, logits; the temperature multiplies it")
+      ->check(number_from_zero())
+      ->capture_default_str()
+      ->group(router);
+  command->add_option("--score-scale", plant.score_scale, "Factor on the scores that biases add to")
+      ->check(positive_number())
+      ->capture_default_str()
+      ->group(router);
+
+  const char* const tokens = "Tokens";
+  command
+      ->add_option("--sequence-length", plant.sequence_length,
                    "Tokens of one sequence are alike; 0 = independent tokens")
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
-  command->add_option("--event", options->event, "Step of the event, instead of half of the steps")
-      ->check(CLI::NonNegativeNumber);
-  command->add_option("--delay", options->delay, "Steps by which statistics are late, declared or not")
-      ->check(CLI::NonNegativeNumber);
-  command->add_option("--seed", options->seed, "Of the plant")->capture_default_str();
-  command->add_option("-o,--output", options->output,
-                      "Run log to write; with several configs, one a config: RUN-NAME");
-  add_format(*command, options->format, {"table", "json"});
+      ->check(from_zero)
+      ->capture_default_str()
+      ->group(tokens);
+  command
+      ->add_option("--mixture-spread", plant.mixture_spread,
+                   "Spread of the domain mixtures drawn at each step, in log weights; 0 = always the same")
+      ->check(number_from_zero())
+      ->capture_default_str()
+      ->group(tokens);
+  command->add_option("--clusters", plant.clusters, "Clusters that tokens come from; few are lumpy")
+      ->check(positive_int)
+      ->capture_default_str()
+      ->group(tokens);
+  command->add_option("--token-spread", plant.token_spread, "Spread of the tokens in a cluster, logits")
+      ->check(number_from_zero())
+      ->capture_default_str()
+      ->group(tokens);
   command->callback(
       [&tool, options] { tool.run = [&tool, options] { return simulate_all(*options, tool.registry); }; });
 }

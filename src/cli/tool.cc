@@ -5,12 +5,49 @@
 #include <cmath>
 #include <cstdio>
 #include <iostream>
+#include <system_error>
 
 namespace moectl::cli {
+namespace {
 
-void add_format(CLI::App& command, std::string& format, std::vector<std::string> formats) {
+template <typename T>
+bool reads_as(const std::string& text, T& value) {
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  return error == std::errc() && end == text.data() + text.size();
+}
+
+// `text` is a number of type T that is good; else says what it must be.
+template <typename T, typename Good>
+CLI::Validator number_where(Good good, const std::string& what, bool above_zero) {
+  const auto check = [good, what](const std::string& text) {
+    T value{};
+    return reads_as(text, value) && good(value) ? std::string() : text + ": must be " + what;
+  };
+  return {check, above_zero ? "POSITIVE" : "NONNEGATIVE"};
+}
+
+}  // namespace
+
+CLI::Validator whole_number(std::int64_t least, std::int64_t most) {
+  const bool open = most == std::numeric_limits<std::int64_t>::max();
+  const std::string range = open ? "of at least " + std::to_string(least)
+                                 : "from " + std::to_string(least) + " to " + std::to_string(most);
+  return number_where<std::int64_t>(
+      [least, most](std::int64_t value) { return value >= least && value <= most; },
+      "a whole number " + range, least > 0);
+}
+CLI::Validator number_from_zero() {
+  return number_where<double>([](double value) { return value >= 0 && std::isfinite(value); },
+                              "a number of at least 0", false);
+}
+CLI::Validator positive_number() {
+  return number_where<double>([](double value) { return value > 0 && std::isfinite(value); },
+                              "a number above 0", true);
+}
+
+CLI::Option* add_format(CLI::App& command, std::string& format, std::vector<std::string> formats) {
   format = formats.front();
-  command.add_option("--format", format, "How to print")
+  return command.add_option("--format", format, "How to print")
       ->check(CLI::IsMember(std::move(formats)))
       ->capture_default_str();
 }

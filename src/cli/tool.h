@@ -4,7 +4,9 @@
 
 #include <CLI/CLI.hpp>
 
+#include <cstdint>
 #include <functional>
+#include <limits>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -39,7 +41,12 @@ void add_tensorboard(CLI::App& app, Tool& tool);
 void add_watch(CLI::App& app, Tool& tool);
 
 /// The choice of an output format, the first being the default.
-void add_format(CLI::App& command, std::string& format, std::vector<std::string> formats);
+CLI::Option* add_format(CLI::App& command, std::string& format, std::vector<std::string> formats);
+
+/// What an option takes: a whole number from `least` to `most`; a number of at least 0; one above 0.
+CLI::Validator whole_number(std::int64_t least, std::int64_t most = std::numeric_limits<std::int64_t>::max());
+CLI::Validator number_from_zero();
+CLI::Validator positive_number();
 
 /// Says on standard error what a reader passed over or missed.
 void say_faults(const LogReader& log, const std::string& path);
