@@ -86,6 +86,8 @@ class FaultyLoop {
   }
 };
 
+// adaptive_bias behind limits so wide that they do not act, where that makes a difference; all laws follow below.
+
 TEST(LoopFaults, NaNScores) {
   FaultyLoop loop;
   loop.good_steps(100);
@@ -102,38 +104,6 @@ TEST(LoopFaults, NaNScores) {
   }
   loop.good_steps(60);
   EXPECT_LT(loop.ratio(30), 1.4);
-}
-
-TEST(LoopFaults, IndicesOutsideTheLayer) {
-  FaultyLoop loop;
-  loop.good_steps(100);
-  for (int i = 0; i < 20; ++i) {
-    RoutingBatch batch = loop.route();
-    std::vector<std::int64_t> broken(batch.experts.begin(), batch.experts.end());
-    broken[7] = i % 2 == 0 ? 16 : -1;
-    batch.experts = broken;
-    loop.controller().record(0, batch);
-    loop.step();
-    EXPECT_TRUE(loop.controller().report().layers[0].actuators[0].reasons.has(Reason::kInvalid));
-  }
-  loop.good_steps(60);
-  EXPECT_LT(loop.ratio(30), 1.4);
-}
-
-TEST(LoopFaults, MissingSteps) {
-  FaultyLoop loop;
-  loop.good_steps(60);
-  for (int i = 0; i < 200; ++i) {
-    const RoutingBatch batch = loop.route();
-    if (i % 3 != 0) {
-      loop.step();  // nothing was recorded
-      EXPECT_TRUE(loop.controller().report().layers[0].actuators[0].reasons.has(Reason::kNoData));
-      continue;
-    }
-    loop.controller().record(0, batch);
-    loop.step();
-  }
-  EXPECT_LT(loop.ratio(60), 1.4);  // two steps in three are blind, and the loop still holds
 }
 
 TEST(LoopFaults, SkippedOptimizerSteps) {
@@ -169,30 +139,6 @@ TEST(LoopFaults, StaleStatistics) {
   EXPECT_LT(loop.ratio(50), 1.4);
 }
 
-TEST(LoopFaults, BatchesTenTimesAsLarge) {
-  FaultyLoop loop;
-  loop.good_steps(100);
-  loop.router().set_tokens(20480);
-  loop.good_steps(60);
-  EXPECT_LT(loop.ratio(30), 1);  // the noise floor falls with the batch, and the loop goes below the old one
-  loop.router().set_tokens(2048);
-  loop.good_steps(60);
-  EXPECT_LT(loop.ratio(30), 1.5);
-}
-
-TEST(LoopFaults, FrozenLayer) {
-  FaultyLoop loop;
-  loop.good_steps(20);
-  loop.controller().freeze(0);
-  const std::vector<double> before(loop.controller().bias(0).begin(), loop.controller().bias(0).end());
-  loop.good_steps(200);
-  EXPECT_THAT(loop.controller().bias(0), ::testing::ElementsAreArray(before));
-  EXPECT_GT(loop.ratio(30), 1.6);  // the router went on without it
-  loop.controller().freeze(0, false);
-  loop.good_steps(60);
-  EXPECT_LT(loop.ratio(30), 1.4);
-}
-
 // The router ignores the biases for a while, as when the host forgot to copy them.
 TEST(LoopFaults, ActuatorThatDoesNotAct) {
   FaultyLoop loop;
@@ -225,8 +171,8 @@ class EveryLawWithFaults : public ::testing::TestWithParam<FaultyLaw> {
     return config;
   }
   void expect_balance_returns() {
-    loop_.good_steps(400);
-    EXPECT_LT(loop_.ratio(50), 1.6);
+    loop_.good_steps(60);
+    EXPECT_LT(loop_.ratio(30), 1.4);
   }
 
   FaultyLoop loop_;
@@ -256,7 +202,9 @@ TEST_P(EveryLawWithFaults, MissingSteps) {
     const RoutingBatch batch = loop_.route();
     if (i % 3 == 0) loop_.controller().record(0, batch);
     loop_.step();
+    EXPECT_EQ(loop_.controller().report().layers[0].actuators[0].reasons.has(Reason::kNoData), i % 3 != 0);
   }
+  EXPECT_LT(loop_.ratio(60), 1.4);  // two steps in three are blind, and the loop still holds
   expect_balance_returns();
 }
 
@@ -276,6 +224,7 @@ TEST_P(EveryLawWithFaults, StaleStatistics) {
 TEST_P(EveryLawWithFaults, BatchesTenTimesAsLarge) {
   loop_.router().set_tokens(20480);
   loop_.good_steps(50);
+  EXPECT_LT(loop_.ratio(20), 0.5);  // the noise floor falls to .32, and the loop goes below the old one
   loop_.router().set_tokens(2048);
   expect_balance_returns();
 }
@@ -283,8 +232,9 @@ TEST_P(EveryLawWithFaults, BatchesTenTimesAsLarge) {
 TEST_P(EveryLawWithFaults, FrozenLayer) {
   loop_.controller().freeze(0);
   const std::vector<double> before(loop_.controller().bias(0).begin(), loop_.controller().bias(0).end());
-  loop_.good_steps(100);
+  loop_.good_steps(200);
   EXPECT_THAT(loop_.controller().bias(0), ::testing::ElementsAreArray(before));
+  EXPECT_GT(loop_.ratio(30), 1.6);  // the router went on without it
   loop_.controller().freeze(0, false);
   expect_balance_returns();
 }
