@@ -2,28 +2,19 @@
 
 #include <algorithm>
 #include <atomic>
+#include <map>
 #include <span>
 #include <thread>
 
 #include "moectl/controller.h"
+#include "simulated_loop.h"
 
 namespace moectl::bench {
 
 ControllerConfig config_for(const Law& law, const SimulationOptions& plant) {
-  ControllerConfig config;
-  config.model.layers = plant.layers;
-  config.model.experts = plant.experts;
-  config.model.top_k = plant.top_k;
-  config.model.tokens_per_step = plant.tokens;
-  config.model.score_space = plant.score_space;
-  config.log.per_expert = false;
-  config.expert_bias.policy = law.policy;
-  for (const auto& [name, value] : law.options) config.expert_bias.options.set(name, value);
-  const double unit = plant.score_scale * (plant.score_space == ScoreSpace::kLogit ? 8 : 1);
-  config.expert_bias.limits.min = -16 * unit;
-  config.expert_bias.limits.max = 16 * unit;
-  config.expert_bias.limits.rate = unit;
-  return config;
+  std::map<std::string, OptionValue> options;
+  for (const auto& [name, value] : law.options) options[name] = value;
+  return moectl::config_for(plant, law.policy, options, 16, 1);
 }
 
 Series run(const ControllerConfig& config, const SimulationOptions& plant, std::int64_t steps) {

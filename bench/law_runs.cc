@@ -63,7 +63,7 @@ SimulationOptions plant_of(int experts, int top_k, std::int64_t tokens, const Sp
 RunFigures measure_run(const Law& law, const SimulationOptions& plant, std::int64_t steps, bool declared) {
   RunFigures f;
   ControllerConfig config = config_for(law, plant);
-  if (declared) config.model.delay = plant.delay;
+  if (!declared) config.model.delay = 0;
   const Series s = run(config, plant, steps);
   const std::size_t size = s.steps.size(), at = static_cast<std::size_t>(plant.event_step);
   f.ratio = figures_between(s, 0, size).max_vio_over_floor.value_or(0);

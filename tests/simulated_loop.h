@@ -1,4 +1,5 @@
-// What tests of a closed loop share: configs that suit a simulated plant, and which laws there are.
+// What tests and experiment tables (bench/) of a closed loop share: configs that suit a simulated plant, and which laws
+// there are.
 #pragma once
 
 #include <algorithm>
@@ -12,9 +13,11 @@
 
 namespace moectl {
 
-/// One law of the biases on `plant`, its limits in the plant's unit of scores.
+/// One law of the biases on `plant`, its delay declared. Range and rate are in units of the plant's scores, ×8 for
+/// logits.
 inline ControllerConfig config_for(const SimulationOptions& plant, const std::string& policy,
-                                   const std::map<std::string, OptionValue>& options = {}) {
+                                   const std::map<std::string, OptionValue>& options = {}, double range = 2,
+                                   double rate = 0.1) {
   ControllerConfig config;
   config.model.layers = plant.layers;
   config.model.experts = plant.experts;
@@ -25,7 +28,10 @@ inline ControllerConfig config_for(const SimulationOptions& plant, const std::st
   config.expert_bias.policy = policy;
   for (const auto& [name, value] : options) config.expert_bias.options.set(name, value);
   const double unit = plant.score_scale * (plant.score_space == ScoreSpace::kLogit ? 8 : 1);
-  config.expert_bias.limits = {.min = -2 * unit, .max = 2 * unit, .rate = 0.1 * unit};
+  Limits& limits = config.expert_bias.limits;
+  limits.min = -range * unit;
+  limits.max = range * unit;
+  limits.rate = rate * unit;
   return config;
 }
 
