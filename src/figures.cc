@@ -83,6 +83,7 @@ void LayerMean::add(const Metrics& metrics) {
   floor_max_vio_.add(floor_max_vio(metrics));
   floor_cv_.add(metrics.sampling_floor_cv ? metrics.sampling_floor_cv : metrics.noise_floor_cv);
   excess_cv_sq_.add(signed_excess_cv_sq(metrics));
+  drop_rate_.add(metrics.drop_rate);
   figures_.dead_experts += metrics.dead_experts.value_or(0);
 }
 
@@ -103,6 +104,7 @@ StepFigures LayerMean::figures() const {
   figures.floor_max_vio = floor_max_vio_.value();
   figures.floor_cv = floor_cv_.value();
   figures.excess_cv_sq = excess_cv_sq_.value();
+  figures.drop_rate = drop_rate_.value();
   return figures;
 }
 
@@ -139,6 +141,7 @@ Figures compute_figures(std::span<const StepFigures> steps, std::optional<std::i
   }
   out.dead_experts =
       mean(last(steps), [](const StepFigures& step) { return std::optional(step.dead_experts); });
+  out.drop_rate = mean(last(steps), [](const StepFigures& step) { return step.drop_rate; });
   if (floor) out.settle = find_settle(steps, kSettledRatio * *floor);
   if (cut < steps.size()) {
     if (const auto level = mean(last(steps), max_vio)) {
@@ -177,6 +180,7 @@ std::vector<std::pair<std::string, std::optional<double>>> fields_of(const Figur
           {"excess_area", figures.excess_area},
           {"end_over_floor", figures.end_over_floor},
           {"dead_experts", figures.dead_experts},
+          {"drop_rate", figures.drop_rate},
           {"limit_hits", whole(figures.limit_hits)},
           {"loss", figures.loss},
           {"validation_loss", figures.validation_loss}};

@@ -28,6 +28,7 @@ struct StepFigures {
   std::optional<double> max_vio, cv;              ///< Means over layers.
   std::optional<double> floor_max_vio, floor_cv;  ///< Likewise.
   std::optional<double> excess_cv_sq;             ///< Likewise: load_cv² less the floor's, signed.
+  std::optional<double> drop_rate;                ///< Likewise, of layers whose router reports it.
   double dead_experts = 0;                        ///< Sum over layers.
   std::int64_t limit_hits = 0;  ///< Actuators that a limit kept from their proposal; see is_limit().
   std::optional<double> loss;
@@ -54,7 +55,7 @@ class LayerMean {
     std::optional<double> value() const;
   };
   StepFigures figures_;
-  Mean max_vio_, cv_, floor_max_vio_, floor_cv_, excess_cv_sq_;
+  Mean max_vio_, cv_, floor_max_vio_, floor_cv_, excess_cv_sq_, drop_rate_;
 };
 
 /// One step of a running controller.
@@ -70,7 +71,9 @@ struct Figures {
   std::optional<double> excess_area;  ///< Absent without a shift.
   /// MaxVio over the floor in the run's last 100 steps: what became of the shift. Absent without one.
   std::optional<double> end_over_floor;
-  std::optional<double> dead_experts;     ///< Mean over the run's last 100 steps of the sum over layers.
+  std::optional<double> dead_experts;  ///< Mean over the run's last 100 steps of the sum over layers.
+  /// Share of the assignments dropped for lack of capacity, likewise; absent if no router reports it.
+  std::optional<double> drop_rate;
   std::int64_t limit_hits = 0;            ///< Over the whole run.
   std::optional<double> loss;             ///< Mean of the last 100 steps that have one.
   std::optional<double> validation_loss;  ///< Of the last validation pass; filled in by readers of logs.

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <filesystem>
 #include <iostream>
+#include <iterator>
 #include <limits>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -34,7 +35,7 @@ constexpr int kDelay = 4;  // of scenario delay, where the config declares none
 
 const std::vector<std::string> kColumns = {"settle",        "max_vio",     "max_vio_over_floor",
                                            "cv_over_floor", "excess_area", "end_over_floor",
-                                           "dead_experts",  "limit_hits"};
+                                           "dead_experts",  "drop_rate",   "limit_hits"};
 
 ControllerConfig config_of(const Options& options, const std::string& path, const PolicyRegistry& registry) {
   ControllerConfig config = load_config(path, registry);
@@ -178,12 +179,17 @@ int simulate_all(const Options& options, const PolicyRegistry& registry) {
     std::cout << all.dump(2) << '\n';
     return 0;
   }
+  const bool drops =
+      std::any_of(figures.begin(), figures.end(), [](const Figures& f) { return f.drop_rate.has_value(); });
+  std::vector<std::string> columns;
+  std::copy_if(kColumns.begin(), kColumns.end(), std::back_inserter(columns),
+               [&](const std::string& column) { return drops || column != "drop_rate"; });
   std::vector<std::string> header = {"config"};
-  header.insert(header.end(), kColumns.begin(), kColumns.end());
+  header.insert(header.end(), columns.begin(), columns.end());
   Table table(header);
   for (std::size_t i = 0; i < figures.size(); ++i) {
     std::vector<std::string> row = {options.configs[i]};
-    for (const std::string& column : kColumns) {
+    for (const std::string& column : columns) {
       const std::optional<double> value = value_of(figures[i], column);
       row.push_back(column == "settle" && !value ? "never" : brief(value));
     }
@@ -202,21 +208,22 @@ void add_simulate(CLI::App& app, Tool& tool) {
       "The plant is described in moectl/simulation.h. Scenarios act from --event on:\n"
       "  steady    nothing happens\n"
       "  shift     the last domain, absent before, becomes half of the data\n"
-      "  collapse  by --collapse: runaway, the favoured learn faster and faster; dead_third, a third of the "
-      "experts\n"
-      "            sinks and stays behind; poisoned_bias, the router's biases are off by a fixed vector;\n"
-      "            cold_start, one expert is far ahead from the first step on\n"
+      "  collapse  by --collapse: runaway, the favoured learn ever faster; dead_third, a third of the\n"
+      "            experts sinks and stays behind; poisoned_bias, the router's biases are off by a fixed\n"
+      "            vector; cold_start, one expert is far ahead from the first step on\n"
       "  dead      experts sink far below the others\n"
       "  drift     the router keeps moving\n"
-      "  noise     a mixture spread of 1 and a jitter of .5, or more if so given\n"
-      "  delay     statistics are late from the first step on: by model.delay, else by 4 steps that the "
-      "config\n"
-      "            does not know of\n"
-      "Figures are those of 'moectl compare --help'; the steady window ends at the event, the excess area\n"
-      "starts there, and end_over_floor says what became of it. Configs run on the same tokens. Domains are\n"
-      "those of model.domains, four if there are none. Limits are in units of the scores: they want "
-      "rescaling\n"
-      "with them.\n\n"
+      "  noise     a mixture spread of 1 and a jitter of 0.5, or more if so given\n"
+      "  delay     statistics are late from the first step on: by model.delay, else by 4 steps that the\n"
+      "            config does not know of\n"
+      "Configs run on the same tokens. Domains are those of model.domains, or four. Limits of biases are in\n"
+      "units of the scores: rescale them with --score-space and --score-scale.\n"
+      "\n"
+      "Figures are those of 'moectl compare --help'. The steady window ends at the event and the excess "
+      "area\n"
+      "starts there: it is the way to where the run ends, and end_over_floor says where that is. drop_rate\n"
+      "stands there if --capacity-factor is given.\n"
+      "\n"
       "Examples:\n"
       "  moectl simulate policies/adaptive_bias.yaml policies/sign_bias.yaml --scenario shift\n"
       "  moectl simulate policies/adaptive_bias.yaml --experts 64 --top-k 6 --tokens 8192 -o run.jsonl\n"

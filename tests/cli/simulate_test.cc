@@ -76,13 +76,14 @@ TEST_F(SimulateTool, FlagsOverrideTheModel) {
 }
 
 TEST_F(SimulateTool, WritesRunLogsThatCompareReads) {
-  const auto direct = json("adaptive.yaml sign.yaml --steps 150 --scenario shift -o run.jsonl");
+  const auto direct =
+      json("adaptive.yaml sign.yaml --steps 150 --scenario shift --capacity-factor 1.1 -o run.jsonl");
   const ToolResult compared = run_tool(dir_, "compare run-adaptive.jsonl run-sign.jsonl --format json");
   ASSERT_EQ(compared.code, 0) << compared.err;
   const auto rows = nlohmann::json::parse(compared.out);
   for (std::size_t i = 0; i < 2; ++i) {
     for (const char* name : {"settle", "max_vio", "max_vio_over_floor", "cv_over_floor", "excess_area",
-                             "end_over_floor", "dead_experts", "limit_hits"}) {
+                             "end_over_floor", "dead_experts", "drop_rate", "limit_hits"}) {
       EXPECT_EQ(direct[i][name], rows[i][name]) << i << name;
     }
   }
@@ -153,6 +154,11 @@ TEST_F(SimulateOptions, CapacityFactorDropsWhatIsAboveIt) {
   EXPECT_EQ(step["dropped"], over);
   EXPECT_DOUBLE_EQ(step["metrics"]["drop_rate"].get<double>(), over / 2048.0);
   EXPECT_FALSE(records("--steps 1")[0].contains("dropped"));
+  // The table has a column for it, but not where nothing can be dropped.
+  const auto row = json("fixed.yaml --steps 1 --capacity-factor 1.5")[0];
+  EXPECT_DOUBLE_EQ(row["drop_rate"].get<double>(), over / 2048.0);
+  EXPECT_THAT(run("fixed.yaml --steps 1 --capacity-factor 1.5").out, ::testing::HasSubstr("drop_rate"));
+  EXPECT_THAT(run("fixed.yaml --steps 1").out, ::testing::Not(::testing::HasSubstr("drop_rate")));
 }
 
 // Only with jitter does the temperature, which multiplies it, move a load.
