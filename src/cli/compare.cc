@@ -107,7 +107,7 @@ void add_compare(CLI::App& app, Tool& tool) {
   auto options = std::make_shared<Options>();
   command->add_option("RUN", options->runs, "Run logs or traces")->required();
   command->add_option("--shift", options->shift, "Step at which the data changed, for all runs")
-      ->check(CLI::NonNegativeNumber);
+      ->check(whole_number(0));
   add_salvage(*command, options->reading);
   add_format(*command, options->format, {"table", "json"});
   command->callback([&tool, options] { tool.run = [options] { return compare(*options); }; });

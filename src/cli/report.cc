@@ -72,7 +72,7 @@ void add_report(CLI::App& app, Tool& tool) {
   command->add_option("RUN", options->runs, "Run logs or traces")->required();
   command->add_option("-o,--output", options->output, "The page to write; - is standard output")->required();
   command->add_option("--shift", options->shift, "Step at which the data changed, for all runs")
-      ->check(CLI::NonNegativeNumber);
+      ->check(whole_number(0));
   command->callback([&tool, options] { tool.run = [options] { return report(*options); }; });
 }
 

@@ -102,7 +102,7 @@ void add_tensorboard(CLI::App& app, Tool& tool) {
       ->expected(1)
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
   command->add_option("--histogram-every", options->histogram_every, "Steps between histograms; 0: none")
-      ->check(CLI::NonNegativeNumber)
+      ->check(whole_number(0))
       ->capture_default_str();
   add_salvage(*command, options->reading);
   command->callback([&tool, options] { tool.run = [options] { return tensorboard(*options); }; });

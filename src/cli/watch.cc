@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <fstream>
 #include <iostream>
+#include <limits>
 #include <memory>
 #include <thread>
 
@@ -176,13 +177,13 @@ void add_watch(CLI::App& app, Tool& tool) {
   auto options = std::make_shared<Options>();
   command->add_option("RUN", options->run, "Run log or trace; - is standard input")->required();
   command->add_option("--every", options->every, "Print every so many steps, when not in a terminal")
-      ->check(CLI::PositiveNumber);
+      ->check(whole_number(1));
   CLI::Option* once =
       command->add_flag("--once", options->once, "Stop at the end of the file instead of waiting for more");
   command
       ->add_option("--pid", options->process,
                    "Stop once this process has ended and what it wrote has been shown")
-      ->check(CLI::PositiveNumber)
+      ->check(whole_number(1, std::numeric_limits<pid_t>::max()))
       ->excludes(once);
   command
       ->add_option(

@@ -23,10 +23,22 @@ TEST(Tool, UsageErrorsExitWithTwo) {
   }
 }
 
+TEST(Tool, ANumberOutOfRangeIsNamedWithItsConstraint) {
+  TempDir dir;
+  EXPECT_THAT(run_tool(dir, "compare run.jsonl --shift -1").err,
+              HasSubstr("--shift: -1: must be a whole number of at least 0"));
+  EXPECT_THAT(run_tool(dir, "watch run.jsonl --every 0").err,
+              HasSubstr("--every: 0: must be a whole number of at least 1"));
+  EXPECT_THAT(run_tool(dir, "watch run.jsonl --pid 9999999999").err,
+              HasSubstr("--pid: 9999999999: must be a whole number from 1 to 2147483647"));
+  EXPECT_EQ(run_tool(dir, "tensorboard run.jsonl -o out --histogram-every 1.5").code, 2);
+}
+
 TEST(Tool, HelpHasExamples) {
   const TempDir dir;
   EXPECT_EQ(run_tool(dir, "--help").code, 0);
-  for (const char* command : {"check", "compare", "metrics", "policies", "replay", "report", "watch"}) {
+  for (const char* command :
+       {"check", "compare", "metrics", "policies", "replay", "report", "simulate", "tensorboard", "watch"}) {
     const ToolResult result = run_tool(dir, std::string(command) + " --help");
     EXPECT_EQ(result.code, 0) << command;
     EXPECT_EQ(result.err, "") << command;
