@@ -1,67 +1,137 @@
-// clang-format off
 // rules: the published red flags of MoE training and the fixes that go with them, as data.
 //
-//   at every decision, the first rule of the phase whose conditions all hold for `confirm` decisions in a row acts:
+//   at every decision, the first rule of the table whose conditions have all held for `confirm` decisions in a row acts:
 //   value ← value · factor of the rule; then nothing for `wait` decisions, so that the router can answer.
 //
-//   rule               from  all of                                                           weight  temperature
-//   collapse              0  entropy_normalized < 0.5                                         × 2     × 1.1
-//   collapse              0  kl_to_uniform > 2                                                × 2     × 1.1
-//   collapse              0  load_cv > 1.5                                                    × 2     × 1.1
-//   collapse              0  max_load > 0.35                                                  × 2     × 1.1
-//   collapse              0  dead_experts > 4                                                 × 2     × 1.1
-//   imbalance             0  load_cv > 1                                                      × 2
-//   dropped tokens     1000  drop_rate > 0.05                                                 × 1.5
-//   severe imbalance   5000  load_cv > 0.8                                                    × 1.5
-//   too even           2000  entropy_normalized > 0.95, kl_to_uniform < 0.15, load_cv < 0.2   ÷ 2
+// The table is kRules, below; `moectl policies rules` prints it with the source of each row. Papers publish fixed weights
+// (Switch, arXiv 2101.03961, section 2.2: 0.01) and no thresholds; those come from guides and monitors of people who
+// train such models:
+//   [A] yxanul/RL, moe_metrics.md, commit 5661d05: 16 experts, top-2; red flags, phases, fixes
+//   [B] yxanul/testing_dense, MOE_ROUTER_METRICS_GUIDE.md, commit 0a510c8: 8 experts, top-1; ranges, levers
+//   [C] Abineshabee/MoEWatch, docs/config.md, commit 796f956: any number of experts
+//   [D] invergent-ai/surogate, surogate/train/moe_monitor.py, commit 5c092f1: any number of experts
+//   [E] deepspeedai/DeepSpeedExamples, claude_tutorials/guides/MoE_Tutorial.md, commit de4cf08: troubleshooting
+// all on github.com.
 //
-// Thresholds, the phases' borders (1000, 2000, 5000 steps), doubling the weight at CV 1, and the directions
-// of the other fixes (collapse: more weight, more temperature; too even, "weak specialization": less weight)
-// are those that training guides for 16 experts, top-2, publish. The sizes of the other fixes are ours, as
-// is asking for drops and CV 0.8 only once a router has formed. They are rules of thumb: several of the
-// bands that go with them exclude each other (CV below 0.6 forces a normalised entropy above 0.89 at 16
-// experts), and "too even" describes every well-balanced router, which is why that rule is off unless
-// `specialize` asks for it.
+// Published for one N and k, thresholds are put on a scale here on which they mean the same for others:
+//   entropy < 0.5 ln 16     1/3 of the way from k experts that share all (ln k) to all N (ln N)
+//   max_load > 35 %         an expert that 70 % of the tokens choose, so 0.7/k, and more than 3 times the mean
+//   dead_experts > 4        a quarter of N
+// CV and max_to_mean are such scales already. Two published signs are left out because they follow from others:
+// kl_to_uniform > 2 is entropy_normalized < 0.28 at 16 experts, which the entropy's row meets long before, and a CV below
+// 0.2 alone gives the rest of "weak specialization", since KL ≤ ln(1 + CV²) = 0.04 makes KL < 0.15, and an
+// entropy_normalized above 0.95 from 3 experts on. That rule describes every well-balanced router, which is why it is
+// off unless `specialize` asks for it.
 //
-// Limitations: thresholds on N = 16 do not carry over to other N unchanged. A rule acts late and in large
-// steps; pi holds a set-point instead of waiting for an alarm.
-// clang-format on
+// Limitations
+// - Rules of thumb, from small models. Of the bands that [A] gives with them several exclude each other (CV below 0.6
+//   forces a normalised entropy above 0.89 at 16 experts), so bands do not act here.
+// - It acts late and in large steps, and nothing takes a raised weight back unless `specialize` is on; pi holds a
+//   set-point instead of waiting for an alarm.
+// - Where a batch has few tokens for each expert, chance alone passes a threshold: the noise floor of the CV is
+//   √((N/k - 1)/T). A cadence of more steps lowers it.
+// - The temperature does not move the load of deterministic top-k routing; that it helps is what [A] and [B] say.
 #include <array>
+#include <charconv>
 #include <cmath>
+#include <string>
+#include <string_view>
 
 #include "builtin.h"
 
 namespace moectl::policies {
 namespace {
 
+// What a threshold is a multiple of.
+enum class Scale {
+  kPlain,
+  kExperts,       // N
+  kTokensChoice,  // 1/k: the load of an expert that every token chooses
+  kSpread         // from the entropy of k experts, 0, to that of all, 1
+};
 struct Condition {
   Metrics::Value Metrics::*metric = nullptr;
   bool above = true;
   double threshold = 0;
+  Scale scale = Scale::kPlain;
 };
 struct Rule {
+  std::string_view flag;
   std::int64_t from_step;
-  std::array<Condition, 3> all;
+  std::array<Condition, 2> all;
   double aux_factor, temperature_factor;
+  std::string_view source;  // and what of the row is ours
   bool specializes = false;
 };
 
 constexpr bool kAbove = true, kBelow = false;
+// Phases of [A]: early (exploration) to step 1000, mid (specialization emerging) to 5000, late.
+constexpr std::int64_t kEarly = 0, kMid = 1000, kAfterForming = 2000;
+// The worst first: a load that meets several rows gets the fix of the first.
 constexpr std::array<Rule, 9> kRules = {{
-    {0, {{{&Metrics::entropy_normalized, kBelow, 0.5}}}, 2, 1.1},
-    {0, {{{&Metrics::kl_to_uniform, kAbove, 2.0}}}, 2, 1.1},
-    {0, {{{&Metrics::load_cv, kAbove, 1.5}}}, 2, 1.1},
-    {0, {{{&Metrics::max_load, kAbove, 0.35}}}, 2, 1.1},
-    {0, {{{&Metrics::dead_experts, kAbove, 4}}}, 2, 1.1},
-    {0, {{{&Metrics::load_cv, kAbove, 1.0}}}, 2, 1},
-    {1000, {{{&Metrics::drop_rate, kAbove, 0.05}}}, 1.5, 1},
-    {5000, {{{&Metrics::load_cv, kAbove, 0.8}}}, 1.5, 1},
-    {2000,
-     {{{&Metrics::entropy_normalized, kAbove, 0.95},
-       {&Metrics::kl_to_uniform, kBelow, 0.15},
-       {&Metrics::load_cv, kBelow, 0.2}}},
+    {"collapse",
+     kEarly,
+     {{{&Metrics::entropy, kBelow, 1.0 / 3, Scale::kSpread}}},
+     5,
+     1.2,
+     "[A] Red Flags: entropy_normalized < 0.5 at 16 experts, top-2; raise weight and temperature. Weight "
+     "0.01 to "
+     "0.05: [D], [E]; temperature by 0.2 to 0.5: [B]"},
+    {"collapse",
+     kEarly,
+     {{{&Metrics::dead_experts, kAbove, 0.25, Scale::kExperts}}},
+     5,
+     1.2,
+     "[A] Red Flags: dead_experts > 4 out of 16; fix as above"},
+    {"collapse",
+     kEarly,
+     {{{&Metrics::max_load, kAbove, 0.7, Scale::kTokensChoice}, {&Metrics::max_to_mean, kAbove, 3}}},
+     5,
+     1.2,
+     "[A] Red Flags: max_load > 35 % at top-2; fix as above. Ours: the second condition, without which k "
+     "near N "
+     "would always be one"},
+    {"likely collapse",
+     kEarly,
+     {{{&Metrics::load_cv, kAbove, 1.5}}},
+     2,
+     1.2,
+     "[A] 4: load_cv > 1.5; fixes of Red Flags, the weight's by the size of the next row"},
+    {"imbalance",
+     kEarly,
+     {{{&Metrics::load_cv, kAbove, 1}}},
+     2,
+     1,
+     "[A] 4: load_cv > 1; weight 0.01 to 0.02"},
+    {"superexpert",
+     kEarly,
+     {{{&Metrics::max_to_mean, kAbove, 3}}},
+     1.5,
+     1.1,
+     "[C] load_imbalance_warn and [D] imbalance_warn: 3; [A] 5: 20 % of 16 is 3.2, [B] 35 % of 8 is 2.8. "
+     "Weight 0.12 "
+     "to 0.15 or 0.2, temperature by 0.2 or more: [B]"},
+    {"dropped tokens",
+     kMid,
+     {{{&Metrics::drop_rate, kAbove, 0.03}, {&Metrics::load_cv, kAbove, 0.6}}},
+     1.5,
+     1.1,
+     "[A] Healthy Routing: drop_rate < 3 %, and 4: load_cv < 0.6; fix: [B] reduce peaking, sizes as above. "
+     "Ours: "
+     "both together, since drops at a CV within its bound are the capacity's, and that it waits for mid "
+     "training"},
+    {"severe imbalance",
+     kMid,
+     {{{&Metrics::load_cv, kAbove, 0.8}}},
+     1.5,
+     1,
+     "[A] 4: load_cv > 0.8; size: [B] 0.12 to 0.15 or 0.2. Ours: that it waits for mid training"},
+    {"weak specialization",
+     kAfterForming,
+     {{{&Metrics::load_cv, kBelow, 0.2}}},
      0.5,
      1,
+     "[A] Red Flags: load_cv < 0.2 after 2000 steps; weight 0.01 to 0.005. Only with specialize: true",
      true},
 }};
 
@@ -79,30 +149,45 @@ struct Options {
   }
 };
 
-bool holds(const Rule& rule, const Metrics& metrics) {
-  for (const Condition& condition : rule.all) {
-    if (condition.metric == nullptr) continue;
-    const Metrics::Value value = metrics.*condition.metric;
-    if (!value) return false;
-    if (condition.above ? !(*value > condition.threshold) : !(*value < condition.threshold)) return false;
+double threshold_of(const Condition& condition, double experts, double top_k) {
+  switch (condition.scale) {
+    case Scale::kPlain:
+      break;
+    case Scale::kExperts:
+      return condition.threshold * experts;
+    case Scale::kTokensChoice:
+      return condition.threshold / top_k;
+    case Scale::kSpread:
+      return std::log(top_k) + condition.threshold * std::log(experts / top_k);
   }
-  return true;
+  return condition.threshold;
 }
 
 class Rules final : public Policy {
  public:
-  Rules(const Options& options, Actuator actuator) : options_(options), actuator_(actuator) {}
+  Rules(const Options& options, const PolicyContext& context)
+      : options_(options),
+        aux_(context.actuator == Actuator::kAuxLossWeight),
+        // With k = N every expert gets every token, and nothing is wrong with that.
+        acts_(context.top_k < context.experts) {
+    for (std::size_t r = 0; r < kRules.size(); ++r) {
+      for (std::size_t c = 0; c < kRules[r].all.size(); ++c) {
+        thresholds_[r][c] = threshold_of(kRules[r].all[c], context.experts, context.top_k);
+      }
+    }
+  }
 
   void propose(const LayerView& layer, std::span<double> value) override {
+    if (!acts_) return;
     if (waiting_ > 0) --waiting_;
     const Metrics& metrics = options_.over_layers == "worst" ? layer.worst : layer.metrics;
     double factor = 1;
     for (std::size_t r = 0; r < kRules.size(); ++r) {
       const Rule& rule = kRules[r];
       const bool applies = layer.step >= rule.from_step && (options_.specialize || !rule.specializes);
-      confirmed_[r] = applies && holds(rule, metrics) ? confirmed_[r] + 1 : 0;
+      confirmed_[r] = applies && holds(r, metrics) ? confirmed_[r] + 1 : 0;
       if (factor == 1 && waiting_ == 0 && confirmed_[r] >= options_.confirm) {
-        factor = actuator_ == Actuator::kAuxLossWeight ? rule.aux_factor : rule.temperature_factor;
+        factor = aux_ ? rule.aux_factor : rule.temperature_factor;
       }
     }
     if (factor == 1) return;
@@ -121,11 +206,77 @@ class Rules final : public Policy {
   }
 
  private:
+  bool holds(std::size_t rule, const Metrics& metrics) const {
+    for (std::size_t c = 0; c < kRules[rule].all.size(); ++c) {
+      const Condition& condition = kRules[rule].all[c];
+      if (condition.metric == nullptr) continue;
+      const Metrics::Value value = metrics.*condition.metric;
+      if (!value) return false;
+      if (condition.above ? !(*value > thresholds_[rule][c]) : !(*value < thresholds_[rule][c])) return false;
+    }
+    return true;
+  }
+
   Options options_;
-  Actuator actuator_;
+  bool aux_, acts_;
+  std::array<std::array<double, 2>, kRules.size()> thresholds_{};
   std::int64_t waiting_ = 0;
   std::array<std::int64_t, kRules.size()> confirmed_{};
 };
+
+std::string number(double value) {
+  char text[32];
+  return {text, std::to_chars(text, text + sizeof text, value, std::chars_format::general, 3).ptr};
+}
+
+std::string_view name_of_metric(Metrics::Value Metrics::*metric) {
+  for (const MetricField& field : metric_fields()) {
+    if (field.value == metric) return field.name;
+  }
+  return "";
+}
+
+// The table, a rule and its source at a time.
+std::string table() {
+  std::string text = "rules, the first that holds acts:\n";
+  const auto factor = [](const char* what, double by) {
+    return by == 1 ? std::string()
+                   : std::string(", ") + what + (by < 1 ? " / " : " x ") + number(by < 1 ? 1 / by : by);
+  };
+  for (const Rule& rule : kRules) {
+    text += "  " + std::string(rule.flag) + ": ";
+    bool first = true;
+    for (const Condition& condition : rule.all) {
+      if (condition.metric == nullptr) continue;
+      if (!first) text += " and ";
+      first = false;
+      text += std::string(name_of_metric(condition.metric)) + (condition.above ? " > " : " < ");
+      switch (condition.scale) {
+        case Scale::kPlain:
+          text += number(condition.threshold);
+          break;
+        case Scale::kExperts:
+          text += number(condition.threshold) + " N";
+          break;
+        case Scale::kTokensChoice:
+          text += number(condition.threshold) + " / k";
+          break;
+        case Scale::kSpread:
+          text += "ln k + " + number(condition.threshold) + " ln(N/k)";
+          break;
+      }
+    }
+    if (rule.from_step > 0) text += ", from step " + std::to_string(rule.from_step);
+    text += factor("weight", rule.aux_factor) + factor("temperature", rule.temperature_factor);
+    text += "\n      " + std::string(rule.source) + "\n";
+  }
+  return text +
+         "  on github.com: [A] yxanul/RL moe_metrics.md, [B] yxanul/testing_dense "
+         "MOE_ROUTER_METRICS_GUIDE.md,\n"
+         "  [C] Abineshabee/MoEWatch docs/config.md, [D] invergent-ai/surogate "
+         "surogate/train/moe_monitor.py,\n"
+         "  [E] deepspeedai/DeepSpeedExamples claude_tutorials/guides/MoE_Tutorial.md\n";
+}
 
 std::string check(const PolicyContext& context, const PolicyOptions&) {
   return context.initial > 0 ? "" : "initial: must be above 0: moves are ratios";
@@ -158,10 +309,11 @@ PolicyDescription rules() {
       {.name = "specialize",
        .default_value = defaults.specialize,
        .unit = "",
-       .description = "lower the aux weight of a router that is very even after step 2000"},
+       .description = "halve the aux weight of a router that is very even after step 2000"},
   };
+  d.details = table();
   d.make = [](const PolicyContext& context, const PolicyOptions& options) {
-    return std::make_unique<Rules>(Options::from(options), context.actuator);
+    return std::make_unique<Rules>(Options::from(options), context);
   };
   d.check = check;
   return d;

@@ -112,6 +112,7 @@ struct PolicyContext {
 struct PolicyDescription {
   std::string name;
   std::string summary;              ///< One line.
+  std::string details = {};         ///< Optional: what `moectl policies NAME` prints below the options.
   std::vector<Actuator> actuators;  ///< Which it can serve; at least one.
   std::vector<OptionSpec> options;
   std::function<std::unique_ptr<Policy>(const PolicyContext&, const PolicyOptions&)> make;

@@ -55,16 +55,13 @@ void list(const PolicyRegistry& registry) {
 
 void describe(const PolicyDescription& policy) {
   std::cout << policy.name << ": " << policy.summary << "\nserves: " << actuators_of(policy) << '\n';
-  if (policy.options.empty()) {
-    std::cout << "options: none\n";
-    return;
-  }
-  std::cout << "options:\n";
+  std::cout << (policy.options.empty() ? "options: none\n" : "options:\n");
   for (const OptionSpec& spec : policy.options) {
     std::cout << "  " << spec.name << ": " << shown(spec.default_value) << "   # " << range_of(spec);
     if (!spec.unit.empty()) std::cout << ", " << spec.unit;
     std::cout << "\n      " << spec.description << '\n';
   }
+  std::cout << policy.details;
 }
 
 }  // namespace

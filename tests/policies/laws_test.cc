@@ -202,10 +202,10 @@ TEST(Rules, ActOnceConfirmedThenWait) {
     return rig.value[0];
   };
   EXPECT_DOUBLE_EQ(run(Actuator::kAuxLossWeight, 2), 0.01);
-  EXPECT_DOUBLE_EQ(run(Actuator::kAuxLossWeight, 3), 0.02);
-  EXPECT_DOUBLE_EQ(run(Actuator::kAuxLossWeight, 12), 0.02);
-  EXPECT_DOUBLE_EQ(run(Actuator::kAuxLossWeight, 13), 0.04);
-  EXPECT_DOUBLE_EQ(run(Actuator::kRouterTemperature, 3), 1.1);
+  EXPECT_DOUBLE_EQ(run(Actuator::kAuxLossWeight, 3), 0.05);
+  EXPECT_DOUBLE_EQ(run(Actuator::kAuxLossWeight, 12), 0.05);
+  EXPECT_DOUBLE_EQ(run(Actuator::kAuxLossWeight, 13), 0.25);
+  EXPECT_DOUBLE_EQ(run(Actuator::kRouterTemperature, 3), 1.2);
 }
 
 TEST(Rules, AnEvenRouterIsLeftAloneUnlessAsked) {
