@@ -21,7 +21,7 @@
 namespace moectl::testing {
 namespace {
 
-constexpr int kExperts = 8, kTopK = 2, kSteps = 60;
+constexpr int kExperts = 8, kTopK = 2, kSteps = 60, kDomains = 2;
 constexpr double kTolerance = 1e-9;
 
 struct Case {
@@ -34,12 +34,13 @@ struct Case {
 std::vector<Case> all_cases() {
   std::vector<Case> cases;
   const auto add = [&cases](const std::string& name, const std::string& policy, Actuator actuator,
-                            std::map<std::string, OptionValue> options = {}, int delay = 0) {
+                            std::map<std::string, OptionValue> options = {}, int delay = 0, int domains = 0) {
     cases.push_back({name, policy,
                      RigOptions{.actuator = actuator,
                                 .experts = kExperts,
                                 .top_k = kTopK,
                                 .delay = delay,
+                                .domains = domains,
                                 .options = std::move(options)}});
   };
   for (const PolicyDescription* policy : PolicyRegistry::builtin().all()) {
@@ -51,8 +52,11 @@ std::vector<Case> all_cases() {
   add("adaptive_bias.counts", "adaptive_bias", bias, {{"form", std::string("counts")}});
   add("adaptive_bias.delay", "adaptive_bias", bias, {}, 3);
   add("adaptive_bias.rescue", "adaptive_bias", bias, {{"rescue", true}});
+  add("adaptive_bias.feedforward", "adaptive_bias", bias, {{"feedforward", std::string("tags")}}, 0,
+      kDomains);
   add("proportional_bias.rms", "proportional_bias", bias, {{"normalise", std::string("rms")}});
   add("quantile_bias.delay", "quantile_bias", bias, {{"gain", 1.0}}, 2);
+  add("quantile_bias.exact", "quantile_bias", bias, {{"form", std::string("exact")}});
   add("sign_bias.uncentred", "sign_bias", bias, {{"centred", false}});
   add("pi.autotune", "pi", weight, {{"autotune", true}, {"target", 0.3}});
   // What rests with its defaults on a run like this one.
@@ -69,6 +73,12 @@ std::vector<Case> all_cases() {
     cases.back().collapses = true;
   }
   return cases;
+}
+
+// Domains of the next batch: they go up and down against each other, and one is absent at times.
+std::vector<std::int64_t> mixture_after(int step) {
+  const std::int64_t first = 128 * (step * 5 % 9);
+  return {first, 1024 - first};
 }
 
 // Window `step` of the run: loads that drift and jitter, an expert without a token from step 20 to 29, and all sums
@@ -91,6 +101,27 @@ RoutingStats window(const StatsShape& shape, int step, bool collapses) {
     stats.set_scalar(RoutingStats::kGapSum, stats.tokens() * to_fixed(0.03125 + 0.001 * (step % 7)));
     stats.set_scalar(RoutingStats::kGapTokens, stats.tokens());
   }
+  if (shape.needs.domains == kDomains) {  // of expert i's tokens, i in kExperts are of the first
+    stats.set_scalar(RoutingStats::kDomainTokens, stats.tokens());
+    const auto of_domain = stats.mutable_array(RoutingStats::kDomainCounts);
+    for (std::size_t i = 0; i < counts.size(); ++i) {
+      const auto of_first = counts[i] * static_cast<std::int64_t>(i) / kExperts;
+      of_domain[i] = of_first;
+      of_domain[counts.size() + i] = counts[i] - of_first;
+    }
+  }
+  if (shape.needs.margin_rows) {  // a lower margin for experts with more tokens
+    std::vector<float> rows;
+    for (std::int64_t t = 0; t < stats.tokens(); ++t) {
+      for (const std::int64_t count : counts) {
+        random = random * 6364136223846793005ULL + 1442695040888963407ULL;
+        const auto noise = static_cast<std::int64_t>(random >> 52);
+        rows.push_back(static_cast<float>(noise - 4 * count) / 4096);
+      }
+    }
+    stats.set_margin_rows(std::move(rows));
+    stats.set_scalar(RoutingStats::kMarginTokens, stats.tokens());
+  }
   if (shape.needs.probabilities) {
     stats.set_scalar(RoutingStats::kProbTokens, stats.tokens());
     stats.set_scalar(RoutingStats::kTokenEntropySum, stats.tokens() * to_fixed(1.5 - 0.01 * step));
@@ -109,7 +140,10 @@ std::string trace_of(const Case& one) {
   PolicyRig rig(one.policy, one.rig);
   std::string out;
   for (int step = 0; step < kSteps; ++step) {
-    rig.step(window(rig.shape(), step, one.collapses), {.loss = 3 - 0.01 * step});
+    const std::vector<std::int64_t> next = mixture_after(step);
+    StepInfo info{.loss = 3 - 0.01 * step};
+    if (one.rig.domains > 0) info.next_mixture = next;
+    rig.step(window(rig.shape(), step, one.collapses), info);
     for (const double value : rig.value) {
       char text[32];
       std::snprintf(text, sizeof text, "%.17g ", value);
