@@ -7,6 +7,7 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <set>
 
 #include "cli/tool.h"
 #include "moectl/config.h"
@@ -132,6 +133,7 @@ Figures simulate_one(const Options& options, const std::string& path, const Poli
   std::optional<RunLogWriter> writer;
   if (const std::string run = output_of(options, path); !run.empty()) {
     writer.emplace(run, controller.config(), false, event);
+    if (!writer->ok()) throw InputError("output: " + run + ": cannot be written");
     controller.set_log([&](const StepReport& report) { writer->write(report); });
   }
   std::vector<StepFigures> steps;
@@ -154,6 +156,13 @@ std::optional<double> value_of(const Figures& figures, const std::string& column
 int simulate_all(const Options& options, const PolicyRegistry& registry) {
   if (options.output == "-" && options.configs.size() > 1) {
     throw InputError("output: -: standard output can hold one run; name a file for several configs");
+  }
+  std::set<std::string> outputs;
+  for (const std::string& config : options.configs) {
+    const std::string output = output_of(options, config);
+    if (!output.empty() && !outputs.insert(output).second) {
+      throw InputError("output: " + output + ": two configs of the same name would both write it");
+    }
   }
   std::vector<Figures> figures;
   for (const std::string& config : options.configs) {
@@ -191,7 +200,8 @@ int simulate_all(const Options& options, const PolicyRegistry& registry) {
     std::vector<std::string> row = {options.configs[i]};
     for (const std::string& column : columns) {
       const std::optional<double> value = value_of(figures[i], column);
-      row.push_back(column == "settle" && !value ? "never" : brief(value));
+      // Where nothing was measured, nothing is known of settling either.
+      row.push_back(column == "settle" && !value && figures[i].max_vio ? "never" : brief(value));
     }
     table.add(std::move(row));
   }

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <filesystem>
 #include <numeric>
 
 #include "tool.h"
@@ -87,6 +88,25 @@ TEST_F(SimulateTool, WritesRunLogsThatCompareReads) {
       EXPECT_EQ(direct[i][name], rows[i][name]) << i << name;
     }
   }
+}
+
+TEST_F(SimulateTool, NoRunLogIsWrittenTwiceOrInVain) {
+  std::filesystem::create_directory(dir_.path("other"));
+  dir_.write("other/sign.yaml", kSign);
+  const ToolResult twice = run("sign.yaml other/sign.yaml --steps 5 -o run.jsonl");
+  EXPECT_EQ(twice.code, 1);
+  EXPECT_THAT(twice.err, ::testing::HasSubstr("output: run-sign.jsonl: two configs of the same name"));
+  EXPECT_FALSE(std::filesystem::exists(dir_.path("run-sign.jsonl")));
+  // Said at once, not after a billion steps.
+  const ToolResult nowhere = run("sign.yaml --steps 1000000000 -o missing/run.jsonl");
+  EXPECT_EQ(nowhere.code, 1);
+  EXPECT_THAT(nowhere.err, ::testing::HasSubstr("output: missing/run.jsonl: cannot be written"));
+}
+
+TEST_F(SimulateTool, WhatWasNotMeasuredIsNotSaidToBeUnsettled) {
+  dir_.write("off.yaml", "version: 1\nmode: off\nmodel: {layers: 1, experts: 16, top_k: 2}\n");
+  EXPECT_THAT(run("off.yaml --steps 30").lines().at(1), ::testing::MatchesRegex("off.yaml +- .*"));
+  EXPECT_THAT(run("sign.yaml --steps 30").lines().at(1), ::testing::MatchesRegex("sign.yaml +never .*"));
 }
 
 TEST_F(SimulateTool, CorrelatedTokensAreMeasuredAgainstTheirOwnFloor) {
