@@ -14,7 +14,7 @@
 // leaves b where it was. A decision that is held changes neither: the last one's goes on acting, and so does its ê.
 // Mixtures that change at every step want a rate that lets them through: what arrives a step late cancels the wrong one,
 // and then the law is better off without (`moectl simulate --scenario noise`, seeds 1–3, end_over_floor: with a rate of
-// 0.01 5.3 without and 6.3 with, unlimited 5.1 and 2.5).
+// 0.01 5.1 without and 6.0 with, unlimited 5.0 and 2.5).
 // It tells the router which domains a batch holds and nothing about a single token, so causality in tokens stands.
 #pragma once
 
