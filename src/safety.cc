@@ -228,7 +228,6 @@ LimitReport SafetyLimiter::apply(const LimitContext& context, std::span<const do
       applied[i] = std::clamp(last_good_[i], limits_.min, limits_.max);
     }
     candidate_ = last_good_;
-    candidate_step_ = context.step;
     last_move_step_ = kNever;  // what follows is not laid to this move again
     hold_until_ = context.step + options_.rollback->cooldown + 1;
     std::fill(last_move_.begin(), last_move_.end(), 0.0);

@@ -340,6 +340,46 @@ TEST(Health, AlertsFollowTheirRules) {
   EXPECT_THAT(watched.alerts(), IsEmpty());
 }
 
+TEST(Health, AlertsBeginAtTheirStep) {
+  Watched watched({.dwell = 5, .alerts = {{.metric = "max_load", .above = 0.4, .after = 2}}});
+  Counts skewed(16, 10);
+  skewed[0] = 150;
+  for (int t = 0; t < 4; ++t) {
+    watched.step(skewed);
+    EXPECT_EQ(watched.alerts().size(), t < 2 ? 0U : 1U) << t;
+  }
+}
+
+// The slope counts after two dwells of data, also of data from before a resume.
+TEST(Health, ASavedMonitorSeesACollapseComeAsSoon) {
+  const auto load = [](int t) {
+    Counts counts(16, 4000 - 80 * t);
+    counts[0] = counts[1] = counts[2] = counts[3] = 4000 + 240 * t;
+    return counts;
+  };
+  const HealthOptions options = {.dwell = 10};
+  bool collapsing = false;
+  for (const int saved_at : {18, 22, 26, 30}) {
+    Watched straight(options), resumed(options);
+    for (int t = 0; t < 48; ++t) {
+      if (t == saved_at) {
+        StateWriter out;
+        straight.monitor().save(out);
+        const std::string bytes = out.finish();
+        StateReader in(bytes);
+        resumed.monitor().load(in);
+      }
+      straight.step(load(t));
+      if (t >= saved_at) {
+        resumed.step(load(t));
+        EXPECT_EQ(straight.health(), resumed.health()) << saved_at << ", " << t;
+      }
+    }
+    collapsing |= straight.health() == Health::kCollapsing;
+  }
+  EXPECT_TRUE(collapsing);
+}
+
 TEST(Health, BandsFollowThePhase) {
   const HealthOptions options = {.dwell = 2,
                                  .bands = {{"load_cv", {0, 2.0}}, {"gini", {0, 1}}},

@@ -407,6 +407,32 @@ TEST(LimiterProperty, SavedAndLoadedItGoesOnWithTheSameBits) {
   }
 }
 
+// Halfway to a back-off: what was seen of it is kept.
+TEST(Limiter, ASavedOscillationGoesOn) {
+  SafetyOptions options;
+  options.oscillation.emplace();
+  SafetyLimiter limiter(Actuator::kExpertBias, bias_limits(16, 10), options, 1, 0);
+  std::vector<double> applied = {0};
+  std::int64_t now = 0;
+  const auto step = [&now](SafetyLimiter& which, std::vector<double>& value) {
+    const std::vector<double> wanted = {now % 2 == 0 ? 1.0 : -1.0};
+    return which.apply({.step = now}, wanted, value);
+  };
+  for (; now < 6; ++now) EXPECT_TRUE(step(limiter, applied).empty()) << now;
+  StateWriter out;
+  limiter.save(out);
+  const std::string bytes = out.finish();
+  SafetyLimiter resumed(Actuator::kExpertBias, bias_limits(16, 10), options, 1, 0);
+  StateReader in(bytes);
+  resumed.load(in);
+  std::vector<double> other = applied;
+  for (; now < 12; ++now) {
+    EXPECT_EQ(step(limiter, applied), step(resumed, other)) << now;
+    EXPECT_EQ(applied, other) << now;
+  }
+  EXPECT_LT(std::abs(applied[0]), 1) << "it was shortened by now";
+}
+
 TEST(Limiter, DoesNotAllocate) {
   SafetyOptions options;
   options.rollback.emplace();

@@ -50,6 +50,18 @@ TEST(ProportionalBias, LargeErrorsAreClippedUnlessAsked) {
   EXPECT_NEAR(first("rms", 2), -0.5 * std::sqrt(3.0), 1e-12);  // √N is never reached
 }
 
+// What an expert that should get nothing gets has no relative error; the others' steps do not feel it.
+TEST(ProportionalBias, AnExpertWithoutATargetStays) {
+  PolicyRig rig("proportional_bias",
+                {.experts = 3,
+                 .top_k = 1,
+                 .options = {{"step", 0.5}, {"normalise", std::string("mean")}, {"centred", false}},
+                 .targets = {0.5, 0.5, 0}});
+  rig.step(stats_of(rig.shape(), {30, 10, 40}));
+  EXPECT_DOUBLE_EQ(rig.value[0], 0.5 * 10 / 40);
+  EXPECT_DOUBLE_EQ(rig.value[2], 0);
+}
+
 TEST(ProportionalBias, TheStepHalves) {
   PolicyRig rig("proportional_bias", bias({{"step", 1.0}, {"half_life", 1.0}}));
   rig.step(stats_of(rig.shape(), {30, 10}));
@@ -104,6 +116,12 @@ TEST(Multiplicative, FactorByTheSignOutsideTheDeadBand) {
   rig.step(stats_of(rig.shape(), {28, 12}));  // 0.4
   rig.step(stats_of(rig.shape(), {28, 12}));
   EXPECT_EQ(rig.value[0], 0.005);
+}
+
+TEST(Multiplicative, ADeadBandAroundANegativeTargetHasItsSize) {
+  PolicyRig rig("multiplicative", scalar(Actuator::kAuxLossWeight, {{"target", -1.0}, {"dead_band", 2.0}}));
+  rig.step(stats_of(rig.shape(), {30, 10}));  // 0.5 is 1.5 above
+  EXPECT_EQ(rig.value[0], 0.01);
 }
 
 // load_cv .5, then .1: averaged, .3, which is not below the target yet.
@@ -162,6 +180,16 @@ TEST(Schedule, WithoutAFinalItStaysAtItsPeak) {
   }
 }
 
+// A decay of no length is a switch.
+TEST(Schedule, SwitchesAtOnce) {
+  PolicyRig rig("schedule", scalar(Actuator::kAuxLossWeight,
+                                   {{"peak", 0.05}, {"final", 0.001}, {"decay_start", std::int64_t{3}}}));
+  for (const double wanted : {0.05, 0.05, 0.001, 0.001}) {
+    rig.step(stats_of(rig.shape(), {1, 1}));
+    EXPECT_DOUBLE_EQ(rig.value[0], wanted);
+  }
+}
+
 RoutingStats soft(const StatsShape& shape, float p) {
   RoutingStats stats(shape);
   const std::vector<std::int64_t> experts = {0, 1};
@@ -206,6 +234,15 @@ TEST(Rules, ActOnceConfirmedThenWait) {
   EXPECT_DOUBLE_EQ(run(Actuator::kAuxLossWeight, 12), 0.05);
   EXPECT_DOUBLE_EQ(run(Actuator::kAuxLossWeight, 13), 0.25);
   EXPECT_DOUBLE_EQ(run(Actuator::kRouterTemperature, 3), 1.2);
+}
+
+TEST(Rules, AreConfirmedAnewAfterEachMove) {
+  PolicyRig rig("rules",
+                scalar(Actuator::kAuxLossWeight, {{"confirm", std::int64_t{3}}, {"wait", std::int64_t{0}}}));
+  for (const double wanted : {0.01, 0.01, 0.05, 0.05, 0.05, 0.25}) {
+    rig.step(stats_of(rig.shape(), {40, 0}));
+    EXPECT_DOUBLE_EQ(rig.value[0], wanted);
+  }
 }
 
 TEST(Rules, AnEvenRouterIsLeftAloneUnlessAsked) {

@@ -62,6 +62,51 @@ TEST(QuantileBias, ExactStepByHand) {
   EXPECT_DOUBLE_EQ(rig.value[1], 0.5);
 }
 
+// Of 49 tokens a 49th is one, though 49 · (1/49.) is less in doubles: the second smallest margin counts. With v_0 - v_1
+// = d the margins of expert 0 are -d, and 0 where it is runner-up.
+TEST(QuantileBias, ExactLosesNoTokenToRounding) {
+  ASSERT_LT(1 / 49. * 49, 1);
+  std::vector<float> differences(49, -1);
+  for (int t = 0; t < 4; ++t) differences[static_cast<std::size_t>(t)] = static_cast<float>(t + 1);
+  PolicyRig rig("quantile_bias", RigOptions{.experts = 2,
+                                            .top_k = 1,
+                                            .options = {{"form", std::string("exact")}, {"gain", 1.0}},
+                                            .targets = {1 / 49., 48 / 49.}});
+  rig.step(tokens_with(rig.shape(), differences));
+  EXPECT_DOUBLE_EQ(rig.value[0] - rig.value[1], -3);
+}
+
+// An expert that no token can choose goes no farther than the histogram would send it.
+TEST(QuantileBias, ExactGoesNoFartherThanTheHistogram) {
+  const RigOptions options{
+      .experts = 3, .top_k = 1, .options = {{"form", std::string("exact")}, {"gain", 1.0}}};
+  PolicyRig rig("quantile_bias", options);
+  RoutingStats stats = moectl::testing::stats_of(rig.shape(), {2, 2, 0});
+  const float far = 1e30F;
+  stats.set_margin_rows({-1, 0, far, -1, 0, far, 0, -1, far, 0, -1, far});
+  stats.set_scalar(RoutingStats::kMarginTokens, 4);
+  rig.step(stats);
+  EXPECT_DOUBLE_EQ(rig.value[2] - rig.value[0], margin_edge(kMarginBins / 2) + 1);  // expert 0 goes by -1
+}
+
+// Decisions without margins are decisions: the biases in force at them are kept, too. With a delay of one the third
+// decision's margins were formed under the second's biases, which were moved by hand.
+TEST(QuantileBias, CountsDecisionsWithoutMargins) {
+  PolicyRig rig(
+      "quantile_bias",
+      RigOptions{
+          .experts = 2, .top_k = 1, .delay = 1, .options = {{"form", std::string("exact")}, {"gain", 1.0}}});
+  RoutingStats nothing(rig.shape());
+  nothing.add_counts(std::vector<std::int64_t>{4, 4}, 8);
+  rig.step(nothing);
+  rig.value = {3, -3};
+  rig.step(nothing);
+  EXPECT_THAT(rig.value, ::testing::ElementsAre(3, -3));
+  rig.value = {0, 0};
+  rig.step(tokens_with(rig.shape(), kDifferences));  // q = (-1, 0), from (3, -3)
+  EXPECT_THAT(rig.value, ::testing::ElementsAre(2.5, -2.5));
+}
+
 // Two tokens in eight are wanted for expert 0 and it has them: no move, though a half would be too few.
 TEST(QuantileBias, StaysWhereTheLoadIsAsWanted) {
   for (const char* form : {"histogram", "exact"}) {
