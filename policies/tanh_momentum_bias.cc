@@ -6,8 +6,9 @@
 //   b  += m
 //
 // Small errors move the bias in proportion (slope λκ), large ones by at most λ: between the proportional and
-// the sign law. The constants λ = 5e-4, κ = 2, β = 0.5 are those reported for Trinity's SMEBU; its primary
-// text was not at hand, the equations are second-hand.
+// the sign law. The constants λ = 5e-4, κ = 2, β = 0.5 are those of SMEBU, soft-clamped momentum expert bias
+// updates (Singh et al., Arcee Trinity Large technical report, arXiv 2602.17004, 2026). The report itself was
+// not at hand: equations and constants are second-hand.
 //
 // Limitations: λ has the unit of a score. The momentum delays the answer by β/(1-β) steps, which costs
 // stability where the gain is high. The step is bounded, the bias is not: the limits see to that.
