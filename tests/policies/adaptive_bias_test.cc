@@ -247,6 +247,31 @@ TEST(AdaptiveBias, AHeldStepKeepsTheFeedforwardThatIsInForceApart) {
   EXPECT_NEAR(own[0], own[1], 1e-12);
 }
 
+// What a rate limit below the swing of the mixture lets through of the feed-forward comes late, but does no harm.
+TEST(AdaptiveBias, FeedforwardUnderATightRateIsNoWorseThanNone) {
+  const auto steady = [](const char* feedforward) {
+    double ratio = 0;
+    for (const std::uint64_t seed : {1, 2, 3}) {
+      ControllerConfig config = load_config(std::string(MOECTL_SOURCE_DIR) + "/policies/adaptive_bias.yaml");
+      config.model.layers = 1;
+      config.model.domains = {"a", "b", "c", "d"};
+      config.expert_bias.options.set("feedforward", std::string(feedforward));
+      config.expert_bias.limits.rate = 0.01;
+      Controller controller(config);
+      SimulationOptions options = simulation_options(config);
+      options.scenario = Scenario::kNoise;
+      options.event_step = 100;
+      options.seed = seed;
+      simulate(controller, options, 600, [&](const StepReport& report) {
+        if (report.step >= 300)
+          ratio += *report.layers[0].metrics->max_vio / *report.layers[0].metrics->noise_floor_max_vio;
+      });
+    }
+    return ratio / 900;
+  };
+  EXPECT_LT(steady("tags"), steady("off"));
+}
+
 // A softmax whose loads are seen eight steps late, and said to be: the gains must not grow faster than they are answered.
 TEST(AdaptiveBias, ADeclaredDelayOfEightStepsUnderASoftmaxStaysNearTheFloor) {
   for (const std::uint64_t seed : {3, 4, 102, 103}) {

@@ -131,9 +131,14 @@ TEST(Feedforward, ALimitCutsItAndNotTheLawsOwnBiases) {
   const double effect = -0.1 + 0.1 * (-1 - 0.01 + 0.1);
   const double next = 0.49 * (effect - 0.1);
   EXPECT_THAT(bias, ElementsAre(DoubleEq(0.3 + next), DoubleEq(-0.3 - next)));
+  // Centring moves both by the same after the limit: that is nobody's part.
+  law.plan(one, 1, bias = {0.3, -0.3});
+  law.commit_cut(std::array{0.28 + 7, -0.28 + 7});
+  EXPECT_THAT(law.in_force(), ElementsAre(DoubleNear(-0.02, 1e-14), DoubleNear(0.02, 1e-14)));
   // Never outside what was and what was planned, whatever came of it.
+  law.plan(one, 1, bias = {0.3, -0.3});
   law.commit_cut(std::array{5.0, -5.0});
-  EXPECT_THAT(law.in_force(), ElementsAre(DoubleNear(-0.01, 1e-15), DoubleNear(0.01, 1e-15)));
+  EXPECT_THAT(law.in_force(), ElementsAre(DoubleNear(-0.02, 1e-14), DoubleNear(0.02, 1e-14)));
 }
 
 }  // namespace
