@@ -254,6 +254,11 @@ TEST(Feasibility, SingleBandsOutsideWhatCanBe) {
   EXPECT_EQ(judge(kPublished, {{"dead_experts", {15, 16}}}).conflicts.size(), 1U);
 }
 
+TEST(Feasibility, IdleExpertsAreWholeOnes) {
+  EXPECT_FALSE(judge(kPublished, {{"dead_experts", {0, 4.5}}, {"inactive_experts", {4.6, 12}}}).feasible());
+  EXPECT_TRUE(judge(kPublished, {{"dead_experts", {0, 5}}, {"inactive_experts", {4.6, 12}}}).feasible());
+}
+
 TEST(Feasibility, TargetsUnderTheNoiseFloor) {
   const LoadSpace space{.experts = 16, .top_k = 2, .tokens = 2048};  // floors .0585 and .108
   EXPECT_EQ(judge(space, {{"load_cv", {0, 0.05}}}).conflicts.size(), 1U);
@@ -417,6 +422,9 @@ TEST(Feasibility, ThreeBandsCanBeProvablyInfeasible) {
                                        "entropy ≤ 1.194 at N = 4, k = 1; entropy in [1.21, 1.3] is wanted"));
   EXPECT_THAT(f.conflicts.at(0).metrics, ElementsAre("max_load", "load_cv", "entropy"));
   EXPECT_FALSE(f.undecided_together);
+  Bands two_caps = bands;  // the tighter one counts
+  two_caps["max_to_mean"] = {1, 1.95};
+  EXPECT_FALSE(judge(space, two_caps).feasible());
   Bands relaxed = bands;
   relaxed["entropy"] = {1.19, 1.3};
   EXPECT_TRUE(judge(space, relaxed).feasible());

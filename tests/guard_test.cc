@@ -72,6 +72,19 @@ TEST(Guard, OptionsNameKeyValueAndConstraint) {
   EXPECT_THAT(wrong([](GuardOptions& o) { o.bias_step = -1; }), HasSubstr("bias_step: -1"));
 }
 
+// Every expert gets every token: the largest load is all that there is, and nothing is wrong.
+TEST(Guard, LeavesAloneALayerWhereAllExpertsAreChosen) {
+  ControllerConfig config = guarded(quick());
+  config.model.top_k = config.model.experts;
+  Controller controller(config);
+  for (int step = 0; step < 20; ++step) {
+    controller.record(0, [](RoutingStats& sums) { sums.add_counts(kEven, 25); });
+    const LayerReport& report = controller.step().layers[0];
+    ASSERT_EQ(report.guard.state, GuardState::kWatching) << step;
+    EXPECT_EQ(report.guard.trigger, GuardTrigger::kNone) << step;
+  }
+}
+
 // One signal alone, the others set so that they cannot act.
 GuardOptions only(GuardTrigger signal) {
   GuardOptions options = quick();
@@ -330,6 +343,22 @@ TEST(Guard, ARelapseIsHeldByBiasesFirst) {
   ASSERT_GT(steps_to(GuardState::kCooldown, controller, uneven, 100), 0);
   EXPECT_NEAR(controller.aux_loss_weight(0), aux, 1e-9);
   EXPECT_NEAR(controller.bias(0)[0], bias, 1e-8);
+}
+
+// Near balance steps had become small, and a relapse goes on with those, no smaller than 1/256 of the rate.
+TEST(Guard, ARelapseIsMetWithTheStepsThatWereFound) {
+  Controller controller(guarded(quick()));
+  for (int i = 0; i < 5; ++i) feed(controller, kPile);
+  const GuardReport& seen = controller.report().layers[0].guard;
+  int step = 0;
+  for (; step < 200 && (step < 20 || seen.state != GuardState::kWatching); ++step) {
+    feed(controller, step % 2 == 0 ? Counts{26, 24, 26, 24} : Counts{24, 26, 24, 26});
+  }
+  ASSERT_EQ(seen.state, GuardState::kWatching);
+  const double bias = controller.bias(0)[0];
+  ASSERT_GT(steps_to(GuardState::kHolding, controller, {60, 20, 10, 10}, 20), 0);
+  EXPECT_EQ(seen.trigger, GuardTrigger::kRelapse);
+  EXPECT_NEAR(controller.bias(0)[0], bias - 0.1 / 256, 0.02 / 256);
 }
 
 TEST(Guard, RollsBackWhatDoesNotHelp) {

@@ -13,6 +13,8 @@
 #include <vector>
 
 #include "allocation_counter.h"
+#include "moectl/config.h"
+#include "moectl/controller.h"
 #include "moectl/metrics.h"
 
 namespace moectl {
@@ -88,6 +90,45 @@ TEST(Simulation, SameSeedSameBitsOtherSeedOthers) {
 }
 
 // The bits of a run, written down: other compilers, flags and machines must draw the same.
+// What is two steps late is there at the third.
+TEST(Simulation, LateRoutingIsSoManyStepsLate) {
+  ControllerConfig config;
+  config.model.layers = 1;
+  config.model.experts = 4;
+  config.model.top_k = 1;
+  config.model.delay = 2;
+  SimulationOptions plant = simulation_options(config);
+  plant.tokens = 64;
+  Controller controller(config);
+  simulate(controller, plant, 5, [](const StepReport& report) {
+    EXPECT_EQ(report.layers[0].actuators[0].reasons.has(Reason::kNoData), report.step < 2) << report.step;
+  });
+}
+
+// A favoured expert's preference grows no faster than twice its share would let it, however much it gets.
+TEST(Simulation, FavourHasABound) {
+  SimulationOptions options;
+  options.experts = 16;
+  options.top_k = 1;
+  options.tokens = 256;
+  options.rich = 0.001;
+  options.scenario = Scenario::kCollapse;
+  options.collapse = CollapseKind::kColdStart;
+  SimulatedRouter router(options, 0);
+  const std::vector<double> bias(16, 0.0);
+  router.route(bias);
+  for (int step = 1; step < 30; ++step) {
+    const std::vector<double> before(router.preferences().begin(), router.preferences().end());
+    router.route(bias);
+    double most = 0;
+    for (std::size_t i = 0; i < 16; ++i) {
+      const double task = options.task_pull * (router.wanted_preferences()[i] - before[i]);
+      most = std::max(most, router.preferences()[i] - before[i] - task);
+    }
+    EXPECT_NEAR(most, 30 * options.rich, 1e-12) << step;  // locked in: thirty times as fast
+  }
+}
+
 TEST(Simulation, TheBitsOfASeedAreTheseEverywhere) {
   const auto bits = [](SimulatedGate gate, Scenario scenario) {
     SimulationOptions options;

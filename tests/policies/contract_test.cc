@@ -163,7 +163,9 @@ TEST_P(Contract, SavedAndLoadedItGoesOnWithTheSameBits) {
   for (const int at : {0, 1, 7, 33}) {
     PolicyRig a = rig(), b = rig();
     for (int step = 0; step < at; ++step) {
-      a.step(random_stats(a.shape(), kTokens, static_cast<std::uint64_t>(step)), info(step));
+      LimitReport why;
+      if (step + 1 == at) why.add(Reason::kRate);
+      a.step(random_stats(a.shape(), kTokens, static_cast<std::uint64_t>(step)), info(step), why);
     }
     b.load(a.save());
     b.value = a.value;

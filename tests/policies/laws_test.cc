@@ -118,12 +118,6 @@ TEST(Multiplicative, FactorByTheSignOutsideTheDeadBand) {
   EXPECT_EQ(rig.value[0], 0.005);
 }
 
-TEST(Multiplicative, ADeadBandAroundANegativeTargetHasItsSize) {
-  PolicyRig rig("multiplicative", scalar(Actuator::kAuxLossWeight, {{"target", -1.0}, {"dead_band", 2.0}}));
-  rig.step(stats_of(rig.shape(), {30, 10}));  // 0.5 is 1.5 above
-  EXPECT_EQ(rig.value[0], 0.01);
-}
-
 // load_cv .5, then .1: averaged, .3, which is not below the target yet.
 TEST(Multiplicative, FollowsTheAverage) {
   PolicyRig rig("multiplicative",

@@ -5,6 +5,7 @@
 #include <random>
 
 #include "policies/policy_rig.h"
+#include "step_experiment.h"
 #include "test_paths.h"
 
 namespace moectl {
@@ -282,6 +283,99 @@ TEST(Pi, AtABoundItDoesNotWindUp) {
     step(126);  // 0.04: inside the dead band, and yet so much less than before that less weight will do
     EXPECT_LT(rig.value[0], 0.1) << autotune;
   }
+}
+
+// At its bound it has moved nothing, so an error that seems to go by itself is noise, and the integral goes on: one
+// window's fall of .08 is outweighed by it.
+TEST(Pi, AtABoundNoErrorGoesByItself) {
+  PolicyRig rig("pi", aux({{"metric", std::string("load_cv")}, {"target", 0.25}, {"ema", 1.0}, {"kp", 0.5}}));
+  const auto step = [&](std::int64_t a) {
+    const std::vector<double> wanted = rig.propose(stats_of(rig.shape(), {a, 200 - a}));
+    LimitReport range;
+    if (wanted[0] > 0.1) range.add(Reason::kRange);
+    rig.settle({std::min(wanted[0], 0.1)}, range);
+  };
+  for (int i = 0; i < 100; ++i) step(140);  // error .6
+  ASSERT_EQ(rig.value[0], 0.1);
+  step(138);  // .52: the change by -.5 · .08, the integral by .15 · .52
+  EXPECT_EQ(rig.value[0], 0.1);
+}
+
+// Also evidence that less will do is saved.
+TEST(Pi, SavedOnTheWayToAMoveDownItGoesOnWithTheSameBits) {
+  const auto options = aux({{"metric", std::string("load_cv")}, {"target", 0.25}});
+  for (int saved_at = 1; saved_at < 40; ++saved_at) {
+    PolicyRig a("pi", options), b("pi", options);
+    std::mt19937_64 random(11);
+    for (int i = 0; i < 60; ++i) {
+      const auto odd = static_cast<std::int64_t>(21 + random() % 5);  // errors -.16 to 0
+      if (i == saved_at) {
+        b.load(a.save());
+        b.value = a.value;
+        b.now = a.now;
+      }
+      const RoutingStats stats = stats_of(a.shape(), {100 + odd, 100 - odd});
+      a.step(stats);
+      if (i < saved_at) continue;
+      b.step(stats);
+      ASSERT_EQ(a.value, b.value) << saved_at << " " << i;
+    }
+    EXPECT_LT(a.value[0], 0.01);
+  }
+}
+
+// A router that does not answer at first: the second try takes twice as long before it goes back, also if it was
+// resumed in between.
+TEST(Pi, AutotuneTriesAgainForLonger) {
+  const auto options = aux({{"metric", std::string("load_cv")},
+                            {"target", 0.4},
+                            {"ema", 1.0},
+                            {"kp", 0.0},
+                            {"ki", 0.0},
+                            {"dead_band", 0.0},
+                            {"autotune", true}});
+  PolicyRig rig("pi", options), resumed("pi", options);
+  std::vector<int> lengths(1, 0);
+  double x = 0, late = 0;
+  for (int decision = 0; decision < 90; ++decision) {
+    const double u = std::log(rig.value[0] / 0.01);
+    if (u < -0.5) ++lengths.back();
+    if (u > -0.5 && lengths.back() > 0) lengths.push_back(0);
+    x += -std::expm1(-0.25) * (late - x);
+    late = decision < 50 ? 0 : u;
+    const auto odd = static_cast<std::int64_t>(std::llround(0.4 * (1 - 0.5 * x) * 1e9));
+    const RoutingStats stats = stats_of(rig.shape(), {1000000000 + odd, 1000000000 - odd});
+    rig.step(stats);
+    if (decision == 55) {
+      resumed.load(rig.save());
+      resumed.value = rig.value;
+      resumed.now = rig.now;
+    } else if (decision > 55) {
+      resumed.step(stats);
+      ASSERT_EQ(resumed.value, rig.value) << decision;
+    }
+  }
+  ASSERT_GE(lengths.size(), 3U);
+  EXPECT_EQ(lengths[0], 19);
+  EXPECT_EQ(lengths[1], 11);
+}
+
+// Noise is no answer: no gains come of it.
+TEST(StepExperiment, TakesNoGainsFromNoise) {
+  int found = 0;
+  for (std::uint64_t seed = 1; seed <= 20; ++seed) {
+    policies::StepExperiment experiment(1);
+    std::mt19937_64 random(seed);
+    std::normal_distribution<double> normal(0, 0.02);
+    double u = 0;
+    for (int decision = 0; decision < 400 && !experiment.done(); ++decision) {
+      const double e = std::clamp(normal(random), -0.035, 0.035);
+      u = experiment.next({.averaged = e, .slow = 0, .single = e, .noise = 0.02}, u).value_or(0);
+    }
+    EXPECT_TRUE(experiment.done());
+    found += experiment.gains().has_value();
+  }
+  EXPECT_EQ(found, 0);
 }
 
 }  // namespace
