@@ -256,24 +256,26 @@ TEST(Health, WeakSpecializationOnlyWhenAskedFor) {
   }
 }
 
-// In at .05 nats of what the domain says of the expert, out at .1.
+// In at .05 nats of what the token, or its domain, says of the expert; out at .1.
 TEST(Health, WeakSpecializationIsLeftLaterThanItIsEntered) {
-  const auto state_after = [](std::vector<double> information) {
-    HealthMonitor monitor({.experts = 16, .top_k = 2, .needs = {}},
-                          {.dwell = 2, .weak_specialization = true});
-    Metrics metrics;
-    metrics.entropy_normalized = 0.99;
-    std::int64_t step = 0;
-    for (const double nats : information) {
-      metrics.domain_information = nats;
-      for (int i = 0; i < 5; ++i) monitor.observe(step++, &metrics, metrics, 0);
-    }
-    return monitor.state();
-  };
-  EXPECT_EQ(state_after({0.04}), Health::kWeakSpecialization);
-  EXPECT_EQ(state_after({0.07}), Health::kHealthy);
-  EXPECT_EQ(state_after({0.04, 0.07}), Health::kWeakSpecialization);
-  EXPECT_EQ(state_after({0.04, 0.11}), Health::kHealthy);
+  for (const auto which : {&Metrics::expert_token_information, &Metrics::domain_information}) {
+    const auto state_after = [which](std::vector<double> information) {
+      HealthMonitor monitor({.experts = 16, .top_k = 2, .needs = {}},
+                            {.dwell = 2, .weak_specialization = true});
+      Metrics metrics;
+      metrics.entropy_normalized = 0.99;
+      std::int64_t step = 0;
+      for (const double nats : information) {
+        metrics.*which = nats;
+        for (int i = 0; i < 5; ++i) monitor.observe(step++, &metrics, metrics, 0);
+      }
+      return monitor.state();
+    };
+    EXPECT_EQ(state_after({0.04}), Health::kWeakSpecialization);
+    EXPECT_EQ(state_after({0.07}), Health::kHealthy);
+    EXPECT_EQ(state_after({0.04, 0.07}), Health::kWeakSpecialization);
+    EXPECT_EQ(state_after({0.04, 0.11}), Health::kHealthy);
+  }
 }
 
 TEST(Health, LongWithoutDataIsNoData) {
