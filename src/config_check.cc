@@ -72,7 +72,7 @@ void check_model(const ModelConfig& model, Checks& checks) {
   const double most = 1.0 / model.top_k;
   for (std::size_t i = 0; i < model.targets.size(); ++i) {
     const std::string key = "model.targets[" + std::to_string(i) + "]";
-    checks.require(is_positive(model.targets[i]), key, model.targets[i], "must be above 0");
+    checks.require(model.targets[i] >= 0, key, model.targets[i], "must be at least 0");
     // A token chooses an expert at most once, so no expert can get more than every token.
     checks.require(model.targets[i] <= most, key, model.targets[i],
                    "must be at most 1/top_k (" + shown(most) + "): a token chooses an expert once");

@@ -3,13 +3,12 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
-#include <map>
-#include <numbers>
 #include <stdexcept>
 #include <string>
 #include <utility>
 
 #include "fast_log.h"
+#include "floors.h"
 
 namespace moectl {
 namespace {
@@ -22,24 +21,25 @@ constexpr MetricField kFields[] = {
     {"effective_experts", "experts", "exp(entropy)", &Metrics::effective_experts},
     {"kl_to_uniform", "nats", "ln N - entropy", &Metrics::kl_to_uniform},
     {"load_std", "percentage points", "100 std(p)", &Metrics::load_std},
-    {"load_cv", "", "N std(p)", &Metrics::load_cv},
+    {"load_cv", "", "N std(p); with targets rms(c / (w S) - 1)", &Metrics::load_cv},
     {"max_load", "", "max p", &Metrics::max_load},
     {"min_load", "", "min p", &Metrics::min_load},
-    {"max_to_mean", "", "N max p", &Metrics::max_to_mean},
-    {"max_vio", "", "N max p - 1", &Metrics::max_vio},
+    {"max_to_mean", "", "N max p; with targets max c / (w S)", &Metrics::max_to_mean},
+    {"max_vio", "", "max_to_mean - 1", &Metrics::max_vio},
     {"gini", "", "sum_ij |p_i - p_j| / (2N)", &Metrics::gini},
     {"utilization_variance", "tokens^2", "var(c)", &Metrics::utilization_variance},
     {"inactive_experts", "experts", "#(c = 0)", &Metrics::inactive_experts},
     {"inactive_fraction", "", "#(c = 0) / N", &Metrics::inactive_fraction},
-    {"dead_experts", "experts", "#(smoothed p < dead_fraction / N for dead_after steps)",
-     &Metrics::dead_experts},
-    {"hot_experts", "experts", "#(c > capacity_factor S/N)", &Metrics::hot_experts},
-    {"cold_experts", "experts", "#(c < cold_fraction S/N)", &Metrics::cold_experts},
+    {"dead_experts", "experts",
+     "#(smoothed p < dead_fraction w for dead_after steps), w = 1/N without targets", &Metrics::dead_experts},
+    {"hot_experts", "experts", "#(c > capacity_factor w S), w = 1/N without targets", &Metrics::hot_experts},
+    {"cold_experts", "experts", "#(c < cold_fraction w S), w = 1/N without targets", &Metrics::cold_experts},
     {"drop_rate", "", "dropped / S", &Metrics::drop_rate},
     {"predicted_drop_rate", "", "sum max(0, c - ceil(capacity_factor S/N)) / S",
      &Metrics::predicted_drop_rate},
     {"straggler_slowdown", "", "max device load / mean device load", &Metrics::straggler_slowdown},
-    {"noise_floor_cv", "", "sqrt((N/k - 1) / T)", &Metrics::noise_floor_cv},
+    {"noise_floor_cv", "", "sqrt((N/k - 1) / T); with targets sqrt(mean(1/(k w) - 1) / T)",
+     &Metrics::noise_floor_cv},
     {"noise_floor_max_vio", "", "max_vio expected at noise_floor_cv", &Metrics::noise_floor_max_vio},
     {"sampling_floor_cv", "", "sqrt(mean_i var_i) / (S/N), var_i between sequences",
      &Metrics::sampling_floor_cv},
@@ -70,8 +70,8 @@ constexpr MetricField kFields[] = {
     {"latency_p50", "s", "median over experts", &Metrics::latency_p50},
     {"latency_p95", "s", "95th percentile over experts", &Metrics::latency_p95},
     {"latency_p99", "s", "99th percentile over experts", &Metrics::latency_p99},
-    {"tail_sensitivity", "s", "slope of max latency on max_to_mean", &Metrics::tail_sensitivity},
-    {"tail_correlation", "", "correlation of max latency and max_to_mean", &Metrics::tail_correlation},
+    {"tail_sensitivity", "s", "slope of max latency on N max p", &Metrics::tail_sensitivity},
+    {"tail_correlation", "", "correlation of max latency and N max p", &Metrics::tail_correlation},
     {"load_autocorrelation", "", "EMA of <e_t, e_t-1> / (|e_t| |e_t-1|), e = p - EMA(p)",
      &Metrics::load_autocorrelation},
     {"oscillation", "", "EMA of the share of experts whose e changed sign", &Metrics::oscillation},
@@ -82,37 +82,6 @@ constexpr MetricField kFields[] = {
     {"shift", "", "change of the mean load between halves of the window, over its threshold",
      &Metrics::shift},
 };
-
-// Coefficients of "MaxVio of a CV floor f": linear · f + square · f². N ≥ 2.
-struct FloorToMaxVio {
-  double linear, square;
-};
-
-FloorToMaxVio floor_to_max_vio(int experts) {
-  const double n = experts;
-  const double z = normal_quantile((n - 0.375) / (n + 0.25));  // Blom's score of the largest of N
-  return {z * std::sqrt(n / (n - 1)), (z * z - 1) / 6};
-}
-
-// Expected largest of independent normals of these standard deviations: the integral of 1 - ΠΦ(x/σ_i) above zero less
-// that of ΠΦ(x/σ_i) below. Targets have few different values, and equal ones are raised to their number at once: a tool
-// that reads a log asks for this at every record.
-double expected_largest(std::span<const double> deviations) {
-  const double widest = *std::max_element(deviations.begin(), deviations.end());
-  std::map<double, int> different;
-  for (const double d : deviations) ++different[std::max(d, 1e-6 * widest)];
-  constexpr int kSteps = 4000;
-  const double step = 20 * widest / kSteps;
-  double sum = 0;
-  for (int j = 0; j < kSteps; ++j) {
-    const double x = -10 * widest + (j + 0.5) * step;
-    double below = 1;
-    for (const auto& [d, number] : different)
-      below *= std::pow(0.5 * std::erfc(-x / (d * std::numbers::sqrt2)), number);
-    sum += x > 0 ? 1 - below : -below;
-  }
-  return sum * step;
-}
 
 // Counts that lie within this many times N of each other are ranked by a histogram.
 constexpr std::size_t kBinsPerExpert = 4;
@@ -211,16 +180,6 @@ void check(const StatsShape& shape, const MetricsOptions& options) {
                                 " devices: must name one for each of " + std::to_string(shape.experts) +
                                 " experts");
   }
-  if (!options.targets.empty() && options.targets.size() != static_cast<std::size_t>(shape.experts)) {
-    throw std::invalid_argument("targets: " + std::to_string(options.targets.size()) +
-                                " shares: must be one for each of " + std::to_string(shape.experts) +
-                                " experts");
-  }
-  for (const double target : options.targets) {
-    if (!(target > 0 && target <= 1)) {
-      throw std::invalid_argument("targets: " + std::to_string(target) + ": must be above 0 and at most 1");
-    }
-  }
   for (const int device : options.placement) {
     if (device < 0 || device >= shape.experts) {
       throw std::invalid_argument("placement: " + std::to_string(device) + ": must be 0 to " +
@@ -243,7 +202,7 @@ const MetricField* find_metric(std::string_view name) {
 }
 
 Measurer::Measurer(const StatsShape& shape, MetricsOptions options)
-    : shape_(shape), options_(std::move(options)) {
+    : shape_(shape), options_(std::move(options)), targets_(shape.experts, options_.targets) {
   [[maybe_unused]] const RoutingStats checks_the_shape(shape);
   check(shape_, options_);
   sorted_.resize(static_cast<std::size_t>(shape.experts));
@@ -258,33 +217,11 @@ Measurer::Measurer(const StatsShape& shape, MetricsOptions options)
         static_cast<std::size_t>(*std::max_element(options_.placement.begin(), options_.placement.end())) +
         1);
   }
-  if (shape.experts > 1) {
-    const FloorToMaxVio floor = floor_to_max_vio(shape.experts);
-    floor_to_max_vio_linear_ = floor.linear;
-    floor_to_max_vio_square_ = floor.square;
-  }
+  const Floors floors = floors_of(targets_, shape.top_k);
+  unit_floor_cv_ = floors.unit_cv;
+  floor_to_max_vio_linear_ = floors.linear;
+  floor_to_max_vio_square_ = floors.square;
   log_experts_ = fast_log(splat(static_cast<double>(shape.experts)))[0];
-  const std::vector<double>& targets = options_.targets;
-  if (std::any_of(targets.begin(), targets.end(), [&](double w) { return w != targets[0]; })) {
-    aim_floors_at_targets();
-  } else {
-    options_.targets.clear();
-  }
-}
-
-// A token chooses expert i with probability k w_i: of T tokens, its load scatters by √((1/(k w_i) - 1)/T) of its target.
-void Measurer::aim_floors_at_targets() {
-  std::vector<double> deviations;
-  double squares = 0;
-  for (const double w : options_.targets) {
-    const double square = std::max(0.0, 1 / (shape_.top_k * w) - 1);
-    squares += square;
-    deviations.push_back(std::sqrt(square));
-  }
-  const double n = shape_.experts;
-  unit_floor_cv_ = std::sqrt(squares / n);
-  if (!(unit_floor_cv_ > 0)) return;
-  floor_to_max_vio_linear_ = expected_largest(deviations) / unit_floor_cv_ * std::sqrt(n / (n - 1));
 }
 
 void Measurer::measure(const RoutingStats& stats, Metrics& out) {
@@ -295,7 +232,7 @@ void Measurer::measure(const RoutingStats& stats, Metrics& out) {
   const Totals t = total(counts);
   if (!t.usable || t.sum == 0) return;
   measure_load(counts, t.min, t.max, t.sum, out);
-  if (!options_.targets.empty()) measure_against_targets(counts, t.sum, out);
+  if (!targets_.equal()) measure_against_targets(counts, t.sum, out);
   if (const auto dropped = stats.dropped()) out.drop_rate = *dropped / static_cast<double>(t.sum);
   measure_floors(stats, t.sum, out);
   measure_router(stats, out);
@@ -347,16 +284,22 @@ void Measurer::measure_load(std::span<const std::int64_t> counts, std::int64_t m
 void Measurer::measure_against_targets(std::span<const std::int64_t> counts, std::int64_t sum, Metrics& out) {
   const auto s = static_cast<double>(sum);
   double largest = 0, squares = 0, roots = 0;
+  std::int64_t hot = 0, cold = 0;
   for (std::size_t i = 0; i < counts.size(); ++i) {
-    const double w = options_.targets[i], c = static_cast<double>(counts[i]);
-    const double relative = c / (w * s), root = std::sqrt(c / s) - std::sqrt(w);
+    const auto c = static_cast<double>(counts[i]);
+    const double wanted = targets_.load(i, s), relative = targets_.relative(i, c, s);
+    const double root = std::sqrt(c / s) - std::sqrt(wanted / s);
     largest = std::max(largest, relative);
     squares += (relative - 1) * (relative - 1);
     roots += root * root;
+    hot += c > options_.capacity_factor * wanted ? 1 : 0;
+    cold += c < options_.cold_fraction * wanted ? 1 : 0;
   }
-  out.load_cv = std::sqrt(squares / shape_.experts);
+  out.load_cv = std::sqrt(squares / targets_.wanted());
   out.max_to_mean = largest;
   out.max_vio = largest - 1;
+  out.hot_experts = static_cast<double>(hot);
+  out.cold_experts = static_cast<double>(cold);
   target_displacement_ = roots / 2;
 }
 
@@ -439,7 +382,7 @@ void Measurer::measure_floors(const RoutingStats& stats, std::int64_t sum, Metri
   const bool has_max_vio = shape_.experts > 1;
   out.noise_floor_cv =
       moectl::noise_floor_cv(shape_.experts, shape_.top_k, static_cast<double>(stats.tokens()));
-  if (out.noise_floor_cv && !options_.targets.empty()) {
+  if (out.noise_floor_cv && !targets_.equal()) {
     out.noise_floor_cv = unit_floor_cv_ / std::sqrt(static_cast<double>(stats.tokens()));
   }
   if (out.noise_floor_cv && has_max_vio) out.noise_floor_max_vio = max_vio(*out.noise_floor_cv);
@@ -450,10 +393,16 @@ void Measurer::measure_floors(const RoutingStats& stats, std::int64_t sum, Metri
   if (const auto excess = signed_excess_cv_sq(out)) out.excess_cv = std::sqrt(std::max(0.0, *excess));
   const Metrics::Value floor = out.sampling_floor_cv ? out.sampling_floor_cv : out.noise_floor_cv;
   if (out.fhs && floor) {
-    // Near uniform B is CV²/8; the floor's CV² scatters by √(2/(N-1)) of itself.
-    const double clear = *floor * *floor / 8 * (1 + 3 * std::sqrt(2.0 / (shape_.experts - 1)));
-    const double bias = options_.targets.empty() ? load_displacement_.bias
-                                                 : std::min(load_displacement_.bias, target_displacement_);
+    // Near uniform B is CV²/8; the floor's CV² scatters by √(2/(N-1)) of itself. In B experts weigh as their targets do,
+    // so that of M its noise is (M/k - 1)/T however little some are to have.
+    double chance = *floor * *floor;
+    if (!targets_.equal() && unit_floor_cv_ > 0) {
+      const double even = static_cast<double>(targets_.wanted()) / shape_.top_k - 1;
+      chance *= even / (unit_floor_cv_ * unit_floor_cv_);
+    }
+    const double clear = chance / 8 * (1 + 3 * std::sqrt(2.0 / (shape_.experts - 1)));
+    const double bias =
+        targets_.equal() ? load_displacement_.bias : std::min(load_displacement_.bias, target_displacement_);
     out.fhs_alarm = *out.fhs > 1 && bias > clear ? 1 : 0;
   }
 }
@@ -471,11 +420,15 @@ double Measurer::sampling_floor(const RoutingStats& stats, std::int64_t sum) con
     const double p = static_cast<double>(counts[i]) / s;
     const double variance =
         static_cast<double>(squares[i]) - 2 * p * static_cast<double>(cross[i]) + p * p * length_sq;
-    // In units of the mean load, as below.
-    const double unit = options_.targets.empty() ? 1 : n * options_.targets[i];
+    if (targets_.equal()) {
+      total += variance;
+      continue;
+    }
+    // In units of the mean load, as below: relative() - 1 per assignment.
+    const double unit = n * (targets_.is_wanted(i) ? targets_.load(i, 1) : 1.0 / targets_.wanted());
     total += variance / (unit * unit);
   }
-  const double mean_variance = sequences / (sequences - 1) * std::max(0.0, total) / n;
+  const double mean_variance = sequences / (sequences - 1) * std::max(0.0, total) / targets_.wanted();
   return std::sqrt(mean_variance) / (s / n);
 }
 
@@ -485,15 +438,44 @@ Metrics measure(const RoutingStats& stats, const MetricsOptions& options) {
   return out;
 }
 
-std::optional<double> noise_floor_cv(int experts, int top_k, double tokens) {
-  if (!(tokens > 0) || experts < 1 || top_k < 1) return std::nullopt;
-  return std::sqrt(std::max(0.0, static_cast<double>(experts) / top_k - 1) / tokens);
-}
-
-std::optional<double> max_vio_of_cv(int experts, double cv) {
-  if (experts < 2 || !(cv >= 0)) return std::nullopt;
-  const FloorToMaxVio floor = floor_to_max_vio(experts);
-  return floor.linear * cv + floor.square * cv * cv;
+Metrics metrics_on_target(const StatsShape& shape, const MetricsOptions& options) {
+  check(shape, options);
+  const LoadTargets targets(shape.experts, options.targets);
+  std::vector<double> loads(static_cast<std::size_t>(shape.experts));
+  for (std::size_t i = 0; i < loads.size(); ++i) loads[i] = targets.load(i, 1);
+  std::vector<double> devices = loads;
+  if (!options.placement.empty()) {
+    devices.assign(
+        static_cast<std::size_t>(*std::max_element(options.placement.begin(), options.placement.end()) + 1),
+        0.0);
+    for (std::size_t i = 0; i < loads.size(); ++i)
+      devices[static_cast<std::size_t>(options.placement[i])] += loads[i];
+  }
+  std::sort(loads.begin(), loads.end());
+  const double n = shape.experts, log_n = std::log(n);
+  double entropy = 0, deviation_sq = 0, ranked = 0, rank = 0;
+  for (const double w : loads) {
+    entropy -= w > 0 ? w * std::log(w) : 0;
+    deviation_sq += (w - 1 / n) * (w - 1 / n);
+    ranked += (2 * rank++ - n + 1) * w;
+  }
+  Metrics out;
+  out.entropy = targets.equal() ? log_n : entropy;
+  if (shape.experts > 1) out.entropy_normalized = *out.entropy / log_n;
+  out.effective_experts = std::exp(*out.entropy);
+  out.kl_to_uniform = log_n - *out.entropy;
+  out.load_std = targets.equal() ? 0 : 100 * std::sqrt(deviation_sq / n);
+  out.load_cv = 0;
+  out.max_load = loads.back();
+  out.min_load = loads.front();
+  out.max_to_mean = 1;
+  out.max_vio = 0;
+  out.gini = targets.equal() ? 0 : ranked / n;
+  out.inactive_experts = n - targets.wanted();
+  out.inactive_fraction = *out.inactive_experts / n;
+  out.straggler_slowdown =
+      *std::max_element(devices.begin(), devices.end()) * static_cast<double>(devices.size());
+  return out;
 }
 
 std::optional<double> signed_excess_cv_sq(const Metrics& metrics) {
@@ -504,24 +486,6 @@ std::optional<double> signed_excess_cv_sq(const Metrics& metrics) {
 
 std::optional<double> floor_max_vio(const Metrics& metrics) {
   return metrics.sampling_floor_max_vio ? metrics.sampling_floor_max_vio : metrics.noise_floor_max_vio;
-}
-
-double normal_quantile(double p) {
-  if (!(p > 0 && p < 1))
-    throw std::invalid_argument("p: " + std::to_string(p) + ": must be above 0 and below 1");
-  if (p == 0.5) return 0;
-  if (p > 0.5) return -normal_quantile(1 - p);  // 1 - p is exact here
-  // Abramowitz & Stegun 26.2.23, error below 4.5e-4, then Halley's method on Φ(x) = erfc(-x/√2)/2, which
-  // cubes the error: twice is enough.
-  const double t = std::sqrt(-2 * std::log(p));
-  double x =
-      (2.515517 + t * (0.802853 + t * 0.010328)) / (1 + t * (1.432788 + t * (0.189269 + t * 0.001308))) - t;
-  for (int i = 0; i < 2; ++i) {
-    const double error = 0.5 * std::erfc(-x / std::numbers::sqrt2) - p;
-    const double u = error * std::sqrt(2 * std::numbers::pi) * std::exp(x * x / 2);
-    x -= u / (1 + x * u / 2);
-  }
-  return x;
 }
 
 }  // namespace moectl

@@ -329,8 +329,8 @@ INSTANTIATE_TEST_SUITE_P(
         Wrong{"Lag", with("lag: 2\n"), "c.yaml:3:6: lag: 2: must be 0 or 1"},
         Wrong{"TargetsLength", "version: 1\nmodel: {layers: 3, experts: 4, top_k: 2, targets: [0.5, 0.5]}\n",
               "c.yaml:2:51: model.targets: 2: must have one share for each of model.experts (4)"},
-        Wrong{"TargetZero", "version: 1\nmodel: {layers: 3, experts: 2, top_k: 1, targets: [1, 0]}\n",
-              "c.yaml:2:55: model.targets[1]: 0: must be above 0"},
+        Wrong{"TargetBelowZero", "version: 1\nmodel: {layers: 3, experts: 2, top_k: 1, targets: [1, -1]}\n",
+              "c.yaml:2:55: model.targets[1]: -1: must be at least 0"},
         Wrong{"TargetAboveTopK",
               "version: 1\nmodel: {layers: 3, experts: 3, top_k: 2, targets: [0.6, 0.2, 0.2]}\n",
               "c.yaml:2:52: model.targets[0]: 0.6: must be at most 1/top_k (0.5): a token chooses an expert "
@@ -521,6 +521,13 @@ TEST(Config, DeepNestingIsRefused) {
     for (int i = 0; i < 20000; ++i) text += open;
     EXPECT_THROW(parse(text), ConfigError) << open;
   }
+}
+
+TEST(Config, ATargetMayBeZero) {
+  const ControllerConfig c =
+      parse_config("version: 1\nmodel: {layers: 1, experts: 4, top_k: 2, targets: [0.5, 0.3, 0.2, 0]}\n");
+  EXPECT_EQ(c.model.targets[3], 0);
+  EXPECT_EQ(parse_config(to_yaml(c)).model.targets, c.model.targets);
 }
 
 }  // namespace

@@ -527,7 +527,9 @@ TEST(MetricsWithTargets, FloorsAreThoseOfRandomTokens) {
 TEST(MetricsWithTargets, AreChecked) {
   const StatsShape shape{.experts = 2, .top_k = 1, .needs = {}};
   EXPECT_THROW(Measurer(shape, {.targets = {1.0}}), std::invalid_argument);
-  EXPECT_THROW(Measurer(shape, {.targets = {0.0, 1.0}}), std::invalid_argument);
+  EXPECT_THROW(Measurer(shape, {.targets = {-0.5, 1.5}}), std::invalid_argument);
+  EXPECT_THROW(Measurer(shape, {.targets = {0.0, 0.0}}), std::invalid_argument);
+  EXPECT_THROW(Measurer(shape, {.targets = {0.5, 0.25}}), std::invalid_argument);
   EXPECT_THROW(Measurer(shape, {.targets = {std::nan(""), 1.0}}), std::invalid_argument);
 }
 

@@ -41,7 +41,7 @@ struct ModelConfig {
   int delay = 0;  ///< Steps by which the recorded routing is late, beyond the loop's own one; ≥ 0.
   std::vector<std::string> domains{};  ///< Names of the domains whose tokens are counted apart.
   std::vector<double>
-      targets{};  ///< Wanted share of the load of each expert [N], summing to 1; empty = uniform.
+      targets{};  ///< Wanted share of the load of each expert [N], 0 to 1/k, summing to 1; empty = equal.
 };
 
 struct ActuatorConfig {

@@ -3,6 +3,11 @@
 // Notation: c_i assignments to expert i before capacity, S = Σ c_i, p_i = c_i / S, N experts, k choices a
 // token, T tokens. Logarithms are natural, standard deviations are population (divide by N). With S = 0 every
 // metric is absent: "no data" is never 0 and never NaN.
+//
+// Targets. Where they are unequal, w_i the share that expert i is to have, metrics of balance hold each load against its
+// own: those marked (w), which for equal targets say what stands there. The others are by their published definition
+// against a uniform load, or physical, and stay so; metrics_on_target() says what they read of a load that is as wanted,
+// and whoever judges by them judges by that.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +16,7 @@
 #include <string_view>
 #include <vector>
 
+#include "moectl/load_targets.h"
 #include "moectl/stats.h"
 
 namespace moectl {
@@ -26,24 +32,26 @@ struct Metrics {
   Value effective_experts;     ///< exp(entropy), [1, N].
   Value kl_to_uniform;         ///< ln N - entropy, nats.
   Value load_std;              ///< 100 · std(p), percentage points.
-  Value load_cv;               ///< N · std(p), [0, √(N-1)].
+  Value load_cv;               ///< N · std(p), [0, √(N-1)]; (w) RMS of relative load - 1, over the wanted.
   Value max_load;              ///< max p.
   Value min_load;              ///< min p.
-  Value max_to_mean;           ///< N · max p.
+  Value max_to_mean;           ///< N · max p; (w) the largest relative load.
   Value max_vio;               ///< max_to_mean - 1 (MaxVio, arXiv 2408.15664).
   Value gini;                  ///< Σ_ij |p_i - p_j| / (2N), [0, (N-1)/N].
   Value utilization_variance;  ///< variance of c, tokens².
   Value inactive_experts;      ///< experts with c = 0.
   Value inactive_fraction;     ///< that, over N.
-  Value dead_experts;          ///< smoothed load long under dead_fraction of the mean; set by the monitor.
-  Value hot_experts;           ///< c > capacity_factor · mean.
-  Value cold_experts;          ///< c < cold_fraction · mean.
-  Value drop_rate;             ///< dropped / S as measured by the router.
-  Value predicted_drop_rate;   ///< Σ max(0, c - ⌈capacity_factor · S/N⌉) / S.
-  Value straggler_slowdown;    ///< max over devices of load / mean device load, ≥ 1.
+  Value dead_experts;  ///< smoothed load long under dead_fraction of the mean, (w) of its target; set by
+                       ///< the monitor.
+  Value hot_experts;   ///< c > capacity_factor · mean, (w) · its target.
+  Value cold_experts;  ///< c < cold_fraction · mean, (w) · its target.
+  Value drop_rate;     ///< dropped / S as measured by the router.
+  Value predicted_drop_rate;  ///< Σ max(0, c - ⌈capacity_factor · S/N⌉) / S: one capacity for all targets.
+  Value straggler_slowdown;  ///< max over devices of load / mean device load, ≥ 1.
 
   // Floors: what perfectly balanced routing would still show on this many tokens.
-  Value noise_floor_cv;          ///< √((N/k - 1)/T): independent tokens.
+  /// √((N/k - 1)/T), (w) √(mean over the wanted of (1/(k w) - 1)/T): independent tokens.
+  Value noise_floor_cv;
   Value noise_floor_max_vio;     ///< expected MaxVio at that CV.
   Value sampling_floor_cv;       ///< cluster-robust, from per-sequence sums: real, correlated tokens.
   Value sampling_floor_max_vio;  ///< expected MaxVio at that CV.
@@ -78,11 +86,10 @@ struct Metrics {
   Value stagnant_experts;    ///< get tokens, but neither gradient nor falling loss; set by the monitor.
 
   // Serving, from latencies; percentiles over experts.
-  Value latency_p50;  ///< seconds.
-  Value latency_p95;  ///< seconds.
-  Value latency_p99;  ///< seconds.
-  Value
-      tail_sensitivity;  ///< regression slope of the slowest expert's latency on max_to_mean; by the monitor.
+  Value latency_p50;       ///< seconds.
+  Value latency_p95;       ///< seconds.
+  Value latency_p99;       ///< seconds.
+  Value tail_sensitivity;  ///< regression slope of the slowest expert's latency on N · max p; by the monitor.
   Value tail_correlation;  ///< correlation of the two; by the monitor.
 
   // Time; set by the monitor.
@@ -97,10 +104,9 @@ struct MetricsOptions {
   double cold_fraction = 0.1;     ///< in [0, 1].
   /// Device of each expert [N], numbered from 0; empty = one expert a device.
   std::vector<int> placement{};
-  /// Wanted share of the load of each expert [N], above 0, summing to 1; empty = uniform. Otherwise load_cv,
-  /// max_to_mean, max_vio, excess_cv and the floors hold each load against its target, c_i / (w_i S), where they
-  /// say mean, and fhs_alarm wants the load to stand clear of its targets too.
+  /// Wanted share of the load of each expert [N], in [0, 1], summing to 1; empty = equal.
   std::vector<double> targets{};
+  friend bool operator==(const MetricsOptions&, const MetricsOptions&) = default;
 };
 
 /// Name, unit and meaning of one metric, and where it lies in Metrics.
@@ -164,7 +170,6 @@ class Measurer {
   void measure_load(std::span<const std::int64_t> counts, std::int64_t min, std::int64_t max,
                     std::int64_t sum, Metrics& out);
   void measure_against_targets(std::span<const std::int64_t> counts, std::int64_t sum, Metrics& out);
-  void aim_floors_at_targets();
   void measure_floors(const RoutingStats& stats, std::int64_t sum, Metrics& out);
   void measure_router(const RoutingStats& stats, Metrics& out);
   void measure_experts(const RoutingStats& stats, Metrics& out);
@@ -176,6 +181,7 @@ class Measurer {
 
   StatsShape shape_;
   MetricsOptions options_;
+  LoadTargets targets_;
   std::vector<std::int64_t> histogram_;      // of counts that lie close together
   std::vector<std::int64_t> sorted_, swap_;  // of the sort
   std::vector<std::int64_t> device_load_;
@@ -183,7 +189,7 @@ class Measurer {
   Displacement load_displacement_;        // of the last load
   double target_displacement_ = 0;        // B of the last load against its targets
   double log_experts_ = 0;                // ln N
-  double unit_floor_cv_ = 0;              // noise_floor_cv of one token under targets; 0 = uniform
+  double unit_floor_cv_ = 0;              // noise_floor_cv of one token
   double floor_to_max_vio_linear_ = 0;    // MaxVio of a CV floor f: linear · f + square · f²
   double floor_to_max_vio_square_ = 0;
 };
@@ -191,11 +197,19 @@ class Measurer {
 /// Convenience for single use: allocates.
 Metrics measure(const RoutingStats& stats, const MetricsOptions& options = {});
 
+/// What the metrics of a load read that is exactly as wanted, p = w: entropies, kl_to_uniform, load_std, largest and
+/// smallest load, gini, inactive experts and straggler_slowdown; load_cv and max_vio are 0. Others are absent.
+Metrics metrics_on_target(const StatsShape& shape, const MetricsOptions& options);
+
 /// √((N/k - 1)/T): CV of perfectly balanced routing of T independent tokens. Absent for T ≤ 0.
 std::optional<double> noise_floor_cv(int experts, int top_k, double tokens);
+/// Of experts with these targets.
+std::optional<double> noise_floor_cv(const LoadTargets& targets, int top_k, double tokens);
 /// Expected MaxVio of N experts whose loads scatter with this CV, `f z √(N/(N-1)) + f² (z²-1)/6` with
 /// z = Φ⁻¹((N-.375)/(N+.25)) (Blom's score of the largest of N). Absent for N = 1.
 std::optional<double> max_vio_of_cv(int experts, double cv);
+/// Expected MaxVio at noise_floor_cv. Absent for T ≤ 0 or N = 1.
+std::optional<double> noise_floor_max_vio(const LoadTargets& targets, int top_k, double tokens);
 /// load_cv² - floor², signed, with the sampling floor where known, else the noise floor. Average this, not
 /// excess_cv.
 std::optional<double> signed_excess_cv_sq(const Metrics& metrics);
