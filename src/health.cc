@@ -11,7 +11,7 @@ namespace {
 
 // Thresholds: the way in, and the looser way out. Published ones for 16 experts, top-2, are put on a scale
 // that does not depend on N and k: of the entropy between k experts (0) and all (1), where entropy_normalized
-// .5 is ⅓.
+// .5 is ⅓. With unequal targets 1 is the entropy on target, and shares are of the experts that are to get something.
 struct Threshold {
   double enter, leave;
 };
@@ -32,7 +32,7 @@ constexpr Threshold kWeakInformation{0.05, 0.1};      // below, nats between exp
 // healthy run does not reach. The failure_modes tests take it again, and try it on other seeds and routers.
 constexpr Threshold kExclusive{0.38, 0.32};
 constexpr Threshold kLatencyTail{2.0, 1.5};  // above, p99 over p50 of experts
-constexpr Threshold kStraggler{3.0, 2.5};    // above, slowdown beyond the floor's MaxVio
+constexpr Threshold kStraggler{3.0, 2.5};    // above, slowdown over that on target, beyond the floor's MaxVio
 constexpr Threshold kDead{0.05, 0.025};      // above, share of experts
 constexpr Threshold kDrops{0.05, 0.03};      // above; published: 5 % alarms, under 3 % is healthy
 
@@ -155,8 +155,19 @@ void Latch::load(std::span<const std::int64_t> in) {
 
 // ---- HealthMonitor ----
 
-HealthMonitor::HealthMonitor(const StatsShape& shape, HealthOptions options)
-    : experts_(shape.experts), top_k_(shape.top_k), options_(std::move(options)) {
+HealthMonitor::HealthMonitor(const StatsShape& shape, HealthOptions options, const Metrics& on_target)
+    : log_top_k_(std::log(shape.top_k)),
+      entropy_range_(std::log(static_cast<double>(shape.experts) / shape.top_k)),
+      wanted_(shape.experts),
+      options_(std::move(options)) {
+  if (on_target.entropy) {
+    entropy_range_ = *on_target.entropy - log_top_k_;
+    // k experts that share everything are as uneven as can be: then entropy says nothing.
+    if (!(entropy_range_ > 1e-9)) entropy_range_ = 0;
+    even_entropy_ = *on_target.entropy > 0 ? std::log(shape.experts) / *on_target.entropy : 1;
+    slowdown_ = on_target.straggler_slowdown.value_or(1);
+    wanted_ -= on_target.inactive_experts.value_or(0);
+  }
   if (const std::string fault = check_health(options_); !fault.empty()) throw std::invalid_argument(fault);
   for (AlertRule& rule : options_.alerts) {
     if (rule.name.empty()) {
@@ -208,9 +219,9 @@ void HealthMonitor::observe(std::int64_t step, const Metrics* metrics, const Met
 
 void HealthMonitor::look(const Metrics& metrics, const Metrics& smoothed, double swing_cv) {
   const auto value = [&](Metrics::Value Metrics::*which) { return (smoothed.*which).value_or(std::nan("")); };
-  const double n = experts_, scale = std::log(n / top_k_);
-  const auto relative = [&](double entropy) { return scale > 0 ? (entropy - std::log(top_k_)) / scale : 1; };
-  const double entropy = relative(value(&Metrics::entropy)), dead = value(&Metrics::dead_experts) / n;
+  const double scale = entropy_range_;
+  const auto relative = [&](double entropy) { return scale > 0 ? (entropy - log_top_k_) / scale : 1; };
+  const double entropy = relative(value(&Metrics::entropy)), dead = value(&Metrics::dead_experts) / wanted_;
   const auto flag = [&](Health h) -> bool& { return flags_[static_cast<std::size_t>(h)]; };
   const auto mode = [&](FailureMode m) -> bool& { return mode_flags_[static_cast<std::size_t>(m)]; };
 
@@ -247,7 +258,7 @@ void HealthMonitor::look(const Metrics& metrics, const Metrics& smoothed, double
                              !(of_token >= (weak ? kWeakInformation.leave : kWeakInformation.enter)) &&
                              !(of_domain >= (weak ? kWeakInformation.leave : kWeakInformation.enter));
   weak = options_.weak_specialization && tells_nothing &&
-         above(value(&Metrics::entropy_normalized), kWeakEntropy, weak);
+         above(value(&Metrics::entropy_normalized) * even_entropy_, kWeakEntropy, weak);
 
   mode(FailureMode::kExpertCollapse) = collapsed || collapsing;
   mode(FailureMode::kRoutingOscillation) = oscillating;
@@ -257,9 +268,9 @@ void HealthMonitor::look(const Metrics& metrics, const Metrics& smoothed, double
   const double tail = value(&Metrics::latency_p99) / value(&Metrics::latency_p50);
   const double floor_vio =
       std::isnan(sampling) ? value(&Metrics::noise_floor_max_vio) : value(&Metrics::sampling_floor_max_vio);
-  bottleneck = std::isnan(tail)
-                   ? above(value(&Metrics::straggler_slowdown) - floor_vio, kStraggler, bottleneck)
-                   : above(tail, kLatencyTail, bottleneck);
+  bottleneck = std::isnan(tail) ? above(value(&Metrics::straggler_slowdown) / slowdown_ - floor_vio,
+                                        kStraggler, bottleneck)
+                                : above(tail, kLatencyTail, bottleneck);
   bool& lost = mode(FailureMode::kSilentCapacityLoss);
   lost = above(dead, kDead, lost) || above(value(&Metrics::drop_rate), kDrops, lost);
 }

@@ -62,19 +62,22 @@ void copy_history(const Metrics& from, Metrics& to) {
   for (const auto value : kOfHistory) to.*value = from.*value;
 }
 
-LayerMonitor::LayerMonitor(const StatsShape& shape, const MonitorOptions& options)
+LayerMonitor::LayerMonitor(const StatsShape& shape, const MonitorOptions& options,
+                           const MetricsOptions& metrics)
     : shape_(shape),
       options_(checked(shape, options)),
+      metrics_options_(metrics),
+      targets_(shape.experts, metrics.targets),
       smoothed_(static_cast<std::size_t>(shape.experts), 0.0),
       below_(static_cast<std::size_t>(shape.experts), 0),
       load_(static_cast<std::size_t>(shape.experts), 0.0),
       entropy_(static_cast<std::size_t>(options.trend_window)),
       token_entropy_(static_cast<std::size_t>(options.trend_window)),
-      health_(shape, options.health) {
+      health_(shape, options.health, targets_.equal() ? Metrics{} : metrics_on_target(shape, metrics)) {
   const auto experts = static_cast<std::size_t>(shape.experts);
   const auto window = static_cast<std::size_t>(options.trend_window);
   if (options.trends) {
-    load_trend_.emplace(shape.experts, options.trend_window, options.ema);
+    load_trend_.emplace(targets_, options.trend_window, options.ema);
     history_.emplace(window, metric_fields().size() + 1);
   }
   const StatsNeeds& needs = shape.needs;
@@ -129,10 +132,12 @@ void LayerMonitor::watch_loads(const RoutingStats& stats, Metrics& metrics) {
   for (std::size_t i = 0; i < counts.size(); ++i) load_[i] = static_cast<double>(counts[i]) * share;
   if (load_trend_) load_trend_->observe(load_, smoothed_, metrics);
   const double weight = observed_ == 0 ? 1.0 : options_.ema;
-  const double threshold = options_.dead_fraction / static_cast<double>(counts.size());
+  const double fraction = options_.dead_fraction, equal = fraction / static_cast<double>(counts.size());
+  const std::span<const double> targets = targets_.shares();
   std::int64_t dead = 0;
   for (std::size_t i = 0; i < counts.size(); ++i) {
     smoothed_[i] += weight * (load_[i] - smoothed_[i]);
+    const double threshold = targets.empty() ? equal : fraction * targets[i];
     below_[i] = smoothed_[i] < threshold ? below_[i] + 1 : 0;
     dead += below_[i] >= options_.dead_after ? 1 : 0;
   }
@@ -146,7 +151,7 @@ void LayerMonitor::watch_loads(const RoutingStats& stats, Metrics& metrics) {
 }
 
 // An expert is stagnant that gets tokens, whose loss does not fall (its fast average is not under its slow
-// one) and whose gradient is far under the others'.
+// one) and whose gradient is far under the others'. What is to get no tokens need not learn.
 void LayerMonitor::watch_experts(const RoutingStats& stats, Metrics& metrics) {
   static const ExpertField& gradient = expert_field("grad_norm");
   static const ExpertField& expert_loss = expert_field("expert_loss");
@@ -178,7 +183,7 @@ void LayerMonitor::watch_experts(const RoutingStats& stats, Metrics& metrics) {
   const auto stagnant_under = [&](double limit) {
     std::int64_t stagnant = 0;
     for (std::size_t i = 0; i < below_.size(); ++i) {
-      const bool alive = below_[i] == 0, learns = fast_loss_[i] < slow_loss_[i];
+      const bool alive = (below_[i] == 0) & targets_.is_wanted(i), learns = fast_loss_[i] < slow_loss_[i];
       stagnant += (alive & !learns & (grad_norm_[i] < limit)) ? 1 : 0;
     }
     return stagnant;
@@ -200,7 +205,8 @@ void LayerMonitor::watch_tail(const RoutingStats& stats, Metrics& metrics) {
   static const ExpertField& latency = expert_field("latency");
   if (!latency.values(stats, values_)) return;
   tail_->push(*std::max_element(values_.begin(), values_.end()));
-  tail_load_->push(*metrics.max_to_mean);
+  // What a device computes, whatever it was meant to.
+  tail_load_->push(targets_.equal() ? *metrics.max_to_mean : *metrics.max_load * shape_.experts);
   const Regression line = regression(tail_load_->values(), tail_->values());
   metrics.tail_sensitivity = line.slope;
   metrics.tail_correlation = line.correlation;
@@ -253,7 +259,7 @@ void LayerMonitor::save(StateWriter& out) const {
 
 void LayerMonitor::load(StateReader& in) {
   // Read into another: a bad state leaves this one as it was.
-  LayerMonitor fresh(shape_, options_);
+  LayerMonitor fresh(shape_, options_, metrics_options_);
   std::int64_t counts[3];
   in.get("monitor.counts", std::span<std::int64_t>(counts));
   fresh.observed_ = counts[0];

@@ -183,13 +183,16 @@ void HistoryTable::load(StateReader& in) {
 
 // ---- LoadTrend ----
 
-LoadTrend::LoadTrend(int experts, int window, double ema)
-    : experts_(static_cast<std::size_t>(experts)),
+LoadTrend::LoadTrend(const LoadTargets& targets, int window, double ema)
+    : experts_(static_cast<std::size_t>(targets.experts())),
       half_window_(std::max(1, window / 2)),
       ema_(ema),
+      wanted_(targets.wanted()),
       loads_(kMemory * experts_),
       deviations_(kMemory * experts_),
       root_(experts_) {
+  for (std::size_t i = 0; i < targets.shares().size(); ++i)
+    relative_.push_back(targets.is_wanted(i) ? 1 / targets.load(i, 1) : wanted_);
   for (Block* block : {&before_, &now_}) {
     block->mean.resize(experts_);
     block->squares.resize(experts_);
@@ -219,7 +222,16 @@ void LoadTrend::observe(std::span<const double> load, std::span<const double> sm
   const auto at = static_cast<std::size_t>(steps_) % kMemory;
   const double old_norm = norms_[at];
   norms_[at] = std::sqrt(norm);
-  deviation_sq_ += ema_ * (norm * static_cast<double>(experts_) - deviation_sq_);
+  double relative_sq = norm * static_cast<double>(experts_);
+  if (!relative_.empty()) {
+    relative_sq = sum_over(experts_,
+                           [&](std::size_t i, auto at_i) {
+                             const Double4 e = at_i.get(&deviation[i]) * at_i.get(&relative_[i]);
+                             return e * e;
+                           }) /
+                  wanted_;
+  }
+  deviation_sq_ += ema_ * (relative_sq - deviation_sq_);
   if (old_norm > 0 && norms_[at] > 0) {
     lagged_.back() += ema_ * (sum_of(oldest) / (old_norm * norms_[at]) - lagged_.back());
   }

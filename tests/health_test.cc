@@ -21,8 +21,10 @@ using Counts = std::vector<std::int64_t>;
 // A monitor fed with loads.
 class Watched {
  public:
-  explicit Watched(HealthOptions health = {}, StatsShape shape = {16, 2, {}})
-      : shape_(shape), monitor_(shape, {.trends = true, .health = std::move(health)}) {}
+  explicit Watched(HealthOptions health = {}, StatsShape shape = {16, 2, {}}, MetricsOptions metrics = {})
+      : shape_(shape),
+        metrics_options_(std::move(metrics)),
+        monitor_(shape, {.trends = true, .health = std::move(health)}, metrics_options_) {}
   void step(const Counts& counts) {
     RoutingStats stats(shape_);
     std::int64_t sum = 0;
@@ -31,7 +33,7 @@ class Watched {
     step(stats);
   }
   void step(const RoutingStats& stats) {
-    metrics_ = measure(stats);
+    metrics_ = measure(stats, metrics_options_);
     monitor_.observe(stats, metrics_);
     transitions_ += monitor_.health() != last_;
     last_ = monitor_.health();
@@ -44,6 +46,7 @@ class Watched {
 
  private:
   StatsShape shape_;
+  MetricsOptions metrics_options_;
   LayerMonitor monitor_;
   Metrics metrics_;
   Health last_ = Health::kNoData;
@@ -489,6 +492,84 @@ TEST(AuxLossReview, Verdicts) {
   EXPECT_EQ(verdict(400, .01, .002, 0.0025, 0.0025, true), Verdict::kSwitchOff);
   EXPECT_EQ(verdict(400, .01, 0, 0.0025, 0.0025, true), Verdict::kSwitchOff);
   EXPECT_EQ(verdict(400, .01, .002, -0.03, 0.03, true), Verdict::kLower);  // rose as the weight fell
+}
+
+// ---- Unequal targets. ----
+
+// Two experts are to have .45 each: entropy 1.21 of the 2.77 of 16 equal ones, a quarter of the way from ln 2, and the
+// busiest device does 7.2 times the mean.
+const std::vector<double> kTwoCarry = [] {
+  std::vector<double> targets(16, 0.1 / 14);
+  targets[0] = targets[1] = 0.45;
+  return targets;
+}();
+
+TEST(HealthWithTargets, ALoadOnThemIsHealthyAndTheSameUnaskedIsCollapsed) {
+  std::mt19937_64 random(31);
+  Watched wanted({}, {16, 2, {}}, {.targets = kTwoCarry}), unasked;
+  for (int t = 0; t < 200; ++t) {
+    const Counts counts = sampled(kTwoCarry, random);
+    wanted.step(counts);
+    unasked.step(counts);
+    EXPECT_EQ(wanted.health(), Health::kHealthy) << t;
+  }
+  EXPECT_TRUE(wanted.alerts().empty()) << wanted.alerts()[0];
+  EXPECT_EQ(unasked.health(), Health::kCollapsed);
+  EXPECT_TRUE(unasked.monitor().has(FailureMode::kInferenceBottleneck));
+}
+
+// All of it on the two: their own targets are nearly met, and fourteen experts are dead.
+TEST(HealthWithTargets, WhatTheyLeaveOfACollapseIsStillOne) {
+  Watched watched({}, {16, 2, {}}, {.targets = kTwoCarry});
+  Counts counts(16, 0);
+  counts[0] = counts[1] = 2048;
+  for (int t = 0; t < 200; ++t) watched.step(counts);
+  EXPECT_EQ(watched.health(), Health::kCollapsed);
+  // By the entropy alone, ln 2 of 1.21: with a few tokens to each of the others nobody is dead.
+  Watched alive({}, {16, 2, {}}, {.targets = kTwoCarry});
+  for (std::size_t i = 2; i < 16; ++i) counts[i] = 2;
+  for (int t = 0; t < 200; ++t) alive.step(counts);
+  EXPECT_EQ(alive.health(), Health::kCollapsed);
+  EXPECT_FALSE(alive.monitor().has(FailureMode::kSilentCapacityLoss));
+}
+
+// Five of sixteen are to have nothing, and get it: none is dead, and 3 dead of 11 are more than a quarter.
+TEST(HealthWithTargets, WhoIsToHaveNothingIsNotDead) {
+  std::vector<double> targets(16, 1.0 / 11);
+  for (std::size_t i = 0; i < 5; ++i) targets[i] = 0;
+  Counts counts(16, 100);
+  for (std::size_t i = 0; i < 5; ++i) counts[i] = 0;
+  Watched watched({}, {16, 2, {}}, {.targets = targets}), unasked;
+  for (int t = 0; t < 200; ++t) {
+    watched.step(counts);
+    unasked.step(counts);
+  }
+  EXPECT_EQ(watched.health(), Health::kHealthy);
+  EXPECT_TRUE(watched.alerts().empty());
+  EXPECT_EQ(unasked.health(), Health::kCollapsed);
+  for (std::size_t i = 13; i < 16; ++i) counts[i] = 0;
+  for (int t = 0; t < 200; ++t) watched.step(counts);
+  EXPECT_NEAR(*watched.monitor().smoothed().dead_experts, 3, 1e-6);
+  EXPECT_EQ(watched.health(), Health::kCollapsed);
+}
+
+// Entropy .8 of ln N on target: a router that stands there and tells nothing of the tokens is weakly specialised.
+TEST(HealthWithTargets, WeakSpecializationIsEvenAsTheTargetsAre) {
+  StatsShape shape{4, 1, {.probabilities = true}};
+  const std::vector<double> targets = {0.625, 0.125, 0.125, 0.125};
+  Watched watched({.weak_specialization = true}, shape, {.targets = targets}),
+      unasked({.weak_specialization = true}, shape);
+  RoutingStats stats(shape);
+  const std::vector<std::int64_t> experts = {0, 0, 0, 0, 0, 1, 2, 3};
+  std::vector<float> rows;
+  for (int t = 0; t < 8; ++t) rows.insert(rows.end(), {0.625F, 0.125F, 0.125F, 0.125F});
+  stats.add({.experts = experts, .probabilities = rows});
+  for (int t = 0; t < 100; ++t) {
+    watched.step(stats);
+    unasked.step(stats);
+  }
+  EXPECT_EQ(watched.health(), Health::kWeakSpecialization);
+  EXPECT_NE(unasked.health(), Health::kWeakSpecialization);
 }
 
 }  // namespace

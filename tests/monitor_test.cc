@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <random>
 
 #include "allocation_counter.h"
@@ -259,6 +260,65 @@ TEST(LayerMonitor, ObservingAllocatesNothing) {
             0);
   EXPECT_FALSE(monitor.alerts().empty());
   EXPECT_TRUE(metrics.stagnant_experts);
+}
+
+// Targets .996, .002, .002 and 0 with dead_fraction .1: equal experts would be dead under .025, these under .0002.
+TEST(LayerMonitor, AnExpertIsDeadByItsOwnTarget) {
+  const StatsShape shape{4, 1, {}};
+  const MetricsOptions metrics{.targets = {0.996, 0.002, 0.002, 0}};
+  LayerMonitor monitor(shape, {.ema = 1, .dead_fraction = 0.1, .dead_after = 3}, metrics);
+  const auto dead = [&](const Counts& counts) {
+    RoutingStats stats(shape);
+    EXPECT_TRUE(stats.add_counts(counts, std::accumulate(counts.begin(), counts.end(), std::int64_t{0})));
+    Metrics m = measure(stats, metrics);
+    monitor.observe(stats, m);
+    return *m.dead_experts;
+  };
+  for (int t = 0; t < 5; ++t)
+    EXPECT_EQ(dead({9997, 2, 1, 0}), t < 2 ? 0 : 1) << t;  // .0001 is under, .0002 is not
+  EXPECT_TRUE(monitor.is_dead(2));
+  for (int t = 0; t < 5; ++t) EXPECT_EQ(dead({9980, 20, 0, 0}), 1);
+  for (int t = 0; t < 5; ++t) dead({10000, 0, 0, 0});
+  EXPECT_TRUE(monitor.is_dead(1));
+  EXPECT_FALSE(monitor.is_dead(3));  // it is to have nothing
+  EXPECT_EQ(monitor.steps_below()[3], 0);
+}
+
+TEST(LayerMonitor, WhoIsToHaveNothingIsNotStagnant) {
+  const StatsShape shape{3, 1, {.gradients = true, .losses = true}};
+  const std::vector<double> norms = {1, 1, 0}, losses = {100, 100, 0};
+  const std::vector<std::int64_t> counts = {50, 50, 0};
+  for (const bool wanted : {true, false}) {
+    const MetricsOptions metrics{.targets = {0.5, wanted ? 0.499 : 0.5, wanted ? 0.001 : 0.0}};
+    LayerMonitor monitor(shape, {.dead_fraction = 0, .trend_window = 4}, metrics);
+    Metrics m;
+    for (int t = 0; t < 20; ++t) {
+      RoutingStats stats(shape);
+      ASSERT_TRUE(stats.add_counts(counts, 100));
+      ASSERT_TRUE(stats.add_grad_norms(norms));
+      ASSERT_TRUE(stats.add_expert_losses(losses, counts));
+      m = measure(stats, metrics);
+      monitor.observe(stats, m);
+    }
+    EXPECT_EQ(m.stagnant_experts, wanted ? 1 : 0);
+  }
+}
+
+// The slowest expert takes as many seconds as the largest load is even loads, whatever its target.
+TEST(LayerMonitor, TheTailFollowsTheLoadAsSuch) {
+  const StatsShape shape{2, 1, {.latencies = true}};
+  const MetricsOptions options{.targets = {0.75, 0.25}};
+  LayerMonitor monitor(shape, {}, options);
+  Metrics m;
+  for (const std::int64_t first : {50, 75, 60, 90}) {
+    RoutingStats stats(shape);
+    ASSERT_TRUE(stats.add_counts(Counts{first, 100 - first}, 100));
+    ASSERT_TRUE(stats.add_latencies(std::vector<double>{static_cast<double>(first) / 50, 0.5}));
+    m = measure(stats, options);
+    monitor.observe(stats, m);
+  }
+  EXPECT_NEAR(*m.tail_sensitivity, 1, 1e-5);
+  EXPECT_NEAR(*m.tail_correlation, 1, 1e-9);
 }
 
 }  // namespace

@@ -278,5 +278,18 @@ TEST(LoadTrend, ObservingAllocatesNothing) {
             0);
 }
 
+// Deviations of .06, -.06 and 0 of targets .75, .25 and 0: relative .08 and -.24, over the two that are wanted.
+TEST(LoadTrend, DeviationsAreRelativeToUnequalTargets) {
+  const Values targets = {0.75, 0.25, 0};
+  LoadTrend trend(LoadTargets(3, targets), 20, 0.1), equal(3, 20, 0.1);
+  Metrics m;
+  for (LoadTrend* one : {&trend, &equal}) {
+    one->observe(targets, targets, m);  // the first step has no deviation
+    one->observe(Values{0.81, 0.19, 0}, targets, m);
+  }
+  EXPECT_NEAR(trend.deviation_cv(), std::sqrt(0.1 * (0.08 * 0.08 + 0.24 * 0.24) / 2), 1e-12);
+  EXPECT_NEAR(equal.deviation_cv(), std::sqrt(0.1 * 3 * 2 * 0.06 * 0.06), 1e-12);
+}
+
 }  // namespace
 }  // namespace moectl

@@ -20,8 +20,8 @@ namespace moectl {
 enum class Health {
   kNoData,  ///< No token yet, or none for `dwell` steps.
   kHealthy,
-  kWeakSpecialization,  ///< Near uniform and the expert tells nothing of token or domain. Off unless asked
-                        ///< for.
+  kWeakSpecialization,  ///< Near uniform (or the targets) and the expert tells nothing of token or domain. Off
+                        ///< unless asked for.
   kStagnant,            ///< Experts that get tokens and learn nothing.
   kImbalanced,          ///< More imbalance than sampling explains.
   kOscillating,         ///< The load swings back and forth, wider than sampling does.
@@ -36,7 +36,7 @@ enum class FailureMode {
   kExpertCollapse,         ///< Collapsing or collapsed.
   kRoutingOscillation,     ///< Oscillating.
   kBrittleSpecialization,  ///< Experts serve one domain alone: the load follows the mixture.
-  kInferenceBottleneck,    ///< One expert or device holds up the rest.
+  kInferenceBottleneck,    ///< One expert or device holds up the rest, more than its target does.
   kSilentCapacityLoss,     ///< Dead experts or dropped tokens, whatever the averages say.
 };
 inline constexpr int kFailureModeCount = 5;
@@ -89,8 +89,9 @@ class Latch {
 
 class HealthMonitor {
  public:
-  /// Throws std::invalid_argument if check_health() finds fault.
-  HealthMonitor(const StatsShape& shape, HealthOptions options);
+  /// Throws std::invalid_argument if check_health() finds fault. `on_target`: metrics_on_target() of unequal targets;
+  /// what is absent is that of equal ones.
+  HealthMonitor(const StatsShape& shape, HealthOptions options, const Metrics& on_target = {});
   // Alerts are views of the monitor's own names.
   HealthMonitor(const HealthMonitor&) = delete;
   HealthMonitor& operator=(const HealthMonitor&) = delete;
@@ -128,7 +129,9 @@ class HealthMonitor {
   template <class Self, class Visit>
   static void for_each_latch(Self& self, Visit&& visit);
 
-  int experts_, top_k_;
+  // Of a load on its targets: the entropy less that of k experts, ln N over the entropy, the slowest device over the
+  // mean; and the experts that are to get something.
+  double log_top_k_, entropy_range_, even_entropy_ = 1, slowdown_ = 1, wanted_;
   HealthOptions options_;
   std::vector<Rule> rules_;
   std::vector<Watched> watched_;

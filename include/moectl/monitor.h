@@ -17,7 +17,7 @@ namespace moectl {
 
 struct MonitorOptions {
   double ema = 0.1;             ///< Weight of the newest value in every moving average, (0, 1].
-  double dead_fraction = 0.01;  ///< Of the mean load, [0, 1).
+  double dead_fraction = 0.01;  ///< Of the mean load, with unequal targets of the expert's own; [0, 1).
   int dead_after = 20;          ///< Steps, ≥ 1.
   int trend_window = 50;        ///< Steps, ≥ 4.
   /// Trends of the load vector and of every metric: what `oscillating` and `shift` need. The cost of a second
@@ -28,8 +28,9 @@ struct MonitorOptions {
 
 class LayerMonitor {
  public:
-  /// Throws std::invalid_argument on options out of range.
-  LayerMonitor(const StatsShape& shape, const MonitorOptions& options);
+  /// Throws std::invalid_argument on options out of range. `metrics`: what the layer is measured with; its targets say
+  /// from which load on an expert is dead, and what healthy is held against.
+  LayerMonitor(const StatsShape& shape, const MonitorOptions& options, const MetricsOptions& metrics = {});
 
   /// Takes in one step and completes the metrics that need history. `loss` is the step's, for the
   /// correlations. Does not allocate.
@@ -41,7 +42,7 @@ class LayerMonitor {
   std::span<const double> smoothed_load() const { return smoothed_; }
   /// EMA of each metric, started at its first value; absent before it.
   const Metrics& smoothed() const { return smoothed_metrics_; }
-  /// For each expert, how many steps in a row its smoothed load has been under dead_fraction / N. [N]
+  /// For each expert, how many steps in a row its smoothed load has been under dead_fraction of its target. [N]
   std::span<const std::int64_t> steps_below() const { return below_; }
   bool is_dead(int expert) const { return below_[static_cast<std::size_t>(expert)] >= options_.dead_after; }
   std::int64_t steps_observed() const { return observed_; }
@@ -74,6 +75,8 @@ class LayerMonitor {
 
   StatsShape shape_;
   MonitorOptions options_;
+  MetricsOptions metrics_options_;
+  LoadTargets targets_;
   std::vector<double> smoothed_;
   std::vector<std::int64_t> below_;
   std::int64_t observed_ = 0, steps_ = 0;

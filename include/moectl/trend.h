@@ -79,11 +79,13 @@ class HistoryTable {
 ///                          block before; in units of 1 + 6 √(2/(N-1)). Above 1 = the load has moved.
 class LoadTrend {
  public:
-  LoadTrend(int experts, int window, double ema);
+  LoadTrend(int experts, int window, double ema) : LoadTrend(LoadTargets(experts), window, ema) {}
+  LoadTrend(const LoadTargets& targets, int window, double ema);
 
   /// `smoothed` is the EMA before this step's load; both [N]. Sets the metrics it owns. Does not allocate.
   void observe(std::span<const double> load, std::span<const double> smoothed, Metrics& metrics);
-  /// Root of the smoothed mean square of N e_i: the CV of the deviations.
+  /// Root of the smoothed mean square of N e_i: the CV of the deviations. With unequal targets of e_i / w_i (where
+  /// w_i = 0, of M e_i), over the M experts that are wanted.
   double deviation_cv() const;
 
   void save(StateWriter& out) const;
@@ -110,6 +112,8 @@ class LoadTrend {
   std::size_t experts_;
   std::int64_t half_window_;
   double ema_;
+  std::vector<double> relative_;  // with unequal targets: what a share of the load is in relative load, [N]
+  double wanted_;
   std::int64_t steps_ = 0;
   std::vector<double> loads_, deviations_;  // rings of the last kMemory steps, [kMemory × N]
   std::array<double, kMemory> norms_{};     // of deviations_
