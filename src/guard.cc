@@ -107,33 +107,47 @@ std::string_view name_of(GuardCause cause) {
   return kNames[static_cast<std::size_t>(cause)];
 }
 
-LayerGuard::LayerGuard(const GuardOptions& options, int experts, int top_k)
+LayerGuard::LayerGuard(const GuardOptions& options, const StatsShape& shape, const LoadTargets& targets)
     : options_(options),
-      top_k_(top_k),
+      top_k_(shape.top_k),
+      targets_(targets.shares().begin(), targets.shares().end()),
+      even_target_(1.0 / targets.wanted()),
+      wanted_(targets.wanted()),
       handed_back_(-(std::int64_t{1} << 60)),
-      errors_(static_cast<std::size_t>(experts), 0.0),
-      smoothed_(static_cast<std::size_t>(experts), 0.0),
-      steps_(static_cast<std::size_t>(experts), 1.0),
-      bias_before_(static_cast<std::size_t>(experts), 0.0) {}
+      errors_(static_cast<std::size_t>(shape.experts), 0.0),
+      smoothed_(static_cast<std::size_t>(shape.experts), 0.0),
+      steps_(static_cast<std::size_t>(shape.experts), 1.0),
+      bias_before_(static_cast<std::size_t>(shape.experts), 0.0) {
+  if (targets.equal()) {
+    targets_.assign(errors_.size(), even_target_);
+    return;
+  }
+  entropy_on_target_ = *metrics_on_target(shape, {.targets = targets_}).entropy_normalized;
+  const double k = top_k_, even = k / shape.experts, least = options_.max_token_share;
+  for (const double w : targets_) {
+    const double raised = k < shape.experts ? std::max(0.0, k * w - even) / (1 - even) : 0;
+    token_shares_.push_back(least + (1 - least) * raised);
+  }
+}
 
 // Errors of this step and smoothed, MaxVio of both, the gap, the level of balance, and for how long it has been lost.
-void LayerGuard::follow_loads(std::int64_t step, const RoutingStats& stats, const Metrics& metrics,
-                              std::span<const double> targets) {
+void LayerGuard::follow_loads(std::int64_t step, const RoutingStats& stats, const Metrics& metrics) {
   level_ = std::max(options_.recovered_max_vio, kFloors * floor_max_vio(metrics).value_or(0));
   const auto total = static_cast<double>(stats.assignments());
   double heaviest = 0, second = 0, target_of_heaviest = 0;  // smoothed loads, relative to their targets
   vio_ = 0;
   for (std::size_t i = 0; i < errors_.size(); ++i) {
-    const double target = targets[i] * total;
-    if (!(target > 0)) continue;
-    errors_[i] = (target - static_cast<double>(stats.counts()[i])) / target;
+    // What is to get nothing has too much by what it gets, in mean targets (load_targets.h).
+    const double target = targets_[i] * total, unit = target > 0 ? target : even_target_ * total;
+    if (!(unit > 0)) continue;
+    errors_[i] = (target - static_cast<double>(stats.counts()[i])) / unit;
     smoothed_[i] = begun_ ? smoothed_[i] + kLoadEma * (errors_[i] - smoothed_[i]) : errors_[i];
     vio_ = std::max(vio_, -errors_[i]);
     const double load = 1 - smoothed_[i];
     second = std::max(second, std::min(heaviest, load));
     if (load > heaviest) {
       heaviest = load;
-      target_of_heaviest = targets[i];
+      target_of_heaviest = targets_[i];
     }
   }
   begun_ = true;
@@ -152,6 +166,21 @@ void LayerGuard::follow_loads(std::int64_t step, const RoutingStats& stats, cons
   lost_sum_ = lost ? lost_sum_ + excess_ : 0;
 }
 
+// The load that is farthest above its threshold. Under equal targets all have one, and that is the largest load.
+void LayerGuard::watch_max_load(const RoutingStats& stats, const Metrics& metrics) {
+  max_load_ = metrics.max_load.value_or(0);
+  most_tokens_ = options_.max_token_share;
+  const auto total = static_cast<double>(stats.assignments());
+  double farthest = -1;
+  for (std::size_t i = 0; i < token_shares_.size(); ++i) {
+    const double load = static_cast<double>(stats.counts()[i]) / total;
+    if (load * top_k_ - token_shares_[i] <= farthest) continue;
+    farthest = load * top_k_ - token_shares_[i];
+    max_load_ = load;
+    most_tokens_ = token_shares_[i];
+  }
+}
+
 // The trigger that stands, with its numbers. Entropy is held against its own past, the rest against levels.
 GuardReport LayerGuard::strongest_trigger(std::int64_t step, const RoutingStats& stats,
                                           const Metrics& metrics) {
@@ -162,7 +191,8 @@ GuardReport LayerGuard::strongest_trigger(std::int64_t step, const RoutingStats&
   if (options_.fhs && metrics.fhs_alarm.value_or(0) > 0 && metrics.fhs)
     raise(GuardTrigger::kFhs, *metrics.fhs, 1);
   if (metrics.entropy_normalized) {
-    const double level = entropy_average_ - options_.entropy_fall;
+    // On its way from even loads to unequal targets the entropy falls, and nothing is wrong with that.
+    const double level = std::min(entropy_average_, entropy_on_target_) - options_.entropy_fall;
     if (entropy_known_ && *metrics.entropy_normalized < level) {
       raise(GuardTrigger::kEntropyFall, *metrics.entropy_normalized, level);
     }
@@ -171,13 +201,13 @@ GuardReport LayerGuard::strongest_trigger(std::int64_t step, const RoutingStats&
                            : *metrics.entropy_normalized;
     entropy_known_ = true;
   }
-  const auto experts = static_cast<double>(stats.experts());
-  if (metrics.dead_experts && *metrics.dead_experts >= options_.dead_share * experts) {
-    raise(GuardTrigger::kDeadExperts, *metrics.dead_experts, options_.dead_share * experts);
+  if (metrics.dead_experts && *metrics.dead_experts >= options_.dead_share * wanted_) {
+    raise(GuardTrigger::kDeadExperts, *metrics.dead_experts, options_.dead_share * wanted_);
   }
   // With k = N every expert gets every token, and nothing is wrong with that.
-  if (metrics.max_load && top_k_ < stats.experts() && *metrics.max_load * top_k_ > options_.max_token_share) {
-    raise(GuardTrigger::kMaxLoad, *metrics.max_load, options_.max_token_share / top_k_);
+  watch_max_load(stats, metrics);
+  if (metrics.max_load && top_k_ < stats.experts() && max_load_ * top_k_ > most_tokens_) {
+    raise(GuardTrigger::kMaxLoad, max_load_, most_tokens_ / top_k_);
   }
   // A law on its way back has less now than on average since the balance was lost.
   if (lost_steps_ >= options_.lost_after && excess_ * static_cast<double>(lost_steps_) >= lost_sum_) {
@@ -201,9 +231,8 @@ void LayerGuard::enter(GuardState state, std::int64_t step, GuardCause cause, do
 }
 
 void LayerGuard::observe(std::int64_t step, const RoutingStats& stats, const Metrics& metrics,
-                         std::span<const double> targets,
                          const std::span<const double> (&in_force)[kActuatorCount]) {
-  follow_loads(step, stats, metrics, targets);
+  follow_loads(step, stats, metrics);
   const GuardReport seen = strongest_trigger(step, stats, metrics);
   const std::int64_t spent = step - since_;
   const auto end = [&](GuardState next, GuardCause cause, std::int64_t allowed) {

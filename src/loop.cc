@@ -47,6 +47,7 @@ Controller::Loop::Loop(ControllerConfig config, const PolicyRegistry& registry)
     initial_[a].assign(kActuators[a] == Actuator::kExpertBias ? experts : 1, own.initial);
   }
 
+  load_targets_.emplace(model.experts, model.targets);
   shape_ = {.experts = model.experts, .top_k = model.top_k, .needs = config_.collect};
   shape_.needs.domains = static_cast<int>(model.domains.size());
   for_each_servo([this](Servo& servo, std::size_t, int) { shape_.needs |= servo.needs(); });
@@ -56,8 +57,8 @@ Controller::Loop::Loop(ControllerConfig config, const PolicyRegistry& registry)
   for (const auto& layer : layers_) {
     layer->intake = RoutingStats(shape_);
     layer->stats = RoutingStats(shape_);
-    layer->monitor.emplace(shape_, config_.monitor);
-    if (config_.guard.enabled) layer->guard.emplace(config_.guard, model.experts, model.top_k);
+    layer->monitor.emplace(shape_, config_.monitor, metrics_options(config_));
+    if (config_.guard.enabled) layer->guard.emplace(config_.guard, shape_, *load_targets_);
   }
   description_ = describe_for_state(config_, shape_);
   measurer_.emplace(shape_, metrics_options(config_));
@@ -246,7 +247,7 @@ void Controller::Loop::guard() {
         in_force[a] = acting ? model_servos_[a]->applied() : std::span<const double>(&before_guards_[a], 1);
       }
     }
-    layer->guard->observe(steps_, layer->stats, layer->metrics, targets_, in_force);
+    layer->guard->observe(steps_, layer->stats, layer->metrics, in_force);
   }
   for_each_servo([this](Servo& servo, std::size_t actuator, int only) {
     const Limits& limits = config_.actuator(kActuators[actuator]).limits;
@@ -305,6 +306,7 @@ void Controller::Loop::log() {
   report_.step = steps_++;
   report_.info = info_;
   report_.layers = layer_reports_;
+  report_.targets = &*load_targets_;
   if (log_ && config_.mode != Mode::kOff && report_.step % config_.log.every == 0) log_(report_);
 }
 

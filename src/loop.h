@@ -113,7 +113,8 @@ class Controller::Loop {
   // have moved it already.
   std::array<double, kActuatorCount> before_guards_{};
   std::array<std::vector<double>, kActuatorCount> initial_;
-  std::vector<double> targets_;
+  std::optional<LoadTargets> load_targets_;
+  std::vector<double> targets_;  // the same, [N]
   std::optional<Measurer> measurer_;
   std::array<Metrics, kActuatorCount> model_mean_, model_worst_;
 

@@ -642,7 +642,7 @@ TEST(Guard, ASavedValueThatIsNotFiniteIsRefused) {
     }
     const std::string state = out.finish();
     StateReader in(state);
-    LayerGuard(quick(), 4, 1).load(in);
+    LayerGuard(quick(), {4, 1, {}}, LoadTargets(4)).load(in);
   };
   EXPECT_NO_THROW(load(0.01));
   EXPECT_THROW(load(std::nan("")), StateError);
@@ -799,6 +799,66 @@ TEST(GuardOnThePlant, LeavesHealthyRunsAlone) {
           << policy << " " << name_of(scenario);
     }
   }
+}
+
+// ---- Unequal targets. ----
+
+ControllerConfig guarded_with(const GuardOptions& guard, std::vector<double> targets) {
+  ControllerConfig config = guarded(guard);
+  config.model.targets = std::move(targets);
+  return config;
+}
+
+// .88 of the tokens is what expert 0 is to have; its threshold is .8 + .2 (.88 - .25)/.75 = .968. What is wanted less
+// than an even share keeps .8.
+TEST(GuardWithTargets, AnExpertMayHaveWhatItIsToHave) {
+  const std::vector<double> targets = {0.88, 0.04, 0.04, 0.04};
+  Controller controller(guarded_with(only(GuardTrigger::kMaxLoad), targets));
+  EXPECT_EQ(steps_to_intervention(controller, {88, 4, 4, 4}, 50), -1);
+  EXPECT_EQ(steps_to_intervention(controller, {96, 2, 1, 1}, 50), -1);
+  EXPECT_EQ(steps_to_intervention(controller, {97, 1, 1, 1}, 10), 3);
+  const GuardReport& seen = controller.report().layers[0].guard;
+  EXPECT_EQ(seen.trigger, GuardTrigger::kMaxLoad);
+  EXPECT_NEAR(seen.value, 0.97, 1e-12);
+  EXPECT_NEAR(seen.threshold, 0.968, 1e-12);
+  Controller other(guarded_with(only(GuardTrigger::kMaxLoad), targets));
+  EXPECT_EQ(steps_to_intervention(other, {5, 85, 5, 5}, 10), 3);
+  EXPECT_NEAR(other.report().layers[0].guard.threshold, 0.8, 1e-12);
+}
+
+// From even loads to (.7, .1, .1, .1) the entropy falls from 1 to .678: twice as far as a collapse may go.
+TEST(GuardWithTargets, EntropyMayFallToThatOfTheTargets) {
+  Controller controller(guarded_with(only(GuardTrigger::kEntropyFall), {0.7, 0.1, 0.1, 0.1}));
+  for (int i = 0; i < 10; ++i) feed(controller, kEven);
+  EXPECT_EQ(steps_to_intervention(controller, {70, 10, 10, 10}, 50), -1);
+  EXPECT_EQ(steps_to_intervention(controller, {85, 5, 5, 5}, 10), 3);
+  const auto entropy = [](double large, double small) {
+    return -(large * std::log(large) + 3 * small * std::log(small)) / std::log(4.0);
+  };
+  EXPECT_NEAR(controller.report().layers[0].guard.value, entropy(.85, .05), 1e-9);
+  EXPECT_NEAR(controller.report().layers[0].guard.threshold, entropy(.7, .1) - .15, 1e-9);
+}
+
+// One of the two that are to have something; of all four experts it would take two.
+TEST(GuardWithTargets, TheDeadAreAShareOfThoseThatAreWanted) {
+  GuardOptions options = only(GuardTrigger::kDeadExperts);
+  options.dead_share = 0.5;
+  Controller controller(guarded_with(options, {0, 0.5, 0.5, 0}));
+  EXPECT_EQ(steps_to_intervention(controller, {0, 50, 50, 0}, 200), -1);
+  const int steps = steps_to_intervention(controller, {0, 100, 0, 0}, 200);
+  EXPECT_GT(steps, 0);
+  EXPECT_EQ(controller.report().layers[0].guard.value, 1);
+  EXPECT_EQ(controller.report().layers[0].guard.threshold, 1);  // half of two
+}
+
+// Nothing is wanted of expert 3, and it takes nearly all: the guard pushes it away, as far as any.
+TEST(GuardWithTargets, WhoIsToHaveNothingIsPushedAway) {
+  Controller controller(guarded_with(only(GuardTrigger::kMaxLoad), {0.4, 0.3, 0.3, 0}));
+  ASSERT_EQ(steps_to_intervention(controller, {4, 3, 3, 90}, 10), 3);
+  for (int i = 0; i < 3; ++i) feed(controller, {4, 3, 3, 90});
+  const auto bias = controller.bias(0);
+  EXPECT_LT(bias[3], bias[0] - 0.1);
+  EXPECT_TRUE(std::isfinite(bias[0]));
 }
 
 }  // namespace

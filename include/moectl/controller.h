@@ -103,6 +103,7 @@ struct StepReport {
   std::int64_t step = 0;
   StepInfo info;
   std::span<const LayerReport> layers;
+  const LoadTargets* targets = nullptr;  ///< Of the config; null: equal ones.
   ActuatorReport model[kActuatorCount];  ///< Actuators of `scope: model`; others are empty.
 };
 

@@ -30,10 +30,13 @@ namespace moectl {
 struct GuardOptions {
   bool enabled = false;
   // Triggers. Each must hold for `confirm` steps in a row.
-  bool fhs = true;               ///< fhs_alarm: FHS above 1 and clear of the noise.
-  double entropy_fall = 0.15;    ///< Of entropy_normalized, below its slow average, (0, 1].
-  double dead_share = 0.25;      ///< Of experts that are dead, (0, 1].
-  double max_token_share = 0.8;  ///< Of tokens that choose one and the same expert, (0, 1].
+  bool fhs = true;  ///< fhs_alarm: FHS above 1 and clear of the noise.
+  /// Of entropy_normalized, below its slow average (or what it is on target, if that is less), (0, 1].
+  double entropy_fall = 0.15;
+  double dead_share = 0.25;  ///< Of the experts that are to get something, those that are dead, (0, 1].
+  /// Of tokens that choose one and the same expert, (0, 1]. With a target t above an even share s of the tokens it is
+  /// raised by (1 - this) (t - s)/(1 - s), so that it stays as far along between the target and all tokens.
+  double max_token_share = 0.8;
   /// Steps over which a layer that was balanced, but for one expert at most, has one at more than `recovered_max_vio`
   /// above its share, and rising: what a law too slow for it looks like long before anything else shows. ≥ 1
   std::int64_t lost_after = 100;
@@ -107,7 +110,7 @@ struct GuardReport {
 /// One layer's guard. Does not allocate after construction.
 class LayerGuard {
  public:
-  LayerGuard(const GuardOptions& options, int experts, int top_k);
+  LayerGuard(const GuardOptions& options, const StatsShape& shape, const LoadTargets& targets);
 
   /// Sums it wants beyond counts: the gap is its unit for biases.
   static StatsNeeds needs() { return {.gap = true}; }
@@ -115,7 +118,7 @@ class LayerGuard {
   /// Takes in one step with valid data and moves on in its states. `in_force` are the actuators' values, in
   /// the order of kActuators.
   void observe(std::int64_t step, const RoutingStats& stats, const Metrics& metrics,
-               std::span<const double> targets, const std::span<const double> (&in_force)[kActuatorCount]);
+               const std::span<const double> (&in_force)[kActuatorCount]);
 
   /// True if the guard decides over this actuator now; then `wanted` receives what it wants, from what is in
   /// force.
@@ -127,8 +130,8 @@ class LayerGuard {
   void load(StateReader& in);
 
  private:
-  void follow_loads(std::int64_t step, const RoutingStats& stats, const Metrics& metrics,
-                    std::span<const double> targets);
+  void follow_loads(std::int64_t step, const RoutingStats& stats, const Metrics& metrics);
+  void watch_max_load(const RoutingStats& stats, const Metrics& metrics);
   GuardReport strongest_trigger(std::int64_t step, const RoutingStats& stats, const Metrics& metrics);
   void take_over(std::int64_t step, const std::span<const double> (&in_force)[kActuatorCount]);
   void hand_back(std::int64_t step, const std::span<const double> (&in_force)[kActuatorCount]);
@@ -141,6 +144,10 @@ class LayerGuard {
 
   GuardOptions options_;
   int top_k_;
+  std::vector<double> targets_;       // w
+  std::vector<double> token_shares_;  // with unequal targets, max_token_share of each expert
+  double even_target_, wanted_;       // 1/M and M, of the experts that are to get something
+  double entropy_on_target_ = 1;      // normalized
   GuardReport report_;
   std::int64_t since_ = 0;      // step at which the state was entered
   std::int64_t confirmed_ = 0;  // steps in a row with a trigger, or with balance lost
@@ -151,10 +158,11 @@ class LayerGuard {
   bool entropy_known_ = false;
   bool begun_ = false;  // whether a step has been seen
   double gap_ = 0;
-  double level_ = 0;                  // MaxVio that counts as balanced
-  double vio_ = 0, vio_average_ = 0;  // MaxVio of this step, and smoothed
-  double start_vio_ = 0;              // MaxVio when the intervention began
-  double helped_ = 0;                 // if it helped but did not balance: the MaxVio that says so
+  double max_load_ = 0, most_tokens_ = 0;  // of the expert that is farthest above its max_token_share
+  double level_ = 0;                       // MaxVio that counts as balanced
+  double vio_ = 0, vio_average_ = 0;       // MaxVio of this step, and smoothed
+  double start_vio_ = 0;                   // MaxVio when the intervention began
+  double helped_ = 0;                      // if it helped but did not balance: the MaxVio that says so
   // The larger of MaxVio of the smoothed loads (what remains once chance has averaged out) and half of vio_average_.
   double excess_ = 0;
   bool was_balanced_ = false;
