@@ -27,7 +27,16 @@ double log_n(const LoadSpace& s) {
   return std::log(static_cast<double>(s.experts));
 }
 
-std::optional<OnAxis> axis_of(std::string_view metric) {
+std::optional<OnAxis> axis_of(std::string_view metric, const LoadTargets& targets) {
+  if (!targets.equal()) {
+    if (metric == "load_cv") return OnAxis{kRelativeCv, same, same};
+    if (metric == "max_vio") return OnAxis{kMaxVio, same, same};
+    if (metric == "max_to_mean") {
+      return OnAxis{kMaxVio, [](double x, const LoadSpace&) { return x - 1; },
+                    [](double x, const LoadSpace&) { return x + 1; }};
+    }
+    if (metric == "dead_experts") return OnAxis{kDead, same, same};
+  }
   if (metric == "load_cv") return OnAxis{kCv, same, same};
   if (metric == "load_std") {
     return OnAxis{kCv, [](double x, const LoadSpace& s) { return x * s.experts / 100; },
@@ -98,6 +107,11 @@ std::string where(const LoadSpace& s) {
   return "at N = " + std::to_string(s.experts) + ", k = " + std::to_string(s.top_k);
 }
 
+Extent whole_of(LoadAxis axis, const LoadSpace& s) {
+  if (!is_relative(axis)) return whole(axis, room_of(s));
+  return whole_relative(axis, s, LoadTargets(s.experts, s.targets));
+}
+
 /// One band, as given and along its axis.
 struct Placed {
   std::string metric;
@@ -107,7 +121,7 @@ struct Placed {
 };
 
 Placed place(const std::string& metric, const Band& band, const OnAxis& on, const LoadSpace& s) {
-  const Extent all = whole(on.axis, room_of(s));
+  const Extent all = whole_of(on.axis, s);
   const auto along = [&](double end) {
     if (std::isinf(end)) {
       // An open end reaches to the end of the axis on its side; entropies run the other way.
@@ -118,7 +132,7 @@ Placed place(const std::string& metric, const Band& band, const OnAxis& on, cons
   };
   const double a = along(band.low), b = along(band.high);
   Placed placed{metric, band, on, std::min(a, b), std::max(a, b)};
-  if (on.axis == kIdle) {  // whole experts
+  if (on.axis == kIdle || on.axis == kDead) {  // whole experts
     placed.low = std::ceil(placed.low - 1e-9);
     placed.high = std::floor(placed.high + 1e-9);
   }
@@ -179,10 +193,38 @@ std::optional<double> floor_of(LoadAxis axis, const LoadSpace& s) {
   return vio ? std::optional((1 + *vio) / s.experts) : std::nullopt;
 }
 
+// The same with unequal targets, of which loads as such cannot be more even than those wanted.
+std::optional<double> floor_on_targets(LoadAxis axis, const LoadSpace& s, const LoadTargets& targets) {
+  const auto tokens = static_cast<double>(s.tokens);
+  if (axis == kRelativeCv) return noise_floor_cv(targets, s.top_k, tokens);
+  if (axis == kMaxVio) return noise_floor_max_vio(targets, s.top_k, tokens);
+  if (axis == kDead) return std::nullopt;
+  const Metrics wanted =
+      metrics_on_target({s.experts, s.top_k, {}}, {.targets = {s.targets.begin(), s.targets.end()}});
+  switch (axis) {
+    case kCv: {
+      // A load scatters by w (1/k - w)/T, and its mean square adds to that of the targets.
+      const double n = s.experts, cv = *wanted.load_std * n / 100, squares = (1 + cv * cv) / n;
+      const double noise = s.tokens > 0 ? n * (1.0 / s.top_k - squares) / tokens : 0;
+      return std::sqrt(cv * cv + std::max(0.0, noise));
+    }
+    case kMax:
+      return wanted.max_load;
+    case kGini:
+      return wanted.gini;
+    case kIdle:
+      return wanted.inactive_experts;
+    default:
+      return wanted.kl_to_uniform;
+  }
+}
+
 // A band that no load lies in, or that lies under the floor.
 void judge_alone(const Placed& p, const LoadSpace& s, std::vector<Conflict>& conflicts) {
-  const Extent all = whole(p.on.axis, room_of(s));
-  const std::optional<double> floor = floor_of(p.on.axis, s);
+  const Extent all = whole_of(p.on.axis, s);
+  const LoadTargets targets(s.experts, s.targets);
+  const std::optional<double> floor =
+      targets.equal() ? floor_of(p.on.axis, s) : floor_on_targets(p.on.axis, s, targets);
   const Extent reachable = {std::max(all.min, floor.value_or(all.min)), all.max};
   const bool too_high = p.low > all.max + kSlack, too_low = p.high < all.min - kSlack;
   const auto add = [&](const std::string& why) {
@@ -192,9 +234,14 @@ void judge_alone(const Placed& p, const LoadSpace& s, std::vector<Conflict>& con
   if (too_high || too_low) {
     add(" cannot be: " + side(p, too_high ? all.max : all.min, too_high, s));
   } else if (floor && p.high < *floor - kSlack) {
-    const bool mean = p.on.axis == kCv || p.on.axis == kMax;
-    add(" lies under the noise floor: perfectly balanced routing of " + std::to_string(s.tokens) +
-        " tokens still shows " +
+    const bool by_targets = !targets.equal() && !is_relative(p.on.axis);
+    const bool mean = p.on.axis == kCv || p.on.axis == kRelativeCv || p.on.axis == kMaxVio ||
+                      (p.on.axis == kMax && !by_targets);
+    add((by_targets
+             ? " is more even than model.targets: a load on its targets" +
+                   (s.tokens > 0 ? ", of " + std::to_string(s.tokens) + " tokens," : std::string()) + " has "
+             : " lies under the noise floor: perfectly balanced routing of " + std::to_string(s.tokens) +
+                   " tokens still shows ") +
         (mean ? p.metric + " = " + number(p.on.from_axis(*floor, s)) : side(p, *floor, false, s)));
   }
 }
@@ -220,7 +267,7 @@ void judge_pair(const Placed& a, const Placed& b, const LoadSpace& s, std::vecto
   if (a.on.axis == b.on.axis) {
     if (a.low <= b.high + kSlack && b.low <= a.high + kSlack) return;
     const bool below = a.high < b.low;
-    const Extent all = whole(a.on.axis, room_of(s));
+    const Extent all = whole_of(a.on.axis, s);
     conflicts.push_back({{a.metric, b.metric},
                          given_side(a, below, s) + " is the same as " +
                              side(b, below ? a.high : a.low, below, s) + " " + where(s) + "; " + b.metric +
@@ -228,6 +275,7 @@ void judge_pair(const Placed& a, const Placed& b, const LoadSpace& s, std::vecto
                          nearest_band(b, {std::max(a.low, all.min), std::min(a.high, all.max)}, s)});
     return;
   }
+  if (is_relative(a.on.axis) || is_relative(b.on.axis)) return;  // of these no relation is known
   if (auto conflict = conflict_of(a, b, s, room_of(s), "")) conflicts.push_back(std::move(*conflict));
 }
 
@@ -245,6 +293,7 @@ void judge_together(const std::vector<Placed>& placed, const LoadSpace& s, std::
     for (std::size_t j = i + 1; j < placed.size(); ++j) {
       const Placed &a = placed[i], &b = placed[j];
       if (a.on.axis == b.on.axis || a.on.axis == kMax || b.on.axis == kMax) continue;
+      if (is_relative(a.on.axis) || is_relative(b.on.axis)) continue;
       if (auto conflict = conflict_of(a, b, s, room, given)) {
         conflict->metrics.insert(conflict->metrics.begin(), cap->metric);
         conflicts.push_back(std::move(*conflict));
@@ -257,6 +306,7 @@ void judge_together(const std::vector<Placed>& placed, const LoadSpace& s, std::
 
 Feasibility judge(const LoadSpace& space, const Bands& bands) {
   check_space(space);
+  const LoadTargets targets(space.experts, space.targets);
   Feasibility found;
   std::vector<Placed> placed;
   for (const auto& [metric, band] : bands) {
@@ -265,7 +315,7 @@ Feasibility judge(const LoadSpace& space, const Bands& bands) {
       throw std::invalid_argument("bands." + metric + ": [" + number(band.low) + ", " + number(band.high) +
                                   "]: must be ascending");
     }
-    const auto on = axis_of(metric);
+    const auto on = axis_of(metric, targets);
     if (!on) {
       found.not_judged.push_back(metric);
       continue;
@@ -282,8 +332,14 @@ Feasibility judge(const LoadSpace& space, const Bands& bands) {
     for (std::size_t j = i + 1; j < placed.size(); ++j)
       judge_pair(placed[i], placed[j], space, found.conflicts);
   }
+  const auto on_other_axis = [&](const Placed& p) {
+    return std::any_of(placed.begin(), placed.end(), [&](const Placed& q) { return q.on.axis != p.on.axis; });
+  };
+  for (const Placed& p : placed) {
+    if (is_relative(p.on.axis) && on_other_axis(p)) found.judged_alone.push_back(p.metric);
+  }
   std::array<bool, kLoadAxisCount> used{};
-  for (const Placed& p : placed) used[static_cast<std::size_t>(p.on.axis)] = true;
+  for (const Placed& p : placed) used[static_cast<std::size_t>(p.on.axis)] = !is_relative(p.on.axis);
   const bool many = std::count(used.begin(), used.end(), true) >= 3;
   if (found.conflicts.empty() && many) judge_together(placed, space, found.conflicts);
   found.undecided_together = many && found.conflicts.empty();

@@ -46,11 +46,13 @@ void judge_one(const LoadSpace& space, const std::string& where, Bands bands, co
     found.conflicts.push_back(std::move(conflict));
   }
   found.undecided_together |= one.undecided_together;
-  for (std::string& metric : one.not_judged) {
-    if (std::find(found.not_judged.begin(), found.not_judged.end(), metric) == found.not_judged.end()) {
-      found.not_judged.push_back(std::move(metric));
+  const auto keep = [](std::vector<std::string>& from, std::vector<std::string>& to) {
+    for (std::string& metric : from) {
+      if (std::find(to.begin(), to.end(), metric) == to.end()) to.push_back(std::move(metric));
     }
-  }
+  };
+  keep(one.not_judged, found.not_judged);
+  keep(one.judged_alone, found.judged_alone);
 }
 
 }  // namespace
@@ -72,7 +74,8 @@ std::vector<Target> targets_of(const ControllerConfig& config) {
 
 Feasibility judge_bands(const ControllerConfig& config) {
   const HealthOptions& health = config.monitor.health;
-  const LoadSpace space{config.model.experts, config.model.top_k, config.model.tokens_per_step};
+  const LoadSpace space{config.model.experts, config.model.top_k, config.model.tokens_per_step,
+                        config.model.targets};
   const Bands points = set_points(config);
   Feasibility found;
   if (health.phases.empty()) {

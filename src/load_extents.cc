@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <initializer_list>
 #include <limits>
 #include <stdexcept>
@@ -281,10 +282,28 @@ Extent whole(LoadAxis axis, const Room& s) {
       return {0, static_cast<double>(max_idle(s))};
     case kKl:
       return {0, std::max(0.0, std::log(n) - entropy_of(packed(s, s.cap)))};
-    case kLoadAxisCount:
+    default:
       break;
   }
   return {};
+}
+
+// All are largest with the whole load on k experts, a k-th on each.
+Extent whole_relative(LoadAxis axis, const LoadSpace& space, const LoadTargets& targets) {
+  const int unwanted = space.experts - targets.wanted();
+  if (axis == kDead) return {0, static_cast<double>(targets.wanted() - std::max(0, space.top_k - unwanted))};
+  double largest = 0;
+  std::vector<double> more;  // what a k-th of the load adds to the sum of squares of an expert that has none
+  for (std::size_t i = 0; i < static_cast<std::size_t>(space.experts); ++i) {
+    const double over = targets.relative(i, 1.0 / space.top_k, 1) - 1;
+    largest = std::max(largest, over);
+    more.push_back(over * over - (targets.is_wanted(i) ? 1 : 0));
+  }
+  if (axis == kMaxVio) return {0, largest};
+  std::sort(more.begin(), more.end(), std::greater<>());
+  double squares = targets.wanted();
+  for (std::size_t i = 0; i < static_cast<std::size_t>(space.top_k); ++i) squares += more[i];
+  return {0, std::sqrt(std::max(0.0, squares) / targets.wanted())};
 }
 
 Extent extent_at(LoadAxis x, double value, LoadAxis y, const Room& s) {

@@ -481,5 +481,71 @@ TEST(Feasibility, TheExtremesAreReached) {
   }
 }
 
+// Two of four experts are to have a half and three eighths, one an eighth, one nothing; top-1, 800 tokens. On target:
+// entropy .974 nats (.7028 of ln 4), Gini (3 · .5 + .375 - .125)/4 = .4375, and the loads' own CV √.625 = .7906.
+constexpr double kShares[] = {0.5, 0.375, 0.125, 0};
+constexpr LoadSpace kUnequal{.experts = 4, .top_k = 1, .tokens = 800, .targets = kShares};
+
+TEST(FeasibilityWithTargets, LoadsCannotBeMoreEvenThanThoseWanted) {
+  const auto conflicts = [](const char* metric, double low, double high) {
+    return judge(kUnequal, {{metric, {low, high}}}).conflicts.size();
+  };
+  EXPECT_EQ(conflicts("entropy_normalized", 0.75, 0.95), 1U);  // of equal experts all of these can be
+  EXPECT_EQ(conflicts("entropy_normalized", 0.65, 0.75), 0U);
+  EXPECT_EQ(conflicts("kl_to_uniform", 0, 0.40), 1U);  // 1.386 - .974 = .412
+  EXPECT_EQ(conflicts("kl_to_uniform", 0, 0.42), 0U);
+  EXPECT_EQ(conflicts("gini", 0.1, 0.43), 1U);
+  EXPECT_EQ(conflicts("gini", 0.1, 0.44), 0U);
+  EXPECT_EQ(conflicts("max_load", 0.3, 0.49), 1U);
+  EXPECT_EQ(conflicts("max_load", 0.3, 0.51), 0U);
+  EXPECT_EQ(conflicts("inactive_experts", 0, 0), 1U);  // one is to have nothing
+  EXPECT_EQ(conflicts("inactive_experts", 0, 1), 0U);
+  // A load has variance w (1 - w)/800, of all .59375/800: chance makes the CV √(.625 + 4 · .59375/800), 19.811 points.
+  EXPECT_EQ(conflicts("load_std", 1, 19.8), 1U);
+  EXPECT_EQ(conflicts("load_std", 1, 19.82), 0U);
+  const auto found = judge(kUnequal, {{"entropy_normalized", {0.75, 0.95}}}).conflicts[0];
+  EXPECT_THAT(found.message,
+              HasSubstr("more even than model.targets: a load on its targets, of 800 tokens, has "
+                        "entropy_normalized ≤ 0.7029 at N = 4, k = 1"));
+  EXPECT_EQ(judge(kUnequal, {{"entropy_normalized", {0.5, 0.7}}, {"gini", {0, 0.6}}}).conflicts.size(), 0U);
+  EXPECT_EQ(judge({.experts = 4, .top_k = 1, .tokens = 0, .targets = kShares}, {{"gini", {0.1, 0.43}}})
+                .conflicts.size(),
+            1U);  // without knowing the tokens
+}
+
+// Relative variances of a token: 1, 5/3 and 7. Their mean over 800 is the square of .06346.
+TEST(FeasibilityWithTargets, RelativeMetricsHaveTheirOwnFloorsAndBounds) {
+  const auto conflicts = [](const char* metric, double low, double high) {
+    return judge(kUnequal, {{metric, {low, high}}}).conflicts.size();
+  };
+  EXPECT_EQ(conflicts("load_cv", 0, 0.0634), 1U);
+  EXPECT_EQ(conflicts("load_cv", 0, 0.0635), 0U);
+  const double floor = *noise_floor_max_vio(LoadTargets(4, kShares), 1, 800);
+  EXPECT_EQ(conflicts("max_vio", 0, floor - 1e-4), 1U);
+  EXPECT_EQ(conflicts("max_vio", 0, floor + 1e-4), 0U);
+  EXPECT_EQ(conflicts("max_to_mean", 1, 1 + floor - 1e-4), 1U);
+  // All on the expert that is to have an eighth: 8 times its target.
+  EXPECT_EQ(conflicts("max_vio", 6.9, 8), 0U);
+  EXPECT_EQ(conflicts("max_vio", 7.1, 8), 1U);
+  // … and the two others without any: √((49 + 1 + 1)/3).
+  EXPECT_EQ(conflicts("load_cv", 4.12, 5), 0U);
+  EXPECT_EQ(conflicts("load_cv", 4.13, 5), 1U);
+  // All on the one that is to have nothing, and the three are dead.
+  EXPECT_EQ(conflicts("dead_experts", 3, 3), 0U);
+  EXPECT_EQ(conflicts("dead_experts", 4, 4), 1U);
+}
+
+TEST(FeasibilityWithTargets, RelativeMetricsAreNotComparedWithThoseOfTheLoads) {
+  // At equal targets a CV of .2 and a largest load of .5 exclude each other.
+  const Bands bands = {{"load_cv", {0.1, 0.2}}, {"max_load", {0.5, 0.6}}};
+  EXPECT_EQ(judge({.experts = 4, .top_k = 1}, bands).conflicts.size(), 1U);
+  const Feasibility found = judge(kUnequal, bands);
+  EXPECT_TRUE(found.feasible());
+  EXPECT_THAT(found.judged_alone, ElementsAre("load_cv"));
+  EXPECT_TRUE(judge(kUnequal, {{"load_cv", {0.1, 0.2}}}).judged_alone.empty());
+  // The same number by two names is.
+  EXPECT_EQ(judge(kUnequal, {{"max_vio", {0.2, 0.3}}, {"max_to_mean", {1.5, 1.6}}}).conflicts.size(), 1U);
+}
+
 }  // namespace
 }  // namespace moectl

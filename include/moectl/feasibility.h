@@ -5,11 +5,16 @@
 // metric falls on one of five axes (coefficient of variation, largest load, Gini, idle experts, distance from
 // uniform); for each pair of axes the largest and the smallest value of one at a given value of the other are
 // known and grow with it, so that a pair of bands is decided exactly by looking at their ends.
+//
+// With unequal targets load_cv, max_to_mean, max_vio and dead_experts are relative to them (metrics.h) and lie on axes of
+// their own: they are judged alone, by what they can be and by their floor. Bands on the loads themselves must not ask for
+// more evenness than a load on its targets has.
 #pragma once
 
 #include <cstdint>
 #include <limits>
 #include <map>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -26,9 +31,10 @@ using Bands = std::map<std::string, Band>;
 
 /// What the loads are made of.
 struct LoadSpace {
-  int experts = 0;          ///< N ≥ 1.
-  int top_k = 0;            ///< 1 ≤ k ≤ N.
-  std::int64_t tokens = 0;  ///< Tokens of one step over all ranks; 0 = not known (no noise floor).
+  int experts = 0;                    ///< N ≥ 1.
+  int top_k = 0;                      ///< 1 ≤ k ≤ N.
+  std::int64_t tokens = 0;            ///< Tokens of one step over all ranks; 0 = not known (no noise floor).
+  std::span<const double> targets{};  ///< Wanted share of the load of each expert [N]; empty = equal.
 };
 
 /// Smallest and largest value.
@@ -62,11 +68,13 @@ struct Feasibility {
   bool undecided_together = false;
   /// Metrics of bands that are no function of the loads, and so were not judged.
   std::vector<std::string> not_judged;
+  /// Metrics relative to unequal targets, where others have bands as well: not compared with those.
+  std::vector<std::string> judged_alone;
   bool feasible() const { return conflicts.empty(); }
 };
 
-/// Throws std::invalid_argument for a space out of range, an unknown metric, or a band with low > high or
-/// NaN.
+/// Throws std::invalid_argument for a space or targets out of range, an unknown metric, or a band with low > high
+/// or NaN.
 Feasibility judge(const LoadSpace& space, const Bands& bands);
 
 struct ControllerConfig;

@@ -21,7 +21,8 @@ std::vector<Conflict> judge_targets(const ControllerConfig& config) {
   std::vector<Conflict> conflicts;
   const std::vector<Target> targets = targets_of(config);
   Bands all;
-  LoadSpace space{.experts = config.model.experts, .top_k = config.model.top_k};
+  LoadSpace space{
+      .experts = config.model.experts, .top_k = config.model.top_k, .targets = config.model.targets};
   const auto keep = [&](std::vector<Conflict> found, const std::string& where) {
     for (Conflict& conflict : found) {
       conflict.message = where + conflict.message;
@@ -34,7 +35,7 @@ std::vector<Conflict> judge_targets(const ControllerConfig& config) {
     const std::string where =
         std::string(name_of(target.actuator)) + ".options.target: " + exact(target.value) + ": ";
     const std::int64_t tokens = config.model.tokens_per_step * target.cadence;
-    keep(judge({space.experts, space.top_k, tokens}, band).conflicts, where);
+    keep(judge({space.experts, space.top_k, tokens, space.targets}, band).conflicts, where);
     all.insert(*band.begin());
     space.tokens = std::max(space.tokens, tokens);
   }
@@ -81,8 +82,25 @@ int check(const Options& options, const PolicyRegistry& registry) {
   if (bands.undecided_together) {
     std::cout << "# bands: each alone and all pairs are feasible; three and more at once are not disproved\n";
   }
+  for (const std::string& metric : bands.judged_alone) {
+    std::cout << "# bands: " << metric << " is relative to model.targets: judged alone\n";
+  }
   for (const std::string& metric : bands.not_judged) {
     std::cout << "# bands: " << metric << " is no function of the loads: not judged\n";
+  }
+  const double choices = static_cast<double>(config.model.tokens_per_step) * config.model.top_k;
+  for (std::size_t i = 0; i < config.model.targets.size(); ++i) {
+    const double few = config.model.targets[i] * choices;
+    if (few > 0 && few < 1) {
+      std::cout << "# model.targets[" << i << "]: " << brief(few)
+                << " tokens a step: too few to tell a relative load from chance; 0 leaves the expert out\n";
+    }
+  }
+  const ActuatorConfig& aux = config.aux_loss_weight;
+  if (!LoadTargets(config.model.experts, config.model.targets).equal() &&
+      (aux.policy != "fixed" || aux.initial > 0)) {
+    std::cout
+        << "# aux_loss_weight: the auxiliary loss pulls towards equal loads, not towards model.targets\n";
   }
   std::cout << (feasible ? "# valid and feasible\n" : "# valid, but infeasible\n");
   std::cout.flush();

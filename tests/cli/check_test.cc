@@ -6,6 +6,7 @@ namespace moectl {
 namespace {
 
 using ::testing::HasSubstr;
+using ::testing::Not;
 
 const char* const kGood = "version: 1\nmodel: {layers: 3, experts: 16, top_k: 2, tokens_per_step: 2048}\n";
 
@@ -72,6 +73,50 @@ TEST(Check, WithoutTokensTheFloorIsNotJudgedAndThatIsSaid) {
   const ToolResult result = run_tool(dir, "check " + dir.write("c.yaml", text));
   EXPECT_EQ(result.code, 0);
   EXPECT_THAT(result.out, HasSubstr("# model.tokens_per_step is not given"));
+}
+
+// Two experts of sixteen are to have almost nothing, one nothing: the floor of their relative loads is far above that of
+// equal ones, and what their loads as such can be is less even.
+TEST(Check, KnowsOfUnequalTargets) {
+  const TempDir dir;
+  const std::string model =
+      "version: 1\nmodel: {layers: 1, experts: 16, top_k: 2, tokens_per_step: 2048, targets: [0.01, 0.01, 0, "
+      "0.0754, "
+      "0.0754, 0.0754, 0.0754, 0.0754, 0.0754, 0.0754, 0.0754, 0.0754, 0.0754, 0.0754, 0.0754, 0.0752]}\n";
+  // √(mean over 15 of (1/(2 w) - 1) / 2048): 49 twice, 5.631 twelve times, 5.649: √(11.415/2048).
+  dir.write(
+      "c.yaml",
+      model + "aux_loss_weight: {policy: pi, initial: 0.01, options: {metric: load_cv, target: 0.07}}\n");
+  const ToolResult under = run_tool(dir, "check c.yaml");
+  EXPECT_EQ(under.code, 1);
+  EXPECT_THAT(under.err, HasSubstr("load_cv = 0.07 lies under the noise floor"));
+  EXPECT_THAT(under.err, HasSubstr("load_cv = 0.07466"));
+  dir.write(
+      "c.yaml",
+      model + "aux_loss_weight: {policy: pi, initial: 0.01, options: {metric: load_cv, target: 0.08}}\n");
+  const ToolResult over = run_tool(dir, "check c.yaml");
+  EXPECT_EQ(over.code, 0) << over.err;
+  EXPECT_THAT(over.out,
+              HasSubstr("# aux_loss_weight: the auxiliary loss pulls towards equal loads, not towards"));
+  dir.write("c.yaml", model + "health: {bands: {entropy_normalized: [0.97, 1], load_cv: [0, 0.3]}}\n");
+  const ToolResult even = run_tool(dir, "check c.yaml");
+  EXPECT_EQ(even.code, 1);
+  EXPECT_THAT(even.err,
+              HasSubstr("health.bands: entropy_normalized in [0.97, 1] is more even than model.targets"));
+  dir.write("c.yaml", model + "health: {bands: {entropy_normalized: [0.9, 1], load_cv: [0, 0.3]}}\n");
+  const ToolResult good = run_tool(dir, "check c.yaml");
+  EXPECT_EQ(good.code, 0) << good.err;
+  EXPECT_THAT(good.out, HasSubstr("# bands: load_cv is relative to model.targets: judged alone\n"));
+}
+
+TEST(Check, SaysWhichTargetsAreTooSmallToBeMeasured) {
+  const TempDir dir;
+  const ToolResult result = run_tool(dir, "check -",
+                                     "version: 1\nmodel: {layers: 1, experts: 3, top_k: 1, tokens_per_step: "
+                                     "1000, targets: [0.0005, 0.9995, 0]}\n");
+  EXPECT_EQ(result.code, 0) << result.err;
+  EXPECT_THAT(result.out, HasSubstr("# model.targets[0]: 0.5 tokens a step: too few"));
+  EXPECT_THAT(result.out, Not(HasSubstr("# model.targets[2]")));
 }
 
 }  // namespace
