@@ -2,7 +2,8 @@
 //
 //   e_i = c̄_i - c_i                              c̄_i target load of the window, S its assignments
 //   none:  Δ_i = u · e_i / S                      share of all assignments (LongCat-Flash, arXiv 2509.01322)
-//   mean:  Δ_i = u · e_i / c̄_i                    relative error, +1 for an expert without a token
+//   mean:  Δ_i = u · e_i / c̄_i                    relative error, +1 for an expert without a token; -1 for one that
+//                                                  gets any and should get none
 //   rms:   Δ_i = u · e_i / RMS(e)                 direction only, of length u√N (Su, kexue.fm)
 //   Δ_i clipped to ±clip·u;  centred: Δ -= mean(Δ);  b += 2^(-t/half_life) · Δ
 //
@@ -18,6 +19,7 @@
 
 #include "builtin.h"
 #include "lanes.h"
+#include "load_error.h"
 
 namespace moectl::policies {
 namespace {
@@ -50,7 +52,7 @@ class ProportionalBias final : public Policy {
     for (std::size_t i = 0; i < delta_.size(); ++i) {
       const double target = layer.targets[i] * total;
       const double error = target - static_cast<double>(counts[i]);
-      delta_[i] = options_.normalise == "mean" ? (target > 0 ? error / target : 0) : error / total;
+      delta_[i] = options_.normalise == "mean" ? relative_error(target, error) : error / total;
     }
     const auto n = static_cast<double>(delta_.size());
     double scale = options_.step;

@@ -97,7 +97,8 @@ class QuantileBias final : public Policy {
     const auto at = std::min(static_cast<std::size_t>(rank), column_.size() - 1);
     std::nth_element(column_.begin(), column_.begin() + static_cast<std::ptrdiff_t>(at), column_.end());
     // Nothing that can be chosen has so many tokens: as far as the histogram would go.
-    return std::min(static_cast<double>(column_[at]), margin_edge(kMarginBins / 2));
+    const double most = wanted > 0 ? margin_edge(kMarginBins / 2) : 0;  // nobody rises who is to get nothing
+    return std::min(static_cast<double>(column_[at]), most);
   }
 
   // The margins were formed under the biases of `delay` decisions ago; the place of those is taken by the

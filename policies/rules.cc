@@ -17,6 +17,7 @@
 //   entropy < 0.5 ln 16     1/3 of the way from k experts that share all (ln k) to all N (ln N)
 //   max_load > 35 %         an expert that 70 % of the tokens choose, so 0.7/k, and more than 3 times the mean
 //   dead_experts > 4        a quarter of N
+// With unequal targets the entropy on target stands for ln N, and the experts that are to get something for N.
 // CV and max_to_mean are such scales already. Two published signs are left out because they follow from others:
 // kl_to_uniform > 2 is entropy_normalized < 0.28 at 16 experts, which the entropy's row meets long before, and a CV below
 // 0.2 alone gives the rest of "weak specialization", since KL ≤ ln(1 + CV²) = 0.04 makes KL < 0.15, and an
@@ -149,7 +150,8 @@ struct Options {
   }
 };
 
-double threshold_of(const Condition& condition, double experts, double top_k) {
+// `experts` that are to get something, and `range`, the entropy on target less ln k.
+double threshold_of(const Condition& condition, double experts, double top_k, double range) {
   switch (condition.scale) {
     case Scale::kPlain:
       break;
@@ -158,7 +160,7 @@ double threshold_of(const Condition& condition, double experts, double top_k) {
     case Scale::kTokensChoice:
       return condition.threshold / top_k;
     case Scale::kSpread:
-      return std::log(top_k) + condition.threshold * std::log(experts / top_k);
+      return std::log(top_k) + condition.threshold * range;
   }
   return condition.threshold;
 }
@@ -170,15 +172,13 @@ class Rules final : public Policy {
         aux_(context.actuator == Actuator::kAuxLossWeight),
         // With k = N every expert gets every token, and nothing is wrong with that.
         acts_(context.top_k < context.experts) {
-    for (std::size_t r = 0; r < kRules.size(); ++r) {
-      for (std::size_t c = 0; c < kRules[r].all.size(); ++c) {
-        thresholds_[r][c] = threshold_of(kRules[r].all[c], context.experts, context.top_k);
-      }
-    }
+    const double experts = context.experts, top_k = context.top_k;
+    scale(experts, top_k, std::log(experts / top_k));
   }
 
   void propose(const LayerView& layer, std::span<double> value) override {
     if (!acts_) return;
+    if (!aimed_) aim(layer);
     if (waiting_ > 0) --waiting_;
     const Metrics& metrics = options_.over_layers == "worst" ? layer.worst : layer.metrics;
     double factor = 1;
@@ -206,6 +206,24 @@ class Rules final : public Policy {
   }
 
  private:
+  void scale(double experts, double top_k, double range) {
+    for (std::size_t r = 0; r < kRules.size(); ++r) {
+      for (std::size_t c = 0; c < kRules[r].all.size(); ++c) {
+        thresholds_[r][c] = threshold_of(kRules[r].all[c], experts, top_k, range);
+      }
+    }
+  }
+  // Targets are the same all along.
+  void aim(const LayerView& layer) {
+    aimed_ = true;
+    const StatsShape& shape = layer.stats.shape();
+    const LoadTargets targets(shape.experts, layer.targets);
+    if (targets.equal()) return;
+    const Metrics wanted =
+        metrics_on_target(shape, {.targets = {layer.targets.begin(), layer.targets.end()}});
+    scale(targets.wanted(), shape.top_k, *wanted.entropy - std::log(shape.top_k));
+  }
+
   bool holds(std::size_t rule, const Metrics& metrics) const {
     for (std::size_t c = 0; c < kRules[rule].all.size(); ++c) {
       const Condition& condition = kRules[rule].all[c];
@@ -218,7 +236,7 @@ class Rules final : public Policy {
   }
 
   Options options_;
-  bool aux_, acts_;
+  bool aux_, acts_, aimed_ = false;
   std::array<std::array<double, 2>, kRules.size()> thresholds_{};
   std::int64_t waiting_ = 0;
   std::array<std::int64_t, kRules.size()> confirmed_{};

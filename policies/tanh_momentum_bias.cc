@@ -1,6 +1,6 @@
 // tanh_momentum_bias: a proportional step that saturates softly, with momentum.
 //
-//   v_i = (c̄_i - c_i) / c̄_i
+//   v_i = (c̄_i - c_i) / c̄_i                      -1 for an expert that gets any tokens and should get none
 //   Δ_i = λ tanh(κ v_i),  Δ -= mean(Δ)
 //   m   = β m + (1 - β) Δ
 //   b  += m
@@ -16,6 +16,7 @@
 
 #include "builtin.h"
 #include "lanes.h"
+#include "load_error.h"
 
 namespace moectl::policies {
 namespace {
@@ -42,7 +43,7 @@ class TanhMomentumBias final : public Policy {
     const auto total = static_cast<double>(layer.stats.assignments());
     for (std::size_t i = 0; i < delta_.size(); ++i) {
       const double target = layer.targets[i] * total;
-      const double error = target > 0 ? (target - static_cast<double>(counts[i])) / target : 0;
+      const double error = relative_error(target, target - static_cast<double>(counts[i]));
       delta_[i] = options_.step * std::tanh(options_.steepness * error);
     }
     const double shift = sum_of(delta_) / static_cast<double>(delta_.size());

@@ -248,5 +248,33 @@ TEST(Rules, AnEvenRouterIsLeftAloneUnlessAsked) {
   }
 }
 
+// Of 40 choices 20, 20 and none are wanted: errors 0, 5/20 and, of the last, -1.
+TEST(LawsOfTheBiases, WhoIsToHaveNothingIsPushedAwayWithoutADivision) {
+  const std::vector<double> targets = {0.5, 0.5, 0};
+  for (const char* law : {"proportional_bias", "tanh_momentum_bias", "sign_bias"}) {
+    RigOptions options{.experts = 3, .top_k = 1, .targets = targets};
+    PolicyRig rig(law, options);
+    rig.step(stats_of(rig.shape(), {20, 15, 5}));
+    EXPECT_LT(rig.value[2], rig.value[0]) << law;
+    EXPECT_LT(rig.value[0], rig.value[1]) << law;
+  }
+  PolicyRig proportional(
+      "proportional_bias",
+      RigOptions{
+          .experts = 3, .top_k = 1, .options = {{"step", 0.01}, {"centred", false}}, .targets = targets});
+  proportional.step(stats_of(proportional.shape(), {20, 15, 5}));
+  EXPECT_DOUBLE_EQ(proportional.value[0], 0);
+  EXPECT_DOUBLE_EQ(proportional.value[1], 0.01 * 5 / 20);
+  EXPECT_DOUBLE_EQ(proportional.value[2], -0.01);
+  PolicyRig tanh("tanh_momentum_bias", RigOptions{.experts = 3, .top_k = 1, .targets = targets});
+  tanh.step(stats_of(tanh.shape(), {20, 15, 5}));
+  const double fall = std::tanh(2 * -1.0), rise = std::tanh(2 * 0.25), mean = (fall + rise) / 3;
+  EXPECT_NEAR(tanh.value[2], 5e-4 * 0.5 * (fall - mean), 1e-18);
+  // At rest when it has nothing.
+  PolicyRig rest("proportional_bias", RigOptions{.experts = 3, .top_k = 1, .targets = targets});
+  rest.step(stats_of(rest.shape(), {20, 20, 0}));
+  EXPECT_EQ(rest.value, std::vector<double>(3, 0));
+}
+
 }  // namespace
 }  // namespace moectl

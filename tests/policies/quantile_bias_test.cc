@@ -285,5 +285,22 @@ TEST(QuantileBias, ExactResumesWithARecordInHand) {
   EXPECT_THROW(a.set_reduction([](std::span<std::int64_t>) {}), std::invalid_argument);
 }
 
+// No token chooses expert 2 and none is wanted of it: its smallest margin, 3, is not a way to go.
+TEST(QuantileBias, WhoIsToHaveNothingDoesNotRise) {
+  for (const char* form : {"histogram", "exact"}) {
+    PolicyRig rig("quantile_bias", RigOptions{.experts = 3,
+                                              .top_k = 1,
+                                              .options = {{"form", std::string(form)}, {"gain", 1.0}},
+                                              .targets = {0.5, 0.5, 0}});
+    const std::vector<std::int64_t> experts = {0, 0, 1, 1};
+    const std::vector<float> scores = {9, 5, 2, 8, 5, 2, 5, 8, 2, 5, 9, 2};
+    const std::vector<float> top = {9, 5, 8, 5, 8, 5, 9, 5};
+    RoutingStats stats(rig.shape());
+    ASSERT_TRUE(stats.add({.experts = experts, .top_values = top, .biased_scores = scores}));
+    rig.step(stats);
+    EXPECT_EQ(rig.value[2], 0) << form;
+  }
+}
+
 }  // namespace
 }  // namespace moectl

@@ -53,7 +53,7 @@ constexpr Fix kNone, kCollapse{5, 1.2}, kLikelyCollapse{2, 1.2}, kImbalance{2, 1
 
 // What `rules` makes of actuators at 1 that saw these metrics once.
 Fix fix_of(Size size, const Metrics& metrics, std::int64_t step = 0, bool specialize = false,
-           const Metrics* worst = nullptr) {
+           const Metrics* worst = nullptr, std::vector<double> targets = {}) {
   PolicyOptions options;
   const PolicyDescription& rules = *PolicyRegistry::builtin().find("rules");
   for (const OptionSpec& spec : rules.options) options.set(spec.name, spec.default_value);
@@ -62,7 +62,7 @@ Fix fix_of(Size size, const Metrics& metrics, std::int64_t step = 0, bool specia
   const StatsShape shape{.experts = size.experts, .top_k = size.top_k, .needs = {}};
   const RoutingStats stats(shape);
   const LayerMonitor monitor(shape, MonitorOptions{});
-  const std::vector<double> targets(static_cast<std::size_t>(size.experts), 1.0 / size.experts);
+  if (targets.empty()) targets.assign(static_cast<std::size_t>(size.experts), 1.0 / size.experts);
   Fix fix;
   for (const auto& [actuator, value] :
        {std::pair{Actuator::kAuxLossWeight, &fix.weight}, {Actuator::kRouterTemperature, &fix.temperature}}) {
@@ -219,6 +219,34 @@ TEST(Rules, EachNamesItsSource) {
   EXPECT_NE(table.find("  collapse: entropy < ln k + 0.333 ln(N/k), weight x 5, temperature x 1.2\n"),
             table.npos);
   EXPECT_NE(table.find("  weak specialization: load_cv < 0.2, from step 2000, weight / 2\n"), table.npos);
+}
+
+// Two of sixteen experts are to have .45 each and two nothing: entropy 1.20 of ln 16 = 2.77 on target, which of equal
+// experts is a collapse. A third of the way from ln 2 to it lies at .862, and a quarter of fourteen are dead from four on.
+TEST(Rules, AreReadAgainstUnequalTargets) {
+  const Size size{16, 2};
+  std::vector<double> targets(16, 0.1 / 12);
+  targets[0] = targets[1] = 0.45;
+  targets[14] = targets[15] = 0;
+  const double entropy = *metrics_on_target({16, 2, {}}, {.targets = targets}).entropy;
+  EXPECT_NEAR(entropy, -0.9 * std::log(0.45) - 0.1 * std::log(0.1 / 12), 1e-12);
+  Metrics metrics;
+  metrics.dead_experts = 0;
+  metrics.max_load = 0.45;
+  metrics.max_to_mean = 1;
+  metrics.load_cv = 0.3;
+  const auto fix = [&](double value, double dead) {
+    metrics.entropy = value;
+    metrics.dead_experts = dead;
+    return fix_of(size, metrics, 0, false, nullptr, targets);
+  };
+  EXPECT_EQ(fix(entropy, 0), kNone);
+  EXPECT_EQ(fix_of(size, metrics), kCollapse);
+  const double third = std::log(2) + (entropy - std::log(2)) / 3;
+  EXPECT_EQ(fix(third + 0.001, 0), kNone);
+  EXPECT_EQ(fix(third - 0.001, 0), kCollapse);
+  EXPECT_EQ(fix(entropy, 3), kNone);
+  EXPECT_EQ(fix(entropy, 4), kCollapse);
 }
 
 }  // namespace
