@@ -19,6 +19,7 @@ SimulationOptions simulation_options(const ControllerConfig& config, const Simul
   if (config.model.tokens_per_step > 0) options.tokens = config.model.tokens_per_step;
   options.score_space = config.model.score_space;
   options.delay = config.model.delay;
+  options.targets = config.model.targets;
   if (!config.model.domains.empty()) options.domains = static_cast<int>(config.model.domains.size());
   return options;
 }

@@ -5,6 +5,7 @@
 #include <string>
 #include <type_traits>
 
+#include "moectl/load_targets.h"
 #include "moectl/simulation.h"
 #include "simulation_options.h"
 
@@ -123,6 +124,7 @@ void simulated::check(const SimulationOptions& options) {
     throw std::invalid_argument("SimulationOptions: " + fault->option + " = " + fault->value + ": " +
                                 fault->constraint);
   }
+  [[maybe_unused]] const LoadTargets checks_the_targets(options.experts, options.targets);
 }
 
 std::string_view name_of(SimulatedGate gate) {

@@ -630,5 +630,26 @@ TEST(Simulation, NamesReadBack) {
   EXPECT_FALSE(collapse_of("cold").has_value());
 }
 
+TEST(Simulation, WhatSinksIsAnExpertThatIsWanted) {
+  for (std::uint64_t seed = 1; seed <= 20; ++seed) {
+    SimulationOptions options{.scenario = Scenario::kDead, .event_step = 0};
+    options.seed = seed;
+    options.targets.assign(16, 0.0);
+    options.targets[3] = options.targets[11] = 0.4;
+    options.targets[7] = 0.06;
+    for (std::size_t i : {0U, 1U, 2U, 4U, 5U, 6U, 8U}) options.targets[i] = 0.02;
+    SimulatedRouter router(options);
+    const std::vector<double> before(router.preferences().begin(), router.preferences().end());
+    router.route(std::vector<double>(16, 0.0));
+    for (std::size_t i = 0; i < 16; ++i) {
+      const bool sunk = router.preferences()[i] < before[i] - 3;
+      EXPECT_TRUE(!sunk || i == 3 || i == 11) << i << ", seed " << seed;
+    }
+  }
+  SimulationOptions wrong;
+  wrong.targets = {1};
+  EXPECT_THROW(SimulatedRouter{wrong}, std::invalid_argument);
+}
+
 }  // namespace
 }  // namespace moectl

@@ -127,6 +127,10 @@ struct SimulationOptions {
   double rich = 3e-4;
   double aux_pull = 40;
   double affinity_walk = 2e-5;  ///< Variance share of A renewed a step.
+
+  /// Wanted share of the load of each expert [N]; empty = equal. The router does not know them; events strike experts
+  /// that are to have at least the mean.
+  std::vector<double> targets{};
 };
 
 class SimulatedRouter {
