@@ -365,6 +365,21 @@ void read_decisions(const Line& line, LogRecord& record) {
   }
 }
 
+// Null if they are equal.
+std::shared_ptr<const LoadTargets> read_targets(const Line& line, const std::string& field,
+                                                const JsonNode& targets) {
+  if (!targets.is_array()) line.reject(field, targets, "must be an array");
+  std::vector<double> shares;
+  for (const JsonNode& share : targets) shares.push_back(line.real(Line::at(field, shares.size()), share));
+  if (shares.empty()) return nullptr;
+  try {
+    LoadTargets read(static_cast<int>(shares.size()), shares);
+    return read.equal() ? nullptr : std::make_shared<const LoadTargets>(std::move(read));
+  } catch (const std::invalid_argument& e) {
+    line.reject(field, targets, e.what());
+  }
+}
+
 }  // namespace
 
 void LogLine::fail(const std::string& field, const std::string& value, const std::string& constraint) const {
@@ -410,6 +425,8 @@ LogHeader read_header(const LogLine& at, bool any_version) {
     line.fail(prefix + "top_k", std::to_string(*header.top_k),
               "must be at most experts (" + std::to_string(*header.experts) + ")");
   }
+  if (const JsonNode* targets = from->find("targets"); targets && header.is_run)
+    header.targets = read_targets(line, prefix + "targets", *targets);
   if (const JsonNode* shift = line.find("shift")) header.shift = line.integer("shift", *shift);
   if (const JsonNode* piece = line.find("piece")) header.piece = line.integer("piece", *piece, 1);
   return header;
@@ -441,6 +458,8 @@ LogRecord read_record(const LogLine& at, const LogHeader& header) {
     // A run log with `per_expert: false` has no counts; a trace without them is none.
     const JsonNode* counts = header.is_run ? line.find("counts") : &line.need("counts");
     if (counts) record.stats = read_stats(line, header, record.tokens, *counts);
+    if (!counts || !header.targets || header.targets->experts() == record.stats.experts())
+      record.targets = header.targets;
     if (const JsonNode* domains = line.find("domain_counts"); domains && counts) {
       for (const auto& [name, values] : domains_of(*domains)) record.domains.emplace_back(name);
     }

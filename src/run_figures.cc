@@ -9,12 +9,18 @@ Metrics RecordMetrics::of(const LogRecord& record) {
       if (const MetricField* field = find_metric(name)) metrics.*field->value = value;
     }
   } else if (record.stats.experts() > 0) {
-    metrics = measure(record.stats);
+    const MetricsOptions options{.targets = targets_of(record)};
+    metrics = measurer_.measure(record.stats, options);
     auto& monitor = monitors_[record.layer];
-    if (!monitor) monitor = std::make_unique<LayerMonitor>(record.stats.shape(), MonitorOptions());
+    if (!monitor) monitor = std::make_unique<LayerMonitor>(record.stats.shape(), MonitorOptions(), options);
     monitor->observe(record.stats, metrics);
   }
   return metrics;
+}
+
+std::vector<double> targets_of(const LogRecord& record) {
+  if (!record.targets) return {};
+  return {record.targets->shares().begin(), record.targets->shares().end()};
 }
 
 LimitReport reasons_of(const LoggedActuator& actuator) {

@@ -5,20 +5,25 @@
 #include <memory>
 #include <optional>
 
+#include "cached_measurer.h"
 #include "moectl/figures.h"
 #include "moectl/monitor.h"
 #include "moectl/run_log.h"
 
 namespace moectl {
 
-/// The metrics of records: those they carry, else those of their counts (with the default options).
+/// The metrics of records: those they carry, else those of their counts against their targets (with the default options).
 class RecordMetrics {
  public:
   Metrics of(const LogRecord& record);
 
  private:
+  CachedMeasurer measurer_;
   std::map<int, std::unique_ptr<LayerMonitor>> monitors_;
 };
+
+/// What the targets of a record are, as an option.
+std::vector<double> targets_of(const LogRecord& record);
 
 /// The reasons of a logged actuator; words of other versions are passed over.
 LimitReport reasons_of(const LoggedActuator& actuator);

@@ -20,10 +20,23 @@ ActuatorSample sample_of(const ActuatorReport& report) {
 
 }  // namespace
 
+void relative_loads(const RoutingStats& stats, const LoadTargets* targets, std::vector<double>& out) {
+  out.clear();
+  const auto counts = stats.counts();
+  const auto sum = static_cast<double>(stats.assignments());
+  const double mean = sum / static_cast<double>(counts.size());
+  if (!(mean > 0)) return;
+  for (std::size_t i = 0; i < counts.size(); ++i) {
+    const auto count = static_cast<double>(counts[i]);
+    out.push_back(targets ? targets->relative(i, count, sum) : count / mean);
+  }
+}
+
 StepSample sample_of(const StepReport& report, const LayerReport* layer) {
   StepSample sample;
   sample.step = report.step;
   sample.loss = report.info.loss;
+  sample.targets = report.targets;
   if (layer) {
     sample.layer = layer->layer;
     sample.metrics = layer->metrics;
@@ -43,6 +56,7 @@ StepSample sample_of(const LogRecord& record, const Metrics& metrics, std::vecto
   sample.step = record.step;
   sample.loss = record.loss;
   sample.layer = record.layer;
+  sample.targets = record.targets.get();
   if (record.layer >= 0) sample.metrics = &metrics;
   if (record.stats.experts() > 0) sample.stats = &record.stats;
   sample.health = record.health;

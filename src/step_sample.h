@@ -25,12 +25,16 @@ struct StepSample {
   std::int64_t step = 0;
   int layer = -1;  ///< -1: the actuators of `scope: model`.
   std::optional<double> loss;
-  const Metrics* metrics = nullptr;     ///< May be null.
-  const RoutingStats* stats = nullptr;  ///< May be null.
-  std::string_view health;              ///< Empty if not known.
+  const Metrics* metrics = nullptr;      ///< May be null.
+  const RoutingStats* stats = nullptr;   ///< May be null.
+  const LoadTargets* targets = nullptr;  ///< Null: equal ones.
+  std::string_view health;               ///< Empty if not known.
   std::span<const std::string_view> alerts;
   ActuatorSample actuators[kActuatorCount];
 };
+
+/// Relative load of each expert (load_targets.h) in `out`; none without a token.
+void relative_loads(const RoutingStats& stats, const LoadTargets* targets, std::vector<double>& out);
 
 /// The sample of a report's layer, or of its whole-model actuators where `layer` is null.
 StepSample sample_of(const StepReport& report, const LayerReport* layer);

@@ -196,13 +196,7 @@ class TensorBoardWriter::File {
       }
     }
     if (sample.stats && with_histograms()) {
-      const auto counts = sample.stats->counts();
-      const double mean =
-          static_cast<double>(sample.stats->assignments()) / static_cast<double>(counts.size());
-      values_.clear();
-      if (mean > 0) {
-        for (const std::int64_t count : counts) values_.push_back(static_cast<double>(count) / mean);
-      }
+      relative_loads(*sample.stats, sample.targets, values_);
       histogram(tags.load);
     }
   }

@@ -42,6 +42,7 @@ struct LogRecord {
   std::vector<std::string> domains;  ///< Names of the stats' domains, sorted.
   std::optional<double> loss;
   std::map<std::string, std::int64_t> next_mixture;
+  std::shared_ptr<const LoadTargets> targets;  ///< Of the header; null: equal ones.
   // Run logs only.
   std::int64_t tokens = 0;
   std::map<std::string, double> metrics;  ///< Those that were present.
@@ -54,9 +55,10 @@ struct LogRecord {
 struct LogHeader {
   bool is_run = false;
   std::optional<int> layers, experts, top_k;
-  std::optional<std::int64_t> shift;  ///< The step at which the host says the data changed.
-  std::string config_json;            ///< Run logs: the config object, else empty.
-  std::int64_t piece = 0;             ///< The piece being read of a log that is rotated, from 1; else 0.
+  std::optional<std::int64_t> shift;             ///< The step at which the host says the data changed.
+  std::string config_json;                       ///< Run logs: the config object, else empty.
+  std::shared_ptr<const LoadTargets> targets{};  ///< Run logs with unequal targets: of the config, else null.
+  std::int64_t piece = 0;  ///< The piece being read of a log that is rotated, from 1; else 0.
 };
 
 /// Damage is what happens to a file: a torn or unreadable line, records missing between others, a second

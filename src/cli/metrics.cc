@@ -8,12 +8,14 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 
+#include "cached_measurer.h"
 #include "cli/reshape.h"
 #include "cli/tool.h"
 #include "moectl/config.h"
 #include "moectl/metrics.h"
 #include "moectl/monitor.h"
 #include "moectl/run_log.h"
+#include "run_figures.h"
 
 namespace moectl::cli {
 namespace {
@@ -26,13 +28,18 @@ struct Options {
   bool trends = false;
 };
 
-/// How to measure: as the config says, and on records that fit it.
+/// How to measure: as the config says, and on records that fit it. Without one, against the targets of the run itself.
 struct Measuring {
   MetricsOptions metrics;
   MonitorOptions monitor;
   std::optional<ModelConfig> model;
   std::string config, trace;
 
+  MetricsOptions options(const LogRecord& record) const {
+    MetricsOptions options = metrics;
+    if (!model) options.targets = targets_of(record);
+    return options;
+  }
   void check(const LogRecord& record) const {
     if (!model) return;
     const auto must = [&](const char* field, int found, int wanted) {
@@ -91,13 +98,13 @@ void print_csv(const std::vector<std::string>& cells) {
 class Histories {
  public:
   explicit Histories(const MonitorOptions& options) : options_(options) { options_.trends = true; }
-  const LayerMonitor& observe(const LogRecord& record, Metrics& metrics) {
+  const LayerMonitor& observe(const LogRecord& record, Metrics& metrics, const MetricsOptions& how) {
     auto& monitor = monitors_[{record.layer, record.tag, record.stats.experts()}];
     if (!monitor) {
       // Not every record need have what some have.
       StatsShape shape = record.stats.shape();
       shape.needs.gradients = shape.needs.losses = shape.needs.latencies = true;
-      monitor = std::make_unique<LayerMonitor>(shape, options_);
+      monitor = std::make_unique<LayerMonitor>(shape, options_, how);
     }
     monitor->observe(record.stats, metrics, record.loss);
     return *monitor;
@@ -110,6 +117,7 @@ class Histories {
 
 int print_records(LogReader& reader, const Measuring& how, const std::string& format) {
   Histories histories(how.monitor);
+  CachedMeasurer measurer;
   std::vector<std::string> header = {"step", "layer"};
   for (const std::string& name : names()) header.push_back(name);
   Table table(header);
@@ -118,8 +126,9 @@ int print_records(LogReader& reader, const Measuring& how, const std::string& fo
     // Records of whole-model actuators, and of logs without counts, have nothing to measure.
     if (record->layer < 0 || record->stats.experts() == 0) continue;
     how.check(*record);
-    Metrics metrics = measure(record->stats, how.metrics);
-    const LayerMonitor& monitor = histories.observe(*record, metrics);
+    const MetricsOptions options = how.options(*record);
+    Metrics metrics = measurer.measure(record->stats, options);
+    const LayerMonitor& monitor = histories.observe(*record, metrics, options);
     if (format == "json") {
       Json line = {{"step", record->step}, {"layer", record->layer}};
       if (record->tag != "train") line["tag"] = record->tag;
@@ -203,15 +212,17 @@ void print_course(int layer, const std::string& tag, const Course& course, const
 
 int print_trends(LogReader& reader, const Measuring& how, const std::string& format) {
   Histories histories(how.monitor);
+  CachedMeasurer measurer;
   std::map<std::pair<int, std::string>, Course> courses;
   std::optional<double> model_weight;
   while (const auto record = reader.next()) {
     if (record->layer < 0) model_weight = applied_weight(*record);
     if (record->layer < 0 || record->stats.experts() == 0) continue;
     how.check(*record);
-    Metrics metrics = measure(record->stats, how.metrics);
+    const MetricsOptions options = how.options(*record);
+    Metrics metrics = measurer.measure(record->stats, options);
     Course& course = courses[{record->layer, record->tag}];
-    course.monitor = &histories.observe(*record, metrics);
+    course.monitor = &histories.observe(*record, metrics, options);
     ++course.steps;
     ++course.health[std::string(name_of(course.monitor->health()))];
     for (const std::string_view alert : course.monitor->alerts()) ++course.alerts[std::string(alert)];
@@ -271,6 +282,7 @@ class Window {
  public:
   struct Layer {
     RoutingStats stats;
+    MetricsOptions options;
     std::vector<std::string> domains;
     double loss_sum = 0, losses = 0;
     std::optional<double> loss() const {
@@ -278,9 +290,10 @@ class Window {
     }
   };
 
-  void add(const LogRecord& record) {
+  void add(const LogRecord& record, const Measuring& how) {
     auto [it, is_new] = layers_.try_emplace(record.layer);
     Layer& layer = it->second;
+    if (is_new) layer.options = how.options(record);
     if (record.loss) {
       layer.loss_sum += *record.loss;
       layer.losses += 1;
@@ -332,8 +345,8 @@ int print_comparison(LogReader& reader, const Measuring& how, const Options& opt
   while (const auto record = reader.next()) {
     if (record->layer < 0 || record->stats.experts() == 0) continue;
     how.check(*record);
-    if (first_window.has(*record)) a.add(*record);
-    if (second_window.has(*record)) b.add(*record);
+    if (first_window.has(*record)) a.add(*record, how);
+    if (second_window.has(*record)) b.add(*record, how);
   }
   for (const auto& [tag, window] : {std::pair{&first, &a}, std::pair{&second, &b}}) {
     if (window->layers().empty()) throw InputError("--compare: " + *tag + ": no record lies in this window");
@@ -347,7 +360,7 @@ int print_comparison(LogReader& reader, const Measuring& how, const Options& opt
     const auto it = b.layers().find(layer);
     if (it == b.layers().end() || it->second.stats.experts() != left.stats.experts()) continue;
     const Window::Layer& right = it->second;
-    Metrics x = measure(left.stats, how.metrics), y = measure(right.stats, how.metrics);
+    Metrics x = measure(left.stats, left.options), y = measure(right.stats, right.options);
     for (Metrics* of_window : {&x, &y}) of_window->max_vio_global = of_window->max_vio;
     Json metrics = Json::object();
     const auto add = [&](const std::string& name, const Metrics::Value& u, const Metrics::Value& v) {
@@ -435,8 +448,10 @@ void add_metrics(CLI::App& app, Tool& tool) {
   auto options = std::make_shared<Options>();
   command->add_option("TRACE", options->trace, "Trace or run log, plain or gzip; - reads standard input")
       ->required();
-  command->add_option("--config", options->config,
-                      "Take capacity factor, thresholds and placement from this config");
+  command->add_option(
+      "--config", options->config,
+      "Take capacity factor, thresholds, placement and targets from this config (without it, targets from "
+      "the run log itself)");
   command
       ->add_option("--compare", options->compare,
                    "Sum all records of each tag into one window a layer, and set the two side by side")

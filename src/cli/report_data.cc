@@ -1,6 +1,7 @@
 #include "cli/report_data.h"
 
 #include "cli/tool.h"
+#include "step_sample.h"
 
 #include <algorithm>
 #include <array>
@@ -252,9 +253,8 @@ void ReportRun::add(const LogRecord& record) {
   const auto n = static_cast<std::size_t>(stats.experts());
   if (n > 0 && stats.assignments() > 0) {
     layer.load.resize(n);
-    const double mean = static_cast<double>(stats.assignments()) / static_cast<double>(n);
-    for (std::size_t i = 0; i < n; ++i)
-      put(layer.load[i], coarse, static_cast<double>(stats.counts()[i]) / mean);
+    relative_loads(stats, record.targets.get(), loads_);
+    for (std::size_t i = 0; i < n; ++i) put(layer.load[i], coarse, loads_[i]);
   }
   if (const auto it = record.actuators.find("expert_bias"); it != record.actuators.end()) {
     const std::vector<double>& bias = it->second.applied;
@@ -313,6 +313,7 @@ json ReportRun::json() const {
   out["shift"] = shift_ ? nlohmann::json(*shift_) : nlohmann::json(nullptr);
   out["config"] =
       header_.config_json.empty() ? nlohmann::json(nullptr) : nlohmann::json::parse(header_.config_json);
+  if (header_.targets) out["targets"] = header_.targets->shares();
   for (const auto& [name, value] : fields_of(figures_.figures(shift_))) {
     out["figures"][name] = value ? nlohmann::json(*value) : nlohmann::json(nullptr);
   }

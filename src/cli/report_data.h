@@ -81,6 +81,7 @@ class ReportRun {
   LogHeader header_;
   std::optional<std::int64_t> shift_;
   RecordMetrics metrics_;
+  std::vector<double> loads_;  // scratch space
   RunFigures figures_;
   std::int64_t records_ = 0;
   bool sampled_ = false;  // the sampling floor is known

@@ -155,8 +155,8 @@ class Watch {
 void add_watch(CLI::App& app, Tool& tool) {
   CLI::App* command = app.add_subcommand("watch", "Follow a growing run log");
   command->footer(
-      "In a terminal, a live view: each layer's load by expert (a full block is twice the mean) and the "
-      "last\n"
+      "In a terminal, a live view: each layer's load by expert (a full block is twice its target, the mean\n"
+      "unless model.targets say otherwise) and the last\n"
       "decisions with what limited them. Elsewhere one line a step. A file is followed until interrupted or, "
       "with --pid,\n"
       "until the process that writes it has ended; standard input until it ends. A log that is rotated is "

@@ -9,6 +9,7 @@
 
 #include "cli/tool.h"
 #include "run_figures.h"
+#include "step_sample.h"
 
 namespace moectl::cli {
 namespace {
@@ -54,19 +55,19 @@ std::string padded(std::string text, std::size_t width) {
   return text;
 }
 
-/// Blocks whose height is the load over twice the mean: up to three columns an expert where there is room;
-/// where there is none, experts that share a column show their largest.
-std::string bars(const RoutingStats& stats, std::size_t width) {
+/// Blocks whose height is half the relative load: up to three columns an expert where there is room; where there is none,
+/// experts that share a column show their largest.
+std::string bars(const RoutingStats& stats, const LoadTargets* targets, std::size_t width) {
   static const char* const kBlocks[] = {" ", "▁", "▂", "▃", "▄", "▅", "▆", "▇", "█"};
-  const auto counts = stats.counts();
-  const double mean = static_cast<double>(stats.assignments()) / static_cast<double>(counts.size());
-  const std::size_t each = (counts.size() + width - 1) / width;
-  const std::size_t wide = std::clamp<std::size_t>(width / counts.size(), 1, 3);
+  std::vector<double> loads;
+  relative_loads(stats, targets, loads);
+  loads.resize(static_cast<std::size_t>(stats.experts()), 0);
+  const std::size_t each = (loads.size() + width - 1) / width;
+  const std::size_t wide = std::clamp<std::size_t>(width / loads.size(), 1, 3);
   std::string text;
-  for (std::size_t i = 0; i < counts.size(); i += each) {
-    const auto group = counts.subspan(i, std::min(each, counts.size() - i));
-    const double load =
-        mean > 0 ? static_cast<double>(*std::max_element(group.begin(), group.end())) / mean : 0;
+  for (std::size_t i = 0; i < loads.size(); i += each) {
+    const auto group = std::span(loads).subspan(i, std::min(each, loads.size() - i));
+    const double load = *std::max_element(group.begin(), group.end());
     const char* block = kBlocks[static_cast<std::size_t>(std::clamp(std::lround(load * 4), 0L, 8L))];
     for (std::size_t repeat = 0; repeat < wide; ++repeat) text += block;
   }
@@ -133,7 +134,8 @@ std::vector<std::string> view_of(const WatchedStep& step, const std::string& tit
                        padded(brief(step.metrics.at(number).max_vio), 8);
     const std::size_t taken = line.size() + 2 + health;
     const std::size_t width = columns > taken + 1 ? columns - taken : 1;
-    line += (record.stats.experts() > 0 ? bars(record.stats, width) : "") + "  " + record.health;
+    line += (record.stats.experts() > 0 ? bars(record.stats, record.targets.get(), width) : "") + "  " +
+            record.health;
     lines.push_back(std::move(line));
   }
   lines.insert(lines.end(), last.begin(), last.end());

@@ -30,7 +30,8 @@ using prometheus::MetricType;
 /// What is known of one layer, or of the whole-model actuators.
 struct LayerState {
   Metrics metrics;
-  std::vector<std::int64_t> counts, assigned;  // [N]: of the last step, and of all
+  std::vector<std::int64_t> assigned;  // [N]: of all steps
+  std::vector<double> loads;           // [N]: relative, of the last; none without a token
   std::int64_t tokens = 0, dropped = 0;
   bool reports_drops = false;
   std::string health;
@@ -48,7 +49,8 @@ void LayerState::add(const StepSample& sample) {
   if (sample.metrics) metrics = *sample.metrics;
   if (sample.stats) {
     const RoutingStats& stats = *sample.stats;
-    counts.assign(stats.counts().begin(), stats.counts().end());
+    const auto counts = stats.counts();
+    relative_loads(stats, sample.targets, loads);
     assigned.resize(counts.size(), 0);
     for (std::size_t i = 0; i < counts.size(); ++i) assigned[i] += counts[i];
     tokens += stats.tokens();
@@ -169,32 +171,26 @@ void add_metrics(const Totals& all, Families& out) {
 void add_loads(const Totals& all, Families& out) {
   out.counter("moectl_tokens_total", "Tokens routed.");
   for (const auto& [layer, state] : all.layers) {
-    if (!state.counts.empty()) out.add({{"layer", label_of(layer)}}, state.tokens);
+    if (!state.assigned.empty()) out.add({{"layer", label_of(layer)}}, state.tokens);
   }
   out.counter("moectl_dropped_assignments_total",
               "Choices of an expert that were dropped, where the router says.");
   for (const auto& [layer, state] : all.layers) {
     if (state.reports_drops) out.add({{"layer", label_of(layer)}}, state.dropped);
   }
-  const auto each_expert = [&](auto add) {
+  const auto each_expert = [&](const auto LayerState::*values) {
     for (const auto& [layer, state] : all.layers) {
-      for (std::size_t i = 0; i < state.counts.size(); ++i) {
-        add(Labels{{"layer", label_of(layer)}, {"expert", std::to_string(i)}}, state, i);
+      const auto& of_layer = state.*values;
+      for (std::size_t i = 0; i < of_layer.size(); ++i) {
+        out.add({{"layer", label_of(layer)}, {"expert", std::to_string(i)}}, of_layer[i]);
       }
     }
   };
   out.counter("moectl_expert_assignments_total", "Choices of the expert, before any capacity limit.");
-  each_expert([&](Labels labels, const LayerState& state, std::size_t i) {
-    out.add(std::move(labels), state.assigned[i]);
-  });
-  out.gauge("moectl_expert_load_ratio", "Load of the expert over the mean load, in the last step.");
-  each_expert([&](Labels labels, const LayerState& state, std::size_t i) {
-    std::int64_t sum = 0;
-    for (const std::int64_t count : state.counts) sum += count;
-    if (sum == 0) return;
-    const double mean = static_cast<double>(sum) / static_cast<double>(state.counts.size());
-    out.add(std::move(labels), static_cast<double>(state.counts[i]) / mean);
-  });
+  each_expert(&LayerState::assigned);
+  out.gauge("moectl_expert_load_ratio",
+            "Load of the expert over its target load (model.targets, else the mean load), in the last step.");
+  each_expert(&LayerState::loads);
 }
 
 void add_actuators(const Totals& all, Families& out) {

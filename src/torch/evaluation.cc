@@ -11,6 +11,7 @@ EvaluationMeter::EvaluationMeter(const Controller& controller)
     : stats_(static_cast<std::size_t>(controller.config().model.layers), RoutingStats(controller.shape())),
       metrics_(stats_.size()),
       layers_(stats_.size()),
+      targets_(controller.config().model.experts, controller.config().model.targets),
       measurer_(controller.shape(), metrics_options(controller.config())) {}
 
 void EvaluationMeter::record(int layer, const ::torch::Tensor& indices, const RecordOptions& options) {
@@ -32,6 +33,7 @@ const StepReport& EvaluationMeter::report(std::int64_t step, const StepInfo& inf
   report_.step = step;
   report_.info = info;
   report_.layers = layers_;
+  report_.targets = &targets_;
   return report_;
 }
 

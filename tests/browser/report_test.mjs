@@ -50,13 +50,13 @@ after(async () => {
   rmSync(dir, {recursive: true});
 });
 
-const open = async (options = {}) => {
+const open = async (options = {}, report = 'report.html') => {
   const page = await browser.newPage({viewport: {width: 1280, height: 900}, ...options});
   const complaints = [];
   page.on('console', (m) => complaints.push(m.text()));
   page.on('pageerror', (e) => complaints.push(e.message));
   page.on('request', (r) => { if (!/^(file|data):/.test(r.url())) complaints.push(`asks for ${r.url()}`); });
-  await page.goto('file://' + join(dir, 'report.html'));
+  await page.goto('file://' + join(dir, report));
   await page.waitForTimeout(100);
   return [page, complaints];
 };
@@ -316,5 +316,31 @@ test('the theme can be switched', async () => {
   const [page] = await open({colorScheme: 'light'});
   await page.click('#theme');
   assert.equal(await page.evaluate(() => getComputedStyle(document.body).backgroundColor), 'rgb(20, 22, 26)');
+  await page.close();
+});
+
+test('loads are shown over unequal targets', async () => {
+  const yaml = config('fixed').replace('domains:', 'targets: [0.5, 0.25, 0.25, 0], domains:');
+  writeFileSync(join(dir, 'aimed.yaml'), yaml);
+  const line = (step, counts) => JSON.stringify({step, layer: 0, tokens: 100, top_k: 1, counts,
+                                                 domain_counts: {prose: counts, code: [0, 0, 0, 0]}}) + '\n';
+  writeFileSync(join(dir, 'aimed-trace.jsonl'), line(0, [50, 25, 25, 0]) + line(1, [40, 25, 25, 10]));
+  execFileSync(tool, ['replay', 'aimed.yaml', 'aimed-trace.jsonl', '-o', 'aimed.jsonl'], {cwd: dir});
+  execFileSync(tool, ['report', 'aimed.jsonl', '-o', 'aimed.html'], {cwd: dir});
+  const [page, complaints] = await open({}, 'aimed.html');
+  assert.equal(await page.locator('#load-caption').innerText(), 'Load over its target, expert × step');
+  const says = () => page.locator('#map-load ~ .readout').innerText();
+  await page.focus('#map-load');
+  await page.keyboard.press('ArrowRight');
+  assert.match(await says(), /^expert 0, step 1: 0\.795× its target of 50 %$/);
+  for (let i = 0; i < 3; ++i) await page.keyboard.press('ArrowDown');
+  assert.match(await says(), /^expert 3, step 1: 0\.299× the mean target, and nothing is wanted$/);
+  await page.keyboard.press('ArrowLeft');
+  assert.equal(await says(), 'expert 3, step 0: next to nothing, as wanted');
+  await page.click('#domains-section > summary');
+  await page.focus('#domains canvas');
+  for (let i = 0; i < 3; ++i) await page.keyboard.press('ArrowRight');
+  assert.match(await page.locator('#domains .readout').innerText(), /, expert 3: \d+ choices, and none are wanted$/);
+  assert.deepEqual(complaints, []);
   await page.close();
 });

@@ -190,5 +190,61 @@ TEST(MetricsCommand, ComparesStepsOfOneTag) {
   }
 }
 
+// A run log knows its own targets; a config given instead says which count.
+TEST(MetricsCommand, TakesTheTargetsOfTheRunItself) {
+  const TempDir dir;
+  const std::string header =
+      R"({"format":"moectl-run","version":1,"config":{"model":{"layers":1,"experts":2,"top_k":1,)"
+      R"("targets":[0.75,0.25]}}})"
+      "\n";
+  const std::string line = R"({"step":0,"layer":0,"tokens":100,"top_k":1,"counts":[60,40]})"
+                           "\n";
+  dir.write("run.jsonl", header + line);
+  const ToolResult own = run_tool(dir, "metrics run.jsonl");
+  ASSERT_EQ(own.code, 0) << own.err;
+  EXPECT_NEAR(own.json(0)["metrics"]["max_to_mean"].get<double>(), 1.6, 1e-15);
+  dir.write("c.yaml", "version: 1\nmodel: {layers: 1, experts: 2, top_k: 1}\n");
+  EXPECT_NEAR(
+      run_tool(dir, "metrics run.jsonl --config c.yaml").json(0)["metrics"]["max_to_mean"].get<double>(), 1.2,
+      1e-15);
+  // What has no metrics of its own is compared by the same.
+  const auto compared = nlohmann::json::parse(run_tool(dir, "compare run.jsonl --format json").out).at(0);
+  EXPECT_NEAR(compared["max_vio"].get<double>(), 0.6, 1e-15);
+  EXPECT_NEAR(compared["cv_over_floor"].get<double>(), std::sqrt(0.2) / std::sqrt((1.0 / 3 + 3) / 200), 1e-9);
+  const std::string tags =
+      R"({"step":1,"layer":0,"tokens":100,"top_k":1,"counts":[75,25],"tag":"validation"})"
+      "\n";
+  dir.write("two.jsonl", header + line + tags);
+  EXPECT_NEAR(run_tool(dir, "metrics two.jsonl --compare train validation")
+                  .json(0)["metrics"]["max_vio"]["validation"]
+                  .get<double>(),
+              0, 1e-15);
+
+  dir.write("wrong.jsonl", header.substr(0, header.find("0.75")) + "0.7,0.25]}}}\n" + line);
+  const ToolResult wrong = run_tool(dir, "metrics wrong.jsonl");
+  EXPECT_EQ(wrong.code, 1);
+  EXPECT_THAT(wrong.err, HasSubstr("wrong.jsonl:1: config.model.targets: [0.7,0.25]: targets: sum 0.950000"));
+}
+
+// Equal experts would be dead under .0025, these are not with .001; one is to have nothing.
+TEST(MetricsCommand, WhoIsWantedLittleIsNotDead) {
+  const TempDir dir;
+  dir.write("c.yaml",
+            "version: 1\nmodel: {layers: 1, experts: 4, top_k: 1, targets: [0.6, 0.399, 0.001, 0]}\n"
+            "metrics: {dead_after: 2}\n");
+  std::string trace;
+  for (int step = 0; step < 30; ++step) {
+    trace += R"({"step":)" + std::to_string(step) +
+             R"(,"layer":0,"tokens":1000,"top_k":1,"counts":[600,399,1,0]})"
+             "\n";
+  }
+  const ToolResult aimed = run_tool(dir, "metrics - --config c.yaml", trace);
+  ASSERT_EQ(aimed.code, 0) << aimed.err;
+  EXPECT_EQ(aimed.json(29)["metrics"]["dead_experts"], 0);
+  EXPECT_EQ(aimed.json(29)["metrics"]["cold_experts"], 0);
+  EXPECT_EQ(aimed.json(29)["metrics"]["inactive_experts"], 1);
+  EXPECT_EQ(run_tool(dir, "metrics -", trace).json(29)["metrics"]["dead_experts"], 2);
+}
+
 }  // namespace
 }  // namespace moectl

@@ -139,5 +139,24 @@ TEST(Report, WhatCannotBeReadIsSaidAndNamesCannotEndTheScript) {
   EXPECT_EQ(run_tool(dir, "report - -o r.html", "nothing\n").code, 1);
 }
 
+// 60 % of what is to have three quarters is .8 of its target: log2 of that on a scale of ±3 is 127 - 13.6 of 254.
+TEST(Report, LoadsAreShownOverTheirTargets) {
+  const TempDir dir;
+  dir.write("a.jsonl",
+            R"({"format":"moectl-run","version":1,"config":{"model":{"layers":1,"experts":3,"top_k":1,)"
+            R"("targets":[0.75,0.25,0]}}})"
+            "\n" +
+                record(0, "[60,40,0]"));
+  const ToolResult result = run_tool(dir, "report a.jsonl -o r.html");
+  ASSERT_EQ(result.code, 0) << result.err;
+  const auto run = data_of(TempDir::read(dir.path("r.html"))).at(0);
+  EXPECT_EQ(run["targets"], (std::vector<double>{0.75, 0.25, 0}));
+  // 127 (1 + log2(.8)/3) = 113.4, 127 (1 + log2(1.6)/3) = 155.7, and 127, on target: bytes 113, 156, 127.
+  EXPECT_EQ(run["layers"][0]["load"]["data"], "cZx/");
+  dir.write("b.jsonl", record(0, "[60,40,0]"));
+  ASSERT_EQ(run_tool(dir, "report b.jsonl -o r.html").code, 0);
+  EXPECT_FALSE(data_of(TempDir::read(dir.path("r.html"))).at(0).contains("targets"));
+}
+
 }  // namespace
 }  // namespace moectl

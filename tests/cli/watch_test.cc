@@ -149,6 +149,16 @@ TEST(Watch, DrawsAViewInATerminal) {
   EXPECT_THAT(wide, HasSubstr("\x1b[5F"));  // the view is drawn again with what came last
   EXPECT_THAT(wide, HasSubstr("\n1 lines passed over\x1b[K\n"));
   EXPECT_THAT(wide, HasSubstr("passed over: run.jsonl:4: line: not JSON"));
+  // Half a block is the target, where there are any.
+  dir.write("run.jsonl",
+            R"({"format":"moectl-run","version":1,"config":{"model":{"layers":2,"experts":2,"top_k":1,)"
+            R"("targets":[0.75,0.25]}}})"
+            "\n" +
+                line(0, "[75,25]", "healthy") + line(1, "[50,50]", "imbalanced") + "torn");
+  const std::string aimed = drawn(dir, 24, 80);
+  EXPECT_THAT(aimed, HasSubstr("\nlayer 0  MaxVio 0       ▄▄▄▄▄▄  healthy\x1b[K\n"));
+  EXPECT_THAT(aimed, HasSubstr("\nlayer 1  MaxVio 1       ▃▃▃███  imbalanced\x1b[K\n"));
+  dir.write("run.jsonl", header + line(0, "[50,50]", "healthy") + line(1, "[100,0]", "collapsed") + "torn");
   // No line is wider than the terminal, and no view higher.
   const std::string narrow = drawn(dir, 6, 41);
   EXPECT_THAT(narrow, HasSubstr("\nloss 2.5  MaxVio 0.5 (6.077x floor)  CV 0\x1b[K\n"));

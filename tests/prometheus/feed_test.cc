@@ -333,5 +333,31 @@ TEST(Prometheus, ScrapesTheToolAndFiresAnAlert) {
   grow.join();
 }
 
+TEST(PrometheusFeed, LoadsAreOverTheirTargets) {
+  ControllerConfig config = small_config();
+  config.model.targets = {0.5, 0.25, 0.25, 0};
+  Controller controller(config);
+  PrometheusFeed live("127.0.0.1:0"), read("127.0.0.1:0");
+  const TempDir dir;
+  {
+    RunLogWriter log(dir.path("run.jsonl"), controller.config());
+    controller.set_log([&](const StepReport& report) {
+      live.write(report);
+      log.write(report);
+    });
+    record(controller, 0, {40, 40, 20, 0});
+    record(controller, 1, {50, 25, 25, 0});
+    controller.step();
+  }
+  LogReader log(dir.path("run.jsonl"));
+  while (const auto line = log.next()) read.write(*line, Metrics());
+  for (const PrometheusFeed* feed : {&live, &read}) {
+    const std::string text = feed->text();
+    EXPECT_EQ(sample(text, R"(moectl_expert_load_ratio{layer="0",expert="0"})"), 0.8);
+    EXPECT_EQ(sample(text, R"(moectl_expert_load_ratio{layer="0",expert="1"})"), 1.6);
+    EXPECT_EQ(sample(text, R"(moectl_expert_load_ratio{layer="0",expert="3"})"), 1);
+  }
+}
+
 }  // namespace
 }  // namespace moectl

@@ -303,5 +303,25 @@ TEST(TensorBoard, AFullDiskIsSaidOnce) {
                       ": event file cannot be written (File too large); going on without it\n");
 }
 
+TEST(TensorBoard, LoadsAreOverTheirTargets) {
+  const TempDir dir;
+  ControllerConfig config = small_config();
+  config.model.targets = {0.25, 0.5, 0.25, 0};
+  Controller controller(config);
+  {
+    TensorBoardWriter board(dir.path("run"), {.histogram_every = 1});
+    controller.set_log([&](const StepReport& report) { board.write(report); });
+    train(controller, 1);
+  }
+  for (const auto& value : read_events(only_file(dir.path("run")))[1]["summary"]["value"]) {
+    if (value["tag"] != "load/layer_1") continue;
+    // A quarter each: 1, ½, 1 of the targets, and ¾ (three are wanted, a third each) where none is: 1.75.
+    EXPECT_DOUBLE_EQ(value["histo"]["sum"], 1 + 0.5 + 1 + 1.75);
+    EXPECT_DOUBLE_EQ(value["histo"]["max"], 1.75);
+    return;
+  }
+  FAIL() << "no load/layer_1";
+}
+
 }  // namespace
 }  // namespace moectl

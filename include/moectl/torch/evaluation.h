@@ -29,6 +29,7 @@ class EvaluationMeter {
   std::vector<RoutingStats> stats_;
   std::vector<Metrics> metrics_;
   std::vector<LayerReport> layers_;
+  LoadTargets targets_;
   Measurer measurer_;
   StepReport report_;
 };

@@ -60,10 +60,16 @@ const domainsOf = (run, r) => {
   $('domains').append(element('figure', {}, element('figcaption', {}, key(r), `${shortNames[r]}, layer ${layer.layer}: domain × expert, whole run`),
                               element('p', {class: 'note'}, `From the top: ${names.join(', ')}.`), canvas,
                               element('p', {class: 'readout', 'aria-live': 'polite'})));
-  const ratio = (x, y) => (total[y] ? layer.domains[names[y]][x] / total[y] * n : null);
+  // Of its target, as of the whole load; where nothing is wanted, there is nothing to hold it against.
+  const ratio = (x, y) => {
+    const target = run.targets ? run.targets[x] : 1 / n;
+    return total[y] && target > 0 ? layer.domains[names[y]][x] / total[y] / target : null;
+  };
+  const even = run.targets ? 'its target share' : 'an even share';
   drawMap(canvas, names.length, n, (x, y) => (ratio(x, y) === null ? null : DIVERGING((Math.log2(Math.max(ratio(x, y), 1e-9)) / 3 + 1) / 2)),
-          (x, y) => `${names[y]}, expert ${x}: ${number(ratio(x, y))}× its even share of the domain`);
-  rampKey(canvas.parentElement, DIVERGING, '⅛ of an even share', '8×');
+          (x, y) => (run.targets?.[x] === 0 ? `${names[y]}, expert ${x}: ${layer.domains[names[y]][x]} choices, and none are wanted`
+                     : `${names[y]}, expert ${x}: ${number(ratio(x, y))}× ${run.targets ? 'its target share' : 'its even share'} of the domain`));
+  rampKey(canvas.parentElement, DIVERGING, `⅛ of ${even}`, '8×');
 };
 const lossesOf = (run, r) => {
   const layer = layerOf(run, 'loss-layer');

@@ -72,19 +72,28 @@ const expertMap = (id, run, layer, map, words, low, high) => {
           (x, y) => {
             const b = bytes[y * columns + x];
             const where = `expert ${y}, ${stepsOf(run, x * map.each, map.each)}: `;
-            return where + (b === 255 ? 'no data' : words((b / 127 - 1) * map.scale));
+            return where + (b === 255 ? 'no data' : words((b / 127 - 1) * map.scale, y));
           });
   $(id).setAttribute('aria-label', `${id === 'map-load' ? 'Load' : 'Bias'} of each expert of layer ${layer.layer} over the steps`);
   if (!rows) return;
   axisUnder($(id), run);
   rampKey($(id).parentElement, DIVERGING, low, high);
 };
+// Relative loads: where nothing is wanted, what an expert gets stands on top of 1, in mean targets.
+const loadWords = (run, load, expert) => {
+  if (!run.targets) return `${number(load)}× the mean load`;
+  const target = run.targets[expert];
+  if (target > 0) return `${number(load)}× its target of ${number(100 * target)} %`;
+  return load > 1 ? `${number(load - 1)}× the mean target, and nothing is wanted` : 'next to nothing, as wanted';
+};
 const drawMaps = () => {
   const run = runs[$('map-run').value], layer = run.layers[$('map-layer').value];
   layerMap(run);
   $('map-layers').setAttribute('aria-label', 'MaxVio of each layer over the steps');
   if (!layer) return;
-  expertMap('map-load', run, layer, layer.load, (v) => `${number(2 ** v)}× the mean load`, '⅛ of the mean', '8×');
+  $('load-caption').textContent = `Load over ${run.targets ? 'its target' : 'the mean'}, expert × step`;
+  expertMap('map-load', run, layer, layer.load, (v, expert) => loadWords(run, 2 ** v, expert),
+            `⅛ of ${run.targets ? 'the target' : 'the mean'}`, '8×');
   const scale = layer.bias ? number(layer.bias.scale) : '';
   expertMap('map-bias', run, layer, layer.bias, (v) => `bias ${number(v)}`, `−${scale}`, `+${scale}`);
 };
