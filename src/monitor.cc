@@ -132,14 +132,19 @@ void LayerMonitor::watch_loads(const RoutingStats& stats, Metrics& metrics) {
   for (std::size_t i = 0; i < counts.size(); ++i) load_[i] = static_cast<double>(counts[i]) * share;
   if (load_trend_) load_trend_->observe(load_, smoothed_, metrics);
   const double weight = observed_ == 0 ? 1.0 : options_.ema;
-  const double fraction = options_.dead_fraction, equal = fraction / static_cast<double>(counts.size());
-  const std::span<const double> targets = targets_.shares();
   std::int64_t dead = 0;
-  for (std::size_t i = 0; i < counts.size(); ++i) {
-    smoothed_[i] += weight * (load_[i] - smoothed_[i]);
-    const double threshold = targets.empty() ? equal : fraction * targets[i];
-    below_[i] = smoothed_[i] < threshold ? below_[i] + 1 : 0;
-    dead += below_[i] >= options_.dead_after ? 1 : 0;
+  const auto follow = [&](auto threshold_of) {
+    for (std::size_t i = 0; i < counts.size(); ++i) {
+      smoothed_[i] += weight * (load_[i] - smoothed_[i]);
+      below_[i] = smoothed_[i] < threshold_of(i) ? below_[i] + 1 : 0;
+      dead += below_[i] >= options_.dead_after ? 1 : 0;
+    }
+  };
+  if (targets_.equal()) {
+    const double threshold = options_.dead_fraction / static_cast<double>(counts.size());
+    follow([=](std::size_t) { return threshold; });
+  } else {
+    follow([&](std::size_t i) { return options_.dead_fraction * targets_.load(i, 1); });
   }
   metrics.dead_experts = static_cast<double>(dead);
   entropy_.push(*metrics.entropy);
