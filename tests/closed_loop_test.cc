@@ -196,6 +196,41 @@ TEST(ClosedLoop, AdaptiveReachesLoadsThatAreNotUniform) {
   }
 }
 
+// Two experts make no computation and are wanted little, one not at all: nobody is dead, nothing collapses, and the guard
+// has nothing to do, whatever the law.
+TEST(ClosedLoop, EveryLawServesTargetsDownToZero) {
+  for (const std::string& law : laws_of_the_biases()) {
+    SimulationOptions plant;
+    ControllerConfig config = config_for(plant, law);
+    config.model.targets.assign(16, 0.97 / 13);
+    config.model.targets[0] = 0.01;
+    config.model.targets[1] = 0.02;
+    config.model.targets[2] = 0;
+    config.monitor.trends = true;
+    config.guard.enabled = true;
+    Controller controller(config);
+    std::vector<double> counts(16, 0.0);
+    double total = 0, vio = 0, floor = 0;
+    simulate(controller, plant, 600, [&](const StepReport& report) {
+      const LayerReport& layer = report.layers[0];
+      EXPECT_EQ(layer.guard.state, GuardState::kWatching) << law << ", step " << report.step;
+      for (const double b : layer.actuators[0].applied) ASSERT_TRUE(std::isfinite(b)) << law;
+      if (report.step < 400) return;
+      EXPECT_EQ(layer.metrics->dead_experts, 0) << law;
+      EXPECT_EQ(layer.monitor->health(), Health::kHealthy) << law << ", step " << report.step;
+      for (std::size_t i = 0; i < 16; ++i) {
+        counts[i] += static_cast<double>(layer.stats->counts()[i]);
+        total += static_cast<double>(layer.stats->counts()[i]);
+      }
+      vio += *layer.metrics->max_vio;
+      floor += *layer.metrics->noise_floor_max_vio;
+    });
+    const bool slow = law == "tanh_momentum_bias";  // half a thousandth a step: it is still on its way
+    EXPECT_LT(counts[2] / total, slow ? 0.04 : 0.002) << law;
+    EXPECT_LE(vio / floor, slow ? 5 : 1.25) << law;
+  }
+}
+
 // ---- pi on the auxiliary loss's weight. ----
 
 ControllerConfig pi_config(const SimulationOptions& plant, double target, double initial) {
