@@ -50,8 +50,8 @@ TEST(ProportionalBias, LargeErrorsAreClippedUnlessAsked) {
   EXPECT_NEAR(first("rms", 2), -0.5 * std::sqrt(3.0), 1e-12);  // √N is never reached
 }
 
-// What an expert that should get nothing gets has no relative error; the others' steps do not feel it.
-TEST(ProportionalBias, AnExpertWithoutATargetStays) {
+// An expert that should get nothing has an error of -1 as soon as it gets anything; the others' steps do not feel it.
+TEST(ProportionalBias, AnExpertThatShouldGetNothingIsPushedAway) {
   PolicyRig rig("proportional_bias",
                 {.experts = 3,
                  .top_k = 1,
@@ -59,7 +59,7 @@ TEST(ProportionalBias, AnExpertWithoutATargetStays) {
                  .targets = {0.5, 0.5, 0}});
   rig.step(stats_of(rig.shape(), {30, 10, 40}));
   EXPECT_DOUBLE_EQ(rig.value[0], 0.5 * 10 / 40);
-  EXPECT_DOUBLE_EQ(rig.value[2], 0);
+  EXPECT_DOUBLE_EQ(rig.value[2], -0.5);
 }
 
 TEST(ProportionalBias, TheStepHalves) {
