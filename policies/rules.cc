@@ -11,7 +11,7 @@
 //   [C] Abineshabee/MoEWatch, docs/config.md, commit 796f956: any number of experts
 //   [D] invergent-ai/surogate, surogate/train/moe_monitor.py, commit 5c092f1: any number of experts
 //   [E] deepspeedai/DeepSpeedExamples, claude_tutorials/guides/MoE_Tutorial.md, commit de4cf08: troubleshooting
-// all on github.com.
+// all on github.com. `confirm` and `wait` are ours: none of them says for how long a sign must stand.
 //
 // Published for one N and k, thresholds are put on a scale here on which they mean the same for others:
 //   entropy < 0.5 ln 16     1/3 of the way from k experts that share all (ln k) to all N (ln N)

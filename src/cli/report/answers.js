@@ -77,15 +77,15 @@ const answerBalanced = (run, r) => {
 };
 
 // Stretches of columns in which the mean MaxVio was not.
-// With targets it can hang on one expert that gets few tokens: there single steps leave the floor by chance, and the
-// median of five says more, as it does of settling.
+// Single steps leave the floor by chance, where few experts or one with a small target decide it: the median of five says
+// more, as it does of settling. Columns of three steps and more are means as they are.
 const medians = (row) => row.map((v, c) => {
   const known = row.slice(Math.max(0, c - 2), c + 3).filter((x) => x !== null).sort((a, b) => a - b);
   return v === null ? null : known[Math.floor((known.length - 1) / 2)];
 });
 const stretches = (run) => {
   const means = run.series.max_vio?.mean ?? [], floor = run.series.max_vio_floor?.mean ?? [];
-  const vio = run.targets && run.width < 3 ? medians(means) : means;
+  const vio = run.width < 3 ? medians(means) : means;
   const out = [];
   let open = null;
   vio.forEach((v, c) => {
