@@ -313,7 +313,8 @@ TEST(TensorBoard, LoadsAreOverTheirTargets) {
     controller.set_log([&](const StepReport& report) { board.write(report); });
     train(controller, 1);
   }
-  for (const auto& value : read_events(only_file(dir.path("run")))[1]["summary"]["value"]) {
+  const auto events = read_events(only_file(dir.path("run")));
+  for (const auto& value : events[1]["summary"]["value"]) {
     if (value["tag"] != "load/layer_1") continue;
     // A quarter each: 1, ½, 1 of the targets, and ¾ (three are wanted, a third each) where none is: 1.75.
     EXPECT_DOUBLE_EQ(value["histo"]["sum"], 1 + 0.5 + 1 + 1.75);
