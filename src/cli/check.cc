@@ -114,9 +114,9 @@ void add_check(CLI::App& app, Tool& tool) {
   CLI::App* command =
       app.add_subcommand("check", "Validate a config, print it resolved, judge its feasibility");
   command->footer(
-      "Standard output is the whole config with every default filled in, ready to use; the verdict goes to "
-      "standard\n"
-      "error. With --format json, standard output is the verdict alone.\n\n"
+      "Standard output is the whole config with every default filled in, ready to use, with the verdict as a\n"
+      "comment at its end; what contradicts what goes to standard error. With --format json, standard output\n"
+      "is the verdict alone.\n\n"
       "Examples:\n"
       "  moectl check policies/pi.yaml\n"
       "  moectl check - --format json < config.yaml");
