@@ -45,7 +45,8 @@ std::optional<std::int64_t> find_settle(std::span<const StepFigures> steps, doub
       window[j] = value.value_or(0);
     }
     std::nth_element(window.begin(), window.begin() + kMedian / 2, window.end());
-    settled = known && window[kMedian / 2] < threshold ? settled + 1 : 0;
+    // Where routing leaves no choice the floor is 0, and so is MaxVio.
+    settled = known && window[kMedian / 2] <= threshold ? settled + 1 : 0;
     if (settled == kSettledSteps) return steps[i + 1 - kSettledSteps].step;
   }
   return std::nullopt;

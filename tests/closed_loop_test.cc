@@ -61,6 +61,17 @@ SimulationOptions plant_of(int experts, int top_k, std::int64_t tokens,
   return plant;
 }
 
+// Where routing leaves no choice, as on two experts that are to have all top-2 choices, the floor is 0 and is met.
+TEST(Figures, ARunOnAFloorOfZeroHasSettled) {
+  std::vector<StepFigures> steps(60);
+  for (std::size_t i = 0; i < steps.size(); ++i) {
+    steps[i].step = static_cast<std::int64_t>(i);
+    steps[i].max_vio = i < 10 ? 0.5 : 0.0;
+    steps[i].floor_max_vio = 0;
+  }
+  EXPECT_EQ(compute_figures(steps).settle, 12);  // the first of whose last five the median is 0
+}
+
 TEST(ClosedLoop, FixedLeavesTheRouterToItself) {
   SimulationOptions plant;
   const Series r = run(config_for(plant, "fixed"), plant, 300);

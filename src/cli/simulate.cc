@@ -69,6 +69,7 @@ void check_plant(const Options& options, const SimulationOptions& plant) {
     std::string option = "--" + fault->option;
     std::replace(option.begin(), option.end(), '_', '-');
     if (fault->option == "domains") option = "model.domains";
+    if (fault->option == "top_k" && !options.top_k) option = "model.top_k";
     throw InputError(option + ": " + fault->value + ": " + fault->constraint);
   }
   if (plant.top_k == plant.experts) {
@@ -88,7 +89,6 @@ SimulationOptions plant_of(const Options& options, const ControllerConfig& confi
   SimulationOptions plant = simulation_options(config, options.plant);
   plant.gate = *gate_of(options.gate);
   plant.scenario = *scenario_of(options.scenario);
-  plant.event_step = options.event.value_or(options.steps / 2);
   if (options.collapse) {
     if (plant.scenario != Scenario::kCollapse) {
       throw InputError("--collapse: " + *options.collapse + ": needs --scenario collapse");
@@ -101,6 +101,11 @@ SimulationOptions plant_of(const Options& options, const ControllerConfig& confi
                        ": needs --scenario dead");
     }
     plant.sunk_experts = *options.sunk_experts;
+  }
+  plant.event_step = options.event.value_or(options.steps / 2);
+  if (options.event && (plant.scenario == Scenario::kSteady || plant.scenario == Scenario::kDelay)) {
+    throw InputError("--event: " + std::to_string(*options.event) +
+                     ": nothing happens later on in this scenario");
   }
   if (options.delay) {
     plant.delay = *options.delay;
@@ -236,7 +241,7 @@ void add_simulate(CLI::App& app, Tool& tool) {
       "\n"
       "Examples:\n"
       "  moectl simulate policies/adaptive_bias.yaml policies/sign_bias.yaml --scenario shift\n"
-      "  moectl simulate policies/adaptive_bias.yaml --experts 64 --top-k 6 --tokens 8192 -o run.jsonl\n"
+      "  moectl simulate policies/adaptive_bias.yaml --experts 64 --top-k 6 --tokens 4096 -o run.jsonl\n"
       "  moectl simulate policies/pi.yaml --scenario collapse --collapse cold_start --gate softmax\n"
       "  moectl simulate policies/adaptive_bias.yaml --clusters 12 --token-spread 0.02 --capacity-factor "
       "1.25");

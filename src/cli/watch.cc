@@ -95,6 +95,9 @@ class Watch {
     screen_.draw_pending();
     live_ = false;
     say_faults();
+    if (options_.once && !any_ && reader_.fault_count() > 0) {
+      throw InputError(options_.run + ": holds no record that can be read");
+    }
     return 0;
   }
 
@@ -106,6 +109,7 @@ class Watch {
   }
 
   void take(const LogRecord& record) {
+    any_ = true;
     if (step_ && step_->number != record.step) show();
     if (!step_) step_ = std::make_unique<WatchedStep>(record.step);
     const Metrics metrics = record.layer < 0 ? Metrics() : metrics_.of(record);
@@ -148,6 +152,7 @@ class Watch {
   std::unique_ptr<WatchedStep> step_;
   std::int64_t shown_ = 0;
   std::size_t said_ = 0;
+  bool any_ = false;  // records were read
 };
 
 }  // namespace

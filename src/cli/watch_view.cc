@@ -131,7 +131,7 @@ std::vector<std::string> view_of(const WatchedStep& step, const std::string& tit
     }
     ++shown;
     std::string line = "layer " + padded(std::to_string(number), number_width) + "  MaxVio " +
-                       padded(brief(step.metrics.at(number).max_vio), 8);
+                       padded(brief(step.metrics.at(number).max_vio), 8) + ' ';
     const std::size_t taken = line.size() + 2 + health;
     const std::size_t width = columns > taken + 1 ? columns - taken : 1;
     line += (record.stats.experts() > 0 ? bars(record.stats, record.targets.get(), width) : "") + "  " +

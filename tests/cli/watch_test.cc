@@ -29,6 +29,14 @@ TEST(Watch, PrintsALineAStep) {
   EXPECT_THAT(result.err, HasSubstr("passed over: <stdin>:3: line: not JSON"));
 }
 
+TEST(Watch, SaysOfAFileWithoutRecordsThatThereAreNone) {
+  const TempDir dir;
+  dir.write("notes.md", "# Notes\n\nNot a log.\n");
+  const auto result = run_tool(dir, "watch notes.md --once");
+  EXPECT_EQ(result.code, 1);
+  EXPECT_THAT(result.err, HasSubstr("notes.md: holds no record that can be read"));
+}
+
 TEST(Watch, ShowsDecisionsAndTheirReasons) {
   const TempDir dir;
   dir.write("c.yaml",
@@ -143,8 +151,8 @@ TEST(Watch, DrawsAViewInATerminal) {
   const std::string wide = drawn(dir, 24, 80);
   // MaxVio is 0 and 1; an even load is half a block, all of the load a whole one. Three columns an expert.
   EXPECT_THAT(wide, HasSubstr("run.jsonl  step 7\x1b[K\nloss 2.5  MaxVio 0.5 (6.077x floor)"));
-  EXPECT_THAT(wide, HasSubstr("\nlayer 0  MaxVio 0       ▄▄▄▄▄▄  healthy\x1b[K\n"));
-  EXPECT_THAT(wide, HasSubstr("\nlayer 1  MaxVio 1       ███     collapsed\x1b[K\n"));
+  EXPECT_THAT(wide, HasSubstr("\nlayer 0  MaxVio 0        ▄▄▄▄▄▄  healthy\x1b[K\n"));
+  EXPECT_THAT(wide, HasSubstr("\nlayer 1  MaxVio 1        ███     collapsed\x1b[K\n"));
   EXPECT_THAT(wide, HasSubstr("\nexpert_bias -0.25..0.1 [rate x2]\x1b[K\n"));
   EXPECT_THAT(wide, HasSubstr("\x1b[5F"));  // the view is drawn again with what came last
   EXPECT_THAT(wide, HasSubstr("\n1 lines passed over\x1b[K\n"));
@@ -156,8 +164,8 @@ TEST(Watch, DrawsAViewInATerminal) {
             "\n" +
                 line(0, "[75,25]", "healthy") + line(1, "[50,50]", "imbalanced") + "torn");
   const std::string aimed = drawn(dir, 24, 80);
-  EXPECT_THAT(aimed, HasSubstr("\nlayer 0  MaxVio 0       ▄▄▄▄▄▄  healthy\x1b[K\n"));
-  EXPECT_THAT(aimed, HasSubstr("\nlayer 1  MaxVio 1       ▃▃▃███  imbalanced\x1b[K\n"));
+  EXPECT_THAT(aimed, HasSubstr("\nlayer 0  MaxVio 0        ▄▄▄▄▄▄  healthy\x1b[K\n"));
+  EXPECT_THAT(aimed, HasSubstr("\nlayer 1  MaxVio 1        ▃▃▃███  imbalanced\x1b[K\n"));
   dir.write("run.jsonl", header + line(0, "[50,50]", "healthy") + line(1, "[100,0]", "collapsed") + "torn");
   // No line is wider than the terminal, and no view higher.
   const std::string narrow = drawn(dir, 6, 41);

@@ -64,7 +64,8 @@ const endRatio = (run) => {
     return known.length ? known.reduce((a, b) => a + b, 0) / known.length : null;
   };
   const v = mean(vio), f = mean(floor);
-  return v !== null && f > 0 ? {vio: v, floor: f, ratio: v / f} : null;
+  // Where routing leaves no choice the floor is 0, and so is MaxVio.
+  return v !== null && f !== null ? {vio: v, floor: f, ratio: v > 0 ? v / f : 0} : null;
 };
 const floorName = (run) => (run.sampled ? 'sampling floor' : 'floor');
 
