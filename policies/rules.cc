@@ -35,6 +35,7 @@
 #include <array>
 #include <charconv>
 #include <cmath>
+#include <limits>
 #include <string>
 #include <string_view>
 
@@ -160,7 +161,9 @@ double threshold_of(const Condition& condition, double experts, double top_k, do
     case Scale::kTokensChoice:
       return condition.threshold / top_k;
     case Scale::kSpread:
-      return std::log(top_k) + condition.threshold * range;
+      // Targets that are all on k experts are as uneven as can be: then entropy says nothing, but for its rounding.
+      return range > 1e-9 ? std::log(top_k) + condition.threshold * range
+                          : -std::numeric_limits<double>::infinity();
   }
   return condition.threshold;
 }

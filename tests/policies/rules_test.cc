@@ -2,9 +2,11 @@
 // and 256 experts.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "policies/policy_rig.h"
@@ -247,6 +249,25 @@ TEST(Rules, AreReadAgainstUnequalTargets) {
   EXPECT_EQ(fix(third - 0.001, 0), kCollapse);
   EXPECT_EQ(fix(entropy, 3), kNone);
   EXPECT_EQ(fix(entropy, 4), kCollapse);
+}
+
+// All that is wanted is wanted of k experts: the entropy on target is ln k, but for its rounding, and no sign of anything.
+TEST(Rules, DoNotReadTheRoundingOfAnEntropy) {
+  for (const auto& [experts, top_k] : {std::pair{8, 2}, {8, 3}, {12, 7}, {64, 6}}) {
+    std::vector<double> targets(static_cast<std::size_t>(experts), 0.0);
+    std::fill_n(targets.begin(), top_k, 1.0 / top_k);
+    RoutingStats stats({experts, top_k, {}});
+    std::vector<std::int64_t> counts(targets.size(), 0);
+    std::fill_n(counts.begin(), top_k, 2048);
+    ASSERT_TRUE(stats.add_counts(counts, 2048));
+    Metrics metrics = measure(stats, {.targets = targets});
+    metrics.dead_experts = 0;
+    EXPECT_EQ(fix_of({experts, top_k}, metrics, 0, false, nullptr, targets), kNone)
+        << experts << ' ' << top_k;
+    *metrics.entropy -= 1e-12;
+    EXPECT_EQ(fix_of({experts, top_k}, metrics, 0, false, nullptr, targets), kNone)
+        << experts << ' ' << top_k;
+  }
 }
 
 }  // namespace
