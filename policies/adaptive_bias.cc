@@ -17,7 +17,8 @@
 //   F    = max(g, clip(F · exp(adaptation/D · s(rms e) · drive), g_min, g_max)),  first 2g
 //   λ_i += 0.3 · (s(e_i) · max(0, 2 e_ti e_{t-D,i} / (e_ti² + e_{t-D,i}²)) - λ_i)
 //   g_i  = g + (F - g) · λ_i
-//   t_i  = t_i · max(0, 1 + min_l a_l + 0.8/√(N-1))      the factor only if min_l a_l is significant, as above
+//   t_i  = t_i · max(0, 1 + min_l a_l + 0.8/√(N-1))      the factor only if min_l a_l is significant, as above;
+//                                                          at most 15/16 if all e_i are 0
 //          + g/(16 D F) · g · h_i · Ḡ · (1 - s(e_i)) · e_i
 //   b_i += g_i · h_i · Ḡ · clip(e_i, -1, 1) + t_i,   b -= mean(b)
 //
@@ -158,6 +159,9 @@ constexpr double kFar = 4;
 constexpr double kFarFirst = 2;
 constexpr double kLasting = 0.3;
 constexpr double kTrend = 1.0 / 16;
+// Where k experts are to have all, the load can stand exactly where it is wanted, and no error ever ends a trend: then
+// trends end by themselves. The targets' own rounding is nothing, too.
+constexpr double kNothing = 1e-5;
 
 // How fast the measured noise is followed, and of what multiple of it at most one step is taken.
 constexpr double kNoiseEma = 0.1, kNoiseStep = 4;
@@ -358,8 +362,9 @@ class AdaptiveBias final : public Policy {
     double drive = lowest < -chance ? lowest : nearest;
     if (limited_) drive = std::min(drive, 0.0);
     swings_ = lowest < -chance;
-    keep_trends_ = lowest < -chance ? std::max(0.0, 1 + lowest + chance) : 1.0;
     const double rms = norm / std::sqrt(static_cast<double>(experts_));
+    keep_trends_ = lowest < -chance ? std::max(0.0, 1 + lowest + chance) : 1.0;
+    if (rms < kNothing) keep_trends_ = std::min(keep_trends_, 1 - kTrend);
     follow_noise(floor.value_or(0), rms, nearest);
     far_gain_ = tuned(far_gain_, certainty(rms * per_far_error_) * drive);
     gain_ = tuned(gain_, drive);

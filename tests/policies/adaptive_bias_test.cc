@@ -134,6 +134,26 @@ TEST(AdaptiveBias, TheTrendLearnsFromErrorsNearTheNoiseAlone) {
 // Expert 3 gets nothing for three windows: then it goes half of what its margins say it lacks. Four tokens, one wanted
 // for each expert; its margins are .125, .375, .375, .75 from a threshold of .625, so one token lies below x at the far
 // edge of the bin [.125, .1875): move .5 · .1875 where an integral step would be .25 gaps.
+// One expert is to have all, and gets it after thirty steps: what drifted till then must not drift on for ever.
+TEST(AdaptiveBias, ALoadExactlyOnItsTargetsEndsTheTrend) {
+  for (const double off : {0.0, 4e-7}) {  // as far as targets may be from their sum
+    PolicyRig rig("adaptive_bias", RigOptions{.experts = 4, .top_k = 1, .targets = {1 - off, 0, 0, 0}});
+    const auto step_with = [&](std::int64_t astray) {
+      RoutingStats stats(rig.shape());
+      stats.add_counts(std::vector<std::int64_t>{2048 - astray, astray, 0, 0}, 2048);
+      return rig.step(stats)[0];
+    };
+    for (std::int64_t step = 0; step < 30; ++step) step_with(60 - 2 * step);
+    const double arrived = step_with(0);
+    EXPECT_GT(step_with(0), arrived);  // there is a trend
+    double last = 0;
+    for (int step = 0; step < 300; ++step) last = step_with(0);
+    const double settled = last;
+    for (int step = 0; step < 1000; ++step) last = step_with(0);
+    EXPECT_NEAR(last, settled, 0.05 * std::abs(settled)) << off;
+  }
+}
+
 TEST(AdaptiveBias, RescueGoesHalfTheWayThatTheMarginsSay) {
   const auto rig_with = [](bool rescue) {
     return PolicyRig("adaptive_bias", RigOptions{.experts = 4,
