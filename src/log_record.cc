@@ -367,13 +367,13 @@ void read_decisions(const Line& line, LogRecord& record) {
 
 // Null if they are equal.
 std::shared_ptr<const LoadTargets> read_targets(const Line& line, const std::string& field,
-                                                const JsonNode& targets) {
+                                                const JsonNode& targets, std::optional<int> experts) {
   if (!targets.is_array()) line.reject(field, targets, "must be an array");
   std::vector<double> shares;
   for (const JsonNode& share : targets) shares.push_back(line.real(Line::at(field, shares.size()), share));
   if (shares.empty()) return nullptr;
   try {
-    LoadTargets read(static_cast<int>(shares.size()), shares);
+    LoadTargets read(experts.value_or(static_cast<int>(shares.size())), shares);
     return read.equal() ? nullptr : std::make_shared<const LoadTargets>(std::move(read));
   } catch (const std::invalid_argument& e) {
     line.reject(field, targets, e.what());
@@ -426,7 +426,7 @@ LogHeader read_header(const LogLine& at, bool any_version) {
               "must be at most experts (" + std::to_string(*header.experts) + ")");
   }
   if (const JsonNode* targets = from->find("targets"); targets && header.is_run)
-    header.targets = read_targets(line, prefix + "targets", *targets);
+    header.targets = read_targets(line, prefix + "targets", *targets, header.experts);
   if (const JsonNode* shift = line.find("shift")) header.shift = line.integer("shift", *shift);
   if (const JsonNode* piece = line.find("piece")) header.piece = line.integer("piece", *piece, 1);
   return header;

@@ -224,6 +224,13 @@ TEST(MetricsCommand, TakesTheTargetsOfTheRunItself) {
   const ToolResult wrong = run_tool(dir, "metrics wrong.jsonl");
   EXPECT_EQ(wrong.code, 1);
   EXPECT_THAT(wrong.err, HasSubstr("wrong.jsonl:1: config.model.targets: [0.7,0.25]: targets: sum 0.950000"));
+  // As many as there are experts, or loads would silently be held against equal ones.
+  dir.write("short.jsonl", header.substr(0, header.find("0.75")) + "0.75,0.25,0]}}}\n" + line);
+  const ToolResult other = run_tool(dir, "metrics short.jsonl");
+  EXPECT_EQ(other.code, 1);
+  EXPECT_THAT(other.err,
+              HasSubstr("short.jsonl:1: config.model.targets: [0.75,0.25,0]: targets: 3 shares: must be "
+                        "one for each of 2 experts"));
 }
 
 // Equal experts would be dead under .0025, these are not with .001; one is to have nothing.
