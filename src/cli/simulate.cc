@@ -294,7 +294,7 @@ void add_simulate(CLI::App& app, Tool& tool) {
   command->add_option("--experts", options->experts, "Instead of model.experts")
       ->check(positive_int)
       ->group(model);
-  command->add_option("--top-k", options->top_k, "Instead of model.top_k")->check(positive)->group(model);
+  command->add_option("--top-k", options->top_k, "Instead of model.top_k")->check(positive_int)->group(model);
   command->add_option("--tokens", options->tokens, "Tokens a step, instead of model.tokens_per_step")
       ->check(positive)
       ->group(model);
