@@ -101,15 +101,13 @@ std::optional<double> noise_floor_cv(const LoadTargets& targets, int top_k, doub
 
 std::optional<double> max_vio_of_cv(int experts, double cv) {
   if (experts < 2 || !(cv >= 0)) return std::nullopt;
-  const Floors floor = equal_floors(experts, 0);
-  return floor.linear * cv + floor.square * cv * cv;
+  return equal_floors(experts, 0).max_vio(cv);
 }
 
 std::optional<double> noise_floor_max_vio(const LoadTargets& targets, int top_k, double tokens) {
   const auto cv = noise_floor_cv(targets, top_k, tokens);
   if (!cv || targets.experts() < 2) return std::nullopt;
-  const Floors floor = floors_of(targets, top_k);
-  return floor.linear * *cv + floor.square * *cv * *cv;
+  return floors_of(targets, top_k).max_vio(*cv);
 }
 
 double normal_quantile(double p) {

@@ -57,7 +57,9 @@ constexpr MetricField kFields[] = {
     {"fsi", "rad", "4 asin sqrt(B/2), B = sum (sqrt(p) - sqrt(1/N))^2 / 2", &Metrics::fsi},
     {"fsi_max", "rad", "2 arccos(1 / sqrt(N))", &Metrics::fsi_max},
     {"fhs", "", "B / W, W = 1 - sqrt(k) sum p^1.5 (this project's own statistic)", &Metrics::fhs},
-    {"fhs_alarm", "", "fhs > 1 and B > f^2/8 (1 + 3 sqrt(2/(N-1))), f the floor's CV", &Metrics::fhs_alarm},
+    {"fhs_alarm", "",
+     "fhs > 1 and B > f^2/8 (1 + 3 sqrt(2/(N-1))), f the floor's CV; with targets also B against them",
+     &Metrics::fhs_alarm},
     {"router_fsi", "rad", "fsi of mean_t p_t", &Metrics::router_fsi},
     {"router_fhs", "", "fhs of p_t (this project's own statistic)", &Metrics::router_fhs},
     {"path_efficiency", "", "d(first, last) / sum d(consecutive) over the trend window",
@@ -221,6 +223,10 @@ Measurer::Measurer(const StatsShape& shape, MetricsOptions options)
   unit_floor_cv_ = floors.unit_cv;
   floor_to_max_vio_linear_ = floors.linear;
   floor_to_max_vio_square_ = floors.square;
+  for (const double w : targets_.shares()) {
+    const double apart = std::sqrt(w) - std::sqrt(1.0 / shape.experts);
+    target_bias_ += apart * apart / 2;
+  }
   log_experts_ = fast_log(splat(static_cast<double>(shape.experts)))[0];
 }
 
@@ -376,8 +382,8 @@ double Measurer::gini_by_rank(std::span<const std::int64_t> counts, std::int64_t
 }
 
 void Measurer::measure_floors(const RoutingStats& stats, std::int64_t sum, Metrics& out) {
-  const auto max_vio = [this](double f) {
-    return floor_to_max_vio_linear_ * f + floor_to_max_vio_square_ * f * f;
+  const auto max_vio = [this](double cv) {
+    return Floors{unit_floor_cv_, floor_to_max_vio_linear_, floor_to_max_vio_square_}.max_vio(cv);
   };
   const bool has_max_vio = shape_.experts > 1;
   out.noise_floor_cv =
@@ -394,16 +400,18 @@ void Measurer::measure_floors(const RoutingStats& stats, std::int64_t sum, Metri
   const Metrics::Value floor = out.sampling_floor_cv ? out.sampling_floor_cv : out.noise_floor_cv;
   if (out.fhs && floor) {
     // Near uniform B is CV²/8; the floor's CV² scatters by √(2/(N-1)) of itself. In B experts weigh as their targets do,
-    // so that of M its noise is (M/k - 1)/T however little some are to have.
+    // so that of M its noise is (M/k - 1)/T however little some are to have. Few wanted experts have an FHS above 1 on
+    // their targets, and one token where none is wanted is clear of the noise: nothing has collapsed while a load is less
+    // than half as far (in √B) from its targets as those are from uniform.
     double chance = *floor * *floor;
     if (!targets_.equal() && unit_floor_cv_ > 0) {
       const double even = static_cast<double>(targets_.wanted()) / shape_.top_k - 1;
       chance *= even / (unit_floor_cv_ * unit_floor_cv_);
     }
-    const double clear = chance / 8 * (1 + 3 * std::sqrt(2.0 / (shape_.experts - 1)));
+    const double clear = chance / 8 * (1 + 3 * std::sqrt(2.0 / std::max(1, targets_.wanted() - 1)));
     const double bias =
         targets_.equal() ? load_displacement_.bias : std::min(load_displacement_.bias, target_displacement_);
-    out.fhs_alarm = *out.fhs > 1 && bias > clear ? 1 : 0;
+    out.fhs_alarm = *out.fhs > 1 && bias > std::max(clear, target_bias_ / 4) ? 1 : 0;
   }
 }
 

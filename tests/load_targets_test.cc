@@ -147,6 +147,35 @@ TEST(MetricsOnTarget, ByHand) {
   EXPECT_EQ(equal.gini, 0);
 }
 
+// Three of eight are to have all, with an FHS of 2.5 on their targets. A token where none is wanted is clear of the noise
+// of a thousand, and no collapse; a load that is nowhere near its targets is.
+TEST(MetricsWithTargets, FewWantedExpertsHaveNotCollapsed) {
+  const MetricsOptions options{.targets = {0.6, 0.3, 0.1, 0, 0, 0, 0, 0}};
+  const Metrics leaking = measured({599, 300, 100, 0, 0, 0, 0, 1}, options);
+  EXPECT_GT(*leaking.fhs, 1);
+  EXPECT_EQ(leaking.fhs_alarm, 0);
+  EXPECT_EQ(measured({700, 250, 50, 0, 0, 0, 0, 0}, options).fhs_alarm, 0);
+  EXPECT_EQ(measured({0, 0, 0, 0, 0, 100, 300, 600}, options).fhs_alarm, 1);
+  EXPECT_EQ(measured({0, 0, 1000, 0, 0, 0, 0, 0}, options).fhs_alarm, 1);
+  // All on the one that is wanted, but for a token.
+  const MetricsOptions one{.targets = {1, 0, 0, 0}};
+  EXPECT_EQ(measured({999, 0, 1, 0}, one).fhs_alarm, 0);
+  EXPECT_EQ(measured({1, 0, 999, 0}, one).fhs_alarm, 1);
+}
+
+// One of two is to have a millionth of 100 tokens: CV floor 71, where the parabola of MaxVio has long turned round.
+TEST(MetricsWithTargets, TheFloorOfMaxVioGrowsWithThatOfTheCv) {
+  double last = 0;
+  for (const double tiny : {0.1, 0.01, 1e-3, 1e-4, 1e-6, 1e-9}) {
+    const Shares targets = {1 - tiny, tiny};
+    const Metrics m = measured({100, 0}, {.targets = targets});
+    EXPECT_GE(*m.noise_floor_max_vio, last * (1 - 1e-3)) << tiny;
+    EXPECT_EQ(m.noise_floor_max_vio, noise_floor_max_vio(LoadTargets(2, targets), 1, 100));
+    last = *m.noise_floor_max_vio;
+  }
+  EXPECT_GT(last, 1);
+}
+
 // One of 16 is to have a millionth, so that the CV of relative loads is 4 by chance: a collapse is one all the same.
 TEST(MetricsWithTargets, ATinyTargetDoesNotHideACollapse) {
   Shares targets(16, (1 - 1e-6) / 15);

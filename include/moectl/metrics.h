@@ -70,12 +70,14 @@ struct Metrics {
   // Geometry of the simplex: Fisher metrics. `fsi` follows the equation reported for the index of that name
   // in arXiv 2604.14500. Its FHS formula is not known to us: `fhs` is this project's own statistic with the
   // same threshold, and neither the paper's AUC nor its recovery rate is claimed for it.
-  Value fsi;         ///< Fisher–Rao distance of the load to uniform: 2 arccos Σ √(p_i/N), [0, fsi_max].
-  Value fsi_max;     ///< 2 arccos(1/√N).
-  Value fhs;         ///< B / W: token-independent preference over what tells tokens apart, [0, 1e12].
-  Value fhs_alarm;   ///< 1 if fhs > 1 and B stands clear of the floor's scatter, else 0.
-  Value router_fsi;  ///< fsi of the mean router probabilities.
-  Value router_fhs;  ///< fhs of the router probabilities.
+  Value fsi;      ///< Fisher–Rao distance of the load to uniform: 2 arccos Σ √(p_i/N), [0, fsi_max].
+  Value fsi_max;  ///< 2 arccos(1/√N).
+  Value fhs;      ///< B / W: token-independent preference over what tells tokens apart, [0, 1e12].
+  Value
+      fhs_alarm;  ///< 1 if fhs > 1 and B stands clear of the floor's scatter, else 0; (w) and B against the targets
+                  ///< of that too, and of ¼ of what parts these from uniform.
+  Value router_fsi;       ///< fsi of the mean router probabilities.
+  Value router_fhs;       ///< fhs of the router probabilities.
   Value path_efficiency;  ///< d(first, last) / Σ d(consecutive) of loads over the trend window: 1 = steady
                           ///< drift.
 
@@ -188,6 +190,7 @@ class Measurer {
   std::vector<double> mean_, mean_root_;  // of probabilities; of an expert's gradients or latencies
   Displacement load_displacement_;        // of the last load
   double target_displacement_ = 0;        // B of the last load against its targets
+  double target_bias_ = 0;                // B of the targets
   double log_experts_ = 0;                // ln N
   double unit_floor_cv_ = 0;              // noise_floor_cv of one token
   double floor_to_max_vio_linear_ = 0;    // MaxVio of a CV floor f: linear · f + square · f²
