@@ -73,9 +73,9 @@ struct Metrics {
   Value fsi;      ///< Fisher–Rao distance of the load to uniform: 2 arccos Σ √(p_i/N), [0, fsi_max].
   Value fsi_max;  ///< 2 arccos(1/√N).
   Value fhs;      ///< B / W: token-independent preference over what tells tokens apart, [0, 1e12].
-  Value
-      fhs_alarm;  ///< 1 if fhs > 1 and B stands clear of the floor's scatter, else 0; (w) and B against the targets
-                  ///< of that too, and of ¼ of what parts these from uniform.
+  /// 1 if fhs > 1 and B stands clear of the floor's scatter, else 0; (w) B against the targets too, and clear of a
+  /// quarter of the targets' own B.
+  Value fhs_alarm;
   Value router_fsi;       ///< fsi of the mean router probabilities.
   Value router_fhs;       ///< fhs of the router probabilities.
   Value path_efficiency;  ///< d(first, last) / Σ d(consecutive) of loads over the trend window: 1 = steady
