@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "lanes.h"
+#include "load_error.h"
 #include "moectl/state.h"
 #include "moectl/stats.h"
 
@@ -58,7 +59,7 @@ class Feedforward {
       const double weight = kLearning * std::min(1.0, tokens / kFullWeightTokens);
       for (std::size_t i = 0; i < experts_; ++i) {
         const double target = targets[i] * total;
-        const double error = target > 0 ? (target - static_cast<double>(counts[i])) / target : 0;
+        const double error = relative_error(target, target - static_cast<double>(counts[i]));
         double& effect = effect_[d * experts_ + i];
         effect += weight * (error + expected_[i] - effect);
       }

@@ -77,8 +77,7 @@ constexpr std::array<Rule, 9> kRules = {{
      5,
      1.2,
      "[A] Red Flags: entropy_normalized < 0.5 at 16 experts, top-2; raise weight and temperature. Weight "
-     "0.01 to "
-     "0.05: [D], [E]; temperature by 0.2 to 0.5: [B]"},
+     "0.01 to 0.05: [D], [E]; temperature by 0.2 to 0.5: [B]"},
     {"collapse",
      kEarly,
      {{{&Metrics::dead_experts, kAbove, 0.25, Scale::kExperts}}},
@@ -91,8 +90,7 @@ constexpr std::array<Rule, 9> kRules = {{
      5,
      1.2,
      "[A] Red Flags: max_load > 35 % at top-2; fix as above. Ours: the second condition, without which k "
-     "near N "
-     "would always be one"},
+     "near N would always be one"},
     {"likely collapse",
      kEarly,
      {{{&Metrics::load_cv, kAbove, 1.5}}},
@@ -111,17 +109,15 @@ constexpr std::array<Rule, 9> kRules = {{
      1.5,
      1.1,
      "[C] load_imbalance_warn and [D] imbalance_warn: 3; [A] 5: 20 % of 16 is 3.2, [B] 35 % of 8 is 2.8. "
-     "Weight 0.12 "
-     "to 0.15 or 0.2, temperature by 0.2 or more: [B]"},
+     "Weight 0.12 to 0.15 or 0.2, temperature by 0.2 or more: [B]"},
     {"dropped tokens",
      kMid,
      {{{&Metrics::drop_rate, kAbove, 0.03}, {&Metrics::load_cv, kAbove, 0.6}}},
      1.5,
      1.1,
      "[A] Healthy Routing: drop_rate < 3 %, and 4: load_cv < 0.6; fix: [B] reduce peaking, sizes as above. "
-     "Ours: "
-     "both together, since drops at a CV within its bound are the capacity's, and that it waits for mid "
-     "training"},
+     "Ours: both together, since drops at a CV within its bound are the capacity's, and that it waits for "
+     "mid training"},
     {"severe imbalance",
      kMid,
      {{{&Metrics::load_cv, kAbove, 0.8}}},

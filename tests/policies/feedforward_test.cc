@@ -59,6 +59,15 @@ TEST(Feedforward, LearnsEachDomainsEffectAndPlansForTheChange) {
   EXPECT_THAT(planned(law, {1, 1}), ElementsAre(DoubleEq(-0.05805), DoubleEq(0.05805)));
 }
 
+TEST(Feedforward, WhatAnExpertGetsThatIsToHaveNothingIsTooMuch) {
+  Feedforward law(2, 2);
+  planned(law, {1, 3});
+  law.commit();
+  law.learn(window({{0, 0, 256}, {0, 1, 256}}), std::vector<double>{1, 0});
+  // e = (.5, -1), weight .1, w - w̄ = .5: ê = (.025, -.05), of which the mean goes out.
+  EXPECT_THAT(planned(law, {3, 1}), ElementsAre(DoubleEq(0.0375), DoubleEq(-0.0375)));
+}
+
 TEST(Feedforward, ADomainThatIsAbsentKeepsItsEffectAndAnUnknownMixturePlansNothing) {
   Feedforward law(2, 2);
   planned(law, {1, 1});

@@ -191,17 +191,22 @@ TEST(Pi, NoiseBeyondTheDeadBandIsNoReasonToMove) {
   EXPECT_GT(rig.value[0], 1.5 * before);
 }
 
+// No gains but those that autotune finds, and no other lag.
+RigOptions only_autotune() {
+  return aux({{"metric", std::string("load_cv")},
+              {"target", 0.4},
+              {"ema", 1.0},
+              {"kp", 0.0},
+              {"ki", 0.0},
+              {"dead_band", 0.0},
+              {"autotune", true}});
+}
+
 // The router is the experiment's own model: e = -K x, x a lag of τ = 4 decisions one decision late, K = 1/2, and
 // there is no noise. With ema = 1 there is no other lag, so T = 4, θ = 2, kp = T/(3 K θ) = 4/3, ki = kp/4. Counts of
 // 2·10⁹ set the load's CV, 0.4 (1 + e), to 1e-9.
 TEST(Pi, AutotuneReadsItsGainsFromTheAnswer) {
-  const auto options = aux({{"metric", std::string("load_cv")},
-                            {"target", 0.4},
-                            {"ema", 1.0},
-                            {"kp", 0.0},
-                            {"ki", 0.0},
-                            {"dead_band", 0.0},
-                            {"autotune", true}});
+  const auto options = only_autotune();
   PolicyRig rig("pi", options), resumed("pi", options);
   const auto window = [&](double error) {
     const auto odd = static_cast<std::int64_t>(std::llround(0.4 * (1 + error) * 1e9));
@@ -327,13 +332,7 @@ TEST(Pi, SavedOnTheWayToAMoveDownItGoesOnWithTheSameBits) {
 // A router that does not answer at first: the second try takes twice as long before it goes back, also if it was
 // resumed in between.
 TEST(Pi, AutotuneTriesAgainForLonger) {
-  const auto options = aux({{"metric", std::string("load_cv")},
-                            {"target", 0.4},
-                            {"ema", 1.0},
-                            {"kp", 0.0},
-                            {"ki", 0.0},
-                            {"dead_band", 0.0},
-                            {"autotune", true}});
+  const auto options = only_autotune();
   PolicyRig rig("pi", options), resumed("pi", options);
   std::vector<int> lengths(1, 0);
   double x = 0, late = 0;
