@@ -100,9 +100,9 @@
 #include <optional>
 #include <utility>
 
-#include "builtin.h"
-#include "feedforward.h"
-#include "lanes.h"
+#include "base/lanes.h"
+#include "policies/builtin.h"
+#include "policies/feedforward.h"
 
 namespace moectl::policies {
 namespace {

@@ -1,5 +1,5 @@
 // One line a policy. Explicit, because a linker drops static initialisers from a static library.
-#include "builtin.h"
+#include "policies/builtin.h"
 
 namespace moectl {
 

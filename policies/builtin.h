@@ -1,7 +1,11 @@
 // The policies that come with the library: each .cc beside this file defines one of these.
 #pragma once
 
+#include "moectl/limits.h"
+#include "moectl/metrics.h"
 #include "moectl/policy.h"
+#include "moectl/state.h"
+#include "moectl/stats.h"
 
 namespace moectl::policies {
 

@@ -15,7 +15,7 @@
 #include <array>
 #include <cmath>
 
-#include "builtin.h"
+#include "policies/builtin.h"
 
 namespace moectl::policies {
 namespace {

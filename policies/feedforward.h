@@ -24,10 +24,10 @@
 #include <span>
 #include <vector>
 
-#include "lanes.h"
-#include "load_error.h"
+#include "base/lanes.h"
 #include "moectl/state.h"
 #include "moectl/stats.h"
+#include "policies/load_error.h"
 
 namespace moectl::policies {
 

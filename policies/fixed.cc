@@ -9,7 +9,7 @@
 //
 // Limitations: it is open loop. A fixed auxiliary weight that balances one model starves another of its task
 // loss.
-#include "builtin.h"
+#include "policies/builtin.h"
 
 namespace moectl::policies {
 namespace {

@@ -25,8 +25,8 @@
 #include <array>
 #include <cmath>
 
-#include "builtin.h"
-#include "set_point.h"
+#include "policies/builtin.h"
+#include "policies/set_point.h"
 
 namespace moectl::policies {
 namespace {

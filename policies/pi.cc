@@ -60,9 +60,9 @@
 #include <cmath>
 #include <optional>
 
-#include "builtin.h"
-#include "set_point.h"
-#include "step_experiment.h"
+#include "policies/builtin.h"
+#include "policies/set_point.h"
+#include "policies/step_experiment.h"
 
 namespace moectl::policies {
 namespace {

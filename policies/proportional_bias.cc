@@ -17,9 +17,9 @@
 #include <algorithm>
 #include <cmath>
 
-#include "builtin.h"
-#include "lanes.h"
-#include "load_error.h"
+#include "base/lanes.h"
+#include "policies/builtin.h"
+#include "policies/load_error.h"
 
 namespace moectl::policies {
 namespace {

@@ -40,8 +40,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "builtin.h"
-#include "lanes.h"
+#include "base/lanes.h"
+#include "policies/builtin.h"
 
 namespace moectl::policies {
 namespace {

@@ -39,7 +39,7 @@
 #include <string>
 #include <string_view>
 
-#include "builtin.h"
+#include "policies/builtin.h"
 
 namespace moectl::policies {
 namespace {

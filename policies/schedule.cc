@@ -18,7 +18,7 @@
 #include <cmath>
 #include <numbers>
 
-#include "builtin.h"
+#include "policies/builtin.h"
 
 namespace moectl::policies {
 namespace {

@@ -22,8 +22,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "builtin.h"
-#include "lanes.h"
+#include "base/lanes.h"
+#include "policies/builtin.h"
 
 namespace moectl::policies {
 namespace {

@@ -14,9 +14,9 @@
 // stability where the gain is high. The step is bounded, the bias is not: the limits see to that.
 #include <cmath>
 
-#include "builtin.h"
-#include "lanes.h"
-#include "load_error.h"
+#include "base/lanes.h"
+#include "policies/builtin.h"
+#include "policies/load_error.h"
 
 namespace moectl::policies {
 namespace {

@@ -10,13 +10,16 @@
 #include <vector>
 
 #include "moectl/guard.h"
+#include "moectl/limits.h"
 #include "moectl/metrics.h"
 #include "moectl/monitor.h"
-#include "moectl/policy.h"
-#include "moectl/safety.h"
+#include "moectl/policy_options.h"
+#include "moectl/stats_shape.h"
 #include "moectl/types.h"
 
 namespace moectl {
+
+class PolicyRegistry;  // policy.h
 
 enum class Mode {
   kActive,  ///< Decide and apply.
@@ -92,14 +95,15 @@ class ConfigError : public std::invalid_argument {
 
 /// Strict: unknown keys, wrong types and values outside their constraints are ConfigErrors that name the
 /// place, the value, the constraint and the nearest valid key. Options not given take the policy's defaults.
-ControllerConfig load_config(const std::string& path,
-                             const PolicyRegistry& registry = PolicyRegistry::builtin());
+ControllerConfig load_config(const std::string& path);
+ControllerConfig load_config(const std::string& path, const PolicyRegistry& registry);
 /// The same from text; `name` stands for the file in messages.
-ControllerConfig parse_config(std::string_view text, const std::string& name = "config",
-                              const PolicyRegistry& registry = PolicyRegistry::builtin());
+ControllerConfig parse_config(std::string_view text, const std::string& name = "config");
+ControllerConfig parse_config(std::string_view text, const std::string& name, const PolicyRegistry& registry);
 /// Checks a config made in code and fills in the options not given. Throws ConfigError ("key: value:
 /// constraint").
-void validate(ControllerConfig& config, const PolicyRegistry& registry = PolicyRegistry::builtin());
+void validate(ControllerConfig& config);
+void validate(ControllerConfig& config, const PolicyRegistry& registry);
 /// What a Measurer is to be given: `metrics`, and the model's targets.
 MetricsOptions metrics_options(const ControllerConfig& config);
 /// The whole config, every default filled in, as YAML that parses back to the same config.

@@ -22,9 +22,9 @@
 
 #include "moectl/config.h"
 #include "moectl/guard.h"
+#include "moectl/limits.h"
 #include "moectl/metrics.h"
 #include "moectl/policy.h"
-#include "moectl/safety.h"
 #include "moectl/stats.h"
 
 namespace moectl {

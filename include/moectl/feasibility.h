@@ -12,22 +12,13 @@
 #pragma once
 
 #include <cstdint>
-#include <limits>
-#include <map>
 #include <span>
 #include <string>
 #include <vector>
 
-namespace moectl {
+#include "moectl/bands.h"
 
-/// Wanted range of a metric, both ends included.
-struct Band {
-  double low = -std::numeric_limits<double>::infinity();
-  double high = std::numeric_limits<double>::infinity();
-  friend bool operator==(const Band&, const Band&) = default;
-};
-/// By name of the metric.
-using Bands = std::map<std::string, Band>;
+namespace moectl {
 
 /// What the loads are made of.
 struct LoadSpace {

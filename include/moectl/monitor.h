@@ -3,15 +3,15 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <span>
-#include <vector>
+#include <string_view>
 
 #include "moectl/health.h"
 #include "moectl/metrics.h"
 #include "moectl/state.h"
 #include "moectl/stats.h"
-#include "moectl/trend.h"
 
 namespace moectl {
 
@@ -31,6 +31,9 @@ class LayerMonitor {
   /// Throws std::invalid_argument on options out of range. `metrics`: what the layer is measured with; its targets say
   /// from which load on an expert is dead, and what healthy is held against.
   LayerMonitor(const StatsShape& shape, const MonitorOptions& options, const MetricsOptions& metrics = {});
+  ~LayerMonitor();
+  LayerMonitor(LayerMonitor&&) noexcept;
+  LayerMonitor& operator=(LayerMonitor&&) noexcept;
 
   /// Takes in one step and completes the metrics that need history. `loss` is the step's, for the
   /// correlations. Does not allocate.
@@ -39,24 +42,22 @@ class LayerMonitor {
   void observe_nothing();
 
   /// EMA of p_i, started at the first observed load. [N]; all zero before the first step with data.
-  std::span<const double> smoothed_load() const { return smoothed_; }
+  std::span<const double> smoothed_load() const;
   /// EMA of each metric, started at its first value; absent before it.
-  const Metrics& smoothed() const { return smoothed_metrics_; }
+  const Metrics& smoothed() const;
   /// For each expert, how many steps in a row its smoothed load has been under dead_fraction of its target. [N]
-  std::span<const std::int64_t> steps_below() const { return below_; }
-  bool is_dead(int expert) const { return below_[static_cast<std::size_t>(expert)] >= options_.dead_after; }
-  std::int64_t steps_observed() const { return observed_; }
+  std::span<const std::int64_t> steps_below() const;
+  bool is_dead(int expert) const;
+  std::int64_t steps_observed() const;
   /// Share of the steps with recorded gradients in which each expert had one above 0. [N]; empty before the
   /// first such step.
-  std::span<const double> update_frequency() const {
-    return gradient_steps_ > 0 ? std::span<const double>(update_frequency_) : std::span<const double>();
-  }
+  std::span<const double> update_frequency() const;
 
-  Health health() const { return health_.state(); }
-  bool has(FailureMode mode) const { return health_.has(mode); }
+  Health health() const;
+  bool has(FailureMode mode) const;
   /// Failure modes, alerts and broken bands that stand now.
-  std::span<const std::string_view> alerts() const { return health_.alerts(); }
-  std::string_view phase() const { return health_.phase(); }
+  std::span<const std::string_view> alerts() const;
+  std::string_view phase() const;
 
   /// Trend of one metric over the window; computed when asked for. Absent unless `trends` is on.
   struct Trend {
@@ -68,32 +69,8 @@ class LayerMonitor {
   void load(StateReader& in);
 
  private:
-  void watch_loads(const RoutingStats& stats, Metrics& metrics);
-  void watch_experts(const RoutingStats& stats, Metrics& metrics);
-  void watch_tail(const RoutingStats& stats, Metrics& metrics);
-  void smooth(const Metrics& metrics);
-
-  StatsShape shape_;
-  MonitorOptions options_;
-  MetricsOptions metrics_options_;
-  LoadTargets targets_;
-  std::vector<double> smoothed_;
-  std::vector<std::int64_t> below_;
-  std::int64_t observed_ = 0, steps_ = 0;
-  std::vector<double> load_;  // p of this step
-  Metrics smoothed_metrics_;
-  History entropy_, token_entropy_;
-
-  // With trends.
-  std::optional<LoadTrend> load_trend_;
-  std::optional<HistoryTable> history_;  // of each metric, and of the loss
-
-  // With gradients, losses, latencies.
-  std::vector<double> values_, grad_norm_, fast_loss_, slow_loss_, update_frequency_;
-  std::int64_t gradient_steps_ = 0;
-  std::optional<History> tail_, tail_load_;
-
-  HealthMonitor health_;
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
 };
 
 /// Copies what only a monitor can know from one set of metrics to another: of a step to those of a window

@@ -12,17 +12,20 @@
 #include <span>
 #include <string>
 #include <string_view>
-#include <variant>
 #include <vector>
 
-#include "moectl/metrics.h"
-#include "moectl/monitor.h"
-#include "moectl/safety.h"
-#include "moectl/state.h"
-#include "moectl/stats.h"
+#include "moectl/policy_options.h"
+#include "moectl/stats_shape.h"
 #include "moectl/types.h"
 
 namespace moectl {
+
+class LayerMonitor;  // monitor.h
+class LimitReport;   // limits.h
+struct Metrics;      // metrics.h
+class RoutingStats;  // stats.h
+class StateReader;   // state.h
+class StateWriter;
 
 /// What the host said of the step, reduced over ranks: the same on every rank.
 struct StepInfo {
@@ -63,36 +66,6 @@ class Policy {
   /// Optional, required if the policy has memory: everything that the next proposal depends on.
   virtual void save(StateWriter& /*out*/) const {}
   virtual void load(StateReader& /*in*/) {}
-};
-
-// ---- Options: declared once, so that validation, defaults, help and errors all come from one list. ----
-
-using OptionValue = std::variant<bool, std::int64_t, double, std::string>;
-
-/// One option of a policy. The default's type is the option's type; an empty string default means "required".
-struct OptionSpec {
-  std::string name = {};
-  OptionValue default_value = {};
-  std::string unit = {};         ///< "" = dimensionless.
-  std::string description = {};  ///< One line.
-  double min = -1e308;           ///< Numbers only, inclusive.
-  double max = 1e308;
-  std::vector<std::string> choices = {};  ///< Strings only; empty = any.
-};
-
-/// Option values after validation: every declared option has one, given or default.
-class PolicyOptions {
- public:
-  void set(std::string name, OptionValue value) { values_[std::move(name)] = std::move(value); }
-  // Each throws std::invalid_argument if the option is not declared with this type: a mistake in the policy.
-  double number(std::string_view name) const;
-  std::int64_t integer(std::string_view name) const;
-  bool flag(std::string_view name) const;
-  const std::string& text(std::string_view name) const;
-  const std::map<std::string, OptionValue, std::less<>>& values() const { return values_; }
-
- private:
-  std::map<std::string, OptionValue, std::less<>> values_;
 };
 
 /// What a policy knows of the plant when it is made.

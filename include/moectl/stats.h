@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "moectl/margins.h"
+#include "moectl/stats_shape.h"
 
 namespace moectl {
 
@@ -28,36 +29,6 @@ constexpr double from_fixed(std::int64_t sum) {
 /// The largest magnitude a single term may have (2^24); larger or non-finite terms make their record invalid.
 inline constexpr double kFixedMax = 16777216.0;
 bool fits_fixed(double value);
-
-/// What is collected beyond counts. The union of what the policies, the metrics and the log ask for fixes the
-/// payload.
-struct StatsNeeds {
-  bool gap = false;            ///< Σ_t (v_k - v_{k+1}) of the sorted, biased scores v.
-  bool sequences = false;      ///< Per-sequence squares, for the sampling floor.
-  bool probabilities = false;  ///< Σ_t p_ti, Σ_t √p_ti, Σ_t H(p_t).
-  bool gradients = false;      ///< Gradient norm per expert.
-  bool losses = false;         ///< Loss per expert (sum over its tokens).
-  bool domain_losses = false;  ///< Loss per (domain, expert); nothing without domains.
-  bool latencies = false;      ///< Host-timed latency per expert, seconds.
-  bool margins = false;        ///< Histogram of each expert's margins over tokens (margins.h).
-  /// The margins themselves, [tokens × N] floats. They join but do not add: one process only, and memory
-  /// grows with the window.
-  bool margin_rows = false;
-  int domains = 0;  ///< Number of domains whose tokens are counted apart.
-
-  StatsNeeds& operator|=(const StatsNeeds& other);
-  friend bool operator==(const StatsNeeds&, const StatsNeeds&) = default;
-};
-
-/// Size and meaning of a layer's flat array. Two RoutingStats add only if their shapes are equal.
-struct StatsShape {
-  int experts = 0;  ///< N ≥ 1.
-  int top_k = 0;    ///< k, 1 ≤ k ≤ N.
-  StatsNeeds needs;
-
-  std::size_t flat_size() const;
-  friend bool operator==(const StatsShape&, const StatsShape&) = default;
-};
 
 /// One micro-batch of one layer's routing, as views of the caller's memory. Only `experts` is required.
 struct RoutingBatch {
@@ -206,9 +177,7 @@ class RoutingStats {
   }
   std::span<const std::int64_t> array(Array which) const;
   /// For readers of recorded sums: direct access. The caller keeps the sums consistent.
-  void set_scalar(Scalar which, std::int64_t value) {
-    sums_[static_cast<std::size_t>(which)] = value;
-  }
+  void set_scalar(Scalar which, std::int64_t value) { sums_[static_cast<std::size_t>(which)] = value; }
   std::span<std::int64_t> mutable_array(Array which);
 
  private:

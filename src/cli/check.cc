@@ -5,9 +5,9 @@
 #include <nlohmann/json.hpp>
 
 #include "cli/tool.h"
+#include "feasibility/targets.h"
 #include "moectl/config.h"
 #include "moectl/feasibility.h"
-#include "targets.h"
 
 namespace moectl::cli {
 namespace {
@@ -114,8 +114,10 @@ void add_check(CLI::App& app, Tool& tool) {
   CLI::App* command =
       app.add_subcommand("check", "Validate a config, print it resolved, judge its feasibility");
   command->footer(
-      "Standard output is the whole config with every default filled in, ready to use, with the verdict as a\n"
-      "comment at its end; what contradicts what goes to standard error. With --format json, standard output\n"
+      "Standard output is the whole config with every default filled in, ready to use, with the verdict as "
+      "a\n"
+      "comment at its end; what contradicts what goes to standard error. With --format json, standard "
+      "output\n"
       "is the verdict alone.\n\n"
       "Examples:\n"
       "  moectl check policies/pi.yaml\n"

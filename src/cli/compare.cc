@@ -4,8 +4,8 @@
 #include <nlohmann/json.hpp>
 
 #include "cli/tool.h"
+#include "export/run_figures.h"
 #include "moectl/figures.h"
-#include "run_figures.h"
 
 namespace moectl::cli {
 namespace {

@@ -8,14 +8,14 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 
-#include "cached_measurer.h"
 #include "cli/reshape.h"
 #include "cli/tool.h"
+#include "export/run_figures.h"
+#include "measure/cached_measurer.h"
 #include "moectl/config.h"
 #include "moectl/metrics.h"
 #include "moectl/monitor.h"
 #include "moectl/run_log.h"
-#include "run_figures.h"
 
 namespace moectl::cli {
 namespace {

@@ -1,7 +1,7 @@
 #include "cli/report_data.h"
 
 #include "cli/tool.h"
-#include "step_sample.h"
+#include "export/step_sample.h"
 
 #include <algorithm>
 #include <array>

@@ -11,8 +11,8 @@
 #include <string>
 #include <vector>
 
+#include "export/run_figures.h"
 #include "moectl/run_log.h"
-#include "run_figures.h"
 
 namespace moectl::cli {
 

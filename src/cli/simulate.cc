@@ -15,7 +15,7 @@
 #include "moectl/figures.h"
 #include "moectl/run_log.h"
 #include "moectl/simulation.h"
-#include "simulation_options.h"
+#include "simulation/simulation_options.h"
 
 namespace moectl::cli {
 namespace {

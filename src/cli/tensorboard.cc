@@ -7,7 +7,7 @@
 #include <set>
 
 #include "cli/tool.h"
-#include "run_figures.h"
+#include "export/run_figures.h"
 
 namespace moectl::cli {
 namespace {

@@ -16,8 +16,8 @@
 #ifdef MOECTL_PROMETHEUS
 #include "moectl/prometheus.h"
 #endif
+#include "export/run_figures.h"
 #include "moectl/run_log.h"
-#include "run_figures.h"
 
 namespace moectl::cli {
 namespace {

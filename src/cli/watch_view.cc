@@ -8,8 +8,8 @@
 #include <iostream>
 
 #include "cli/tool.h"
-#include "run_figures.h"
-#include "step_sample.h"
+#include "export/run_figures.h"
+#include "export/step_sample.h"
 
 namespace moectl::cli {
 namespace {

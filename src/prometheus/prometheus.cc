@@ -17,8 +17,8 @@
 #include <utility>
 #include <vector>
 
+#include "export/step_sample.h"
 #include "moectl/health.h"
-#include "step_sample.h"
 
 namespace moectl {
 namespace {

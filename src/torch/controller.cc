@@ -5,9 +5,9 @@
 #include <stdexcept>
 #include <utility>
 
-#include "device_sums.h"
-#include "host_batch.h"
-#include "side_stream.h"
+#include "torch/device_sums.h"
+#include "torch/host_batch.h"
+#include "torch/side_stream.h"
 
 namespace moectl {
 namespace {

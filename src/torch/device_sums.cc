@@ -1,11 +1,11 @@
-#include "device_sums.h"
+#include "torch/device_sums.h"
 
 #include <algorithm>
 #include <cstddef>
 #include <utility>
 
-#include "group_reduction.h"
-#include "routing_sums.h"
+#include "torch/group_reduction.h"
+#include "torch/routing_sums.h"
 
 namespace moectl {
 namespace {

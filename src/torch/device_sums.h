@@ -10,7 +10,7 @@
 
 #include "moectl/controller.h"
 #include "moectl/torch/controller.h"
-#include "side_stream.h"
+#include "torch/side_stream.h"
 
 namespace moectl {
 

@@ -3,7 +3,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "host_batch.h"
+#include "torch/host_batch.h"
 
 namespace moectl {
 

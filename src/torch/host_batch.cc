@@ -1,4 +1,4 @@
-#include "host_batch.h"
+#include "torch/host_batch.h"
 
 #include <sstream>
 #include <stdexcept>

@@ -4,8 +4,8 @@
 #include <cstring>
 #include <utility>
 
-#include "group_reduction.h"
-#include "side_stream.h"
+#include "torch/group_reduction.h"
+#include "torch/side_stream.h"
 
 namespace moectl {
 

@@ -1,4 +1,4 @@
-#include "routing_sums.h"
+#include "torch/routing_sums.h"
 
 #include <array>
 #include <limits>

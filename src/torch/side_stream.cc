@@ -1,4 +1,4 @@
-#include "side_stream.h"
+#include "torch/side_stream.h"
 
 #include <c10/core/impl/VirtualGuardImpl.h>
 

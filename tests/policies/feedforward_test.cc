@@ -1,5 +1,5 @@
 // The feed-forward's own equation, by hand.
-#include "../../policies/feedforward.h"
+#include "policies/feedforward.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>

@@ -5,7 +5,7 @@
 #include <random>
 
 #include "policies/policy_rig.h"
-#include "step_experiment.h"
+#include "policies/step_experiment.h"
 #include "test_paths.h"
 
 namespace moectl {

@@ -1,0 +1,38 @@
+// What is collected of a layer's routing, and the size of the array that holds it.
+#pragma once
+
+#include <cstddef>
+
+namespace moectl {
+
+/// What is collected beyond counts. The union of what the policies, the metrics and the log ask for fixes the
+/// payload.
+struct StatsNeeds {
+  bool gap = false;            ///< Σ_t (v_k - v_{k+1}) of the sorted, biased scores v.
+  bool sequences = false;      ///< Per-sequence squares, for the sampling floor.
+  bool probabilities = false;  ///< Σ_t p_ti, Σ_t √p_ti, Σ_t H(p_t).
+  bool gradients = false;      ///< Gradient norm per expert.
+  bool losses = false;         ///< Loss per expert (sum over its tokens).
+  bool domain_losses = false;  ///< Loss per (domain, expert); nothing without domains.
+  bool latencies = false;      ///< Host-timed latency per expert, seconds.
+  bool margins = false;        ///< Histogram of each expert's margins over tokens (margins.h).
+  /// The margins themselves, [tokens × N] floats. They join but do not add: one process only, and memory
+  /// grows with the window.
+  bool margin_rows = false;
+  int domains = 0;  ///< Number of domains whose tokens are counted apart.
+
+  StatsNeeds& operator|=(const StatsNeeds& other);
+  friend bool operator==(const StatsNeeds&, const StatsNeeds&) = default;
+};
+
+/// Size and meaning of a layer's flat array. Two RoutingStats add only if their shapes are equal.
+struct StatsShape {
+  int experts = 0;  ///< N ≥ 1.
+  int top_k = 0;    ///< k, 1 ≤ k ≤ N.
+  StatsNeeds needs;
+
+  std::size_t flat_size() const;
+  friend bool operator==(const StatsShape&, const StatsShape&) = default;
+};
+
+}  // namespace moectl

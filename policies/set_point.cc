@@ -1,0 +1,55 @@
+#include "policies/set_point.h"
+
+namespace moectl::policies {
+
+SetPoint SetPoint::from(const PolicyOptions& options) {
+  return {.metric = find_metric(options.text("metric")),
+          .target = options.number("target"),
+          .raises = options.text("effect") == "raises",
+          .worst = options.text("over_layers") == "worst",
+          .ema = options.number("ema"),
+          .dead_band = options.number("dead_band")};
+}
+
+std::vector<OptionSpec> SetPoint::options(std::string_view metric, double target, double ema,
+                                          double dead_band) {
+  std::vector<std::string> names;
+  for (const MetricField& field : metric_fields()) names.emplace_back(field.name);
+  return {
+      {.name = "metric",
+       .default_value = std::string(metric),
+       .unit = "",
+       .description = "the process variable; pi averages excess_cv signed, in squares",
+       .choices = names},
+      {.name = "target",
+       .default_value = target,
+       .unit = "of the metric",
+       .description = "where the metric should be",
+       .min = -1e6,
+       .max = 1e6},
+      {.name = "effect",
+       .default_value = std::string("lowers"),
+       .unit = "",
+       .description = "what raising the actuator does to the metric",
+       .choices = {"lowers", "raises"}},
+      {.name = "over_layers",
+       .default_value = std::string("mean"),
+       .unit = "",
+       .description = "for scope: model, the mean over layers or the worst one",
+       .choices = {"mean", "worst"}},
+      {.name = "ema",
+       .default_value = ema,
+       .unit = "",
+       .description = "weight of the newest window in the averaged metric",
+       .min = 1e-3,
+       .max = 1},
+      {.name = "dead_band",
+       .default_value = dead_band,
+       .unit = "of the target",
+       .description = "errors no larger than this move nothing",
+       .min = 0,
+       .max = 10},
+  };
+}
+
+}  // namespace moectl::policies

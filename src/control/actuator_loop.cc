@@ -1,0 +1,96 @@
+#include "control/actuator_loop.h"
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+#include <string>
+
+#include "measure/saved_sums.h"
+
+namespace moectl {
+namespace {
+
+std::unique_ptr<Policy> make_policy(Actuator actuator, const ControllerConfig& config,
+                                    const PolicyRegistry& registry, int layer) {
+  const ActuatorConfig& own = config.actuator(actuator);
+  const PolicyDescription* description = registry.find(own.policy);
+  if (description == nullptr) {
+    throw std::invalid_argument(std::string(name_of(actuator)) + ".policy: " + own.policy +
+                                ": not registered");
+  }
+  const PolicyContext context{.actuator = actuator,
+                              .layer = layer,
+                              .experts = config.model.experts,
+                              .top_k = config.model.top_k,
+                              .domains = static_cast<int>(config.model.domains.size()),
+                              .delay = config.delay(),
+                              .score_space = config.model.score_space,
+                              .initial = own.initial,
+                              .min = own.limits.min,
+                              .max = own.limits.max,
+                              .cadence = own.limits.cadence};
+  return description->make(context, own.options);
+}
+
+int size_of(Actuator actuator, const ControllerConfig& config) {
+  return actuator == Actuator::kExpertBias ? config.model.experts : 1;
+}
+
+}  // namespace
+
+ActuatorLoop::ActuatorLoop(Actuator actuator, const ControllerConfig& config, const PolicyRegistry& registry,
+                           int layer)
+    : policy_(make_policy(actuator, config, registry, layer)),
+      limiter_(actuator, config.actuator(actuator).limits, config.safety, size_of(actuator, config),
+               config.actuator(actuator).initial),
+      cadence_(config.actuator(actuator).limits.cadence) {
+  applied_.assign(static_cast<std::size_t>(size_of(actuator, config)), config.actuator(actuator).initial);
+  proposed_ = guarded_ = applied_;
+}
+
+void ActuatorLoop::make_windows(const StatsShape& shape, std::size_t layers) {
+  if (cadence_ == 1) return;
+  windows_.assign(layers, RoutingStats(shape));
+  window_metrics_.resize(layers);
+}
+
+void ActuatorLoop::propose(const LayerView& view) {
+  std::copy(applied_.begin(), applied_.end(), proposed_.begin());
+  asked_ = true;
+  policy_->propose(view, proposed_);
+}
+
+void ActuatorLoop::limit(const LimitContext& context) {
+  std::span<const double> wanted;
+  if (asked_) wanted = guard_took_over_ ? guarded_ : proposed_;
+  reasons_ = limiter_.apply(context, wanted, applied_);
+  if (guard_took_over_) reasons_.add(Reason::kGuard);
+  if (!asked_) return;
+  policy_->on_applied(applied_, reasons_);
+  for (RoutingStats& window : windows_) window.clear();
+}
+
+ActuatorReport ActuatorLoop::report() const {
+  return {.proposed = asked_ ? std::span<const double>(proposed_) : std::span<const double>(),
+          .applied = applied_,
+          .reasons = reasons_};
+}
+
+void ActuatorLoop::save(StateWriter& out) const {
+  out.put("applied", applied_);
+  limiter_.save(out);
+  policy_->save(out);
+  for (const RoutingStats& window : windows_) save_sums(out, "window", window);
+}
+
+void ActuatorLoop::load(StateReader& in) {
+  in.get("applied", applied_);
+  for (const double v : applied_) {
+    if (!std::isfinite(v)) throw StateError("applied: a saved value is not finite");
+  }
+  limiter_.load(in);
+  policy_->load(in);
+  for (RoutingStats& window : windows_) load_sums(in, "window", window);
+}
+
+}  // namespace moectl

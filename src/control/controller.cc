@@ -1,0 +1,74 @@
+#include "moectl/controller.h"
+
+#include <utility>
+
+#include "control/loop.h"
+
+namespace moectl {
+
+Controller::Controller(ControllerConfig config, const PolicyRegistry& registry)
+    : loop_(std::make_unique<Loop>(std::move(config), registry)) {}
+Controller::~Controller() = default;
+Controller::Controller(Controller&&) noexcept = default;
+Controller& Controller::operator=(Controller&&) noexcept = default;
+
+const ControllerConfig& Controller::config() const {
+  return loop_->config();
+}
+const StatsShape& Controller::shape() const {
+  return loop_->shape();
+}
+
+void Controller::record(int layer, const RoutingBatch& batch, std::int64_t micro_batch) {
+  loop_->record(layer, micro_batch, [&batch](RoutingStats& sums) { sums.add(batch); });
+}
+
+void Controller::record(int layer, const RoutingStats& stats) {
+  loop_->record(layer, -1, [&stats](RoutingStats& sums) { sums += stats; });
+}
+
+void Controller::record(int layer, const std::function<void(RoutingStats&)>& add, std::int64_t micro_batch) {
+  loop_->record(layer, micro_batch, add);
+}
+
+const StepReport& Controller::step(const StepInfo& info) {
+  return loop_->step(info);
+}
+const StepReport& Controller::report() const {
+  return loop_->report();
+}
+std::int64_t Controller::steps() const {
+  return loop_->steps();
+}
+
+void Controller::set_reduction(Reduction reduction) {
+  loop_->set_reduction(std::move(reduction));
+}
+void Controller::set_exchange(Exchange exchange) {
+  loop_->set_exchange(std::move(exchange));
+}
+void Controller::set_log(std::function<void(const StepReport&)> log) {
+  loop_->set_log(std::move(log));
+}
+void Controller::freeze(int layer, bool frozen) {
+  loop_->freeze(layer, frozen);
+}
+
+std::span<const double> Controller::bias(int layer) const {
+  return loop_->in_force(Actuator::kExpertBias, layer);
+}
+double Controller::aux_loss_weight(int layer) const {
+  return loop_->in_force(Actuator::kAuxLossWeight, layer)[0];
+}
+double Controller::temperature(int layer) const {
+  return loop_->in_force(Actuator::kRouterTemperature, layer)[0];
+}
+
+std::string Controller::save() const {
+  return loop_->save();
+}
+void Controller::load(std::string_view state) {
+  loop_ = loop_->loaded(state);
+}
+
+}  // namespace moectl

@@ -1,0 +1,156 @@
+// Controller::Loop: everything a controller holds, and the phases of a step.
+#pragma once
+
+#include <array>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "control/actuator_loop.h"
+#include "control/guard.h"
+#include "control/payload.h"
+#include "control/pending_reduction.h"
+#include "moectl/controller.h"
+#include "moectl/monitor.h"
+
+namespace moectl {
+
+class Controller::Loop {
+ public:
+  Loop(ControllerConfig config, const PolicyRegistry& registry);
+
+  const ControllerConfig& config() const { return config_; }
+  const StatsShape& shape() const { return shape_; }
+  const StepReport& report() const { return report_; }
+  std::int64_t steps() const { return steps_; }
+
+  /// Runs `add` on the layer's sums under its lock; with `micro_batch` ≥ 0 only the first time before the
+  /// next step.
+  template <class Add>
+  void record(int layer, std::int64_t micro_batch, Add&& add);
+  const StepReport& step(const StepInfo& info);
+
+  void set_reduction(Reduction reduction);
+  void set_exchange(Exchange exchange) { exchange_ = std::move(exchange); }
+  void set_log(std::function<void(const StepReport&)> log) { log_ = std::move(log); }
+  void freeze(int layer, bool frozen) { layer_at(layer).frozen = frozen; }
+  /// What the host reads: what is applied, or the initial value in shadow and off.
+  std::span<const double> in_force(Actuator actuator, int layer) const;
+
+  std::string save();
+  /// A loop of the same config, registry, reduction and log, in the saved state. Throws StateError.
+  std::unique_ptr<Loop> loaded(std::string_view state) const;
+
+ private:
+  struct Layer {
+    Layer(const ControllerConfig& config, const PolicyRegistry& registry, int index);
+
+    // Recording, under the mutex.
+    std::mutex mutex;
+    RoutingStats intake;
+    std::vector<std::int64_t> seen;  // micro-batches recorded since the last step
+    // Deciding.
+    bool frozen = false;
+    bool valid = true;      // this step's sums can be used
+    bool has_data = false;  // and hold at least one token
+    RoutingStats stats;     // this step's sums, over all ranks
+    Metrics metrics;
+    std::optional<LayerMonitor> monitor;
+    std::optional<LayerGuard> guard;
+    std::array<std::optional<ActuatorLoop>, kActuatorCount> loops;  // those of `scope: layer`
+  };
+  // What one loop decides on at a cadence point.
+  struct DecisionInputs {
+    bool valid = true;
+    bool has_data = false;
+    bool frozen = false;
+    const RoutingStats* stats = nullptr;
+    const Metrics* metrics = nullptr;
+    const Metrics* worst = nullptr;
+    const LayerMonitor* monitor = nullptr;
+    std::optional<double> drop_rate;
+  };
+
+  // The phases of step(), in order.
+  void reduce(const StepInfo& info);
+  void measure();
+  void watch();
+  void propose();
+  void guard();
+  void limit();
+  void log();
+
+  Layer& layer_at(int layer) const;
+  void check_mixture(const StepInfo& info) const;
+  void use_local_sums(const StepInfo& info);
+  void check_ranks();
+  void pack(Payload& payload, const StepInfo& info) const;
+  void unpack(Payload& payload);
+  void use_previous_sums(const StepInfo& info);
+  void clear_intake();
+  std::uint64_t actuation_hash() const;
+  template <class Visit>
+  void for_each_actuator(Visit&& visit);
+  DecisionInputs inputs(ActuatorLoop& loop, std::size_t actuator, int layer);
+  DecisionInputs layer_inputs(ActuatorLoop& loop, Layer& layer, std::size_t window);
+  DecisionInputs model_inputs(ActuatorLoop& loop, std::size_t actuator);
+  bool guard_acts() const;
+
+  static constexpr std::int64_t kMaxMicroBatches = 1 << 20;
+  void save_to(StateWriter& out) const;
+  void load_from(StateReader& in);
+
+  ControllerConfig config_;
+  PolicyRegistry registry_;
+  std::string description_;  // of the config, as far as a saved state depends on it
+  StatsShape shape_;
+  std::vector<std::unique_ptr<Layer>> layers_;
+  std::array<std::optional<ActuatorLoop>, kActuatorCount> model_loops_;  // those of `scope: model`
+  // Of those, what was in force when no guard acted: where every guard takes its actuator back to, though another may
+  // have moved it already.
+  std::array<double, kActuatorCount> before_guards_{};
+  std::array<std::vector<double>, kActuatorCount> initial_;
+  std::optional<LoadTargets> load_targets_;
+  std::vector<double> targets_;  // the same, [N]
+  std::optional<Measurer> measurer_;
+  std::array<Metrics, kActuatorCount> model_mean_, model_worst_;
+
+  std::int64_t steps_ = 0;
+  StepInfo info_;                      // of this step, over all ranks
+  std::vector<std::int64_t> mixture_;  // what info_.next_mixture views
+  Reduction reduction_;
+  Exchange exchange_;
+  bool ranks_checked_ = false;
+  Payload payload_;
+  std::optional<PendingReduction> pending_;  // with `lag: 1`: the sums of the step before
+  bool arrived_ = false;                     // they have arrived in payload_
+  std::function<void(const StepReport&)> log_;
+  std::vector<LayerReport> layer_reports_;
+  StepReport report_;
+};
+
+/// The part of a config that a saved state depends on, as lines of "key: value": model, monitor, policies and
+/// their options, scope and cadence. Limits, supervision, mode and log may change between runs.
+std::string describe_for_state(const ControllerConfig& config, const StatsShape& shape);
+/// All of a config that ranks must share.
+std::string describe_for_ranks(const ControllerConfig& config, const StatsShape& shape);
+
+template <class Add>
+void Controller::Loop::record(int layer, std::int64_t micro_batch, Add&& add) {
+  Layer& at = layer_at(layer);
+  if (config_.mode == Mode::kOff) return;
+  const std::lock_guard lock(at.mutex);
+  if (micro_batch >= 0) {
+    for (const std::int64_t seen : at.seen) {
+      if (seen == micro_batch) return;
+    }
+  }
+  add(at.intake);
+  if (micro_batch >= 0) at.seen.push_back(micro_batch);
+}
+
+}  // namespace moectl

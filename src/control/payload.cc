@@ -1,0 +1,124 @@
+#include "control/payload.h"
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+
+#include "moectl/stats.h"
+
+namespace moectl {
+namespace {
+
+constexpr std::uint64_t kFnvOffset = 0xcbf29ce484222325ULL;
+constexpr std::uint64_t kFnvPrime = 0x100000001b3ULL;
+constexpr int kHashBits = 20;  // so that R ranks' squares add up far below 2^63
+
+std::uint64_t mix(std::uint64_t hash, std::uint64_t word) {
+  hash = (hash ^ word) * kFnvPrime;
+  return hash ^ (hash >> 29);
+}
+
+std::int64_t fold(std::uint64_t hash) {
+  return static_cast<std::int64_t>((hash ^ (hash >> kHashBits) ^ (hash >> (2 * kHashBits))) &
+                                   ((1U << kHashBits) - 1));
+}
+
+// Equal on all R ranks if and only if R Σh² = (Σh)² (Cauchy and Schwarz). Modulo 2^64, where equality still
+// holds.
+bool equal_everywhere(std::int64_t ranks, std::int64_t sum, std::int64_t square_sum) {
+  return static_cast<std::uint64_t>(ranks) * static_cast<std::uint64_t>(square_sum) ==
+         static_cast<std::uint64_t>(sum) * static_cast<std::uint64_t>(sum);
+}
+
+}  // namespace
+
+std::uint64_t hash_bytes(std::string_view bytes) {
+  std::uint64_t hash = kFnvOffset;
+  for (const char c : bytes) hash = mix(hash, static_cast<unsigned char>(c));
+  return hash;
+}
+
+std::uint64_t hash_values(std::span<const double> values, std::uint64_t seed) {
+  std::array<std::uint64_t, 4> lanes = {seed, seed + 1, seed + 2, seed + 3};
+  std::size_t i = 0;
+  for (; i + 4 <= values.size(); i += 4) {
+    for (std::size_t lane = 0; lane < 4; ++lane) {
+      lanes[lane] = mix(lanes[lane], std::bit_cast<std::uint64_t>(values[i + lane]));
+    }
+  }
+  for (; i < values.size(); ++i) lanes[0] = mix(lanes[0], std::bit_cast<std::uint64_t>(values[i]));
+  return mix(mix(mix(lanes[0], lanes[1]), lanes[2]), lanes[3]);
+}
+
+void check_same_everywhere(const Reduction& reduction, std::uint64_t fingerprint) {
+  std::array<std::int64_t, 7> words{1};
+  for (std::size_t part = 0; part < 3; ++part) {
+    const auto h = static_cast<std::int64_t>((fingerprint >> (kHashBits * part)) & ((1U << kHashBits) - 1));
+    words[1 + 2 * part] = h;
+    words[2 + 2 * part] = h * h;
+  }
+  rethrow_as_reduction_error([&] { reduction(words); });
+  for (std::size_t part = 0; part < 3; ++part) {
+    if (!equal_everywhere(words[0], words[1 + 2 * part], words[2 + 2 * part])) {
+      throw ReductionError("ranks disagree on the number of layers, their shape or the config");
+    }
+  }
+}
+
+Payload::Payload(std::size_t layers, std::size_t flat_size, std::size_t domains)
+    : flat_size_(flat_size), domains_(domains), sums_(layers * flat_size + kWordCount + domains, 0) {}
+
+void Payload::put(const StepInfo& info, std::uint64_t actuation) {
+  std::fill(sums_.end() - static_cast<std::ptrdiff_t>(domains_ + kWordCount), sums_.end(), 0);
+  word(kRanks) = 1;
+  const auto put_number = [this](std::optional<double> value, Word sum, Word count, Word bad) {
+    if (!value) return;
+    const bool usable = fits_fixed(*value);
+    word(sum) = usable ? to_fixed(*value) : 0;
+    word(count) = usable ? 1 : 0;
+    word(bad) = usable ? 0 : 1;
+  };
+  put_number(info.loss, kLossSum, kLossCount, kLossBad);
+  put_number(info.gradient_norm, kGradientSum, kGradientCount, kGradientBad);
+  word(kSkipped) = info.skipped ? 1 : 0;
+  if (!info.next_mixture.empty() && std::all_of(info.next_mixture.begin(), info.next_mixture.end(),
+                                                [](std::int64_t n) { return n >= 0; })) {
+    word(kMixtures) = 1;
+    std::copy(info.next_mixture.begin(), info.next_mixture.end(),
+              sums_.end() - static_cast<std::ptrdiff_t>(domains_));
+  }
+  const std::int64_t h = fold(actuation);
+  word(kHash) = h;
+  word(kHashSquare) = h * h;
+}
+
+void Payload::reduce(const Reduction& reduction) {
+  rethrow_as_reduction_error([&] { reduction(sums_); });
+  check();
+}
+
+void Payload::check() const {
+  if (word(kRanks) < 1) throw ReductionError("reduction returned a sum over no ranks");
+  if (!equal_everywhere(word(kRanks), word(kHash), word(kHashSquare))) {
+    throw ReductionError("ranks have applied different values: one of them has diverged");
+  }
+}
+
+StepInfo Payload::info(std::span<std::int64_t> mixture) const {
+  StepInfo info;
+  const auto mean = [this](Word sum, Word count, Word bad) -> std::optional<double> {
+    if (word(count) < 1 || word(bad) != 0) return std::nullopt;
+    return from_fixed(word(sum)) / static_cast<double>(word(count));
+  };
+  info.loss = mean(kLossSum, kLossCount, kLossBad);
+  info.gradient_norm = mean(kGradientSum, kGradientCount, kGradientBad);
+  info.skipped = word(kSkipped) != 0;
+  if (word(kMixtures) == word(kRanks)) {  // a mixture that some ranks keep to themselves is not known
+    std::copy(sums_.end() - static_cast<std::ptrdiff_t>(domains_), sums_.end(), mixture.begin());
+    info.next_mixture = mixture;
+  }
+  return info;
+}
+
+}  // namespace moectl

@@ -1,0 +1,53 @@
+#include "control/pending_reduction.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace moectl {
+
+PendingReduction::~PendingReduction() {
+  if (!in_flight() || !wait_) return;
+  try {
+    wait_();
+  } catch (const std::exception&) {
+    // Nobody is left who could want these sums.
+  }
+}
+
+void PendingReduction::start(const Reduction& reduction, const Exchange& exchange) {
+  launch(reduction, &exchange);
+}
+
+void PendingReduction::launch(const Reduction& reduction, const Exchange* exchange) {
+  std::copy(local_sums_.all().begin(), local_sums_.all().end(), sums_.all().begin());
+  rethrow_as_reduction_error([&] {
+    if (exchange != nullptr && *exchange) {
+      wait_ = (*exchange)(sums_.all(), local_sums_.all(), reduction);
+    } else {
+      wait_ = reduction ? reduction.start(sums_.all()) : Reduction::Wait();
+    }
+  });
+  state_ = State::kInFlight;
+}
+
+void PendingReduction::finish(const Reduction& reduction, Payload& total) {
+  // What failed before is complete in the share: sums from elsewhere were added to it.
+  if (state_ == State::kLocalSums) launch(reduction, nullptr);
+  state_ = State::kLocalSums;
+  if (const Reduction::Wait wait = std::exchange(wait_, {})) rethrow_as_reduction_error(wait);
+  sums_.check();
+  std::swap(total, sums_);
+  state_ = State::kEmpty;
+}
+
+void PendingReduction::save(StateWriter& out) const {
+  out.put("to_send", std::int64_t{loaded() ? 1 : 0});
+  if (loaded()) out.put("share", local_sums_.all());
+}
+
+void PendingReduction::load(StateReader& in) {
+  state_ = in.get_int("to_send") != 0 ? State::kLocalSums : State::kEmpty;
+  if (loaded()) in.get("share", local_sums_.all());
+}
+
+}  // namespace moectl

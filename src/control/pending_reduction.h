@@ -1,0 +1,45 @@
+// PendingReduction: one step's payload on its way to the sum over all ranks, for a loop that takes it a step later.
+#pragma once
+
+#include <cstdint>
+#include <exception>
+
+#include "control/payload.h"
+#include "moectl/controller.h"
+#include "moectl/state.h"
+
+namespace moectl {
+
+class PendingReduction {
+ public:
+  /// Of payloads of the size of `like`.
+  explicit PendingReduction(const Payload& like) : local_sums_(like), sums_(like) {}
+  /// Waits: the collective writes to this memory.
+  ~PendingReduction();
+  PendingReduction(const PendingReduction&) = delete;
+  PendingReduction& operator=(const PendingReduction&) = delete;
+
+  /// Whether a step's sums are on their way or waiting to be sent again.
+  bool loaded() const { return state_ != State::kEmpty; }
+  bool in_flight() const { return state_ == State::kInFlight; }
+  /// Room for this rank's share; to be filled before start() and not while loaded().
+  Payload& local_sums() { return local_sums_; }
+  /// Starts to sum the share. Throws ReductionError, and is then not loaded.
+  void start(const Reduction& reduction, const Exchange& exchange);
+  /// Waits for the sums over all ranks and puts them into `total`. Throws ReductionError; the share is then
+  /// kept, and the next call sends it again.
+  void finish(const Reduction& reduction, Payload& total);
+
+  void save(StateWriter& out) const;
+  void load(StateReader& in);
+
+ private:
+  enum class State { kEmpty, kLocalSums, kInFlight };
+  void launch(const Reduction& reduction, const Exchange* exchange);
+
+  State state_ = State::kEmpty;
+  Payload local_sums_, sums_;
+  Reduction::Wait wait_;
+};
+
+}  // namespace moectl

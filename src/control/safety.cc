@@ -1,0 +1,421 @@
+#include "control/safety.h"
+
+#include <algorithm>
+#include <array>
+#include <charconv>
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+
+#include "base/lanes.h"
+
+namespace moectl {
+namespace {
+
+constexpr std::array<std::string_view, kReasonCount> kReasonNames = {
+    "invalid",  "no_data", "skipped_step", "frozen", "warmup",      "cadence",  "cooldown",
+    "deadband", "rate",    "range",        "guard",  "oscillation", "rollback", "fallback"};
+
+// Weight of the newest loss, drop rate and reversal in their moving averages: a memory of about ten steps,
+// short enough to follow the fall of the loss early in training.
+constexpr double kEma = 0.1;
+// Gain back-off: down fast, up slowly, so that a loop on the edge of stability stays quiet most of the time.
+constexpr double kGainDown = 0.9;
+constexpr double kGainUp = 1.02;
+// Proposals further than this many ranges away are as good as infinite; cutting them keeps every sum below
+// finite.
+constexpr double kFarAway = 1048576.0;
+constexpr int kMaxCentringSteps = 128;
+
+struct ClippedSum {
+  double sum = 0;
+  double free = 0;  // how many are not clipped
+};
+
+ClippedSum clipped_sum(std::span<const double> w, std::span<const double> lo, std::span<const double> hi,
+                       double mu) {
+  Double4 sum{};
+  Int4 free{};
+  for_each_four(w.size(), [&](std::size_t i, auto at) {
+    const Double4 v = at.get(&w[i]) - mu;
+    const Double4 clipped = smaller(larger(v, at.get(&lo[i])), at.get(&hi[i]));
+    sum += at.keep(clipped);
+    free -= at.keep_int(clipped == v);  // comparisons give -1
+  });
+  return {sum_of(sum), static_cast<double>(sum_of(free))};
+}
+
+// The μ for which Σ clip(w - μ, lo, hi) is zero, or as near as the bounds allow. The sum falls with μ and is
+// linear between breakpoints: a Newton step is exact once it lands in the right piece, a bisection every
+// other step bounds the number of steps. Without randomness or a clock, so the same bits everywhere.
+double centring_shift(std::span<const double> w, std::span<const double> lo, std::span<const double> hi,
+                      double start) {
+  double left = w[0] - hi[0], right = w[0] - lo[0], scale = 0;
+  for (std::size_t i = 0; i < w.size(); ++i) {
+    left = std::min(left, w[i] - hi[i]);
+    right = std::max(right, w[i] - lo[i]);
+    scale += std::max(std::abs(lo[i]), std::abs(hi[i]));
+  }
+  const double rounding = std::numeric_limits<double>::epsilon() * scale;
+  double mu = std::clamp(start, left, right);
+  for (int step = 0; step < kMaxCentringSteps; ++step) {
+    const ClippedSum at = clipped_sum(w, lo, hi, mu);
+    if (std::abs(at.sum) <= rounding) break;
+    (at.sum > 0 ? left : right) = mu;
+    double next = 0.5 * (left + right);
+    if (step % 2 == 0 && at.free > 0) {
+      const double newton = mu + at.sum / at.free;
+      if (newton > left && newton < right) next = newton;
+    }
+    if (next <= left || next >= right) break;  // nothing lies between the ends
+    mu = next;
+  }
+  return mu;
+}
+
+double mean(std::span<const double> values) {
+  return sum_of(values) / static_cast<double>(values.size());
+}
+
+double take_mean_out(std::span<double> values) {
+  const double shift = mean(values);
+  for (double& v : values) v -= shift;
+  return shift;
+}
+
+bool all_finite(std::span<const double> v) {
+  // x - x is zero for finite x and NaN otherwise; NaN survives the sum.
+  return sum_over(v.size(), [&](std::size_t i, auto at) { return at.get(&v[i]) - at.get(&v[i]); }) == 0;
+}
+
+// The largest of measure(i, at), at least 0.
+template <class Measure>
+double largest(std::size_t size, Measure measure) {
+  Double4 most{};
+  for_each_four(size, [&](std::size_t i, auto at) { most = larger(most, measure(i, at)); });
+  return largest_of(most);
+}
+
+bool all_inside(std::span<const double> v, std::span<const double> lo, std::span<const double> hi) {
+  return largest(v.size(), [&](std::size_t i, auto at) {
+           const Double4 x = at.get(&v[i]);
+           return larger(at.get(&lo[i]) - x, x - at.get(&hi[i]));
+         }) == 0;
+}
+
+bool all_equal(std::span<const double> a, std::span<const double> b) {
+  return largest(a.size(), [&](std::size_t i, auto at) {
+           const Double4 difference = at.get(&a[i]) - at.get(&b[i]);
+           return larger(difference, -difference);
+         }) == 0;
+}
+
+std::string number(double value) {
+  char text[32];
+  return {text, std::to_chars(text, text + sizeof text, value).ptr};
+}
+
+std::string violated(const char* key, double value, const std::string& constraint) {
+  return std::string(key) + ": " + number(value) + ": " + constraint;
+}
+
+}  // namespace
+
+std::string_view name_of(Reason reason) {
+  return kReasonNames[static_cast<std::size_t>(reason)];
+}
+
+std::optional<Reason> reason_of(std::string_view name) {
+  for (std::size_t i = 0; i < kReasonNames.size(); ++i) {
+    if (kReasonNames[i] == name) return static_cast<Reason>(i);
+  }
+  return std::nullopt;
+}
+
+bool LimitReport::held() const {
+  if (has(Reason::kRollback) || has(Reason::kFallback)) return false;
+  for (const Reason hold : {Reason::kInvalid, Reason::kNoData, Reason::kSkippedStep, Reason::kFrozen,
+                            Reason::kWarmup, Reason::kCadence, Reason::kCooldown, Reason::kDeadband}) {
+    if (has(hold)) return true;
+  }
+  return false;
+}
+
+Limits default_limits(Actuator actuator, std::optional<double> initial) {
+  Limits limits;
+  switch (actuator) {
+    case Actuator::kExpertBias:
+      limits = {.min = -16, .max = 16, .rate = 0.01, .center = true};
+      break;
+    case Actuator::kAuxLossWeight:
+      limits = {.min = 1e-4, .max = 0.1, .rate = 0.1};
+      if (initial == 0.0) limits.min = 0;
+      break;
+    case Actuator::kRouterTemperature:
+      limits = {.min = 0.1, .max = 10, .rate = 0.1};
+      break;
+  }
+  return limits;
+}
+
+std::string check_limits(Actuator actuator, const Limits& limits, double initial) {
+  if (!std::isfinite(limits.min)) return violated("min", limits.min, "must be finite");
+  if (!std::isfinite(limits.max)) return violated("max", limits.max, "must be finite");
+  if (!(limits.min <= limits.max)) {
+    return violated("min", limits.min, "must not exceed max (" + number(limits.max) + ")");
+  }
+  if (actuator == Actuator::kAuxLossWeight && limits.min < 0) {
+    return violated("min", limits.min, "must be at least 0 for an auxiliary loss weight");
+  }
+  if (actuator == Actuator::kRouterTemperature && !(limits.min > 0)) {
+    return violated("min", limits.min, "must be above 0 for a temperature");
+  }
+  if (!(limits.rate > 0) || !std::isfinite(limits.rate)) {
+    return violated("rate", limits.rate, "must be above 0 and finite");
+  }
+  if (!(limits.deadband >= 0) || !std::isfinite(limits.deadband)) {
+    return violated("deadband", limits.deadband, "must be at least 0 and finite");
+  }
+  if (limits.warmup < 0) return violated("warmup", static_cast<double>(limits.warmup), "must be at least 0");
+  if (limits.cadence < 1)
+    return violated("cadence", static_cast<double>(limits.cadence), "must be at least 1");
+  if (limits.cooldown < 0)
+    return violated("cooldown", static_cast<double>(limits.cooldown), "must be at least 0");
+  if (limits.center && is_multiplicative(actuator)) return "center: true: only expert biases can be centred";
+  if (limits.center && (limits.min > 0 || limits.max < 0)) {
+    return "center: true: the range [" + number(limits.min) + ", " + number(limits.max) + "] must hold 0";
+  }
+  if (!std::isfinite(initial) || initial < limits.min || initial > limits.max) {
+    return violated("initial", initial,
+                    "must lie in [min, max] = [" + number(limits.min) + ", " + number(limits.max) + "]");
+  }
+  return "";
+}
+
+SafetyLimiter::SafetyLimiter(Actuator actuator, const Limits& limits, const SafetyOptions& options, int size,
+                             double safe_value)
+    : actuator_(actuator), limits_(limits), options_(options), safe_value_(safe_value) {
+  if (size < 1) throw std::invalid_argument("limiter: size " + std::to_string(size) + " must be at least 1");
+  if (const std::string wrong = check_limits(actuator, limits, safe_value); !wrong.empty()) {
+    throw std::invalid_argument("limits: " + wrong);
+  }
+  const auto n = static_cast<std::size_t>(size);
+  for (std::vector<double>* v : {&last_good_, &candidate_}) v->assign(n, safe_value);
+  for (std::vector<double>* v : {&last_move_, &next_, &lo_, &hi_}) v->assign(n, 0.0);
+}
+
+LimitReport SafetyLimiter::apply(const LimitContext& context, std::span<const double> wanted,
+                                 std::span<double> applied) {
+  if (applied.size() != next_.size() || (!wanted.empty() && wanted.size() != next_.size())) {
+    throw std::invalid_argument("limiter: wanted and applied must hold " + std::to_string(next_.size()) +
+                                " values, not " + std::to_string(wanted.size()) + " and " +
+                                std::to_string(applied.size()));
+  }
+  LimitReport report;
+  const bool jumped = must_roll_back(context);
+  if (!jumped) remember_good(context.step, applied);
+
+  const bool due = context.at_cadence && context.has_data && !wanted.empty();
+  const bool valid = context.valid && (!due || all_finite(wanted));
+  if (!valid || due) invalid_in_row_ = valid ? 0 : invalid_in_row_ + 1;
+  if (context.frozen) {
+    report.add(valid ? Reason::kFrozen : Reason::kInvalid);
+    return report;
+  }
+  if (jumped) {
+    report.add(Reason::kRollback);
+    for (std::size_t i = 0; i < applied.size(); ++i) {
+      applied[i] = std::clamp(last_good_[i], limits_.min, limits_.max);
+    }
+    candidate_ = last_good_;
+    last_move_step_ = kNever;  // what follows is not laid to this move again
+    hold_until_ = context.step + options_.rollback->cooldown + 1;
+    std::fill(last_move_.begin(), last_move_.end(), 0.0);
+    return report;
+  }
+  if (!valid) {
+    report.add(Reason::kInvalid);
+    if (options_.fallback_after > 0 && invalid_in_row_ >= options_.fallback_after) {
+      report.add(Reason::kFallback);
+      std::fill(applied.begin(), applied.end(), safe_value_);
+    }
+    return report;
+  }
+  if (const auto hold = hold_reason(context)) {
+    report.add(*hold);
+    return report;
+  }
+  if (wanted.empty()) {  // a decision is due, yet nobody proposed
+    report.add(Reason::kNoData);
+    return report;
+  }
+
+  const double far = kFarAway * (limits_.max - limits_.min + limits_.rate);
+  for (std::size_t i = 0; i < next_.size(); ++i) {
+    next_[i] = std::min(std::max(wanted[i], limits_.min - far), limits_.max + far);
+  }
+  if (options_.oscillation && back_off(applied) < 1) report.add(Reason::kOscillation);
+  if (limits_.deadband > 0 && largest_move(applied) <= limits_.deadband) {
+    report.add(Reason::kDeadband);
+    return report;
+  }
+  if (actuator_ == Actuator::kExpertBias) {
+    clip_biases(applied, report);
+  } else {
+    clip_scalar(applied[0], report);
+  }
+  if (!all_equal(next_, applied)) last_move_step_ = context.step;
+  std::copy(next_.begin(), next_.end(), applied.begin());
+  return report;
+}
+
+std::optional<Reason> SafetyLimiter::hold_reason(const LimitContext& context) const {
+  if (!context.has_data) return Reason::kNoData;
+  if (context.skipped) return Reason::kSkippedStep;
+  if (context.step < limits_.warmup) return Reason::kWarmup;
+  if (!context.at_cadence) return Reason::kCadence;
+  if (context.step < hold_until_ || context.step - last_move_step_ <= limits_.cooldown)
+    return Reason::kCooldown;
+  return std::nullopt;
+}
+
+// Follows loss and drop rate, and says whether one jumped soon after a move.
+bool SafetyLimiter::must_roll_back(const LimitContext& context) {
+  if (!options_.rollback) return false;
+  const RollbackOptions& o = *options_.rollback;
+  bool jumped = false;
+  const auto follow = [&](std::optional<double> value, double jump, double& ema, bool& seen) {
+    if (!value || !std::isfinite(*value)) return;
+    if (seen && *value - ema > jump) jumped = true;
+    ema = seen ? ema + kEma * (*value - ema) : *value;
+    seen = true;
+  };
+  follow(context.loss, o.loss_jump, loss_ema_, loss_seen_);
+  follow(context.drop_rate, o.drop_jump, drop_ema_, drop_seen_);
+  return jumped && context.step - last_move_step_ <= o.within;
+}
+
+void SafetyLimiter::remember_good(std::int64_t step, std::span<const double> applied) {
+  if (!options_.rollback || step - candidate_step_ < options_.rollback->within) return;
+  if (candidate_step_ == kNever) candidate_.assign(applied.begin(), applied.end());
+  last_good_ = candidate_;
+  candidate_.assign(applied.begin(), applied.end());
+  candidate_step_ = step;
+}
+
+// Of the move that next_ asks for, the common shift that centring takes out left aside.
+double SafetyLimiter::largest_move(std::span<const double> applied) const {
+  if (is_multiplicative(actuator_)) {
+    if (next_[0] == applied[0]) return 0;
+    return next_[0] > 0 && applied[0] > 0 ? std::abs(std::log(next_[0] / applied[0]))
+                                          : std::numeric_limits<double>::max();
+  }
+  const double shift = limits_.center ? mean(next_) : 0;
+  double largest = 0;
+  for (std::size_t i = 0; i < next_.size(); ++i) {
+    largest = std::max(largest, std::abs(next_[i] - shift - applied[i]));
+  }
+  return largest;
+}
+
+// Shortens the move while successive moves keep pointing against each other. Returns the factor put on it.
+double SafetyLimiter::back_off(std::span<const double> applied) {
+  const OscillationOptions& o = *options_.oscillation;
+  const double shift = limits_.center ? mean(next_) : 0;
+  double dot = 0, square = 0, last_square = 0;
+  for (std::size_t i = 0; i < next_.size(); ++i) {
+    const double move = next_[i] - shift - applied[i];
+    dot += move * last_move_[i];
+    square += move * move;
+    last_square += last_move_[i] * last_move_[i];
+    last_move_[i] = move;
+  }
+  if (square > 0 && last_square > 0) {
+    const double reversal = std::max(0.0, -dot / (std::sqrt(square) * std::sqrt(last_square)));
+    reversal_ema_ += kEma * (reversal - reversal_ema_);
+    gain_ = reversal_ema_ > o.threshold ? std::max(o.min_gain, kGainDown * gain_)
+                                        : std::min(1.0, kGainUp * gain_);
+  }
+  if (gain_ < 1) {
+    for (std::size_t i = 0; i < next_.size(); ++i) next_[i] = applied[i] + gain_ * (next_[i] - applied[i]);
+  }
+  return gain_;
+}
+
+// next_ becomes clip(next_ - μ, max(min, applied - rate), min(max, applied + rate)).
+void SafetyLimiter::clip_biases(std::span<const double> applied, LimitReport& report) {
+  const std::size_t n = next_.size();
+  if (limits_.center) {
+    const double shift = take_mean_out(next_);
+    // What is left after a large common shift is its rounding.
+    if (std::abs(shift) > limits_.rate) take_mean_out(next_);
+  }
+  for (std::size_t i = 0; i < n; ++i) {
+    lo_[i] = std::min(std::max(limits_.min, applied[i] - limits_.rate), limits_.max);
+    hi_[i] = std::max(std::min(limits_.max, applied[i] + limits_.rate), limits_.min);
+  }
+  if (all_inside(next_, lo_, hi_)) return;
+  const double mu = limits_.center ? centring_shift(next_, lo_, hi_, 0) : 0;
+  double sum = 0, free = 0;
+  for (std::size_t i = 0; i < n; ++i) {
+    const double v = next_[i] - mu;
+    next_[i] = std::min(std::max(v, lo_[i]), hi_[i]);
+    if (v < lo_[i]) report.add(lo_[i] == limits_.min ? Reason::kRange : Reason::kRate);
+    if (v > hi_[i]) report.add(hi_[i] == limits_.max ? Reason::kRange : Reason::kRate);
+    sum += next_[i];
+    free += next_[i] > lo_[i] && next_[i] < hi_[i] ? 1 : 0;
+  }
+  if (!limits_.center || free == 0) return;
+  for (std::size_t i = 0; i < n; ++i) {  // the last bits, lost where next_ was large
+    if (next_[i] > lo_[i] && next_[i] < hi_[i]) {
+      next_[i] = std::min(std::max(next_[i] - sum / free, lo_[i]), hi_[i]);
+    }
+  }
+}
+
+void SafetyLimiter::clip_scalar(double applied, LimitReport& report) {
+  const double wanted = next_[0];
+  if (wanted == applied && wanted >= limits_.min && wanted <= limits_.max) return;
+  const double lo = std::min(std::max(limits_.min, applied * std::exp(-limits_.rate)), limits_.max);
+  const double hi = std::max(std::min(limits_.max, applied * std::exp(limits_.rate)), limits_.min);
+  next_[0] = std::min(std::max(wanted, lo), hi);
+  if (wanted < lo) report.add(lo == limits_.min ? Reason::kRange : Reason::kRate);
+  if (wanted > hi) report.add(hi == limits_.max ? Reason::kRange : Reason::kRate);
+}
+
+void SafetyLimiter::save(StateWriter& out) const {
+  out.put("last_good", last_good_);
+  out.put("candidate", candidate_);
+  out.put("last_move", last_move_);
+  const std::int64_t steps[] = {candidate_step_, invalid_in_row_, last_move_step_, hold_until_};
+  out.put("steps", steps);
+  const double averages[] = {loss_ema_,     drop_ema_, loss_seen_ ? 1.0 : 0.0, drop_seen_ ? 1.0 : 0.0,
+                             reversal_ema_, gain_};
+  out.put("averages", averages);
+}
+
+void SafetyLimiter::load(StateReader& in) {
+  in.get("last_good", last_good_);
+  in.get("candidate", candidate_);
+  in.get("last_move", last_move_);
+  std::array<std::int64_t, 4> steps{};
+  in.get("steps", steps);
+  std::array<double, 6> averages{};
+  in.get("averages", averages);
+  if (!all_finite(last_good_) || !all_finite(candidate_) || !all_finite(last_move_) ||
+      !all_finite(averages)) {
+    throw StateError("limiter: a saved value is not finite");
+  }
+  candidate_step_ = steps[0];
+  invalid_in_row_ = steps[1];
+  last_move_step_ = steps[2];
+  hold_until_ = steps[3];
+  loss_ema_ = averages[0];
+  drop_ema_ = averages[1];
+  loss_seen_ = averages[2] != 0;
+  drop_seen_ = averages[3] != 0;
+  reversal_ema_ = averages[4];
+  gain_ = averages[5];
+}
+
+}  // namespace moectl

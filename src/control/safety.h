@@ -1,0 +1,70 @@
+// SafetyLimiter: turns a proposal into an applied value, with the reasons (moectl/limits.h has the invariant).
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "moectl/limits.h"
+#include "moectl/state.h"
+#include "moectl/types.h"
+
+namespace moectl {
+
+/// What the limiter has to know of a step.
+struct LimitContext {
+  std::int64_t step = 0;
+  bool valid = true;     ///< The window's data can be used.
+  bool has_data = true;  ///< The window holds at least one token.
+  bool skipped = false;
+  bool frozen = false;
+  bool at_cadence = true;
+  std::optional<double> loss = {};
+  std::optional<double> drop_rate = {};
+};
+
+/// The limits of one actuator of one layer, and the memory they need. Does not allocate after construction.
+class SafetyLimiter {
+ public:
+  /// `size` = N for biases, 1 for scalars. `safe_value` is what a fallback applies.
+  SafetyLimiter(Actuator actuator, const Limits& limits, const SafetyOptions& options, int size,
+                double safe_value);
+
+  /// Turns `wanted` into `applied`, which holds the last applied value on entry. `wanted` is ignored when the
+  /// context says hold. Both [size].
+  LimitReport apply(const LimitContext& context, std::span<const double> wanted, std::span<double> applied);
+
+  void save(StateWriter& out) const;
+  void load(StateReader& in);
+
+ private:
+  std::optional<Reason> hold_reason(const LimitContext& context) const;
+  bool must_roll_back(const LimitContext& context);
+  void remember_good(std::int64_t step, std::span<const double> applied);
+  double largest_move(std::span<const double> applied) const;
+  double back_off(std::span<const double> applied);
+  void clip_biases(std::span<const double> applied, LimitReport& report);
+  void clip_scalar(double applied, LimitReport& report);
+
+  Actuator actuator_;
+  Limits limits_;
+  SafetyOptions options_;
+  double safe_value_;
+  // Two snapshots: the older was in force at least `rollback.within` steps ago, before any move that a jump
+  // of the loss can be laid to.
+  std::vector<double> last_good_, candidate_;
+  std::int64_t candidate_step_ = kNever;
+  std::vector<double> last_move_;       // for reversal
+  std::vector<double> next_, lo_, hi_;  // scratch
+  std::int64_t invalid_in_row_ = 0;
+  std::int64_t last_move_step_ = kNever;
+  std::int64_t hold_until_ = kNever;  // after a rollback
+  double loss_ema_ = 0, drop_ema_ = 0;
+  bool loss_seen_ = false, drop_seen_ = false;
+  double reversal_ema_ = 0;
+  double gain_ = 1;
+  static constexpr std::int64_t kNever = -(std::int64_t{1} << 62);
+};
+
+}  // namespace moectl

@@ -1,0 +1,79 @@
+#include "export/step_sample.h"
+
+#include <algorithm>
+
+#include "export/run_figures.h"
+#include "moectl/monitor.h"
+
+namespace moectl {
+namespace {
+
+ActuatorSample sample_of(const ActuatorReport& report) {
+  ActuatorSample sample{report.applied, {}, {}, report.reasons};
+  if (!report.applied.empty()) {
+    const auto [min, max] = std::minmax_element(report.applied.begin(), report.applied.end());
+    sample.min = *min;
+    sample.max = *max;
+  }
+  return sample;
+}
+
+}  // namespace
+
+void relative_loads(const RoutingStats& stats, const LoadTargets* targets, std::vector<double>& out) {
+  out.clear();
+  const auto counts = stats.counts();
+  const auto sum = static_cast<double>(stats.assignments());
+  const double mean = sum / static_cast<double>(counts.size());
+  if (!(mean > 0)) return;
+  for (std::size_t i = 0; i < counts.size(); ++i) {
+    const auto count = static_cast<double>(counts[i]);
+    out.push_back(targets ? targets->relative(i, count, sum) : count / mean);
+  }
+}
+
+StepSample sample_of(const StepReport& report, const LayerReport* layer) {
+  StepSample sample;
+  sample.step = report.step;
+  sample.loss = report.info.loss;
+  sample.targets = report.targets;
+  if (layer) {
+    sample.layer = layer->layer;
+    sample.metrics = layer->metrics;
+    if (layer->stats && layer->stats->valid()) sample.stats = layer->stats;
+    if (layer->monitor) {
+      sample.health = name_of(layer->monitor->health());
+      sample.alerts = layer->monitor->alerts();
+    }
+  }
+  const ActuatorReport(&actuators)[kActuatorCount] = layer ? layer->actuators : report.model;
+  for (std::size_t a = 0; a < kActuatorCount; ++a) sample.actuators[a] = sample_of(actuators[a]);
+  return sample;
+}
+
+StepSample sample_of(const LogRecord& record, const Metrics& metrics, std::vector<std::string_view>& alerts) {
+  StepSample sample;
+  sample.step = record.step;
+  sample.loss = record.loss;
+  sample.layer = record.layer;
+  sample.targets = record.targets.get();
+  if (record.layer >= 0) sample.metrics = &metrics;
+  if (record.stats.experts() > 0) sample.stats = &record.stats;
+  sample.health = record.health;
+  alerts.assign(record.alerts.begin(), record.alerts.end());
+  sample.alerts = alerts;
+  for (std::size_t a = 0; a < kActuatorCount; ++a) {
+    const auto it = record.actuators.find(std::string(name_of(kActuators[a])));
+    if (it == record.actuators.end()) continue;
+    const LoggedActuator& logged = it->second;
+    sample.actuators[a] = {logged.applied, logged.min, logged.max, reasons_of(logged)};
+  }
+  return sample;
+}
+
+bool has_model_actuators(const StepReport& report) {
+  return std::any_of(std::begin(report.model), std::end(report.model),
+                     [](const ActuatorReport& actuator) { return !actuator.applied.empty(); });
+}
+
+}  // namespace moectl

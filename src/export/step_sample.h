@@ -1,0 +1,46 @@
+// One layer of one step, the same whether a running controller reports it or a log is read: what feeds and
+// exports take in.
+#pragma once
+
+#include <optional>
+#include <span>
+#include <string_view>
+#include <vector>
+
+#include "moectl/controller.h"
+#include "moectl/limits.h"
+#include "moectl/metrics.h"
+#include "moectl/run_log.h"
+
+namespace moectl {
+
+struct ActuatorSample {
+  std::span<const double> applied;  ///< Empty if not logged.
+  std::optional<double> min, max;   ///< Of applied; absent if the actuator decided nothing here.
+  LimitReport reasons;
+};
+
+/// Views of memory that belongs to the report or the record.
+struct StepSample {
+  std::int64_t step = 0;
+  int layer = -1;  ///< -1: the actuators of `scope: model`.
+  std::optional<double> loss;
+  const Metrics* metrics = nullptr;      ///< May be null.
+  const RoutingStats* stats = nullptr;   ///< May be null.
+  const LoadTargets* targets = nullptr;  ///< Null: equal ones.
+  std::string_view health;               ///< Empty if not known.
+  std::span<const std::string_view> alerts;
+  ActuatorSample actuators[kActuatorCount];
+};
+
+/// Relative load of each expert (load_targets.h) in `out`; none without a token.
+void relative_loads(const RoutingStats& stats, const LoadTargets* targets, std::vector<double>& out);
+
+/// The sample of a report's layer, or of its whole-model actuators where `layer` is null.
+StepSample sample_of(const StepReport& report, const LayerReport* layer);
+/// The sample of a record. `alerts` is where the names are put.
+StepSample sample_of(const LogRecord& record, const Metrics& metrics, std::vector<std::string_view>& alerts);
+/// True if the report has actuators of `scope: model`.
+bool has_model_actuators(const StepReport& report);
+
+}  // namespace moectl

@@ -1,0 +1,32 @@
+// One line of a trace or a run log → what it says, strictly: what is accepted can be replayed, what is not names its line
+// and field.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "log/json_line.h"
+#include "moectl/run_log.h"
+
+namespace moectl {
+
+/// A line with the place it stands in, for messages.
+struct LogLine {
+  const std::string& file;
+  std::int64_t number;
+  const JsonNode& object;
+
+  /// Throws a LogError that names the line, the field and the value.
+  [[noreturn]] void reject(const std::string& field, const JsonNode& value,
+                           const std::string& constraint) const;
+  [[noreturn]] void fail(const std::string& field, const std::string& value,
+                         const std::string& constraint) const;
+};
+
+/// Throws LogError. With `any_version`, of another version what is named and formed as in this one is read.
+LogHeader read_header(const LogLine& line, bool any_version = false);
+
+/// Throws LogError.
+LogRecord read_record(const LogLine& line, const LogHeader& header);
+
+}  // namespace moectl

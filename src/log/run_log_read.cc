@@ -1,0 +1,320 @@
+// Files of lines → one record after another: pieces, damage, what is missing, and what is still being written.
+#include <algorithm>
+#include <filesystem>
+#include <set>
+#include <utility>
+
+#include "log/json_line.h"
+#include "log/log_lines.h"
+#include "log/log_record.h"
+#include "moectl/run_log.h"
+
+namespace moectl {
+namespace {
+
+using nlohmann::json;
+
+/// Which (step, layer, tag) have been seen. Files come in the order of the steps, so one number a record is
+/// enough.
+class Seen {
+ public:
+  bool add(const LogRecord& record) {
+    Steps& steps = steps_[{record.layer, record.tag}];
+    if (steps.ordered.empty() || record.step > steps.ordered.back()) {
+      steps.ordered.push_back(record.step);
+      return true;
+    }
+    return !std::binary_search(steps.ordered.begin(), steps.ordered.end(), record.step) &&
+           steps.late.insert(record.step).second;
+  }
+
+ private:
+  struct Steps {
+    std::vector<std::int64_t> ordered;
+    std::set<std::int64_t> late;
+  };
+  std::map<std::pair<int, std::string>, Steps> steps_;
+};
+
+/// Finds steps that are missing between others. The distance of steps is the smallest seen; before it has held
+/// for a few steps nothing is said, since a trace may be sampled as its writer likes.
+class Holes {
+ public:
+  /// The last step before a hole that ends at `step`, if there is one.
+  std::optional<std::int64_t> add(std::int64_t step) {
+    constexpr int kRegular = 8;
+    if (!last_ || step <= *last_) {
+      last_ = std::max(last_.value_or(step), step);
+      return std::nullopt;
+    }
+    const std::int64_t distance = step - *last_, before = *last_;
+    last_ = step;
+    if (spacing_ > 0 && distance > spacing_) {
+      if (regular_ >= kRegular) return before;
+      regular_ = 0;
+    } else {
+      regular_ = distance == spacing_ ? regular_ + 1 : 1;
+      spacing_ = distance;
+    }
+    return std::nullopt;
+  }
+  std::int64_t spacing() const { return spacing_; }
+
+ private:
+  std::optional<std::int64_t> last_;
+  std::int64_t spacing_ = 0;
+  int regular_ = 0;
+};
+
+/// What happened to a file, as against what its writer should not have written.
+class Damage : public LogError {
+ public:
+  using LogError::LogError;
+};
+
+/// "step 3", "steps 3 to 7".
+std::string range_of(const std::string& word, std::int64_t from, std::int64_t to) {
+  if (from >= to) return word + ' ' + std::to_string(from);
+  return word + "s " + std::to_string(from) + " to " + std::to_string(to);
+}
+
+/// Pieces of one log differ in their number alone.
+json without_number(const JsonNode& header) {
+  json object = json::parse(header.dump());
+  object.erase("piece");
+  return object;
+}
+
+}  // namespace
+
+struct LogReader::File {
+  File(const std::string& p, Reading r, std::function<bool()> f) : path(p), reading(r), follow(std::move(f)) {
+    open(path);
+    read_first();
+    find_pieces();
+  }
+
+  void open(const std::string& file) {
+    // A finished piece does not grow.
+    lines = std::make_unique<LogLines>(file, file == path ? follow : std::function<bool()>());
+  }
+
+  /// The next line that is not blank, as an object.
+  bool next_object() {
+    std::string_view text;
+    try {
+      do {
+        if (!lines->next(text)) return false;
+      } while (text.find_first_not_of(" \t\r") == std::string_view::npos);
+      parsed.parse(text);
+    } catch (const LogError& e) {
+      throw Damage(e.what());
+    } catch (const json::exception& e) {
+      const std::string_view what = e.what();
+      const std::size_t said = what.find(": ");
+      throw Damage(lines->name() + ':' + std::to_string(lines->number()) + ": line: not JSON: " +
+                   std::string(what.substr(said == std::string_view::npos ? 0 : said + 2)) +
+                   (lines->complete() ? "" : " (the file ends within this line)"));
+    }
+    if (!object().is_object()) {
+      try {
+        line().reject("line", object(), "must be a JSON object");
+      } catch (const LogError& e) {
+        throw Damage(e.what());
+      }
+    }
+    return true;
+  }
+  const JsonNode& object() const { return parsed.value(); }
+  bool is_header() const { return object().find("format") != nullptr; }
+  LogLine line() const { return {lines->name(), lines->number(), object()}; }
+
+  /// The first line of the file: a header, or a record of a trace without one.
+  void read_first() {
+    try {
+      if (!next_object()) return;
+      if (!is_header()) {
+        first_is_record = true;
+        return;
+      }
+      header = read_header(line());
+    } catch (const LogError& e) {
+      pass_over(e, true);
+      if (!is_header()) return;
+      // Of another version, what is named and formed as in this one is read.
+      header = read_header(line(), true);
+      other_version = true;
+    }
+    first_line = without_number(object());
+  }
+
+  /// Begins with the oldest piece that is left of a rotated log.
+  void find_pieces() {
+    if (header.piece <= 1 || path == "-") return;
+    std::int64_t oldest = header.piece;
+    while (oldest > 1 && std::filesystem::exists(piece_path(path, oldest - 1))) --oldest;
+    if (oldest > 1 && reading != Reading::kStrict) {
+      note("missing: " + path + ": " + range_of("piece", 1, oldest - 1) + " of the log");
+    }
+    for (std::int64_t piece = oldest; piece < header.piece; ++piece)
+      pending.push_back(piece_path(path, piece));
+    if (pending.empty()) return;
+    pending.push_back(path);
+    header.piece = oldest - 1;
+    next_piece();
+  }
+
+  /// Opens the next piece, or the new file that took the place of the one that was followed.
+  bool next_piece() {
+    if (pending.empty()) {
+      if (!lines->replaced()) return false;
+      const std::int64_t read = header.piece;
+      open(path);
+      read_header_again();
+      // It may have been rotated more than once since.
+      for (std::int64_t piece = read + 1; piece < header.piece; ++piece) {
+        if (std::filesystem::exists(piece_path(path, piece))) pending.push_back(piece_path(path, piece));
+      }
+      if (pending.empty()) return true;
+      pending.push_back(path);
+      header.piece = read;
+    }
+    open(pending.front());
+    pending.erase(pending.begin());
+    read_header_again();
+    return true;
+  }
+
+  /// The first line of a later piece, or of the run that took a followed one's place.
+  void read_header_again() {
+    try {
+      if (!next_object()) return;
+      if (!is_header()) {
+        first_is_record = true;
+        return;
+      }
+      const LogHeader next = read_header(line(), other_version);
+      if (without_number(object()) == first_line && next.piece > header.piece) {
+        header.piece = next.piece;
+      } else {
+        join();
+      }
+    } catch (const LogError& e) {
+      pass_over(e, true);
+    }
+  }
+
+  /// A header where a record should be, or a piece of something else.
+  void join() {
+    const std::string fault = lines->name() + ':' + std::to_string(lines->number()) +
+                              ": format: " + object().find("format")->dump() +
+                              ": must stand in the first line: two files were joined here";
+    if (reading == Reading::kStrict) throw Damage(fault);
+    joined = true;
+    if (follow) {
+      // Who follows wants to see the run that goes on now.
+      header = read_header(line(), true);
+      first_line = without_number(object());
+      seen = Seen();
+      holes = Holes();
+      note("passed over: " + fault + "; a new run begins");
+    } else if (without_number(object()) == first_line) {
+      note("passed over: " + fault + "; the same run goes on, its repeated steps are passed over");
+    } else {
+      const std::int64_t from = lines->number();
+      std::string_view text;
+      while (lines->next(text)) continue;
+      pending.clear();
+      note("passed over: " + fault + "; another run begins, lines " + std::to_string(from) + " to " +
+           std::to_string(lines->number()) + " are not of this one");
+    }
+  }
+
+  /// The next record, or nothing at the end.
+  std::optional<LogRecord> read_next() {
+    if (!std::exchange(first_is_record, false)) {
+      while (!next_object()) {
+        if (!next_piece()) return std::nullopt;
+        if (std::exchange(first_is_record, false)) break;
+      }
+      while (is_header()) {
+        join();
+        if (!next_object()) return std::nullopt;
+      }
+    }
+    const LogLine here = line();
+    LogRecord record = read_record(here, header);
+    if (!seen.add(record)) {
+      here.fail("step", std::to_string(record.step),
+                "repeated for layer " + (record.layer < 0 ? "null" : std::to_string(record.layer)) +
+                    ", tag " + record.tag);
+    }
+    if (reading != Reading::kStrict && record.tag == "train") look_for_hole(record.step);
+    return record;
+  }
+
+  void look_for_hole(std::int64_t step) {
+    const auto before = holes.add(step);
+    if (!before) return;
+    note("missing: " + lines->name() + ':' + std::to_string(lines->number()) + ": " +
+         range_of("step", *before + holes.spacing(), step - holes.spacing()));
+  }
+
+  /// Rethrows what this way of reading does not pass over, notes it otherwise.
+  void pass_over(const LogError& fault, bool damage) {
+    if (reading == Reading::kStrict || (reading == Reading::kRepair && !damage)) throw LogError(fault);
+    note(std::string("passed over: ") + fault.what());
+  }
+
+  void note(std::string message) {
+    constexpr std::size_t kKept = 20;
+    if (faults.size() < kKept) faults.push_back(std::move(message));
+    ++fault_count;
+  }
+
+  std::string path;
+  Reading reading;
+  std::function<bool()> follow;
+  std::unique_ptr<LogLines> lines;
+  std::vector<std::string> pending;  // pieces still to be read
+  JsonLine parsed;
+  json first_line;
+  LogHeader header;
+  bool first_is_record = false;
+  bool other_version = false, joined = false;
+  Seen seen;
+  Holes holes;
+  std::vector<std::string> faults;
+  std::int64_t fault_count = 0;
+};
+
+LogReader::LogReader(const std::string& path, Reading reading, std::function<bool()> follow)
+    : file_(std::make_unique<File>(path, reading, std::move(follow))) {}
+LogReader::~LogReader() = default;
+const LogHeader& LogReader::header() const {
+  return file_->header;
+}
+const std::vector<std::string>& LogReader::faults() const {
+  return file_->faults;
+}
+std::int64_t LogReader::fault_count() const {
+  return file_->fault_count;
+}
+
+std::optional<LogRecord> LogReader::next() {
+  File& file = *file_;
+  for (;;) {
+    try {
+      return file.read_next();
+    } catch (const Damage& e) {
+      file.pass_over(e, true);
+    } catch (const LogError& e) {
+      // After a join steps repeat, and another version may form its records otherwise.
+      file.pass_over(e, file.joined || file.other_version);
+    }
+    // A damaged gzip file cannot be read on; a damaged line was left behind.
+    if (file.lines->broken() && !file.next_piece()) return std::nullopt;
+  }
+}
+
+}  // namespace moectl

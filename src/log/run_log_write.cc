@@ -1,0 +1,544 @@
+// Records → JSON lines, without allocating once the buffer has grown to the size of a step.
+#include <fcntl.h>
+#include <unistd.h>
+#include <zlib.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <charconv>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <filesystem>
+#include <utility>
+
+#include "log/log_lines.h"
+#include "moectl/run_log.h"
+
+namespace moectl {
+namespace {
+
+/// Appends JSON to a buffer that keeps its memory.
+class Json {
+ public:
+  void raw(std::string_view text) { text_.append(text); }
+  void raw(char c) { text_.push_back(c); }
+  void value(std::int64_t v) {
+    char digits[24];
+    text_.append(digits, std::to_chars(digits, digits + sizeof digits, v).ptr);
+  }
+  /// The shortest form that reads back exactly; JSON has no word for what is not a number.
+  void value(double v) {
+    if (!std::isfinite(v)) return raw("null");
+    char digits[32];
+    text_.append(digits, std::to_chars(digits, digits + sizeof digits, v).ptr);
+  }
+  void value(std::string_view v) {
+    raw('"');
+    for (const char c : v) {
+      if (c == '"' || c == '\\') raw('\\');
+      if (static_cast<unsigned char>(c) >= ' ') {
+        raw(c);
+      } else {
+        char escape[8];
+        std::snprintf(escape, sizeof escape, "\\u%04x", static_cast<unsigned>(c));
+        raw(escape);
+      }
+    }
+    raw('"');
+  }
+  /// A key, after a comma unless it is the first of its object.
+  void key(std::string_view name) {
+    if (!text_.ends_with('{')) raw(',');
+    value(name);
+    raw(':');
+  }
+  template <typename T>
+  void field(std::string_view name, T v) {
+    key(name);
+    value(v);
+  }
+  template <typename T, typename Map>
+  void array(std::span<const T> values, Map map) {
+    raw('[');
+    for (std::size_t i = 0; i < values.size(); ++i) {
+      if (i) raw(',');
+      value(map(values[i]));
+    }
+    raw(']');
+  }
+  template <typename T>
+  void array(std::span<const T> values) {
+    array(values, [](T v) { return v; });
+  }
+  std::string& text() { return text_; }
+
+ private:
+  std::string text_;
+};
+
+/// Where bytes go. Written to at once, so that a reader of a growing log sees whole steps.
+class Sink {
+ public:
+  Sink(const std::string& path, bool append, bool zipped) {
+    errno = 0;
+    if (zipped) {
+      zip_ = gzopen(path.c_str(), append ? "ab" : "wb");
+    } else {
+      file_ = path == "-"
+                  ? STDOUT_FILENO
+                  : open(path.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC | (append ? O_APPEND : O_TRUNC), 0666);
+    }
+  }
+  ~Sink() {
+    if (zip_) gzclose(zip_);
+    if (file_ > STDERR_FILENO) close(file_);
+  }
+  Sink(const Sink&) = delete;
+  Sink& operator=(const Sink&) = delete;
+
+  bool is_open() const { return zip_ || file_ >= 0; }
+  bool write(std::string_view text) {
+    errno = 0;
+    if (zip_) return text.empty() || gzwrite(zip_, text.data(), static_cast<unsigned>(text.size())) > 0;
+    while (!text.empty()) {
+      const ssize_t wrote = ::write(file_, text.data(), text.size());
+      if (wrote < 0 && errno == EINTR) continue;
+      if (wrote < 0) return false;
+      text.remove_prefix(static_cast<std::size_t>(wrote));
+    }
+    return true;
+  }
+  bool flush() { return !zip_ || gzflush(zip_, Z_SYNC_FLUSH) == Z_OK; }
+
+ private:
+  gzFile zip_ = nullptr;
+  int file_ = -1;
+};
+
+/// The step of a record that this writer wrote, or -1 for a header.
+std::int64_t step_of(std::string_view line) {
+  constexpr std::string_view kStart = "{\"step\":";
+  std::int64_t step = -1;
+  if (line.starts_with(kStart)) std::from_chars(line.data() + kStart.size(), line.data() + line.size(), step);
+  return step;
+}
+
+/// The number of the piece that this writer left under `path`; 1 for a log that was not rotated.
+std::int64_t piece_of(const std::string& path) {
+  constexpr std::string_view kStart = "{\"format\":\"moectl-run\",\"version\":1,\"piece\":";
+  std::int64_t piece = 1;
+  LogLines lines(path);
+  std::string_view line;
+  if (lines.next(line) && line.starts_with(kStart))
+    std::from_chars(line.data() + kStart.size(), line.data() + line.size(), piece);
+  return piece;
+}
+
+bool is_zipped(const std::string& path) {
+  return path.ends_with(".gz");
+}
+
+/// What is left of a log that was cut.
+struct Kept {
+  std::int64_t bytes = 0;   // before compression
+  std::int64_t header = 0;  // of which are the first line
+};
+
+/// Cuts off a log what stands in it from `step` on, and a last line that was torn. Throws on files that
+/// cannot be read or rewritten.
+Kept keep_before(const std::string& path, std::int64_t step) {
+  Kept result;
+  std::int64_t& keep = result.bytes;
+  std::string kept;
+  const bool zipped = is_zipped(path);
+  try {
+    LogLines lines(path);
+    std::string_view line;
+    while (lines.next(line) && lines.complete() && step_of(line) < step) {
+      keep = lines.offset();
+      if (lines.number() == 1 && step_of(line) < 0) result.header = keep;
+      if (zipped) kept.append(line).push_back('\n');
+    }
+  } catch (const LogError&) {
+    // A run that was killed leaves its gzip file without an end; what came before can be kept.
+    if (!zipped) throw;
+  }
+  if (!zipped) {
+    std::filesystem::resize_file(path, static_cast<std::uintmax_t>(keep));
+    return result;
+  }
+  const std::string part = path + ".part";
+  Sink sink(part, false, true);
+  if (!sink.is_open() || !sink.write(kept) || !sink.flush()) throw LogError(part + ": cannot be written");
+  std::filesystem::rename(part, path);
+  return result;
+}
+
+}  // namespace
+
+std::string piece_path(const std::string& path, std::int64_t piece) {
+  char number[32];
+  std::snprintf(number, sizeof number, ".%06lld", static_cast<long long>(piece));
+  return path + number;
+}
+
+struct RunLogWriter::File {
+  File(const std::string& name, const ControllerConfig& c) : path(name), config(c) {}
+
+  void open(bool append) {
+    sink = std::make_unique<Sink>(path, append, is_zipped(path));
+    if (!sink->is_open()) give_up(std::strerror(errno ? errno : ENOMEM));
+  }
+
+  /// Training goes on without its log; that is said once.
+  void give_up(const char* why) {
+    if (!good) return;
+    good = false;
+    sink.reset();
+    std::fprintf(stderr, "moectl: %s: run log cannot be written (%s); going on without it\n", path.c_str(),
+                 why);
+  }
+
+  bool rotates() const { return config.log.rotate_mb > 0 && path != "-"; }
+
+  void put() {
+    const auto size = static_cast<std::int64_t>(json.text().size());
+    if (good && rotates() && written > header_size &&
+        static_cast<double>(written + size) > config.log.rotate_mb * 1e6) {
+      rotate();
+    }
+    if (good && !sink->write(json.text())) give_up(std::strerror(errno ? errno : EIO));
+    written += size;
+    json.text().clear();
+  }
+
+  std::string header() const {
+    std::string text = "{\"format\":\"moectl-run\",\"version\":1";
+    if (rotates()) text += ",\"piece\":" + std::to_string(piece);
+    if (shift) text += ",\"shift\":" + std::to_string(*shift);
+    return text + ",\"config\":" + to_json(config) + "}\n";
+  }
+
+  void start() {
+    open(false);
+    begin(header());
+  }
+
+  void begin(const std::string& first_line) {
+    if (good && !sink->write(first_line)) give_up(std::strerror(errno ? errno : EIO));
+    written = header_size = static_cast<std::int64_t>(first_line.size());
+  }
+
+  /// The next piece is begun beside the full one and then takes its name, so that a full disk or a kill leaves
+  /// a log with a header under `path` in any case.
+  void rotate() {
+    const std::string full = piece_path(path, piece++), part = path + ".part";
+    std::error_code failed, ignored;
+    sink = std::make_unique<Sink>(part, false, is_zipped(path));
+    if (!sink->is_open()) return give_up(std::strerror(errno ? errno : ENOMEM));
+    begin(header());
+    if (good && !sink->flush()) give_up(std::strerror(errno ? errno : EIO));
+    if (good) {
+      std::filesystem::remove(full, ignored);
+      std::filesystem::create_hard_link(path, full, failed);
+      if (failed) std::filesystem::rename(path, full, failed);  // a file system without links
+      if (!failed) std::filesystem::rename(part, path, failed);
+      if (failed) give_up(failed.message().c_str());
+    }
+    if (!good) {
+      std::filesystem::remove(part, ignored);
+    } else if (config.log.keep > 0 && piece - 1 > config.log.keep) {
+      std::filesystem::remove(piece_path(path, piece - 1 - config.log.keep), ignored);
+    }
+  }
+
+  /// A resumed run repeats the steps after its checkpoint: they are cut off, with the pieces that hold nothing
+  /// else.
+  void resume(std::int64_t step) {
+    try {
+      piece = piece_of(path);
+      Kept kept = keep_before(path, step);
+      while (rotates() && kept.bytes == kept.header && piece > 1 &&
+             std::filesystem::exists(piece_path(path, piece - 1))) {
+        --piece;
+        std::filesystem::rename(piece_path(path, piece), path);
+        kept = keep_before(path, step);
+      }
+      written = kept.bytes;
+      header_size = kept.header;
+    } catch (const std::exception& e) {
+      return give_up(e.what());
+    }
+    open(true);
+    if (good && written == 0) begin(header());  // not even the first line was whole
+  }
+
+  std::string path;
+  ControllerConfig config;
+  std::unique_ptr<Sink> sink;
+  bool good = true;
+  bool resuming = false;
+  Json json;
+  std::optional<std::int64_t> shift;
+  std::int64_t piece = 1;
+  std::int64_t written = 0, header_size = 0;  // bytes of this piece before compression
+
+  void record(const StepReport& report, const LayerReport& layer, std::string_view tag);
+  void model_record(const StepReport& report, std::string_view tag);
+  void info(const StepReport& report, std::string_view tag);
+  void sums(const RoutingStats& stats);
+  void margins(const RoutingStats& stats);
+  void means(std::span<const std::int64_t> sums, std::span<const std::int64_t> tokens);
+  void metrics(const LayerReport& layer);
+  void health(const LayerMonitor& monitor);
+  void actuators(const ActuatorReport (&reports)[kActuatorCount]);
+};
+
+RunLogWriter::RunLogWriter(const std::string& path, const ControllerConfig& config, bool append,
+                           std::optional<std::int64_t> shift)
+    : file_(std::make_unique<File>(path, config)) {
+  file_->shift = shift;
+  std::error_code none;
+  if (append && path != "-" && std::filesystem::file_size(path, none) > 0 && !none) {
+    file_->resuming = true;
+    return;
+  }
+  file_->start();
+}
+
+RunLogWriter::~RunLogWriter() = default;
+bool RunLogWriter::ok() const {
+  return file_->good;
+}
+
+void RunLogWriter::flush() {
+  if (file_->good && file_->sink && !file_->sink->flush()) file_->give_up("compression failed");
+}
+
+void RunLogWriter::write(const StepReport& report, std::string_view tag) {
+  File& file = *file_;
+  if (!file.good) return;
+  if (std::exchange(file.resuming, false)) file.resume(report.step);
+  for (const LayerReport& layer : report.layers) file.record(report, layer, tag);
+  file.model_record(report, tag);
+  file.put();
+}
+
+namespace {
+
+bool decided(const ActuatorReport& report) {
+  return !report.applied.empty();
+}
+bool decided(const ActuatorReport (&reports)[kActuatorCount]) {
+  return std::any_of(std::begin(reports), std::end(reports),
+                     [](const ActuatorReport& r) { return decided(r); });
+}
+
+}  // namespace
+
+void RunLogWriter::File::record(const StepReport& report, const LayerReport& layer, std::string_view tag) {
+  json.raw("{\"step\":");
+  json.value(report.step);
+  json.field("layer", std::int64_t{layer.layer});
+  if (layer.stats) sums(*layer.stats);
+  info(report, tag);
+  if (layer.metrics) metrics(layer);
+  if (layer.guard.state != GuardState::kWatching || layer.guard.trigger != GuardTrigger::kNone ||
+      layer.guard.cause != GuardCause::kNone) {
+    json.key("guard");
+    json.raw('{');
+    json.field("state", name_of(layer.guard.state));
+    json.field("trigger", name_of(layer.guard.trigger));
+    json.field("cause", name_of(layer.guard.cause));
+    json.field("value", layer.guard.value);
+    json.field("threshold", layer.guard.threshold);
+    json.raw('}');
+  }
+  if (layer.monitor) health(*layer.monitor);
+  if (decided(layer.actuators)) actuators(layer.actuators);
+  json.raw("}\n");
+}
+
+void RunLogWriter::File::model_record(const StepReport& report, std::string_view tag) {
+  if (!decided(report.model)) return;
+  json.raw("{\"step\":");
+  json.value(report.step);
+  json.raw(",\"layer\":null");
+  info(report, tag);
+  actuators(report.model);
+  json.raw("}\n");
+}
+
+void RunLogWriter::File::info(const StepReport& report, std::string_view tag) {
+  if (tag != "train") json.field("tag", tag);
+  if (report.info.loss && std::isfinite(*report.info.loss)) json.field("loss", *report.info.loss);
+  const auto& mixture = report.info.next_mixture;
+  if (mixture.empty() || mixture.size() != config.model.domains.size()) return;
+  json.key("next_mixture");
+  json.raw('{');
+  for (std::size_t d = 0; d < mixture.size(); ++d) json.field(config.model.domains[d], mixture[d]);
+  json.raw('}');
+}
+
+/// 0/0 is written as null: an expert without tokens has no loss.
+void RunLogWriter::File::means(std::span<const std::int64_t> sums, std::span<const std::int64_t> tokens) {
+  json.raw('[');
+  for (std::size_t i = 0; i < sums.size(); ++i) {
+    if (i) json.raw(',');
+    json.value(from_fixed(sums[i]) / static_cast<double>(tokens[i]));
+  }
+  json.raw(']');
+}
+
+namespace {
+
+bool any_above_zero(std::span<const std::int64_t> counts) {
+  return std::any_of(counts.begin(), counts.end(), [](std::int64_t count) { return count > 0; });
+}
+
+}  // namespace
+
+void RunLogWriter::File::sums(const RoutingStats& stats) {
+  using S = RoutingStats;
+  // Sums that an invalid record or an overflow has spoilt would not read back; the reasons say what happened.
+  const bool valid = stats.valid();
+  json.field("tokens", valid ? stats.tokens() : 0);
+  json.field("top_k", std::int64_t{stats.top_k()});
+  if (!config.log.per_expert || !valid) return;
+  const auto whole = [&](std::string_view name, S::Array which) {
+    json.key(name);
+    json.array(stats.array(which));
+  };
+  const auto fixed = [&](std::string_view name, S::Array which, double factor = 1) {
+    json.key(name);
+    json.array(stats.array(which), [&](std::int64_t sum) { return from_fixed(sum) * factor; });
+  };
+  whole("counts", S::kCounts);
+  if (stats.mean_gap()) json.field("gap_sum", from_fixed(stats.scalar(S::kGapSum)));
+  if (stats.has_sequences()) {
+    json.field("sequences", stats.scalar(S::kSequences));
+    json.field("sequence_len_sq", stats.scalar(S::kSequenceLenSq));
+    whole("sequence_sq", S::kSequenceSq);
+    whole("sequence_cross", S::kSequenceCross);
+  }
+  if (stats.has_probabilities()) {
+    json.field("token_entropy_sum", from_fixed(stats.scalar(S::kTokenEntropySum)));
+    fixed("prob_sum", S::kProbSum);
+    fixed("sqrt_prob_sum", S::kSqrtProbSum);
+  }
+  if (stats.has_margins()) margins(stats);
+  if (stats.dropped()) json.field("dropped", stats.scalar(S::kDropped));
+  if (const auto n = stats.scalar(S::kGradRecords); n > 0)
+    fixed("grad_norm", S::kGradNormSum, 1.0 / static_cast<double>(n));
+  if (const auto n = stats.scalar(S::kLatencyRecords); n > 0)
+    fixed("latency", S::kLatencySum, 1.0 / static_cast<double>(n));
+  if (any_above_zero(stats.array(S::kExpertLossTokens))) {
+    json.key("expert_loss");
+    means(stats.array(S::kExpertLossSum), stats.array(S::kExpertLossTokens));
+  }
+  if (!stats.has_domains()) return;
+  json.key("domain_counts");
+  json.raw('{');
+  for (std::size_t d = 0; d < config.model.domains.size(); ++d) {
+    json.key(config.model.domains[d]);
+    json.array(stats.domain_counts(static_cast<int>(d)));
+  }
+  json.raw('}');
+  if (!any_above_zero(stats.array(S::kDomainLossTokens))) return;
+  json.key("domain_loss");
+  json.raw('{');
+  const auto n = static_cast<std::size_t>(stats.experts());
+  for (std::size_t d = 0; d < config.model.domains.size(); ++d) {
+    json.key(config.model.domains[d]);
+    means(stats.array(S::kDomainLossSum).subspan(d * n, n),
+          stats.array(S::kDomainLossTokens).subspan(d * n, n));
+  }
+  json.raw('}');
+}
+
+/// For each expert the number of its first bin that holds a token, then the counts from there to the last
+/// that does; most bins are empty.
+void RunLogWriter::File::margins(const RoutingStats& stats) {
+  json.key("margins");
+  json.raw('[');
+  for (int i = 0; i < stats.experts(); ++i) {
+    const auto bins = stats.margins(i);
+    const auto is_used = [](std::int64_t count) { return count != 0; };
+    const auto first = std::find_if(bins.begin(), bins.end(), is_used);
+    const auto last = std::find_if(bins.rbegin(), bins.rend(), is_used).base();
+    if (i) json.raw(',');
+    json.raw('[');
+    json.value(static_cast<std::int64_t>(first - bins.begin()));
+    for (auto bin = first; bin < last; ++bin) {
+      json.raw(',');
+      json.value(*bin);
+    }
+    json.raw(']');
+  }
+  json.raw(']');
+}
+
+void RunLogWriter::File::metrics(const LayerReport& layer) {
+  json.key("metrics");
+  json.raw('{');
+  for (const MetricField& field : metric_fields()) {
+    const Metrics::Value& value = (*layer.metrics).*field.value;
+    json.field(field.name, value ? *value : std::nan(""));
+  }
+  // Of the experts, only what the sums of one record cannot tell.
+  if (layer.monitor && config.log.per_expert && !layer.monitor->update_frequency().empty()) {
+    json.key("update_frequency");
+    json.array(layer.monitor->update_frequency());
+  }
+  json.raw('}');
+}
+
+void RunLogWriter::File::health(const LayerMonitor& monitor) {
+  json.field("health", name_of(monitor.health()));
+  json.key("alerts");
+  json.raw('[');
+  bool first = true;
+  for (const std::string_view alert : monitor.alerts()) {
+    if (!first) json.raw(',');
+    first = false;
+    json.value(alert);
+  }
+  json.raw(']');
+}
+
+void RunLogWriter::File::actuators(const ActuatorReport (&reports)[kActuatorCount]) {
+  json.key("actuators");
+  json.raw('{');
+  for (const Actuator which : kActuators) {
+    const ActuatorReport& report = reports[static_cast<std::size_t>(which)];
+    if (!decided(report)) continue;
+    json.key(name_of(which));
+    json.raw('{');
+    if (which != Actuator::kExpertBias || config.log.per_expert) {
+      if (!report.proposed.empty()) {
+        json.key("proposed");
+        json.array(report.proposed);
+      }
+      json.key("applied");
+      json.array(report.applied);
+    } else {
+      const auto [min, max] = std::minmax_element(report.applied.begin(), report.applied.end());
+      json.field("min", *min);
+      json.field("max", *max);
+    }
+    json.key("reasons");
+    json.raw('[');
+    bool first = true;
+    for (int r = 0; r < kReasonCount; ++r) {
+      if (!report.reasons.has(static_cast<Reason>(r))) continue;
+      if (!first) json.raw(',');
+      first = false;
+      json.value(name_of(static_cast<Reason>(r)));
+    }
+    json.raw("]}");
+  }
+  json.raw('}');
+}
+
+}  // namespace moectl

@@ -1,0 +1,619 @@
+#include "moectl/stats.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+#include "base/fast_log.h"
+
+namespace moectl {
+namespace {
+
+// Sums wrap around instead of overflowing: a wrapped sum is negative, so valid() tells, and addition stays
+// associative.
+std::int64_t wrapping_add(std::int64_t a, std::int64_t b) {
+  return static_cast<std::int64_t>(static_cast<std::uint64_t>(a) + static_cast<std::uint64_t>(b));
+}
+
+std::int64_t wrapping_product(std::int64_t a, std::int64_t b) {
+  return static_cast<std::int64_t>(static_cast<std::uint64_t>(a) * static_cast<std::uint64_t>(b));
+}
+
+// Rounds to the nearest integer, ties to even, for |x| < 2^51, in the default rounding mode.
+std::int64_t round_to_even(double x) {
+  constexpr double kMagic = 6755399441055744.0;  // 1.5 · 2^52
+  return static_cast<std::int64_t>((x + kMagic) - kMagic);
+}
+
+std::size_t array_length(const StatsShape& shape, RoutingStats::Array which) {
+  const auto experts = static_cast<std::size_t>(shape.experts);
+  switch (which) {
+    case RoutingStats::kCounts:
+      return experts;
+    case RoutingStats::kSequenceSq:
+    case RoutingStats::kSequenceCross:
+      return shape.needs.sequences ? experts : 0;
+    case RoutingStats::kProbSum:
+    case RoutingStats::kSqrtProbSum:
+      return shape.needs.probabilities ? experts : 0;
+    case RoutingStats::kGradNormSum:
+      return shape.needs.gradients ? experts : 0;
+    case RoutingStats::kLatencySum:
+      return shape.needs.latencies ? experts : 0;
+    case RoutingStats::kExpertLossSum:
+    case RoutingStats::kExpertLossTokens:
+      return shape.needs.losses ? experts : 0;
+    case RoutingStats::kMargins:
+      return shape.needs.margins ? experts * kMarginBins : 0;
+    case RoutingStats::kDomainCounts:
+      return static_cast<std::size_t>(shape.needs.domains) * experts;
+    case RoutingStats::kDomainLossSum:
+    case RoutingStats::kDomainLossTokens:
+      return shape.needs.domain_losses ? static_cast<std::size_t>(shape.needs.domains) * experts : 0;
+    case RoutingStats::kArrayCount:
+      break;
+  }
+  return 0;
+}
+
+std::size_t array_offset(const StatsShape& shape, RoutingStats::Array which) {
+  std::size_t offset = RoutingStats::kScalarCount;
+  for (int a = 0; a < which; ++a) {
+    offset += array_length(shape, static_cast<RoutingStats::Array>(a));
+  }
+  return offset;
+}
+
+void require_size(const char* name, std::size_t found, std::size_t expected) {
+  if (found != expected) {
+    throw std::invalid_argument(std::string(name) + ": " + std::to_string(found) + " elements: must be " +
+                                std::to_string(expected));
+  }
+}
+
+void check_domain(const StatsShape& shape, int domain) {
+  if (domain < 0 || domain >= shape.needs.domains) {
+    throw std::invalid_argument("domain: " + std::to_string(domain) + ": must be 0 to " +
+                                std::to_string(shape.needs.domains - 1));
+  }
+}
+
+// Interleaved histograms: neighbouring indices go to different ones, so that an increment need not wait for
+// the one before it to leave the store buffer. More do not pay, and a few large ones must still fit the
+// first-level cache.
+constexpr std::size_t kLanes = 4;
+constexpr std::size_t kMaxLaneSize = 1024;
+
+std::size_t lane_size(int experts) {
+  return std::bit_ceil(static_cast<std::size_t>(experts));
+}
+
+}  // namespace
+
+std::int64_t to_fixed(double value) {
+  return round_to_even(value * 16777216.0);
+}
+
+bool fits_fixed(double value) {
+  return value >= -kFixedMax && value <= kFixedMax;
+}
+
+StatsNeeds& StatsNeeds::operator|=(const StatsNeeds& other) {
+  gap |= other.gap;
+  sequences |= other.sequences;
+  probabilities |= other.probabilities;
+  gradients |= other.gradients;
+  losses |= other.losses;
+  domain_losses |= other.domain_losses;
+  latencies |= other.latencies;
+  margins |= other.margins;
+  margin_rows |= other.margin_rows;
+  domains = std::max(domains, other.domains);
+  return *this;
+}
+
+std::size_t StatsShape::flat_size() const {
+  return array_offset(*this, RoutingStats::kArrayCount);
+}
+
+RoutingStats::RoutingStats(const StatsShape& shape) : shape_(shape) {
+  if (shape.experts < 1) {
+    throw std::invalid_argument("experts: " + std::to_string(shape.experts) + ": must be at least 1");
+  }
+  if (shape.top_k < 1 || shape.top_k > shape.experts) {
+    throw std::invalid_argument("top_k: " + std::to_string(shape.top_k) + ": must be 1 to experts (" +
+                                std::to_string(shape.experts) + ")");
+  }
+  if (shape.needs.domains < 0) {
+    throw std::invalid_argument("domains: " + std::to_string(shape.needs.domains) + ": must not be negative");
+  }
+  sums_.assign(shape.flat_size(), 0);
+  delta_.assign(shape.flat_size(), 0);
+  const std::size_t lane = lane_size(shape.experts);
+  histogram_.assign(lane <= kMaxLaneSize ? lane * kLanes : lane, 0);
+  if (shape.needs.probabilities) row_.assign(static_cast<std::size_t>(shape.experts), 0.0);
+}
+
+std::span<const std::int64_t> RoutingStats::array(Array which) const {
+  if (sums_.empty()) return {};
+  return std::span(sums_).subspan(array_offset(shape_, which), array_length(shape_, which));
+}
+
+std::span<std::int64_t> RoutingStats::mutable_array(Array which) {
+  if (sums_.empty()) return {};
+  return std::span(sums_).subspan(array_offset(shape_, which), array_length(shape_, which));
+}
+
+std::span<std::int64_t> RoutingStats::delta(Array which) {
+  return std::span(delta_).subspan(array_offset(shape_, which), array_length(shape_, which));
+}
+
+std::int64_t RoutingStats::assignments() const {
+  std::int64_t sum = 0;
+  for (const std::int64_t count : counts()) sum = wrapping_add(sum, count);
+  return sum;
+}
+
+bool RoutingStats::valid() const {
+  if (sums_.empty()) return true;
+  const std::size_t unsigned_sums = array_offset(shape_, kFirstSigned);
+  std::int64_t signs = 0;
+  for (std::size_t i = 0; i < unsigned_sums; ++i) signs |= sums_[i];
+  // Beyond ±2^62 the two highest bits differ: on the way to an overflow, or back from one.
+  for (std::size_t i = unsigned_sums; i < sums_.size(); ++i) {
+    signs |= sums_[i] ^ static_cast<std::int64_t>(static_cast<std::uint64_t>(sums_[i]) << 1);
+  }
+  if (signs < 0 || invalid_records() != 0) return false;
+  // No sum of N numbers under 2^63 / N overflows; the bits they set together bound the largest of them.
+  std::int64_t bits = 0;
+  for (const std::int64_t count : counts()) bits |= count;
+  if (bits < std::numeric_limits<std::int64_t>::max() / experts() / 2) return true;
+  std::int64_t total = 0;
+  for (const std::int64_t count : counts()) {
+    total = wrapping_add(total, count);
+    signs |= total;  // a sum of non-negative numbers turns negative when it first overflows
+  }
+  return signs >= 0;
+}
+
+RoutingStats& RoutingStats::operator+=(const RoutingStats& other) {
+  if (!(shape_ == other.shape_)) {
+    throw std::invalid_argument("stats: shapes differ: " + std::to_string(other.experts()) +
+                                " experts, top_k " + std::to_string(other.top_k()) + ", " +
+                                std::to_string(other.sums_.size()) + " sums: must be " +
+                                std::to_string(experts()) + ", " + std::to_string(top_k()) + ", " +
+                                std::to_string(sums_.size()) + ", of the same needs");
+  }
+  for (std::size_t i = 0; i < sums_.size(); ++i) sums_[i] = wrapping_add(sums_[i], other.sums_[i]);
+  margin_rows_.insert(margin_rows_.end(), other.margin_rows_.begin(), other.margin_rows_.end());
+  return *this;
+}
+
+void RoutingStats::clear() {
+  std::fill(sums_.begin(), sums_.end(), 0);
+  margin_rows_.clear();
+}
+
+// ---- Adding a record: everything goes to delta_ first, and to the sums only if all of it was good. ----
+
+bool RoutingStats::add(const RoutingBatch& batch) {
+  check_sizes(batch);
+  if (batch.experts.empty()) return true;
+  std::fill(delta_.begin(), delta_.end(), 0);
+  const bool good = gather_counts(batch) && gather_domains(batch) && gather_gap(batch) &&
+                    gather_margins(batch) && gather_probabilities(batch) && gather_dropped(batch);
+  if (good) keep_margin_rows(batch);
+  return commit(good);
+}
+
+bool RoutingStats::commit(bool good) {
+  if (!good) {
+    sums_[kInvalidRecords] = wrapping_add(sums_[kInvalidRecords], 1);
+    return false;
+  }
+  for (std::size_t i = 0; i < sums_.size(); ++i) sums_[i] = wrapping_add(sums_[i], delta_[i]);
+  return true;
+}
+
+void RoutingStats::check_sizes(const RoutingBatch& batch) const {
+  if (sums_.empty()) throw std::invalid_argument("stats: default-constructed: must have a shape");
+  const auto k = static_cast<std::size_t>(top_k());
+  if (batch.experts.size() % k != 0) {
+    throw std::invalid_argument("experts: " + std::to_string(batch.experts.size()) +
+                                " elements: must be a multiple of top_k (" + std::to_string(k) + ")");
+  }
+  const std::size_t tokens = batch.experts.size() / k;
+  if (!batch.mask.empty()) require_size("mask", batch.mask.size(), tokens);
+  if (!batch.sequence_ids.empty()) require_size("sequence_ids", batch.sequence_ids.size(), tokens);
+  if (!batch.domain_ids.empty()) require_size("domain_ids", batch.domain_ids.size(), tokens);
+  if (!batch.top_values.empty()) {
+    if (top_k() == experts()) throw std::invalid_argument("top_values: given: top_k must be below experts");
+    require_size("top_values", batch.top_values.size(), tokens * (k + 1));
+  }
+  if (!batch.biased_scores.empty()) {
+    if (batch.top_values.empty()) {
+      throw std::invalid_argument("biased_scores: given without top_values: the threshold is among those");
+    }
+    require_size("biased_scores", batch.biased_scores.size(), tokens * static_cast<std::size_t>(experts()));
+  }
+  if (!batch.probabilities.empty()) {
+    require_size("probabilities", batch.probabilities.size(), tokens * static_cast<std::size_t>(experts()));
+  }
+  if (batch.sequence_length < 0) {
+    throw std::invalid_argument("sequence_length: " + std::to_string(batch.sequence_length) +
+                                ": must not be negative");
+  }
+  if (batch.sequence_length > 0) {
+    if (!batch.sequence_ids.empty())
+      throw std::invalid_argument("sequence_length: given with sequence_ids: must be 0");
+    if (tokens % static_cast<std::size_t>(batch.sequence_length) != 0) {
+      throw std::invalid_argument("sequence_length: " + std::to_string(batch.sequence_length) +
+                                  ": must divide " + std::to_string(tokens) + " tokens");
+    }
+  }
+}
+
+// Counts indices into histogram_ (all zero before), whose lanes are `lane` apart. Out-of-range indices are
+// folded into range, so that nothing is written elsewhere, and noticed by `seen` or in the bins between N and
+// the power of two.
+template <std::size_t lanes>
+bool RoutingStats::count(std::span<const std::int64_t> indices) {
+  const std::size_t lane = lane_size(experts());
+  const std::uint64_t fold = lane - 1;
+  std::int64_t* __restrict h = histogram_.data();
+  std::uint64_t seen = 0;
+  std::size_t i = 0;
+  if constexpr (lanes == kLanes) {
+    for (; i + kLanes <= indices.size(); i += kLanes) {
+      const auto a = static_cast<std::uint64_t>(indices[i]), b = static_cast<std::uint64_t>(indices[i + 1]);
+      const auto c = static_cast<std::uint64_t>(indices[i + 2]),
+                 d = static_cast<std::uint64_t>(indices[i + 3]);
+      seen |= (a | b) | (c | d);
+      ++h[a & fold];
+      ++h[lane + (b & fold)];
+      ++h[2 * lane + (c & fold)];
+      ++h[3 * lane + (d & fold)];
+    }
+  }
+  for (; i < indices.size(); ++i) {
+    const auto index = static_cast<std::uint64_t>(indices[i]);
+    seen |= index;
+    ++h[index & fold];
+  }
+  if constexpr (lanes == kLanes) {
+    for (std::size_t j = 0; j < lane; ++j) {
+      h[j] += (h[lane + j] + h[2 * lane + j]) + h[3 * lane + j];
+    }
+    std::fill_n(h + lane, 3 * lane, 0);
+  }
+  std::int64_t beyond = 0;
+  for (auto j = static_cast<std::size_t>(experts()); j < lane; ++j) beyond |= h[j];
+  return (seen & ~fold) == 0 && beyond == 0;
+}
+
+bool RoutingStats::count_tokens(const RoutingBatch& batch, std::size_t from, std::size_t to,
+                                std::int64_t& tokens) {
+  const auto k = static_cast<std::size_t>(top_k());
+  tokens = 0;
+  if (batch.mask.empty()) {
+    tokens = static_cast<std::int64_t>(to - from);
+    const auto indices = batch.experts.subspan(from * k, (to - from) * k);
+    // Summing the lanes costs some four steps an expert.
+    const std::size_t lane = lane_size(experts());
+    return lane <= kMaxLaneSize && indices.size() >= 8 * lane ? count<kLanes>(indices) : count<1>(indices);
+  }
+  bool good = true;
+  for (std::size_t t = from; t < to;) {  // runs of real tokens
+    while (t < to && batch.mask[t] == 0) ++t;
+    const std::size_t begin = t;
+    while (t < to && batch.mask[t] != 0) ++t;
+    good &= count<1>(batch.experts.subspan(begin * k, (t - begin) * k));
+    tokens += static_cast<std::int64_t>(t - begin);
+  }
+  return good;
+}
+
+bool RoutingStats::gather_counts(const RoutingBatch& batch) {
+  const auto n = static_cast<std::size_t>(experts());
+  const std::size_t tokens = batch.experts.size() / static_cast<std::size_t>(top_k());
+  const bool by_sequence =
+      shape_.needs.sequences && (batch.sequence_length > 0 || !batch.sequence_ids.empty());
+  const std::span<std::int64_t> counts = delta(kCounts), squares = delta(kSequenceSq),
+                                cross = delta(kSequenceCross);
+  bool good = true;
+  for (std::size_t from = 0, to = 0; from < tokens; from = to) {
+    to = tokens;
+    if (by_sequence && batch.sequence_length > 0) {
+      to = from + static_cast<std::size_t>(batch.sequence_length);
+    } else if (by_sequence) {
+      to = from + 1;
+      while (to < tokens && batch.sequence_ids[to] == batch.sequence_ids[from]) ++to;
+      good &= to == tokens || batch.sequence_ids[to] > batch.sequence_ids[from];
+    }
+    std::int64_t real = 0;
+    good &= count_tokens(batch, from, to, real);
+    delta_[kTokens] += real;
+    if (by_sequence && real > 0) {
+      const std::int64_t length = real * top_k();
+      delta_[kSequences] += 1;
+      delta_[kSequenceTokens] += real;
+      delta_[kSequenceLenSq] = wrapping_add(delta_[kSequenceLenSq], wrapping_product(length, length));
+      for (std::size_t i = 0; i < n; ++i) {
+        const std::int64_t c = histogram_[i];
+        squares[i] = wrapping_add(squares[i], wrapping_product(c, c));
+        cross[i] = wrapping_add(cross[i], wrapping_product(length, c));
+      }
+    }
+    for (std::size_t i = 0; i < n; ++i) counts[i] += histogram_[i];
+    std::fill_n(histogram_.begin(), lane_size(experts()), 0);
+  }
+  return good;
+}
+
+bool RoutingStats::gather_domains(const RoutingBatch& batch) {
+  if (shape_.needs.domains == 0 || batch.domain_ids.empty()) return true;
+  const auto n = static_cast<std::size_t>(experts()), k = static_cast<std::size_t>(top_k());
+  const std::span<std::int64_t> counts = delta(kDomainCounts);
+  for (std::size_t t = 0; t < batch.domain_ids.size(); ++t) {
+    if (!batch.mask.empty() && batch.mask[t] == 0) continue;
+    const std::int64_t domain = batch.domain_ids[t];
+    if (domain < 0 || domain >= shape_.needs.domains) return false;
+    std::int64_t* of_domain = counts.data() + static_cast<std::size_t>(domain) * n;
+    for (std::size_t j = 0; j < k; ++j) ++of_domain[batch.experts[t * k + j]];
+  }
+  delta_[kDomainTokens] = delta_[kTokens];
+  return true;
+}
+
+bool RoutingStats::gather_gap(const RoutingBatch& batch) {
+  if (!shape_.needs.gap || batch.top_values.empty()) return true;
+  const auto k = static_cast<std::size_t>(top_k());
+  const std::size_t tokens = batch.top_values.size() / (k + 1);
+  std::int64_t sum = 0;
+  for (std::size_t t = 0; t < tokens; ++t) {
+    if (!batch.mask.empty() && batch.mask[t] == 0) continue;
+    const double gap = static_cast<double>(batch.top_values[t * (k + 1) + k - 1]) -
+                       static_cast<double>(batch.top_values[t * (k + 1) + k]);
+    if (!(gap >= 0 && gap <= kFixedMax)) return false;
+    sum = wrapping_add(sum, to_fixed(gap));
+  }
+  delta_[kGapSum] = sum;
+  delta_[kGapTokens] = delta_[kTokens];
+  return true;
+}
+
+// Also what keeps rows of margins free of NaN, so it runs for either.
+bool RoutingStats::gather_margins(const RoutingBatch& batch) {
+  const StatsNeeds& needs = shape_.needs;
+  if (!(needs.margins || needs.margin_rows) || batch.biased_scores.empty()) return true;
+  const auto n = static_cast<std::size_t>(experts()), k = static_cast<std::size_t>(top_k());
+  std::int64_t* const bins = delta(kMargins).data();
+  const std::size_t tokens = batch.biased_scores.size() / n;
+  constexpr double kMost = std::numeric_limits<float>::max();
+  for (std::size_t t = 0; t < tokens; ++t) {
+    if (!batch.mask.empty() && batch.mask[t] == 0) continue;
+    const float* const top = batch.top_values.data() + t * (k + 1) + k - 1;
+    const double threshold = 0.5 * (static_cast<double>(top[0]) + static_cast<double>(top[1]));
+    if (!(std::abs(threshold) <= kMost)) return false;
+    const float* const row = batch.biased_scores.data() + t * n;
+    for (std::size_t i = 0; i < n; ++i) {
+      const auto score = static_cast<double>(row[i]);
+      if (!(score <= kMost)) return false;
+      if (needs.margins) ++bins[i * kMarginBins + margin_bin(static_cast<float>(threshold - score))];
+    }
+  }
+  delta_[kMarginTokens] = delta_[kTokens];
+  return true;
+}
+
+void RoutingStats::keep_margin_rows(const RoutingBatch& batch) {
+  if (!shape_.needs.margin_rows || batch.biased_scores.empty()) return;
+  const auto n = static_cast<std::size_t>(experts()), k = static_cast<std::size_t>(top_k());
+  const std::size_t tokens = batch.biased_scores.size() / n;
+  for (std::size_t t = 0; t < tokens; ++t) {
+    if (!batch.mask.empty() && batch.mask[t] == 0) continue;
+    const float cutoff = batch.top_values[t * (k + 1) + k];
+    for (std::size_t i = 0; i < n; ++i) margin_rows_.push_back(cutoff - batch.biased_scores[t * n + i]);
+  }
+}
+
+bool RoutingStats::gather_probabilities(const RoutingBatch& batch) {
+  if (!shape_.needs.probabilities || batch.probabilities.empty()) return true;
+  const auto n = static_cast<std::size_t>(experts());
+  const std::size_t tokens = batch.probabilities.size() / n;
+  const std::span<std::int64_t> sums = delta(kProbSum), roots = delta(kSqrtProbSum);
+  for (std::size_t t = 0; t < tokens; ++t) {
+    if (!batch.mask.empty() && batch.mask[t] == 0) continue;
+    const float* in = batch.probabilities.data() + t * n;
+    double total = 0;
+    bool good = true;
+    for (std::size_t i = 0; i < n; ++i) {
+      row_[i] = static_cast<double>(in[i]);
+      good &= row_[i] >= 0;
+      total += row_[i];
+    }
+    if (!good || !(total > 0) || total > std::numeric_limits<double>::max()) return false;
+    for (std::size_t i = 0; i < n; ++i) row_[i] /= total;
+    for (std::size_t i = 0; i < n; ++i) sums[i] += to_fixed(row_[i]);
+    for (std::size_t i = 0; i < n; ++i) roots[i] += to_fixed(std::sqrt(row_[i]));
+    Double4 entropy = splat(0);
+    for_each_four(n, [&](std::size_t i, auto at) {
+      const Double4 p = at.get(&row_[i]);
+      entropy -= p * fast_log(larger(splat(1e-300), p));
+    });
+    delta_[kTokenEntropySum] += to_fixed(std::max(0.0, sum_of(entropy)));
+  }
+  delta_[kProbTokens] = delta_[kTokens];
+  return true;
+}
+
+bool RoutingStats::gather_dropped(const RoutingBatch& batch) {
+  if (!batch.dropped) return true;
+  if (*batch.dropped < 0) return false;
+  delta_[kDropped] = *batch.dropped;
+  delta_[kDropTokens] = delta_[kTokens];
+  return true;
+}
+
+bool RoutingStats::add_counts(std::span<const std::int64_t> counts, std::int64_t tokens) {
+  require_size("counts", counts.size(), static_cast<std::size_t>(experts()));
+  std::fill(delta_.begin(), delta_.end(), 0);
+  const std::span<std::int64_t> to = delta(kCounts);
+  std::int64_t total = 0, signs = tokens;
+  for (std::size_t i = 0; i < counts.size(); ++i) {
+    to[i] = counts[i];
+    total = wrapping_add(total, counts[i]);
+    signs |= counts[i] | total;
+  }
+  delta_[kTokens] = tokens;
+  return commit(signs >= 0);
+}
+
+// ---- Optional per-expert inputs ----
+
+bool RoutingStats::add_observation(Array which, Scalar records, std::span<const double> values) {
+  require_size(which == kGradNormSum ? "grad_norms" : "latencies", values.size(),
+               static_cast<std::size_t>(experts()));
+  if (array_length(shape_, which) == 0) return true;
+  std::fill(delta_.begin(), delta_.end(), 0);
+  const std::span<std::int64_t> to = delta(which);
+  bool good = true;
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    if (!(values[i] >= 0 && values[i] <= kFixedMax)) {
+      good = false;
+      break;
+    }
+    to[i] = to_fixed(values[i]);
+  }
+  delta_[static_cast<std::size_t>(records)] = 1;
+  return commit(good);
+}
+
+bool RoutingStats::add_grad_norms(std::span<const double> norms) {
+  return add_observation(kGradNormSum, kGradRecords, norms);
+}
+
+bool RoutingStats::add_latencies(std::span<const double> seconds) {
+  return add_observation(kLatencySum, kLatencyRecords, seconds);
+}
+
+bool RoutingStats::add_losses(Array sums, Array tokens, std::size_t at, std::span<const double> loss_sums,
+                              std::span<const std::int64_t> covered) {
+  require_size("loss_sums", loss_sums.size(), static_cast<std::size_t>(experts()));
+  require_size("tokens", covered.size(), static_cast<std::size_t>(experts()));
+  if (array_length(shape_, sums) == 0) return true;
+  std::fill(delta_.begin(), delta_.end(), 0);
+  const std::span<std::int64_t> to_sums = delta(sums).subspan(at), to_tokens = delta(tokens).subspan(at);
+  for (std::size_t i = 0; i < loss_sums.size(); ++i) {
+    if (!fits_fixed(loss_sums[i]) || covered[i] < 0) return commit(false);
+    to_sums[i] = to_fixed(loss_sums[i]);
+    to_tokens[i] = covered[i];
+  }
+  return commit(true);
+}
+
+bool RoutingStats::add_expert_losses(std::span<const double> loss_sums,
+                                     std::span<const std::int64_t> tokens) {
+  return add_losses(kExpertLossSum, kExpertLossTokens, 0, loss_sums, tokens);
+}
+
+bool RoutingStats::add_domain_losses(int domain, std::span<const double> loss_sums,
+                                     std::span<const std::int64_t> tokens) {
+  check_domain(shape_, domain);
+  return add_losses(kDomainLossSum, kDomainLossTokens,
+                    static_cast<std::size_t>(domain) * static_cast<std::size_t>(experts()), loss_sums,
+                    tokens);
+}
+
+bool RoutingStats::add_token_losses(const TokenLosses& batch) {
+  const std::size_t tokens = batch.losses.size(), k = static_cast<std::size_t>(top_k());
+  require_size("experts", batch.experts.size(), tokens * k);
+  if (!batch.mask.empty()) require_size("mask", batch.mask.size(), tokens);
+  if (!batch.domain_ids.empty()) require_size("domain_ids", batch.domain_ids.size(), tokens);
+  const auto n = static_cast<std::uint64_t>(experts());
+  const bool by_domain = !batch.domain_ids.empty() && !array(kDomainLossSum).empty();
+  if (!shape_.needs.losses && !by_domain) return true;
+  std::fill(delta_.begin(), delta_.end(), 0);
+  const std::span<std::int64_t> sums = delta(kExpertLossSum), covered = delta(kExpertLossTokens),
+                                domain_sums = delta(kDomainLossSum),
+                                domain_covered = delta(kDomainLossTokens);
+  for (std::size_t t = 0; t < tokens; ++t) {
+    if (!batch.mask.empty() && batch.mask[t] == 0) continue;
+    const auto loss = static_cast<double>(batch.losses[t]);
+    if (!fits_fixed(loss)) return commit(false);
+    const std::int64_t term = to_fixed(loss), domain = by_domain ? batch.domain_ids[t] : 0;
+    if (domain < 0 || (by_domain && domain >= shape_.needs.domains)) return commit(false);
+    for (std::size_t j = 0; j < k; ++j) {
+      const auto expert = static_cast<std::uint64_t>(batch.experts[t * k + j]);
+      if (expert >= n) return commit(false);
+      if (shape_.needs.losses) {
+        sums[expert] = wrapping_add(sums[expert], term);
+        ++covered[expert];
+      }
+      if (by_domain) {
+        const std::size_t at = static_cast<std::size_t>(domain) * n + expert;
+        domain_sums[at] = wrapping_add(domain_sums[at], term);
+        ++domain_covered[at];
+      }
+    }
+  }
+  return commit(true);
+}
+
+// ---- Reading ----
+
+std::optional<double> RoutingStats::mean_gap() const {
+  if (tokens() <= 0 || scalar(kGapTokens) != tokens()) return std::nullopt;
+  return from_fixed(scalar(kGapSum)) / static_cast<double>(tokens());
+}
+
+std::optional<double> RoutingStats::dropped() const {
+  if (tokens() <= 0 || scalar(kDropTokens) != tokens()) return std::nullopt;
+  return static_cast<double>(scalar(kDropped));
+}
+
+bool RoutingStats::has_sequences() const {
+  return shape_.needs.sequences && scalar(kSequences) > 0 && scalar(kSequenceTokens) == tokens();
+}
+
+bool RoutingStats::has_probabilities() const {
+  return shape_.needs.probabilities && tokens() > 0 && scalar(kProbTokens) == tokens();
+}
+
+bool RoutingStats::has_domains() const {
+  return shape_.needs.domains > 0 && tokens() > 0 && scalar(kDomainTokens) == tokens();
+}
+
+bool RoutingStats::has_margins() const {
+  return shape_.needs.margins && tokens() > 0 && scalar(kMarginTokens) == tokens();
+}
+
+bool RoutingStats::has_margin_rows() const {
+  return shape_.needs.margin_rows && tokens() > 0 && scalar(kMarginTokens) == tokens() &&
+         margin_rows_.size() == static_cast<std::size_t>(tokens()) * static_cast<std::size_t>(experts());
+}
+
+std::span<const std::int64_t, kMarginBins> RoutingStats::margins(int expert) const {
+  if (!shape_.needs.margins || expert < 0 || expert >= experts()) {
+    throw std::invalid_argument("expert: " + std::to_string(expert) + ": must be 0 to " +
+                                std::to_string(experts() - 1) + " of stats that collect margins");
+  }
+  return array(kMargins).subspan(static_cast<std::size_t>(expert) * kMarginBins).first<kMarginBins>();
+}
+
+std::span<const std::int64_t> RoutingStats::domain_counts(int domain) const {
+  check_domain(shape_, domain);
+  const auto n = static_cast<std::size_t>(experts());
+  return array(kDomainCounts).subspan(static_cast<std::size_t>(domain) * n, n);
+}
+
+std::int64_t RoutingStats::domain_tokens(int domain) const {
+  std::int64_t sum = 0;
+  for (const std::int64_t count : domain_counts(domain)) sum = wrapping_add(sum, count);
+  return sum / top_k();
+}
+
+}  // namespace moectl

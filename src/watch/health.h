@@ -1,0 +1,92 @@
+// HealthMonitor: the state of one layer, its failure modes, alerts and bands, step by step.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "moectl/health.h"
+#include "moectl/metrics.h"
+#include "moectl/state.h"
+
+namespace moectl {
+
+/// On for what must first persist, then stay: raised after `after` steps of `enter`, lifted after `after`
+/// steps of `leave`, with at least `dwell` steps between any two changes.
+class Latch {
+ public:
+  /// Returns whether it is on.
+  bool update(bool enter, bool leave, std::int64_t after, std::int64_t dwell);
+  bool on() const { return on_; }
+
+  static constexpr int kStateSize = 3;
+  void save(std::span<std::int64_t> out) const;
+  void load(std::span<const std::int64_t> in);
+
+ private:
+  bool on_ = false;
+  std::int64_t run_ = 0;   // steps in a row that speak for a change
+  std::int64_t age_ = -1;  // steps since the last change; -1 = none yet
+};
+
+class HealthMonitor {
+ public:
+  /// Throws std::invalid_argument if check_health() finds fault. `on_target`: metrics_on_target() of unequal targets;
+  /// what is absent is that of equal ones.
+  HealthMonitor(const StatsShape& shape, HealthOptions options, const Metrics& on_target = {});
+  // Alerts are views of the monitor's own names.
+  HealthMonitor(const HealthMonitor&) = delete;
+  HealthMonitor& operator=(const HealthMonitor&) = delete;
+  HealthMonitor(HealthMonitor&&) = default;
+  HealthMonitor& operator=(HealthMonitor&&) = default;
+
+  /// `smoothed` holds the moving average of each metric. `swing_cv` is the CV of the load's deviations from
+  /// its average. Without data, `metrics` is nullptr. Does not allocate.
+  void observe(std::int64_t step, const Metrics* metrics, const Metrics& smoothed, double swing_cv);
+
+  Health state() const { return state_; }
+  bool has(FailureMode mode) const { return modes_[static_cast<std::size_t>(mode)].on(); }
+  /// What stands now: failure modes, then alerts, then "band:METRIC" for bands that do not hold.
+  std::span<const std::string_view> alerts() const { return active_; }
+  /// The phase in force; empty without phases.
+  std::string_view phase() const { return phase_; }
+
+  void save(StateWriter& out) const;
+  void load(StateReader& in);
+
+ private:
+  struct Rule {
+    std::size_t field;
+    AlertRule rule;
+    Latch latch;
+  };
+  struct Watched {  // a metric with a band in some phase
+    std::size_t field;
+    std::string alert;
+    Latch latch;
+  };
+  void look(const Metrics& metrics, const Metrics& smoothed, double swing_cv);
+  void watch_bands(std::int64_t step, const Metrics& smoothed);
+  Health worst() const;
+  template <class Self, class Visit>
+  static void for_each_latch(Self& self, Visit&& visit);
+
+  // Of a load on its targets: the entropy less that of k experts, ln N over the entropy, the slowest device over the
+  // mean; and the experts that are to get something.
+  double log_top_k_, entropy_range_, even_entropy_ = 1, slowdown_ = 1, wanted_;
+  HealthOptions options_;
+  std::vector<Rule> rules_;
+  std::vector<Watched> watched_;
+  std::array<bool, kHealthCount> flags_{};
+  std::array<Latch, kFailureModeCount> modes_;
+  std::array<bool, kFailureModeCount> mode_flags_{};
+  Health state_ = Health::kNoData;
+  std::int64_t state_age_ = 0, without_data_ = 0, seen_ = 0;
+  std::string_view phase_;
+  std::vector<std::string_view> active_;
+};
+
+}  // namespace moectl

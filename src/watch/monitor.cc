@@ -1,0 +1,393 @@
+#include "moectl/monitor.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "watch/health.h"
+#include "watch/trend.h"
+
+namespace moectl {
+namespace {
+
+// Metrics that the monitor sets.
+constexpr Metrics::Value Metrics::*kOfHistory[] = {
+    &Metrics::dead_experts,
+    &Metrics::token_entropy_slope,
+    &Metrics::entropy_slope,
+    &Metrics::routing_variance,
+    &Metrics::path_efficiency,
+    &Metrics::stagnant_experts,
+    &Metrics::tail_sensitivity,
+    &Metrics::tail_correlation,
+    &Metrics::load_autocorrelation,
+    &Metrics::oscillation,
+    &Metrics::swing,
+    &Metrics::shift,
+};
+
+constexpr double kStagnantGradient = 0.1;  // of the median over experts
+constexpr double kUnknown = std::numeric_limits<double>::quiet_NaN();
+constexpr double kSlow = 0.2;  // the slow average of losses, relative to `ema`
+
+MonitorOptions checked(const StatsShape& shape, const MonitorOptions& options) {
+  if (shape.experts < 1) {
+    throw std::invalid_argument("experts: " + std::to_string(shape.experts) + ": must be at least 1");
+  }
+  if (!(options.ema > 0 && options.ema <= 1)) {
+    throw std::invalid_argument("ema: " + std::to_string(options.ema) + ": must be above 0 and at most 1");
+  }
+  if (!(options.dead_fraction >= 0 && options.dead_fraction < 1)) {
+    throw std::invalid_argument("dead_fraction: " + std::to_string(options.dead_fraction) +
+                                ": must be at least 0 and below 1");
+  }
+  if (options.dead_after < 1) {
+    throw std::invalid_argument("dead_after: " + std::to_string(options.dead_after) + ": must be at least 1");
+  }
+  if (options.trend_window < 4) {
+    throw std::invalid_argument("trend_window: " + std::to_string(options.trend_window) +
+                                ": must be at least 4");
+  }
+  return options;
+}
+
+// The field of expert_fields() of this name.
+const ExpertField& expert_field(std::string_view name) {
+  return *std::find_if(expert_fields().begin(), expert_fields().end(),
+                       [&](const ExpertField& field) { return field.name == name; });
+}
+
+}  // namespace
+
+void copy_history(const Metrics& from, Metrics& to) {
+  for (const auto value : kOfHistory) to.*value = from.*value;
+}
+
+struct LayerMonitor::Impl {
+  Impl(const StatsShape& shape, const MonitorOptions& options, const MetricsOptions& metrics);
+  void observe(const RoutingStats& stats, Metrics& metrics, std::optional<double> loss);
+  void observe_nothing();
+  Trend trend(const MetricField& field) const;
+  void save(StateWriter& out) const;
+  void load(StateReader& in);
+  void watch_loads(const RoutingStats& stats, Metrics& metrics);
+  void watch_experts(const RoutingStats& stats, Metrics& metrics);
+  void watch_tail(const RoutingStats& stats, Metrics& metrics);
+  void smooth(const Metrics& metrics);
+
+  StatsShape shape_;
+  MonitorOptions options_;
+  MetricsOptions metrics_options_;
+  LoadTargets targets_;
+  std::vector<double> smoothed_;
+  std::vector<std::int64_t> below_;
+  std::int64_t observed_ = 0, steps_ = 0;
+  std::vector<double> load_;  // p of this step
+  Metrics smoothed_metrics_;
+  History entropy_, token_entropy_;
+
+  // With trends.
+  std::optional<LoadTrend> load_trend_;
+  std::optional<HistoryTable> history_;  // of each metric, and of the loss
+
+  // With gradients, losses, latencies.
+  std::vector<double> values_, grad_norm_, fast_loss_, slow_loss_, update_frequency_;
+  std::int64_t gradient_steps_ = 0;
+  std::optional<History> tail_, tail_load_;
+
+  HealthMonitor health_;
+};
+
+LayerMonitor::Impl::Impl(const StatsShape& shape, const MonitorOptions& options,
+                         const MetricsOptions& metrics)
+    : shape_(shape),
+      options_(checked(shape, options)),
+      metrics_options_(metrics),
+      targets_(shape.experts, metrics.targets),
+      smoothed_(static_cast<std::size_t>(shape.experts), 0.0),
+      below_(static_cast<std::size_t>(shape.experts), 0),
+      load_(static_cast<std::size_t>(shape.experts), 0.0),
+      entropy_(static_cast<std::size_t>(options.trend_window)),
+      token_entropy_(static_cast<std::size_t>(options.trend_window)),
+      health_(shape, options.health, targets_.equal() ? Metrics{} : metrics_on_target(shape, metrics)) {
+  const auto experts = static_cast<std::size_t>(shape.experts);
+  const auto window = static_cast<std::size_t>(options.trend_window);
+  if (options.trends) {
+    load_trend_.emplace(targets_, options.trend_window, options.ema);
+    history_.emplace(window, metric_fields().size() + 1);
+  }
+  const StatsNeeds& needs = shape.needs;
+  if (needs.gradients || needs.losses || needs.latencies) values_.resize(experts);
+  if (needs.gradients) {
+    grad_norm_.assign(experts, 0.0);
+    update_frequency_.assign(experts, 0.0);
+  }
+  if (needs.losses) {
+    fast_loss_.assign(experts, std::nan(""));
+    slow_loss_.assign(experts, std::nan(""));
+  }
+  if (needs.latencies) {
+    tail_.emplace(window);
+    tail_load_.emplace(window);
+  }
+}
+
+void LayerMonitor::Impl::observe_nothing() {
+  health_.observe(steps_++, nullptr, smoothed_metrics_, 0);
+}
+
+void LayerMonitor::Impl::observe(const RoutingStats& stats, Metrics& metrics, std::optional<double> loss) {
+  copy_history(Metrics{}, metrics);
+  if (!metrics.max_load) {
+    observe_nothing();
+    return;
+  }
+  if (stats.counts().size() != smoothed_.size()) {
+    throw std::invalid_argument("stats: " + std::to_string(stats.counts().size()) + " experts: must be " +
+                                std::to_string(smoothed_.size()));
+  }
+  watch_loads(stats, metrics);
+  if (!values_.empty()) watch_experts(stats, metrics);
+  if (tail_) watch_tail(stats, metrics);
+  smooth(metrics);
+  if (history_) {
+    const std::span<double> row = history_->push();
+    for (std::size_t f = 0; f + 1 < row.size(); ++f) {
+      row[f] = (metrics.*(metric_fields()[f].value)).value_or(kUnknown);
+    }
+    row.back() = loss.value_or(kUnknown);
+  }
+  ++observed_;
+  health_.observe(steps_++, &metrics, smoothed_metrics_, load_trend_ ? load_trend_->deviation_cv() : 0);
+}
+
+void LayerMonitor::Impl::watch_loads(const RoutingStats& stats, Metrics& metrics) {
+  const std::span<const std::int64_t> counts = stats.counts();
+  const double assignments = static_cast<double>(stats.assignments());
+  const double share = 1 / assignments;  // a division for each expert would cost as much as all the rest
+  for (std::size_t i = 0; i < counts.size(); ++i) load_[i] = static_cast<double>(counts[i]) * share;
+  if (load_trend_) load_trend_->observe(load_, smoothed_, metrics);
+  const double weight = observed_ == 0 ? 1.0 : options_.ema;
+  std::int64_t dead = 0;
+  const auto follow = [&](auto threshold_of) {
+    for (std::size_t i = 0; i < counts.size(); ++i) {
+      smoothed_[i] += weight * (load_[i] - smoothed_[i]);
+      below_[i] = smoothed_[i] < threshold_of(i) ? below_[i] + 1 : 0;
+      dead += below_[i] >= options_.dead_after ? 1 : 0;
+    }
+  };
+  if (targets_.equal()) {
+    const double threshold = options_.dead_fraction / static_cast<double>(counts.size());
+    follow([=](std::size_t) { return threshold; });
+  } else {
+    follow([&](std::size_t i) { return options_.dead_fraction * targets_.load(i, 1); });
+  }
+  metrics.dead_experts = static_cast<double>(dead);
+  entropy_.push(*metrics.entropy);
+  metrics.entropy_slope = slope(entropy_.values());
+  if (metrics.token_entropy) {
+    token_entropy_.push(*metrics.token_entropy);
+    metrics.token_entropy_slope = slope(token_entropy_.values());
+  }
+}
+
+// An expert is stagnant that gets tokens, whose loss does not fall (its fast average is not under its slow
+// one) and whose gradient is far under the others'. What is to get no tokens need not learn.
+void LayerMonitor::Impl::watch_experts(const RoutingStats& stats, Metrics& metrics) {
+  static const ExpertField& gradient = expert_field("grad_norm");
+  static const ExpertField& expert_loss = expert_field("expert_loss");
+  const bool has_gradient = gradient.values(stats, values_);
+  if (has_gradient) {
+    const double weight = gradient_steps_ == 0 ? 1.0 : options_.ema;
+    ++gradient_steps_;
+    for (std::size_t i = 0; i < values_.size(); ++i) {
+      grad_norm_[i] += weight * (values_[i] - grad_norm_[i]);
+      const double updated = values_[i] > 0 ? 1 : 0;
+      double& frequency = update_frequency_[i];
+      // Mostly every expert has had a gradient at every step, and there is nothing to divide.
+      if (frequency != updated) frequency += (updated - frequency) / static_cast<double>(gradient_steps_);
+    }
+  }
+  const bool has_loss = expert_loss.values(stats, values_);
+  if (has_loss) {
+    const double fast_weight = options_.ema, slow_weight = kSlow * options_.ema;
+    for (std::size_t i = 0; i < values_.size(); ++i) {  // NaN: no loss this time, no average yet
+      const double loss = values_[i], fast = fast_loss_[i], slow = slow_loss_[i];
+      const bool known = loss == loss, first = fast != fast;
+      const double new_fast = first ? loss : fast + fast_weight * (loss - fast);
+      const double new_slow = first ? loss : slow + slow_weight * (loss - slow);
+      fast_loss_[i] = known ? new_fast : fast;
+      slow_loss_[i] = known ? new_slow : slow;
+    }
+  }
+  if (!has_gradient || !has_loss || observed_ + 1 < options_.trend_window) return;
+  const auto stagnant_under = [&](double limit) {
+    std::int64_t stagnant = 0;
+    for (std::size_t i = 0; i < below_.size(); ++i) {
+      const bool alive = (below_[i] == 0) & targets_.is_wanted(i), learns = fast_loss_[i] < slow_loss_[i];
+      stagnant += (alive & !learns & (grad_norm_[i] < limit)) ? 1 : 0;
+    }
+    return stagnant;
+  };
+  // The median is under the largest: mostly nobody is far under that either, and no median is wanted.
+  std::int64_t stagnant =
+      stagnant_under(kStagnantGradient * *std::max_element(grad_norm_.begin(), grad_norm_.end()));
+  if (stagnant > 0) {
+    std::copy(grad_norm_.begin(), grad_norm_.end(), values_.begin());
+    const auto middle = values_.begin() + static_cast<std::ptrdiff_t>(values_.size() / 2);
+    std::nth_element(values_.begin(), middle, values_.end());
+    stagnant = stagnant_under(kStagnantGradient * *middle);
+  }
+  metrics.stagnant_experts = static_cast<double>(stagnant);
+}
+
+// A layer is as slow as its slowest expert.
+void LayerMonitor::Impl::watch_tail(const RoutingStats& stats, Metrics& metrics) {
+  static const ExpertField& latency = expert_field("latency");
+  if (!latency.values(stats, values_)) return;
+  tail_->push(*std::max_element(values_.begin(), values_.end()));
+  // What a device computes, whatever it was meant to.
+  tail_load_->push(targets_.equal() ? *metrics.max_to_mean : *metrics.max_load * shape_.experts);
+  const Regression line = regression(tail_load_->values(), tail_->values());
+  metrics.tail_sensitivity = line.slope;
+  metrics.tail_correlation = line.correlation;
+}
+
+void LayerMonitor::Impl::smooth(const Metrics& metrics) {
+  for (const MetricField& field : metric_fields()) {
+    const Metrics::Value& value = metrics.*(field.value);
+    Metrics::Value& smoothed = smoothed_metrics_.*(field.value);
+    if (value) smoothed = smoothed ? *smoothed + options_.ema * (*value - *smoothed) : *value;
+  }
+}
+
+LayerMonitor::Trend LayerMonitor::Impl::trend(const MetricField& field) const {
+  if (!history_) return {};
+  const std::vector<double> values =
+      history_->column(static_cast<std::size_t>(&field - metric_fields().data()));
+  return {smoothed_metrics_.*(field.value), slope(values), moectl::autocorrelation(values),
+          moectl::sign_flips(values), correlation(values, history_->column(metric_fields().size()))};
+}
+
+// ---- State ----
+
+void LayerMonitor::Impl::save(StateWriter& out) const {
+  const std::int64_t counts[] = {observed_, steps_, gradient_steps_};
+  out.put("monitor.counts", std::span<const std::int64_t>(counts));
+  out.put("monitor.smoothed", std::span<const double>(smoothed_));
+  out.put("monitor.below", std::span<const std::int64_t>(below_));
+  std::vector<double> metrics;
+  for (const MetricField& field : metric_fields()) {
+    metrics.push_back((smoothed_metrics_.*(field.value)).value_or(std::nan("")));
+  }
+  out.put("monitor.metrics", std::span<const double>(metrics));
+  entropy_.save(out);
+  token_entropy_.save(out);
+  if (load_trend_) {
+    load_trend_->save(out);
+    history_->save(out);
+  }
+  out.put("monitor.grad_norm", std::span<const double>(grad_norm_));
+  out.put("monitor.update_frequency", std::span<const double>(update_frequency_));
+  out.put("monitor.fast_loss", std::span<const double>(fast_loss_));
+  out.put("monitor.slow_loss", std::span<const double>(slow_loss_));
+  if (tail_) {
+    tail_->save(out);
+    tail_load_->save(out);
+  }
+  health_.save(out);
+}
+
+void LayerMonitor::Impl::load(StateReader& in) {
+  // Read into another: a bad state leaves this one as it was.
+  Impl fresh(shape_, options_, metrics_options_);
+  std::int64_t counts[3];
+  in.get("monitor.counts", std::span<std::int64_t>(counts));
+  fresh.observed_ = counts[0];
+  fresh.steps_ = counts[1];
+  fresh.gradient_steps_ = counts[2];
+  in.get("monitor.smoothed", std::span<double>(fresh.smoothed_));
+  in.get("monitor.below", std::span<std::int64_t>(fresh.below_));
+  std::vector<double> metrics(metric_fields().size());
+  in.get("monitor.metrics", std::span<double>(metrics));
+  for (std::size_t f = 0; f < metrics.size(); ++f) {
+    if (!std::isnan(metrics[f])) fresh.smoothed_metrics_.*(metric_fields()[f].value) = metrics[f];
+  }
+  fresh.entropy_.load(in);
+  fresh.token_entropy_.load(in);
+  if (fresh.load_trend_) {
+    fresh.load_trend_->load(in);
+    fresh.history_->load(in);
+  }
+  in.get("monitor.grad_norm", std::span<double>(fresh.grad_norm_));
+  in.get("monitor.update_frequency", std::span<double>(fresh.update_frequency_));
+  in.get("monitor.fast_loss", std::span<double>(fresh.fast_loss_));
+  in.get("monitor.slow_loss", std::span<double>(fresh.slow_loss_));
+  if (fresh.tail_) {
+    fresh.tail_->load(in);
+    fresh.tail_load_->load(in);
+  }
+  fresh.health_.load(in);
+  *this = std::move(fresh);
+}
+
+// ---- What the header shows ----
+
+LayerMonitor::LayerMonitor(const StatsShape& shape, const MonitorOptions& options,
+                           const MetricsOptions& metrics)
+    : impl_(std::make_unique<Impl>(shape, options, metrics)) {}
+LayerMonitor::~LayerMonitor() = default;
+LayerMonitor::LayerMonitor(LayerMonitor&&) noexcept = default;
+LayerMonitor& LayerMonitor::operator=(LayerMonitor&&) noexcept = default;
+
+void LayerMonitor::observe(const RoutingStats& stats, Metrics& metrics, std::optional<double> loss) {
+  impl_->observe(stats, metrics, loss);
+}
+void LayerMonitor::observe_nothing() {
+  impl_->observe_nothing();
+}
+std::span<const double> LayerMonitor::smoothed_load() const {
+  return impl_->smoothed_;
+}
+const Metrics& LayerMonitor::smoothed() const {
+  return impl_->smoothed_metrics_;
+}
+std::span<const std::int64_t> LayerMonitor::steps_below() const {
+  return impl_->below_;
+}
+bool LayerMonitor::is_dead(int expert) const {
+  return impl_->below_[static_cast<std::size_t>(expert)] >= impl_->options_.dead_after;
+}
+std::int64_t LayerMonitor::steps_observed() const {
+  return impl_->observed_;
+}
+std::span<const double> LayerMonitor::update_frequency() const {
+  return impl_->gradient_steps_ > 0 ? std::span<const double>(impl_->update_frequency_)
+                                    : std::span<const double>();
+}
+Health LayerMonitor::health() const {
+  return impl_->health_.state();
+}
+bool LayerMonitor::has(FailureMode mode) const {
+  return impl_->health_.has(mode);
+}
+std::span<const std::string_view> LayerMonitor::alerts() const {
+  return impl_->health_.alerts();
+}
+std::string_view LayerMonitor::phase() const {
+  return impl_->health_.phase();
+}
+LayerMonitor::Trend LayerMonitor::trend(const MetricField& field) const {
+  return impl_->trend(field);
+}
+void LayerMonitor::save(StateWriter& out) const {
+  impl_->save(out);
+}
+void LayerMonitor::load(StateReader& in) {
+  impl_->load(in);
+}
+
+}  // namespace moectl
