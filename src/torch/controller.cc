@@ -2,6 +2,7 @@
 
 #include <cstring>
 #include <span>
+#include <sstream>
 #include <stdexcept>
 #include <utility>
 
@@ -47,12 +48,7 @@ TorchController::TorchController(ControllerConfig config, const TorchOptions& op
   const ::torch::NoGradGuard no_grad;
   const std::int64_t layers = model.layers, experts = model.experts;
   values_ = ::torch::zeros({layers * (experts + 2)}, ::torch::dtype(::torch::kFloat).device(options_.device));
-  const ::torch::Tensor biases = values_.narrow(0, 0, layers * experts).view({layers, experts});
-  const ::torch::Tensor temperatures = values_.narrow(0, layers * experts, layers);
-  const ::torch::Tensor weights = values_.narrow(0, layers * (experts + 1), layers);
-  for (std::int64_t layer = 0; layer < layers; ++layer) {
-    actuators_.push_back({biases.select(0, layer), temperatures.select(0, layer), weights.select(0, layer)});
-  }
+  for (std::int64_t layer = 0; layer < layers; ++layer) actuators_.push_back(views(layer));
   outbox_ = std::make_shared<Outbox>(values_);
   // Rows of margins are no sums: they are gathered on the host alone.
   const bool on_device = !options_.device.is_cpu() || options_.count_by_operators;
@@ -81,6 +77,7 @@ void TorchController::record(int layer, const ::torch::Tensor& indices, const Re
 }
 
 const StepReport& TorchController::step(const StepInfo& info) {
+  check_wiring();
   if (sums_ && controller_.config().lag == 0) sums_->drain(controller_);
   const StepReport& report = controller_.step(info);
   publish();
@@ -93,6 +90,66 @@ const RouterActuators& TorchController::actuators(int layer) const {
                                 std::to_string(actuators_.size()) + ")");
   }
   return actuators_[static_cast<std::size_t>(layer)];
+}
+
+RouterActuators TorchController::views(std::int64_t layer) const {
+  const ModelConfig& model = controller_.config().model;
+  const std::int64_t layers = model.layers, experts = model.experts;
+  return {values_.narrow(0, layer * experts, experts), values_.select(0, layers * experts + layer),
+          values_.select(0, layers * (experts + 1) + layer)};
+}
+
+// torch::load and Module::to replace the storage of a registered buffer in place, in the tensor that was handed out: the
+// router would read the old values for ever. What was handed out is our own tensor, so the change can be seen here.
+void TorchController::check_wiring() {
+  const ModelConfig& model = controller_.config().model;
+  const std::int64_t layers = model.layers, experts = model.experts;
+  const auto at_home = [&](const ::torch::Tensor& tensor, std::int64_t offset, std::int64_t size) {
+    return tensor.is_alias_of(values_) && tensor.storage_offset() == offset && tensor.numel() == size &&
+           tensor.scalar_type() == ::torch::kFloat;
+  };
+  for (std::int64_t layer = 0; layer < layers; ++layer) {
+    const RouterActuators& handed_out = actuators_[static_cast<std::size_t>(layer)];
+    if (at_home(handed_out.bias, layer * experts, experts) &&
+        at_home(handed_out.temperature, layers * experts + layer, 1) &&
+        at_home(handed_out.aux_loss_weight, layers * (experts + 1) + layer, 1)) {
+      continue;
+    }
+    rewire(layer);
+  }
+}
+
+void TorchController::rewire(std::int64_t layer) {
+  const c10::InferenceMode normal(false);
+  const ::torch::NoGradGuard no_grad;
+  RouterActuators& handed_out = actuators_[static_cast<std::size_t>(layer)];
+  const RouterActuators home = views(layer);
+  const auto tie = [&](const char* name, ::torch::Tensor& tensor, const ::torch::Tensor& to) {
+    if (tensor.is_alias_of(values_) && tensor.storage_offset() == to.storage_offset() &&
+        tensor.sizes() == to.sizes() && tensor.scalar_type() == to.scalar_type()) {
+      return;
+    }
+    std::ostringstream what;
+    what << "layer " << layer << ": " << name
+         << ": the tensor that the controller handed out now lies elsewhere (" << tensor.scalar_type()
+         << " on " << tensor.device() << ")";
+    if (tensor.device() != to.device()) {
+      what << ": the controller writes on " << to.device()
+           << ". Make the TorchController with TorchOptions::device set to the device of the model, before "
+              "the model "
+              "registers the tensor as a buffer";
+      throw std::invalid_argument(what.str());
+    }
+    tensor.set_data(to);
+    ++rewired_;
+    TORCH_WARN(what.str(),
+               ", as after torch::load or Module::to(dtype). It was tied to the controller again and holds "
+               "the values "
+               "in force (float32). Values that came with a checkpoint are not taken over.");
+  };
+  tie("bias", handed_out.bias, home.bias);
+  tie("temperature", handed_out.temperature, home.temperature);
+  tie("aux_loss_weight", handed_out.aux_loss_weight, home.aux_loss_weight);
 }
 
 void TorchController::publish() {

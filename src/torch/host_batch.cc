@@ -21,6 +21,14 @@ bool is_integer(const ::torch::Tensor& tensor) {
   return at::isIntegralType(tensor.scalar_type(), /*includeBool=*/false);
 }
 
+// One element a token: [T], or the shape of the indices without k. A transposed [S, B] has as many elements, and another
+// meaning.
+bool has_tokens_shape(const ::torch::Tensor& tensor, const ::torch::Tensor& indices) {
+  const std::int64_t tokens = indices.numel() / indices.size(-1);
+  if (tensor.numel() != tokens) return false;
+  return tensor.dim() == 1 || indices.dim() == 2 || tensor.sizes() == indices.sizes().slice(0, 2);
+}
+
 }  // namespace
 
 const void* HostBatch::host(const ::torch::Tensor& tensor, ::torch::ScalarType type) {
@@ -34,10 +42,16 @@ void check_record(const StatsShape& shape, const ::torch::Tensor& indices, const
           "indices", indices, "must be [B, S, k] or [T, k] with the k of the config");
   require(is_integer(indices), "indices", indices, "must be of an integer type");
   const std::int64_t tokens = indices.numel() / shape.top_k;
-  if (const auto& mask = options.mask; mask.defined())
-    require(mask.numel() == tokens, "mask", mask, "must have one element a token");
+  if (const auto& mask = options.mask; mask.defined()) {
+    require(at::isIntegralType(mask.scalar_type(), /*includeBool=*/true), "mask", mask,
+            "must be bool or of an integer type, non-zero = a real token (an additive float mask means the "
+            "opposite)");
+    require(has_tokens_shape(mask, indices), "mask", mask,
+            "must have the shape of the indices without k, or [T]");
+  }
   if (const auto& ids = options.sequence_ids; ids.defined())
-    require(ids.numel() == tokens && is_integer(ids), "sequence_ids", ids, "must have one integer a token");
+    require(has_tokens_shape(ids, indices) && is_integer(ids), "sequence_ids", ids,
+            "must hold integers, in the shape of the indices without k, or [T]");
   if (const auto& values = options.top_values; values.defined())
     require(values.numel() == tokens * (shape.top_k + 1), "top_values", values, "must be [T, k+1]");
   if (const auto& values = options.biased_scores; values.defined()) {
@@ -47,7 +61,8 @@ void check_record(const StatsShape& shape, const ::torch::Tensor& indices, const
   if (const auto& values = options.probabilities; values.defined())
     require(values.numel() == tokens * shape.experts, "probabilities", values, "must be [T, N]");
   if (const auto& ids = options.domain_ids; ids.defined())
-    require(ids.numel() == tokens && is_integer(ids), "domain_ids", ids, "must have one integer a token");
+    require(has_tokens_shape(ids, indices) && is_integer(ids), "domain_ids", ids,
+            "must hold integers, in the shape of the indices without k, or [T]");
   if (const auto& dropped = options.dropped; dropped.defined())
     require(dropped.numel() == 1 && is_integer(dropped), "dropped", dropped, "must be one integer");
 }

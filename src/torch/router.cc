@@ -91,8 +91,16 @@ RouterOutput TopKRouterImpl::route(const Tensor& logits, const RouterInputs& inp
   }
   const RouterActuators& actuators = inputs.actuators;
   const Tensor mask = inputs.mask.defined() ? inputs.mask.reshape(-1) : Tensor();
-  if (mask.defined() && mask.numel() * options.experts() != logits.numel()) {
-    throw std::invalid_argument("mask: must have one element a token");
+  if (mask.defined()) {
+    // An additive float mask (0 / -inf) means the opposite, and a transposed one has as many elements.
+    if (!at::isIntegralType(inputs.mask.scalar_type(), /*includeBool=*/true)) {
+      throw std::invalid_argument("mask: must be bool or of an integer type, non-zero = a real token");
+    }
+    const auto tokens = logits.sizes().slice(0, static_cast<std::size_t>(logits.dim() - 1));
+    if (mask.numel() * options.experts() != logits.numel() ||
+        (inputs.mask.dim() != 1 && inputs.mask.sizes() != tokens)) {
+      throw std::invalid_argument("mask: must have the shape of the logits without N, or [T]");
+    }
   }
   RouterOutput out;
   out.logits = logits.to(::torch::promote_types(logits.scalar_type(), ::torch::kFloat32));

@@ -100,15 +100,18 @@ TEST(DevicePath, CountsTheSameBitsAsReadingTheMemory) {
   }
 }
 
-TEST(DevicePath, CountsIndicesOfAnyIntegerTypeScoresOfAnyFloatTypeAndMasksOfAny) {
+TEST(DevicePath, CountsIndicesAndMasksOfAnyIntegerTypeAndScoresOfAnyFloatType) {
   const Batch batch = batch_of(1);
-  for (const auto type : {::torch::kFloat16, ::torch::kBFloat16, ::torch::kFloat64}) {
+  const std::pair<::torch::ScalarType, ::torch::ScalarType> types[] = {{::torch::kFloat16, ::torch::kBool},
+                                                                       {::torch::kBFloat16, ::torch::kInt16},
+                                                                       {::torch::kFloat64, ::torch::kLong}};
+  for (const auto& [type, mask_type] : types) {
     TorchController host(device_config()), device(device_config(), kByOperators);
     RecordOptions options = batch.options;
     options.top_values = batch.options.top_values.to(type);
     options.probabilities = batch.options.probabilities.to(type);
     options.domain_ids = batch.options.domain_ids.to(::torch::kInt32);
-    options.mask = ::torch::arange(batch.indices.numel() / kTopK).to(type);
+    options.mask = ::torch::arange(batch.indices.numel() / kTopK).to(mask_type);
     for (TorchController* it : {&host, &device}) it->record(0, batch.indices.to(::torch::kInt16), options);
     EXPECT_EQ(flat(device.step().layers[0]), flat(host.step().layers[0]));
     EXPECT_TRUE(host.report().layers[0].stats->valid());

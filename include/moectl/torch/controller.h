@@ -19,7 +19,9 @@
 namespace moectl {
 
 /// What one layer's router reads. The tensors of a TorchController stay at one address for its whole life and
-/// are updated in place by `step` and `load`; an undefined tensor stands for the neutral value.
+/// are updated in place by `step` and `load`; an undefined tensor stands for the neutral value. A module may register
+/// them as its own buffers: if `torch::load` or `Module::to(dtype)` gives such a buffer other storage, the next `step`
+/// ties the buffer to the controller again.
 struct RouterActuators {
   ::torch::Tensor bias{};             ///< Added to the scores for selection only. float32 [N].
   ::torch::Tensor temperature{};      ///< float32, 0-dim, > 0.
@@ -33,7 +35,9 @@ struct RecordOptions {
   ::torch::Tensor probabilities{};  ///< [T, N] router probabilities. float32.
   /// [T, N] all biased scores, -inf where selection was not free to choose; with top_values. float32.
   ::torch::Tensor biased_scores{};
-  ::torch::Tensor mask{};          ///< [T] true = a real token, false = padding. bool or uint8.
+  /// [T], or [B, S] as the indices: non-zero = a real token, 0 = padding. bool or an integer type; an additive float
+  /// mask (0 / -inf) means the opposite and is refused.
+  ::torch::Tensor mask{};
   ::torch::Tensor sequence_ids{};  ///< [T] non-decreasing. int64. Not needed for indices [B, S, k].
   ::torch::Tensor domain_ids{};    ///< [T] in [0, domains). int64.
   ::torch::Tensor dropped{};       ///< 0-dim: assignments dropped for lack of capacity. int64.
@@ -82,6 +86,8 @@ class TorchController {
 
   /// Once an optimizer step; see Controller::step. The tensors then hold what is in force: on an accelerator,
   /// for all that its current stream is given from then on. With `lag: 1` no sum of this step is waited for.
+  /// Handed-out tensors that no longer share the controller's memory are tied to it again, with a warning that names
+  /// the layer. A tensor that was moved to another device cannot be: std::invalid_argument, before anything is decided.
   const StepReport& step(const StepInfo& info = {});
   const StepReport& report() const { return controller_.report(); }
 
@@ -101,11 +107,17 @@ class TorchController {
   void load(std::string_view state);
   void load(::torch::serialize::InputArchive& archive, const std::string& key = "moectl");
 
+  /// How often a handed-out tensor had lost the controller's memory and was tied to it again, since the start.
+  std::int64_t rewired() const { return rewired_; }
+
   /// The controller underneath, for all that needs no tensors: set_log, set_reduction, freeze, config.
   Controller& controller() { return controller_; }
   const Controller& controller() const { return controller_; }
 
  private:
+  RouterActuators views(std::int64_t layer) const;
+  void check_wiring();
+  void rewire(std::int64_t layer);
   void publish();
 
   TorchOptions options_;
@@ -114,6 +126,7 @@ class TorchController {
   // All layers' biases [L·N], temperatures [L] and weights [L] in one tensor. What is handed out are views.
   ::torch::Tensor values_;
   std::vector<RouterActuators> actuators_;
+  std::int64_t rewired_ = 0;
   // Values on their way to the device, whose memory must not be written before they have left.
   struct Outbox;
   std::shared_ptr<Outbox> outbox_;
