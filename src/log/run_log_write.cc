@@ -12,6 +12,7 @@
 #include <filesystem>
 #include <utility>
 
+#include "base/sigpipe.h"
 #include "log/log_lines.h"
 #include "moectl/run_log.h"
 
@@ -91,6 +92,7 @@ class Sink {
     }
   }
   ~Sink() {
+    const NoSigpipe guard;
     if (zip_) gzclose(zip_);
     if (file_ > STDERR_FILENO) close(file_);
   }
@@ -99,6 +101,7 @@ class Sink {
 
   bool is_open() const { return zip_ || file_ >= 0; }
   bool write(std::string_view text) {
+    const NoSigpipe guard;  // a reader that leaves must not end the training
     errno = 0;
     if (zip_) return text.empty() || gzwrite(zip_, text.data(), static_cast<unsigned>(text.size())) > 0;
     while (!text.empty()) {
@@ -109,7 +112,11 @@ class Sink {
     }
     return true;
   }
-  bool flush() { return !zip_ || gzflush(zip_, Z_SYNC_FLUSH) == Z_OK; }
+  bool flush() {
+    const NoSigpipe guard;
+    errno = 0;
+    return !zip_ || gzflush(zip_, Z_SYNC_FLUSH) == Z_OK;
+  }
 
  private:
   gzFile zip_ = nullptr;
@@ -313,7 +320,9 @@ bool RunLogWriter::ok() const {
 }
 
 void RunLogWriter::flush() {
-  if (file_->good && file_->sink && !file_->sink->flush()) file_->give_up("compression failed");
+  if (file_->good && file_->sink && !file_->sink->flush()) {
+    file_->give_up(errno ? std::strerror(errno) : "compression failed");
+  }
 }
 
 void RunLogWriter::write(const StepReport& report, std::string_view tag) {

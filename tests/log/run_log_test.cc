@@ -1,10 +1,14 @@
 #include "moectl/run_log.h"
 
+#include <fcntl.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/stat.h>
+#include <unistd.h>
 #include <zlib.h>
 
 #include <cmath>
+#include <csignal>
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <random>
@@ -834,6 +838,42 @@ TEST(RunLogWriter, AFullDiskIsSaidOnceAndNeverStopsTraining) {
   }
   EXPECT_EQ(::testing::internal::GetCapturedStderr(),
             "moectl: /dev/full: run log cannot be written (No space left on device); going on without it\n");
+}
+
+// A reader that leaves (`moectl watch` on a FIFO, `-o - | head`) must not end the training program.
+TEST(RunLogWriter, AReaderThatLeavesIsSaidOnceAndNeverEndsTheProgram) {
+  for (const char* name : {"pipe.jsonl", "pipe.jsonl.gz"}) {
+    const TempDir dir;
+    const std::string path = dir.path(name);
+    ASSERT_EQ(mkfifo(path.c_str(), 0600), 0);
+    const int reader = open(path.c_str(), O_RDONLY | O_NONBLOCK);
+    ASSERT_GE(reader, 0);
+    struct sigaction before {
+    }, after{};
+    sigaction(SIGPIPE, nullptr, &before);
+    ControllerConfig config;
+    config.model = {.layers = 1, .experts = 2, .top_k = 1};
+    Controller controller(config);
+    ::testing::internal::CaptureStderr();
+    {
+      RunLogWriter writer(path, config);
+      writer.write(controller.step());
+      EXPECT_TRUE(writer.ok());
+      close(reader);
+      for (int step = 0; step < 300 && writer.ok(); ++step) {
+        writer.write(controller.step());
+        writer.flush();
+      }
+      EXPECT_FALSE(writer.ok());
+      writer.write(controller.step());
+    }
+    EXPECT_THAT(::testing::internal::GetCapturedStderr(), HasSubstr("Broken pipe"));
+    sigaction(SIGPIPE, nullptr, &after);
+    EXPECT_EQ(before.sa_handler, after.sa_handler) << "the host's signal handling is the host's";
+    sigset_t pending;
+    sigpending(&pending);
+    EXPECT_EQ(sigismember(&pending, SIGPIPE), 0);
+  }
 }
 
 TEST(RunLogWriter, AnUnwritablePathIsSaidOnce) {
