@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 
 #include "cli/tool.h"
+#include "config/config_explain.h"
 #include "feasibility/targets.h"
 #include "moectl/config.h"
 #include "moectl/feasibility.h"
@@ -14,6 +15,7 @@ namespace {
 
 struct Options {
   std::string config, format;
+  bool explain = false, reference = false;
 };
 
 /// A set-point that cannot be reached can only be chased: the integrator winds up until a limit stops it.
@@ -74,6 +76,10 @@ int check(const Options& options, const PolicyRegistry& registry) {
     std::cout << verdict.dump() << '\n';
     return feasible ? 0 : 1;
   }
+  if (options.explain) {
+    std::cout << explain(config, registry);
+    return 0;
+  }
   std::cout << to_yaml(config);
   // As comments, so that what was printed is still a config.
   if (config.model.tokens_per_step == 0 && !targets_of(config).empty()) {
@@ -123,10 +129,23 @@ void add_check(CLI::App& app, Tool& tool) {
       "  moectl check policies/pi.yaml\n"
       "  moectl check - --format json < config.yaml");
   auto options = std::make_shared<Options>();
-  command->add_option("CONFIG", options->config, "YAML config")->required();
-  add_format(*command, options->format, {"text", "json"});
-  command->callback(
-      [&tool, options] { tool.run = [&tool, options] { return check(*options, tool.registry); }; });
+  CLI::Option* config = command->add_option("CONFIG", options->config, "YAML config");
+  CLI::Option* format = add_format(*command, options->format, {"text", "json"});
+  command
+      ->add_flag("--explain", options->explain,
+                 "Every key instead, with its value, default, range, unit and meaning")
+      ->excludes(format);
+  CLI::Option* reference =
+      command->add_flag("--reference", options->reference, "Every key there is, as Markdown; without CONFIG")
+          ->excludes(config);
+  command->callback([&tool, options, config, reference] {
+    if (config->empty() && reference->empty()) throw CLI::RequiredError("CONFIG");
+    tool.run = [&tool, options] {
+      if (!options->reference) return check(*options, tool.registry);
+      std::cout << config_reference(tool.registry);
+      return 0;
+    };
+  });
 }
 
 }  // namespace moectl::cli

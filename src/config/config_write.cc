@@ -1,7 +1,7 @@
 // ControllerConfig → YAML and JSON: one tree for both, since JSON's values are YAML's.
 #include <nlohmann/json.hpp>
 
-#include "config/config_check.h"
+#include "control/config_fields.h"
 #include "moectl/config.h"
 
 namespace moectl {
@@ -9,126 +9,50 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-Json tree(const ActuatorConfig& actuator) {
-  Json options = Json::object();
-  for (const auto& [name, value] : actuator.options.values()) {
-    std::visit([&, &key = name](const auto& typed) { options[key] = typed; }, value);
+template <class Struct>
+void write_fields(const Struct& all, Json& out);
+
+/// Leaves out what is empty or not given: read back, it is the same.
+template <class T>
+void write(const FieldInfo& field, const T& value, Json& out) {
+  const std::string key(field.key);
+  if constexpr (kHasFields<T>) {
+    write_fields(value, out[key]);
+  } else if constexpr (std::is_enum_v<T>) {
+    out[key] = name_of(value);
+  } else if constexpr (kIsOptional<T>) {
+    if (value) {
+      write(field, *value, out);
+    } else if (kHasFields<typename T::value_type>) {
+      out[key] = false;
+    }
+  } else if constexpr (std::is_same_v<T, PolicyOptions>) {
+    out[key] = Json::object();
+    for (const auto& [name, option] : value.values()) {
+      std::visit([&, &inner = name](const auto& typed) { out[key][inner] = typed; }, option);
+    }
+  } else if constexpr (std::is_same_v<T, Bands>) {
+    for (const auto& [metric, band] : value) out[key][metric] = {band.low, band.high};
+  } else if constexpr (std::is_arithmetic_v<T>) {
+    if (!is_absent(field, value)) out[key] = value;
+  } else if (!value.empty()) {
+    if constexpr (std::is_same_v<T, std::vector<Phase>> || std::is_same_v<T, std::vector<AlertRule>>) {
+      for (const auto& one : value) write_fields(one, out[key].emplace_back());
+    } else {
+      out[key] = value;
+    }
   }
-  const Limits& limits = actuator.limits;
-  return {{"policy", actuator.policy},
-          {"options", options},
-          {"initial", actuator.initial},
-          {"scope", name_of(actuator.scope)},
-          {"limits",
-           {{"min", limits.min},
-            {"max", limits.max},
-            {"rate", limits.rate},
-            {"center", limits.center},
-            {"deadband", limits.deadband},
-            {"warmup", limits.warmup},
-            {"cadence", limits.cadence},
-            {"cooldown", limits.cooldown}}}};
 }
 
-Json tree(const GuardOptions& guard) {
-  return {{"enabled", guard.enabled},
-          {"fhs", guard.fhs},
-          {"entropy_fall", guard.entropy_fall},
-          {"dead_share", guard.dead_share},
-          {"max_token_share", guard.max_token_share},
-          {"lost_after", guard.lost_after},
-          {"warmup", guard.warmup},
-          {"confirm", guard.confirm},
-          {"aux_factor", guard.aux_factor},
-          {"temperature_factor", guard.temperature_factor},
-          {"bias_step", guard.bias_step},
-          {"recovered_max_vio", guard.recovered_max_vio},
-          {"dwell", guard.dwell},
-          {"patience", guard.patience},
-          {"cooldown", guard.cooldown}};
-}
-
-Json tree(const SafetyOptions& safety) {
-  Json rollback = false, oscillation = false;
-  if (const auto& r = safety.rollback) {
-    rollback = {{"loss_jump", r->loss_jump},
-                {"drop_jump", r->drop_jump},
-                {"within", r->within},
-                {"cooldown", r->cooldown}};
-  }
-  if (const auto& o = safety.oscillation)
-    oscillation = {{"threshold", o->threshold}, {"min_gain", o->min_gain}};
-  return {{"rollback", rollback}, {"oscillation", oscillation}, {"fallback_after", safety.fallback_after}};
-}
-
-Json tree(const Bands& bands) {
-  Json all = Json::object();
-  for (const auto& [metric, band] : bands) all[metric] = {band.low, band.high};
-  return all;
-}
-
-Json tree(const HealthOptions& health) {
-  Json all = {{"dwell", health.dwell}, {"weak_specialization", health.weak_specialization}};
-  if (!health.bands.empty()) all["bands"] = tree(health.bands);
-  for (const Phase& phase : health.phases) {
-    Json one = Json::object();
-    if (!phase.name.empty()) one["name"] = phase.name;
-    if (phase.until >= 0) one["until"] = phase.until;
-    one["bands"] = tree(phase.bands);
-    all["phases"].push_back(one);
-  }
-  for (const AlertRule& rule : health.alerts) {
-    Json one = {{"metric", rule.metric}};
-    if (!rule.name.empty()) one["name"] = rule.name;
-    if (rule.above) one["above"] = *rule.above;
-    if (rule.below) one["below"] = *rule.below;
-    one["for"] = rule.for_steps;
-    one["after"] = rule.after;
-    all["alerts"].push_back(one);
-  }
-  return all;
+template <class Struct>
+void write_fields(const Struct& all, Json& out) {
+  if (!out.is_object()) out = Json::object();
+  for_each_field(all, [&](const FieldInfo& field, const auto& value) { write(field, value, out); });
 }
 
 Json tree(const ControllerConfig& config) {
-  const ModelConfig& m = config.model;
-  Json model = {{"layers", m.layers},
-                {"experts", m.experts},
-                {"top_k", m.top_k},
-                {"tokens_per_step", m.tokens_per_step},
-                {"score_space", name_of(m.score_space)},
-                {"delay", m.delay}};
-  if (!m.domains.empty()) model["domains"] = m.domains;
-  if (!m.targets.empty()) model["targets"] = m.targets;
-  Json metrics = {{"capacity_factor", config.metrics.capacity_factor},
-                  {"cold_fraction", config.metrics.cold_fraction},
-                  {"dead_fraction", config.monitor.dead_fraction},
-                  {"dead_after", config.monitor.dead_after},
-                  {"ema", config.monitor.ema},
-                  {"trend_window", config.monitor.trend_window},
-                  {"trends", config.monitor.trends}};
-  if (!config.metrics.placement.empty()) metrics["placement"] = config.metrics.placement;
-  Json all = {{"version", 1},
-              {"mode", name_of(config.mode)},
-              {"lag", config.lag},
-              {"model", model},
-              {"metrics", metrics}};
-  for (const Actuator which : kActuators) all[std::string(name_of(which))] = tree(config.actuator(which));
-  all["safety"] = tree(config.safety);
-  all["guard"] = tree(config.guard);
-  all["health"] = tree(config.monitor.health);
-  all["log"] = {{"every", config.log.every},
-                {"per_expert", config.log.per_expert},
-                {"rotate_mb", config.log.rotate_mb},
-                {"keep", config.log.keep}};
-  const StatsNeeds& c = config.collect;
-  all["collect"] = {{"gap", c.gap},
-                    {"sequences", c.sequences},
-                    {"probabilities", c.probabilities},
-                    {"gradients", c.gradients},
-                    {"losses", c.losses},
-                    {"domain_losses", c.domain_losses},
-                    {"latencies", c.latencies},
-                    {"margins", c.margins}};
+  Json all = {{"version", 1}};
+  write_fields(config, all);
   return all;
 }
 

@@ -9,6 +9,8 @@
 #include <sstream>
 #include <utility>
 
+#include "control/config_check.h"
+
 namespace moectl {
 namespace {
 
@@ -208,7 +210,7 @@ std::string YamlMap::path_to(std::string_view key) const {
 }
 
 const YamlMap::Entry* YamlMap::find(std::string_view key) {
-  asked_.emplace_back(key);
+  if (std::find(asked_.begin(), asked_.end(), key) == asked_.end()) asked_.emplace_back(key);
   const auto it = entries_.find(key);
   return it == entries_.end() ? nullptr : &it->second;
 }
@@ -272,20 +274,26 @@ bool YamlMap::read(std::string_view key, std::vector<std::string>& out) {
   return read_list(key, out);
 }
 
-std::optional<YamlMap> YamlMap::map(std::string_view key) {
-  const Entry* entry = find(key);
-  if (!entry) return std::nullopt;
-  if (!entry->value.IsMap())
-    throw error(key, shown(entry->value), "must be a map of keys, {} if there are none");
-  return YamlMap(file_, path_to(key), entry->value, entry->place);
+YamlMap* YamlMap::inner(std::string path, const YAML::Node& node, Place place) {
+  std::unique_ptr<YamlMap>& map = inner_[path];
+  if (!map) map.reset(new YamlMap(file_, std::move(path), node, place));
+  return map.get();
 }
 
-std::vector<YamlMap> YamlMap::maps(std::string_view key) {
+YamlMap* YamlMap::map(std::string_view key) {
+  const Entry* entry = find(key);
+  if (!entry) return nullptr;
+  if (!entry->value.IsMap())
+    throw error(key, shown(entry->value), "must be a map of keys, {} if there are none");
+  return inner(path_to(key), entry->value, entry->place);
+}
+
+std::vector<YamlMap*> YamlMap::maps(std::string_view key) {
   const Entry* entry = find(key);
   if (!entry) return {};
   const YAML::Node& list = entry->value;
   if (!list.IsSequence()) throw error(key, shown(list), "must be a list of maps");
-  std::vector<YamlMap> maps;
+  std::vector<YamlMap*> maps;
   for (std::size_t i = 0; i < list.size(); ++i) {
     const std::string path = path_to(key) + '[' + std::to_string(i) + ']';
     const Place place = place_of(list[i].Mark());
@@ -293,42 +301,36 @@ std::vector<YamlMap> YamlMap::maps(std::string_view key) {
     if (!list[i].IsMap() || has_explicit_tag(list[i])) {
       throw file_.error({path, shown(list[i]), "must be a map of keys"});
     }
-    maps.push_back(YamlMap(file_, path, list[i], place));
+    maps.push_back(inner(path, list[i], place));
   }
   return maps;
 }
 
-std::optional<YamlMap> YamlMap::map_or_switch(std::string_view key, bool& out) {
+YamlMap* YamlMap::map_or_switch(std::string_view key, bool& out) {
   const Entry* entry = find(key);
-  if (!entry) return std::nullopt;
+  if (!entry) return nullptr;
   if (entry->value.IsMap()) {
     out = true;
-    return YamlMap(file_, path_to(key), entry->value, entry->place);
+    return map(key);
   }
   if (parse(entry->value, out))
     throw error(key, shown(entry->value), "must be off, on, or a map of its options");
-  return std::nullopt;
+  return nullptr;
 }
 
 void YamlMap::finish() const {
   for (const std::string& key : order_) {
     if (std::find(asked_.begin(), asked_.end(), key) != asked_.end()) continue;
     const Entry& entry = entries_.find(key)->second;
-    std::string constraint = "unknown key";
-    if (const std::string near = nearest_key(key, asked_); !near.empty()) {
-      constraint += "; did you mean '" + near + "'?";
-    } else if (asked_.empty()) {
-      constraint += "; none is known here";
-    } else {
-      constraint += "; known are ";
-      for (std::size_t i = 0; i < asked_.size(); ++i) constraint += (i ? ", " : "") + asked_[i];
-    }
-    throw file_.error(entry.key_place, {path_to(key), shown(entry.value), constraint});
+    const std::string near = did_you_mean(key, asked_);
+    const std::string known = asked_.empty() ? "; none is known here" : "; known are " + listed(asked_);
+    throw file_.error(entry.key_place,
+                      {path_to(key), shown(entry.value), "unknown key" + (near.empty() ? known : near)});
   }
-}
-
-void YamlMap::require(std::string_view key) const {
-  if (!has(key)) throw file_.error(place_, {path_to(key), "missing", "required"});
+  for (const auto& [path, map] : inner_) map->finish();
+  for (const std::string& key : required_) {
+    if (!has(key)) throw file_.error(place_, {path_to(key), "missing", "required"});
+  }
 }
 
 }  // namespace moectl

@@ -6,11 +6,12 @@
 
 #include <cstdint>
 #include <map>
-#include <optional>
+#include <memory>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "base/fields.h"
 #include "moectl/config.h"
 
 namespace moectl {
@@ -19,13 +20,6 @@ namespace moectl {
 struct Place {
   int line = 1;
   int column = 1;
-};
-
-/// What is wrong with one value: the last three parts of a ConfigError's message.
-struct ConfigProblem {
-  std::string key;  ///< Dotted path, as "expert_bias.limits.rate".
-  std::string value;
-  std::string constraint;
 };
 
 class YamlMap;
@@ -60,17 +54,19 @@ class YamlMap {
   bool read(std::string_view key, std::vector<int>& out);
   bool read(std::string_view key, std::vector<double>& out);
   bool read(std::string_view key, std::vector<std::string>& out);
-  std::optional<YamlMap> map(std::string_view key);
+  // Maps inside are owned by this one; whoever asks for a key again gets the same map.
+  YamlMap* map(std::string_view key);
   /// A list of maps; empty if the key is absent.
-  std::vector<YamlMap> maps(std::string_view key);
+  std::vector<YamlMap*> maps(std::string_view key);
   /// For a feature that `off` switches off, and `on` or a map of its options switches on. Sets `out` where
   /// the key is given; returns the map if it was one.
-  std::optional<YamlMap> map_or_switch(std::string_view key, bool& out);
+  YamlMap* map_or_switch(std::string_view key, bool& out);
 
-  /// Throws ConfigError for a key that nobody asked for, naming the nearest one that was asked for.
+  /// The key must be there, which finish() sees to.
+  void require(std::string_view key) { required_.emplace_back(key); }
+  /// Throws ConfigError for a key that nobody asked for, naming the nearest one that was asked for, and for a required
+  /// one that is absent; in this map and in those inside.
   void finish() const;
-  /// Throws ConfigError if the key is absent.
-  void require(std::string_view key) const;
   bool has(std::string_view key) const;
   /// Where the map stands in the file's tree, as "health.phases[0]".
   const std::string& path() const { return path_; }
@@ -84,6 +80,7 @@ class YamlMap {
     YAML::Node value;
   };
   YamlMap(YamlFile& file, std::string path, const YAML::Node& node, Place place);
+  YamlMap* inner(std::string path, const YAML::Node& node, Place place);
   const Entry* find(std::string_view key);
   template <typename T>
   bool read_scalar(std::string_view key, T& out);
@@ -96,7 +93,8 @@ class YamlMap {
   Place place_;
   std::vector<std::string> order_;  // of the file
   std::map<std::string, Entry, std::less<>> entries_;
-  std::vector<std::string> asked_;
+  std::vector<std::string> asked_, required_;
+  std::map<std::string, std::unique_ptr<YamlMap>> inner_;  // by path
 };
 
 }  // namespace moectl

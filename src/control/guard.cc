@@ -3,8 +3,9 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <sstream>
 #include <string>
+
+#include "control/config_fields.h"
 
 namespace moectl {
 namespace {
@@ -39,54 +40,15 @@ constexpr double kGrow = 1.2, kShrink = 0.5, kSmallestStep = 1.0 / 1024, kLarges
 // After a relapse steps go on at the size that was found, yet no smaller than this: the layer is near balance, and a
 // first step meant for a collapse would throw it.
 constexpr double kSmallestFirstStep = 1.0 / 256;
-// Doubled after every relapse and added to steps: it must not overflow.
-constexpr std::int64_t kMostSteps = 1'000'000'000'000;
 // How fast the scalars are raised after a relapse, while the biases alone do not balance.
 constexpr double kRaise = 0.1;
 // A scalar is back where it was once it is this close, as a ratio.
 constexpr double kBack = 1e-9;
 
-std::string violated(const char* key, double value, const char* constraint) {
-  std::ostringstream out;
-  out << key << ": " << value << ": " << constraint;
-  return out.str();
-}
-
-bool is_share(double x) {
-  return x > 0 && x <= 1;
-}
-
 }  // namespace
 
-std::string check_guard(const GuardOptions& o) {
-  if (!is_share(o.entropy_fall)) return violated("entropy_fall", o.entropy_fall, "must be in (0, 1]");
-  if (!is_share(o.dead_share)) return violated("dead_share", o.dead_share, "must be in (0, 1]");
-  if (!is_share(o.max_token_share))
-    return violated("max_token_share", o.max_token_share, "must be in (0, 1]");
-  const auto count = [](const char* key, std::int64_t value, std::int64_t least) {
-    if (value > kMostSteps) return violated(key, static_cast<double>(value), "must be at most 1e12");
-    return value < least ? violated(key, static_cast<double>(value),
-                                    least == 0 ? "must be at least 0" : "must be at least 1")
-                         : std::string();
-  };
-  for (const std::string& wrong :
-       {count("lost_after", o.lost_after, 1), count("warmup", o.warmup, 0), count("confirm", o.confirm, 1),
-        count("dwell", o.dwell, 1), count("patience", o.patience, 1), count("cooldown", o.cooldown, 0)}) {
-    if (!wrong.empty()) return wrong;
-  }
-  if (!(o.aux_factor >= 1) || !std::isfinite(o.aux_factor)) {
-    return violated("aux_factor", o.aux_factor, "must be at least 1 and finite");
-  }
-  if (!(o.temperature_factor >= 1) || !std::isfinite(o.temperature_factor)) {
-    return violated("temperature_factor", o.temperature_factor, "must be at least 1 and finite");
-  }
-  if (!(o.bias_step >= 0) || !std::isfinite(o.bias_step)) {
-    return violated("bias_step", o.bias_step, "must be at least 0 and finite");
-  }
-  if (!(o.recovered_max_vio > 0)) {
-    return violated("recovered_max_vio", o.recovered_max_vio, "must be above 0");
-  }
-  return "";
+std::string check_guard(const GuardOptions& options) {
+  return text_of(check_fields(options));
 }
 
 std::string_view name_of(GuardState state) {

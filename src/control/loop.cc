@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <utility>
 
+#include "control/config_keys.h"
+
 namespace moectl {
 namespace {
 
@@ -121,7 +123,7 @@ void Controller::Loop::use_previous_sums(const StepInfo& info) {
 
 void Controller::Loop::check_ranks() {
   if (!reduction_ || ranks_checked_) return;
-  check_same_everywhere(reduction_, hash_bytes(describe_for_ranks(config_, shape_)));
+  check_same_everywhere(reduction_, describe_for_ranks(config_, shape_));
   ranks_checked_ = true;
 }
 

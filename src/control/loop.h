@@ -133,12 +133,6 @@ class Controller::Loop {
   StepReport report_;
 };
 
-/// The part of a config that a saved state depends on, as lines of "key: value": model, monitor, policies and
-/// their options, scope and cadence. Limits, supervision, mode and log may change between runs.
-std::string describe_for_state(const ControllerConfig& config, const StatsShape& shape);
-/// All of a config that ranks must share.
-std::string describe_for_ranks(const ControllerConfig& config, const StatsShape& shape);
-
 template <class Add>
 void Controller::Loop::record(int layer, std::int64_t micro_batch, Add&& add) {
   Layer& at = layer_at(layer);

@@ -1,82 +1,12 @@
-// What of a running loop is saved, and what of the config a saved state belongs to.
-#include <array>
+// What of a running loop is saved.
 #include <cmath>
-#include <cstdio>
 #include <string>
-#include <variant>
 
 #include "control/loop.h"
 #include "measure/saved_sums.h"
 
 namespace moectl {
 namespace {
-
-void line(std::string& out, std::string_view key, std::string_view value) {
-  out.append(key).append(": ").append(value).append("\n");
-}
-
-void line(std::string& out, std::string_view key, double value) {
-  std::array<char, 64> text{};
-  std::snprintf(text.data(), text.size(), "%.17g", value);
-  line(out, key, std::string_view(text.data()));
-}
-
-void line(std::string& out, std::string_view key, std::int64_t value) {
-  line(out, key, std::to_string(value));
-}
-void line(std::string& out, std::string_view key, int value) {
-  line(out, key, std::to_string(value));
-}
-void line(std::string& out, std::string_view key, bool value) {
-  line(out, key, std::string_view(value ? "true" : "false"));  // char* would be a bool again
-}
-void line(std::string& out, std::string_view key, const std::string& value) {
-  line(out, key, std::string_view(value));
-}
-
-void describe_limits(std::string& out, const std::string& where, const ActuatorConfig& actuator) {
-  const Limits& limits = actuator.limits;
-  line(out, where + ".initial", actuator.initial);
-  line(out, where + ".limits.min", limits.min);
-  line(out, where + ".limits.max", limits.max);
-  line(out, where + ".limits.rate", limits.rate);
-  line(out, where + ".limits.center", limits.center);
-  line(out, where + ".limits.deadband", limits.deadband);
-  line(out, where + ".limits.warmup", limits.warmup);
-  line(out, where + ".limits.cooldown", limits.cooldown);
-}
-
-void describe_guard(std::string& out, const GuardOptions& guard) {
-  if (!guard.enabled) return;
-  line(out, "guard.fhs", guard.fhs);
-  line(out, "guard.entropy_fall", guard.entropy_fall);
-  line(out, "guard.dead_share", guard.dead_share);
-  line(out, "guard.max_token_share", guard.max_token_share);
-  line(out, "guard.lost_after", guard.lost_after);
-  line(out, "guard.warmup", guard.warmup);
-  line(out, "guard.confirm", guard.confirm);
-  line(out, "guard.aux_factor", guard.aux_factor);
-  line(out, "guard.temperature_factor", guard.temperature_factor);
-  line(out, "guard.bias_step", guard.bias_step);
-  line(out, "guard.recovered_max_vio", guard.recovered_max_vio);
-  line(out, "guard.dwell", guard.dwell);
-  line(out, "guard.patience", guard.patience);
-  line(out, "guard.cooldown", guard.cooldown);
-}
-
-void describe_supervision(std::string& out, const SafetyOptions& safety) {
-  line(out, "safety.fallback_after", safety.fallback_after);
-  if (safety.rollback) {
-    line(out, "safety.rollback.loss_jump", safety.rollback->loss_jump);
-    line(out, "safety.rollback.drop_jump", safety.rollback->drop_jump);
-    line(out, "safety.rollback.within", safety.rollback->within);
-    line(out, "safety.rollback.cooldown", safety.rollback->cooldown);
-  }
-  if (safety.oscillation) {
-    line(out, "safety.oscillation.threshold", safety.oscillation->threshold);
-    line(out, "safety.oscillation.min_gain", safety.oscillation->min_gain);
-  }
-}
 
 // Reads: config differs: saved with "model.experts: 16", this run has "model.experts: 8"".
 std::string first_difference(std::string_view saved, std::string_view own) {
@@ -93,58 +23,6 @@ std::string first_difference(std::string_view saved, std::string_view own) {
 }
 
 }  // namespace
-
-std::string describe_for_state(const ControllerConfig& config, const StatsShape& shape) {
-  std::string out;
-  const ModelConfig& model = config.model;
-  line(out, "model.layers", model.layers);
-  line(out, "model.experts", model.experts);
-  line(out, "model.top_k", model.top_k);
-  line(out, "model.score_space", name_of(model.score_space));
-  line(out, "model.delay", model.delay);
-  line(out, "lag", config.lag);
-  for (const std::string& domain : model.domains) line(out, "model.domains", domain);
-  for (const double target : model.targets) line(out, "model.targets", target);
-  line(out, "metrics.ema", config.monitor.ema);
-  line(out, "metrics.dead_fraction", config.monitor.dead_fraction);
-  line(out, "metrics.dead_after", config.monitor.dead_after);
-  line(out, "guard.enabled", config.guard.enabled);
-  line(out, "metrics.trend_window", config.monitor.trend_window);
-  line(out, "metrics.trends", config.monitor.trends);
-  const HealthOptions& health = config.monitor.health;
-  line(out, "health.dwell", health.dwell);
-  line(out, "health.weak_specialization", health.weak_specialization);
-  for (const AlertRule& rule : health.alerts) line(out, "health.alerts", rule.metric);
-  for (const auto& [metric, band] : health.bands) line(out, "health.bands", metric);
-  for (const Phase& phase : health.phases) {
-    line(out, "health.phases.until", phase.until);
-    for (const auto& [metric, band] : phase.bands) line(out, "health.phases.bands", metric);
-  }
-  line(out, "collected sums of a layer", static_cast<std::int64_t>(shape.flat_size()));
-  for (const Actuator which : kActuators) {
-    const ActuatorConfig& actuator = config.actuator(which);
-    const std::string where(name_of(which));
-    line(out, where + ".policy", actuator.policy);
-    line(out, where + ".scope", name_of(actuator.scope));
-    line(out, where + ".limits.cadence", actuator.limits.cadence);
-    for (const auto& option : actuator.options.values()) {
-      const std::string key = where + ".options." + option.first;
-      std::visit([&](const auto& v) { line(out, key, v); }, option.second);
-    }
-  }
-  return out;
-}
-
-std::string describe_for_ranks(const ControllerConfig& config, const StatsShape& shape) {
-  std::string out = describe_for_state(config, shape);
-  line(out, "mode", name_of(config.mode));
-  for (const Actuator which : kActuators) {
-    describe_limits(out, std::string(name_of(which)), config.actuator(which));
-  }
-  describe_supervision(out, config.safety);
-  describe_guard(out, config.guard);
-  return out;
-}
 
 std::string Controller::Loop::save() {
   if (pending_ && pending_->in_flight()) {

@@ -31,6 +31,20 @@ bool equal_everywhere(std::int64_t ranks, std::int64_t sum, std::int64_t square_
          static_cast<std::uint64_t>(sum) * static_cast<std::uint64_t>(sum);
 }
 
+bool is_same_everywhere(const Reduction& reduction, std::uint64_t hash) {
+  std::array<std::int64_t, 7> words{1};
+  for (std::size_t part = 0; part < 3; ++part) {
+    const auto h = static_cast<std::int64_t>((hash >> (kHashBits * part)) & ((1U << kHashBits) - 1));
+    words[1 + 2 * part] = h;
+    words[2 + 2 * part] = h * h;
+  }
+  rethrow_as_reduction_error([&] { reduction(words); });
+  for (std::size_t part = 0; part < 3; ++part) {
+    if (!equal_everywhere(words[0], words[1 + 2 * part], words[2 + 2 * part])) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 std::uint64_t hash_bytes(std::string_view bytes) {
@@ -51,19 +65,22 @@ std::uint64_t hash_values(std::span<const double> values, std::uint64_t seed) {
   return mix(mix(mix(lanes[0], lanes[1]), lanes[2]), lanes[3]);
 }
 
-void check_same_everywhere(const Reduction& reduction, std::uint64_t fingerprint) {
-  std::array<std::int64_t, 7> words{1};
-  for (std::size_t part = 0; part < 3; ++part) {
-    const auto h = static_cast<std::int64_t>((fingerprint >> (kHashBits * part)) & ((1U << kHashBits) - 1));
-    words[1 + 2 * part] = h;
-    words[2 + 2 * part] = h * h;
+void check_same_everywhere(const Reduction& reduction, std::span<const std::string> lines) {
+  const auto first_agree = [&](std::size_t count) {
+    std::string text;
+    for (const std::string& line : lines.first(std::min(count, lines.size()))) text += line + '\n';
+    return is_same_everywhere(reduction, hash_bytes(text));
+  };
+  constexpr std::size_t kMostLines = std::size_t{1} << 30;
+  if (first_agree(kMostLines)) return;
+  // Every rank sees the same answers, so all of them search in step.
+  std::size_t same = 0;
+  for (std::size_t more = kMostLines / 2; more > 0; more /= 2) {
+    if (first_agree(same + more)) same += more;
   }
-  rethrow_as_reduction_error([&] { reduction(words); });
-  for (std::size_t part = 0; part < 3; ++part) {
-    if (!equal_everywhere(words[0], words[1 + 2 * part], words[2 + 2 * part])) {
-      throw ReductionError("ranks disagree on the number of layers, their shape or the config");
-    }
-  }
+  throw ReductionError("ranks disagree on the config: this rank has " +
+                       (same < lines.size() ? '"' + lines[same] + '"' : "none of the keys that others have") +
+                       ", another rank has not");
 }
 
 Payload::Payload(std::size_t layers, std::size_t flat_size, std::size_t domains)

@@ -30,9 +30,10 @@ void rethrow_as_reduction_error(Body&& body) {
   }
 }
 
-/// Throws ReductionError unless all ranks hold the same fingerprint. One small collective of fixed size, so
-/// that ranks whose payloads differ in size find out before they hang in the large one.
-void check_same_everywhere(const Reduction& reduction, std::uint64_t fingerprint);
+/// Throws ReductionError unless all ranks hold the same lines "key: value"; it says the first that differs. One small
+/// collective of fixed size, so that ranks whose payloads differ in size find out before they hang in the large one;
+/// where lines differ, a few more of the same size.
+void check_same_everywhere(const Reduction& reduction, std::span<const std::string> lines);
 
 class Payload {
  public:

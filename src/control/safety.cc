@@ -2,12 +2,13 @@
 
 #include <algorithm>
 #include <array>
-#include <charconv>
 #include <cmath>
 #include <limits>
 #include <stdexcept>
 
 #include "base/lanes.h"
+#include "control/config_check.h"
+#include "control/config_fields.h"
 
 namespace moectl {
 namespace {
@@ -110,15 +111,6 @@ bool all_equal(std::span<const double> a, std::span<const double> b) {
          }) == 0;
 }
 
-std::string number(double value) {
-  char text[32];
-  return {text, std::to_chars(text, text + sizeof text, value).ptr};
-}
-
-std::string violated(const char* key, double value, const std::string& constraint) {
-  return std::string(key) + ": " + number(value) + ": " + constraint;
-}
-
 }  // namespace
 
 std::string_view name_of(Reason reason) {
@@ -158,38 +150,29 @@ Limits default_limits(Actuator actuator, std::optional<double> initial) {
   return limits;
 }
 
+std::optional<ConfigProblem> problem_in(Actuator actuator, const Limits& limits, double initial) {
+  if (auto problem = check_fields(limits)) return problem;
+  const auto wrong = [](const char* key, auto value, std::string constraint) {
+    return ConfigProblem{key, shown(value), std::move(constraint)};
+  };
+  const std::string range = '[' + shown(limits.min) + ", " + shown(limits.max) + ']';
+  if (limits.min > limits.max)
+    return wrong("min", limits.min, "must not exceed max (" + shown(limits.max) + ")");
+  if (actuator == Actuator::kAuxLossWeight && limits.min < 0)
+    return wrong("min", limits.min, "must be at least 0 for an auxiliary loss weight");
+  if (actuator == Actuator::kRouterTemperature && limits.min <= 0)
+    return wrong("min", limits.min, "must be above 0 for a temperature");
+  if (limits.center && is_multiplicative(actuator))
+    return wrong("center", true, "only expert biases can be centred");
+  if (limits.center && (limits.min > 0 || limits.max < 0))
+    return wrong("center", true, "the range " + range + " must hold 0");
+  if (!std::isfinite(initial) || initial < limits.min || initial > limits.max)
+    return wrong("initial", initial, "must lie in [min, max] = " + range);
+  return {};
+}
+
 std::string check_limits(Actuator actuator, const Limits& limits, double initial) {
-  if (!std::isfinite(limits.min)) return violated("min", limits.min, "must be finite");
-  if (!std::isfinite(limits.max)) return violated("max", limits.max, "must be finite");
-  if (!(limits.min <= limits.max)) {
-    return violated("min", limits.min, "must not exceed max (" + number(limits.max) + ")");
-  }
-  if (actuator == Actuator::kAuxLossWeight && limits.min < 0) {
-    return violated("min", limits.min, "must be at least 0 for an auxiliary loss weight");
-  }
-  if (actuator == Actuator::kRouterTemperature && !(limits.min > 0)) {
-    return violated("min", limits.min, "must be above 0 for a temperature");
-  }
-  if (!(limits.rate > 0) || !std::isfinite(limits.rate)) {
-    return violated("rate", limits.rate, "must be above 0 and finite");
-  }
-  if (!(limits.deadband >= 0) || !std::isfinite(limits.deadband)) {
-    return violated("deadband", limits.deadband, "must be at least 0 and finite");
-  }
-  if (limits.warmup < 0) return violated("warmup", static_cast<double>(limits.warmup), "must be at least 0");
-  if (limits.cadence < 1)
-    return violated("cadence", static_cast<double>(limits.cadence), "must be at least 1");
-  if (limits.cooldown < 0)
-    return violated("cooldown", static_cast<double>(limits.cooldown), "must be at least 0");
-  if (limits.center && is_multiplicative(actuator)) return "center: true: only expert biases can be centred";
-  if (limits.center && (limits.min > 0 || limits.max < 0)) {
-    return "center: true: the range [" + number(limits.min) + ", " + number(limits.max) + "] must hold 0";
-  }
-  if (!std::isfinite(initial) || initial < limits.min || initial > limits.max) {
-    return violated("initial", initial,
-                    "must lie in [min, max] = [" + number(limits.min) + ", " + number(limits.max) + "]");
-  }
-  return "";
+  return text_of(problem_in(actuator, limits, initial));
 }
 
 SafetyLimiter::SafetyLimiter(Actuator actuator, const Limits& limits, const SafetyOptions& options, int size,

@@ -9,6 +9,7 @@
 
 #include "base/fast_log.h"
 #include "measure/floors.h"
+#include "measure/measure_fields.h"
 
 namespace moectl {
 namespace {
@@ -169,14 +170,7 @@ std::int64_t predicted_drops(std::span<const std::int64_t> counts, const Totals&
 }
 
 void check(const StatsShape& shape, const MetricsOptions& options) {
-  if (!(options.capacity_factor > 0) || !std::isfinite(options.capacity_factor)) {
-    throw std::invalid_argument("capacity_factor: " + std::to_string(options.capacity_factor) +
-                                ": must be above 0");
-  }
-  if (!(options.cold_fraction >= 0 && options.cold_fraction <= 1)) {
-    throw std::invalid_argument("cold_fraction: " + std::to_string(options.cold_fraction) +
-                                ": must be 0 to 1");
-  }
+  if (const auto problem = check_fields(options)) throw std::invalid_argument(text_of(problem));
   if (!options.placement.empty() && options.placement.size() != static_cast<std::size_t>(shape.experts)) {
     throw std::invalid_argument("placement: " + std::to_string(options.placement.size()) +
                                 " devices: must name one for each of " + std::to_string(shape.experts) +

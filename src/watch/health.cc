@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <utility>
 
+#include "watch/watch_fields.h"
+
 namespace moectl {
 namespace {
 
@@ -53,20 +55,6 @@ std::size_t index_of(std::string_view metric) {
   return static_cast<std::size_t>(find_metric(metric) - metric_fields().data());
 }
 
-std::string check_bands(const std::string& path, const Bands& bands) {
-  for (const auto& [metric, band] : bands) {
-    if (find_metric(metric) == nullptr) return path + "." + metric + ": " + metric + ": must be a metric";
-    if (!std::isfinite(band.low) || !std::isfinite(band.high)) {
-      return path + "." + metric + ": [" + number(band.low) + ", " + number(band.high) + "]: must be finite";
-    }
-    if (!(band.low <= band.high)) {
-      return path + "." + metric + ": [" + number(band.low) + ", " + number(band.high) +
-             "]: must be ascending";
-    }
-  }
-  return "";
-}
-
 }  // namespace
 
 std::string_view name_of(Health health) {
@@ -83,39 +71,46 @@ std::string_view name_of(FailureMode mode) {
   return kNames[static_cast<std::size_t>(mode)];
 }
 
-std::string check_health(const HealthOptions& options) {
-  if (options.dwell < 1) return "dwell: " + std::to_string(options.dwell) + ": must be at least 1";
-  if (std::string fault = check_bands("bands", options.bands); !fault.empty()) return fault;
+std::vector<std::string> metric_names() {
+  std::vector<std::string> names;
+  for (const MetricField& field : metric_fields()) names.emplace_back(field.name);
+  return names;
+}
+
+std::optional<ConfigProblem> check_value(const FieldInfo& field, const Bands& bands) {
+  for (const auto& [metric, band] : bands) {
+    const std::string key = std::string(field.key) + '.' + metric;
+    const std::string ends = '[' + shown(band.low) + ", " + shown(band.high) + ']';
+    if (find_metric(metric) == nullptr) return ConfigProblem{key, metric, "must be a metric"};
+    if (!std::isfinite(band.low) || !std::isfinite(band.high))
+      return ConfigProblem{key, ends, "must be finite"};
+    if (band.low > band.high) return ConfigProblem{key, ends, "must be ascending"};
+  }
+  return {};
+}
+
+std::optional<ConfigProblem> problem_in(const HealthOptions& options) {
+  if (auto problem = check_fields(options)) return problem;
   std::int64_t last = 0;
   for (std::size_t i = 0; i < options.phases.size(); ++i) {
-    const Phase& phase = options.phases[i];
-    const std::string path = "phases[" + std::to_string(i) + "]";
-    const bool is_last = i + 1 == options.phases.size();
-    if (phase.until < 0 && !is_last)
-      return path + ".until: missing: must be given in all phases but the last";
-    if (phase.until >= 0 && phase.until <= last) {
-      return path + ".until: " + std::to_string(phase.until) + ": must be above " + std::to_string(last);
-    }
-    last = phase.until;
-    if (std::string fault = check_bands(path + ".bands", phase.bands); !fault.empty()) return fault;
+    const std::int64_t until = options.phases[i].until;
+    const std::string key = "phases[" + std::to_string(i) + "].until";
+    if (until < 0 && i + 1 < options.phases.size())
+      return ConfigProblem{key, "missing", "must be given in all phases but the last"};
+    if (until >= 0 && until <= last) return ConfigProblem{key, shown(until), "must be above " + shown(last)};
+    last = until;
   }
   for (std::size_t i = 0; i < options.alerts.size(); ++i) {
-    if (options.alerts[i].after < 0) {
-      return "alerts[" + std::to_string(i) + "].after: " + std::to_string(options.alerts[i].after) +
-             ": must not be negative";
-    }
     const AlertRule& rule = options.alerts[i];
-    const std::string path = "alerts[" + std::to_string(i) + "]";
-    if (find_metric(rule.metric) == nullptr) return path + ".metric: " + rule.metric + ": must be a metric";
-    if (rule.above.has_value() == rule.below.has_value()) {
-      return path + ": " + rule.metric + ": must have either above or below";
-    }
-    const double limit = rule.above ? *rule.above : *rule.below;
-    if (!std::isfinite(limit))
-      return path + (rule.above ? ".above: " : ".below: ") + number(limit) + ": must be finite";
-    if (rule.for_steps < 1) return path + ".for: " + std::to_string(rule.for_steps) + ": must be at least 1";
+    if (rule.above.has_value() == rule.below.has_value())
+      return ConfigProblem{"alerts[" + std::to_string(i) + ']', rule.metric,
+                           "must have either above or below"};
   }
-  return "";
+  return {};
+}
+
+std::string check_health(const HealthOptions& options) {
+  return text_of(problem_in(options));
 }
 
 Bands bands_at(const HealthOptions& options, std::int64_t step) {

@@ -9,6 +9,7 @@
 
 #include "watch/health.h"
 #include "watch/trend.h"
+#include "watch/watch_fields.h"
 
 namespace moectl {
 namespace {
@@ -37,20 +38,7 @@ MonitorOptions checked(const StatsShape& shape, const MonitorOptions& options) {
   if (shape.experts < 1) {
     throw std::invalid_argument("experts: " + std::to_string(shape.experts) + ": must be at least 1");
   }
-  if (!(options.ema > 0 && options.ema <= 1)) {
-    throw std::invalid_argument("ema: " + std::to_string(options.ema) + ": must be above 0 and at most 1");
-  }
-  if (!(options.dead_fraction >= 0 && options.dead_fraction < 1)) {
-    throw std::invalid_argument("dead_fraction: " + std::to_string(options.dead_fraction) +
-                                ": must be at least 0 and below 1");
-  }
-  if (options.dead_after < 1) {
-    throw std::invalid_argument("dead_after: " + std::to_string(options.dead_after) + ": must be at least 1");
-  }
-  if (options.trend_window < 4) {
-    throw std::invalid_argument("trend_window: " + std::to_string(options.trend_window) +
-                                ": must be at least 4");
-  }
+  if (const auto problem = check_fields(options)) throw std::invalid_argument(text_of(problem));
   return options;
 }
 

@@ -27,6 +27,26 @@ TEST(Check, PrintsAConfigThatIsReadyToUse) {
   EXPECT_EQ(again.out, first.out);
 }
 
+TEST(Check, ExplainsEveryKey) {
+  const TempDir dir;
+  dir.write("c.yaml", with_target("load_cv", "0.3", "{rate: 0.2}") + "safety: {rollback: {within: 7}}\n");
+  const ToolResult result = run_tool(dir, "check c.yaml --explain");
+  EXPECT_EQ(result.code, 0) << result.err;
+  EXPECT_THAT(result.out, HasSubstr("model.layers: 3   # required; at least 1\n    MoE layers.\n"));
+  EXPECT_THAT(result.out,
+              HasSubstr("\naux_loss_weight.limits.rate: 0.2   # default 0.1; above 0 and finite\n"));
+  EXPECT_THAT(result.out, HasSubstr("\naux_loss_weight.options.target: 0.3   # default "));
+  EXPECT_THAT(result.out, HasSubstr("\nsafety.rollback.within: 7   # default 5; at least 1; steps\n"));
+  EXPECT_THAT(result.out, HasSubstr("\nsafety.oscillation: off   # default off; off, on or its keys\n"));
+  EXPECT_THAT(result.out, HasSubstr("\nsafety.oscillation.min_gain: (not given)   # default 0.05; "));
+}
+
+TEST(Check, PrintsTheReferenceWithoutAConfig) {
+  const TempDir dir;
+  EXPECT_THAT(run_tool(dir, "check --reference").out, HasSubstr("| `capacity_factor` | 1.25 | above 0 |"));
+  EXPECT_EQ(run_tool(dir, "check").code, 2);
+}
+
 TEST(Check, AWrongConfigNamesThePlace) {
   const TempDir dir;
   dir.write("c.yaml", "version: 1\nmodel: {layers: 3, experts: 16, topk: 2}\n");

@@ -450,6 +450,58 @@ TEST(ControllerRanks, AnotherConfigIsAnErrorBeforeTheFirstSum) {
   });
 }
 
+// Each rank says the key, and its own value of it.
+TEST(ControllerRanks, TheKeyThatDiffersIsNamed) {
+  struct Case {
+    const char* first;
+    const char* second;
+    void (*change)(ControllerConfig&);
+  };
+  const Case cases[] = {
+      {"\"metrics.capacity_factor: 1.25\"", "\"metrics.capacity_factor: 1.5\"",
+       [](ControllerConfig& c) { c.metrics.capacity_factor = 1.5; }},
+      {"\"metrics.cold_fraction: 0.1\"", "\"metrics.cold_fraction: 0.2\"",
+       [](ControllerConfig& c) { c.metrics.cold_fraction = 0.2; }},
+      {"\"model.tokens_per_step: 0\"", "\"model.tokens_per_step: 8\"",
+       [](ControllerConfig& c) { c.model.tokens_per_step = 8; }},
+      {"\"metrics.placement[2]: 1\"", "\"metrics.placement[2]: 0\"",
+       [](ControllerConfig& c) { c.metrics.placement[2] = 0; }},
+      {"\"health.bands.gini: [0, 1]\"", "\"health.bands.gini: [0, 0.5]\"",
+       [](ControllerConfig& c) { c.monitor.health.bands["gini"].high = 0.5; }},
+      {"\"expert_bias.options.step: 0.001\"", "\"expert_bias.options.step: 0.002\"",
+       [](ControllerConfig& c) { c.expert_bias.options.set("step", 0.002); }},
+  };
+  for (const Case& one : cases) {
+    Ranks ranks(2);
+    on_ranks(2, [&](int rank) {
+      ControllerConfig config = small_config();
+      config.metrics.placement = {0, 0, 1, 1};
+      config.monitor.health.bands["gini"] = {0, 1};
+      if (rank == 1) one.change(config);
+      Controller controller(config);
+      controller.set_reduction(ranks.reduction());
+      try {
+        controller.step();
+        ADD_FAILURE() << one.first;
+      } catch (const ReductionError& error) {
+        EXPECT_THAT(error.what(), HasSubstr(rank == 0 ? one.first : one.second));
+      }
+    });
+  }
+}
+
+// What one rank logs is its own business.
+TEST(ControllerRanks, LogsMayDiffer) {
+  Ranks ranks(2);
+  on_ranks(2, [&](int rank) {
+    ControllerConfig config = small_config();
+    config.log.every = 1 + rank;
+    Controller controller(config);
+    controller.set_reduction(ranks.reduction());
+    EXPECT_NO_THROW(controller.step());
+  });
+}
+
 TEST(ControllerRanks, AFailedReductionChangesNothingAndCanBeTriedAgain) {
   Ranks ranks(1);
   Controller controller(small_config());

@@ -3,7 +3,7 @@
 
 #include <optional>
 
-#include "config/config_yaml.h"
+#include "base/fields.h"
 #include "moectl/config.h"
 #include "moectl/policy.h"
 
@@ -11,15 +11,14 @@ namespace moectl {
 
 /// Fills in the policies' options not given, and returns the first thing that is wrong.
 std::optional<ConfigProblem> complete(ControllerConfig& config, const PolicyRegistry& registry);
-
-/// The names of the policies that can serve the actuator, for "did you mean".
-std::vector<std::string> policies_for(Actuator actuator, const PolicyRegistry& registry);
+/// Of one actuator: the key is one of its limits, or "initial".
+std::optional<ConfigProblem> problem_in(Actuator actuator, const Limits& limits, double initial);
 
 /// "unknown policy; did you mean …" for a name that is not in the registry, or cannot serve the actuator;
 /// else empty.
 std::string policy_fault(const std::string& name, Actuator actuator, const PolicyRegistry& registry);
 
-/// A number as messages and files show it: the shortest form that reads back exactly.
-std::string shown(double value);
+/// "; did you mean 'x'?" with the nearest of the known words, or empty if none is near.
+std::string did_you_mean(std::string_view word, const std::vector<std::string>& known);
 
 }  // namespace moectl

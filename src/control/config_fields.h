@@ -1,0 +1,202 @@
+// The keys of a config, section by section. A new key is a member of its struct and one line here (or in
+// watch_fields.h, measure_fields.h): docs/config.md.
+#pragma once
+
+#include "moectl/config.h"
+#include "watch/watch_fields.h"
+
+namespace moectl {
+
+inline constexpr Range kShare = {.low = 0, .high = 1, .above_low = true, .words = "in (0, 1]"};
+
+constexpr std::array<Mode, 3> choices_of(Mode) {
+  return {Mode::kActive, Mode::kShadow, Mode::kOff};
+}
+constexpr std::array<Scope, 2> choices_of(Scope) {
+  return {Scope::kLayer, Scope::kModel};
+}
+constexpr std::array<ScoreSpace, 2> choices_of(ScoreSpace) {
+  return {ScoreSpace::kProbability, ScoreSpace::kLogit};
+}
+
+// The registry checks options: which there are depends on the policy.
+inline std::optional<ConfigProblem> check_value(const FieldInfo&, const PolicyOptions&) {
+  return {};
+}
+
+template <>
+inline constexpr auto kFieldsOf<ModelConfig> = std::tuple{
+    Field{"layers", &ModelConfig::layers, Shared::kState, at_least(1), "", "MoE layers.",
+          Presence::kRequired},
+    Field{"experts", &ModelConfig::experts, Shared::kState, at_least(1), "", "Experts N of each layer.",
+          Presence::kRequired},
+    Field{"top_k", &ModelConfig::top_k, Shared::kState, at_least(1), "",
+          "Experts that a token chooses, at most N.", Presence::kRequired},
+    Field{"tokens_per_step", &ModelConfig::tokens_per_step, Shared::kRanks, at_least(0), "tokens",
+          "Tokens of one step over all ranks; 0: not known. Sets the noise floor that targets are compared "
+          "with."},
+    Field{"score_space", &ModelConfig::score_space, Shared::kState, kAny, "",
+          "Where the selection bias is added: to the gate's probabilities or to its logits."},
+    Field{"delay", &ModelConfig::delay, Shared::kState, at_least(0), "steps",
+          "Steps by which the recorded routing is late, beyond the loop's own one."},
+    Field{"domains", &ModelConfig::domains, Shared::kState, kAny, "",
+          "Names of the domains whose tokens are counted apart."},
+    Field{"targets", &ModelConfig::targets, Shared::kState, at_least(0), "",
+          "Wanted share of the load of each expert, at most 1/top_k each, summing to 1; without it equal "
+          "shares."},
+};
+
+template <>
+inline constexpr auto kFieldsOf<Limits> = std::tuple{
+    Field{"min", &Limits::min, Shared::kRanks, kAny, "", "Smallest value that is applied."},
+    Field{"max", &Limits::max, Shared::kRanks, kAny, "", "Largest value that is applied."},
+    Field{"rate",
+          &Limits::rate,
+          Shared::kRanks,
+          {.low = 0, .above_low = true, .words = "above 0 and finite"},
+          "",
+          "Largest move of one decision: score units for biases, |ln(new/old)| for the two scalars."},
+    Field{"center", &Limits::center, Shared::kRanks, kAny, "",
+          "Biases only: keeps the mean of the applied biases at 0."},
+    Field{"deadband", &Limits::deadband, Shared::kRanks, at_least(0), "",
+          "Moves no larger than this are not made; unit of rate."},
+    Field{"warmup", &Limits::warmup, Shared::kRanks, at_least(0), "steps",
+          "Steps at the start in which nothing moves."},
+    Field{"cadence", &Limits::cadence, Shared::kState, at_least(1), "steps",
+          "Steps between decisions; each is made on the sums of all of them."},
+    Field{"cooldown", &Limits::cooldown, Shared::kRanks, at_least(0), "steps",
+          "Steps without a move after each move."},
+};
+
+template <>
+inline constexpr auto kFieldsOf<ActuatorConfig> = std::tuple{
+    Field{"policy",
+          &ActuatorConfig::policy,
+          Shared::kState,
+          {.words = "a policy that serves the actuator"},
+          "",
+          "What decides the actuator's value."},
+    Field{"options", &ActuatorConfig::options, Shared::kState, kAny, "", "Options of the policy."},
+    Field{"initial", &ActuatorConfig::initial, Shared::kRanks, kAny, "",
+          "Value at the start, within the limits."},
+    Field{"scope", &ActuatorConfig::scope, Shared::kState, kAny, "",
+          "One value a layer, or one for the whole model (scalars only)."},
+    Field{"limits", &ActuatorConfig::limits, Shared::kRanks, kAny, "", "What bounds the actuator."},
+};
+
+template <>
+inline constexpr auto kFieldsOf<RollbackOptions> = std::tuple{
+    Field{"loss_jump", &RollbackOptions::loss_jump, Shared::kRanks, above(0), "nats",
+          "Loss above its moving average that counts as a jump."},
+    Field{"drop_jump", &RollbackOptions::drop_jump, Shared::kRanks, above(0), "",
+          "Drop rate above its moving average that counts as a jump."},
+    Field{"within", &RollbackOptions::within, Shared::kRanks, at_least(1), "steps",
+          "Steps after a move during which a jump is blamed on the move."},
+    Field{"cooldown", &RollbackOptions::cooldown, Shared::kRanks, at_least(0), "steps",
+          "Steps without a move after a rollback."},
+};
+
+template <>
+inline constexpr auto kFieldsOf<OscillationOptions> = std::tuple{
+    Field{"threshold",
+          &OscillationOptions::threshold,
+          Shared::kRanks,
+          {.low = 0, .high = 1, .above_low = true, .below_high = true},
+          "",
+          "Moves are shortened while the moving average of their reversals is above this."},
+    Field{"min_gain",
+          &OscillationOptions::min_gain,
+          Shared::kRanks,
+          {.low = 0, .high = 1, .above_low = true},
+          "",
+          "Smallest factor on a move."},
+};
+
+template <>
+inline constexpr auto kFieldsOf<SafetyOptions> = std::tuple{
+    Field{"rollback", &SafetyOptions::rollback, Shared::kRanks, kAny, "",
+          "Goes back to the last good value when loss or drop rate jumps after a move."},
+    Field{"oscillation", &SafetyOptions::oscillation, Shared::kRanks, kAny, "",
+          "Shortens moves that keep reversing."},
+    Field{"fallback_after", &SafetyOptions::fallback_after, Shared::kRanks, at_least(0), "steps",
+          "Steps in a row with invalid data after which the initial value is applied; 0: never."},
+};
+
+template <>
+inline constexpr auto kFieldsOf<GuardOptions> = std::tuple{
+    Field{"enabled", &GuardOptions::enabled, Shared::kState, kAny, "", "Whether the guard acts."},
+    Field{"fhs", &GuardOptions::fhs, Shared::kRanks, kAny, "",
+          "Trigger: FHS is above 1 and clear of the noise."},
+    Field{"entropy_fall", &GuardOptions::entropy_fall, Shared::kRanks, kShare, "",
+          "Trigger: entropy_normalized is this far below its slow average."},
+    Field{"dead_share", &GuardOptions::dead_share, Shared::kRanks, kShare, "",
+          "Trigger: this share of the experts with a target above 0 is dead."},
+    Field{"max_token_share", &GuardOptions::max_token_share, Shared::kRanks, kShare, "",
+          "Trigger: this share of the tokens chooses one expert (raised for experts with large targets)."},
+    Field{"lost_after", &GuardOptions::lost_after, Shared::kRanks, steps_from(1), "steps",
+          "Trigger: in a layer that was balanced, one expert stays overloaded and rising for this long."},
+    Field{"warmup", &GuardOptions::warmup, Shared::kRanks, steps_from(0), "steps",
+          "Steps at the start without a trigger."},
+    Field{"confirm", &GuardOptions::confirm, Shared::kRanks, steps_from(1), "steps",
+          "Steps in a row for which a trigger must hold."},
+    Field{"aux_factor", &GuardOptions::aux_factor, Shared::kRanks, at_least(1), "",
+          "Largest factor by which an intervention raises the auxiliary loss weight."},
+    Field{"temperature_factor", &GuardOptions::temperature_factor, Shared::kRanks, at_least(1), "",
+          "Largest factor by which an intervention raises the router temperature."},
+    Field{"bias_step", &GuardOptions::bias_step, Shared::kRanks, at_least(0), "score gaps",
+          "First move of a bias for a relative error of 1."},
+    Field{"recovered_max_vio", &GuardOptions::recovered_max_vio, Shared::kRanks, above(0), "",
+          "MaxVio up to which a layer counts as balanced, or twice that of chance, if that is more."},
+    Field{"dwell", &GuardOptions::dwell, Shared::kRanks, steps_from(1), "steps",
+          "Steps of balance before handing back, and before each further step of it."},
+    Field{"patience", &GuardOptions::patience, Shared::kRanks, steps_from(1), "steps",
+          "Steps without recovery after which an intervention is rolled back."},
+    Field{"cooldown", &GuardOptions::cooldown, Shared::kRanks, steps_from(0), "steps",
+          "Steps after a rollback before the next intervention."},
+};
+
+template <>
+inline constexpr auto kFieldsOf<LogConfig> = std::tuple{
+    Field{"every", &LogConfig::every, Shared::kNone, at_least(1), "steps", "Steps between records."},
+    Field{"per_expert", &LogConfig::per_expert, Shared::kNone, kAny, "",
+          "Arrays over experts in each record."},
+    Field{"rotate_mb",
+          &LogConfig::rotate_mb,
+          Shared::kNone,
+          {.low = 0, .high = 1e6, .words = "from 0 (never) to 1e6"},
+          "10^6 bytes",
+          "A piece of the log ends before it grows above this size."},
+    Field{"keep", &LogConfig::keep, Shared::kNone, at_least(0), "",
+          "Finished pieces that stay, older ones are removed; 0: all. Needs rotate_mb."},
+};
+
+template <>
+inline constexpr auto kFieldsOf<ControllerConfig> = std::tuple{
+    Field{"mode", &ControllerConfig::mode, Shared::kRanks, kAny, "",
+          "active: decide and apply; shadow: decide and log, apply the initial values; off: do nothing."},
+    Field{"lag",
+          &ControllerConfig::lag,
+          Shared::kState,
+          {.low = 0, .high = 1, .words = "0 or 1"},
+          "steps",
+          "0: a step waits for the sums of all ranks; 1: it decides on those of the step before."},
+    Field{"model", &ControllerConfig::model, Shared::kState, kAny, "", "The model.", Presence::kRequired},
+    Field{"metrics", &ControllerConfig::metrics, Shared::kRanks, kAny, "", "How metrics are computed."},
+    Field{"metrics", &ControllerConfig::monitor, Shared::kRanks, kAny, "",
+          "How metrics are followed over steps."},
+    Field{"health", +[](ControllerConfig& c) -> HealthOptions& { return c.monitor.health; }, Shared::kRanks,
+          kAny, "", "Health of the layers."},
+    Field{"expert_bias", &ControllerConfig::expert_bias, Shared::kRanks, kAny, "",
+          "The biases of the experts."},
+    Field{"aux_loss_weight", &ControllerConfig::aux_loss_weight, Shared::kRanks, kAny, "",
+          "The auxiliary loss weight."},
+    Field{"router_temperature", &ControllerConfig::router_temperature, Shared::kRanks, kAny, "",
+          "The router temperature."},
+    Field{"safety", &ControllerConfig::safety, Shared::kRanks, kAny, "", "Supervision of every actuator."},
+    Field{"guard", &ControllerConfig::guard, Shared::kRanks, kAny, "", "Supervisor against collapse."},
+    Field{"log", &ControllerConfig::log, Shared::kNone, kAny, "", "The run log."},
+    Field{"collect", &ControllerConfig::collect, Shared::kRanks, kAny, "",
+          "Sums that are collected whether or not a policy asks for them."},
+};
+
+}  // namespace moectl

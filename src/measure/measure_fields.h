@@ -1,0 +1,41 @@
+// The keys of what is collected and measured.
+#pragma once
+
+#include "base/fields.h"
+#include "moectl/metrics.h"
+#include "moectl/stats_shape.h"
+
+namespace moectl {
+
+template <>
+inline constexpr auto kFieldsOf<MetricsOptions> = std::tuple{
+    Field{"capacity_factor", &MetricsOptions::capacity_factor, Shared::kRanks, above(0), "mean loads",
+          "Load from which an expert overflows (drop metrics), and from which it counts as hot."},
+    Field{"cold_fraction",
+          &MetricsOptions::cold_fraction,
+          Shared::kRanks,
+          {.low = 0, .high = 1},
+          "mean loads",
+          "Load below which an expert counts as cold."},
+    Field{"placement", &MetricsOptions::placement, Shared::kRanks, at_least(0), "",
+          "Device of each expert, numbered from 0; without it each expert has a device of its own."},
+};
+
+template <>
+inline constexpr auto kFieldsOf<StatsNeeds> = std::tuple{
+    Field{"gap", &StatsNeeds::gap, Shared::kRanks, kAny, "",
+          "Gap between the last chosen and the first unchosen score."},
+    Field{"sequences", &StatsNeeds::sequences, Shared::kRanks, kAny, "",
+          "Counts per sequence, for the sampling floor."},
+    Field{"probabilities", &StatsNeeds::probabilities, Shared::kRanks, kAny, "",
+          "Sums of the gate's probabilities and entropies."},
+    Field{"gradients", &StatsNeeds::gradients, Shared::kRanks, kAny, "", "Gradient norm of each expert."},
+    Field{"losses", &StatsNeeds::losses, Shared::kRanks, kAny, "", "Loss of each expert."},
+    Field{"domain_losses", &StatsNeeds::domain_losses, Shared::kRanks, kAny, "",
+          "Loss of each domain and expert."},
+    Field{"latencies", &StatsNeeds::latencies, Shared::kRanks, kAny, "", "Latency of each expert."},
+    Field{"margins", &StatsNeeds::margins, Shared::kRanks, kAny, "",
+          "Histogram of the margins of each expert."},
+};
+
+}  // namespace moectl
