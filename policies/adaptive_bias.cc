@@ -95,7 +95,6 @@
 // - It balances every window as it comes. Errors that come from the data's order rather than from the router,
 //   such as alternating domains, are seen only once they have happened.
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <optional>
 #include <utility>
@@ -249,46 +248,29 @@ class AdaptiveBias final : public Policy {
     planned_ = false;
   }
 
-  void save(StateWriter& out) const override {
-    const std::array<std::int64_t, 5> flags = {form_known_, uses_gap_, gap_known_, limited_, past_};
-    out.put("adaptive_flags", flags);
-    const std::array<double, 4> scalars = {gain_, far_gain_, gap_, noise_sq_};
-    out.put("adaptive_scalars", scalars);
-    out.put("adaptive_history", history_);
-    out.put("adaptive_norms", norms_);
-    out.put("adaptive_correlations", correlations_);
-    out.put("adaptive_lasting", lasting_);
-    out.put("adaptive_shares", shares_);
-    out.put("adaptive_own_near", own_near_);
-    out.put("adaptive_own_half", own_half_);
-    out.put("adaptive_trends", trends_);
-    out.put("adaptive_starving", starving_);
-    if (feedforward_) feedforward_->save(out);
-  }
-
-  void load(StateReader& in) override {
-    std::array<std::int64_t, 5> flags{};
-    in.get("adaptive_flags", flags);
-    std::array<double, 4> scalars{};
-    in.get("adaptive_scalars", scalars);
-    if (flags[0] != 0) choose_form(flags[1] != 0);
-    gap_known_ = flags[2] != 0;
-    limited_ = flags[3] != 0;
-    past_ = flags[4];
-    gain_ = scalars[0];
-    far_gain_ = scalars[1];
-    gap_ = scalars[2];
-    noise_sq_ = scalars[3];
-    in.get("adaptive_history", history_);
-    in.get("adaptive_norms", norms_);
-    in.get("adaptive_correlations", correlations_);
-    in.get("adaptive_lasting", lasting_);
-    in.get("adaptive_shares", shares_);
-    in.get("adaptive_own_near", own_near_);
-    in.get("adaptive_own_half", own_half_);
-    in.get("adaptive_trends", trends_);
-    in.get("adaptive_starving", starving_);
-    if (feedforward_) feedforward_->load(in);
+  void exchange(StateIo& io) override {
+    bool form_known = form_known_, uses_gap = uses_gap_;
+    io.value("adaptive.form_known", form_known);
+    io.value("adaptive.uses_gap", uses_gap);
+    if (io.reads() && form_known) choose_form(uses_gap);
+    const NumberRange gains = {std::min(gain_min_, gain_max_), std::max(gain_min_, gain_max_)};
+    io.value("adaptive.gain", gain_, gains);
+    io.value("adaptive.far_gain", far_gain_, gains);
+    io.value("adaptive.gap_known", gap_known_);
+    io.value("adaptive.gap", gap_, StateIo::kNotNegative);
+    io.value("adaptive.limited", limited_);
+    io.value("adaptive.noise_sq", noise_sq_, StateIo::kNotNegative);
+    io.value("adaptive.past", past_);
+    io.values("adaptive.history", history_);
+    io.values("adaptive.norms", norms_, StateIo::kNotNegative);
+    io.values("adaptive.correlations", correlations_);
+    io.values("adaptive.lasting", lasting_);
+    io.values("adaptive.shares", shares_, {kOwnMin, kOwnMax});
+    io.values("adaptive.own_near", own_near_);
+    io.values("adaptive.own_half", own_half_);
+    io.values("adaptive.trends", trends_);
+    io.values("adaptive.starving", starving_);
+    if (feedforward_) feedforward_->exchange(io);
   }
 
  private:

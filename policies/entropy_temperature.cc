@@ -12,7 +12,6 @@
 //   logits, the top-k choice does not depend on T at all; with biases on probabilities a higher T makes them
 //   weigh more.
 // - It needs the router's probabilities.
-#include <array>
 #include <cmath>
 
 #include "policies/builtin.h"
@@ -50,15 +49,9 @@ class EntropyTemperature final : public Policy {
     if (std::abs(error) > options_.dead_band) value[0] *= std::exp(options_.gain * error);
   }
 
-  void save(StateWriter& out) const override {
-    const std::array<double, 2> state = {average_, known_ ? 1.0 : 0.0};
-    out.put("entropy_temperature", state);
-  }
-  void load(StateReader& in) override {
-    std::array<double, 2> state{};
-    in.get("entropy_temperature", state);
-    average_ = state[0];
-    known_ = state[1] != 0;
+  void exchange(StateIo& io) override {
+    io.value("entropy_temperature.average", average_);
+    io.value("entropy_temperature.known", known_);
   }
 
  private:

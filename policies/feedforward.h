@@ -114,19 +114,12 @@ class Feedforward {
     }
   }
 
-  void save(StateWriter& out) const {
-    out.put("feedforward_effect", effect_);
-    out.put("feedforward_mixture", mean_mixture_);
-    out.put("feedforward_expected", expected_);
-    out.put("feedforward_in_force", in_force_);
-    out.put("feedforward_known", std::int64_t{mixture_known_ ? 1 : 0});
-  }
-  void load(StateReader& in) {
-    in.get("feedforward_effect", effect_);
-    in.get("feedforward_mixture", mean_mixture_);
-    in.get("feedforward_expected", expected_);
-    in.get("feedforward_in_force", in_force_);
-    mixture_known_ = in.get_int("feedforward_known") != 0;
+  void exchange(StateIo& io) {
+    io.values("feedforward.effect", effect_);
+    io.values("feedforward.mean_mixture", mean_mixture_);
+    io.values("feedforward.expected", expected_);
+    io.values("feedforward.in_force", in_force_);
+    io.value("feedforward.mixture_known", mixture_known_);
   }
 
  private:

@@ -22,7 +22,6 @@
 //   three (`moectl simulate --gate softmax --scenario shift --layers 1 --steps 1200`, seeds 2001 to 2003); with
 //   `cadence: 10` at 1.6 to 1.8 in all.
 #include <algorithm>
-#include <array>
 #include <cmath>
 
 #include "policies/builtin.h"
@@ -56,15 +55,9 @@ class Multiplicative final : public Policy {
     if (error < -band) value[0] /= options_.factor;
   }
 
-  void save(StateWriter& out) const override {
-    const std::array<double, 2> state = {average_, known_ ? 1.0 : 0.0};
-    out.put("multiplicative", state);
-  }
-  void load(StateReader& in) override {
-    std::array<double, 2> state{};
-    in.get("multiplicative", state);
-    average_ = state[0];
-    known_ = state[1] != 0;
+  void exchange(StateIo& io) override {
+    io.value("multiplicative.average", average_);
+    io.value("multiplicative.known", known_);
   }
 
  private:

@@ -56,7 +56,6 @@
 //   the target says how much balance is wanted, not how much is good.
 // - A temperature does not move the load of deterministic top-k routing. Use metrics that it moves.
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <optional>
 
@@ -101,12 +100,11 @@ class Noise {
     variance_ += std::max(kNoiseMemory, 1 / (seen_ - 2)) * (second * second / 6 - variance_);
   }
   double deviation() const { return std::sqrt(variance_); }
-  std::array<double, 4> state() const { return {last_, before_, variance_, seen_}; }
-  void set(const std::array<double, 4>& s) {
-    last_ = s[0];
-    before_ = s[1];
-    variance_ = s[2];
-    seen_ = s[3];
+  void exchange(StateIo& io) {
+    io.value("pi.noise.last", last_);
+    io.value("pi.noise.before", before_);
+    io.value("pi.noise.variance", variance_, StateIo::kNotNegative);
+    io.value("pi.noise.seen", seen_, StateIo::kNotNegative);
   }
 
  private:
@@ -169,39 +167,20 @@ class Pi final : public Policy {
     }
   }
 
-  void save(StateWriter& out) const override {
-    const std::array<double, 9> state = {average_,
-                                         error_,
-                                         last_beyond_,
-                                         slow_,
-                                         above_,
-                                         below_,
-                                         pending_,
-                                         known_ ? 1.0 : 0.0,
-                                         bounded_ ? 1.0 : 0.0};
-    out.put("pi", state);
-    out.put("pi_noise", noise_.state());
-    if (experiment_) experiment_->save(out);
-  }
-
-  void load(StateReader& in) override {
-    std::array<double, 9> state{};
-    in.get("pi", state);
-    average_ = state[0];
-    error_ = state[1];
-    last_beyond_ = state[2];
-    slow_ = state[3];
-    above_ = state[4];
-    below_ = state[5];
-    pending_ = state[6];
-    known_ = state[7] != 0;
-    bounded_ = state[8] != 0;
-    std::array<double, 4> noise{};
-    in.get("pi_noise", noise);
-    noise_.set(noise);
+  void exchange(StateIo& io) override {
+    io.value("pi.average", average_);
+    io.value("pi.error", error_, {-1, 1});
+    io.value("pi.last_beyond", last_beyond_, {-1, 1});
+    io.value("pi.slow", slow_, {-1, 1});
+    io.value("pi.above", above_, {0, kComplete});
+    io.value("pi.below", below_, {0, kComplete});
+    io.value("pi.pending", pending_);
+    io.value("pi.known", known_);
+    io.value("pi.bounded", bounded_);
+    noise_.exchange(io);
     if (!experiment_) return;
-    experiment_->load(in);
-    if (experiment_->done()) adopt();
+    experiment_->exchange(io);
+    if (io.reads() && experiment_->done()) adopt();
   }
 
  private:

@@ -75,14 +75,9 @@ class QuantileBias final : public Policy {
     for (double& b : bias) b -= mean;
   }
 
-  void save(StateWriter& out) const override {
-    out.put("quantile_past", past_);
-    out.put("quantile_routed_under", routed_under_);
-  }
-  void load(StateReader& in) override {
-    past_ = in.get_int("quantile_past");
-    if (past_ < 0) throw StateError("quantile_past: " + std::to_string(past_) + ": must be at least 0");
-    in.get("quantile_routed_under", routed_under_);
+  void exchange(StateIo& io) override {
+    io.value("quantile.past", past_);
+    io.values("quantile.routed_under", routed_under_);
   }
 
  private:

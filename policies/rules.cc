@@ -195,13 +195,9 @@ class Rules final : public Policy {
     confirmed_.fill(0);
   }
 
-  void save(StateWriter& out) const override {
-    out.put("rules_waiting", waiting_);
-    out.put("rules_confirmed", confirmed_);
-  }
-  void load(StateReader& in) override {
-    waiting_ = in.get_int("rules_waiting");
-    in.get("rules_confirmed", confirmed_);
+  void exchange(StateIo& io) override {
+    io.value("rules.waiting", waiting_);
+    io.values("rules.confirmed", confirmed_);
   }
 
  private:

@@ -151,38 +151,21 @@ void StepExperiment::evaluate(double noise) {
   ki_ = std::clamp(kp_ / std::min(slow, 4 * theta), kKiMin, kKiMax);
 }
 
-void StepExperiment::save(StateWriter& out) const {
-  const std::array<std::int64_t, 4> steps = {static_cast<std::int64_t>(phase_), decisions_, half_, tries_};
-  const std::array<double, 5> values = {centre_, direction_, from_, kp_, ki_};
-  out.put("experiment_steps", steps);
-  out.put("experiment_values", values);
-  out.put("experiment_u", u_);
-  out.put("experiment_e", e_);
-}
-
-void StepExperiment::load(StateReader& in) {
-  std::array<std::int64_t, 4> steps{};
-  std::array<double, 5> values{};
-  in.get("experiment_steps", steps);
-  in.get("experiment_values", values);
-  in.get("experiment_u", u_);
-  in.get("experiment_e", e_);
-  const auto [phase, decisions, half, tries] = steps;
-  const bool steps_now = phase == static_cast<std::int64_t>(Phase::kStep);
-  const auto longest = static_cast<std::int64_t>(kLongestHalf);
-  if (phase < 0 || phase > 2 || decisions < 0 || half < 0 || half > longest || tries < 0 ||
-      (steps_now && decisions >= (half > 0 ? length(half) : longest))) {
-    throw StateError("experiment_steps: not a state of the experiment");
-  }
-  phase_ = static_cast<Phase>(phase);
-  decisions_ = decisions;
-  half_ = half;
-  tries_ = tries;
-  centre_ = values[0];
-  direction_ = values[1];
-  from_ = values[2];
-  kp_ = values[3];
-  ki_ = values[4];
+void StepExperiment::exchange(StateIo& io) {
+  constexpr auto kLongest = static_cast<std::int64_t>(kLongestHalf);
+  io.choice("experiment.phase", phase_, Phase::kDone);
+  io.value("experiment.decisions", decisions_);
+  io.value("experiment.half", half_, {0, kLongest});
+  io.value("experiment.tries", tries_, {0, kMostTries});
+  io.check(phase_ != Phase::kStep || decisions_ < (half_ > 0 ? length(half_) : kLongest),
+           "experiment.decisions", "be within the experiment");
+  io.value("experiment.centre", centre_);
+  io.value("experiment.direction", direction_);
+  io.value("experiment.from", from_);
+  io.value("experiment.kp", kp_, {0, kKpMax});
+  io.value("experiment.ki", ki_, {0, kKiMax});
+  io.values("experiment.u", u_);
+  io.values("experiment.e", e_);
 }
 
 }  // namespace moectl::policies

@@ -58,8 +58,7 @@ class StepExperiment {
   /// to decide.
   std::optional<double> next(const ErrorSeen& seen, double in_force);
 
-  void save(StateWriter& out) const;
-  void load(StateReader& in);
+  void exchange(StateIo& io);
 
  private:
   enum class Phase : std::int64_t { kWaiting, kStep, kDone };

@@ -59,8 +59,7 @@ class TanhMomentumBias final : public Policy {
     for (double& m : momentum_) m = 0;
   }
 
-  void save(StateWriter& out) const override { out.put("tanh_momentum", momentum_); }
-  void load(StateReader& in) override { in.get("tanh_momentum", momentum_); }
+  void exchange(StateIo& io) override { io.values("tanh_momentum.momentum", momentum_); }
 
  private:
   Options options_;

@@ -65,8 +65,8 @@ class LayerMonitor {
   };
   Trend trend(const MetricField& field) const;
 
-  void save(StateWriter& out) const;
-  void load(StateReader& in);
+  /// Saves or loads. A state that cannot be loaded (StateError) leaves the monitor as it was.
+  void exchange(StateIo& io);
 
  private:
   struct Impl;

@@ -24,8 +24,7 @@ class LayerMonitor;  // monitor.h
 class LimitReport;   // limits.h
 struct Metrics;      // metrics.h
 class RoutingStats;  // stats.h
-class StateReader;   // state.h
-class StateWriter;
+class StateIo;       // state.h
 
 /// What the host said of the step, reduced over ranks: the same on every rank.
 struct StepInfo {
@@ -63,9 +62,9 @@ class Policy {
   virtual void on_applied(std::span<const double> /*applied*/, const LimitReport& /*why*/) {}
   /// Optional: sums wanted beyond counts. Constant over the policy's life.
   virtual StatsNeeds needs() const { return {}; }
-  /// Optional, required if the policy has memory: everything that the next proposal depends on.
-  virtual void save(StateWriter& /*out*/) const {}
-  virtual void load(StateReader& /*in*/) {}
+  /// Optional, required if the policy has memory: writes or reads everything that the next proposal depends on, in
+  /// the same entries whatever it has seen, so that a state has one length.
+  virtual void exchange(StateIo& /*io*/) {}
 };
 
 /// What a policy knows of the plant when it is made.

@@ -1,13 +1,21 @@
-// Saved state: named, typed, exact values in one buffer. Reading back in another order, under another name,
-// with another length or from an altered file is an error that says what was expected and what was found.
+// Saved state: named, typed, exact values in one buffer. One exchange() of a class writes its values or reads them
+// back. Reading in another order, under another name, with another length, a value out of its range or an altered
+// file is an error that says what was expected and what was found. docs/state-format.md has the layout.
+//
+//   void Counter::exchange(StateIo& io) {
+//     io.value("counter.steps", steps_);
+//     io.values("counter.mean", mean_);
+//   }
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <vector>
 
 namespace moectl {
 
@@ -17,41 +25,76 @@ class StateError : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-class StateWriter {
- public:
-  void put(std::string_view name, std::span<const double> values);
-  void put(std::string_view name, std::span<const std::int64_t> values);
-  void put(std::string_view name, std::string_view text);
-  void put(std::string_view name, double value) { put(name, std::span<const double>(&value, 1)); }
-  void put(std::string_view name, std::int64_t value) { put(name, std::span<const std::int64_t>(&value, 1)); }
-
-  /// The state with its header (format, version) and checksum.
-  std::string finish() const;
-
- private:
-  void entry(std::string_view name, char type, std::size_t count);
-  std::string body_;
+/// What a value that is read must be.
+struct IntegerRange {
+  std::int64_t least, most;
+};
+struct NumberRange {
+  double least, most;
+  bool may_be_nan = false;
 };
 
-class StateReader {
+/// Writes a state or reads one. Every call takes one entry. What was read is checked, what is written is not.
+class StateIo {
  public:
-  /// Checks header and checksum. Throws StateError.
-  explicit StateReader(std::string_view bytes);
+  /// The largest count: further steps can be added to it without an overflow.
+  static constexpr std::int64_t kMostCount = std::int64_t{1} << 60;
+  static constexpr IntegerRange kCount{0, kMostCount};
+  static constexpr IntegerRange kAnyInteger{std::numeric_limits<std::int64_t>::min(),
+                                            std::numeric_limits<std::int64_t>::max()};
+  static constexpr NumberRange kFinite{std::numeric_limits<double>::lowest(),
+                                       std::numeric_limits<double>::max()};
+  static constexpr NumberRange kNotNegative{0, std::numeric_limits<double>::max()};
+  static constexpr NumberRange kAnyNumber{-std::numeric_limits<double>::infinity(),
+                                          std::numeric_limits<double>::infinity(), true};
 
-  /// Each get reads the next entry and throws StateError if its name, type or length is not the one asked
-  /// for.
-  void get(std::string_view name, std::span<double> values);
-  void get(std::string_view name, std::span<std::int64_t> values);
-  double get_double(std::string_view name);
-  std::int64_t get_int(std::string_view name);
-  std::string get_text(std::string_view name);
-  /// Throws StateError if entries are left.
+  /// Writes.
+  StateIo() = default;
+  /// Reads `bytes`, which must outlive this object. Checks header and checksum. Throws StateError.
+  explicit StateIo(std::string_view bytes);
+
+  bool reads() const { return reads_; }
+
+  // Each reading call throws StateError if the next entry has another name, type or length, or a value out of range.
+
+  void value(std::string_view name, double& x, NumberRange range = kFinite) { values(name, {&x, 1}, range); }
+  void value(std::string_view name, std::int64_t& x, IntegerRange range = kCount) {
+    values(name, {&x, 1}, range);
+  }
+  void value(std::string_view name, bool& x);
+  /// An enumeration from 0 to `last`.
+  template <class Enum>
+  void choice(std::string_view name, Enum& x, Enum last) {
+    auto index = static_cast<std::int64_t>(x);
+    value(name, index, {0, static_cast<std::int64_t>(last)});
+    x = static_cast<Enum>(index);
+  }
+  void values(std::string_view name, std::span<double> x, NumberRange range = kFinite);
+  void values(std::string_view name, std::span<std::int64_t> x, IntegerRange range = kCount);
+  /// As many values as there are: for what the config does not bound. All other entries keep the length of a state
+  /// constant.
+  void list(std::string_view name, std::vector<double>& x, NumberRange range = kFinite);
+  void list(std::string_view name, std::vector<std::int64_t>& x, IntegerRange range = kCount);
+  void text(std::string_view name, std::string& x);
+
+  /// For what ranges cannot say. While reading, throws StateError unless `good`: "state: 'NAME': must CONSTRAINT".
+  void check(bool good, std::string_view name, std::string_view constraint) const;
+
+  /// After writing: the state with its header (format, version) and checksum.
+  std::string bytes() const;
+  /// After reading: throws StateError if entries are left.
   void finish() const;
 
  private:
   static constexpr std::size_t kAnyCount = static_cast<std::size_t>(-1);
-  std::string_view entry(std::string_view name, char type, std::size_t size, std::size_t* count);
-  std::string_view rest_;
+  void begin_entry(std::string_view name, char type, std::size_t count);
+  std::string_view next_entry(std::string_view name, char type, std::size_t size, std::size_t count);
+  template <class T>
+  void write(std::string_view name, char type, std::span<const T> x);
+
+  bool reads_ = false;
+  std::string body_;       // what was written
+  std::string_view rest_;  // what is left to read
 };
 
 }  // namespace moectl

@@ -1,19 +1,15 @@
-// Layout, all integers little-endian:
-//   "moectlst"  u32 version  u64 length of the body  u64 checksum of the body  body
-// The body is a row of entries:
-//   u32 length of the name  name  u8 type ('d' doubles, 'i' int64, 't' text)  u64 count of elements  elements
-
+// The layout is in docs/state-format.md.
 #include "moectl/state.h"
 
 #include <bit>
-#include <cstdint>
-#include <limits>
+#include <charconv>
+#include <cmath>
 
 namespace moectl {
 namespace {
 
 constexpr std::string_view kMagic = "moectlst";
-constexpr std::uint32_t kVersion = 1;
+constexpr std::uint32_t kVersion = 2;
 constexpr std::size_t kHeaderSize = 8 + 4 + 8 + 8;
 
 template <class Integer>
@@ -79,39 +75,46 @@ std::string quoted(std::string_view text) {
   return out + (text.size() > kLongest ? "…'" : "'");
 }
 
+std::string shown(double x) {
+  char text[32];
+  return {text, std::to_chars(text, text + sizeof text, x).ptr};
+}
+std::string shown(std::int64_t x) {
+  return std::to_string(x);
+}
+
+std::string expected(const NumberRange& range) {
+  const bool bounded = range.least != StateIo::kFinite.least || range.most != StateIo::kFinite.most;
+  return bounded ? shown(range.least) + " to " + shown(range.most) : "a finite number";
+}
+std::string expected(const IntegerRange& range) {
+  return shown(range.least) + " to " + shown(range.most);
+}
+
+bool inside(double x, const NumberRange& range) {
+  return (x >= range.least && x <= range.most) || (range.may_be_nan && std::isnan(x));
+}
+bool inside(std::int64_t x, const IntegerRange& range) {
+  return x >= range.least && x <= range.most;
+}
+
+// The elements of an entry.
+template <class T, class Range>
+void take(std::string_view name, std::string_view data, std::span<T> values, const Range& range) {
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    const T x = std::bit_cast<T>(read<std::uint64_t>(data.substr(8 * i)));
+    if (!inside(x, range)) {
+      std::string where = quoted(name);
+      if (values.size() > 1) where.append("[").append(std::to_string(i)).append("]");
+      fail(where, expected(range), shown(x));
+    }
+    values[i] = x;
+  }
+}
+
 }  // namespace
 
-void StateWriter::entry(std::string_view name, char type, std::size_t count) {
-  append(body_, static_cast<std::uint32_t>(name.size()));
-  body_.append(name);
-  body_.push_back(type);
-  append(body_, static_cast<std::uint64_t>(count));
-}
-
-void StateWriter::put(std::string_view name, std::span<const double> values) {
-  entry(name, 'd', values.size());
-  for (const double value : values) append(body_, std::bit_cast<std::uint64_t>(value));
-}
-
-void StateWriter::put(std::string_view name, std::span<const std::int64_t> values) {
-  entry(name, 'i', values.size());
-  for (const std::int64_t value : values) append(body_, static_cast<std::uint64_t>(value));
-}
-
-void StateWriter::put(std::string_view name, std::string_view text) {
-  entry(name, 't', text.size());
-  body_.append(text);
-}
-
-std::string StateWriter::finish() const {
-  std::string out(kMagic);
-  append(out, kVersion);
-  append(out, static_cast<std::uint64_t>(body_.size()));
-  append(out, checksum(body_));
-  return out + body_;
-}
-
-StateReader::StateReader(std::string_view bytes) {
+StateIo::StateIo(std::string_view bytes) : reads_(true) {
   if (bytes.size() < kHeaderSize) {
     fail("header", std::to_string(kHeaderSize) + " bytes", std::to_string(bytes.size()));
   }
@@ -135,7 +138,7 @@ StateReader::StateReader(std::string_view bytes) {
   rest_ = bytes;
 }
 
-std::string_view StateReader::entry(std::string_view name, char type, std::size_t size, std::size_t* count) {
+std::string_view StateIo::next_entry(std::string_view name, char type, std::size_t size, std::size_t count) {
   const std::string wanted = quoted(name);
   if (rest_.empty()) fail(wanted, "an entry", "the end of the state");
   std::string_view rest = rest_;
@@ -157,50 +160,78 @@ std::string_view StateReader::entry(std::string_view name, char type, std::size_
          std::to_string(found_count) + " (malformed)");
   }
   const std::string_view data = take(static_cast<std::size_t>(found_count) * size);
-  if (*count != kAnyCount && *count != found_count) {
-    fail(wanted, std::to_string(*count) + " elements", std::to_string(found_count));
+  if (count != kAnyCount && count != found_count) {
+    fail(wanted, std::to_string(count) + " elements", std::to_string(found_count));
   }
-  *count = static_cast<std::size_t>(found_count);
   rest_ = rest;
   return data;
 }
 
-void StateReader::get(std::string_view name, std::span<double> values) {
-  std::size_t count = values.size();
-  std::string_view data = entry(name, 'd', 8, &count);
-  for (double& value : values) {
-    value = std::bit_cast<double>(read<std::uint64_t>(data));
-    data.remove_prefix(8);
+void StateIo::begin_entry(std::string_view name, char type, std::size_t count) {
+  append(body_, static_cast<std::uint32_t>(name.size()));
+  body_.append(name);
+  body_.push_back(type);
+  append(body_, static_cast<std::uint64_t>(count));
+}
+
+template <class T>
+void StateIo::write(std::string_view name, char type, std::span<const T> x) {
+  begin_entry(name, type, x.size());
+  for (const T value : x) append(body_, std::bit_cast<std::uint64_t>(value));
+}
+
+void StateIo::value(std::string_view name, bool& x) {
+  std::int64_t number = x ? 1 : 0;
+  value(name, number, {0, 1});
+  x = number != 0;
+}
+
+void StateIo::values(std::string_view name, std::span<double> x, NumberRange range) {
+  if (!reads_) return write<double>(name, 'd', x);
+  take(name, next_entry(name, 'd', 8, x.size()), x, range);
+}
+
+void StateIo::values(std::string_view name, std::span<std::int64_t> x, IntegerRange range) {
+  if (!reads_) return write<std::int64_t>(name, 'i', x);
+  take(name, next_entry(name, 'i', 8, x.size()), x, range);
+}
+
+void StateIo::list(std::string_view name, std::vector<double>& x, NumberRange range) {
+  if (!reads_) return write<double>(name, 'd', x);
+  const std::string_view data = next_entry(name, 'd', 8, kAnyCount);
+  x.resize(data.size() / 8);
+  take(name, data, std::span<double>(x), range);
+}
+
+void StateIo::list(std::string_view name, std::vector<std::int64_t>& x, IntegerRange range) {
+  if (!reads_) return write<std::int64_t>(name, 'i', x);
+  const std::string_view data = next_entry(name, 'i', 8, kAnyCount);
+  x.resize(data.size() / 8);
+  take(name, data, std::span<std::int64_t>(x), range);
+}
+
+void StateIo::text(std::string_view name, std::string& x) {
+  if (reads_) {
+    x = next_entry(name, 't', 1, kAnyCount);
+    return;
   }
+  begin_entry(name, 't', x.size());
+  body_.append(x);
 }
 
-void StateReader::get(std::string_view name, std::span<std::int64_t> values) {
-  std::size_t count = values.size();
-  std::string_view data = entry(name, 'i', 8, &count);
-  for (std::int64_t& value : values) {
-    value = static_cast<std::int64_t>(read<std::uint64_t>(data));
-    data.remove_prefix(8);
-  }
+void StateIo::check(bool good, std::string_view name, std::string_view constraint) const {
+  if (reads_ && !good) throw StateError("state: " + quoted(name) + ": must " + std::string(constraint));
 }
 
-double StateReader::get_double(std::string_view name) {
-  double value = 0;
-  get(name, std::span<double>(&value, 1));
-  return value;
+std::string StateIo::bytes() const {
+  std::string out(kMagic);
+  append(out, kVersion);
+  append(out, static_cast<std::uint64_t>(body_.size()));
+  append(out, checksum(body_));
+  return out + body_;
 }
 
-std::int64_t StateReader::get_int(std::string_view name) {
-  std::int64_t value = 0;
-  get(name, std::span<std::int64_t>(&value, 1));
-  return value;
-}
-
-std::string StateReader::get_text(std::string_view name) {
-  std::size_t count = kAnyCount;
-  return std::string(entry(name, 't', 1, &count));
-}
-
-void StateReader::finish() const {
+void StateIo::finish() const {
   if (rest_.empty()) return;
   std::string_view found;
   if (rest_.size() >= 4) found = rest_.substr(4, read<std::uint32_t>(rest_));

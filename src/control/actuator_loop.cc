@@ -76,21 +76,11 @@ ActuatorReport ActuatorLoop::report() const {
           .reasons = reasons_};
 }
 
-void ActuatorLoop::save(StateWriter& out) const {
-  out.put("applied", applied_);
-  limiter_.save(out);
-  policy_->save(out);
-  for (const RoutingStats& window : windows_) save_sums(out, "window", window);
-}
-
-void ActuatorLoop::load(StateReader& in) {
-  in.get("applied", applied_);
-  for (const double v : applied_) {
-    if (!std::isfinite(v)) throw StateError("applied: a saved value is not finite");
-  }
-  limiter_.load(in);
-  policy_->load(in);
-  for (RoutingStats& window : windows_) load_sums(in, "window", window);
+void ActuatorLoop::exchange(StateIo& io) {
+  io.values("applied", applied_);
+  limiter_.exchange(io);
+  policy_->exchange(io);
+  for (RoutingStats& window : windows_) exchange_sums(io, "window", window);
 }
 
 }  // namespace moectl

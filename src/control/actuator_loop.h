@@ -43,8 +43,7 @@ class ActuatorLoop {
   std::span<const double> applied() const { return applied_; }
   ActuatorReport report() const;
 
-  void save(StateWriter& out) const;
-  void load(StateReader& in);
+  void exchange(StateIo& io);
 
  private:
   std::unique_ptr<Policy> policy_;

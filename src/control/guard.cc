@@ -361,74 +361,35 @@ bool LayerGuard::overrides(Actuator actuator, const Limits& limits, std::span<co
   return true;
 }
 
-void LayerGuard::save(StateWriter& out) const {
-  const std::array<std::int64_t, 12> steps = {static_cast<std::int64_t>(report_.state),
-                                              static_cast<std::int64_t>(report_.trigger),
-                                              static_cast<std::int64_t>(report_.cause),
-                                              since_,
-                                              confirmed_,
-                                              balanced_,
-                                              entropy_known_ ? 1 : 0,
-                                              relapses_,
-                                              handed_back_,
-                                              lost_steps_,
-                                              begun_ ? 1 : 0,
-                                              was_balanced_ ? 1 : 0};
-  out.put("guard_steps", steps);
-  const std::array<double, 12> values = {
-      report_.value,       report_.threshold, entropy_average_, gap_,    start_vio_, aux_before_,
-      temperature_before_, vio_average_,      lost_sum_,        raised_, held_,      helped_};
-  out.put("guard_values", values);
-  out.put("guard_bias_before", bias_before_);
-  out.put("guard_bias_steps", steps_);
-  out.put("guard_errors", errors_);  // a step without data decides on those of the step before
-  out.put("guard_smoothed_errors", smoothed_);
-}
-
-void LayerGuard::load(StateReader& in) {
-  std::array<std::int64_t, 12> steps{};
-  in.get("guard_steps", steps);
-  std::array<double, 12> values{};
-  in.get("guard_values", values);
-  in.get("guard_bias_before", bias_before_);
-  in.get("guard_bias_steps", steps_);
-  in.get("guard_errors", errors_);
-  in.get("guard_smoothed_errors", smoothed_);
-  const auto all_finite = [](std::span<const double> v) {
-    return std::all_of(v.begin(), v.end(), [](double x) { return std::isfinite(x); });
-  };
-  // The first two are for the log, and may hold a threshold that is infinite.
-  for (const std::span<const double> v :
-       {std::span<const double>(values).subspan(2), std::span<const double>(bias_before_),
-        std::span<const double>(steps_), std::span<const double>(errors_),
-        std::span<const double>(smoothed_)}) {
-    if (!all_finite(v)) throw StateError("guard: a saved value is not finite");
-  }
-  if (steps[0] < 0 || steps[0] > 5 || steps[1] < 0 || steps[1] > 6 || steps[2] < 0 || steps[2] > 8 ||
-      steps[7] < 0 || steps[7] > kMostRelapses) {
-    throw StateError("guard_steps: not a state, trigger or cause of the guard");
-  }
-  report_ = {static_cast<GuardState>(steps[0]), static_cast<GuardTrigger>(steps[1]), values[0], values[1],
-             static_cast<GuardCause>(steps[2])};
-  since_ = steps[3];
-  confirmed_ = steps[4];
-  balanced_ = steps[5];
-  entropy_known_ = steps[6] != 0;
-  relapses_ = steps[7];
-  handed_back_ = steps[8];
-  lost_steps_ = steps[9];
-  begun_ = steps[10] != 0;
-  was_balanced_ = steps[11] != 0;
-  entropy_average_ = values[2];
-  gap_ = values[3];
-  start_vio_ = values[4];
-  aux_before_ = values[5];
-  temperature_before_ = values[6];
-  vio_average_ = values[7];
-  lost_sum_ = values[8];
-  raised_ = values[9];
-  held_ = values[10];
-  helped_ = values[11];
+void LayerGuard::exchange(StateIo& io) {
+  io.choice("guard.state", report_.state, GuardState::kCooldown);
+  io.choice("guard.trigger", report_.trigger, GuardTrigger::kRelapse);
+  io.choice("guard.cause", report_.cause, GuardCause::kRested);
+  io.value("guard.value", report_.value, StateIo::kAnyNumber);  // these two are for the log only
+  io.value("guard.threshold", report_.threshold, StateIo::kAnyNumber);
+  io.value("guard.since", since_);
+  io.value("guard.confirmed", confirmed_);
+  io.value("guard.balanced", balanced_);
+  io.value("guard.relapses", relapses_, {0, kMostRelapses});
+  io.value("guard.handed_back", handed_back_, {-StateIo::kMostCount, StateIo::kMostCount});
+  io.value("guard.entropy_average", entropy_average_);
+  io.value("guard.entropy_known", entropy_known_);
+  io.value("guard.begun", begun_);
+  io.value("guard.gap", gap_, StateIo::kNotNegative);
+  io.value("guard.vio_average", vio_average_);
+  io.value("guard.start_vio", start_vio_);
+  io.value("guard.helped", helped_);
+  io.value("guard.was_balanced", was_balanced_);
+  io.value("guard.lost_sum", lost_sum_);
+  io.value("guard.lost_steps", lost_steps_);
+  io.value("guard.raised", raised_, {0, 1});
+  io.value("guard.held", held_, {0, 1});
+  io.values("guard.errors", errors_);  // a step without data decides on those of the step before
+  io.values("guard.smoothed_errors", smoothed_);
+  io.values("guard.bias_steps", steps_);
+  io.values("guard.bias_before", bias_before_);
+  io.value("guard.aux_before", aux_before_);
+  io.value("guard.temperature_before", temperature_before_);
 }
 
 }  // namespace moectl

@@ -33,8 +33,7 @@ class LayerGuard {
                  std::span<double> wanted) const;
   const GuardReport& report() const { return report_; }
 
-  void save(StateWriter& out) const;
-  void load(StateReader& in);
+  void exchange(StateIo& io);
 
  private:
   void follow_loads(std::int64_t step, const RoutingStats& stats, const Metrics& metrics);

@@ -180,7 +180,8 @@ void Controller::Loop::measure() {
       if (layers_[l]->valid && layers_[l]->has_data) loop.window(window) += layers_[l]->stats;
       if (!loop.due(steps_)) continue;
       loop.window_metrics(window) = Metrics{};
-      if (loop.window(window).tokens() > 0) {
+      // Sums that overflowed, or were loaded so, hold the decision.
+      if (loop.window(window).tokens() > 0 && loop.window(window).valid()) {
         measurer_->measure(loop.window(window), loop.window_metrics(window));
       }
     }

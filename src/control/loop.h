@@ -16,6 +16,7 @@
 #include "control/pending_reduction.h"
 #include "moectl/controller.h"
 #include "moectl/monitor.h"
+#include "moectl/state.h"
 
 namespace moectl {
 
@@ -100,9 +101,7 @@ class Controller::Loop {
   DecisionInputs model_inputs(ActuatorLoop& loop, std::size_t actuator);
   bool guard_acts() const;
 
-  static constexpr std::int64_t kMaxMicroBatches = 1 << 20;
-  void save_to(StateWriter& out) const;
-  void load_from(StateReader& in);
+  void exchange(StateIo& io);
 
   ControllerConfig config_;
   PolicyRegistry registry_;

@@ -1,6 +1,8 @@
 // What of a running loop is saved.
+#include <algorithm>
 #include <cmath>
 #include <string>
+#include <vector>
 
 #include "control/loop.h"
 #include "measure/saved_sums.h"
@@ -22,6 +24,18 @@ std::string first_difference(std::string_view saved, std::string_view own) {
   return "config differs";
 }
 
+// The ids of micro-batches, -1 in rooms that are free. Hosts say how many there are, the config does not: up to kRoom
+// the state has one length, and beyond it grows by as much.
+void exchange_ids(StateIo& io, std::vector<std::int64_t>& ids) {
+  constexpr std::size_t kRoom = 64;
+  std::vector<std::int64_t> rooms = ids;
+  rooms.resize(std::max<std::size_t>(1, (ids.size() + kRoom - 1) / kRoom) * kRoom, -1);
+  io.list("micro_batches", rooms, {-1, StateIo::kAnyInteger.most});
+  if (!io.reads()) return;
+  rooms.erase(std::remove(rooms.begin(), rooms.end(), -1), rooms.end());
+  ids = std::move(rooms);
+}
+
 }  // namespace
 
 std::string Controller::Loop::save() {
@@ -33,15 +47,15 @@ std::string Controller::Loop::save() {
       // The next step says so, when it sends this rank's share again.
     }
   }
-  StateWriter out;
-  save_to(out);
-  return out.finish();
+  StateIo out;
+  exchange(out);
+  return out.bytes();
 }
 
 std::unique_ptr<Controller::Loop> Controller::Loop::loaded(std::string_view state) const {
-  StateReader in(state);
+  StateIo in(state);
   auto fresh = std::make_unique<Loop>(config_, registry_);
-  fresh->load_from(in);
+  fresh->exchange(in);
   in.finish();
   fresh->reduction_ = reduction_;
   fresh->exchange_ = exchange_;
@@ -50,63 +64,29 @@ std::unique_ptr<Controller::Loop> Controller::Loop::loaded(std::string_view stat
   return fresh;
 }
 
-void Controller::Loop::save_to(StateWriter& out) const {
-  out.put("config", description_);
-  out.put("steps", steps_);
-  for (const auto& layer : layers_) {
-    out.put("frozen", std::int64_t{layer->frozen ? 1 : 0});
-    save_sums(out, "recorded", layer->intake);
-    out.put("micro_batch_count", static_cast<std::int64_t>(layer->seen.size()));
-    out.put("micro_batches", layer->seen);
-    layer->monitor->save(out);
-    if (layer->guard) layer->guard->save(out);
-    for (const auto& loop : layer->loops) {
-      if (loop) loop->save(out);
-    }
-  }
-  for (const auto& loop : model_loops_) {
-    if (loop) loop->save(out);
-  }
-  if (config_.guard.enabled) out.put("before_guards", before_guards_);
-  if (!pending_) return;
-  pending_->save(out);
-  out.put("landed", std::int64_t{arrived_ ? 1 : 0});
-  if (arrived_) out.put("sums", payload_.all());
-}
-
-void Controller::Loop::load_from(StateReader& in) {
-  const std::string saved = in.get_text("config");
+void Controller::Loop::exchange(StateIo& io) {
+  std::string saved = description_;
+  io.text("config", saved);
   if (saved != description_) throw StateError(first_difference(saved, description_));
-  steps_ = in.get_int("steps");
+  io.value("steps", steps_);
   for (const auto& layer : layers_) {
-    layer->frozen = in.get_int("frozen") != 0;
-    load_sums(in, "recorded", layer->intake);
-    const std::int64_t micro_batches = in.get_int("micro_batch_count");
-    if (micro_batches < 0 || micro_batches > kMaxMicroBatches) {
-      throw StateError("micro_batch_count: " + std::to_string(micro_batches) + ": must be in [0, " +
-                       std::to_string(kMaxMicroBatches) + "]");
-    }
-    layer->seen.resize(static_cast<std::size_t>(micro_batches));
-    in.get("micro_batches", layer->seen);
-    layer->monitor->load(in);
-    if (layer->guard) layer->guard->load(in);
+    io.value("frozen", layer->frozen);
+    exchange_sums(io, "recorded", layer->intake);
+    exchange_ids(io, layer->seen);
+    layer->monitor->exchange(io);
+    if (layer->guard) layer->guard->exchange(io);
     for (auto& loop : layer->loops) {
-      if (loop) loop->load(in);
+      if (loop) loop->exchange(io);
     }
   }
   for (auto& loop : model_loops_) {
-    if (loop) loop->load(in);
+    if (loop) loop->exchange(io);
   }
-  if (config_.guard.enabled) {
-    in.get("before_guards", before_guards_);
-    for (const double value : before_guards_) {
-      if (!std::isfinite(value)) throw StateError("before_guards: a saved value is not finite");
-    }
-  }
+  if (config_.guard.enabled) io.values("before_guards", before_guards_);
   if (!pending_) return;
-  pending_->load(in);
-  arrived_ = in.get_int("landed") != 0;
-  if (arrived_) in.get("sums", payload_.all());
+  pending_->exchange(io);
+  io.value("arrived", arrived_);
+  payload_.exchange(io, "sums", arrived_);
 }
 
 }  // namespace moectl

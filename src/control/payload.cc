@@ -122,6 +122,13 @@ void Payload::check() const {
   }
 }
 
+void Payload::exchange(StateIo& io, std::string_view name, bool counts) {
+  if (!counts) std::fill(sums_.begin(), sums_.end(), 0);
+  io.values(name, sums_, StateIo::kAnyInteger);
+  io.check(!counts || (word(kRanks) >= 1 && equal_everywhere(word(kRanks), word(kHash), word(kHashSquare))),
+           name, "be a sum over ranks that agree");
+}
+
 StepInfo Payload::info(std::span<std::int64_t> mixture) const {
   StepInfo info;
   const auto mean = [this](Word sum, Word count, Word bad) -> std::optional<double> {

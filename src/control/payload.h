@@ -11,6 +11,7 @@
 
 #include "moectl/controller.h"
 #include "moectl/policy.h"
+#include "moectl/state.h"
 
 namespace moectl {
 
@@ -47,6 +48,9 @@ class Payload {
   void reduce(const Reduction& reduction);
   /// Of a sum over ranks: throws ReductionError unless all of them applied the same values.
   void check() const;
+  /// Writes or reads it, where it does not count as zeros. Throws StateError if it is read, counts and no sum over ranks
+  /// that agree.
+  void exchange(StateIo& io, std::string_view name, bool counts);
   std::span<std::int64_t> all() { return sums_; }
   std::span<const std::int64_t> all() const { return sums_; }
   /// What all ranks' hosts said together; `mixture` [domains] receives what next_mixture views.

@@ -40,14 +40,11 @@ void PendingReduction::finish(const Reduction& reduction, Payload& total) {
   state_ = State::kEmpty;
 }
 
-void PendingReduction::save(StateWriter& out) const {
-  out.put("to_send", std::int64_t{loaded() ? 1 : 0});
-  if (loaded()) out.put("share", local_sums_.all());
-}
-
-void PendingReduction::load(StateReader& in) {
-  state_ = in.get_int("to_send") != 0 ? State::kLocalSums : State::kEmpty;
-  if (loaded()) in.get("share", local_sums_.all());
+void PendingReduction::exchange(StateIo& io) {
+  bool to_send = loaded();
+  io.value("to_send", to_send);
+  if (io.reads()) state_ = to_send ? State::kLocalSums : State::kEmpty;
+  local_sums_.exchange(io, "share", to_send);
 }
 
 }  // namespace moectl

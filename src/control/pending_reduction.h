@@ -30,8 +30,7 @@ class PendingReduction {
   /// kept, and the next call sends it again.
   void finish(const Reduction& reduction, Payload& total);
 
-  void save(StateWriter& out) const;
-  void load(StateReader& in);
+  void exchange(StateIo& io);
 
  private:
   enum class State { kEmpty, kLocalSums, kInFlight };

@@ -366,39 +366,21 @@ void SafetyLimiter::clip_scalar(double applied, LimitReport& report) {
   if (wanted > hi) report.add(hi == limits_.max ? Reason::kRange : Reason::kRate);
 }
 
-void SafetyLimiter::save(StateWriter& out) const {
-  out.put("last_good", last_good_);
-  out.put("candidate", candidate_);
-  out.put("last_move", last_move_);
-  const std::int64_t steps[] = {candidate_step_, invalid_in_row_, last_move_step_, hold_until_};
-  out.put("steps", steps);
-  const double averages[] = {loss_ema_,     drop_ema_, loss_seen_ ? 1.0 : 0.0, drop_seen_ ? 1.0 : 0.0,
-                             reversal_ema_, gain_};
-  out.put("averages", averages);
-}
-
-void SafetyLimiter::load(StateReader& in) {
-  in.get("last_good", last_good_);
-  in.get("candidate", candidate_);
-  in.get("last_move", last_move_);
-  std::array<std::int64_t, 4> steps{};
-  in.get("steps", steps);
-  std::array<double, 6> averages{};
-  in.get("averages", averages);
-  if (!all_finite(last_good_) || !all_finite(candidate_) || !all_finite(last_move_) ||
-      !all_finite(averages)) {
-    throw StateError("limiter: a saved value is not finite");
-  }
-  candidate_step_ = steps[0];
-  invalid_in_row_ = steps[1];
-  last_move_step_ = steps[2];
-  hold_until_ = steps[3];
-  loss_ema_ = averages[0];
-  drop_ema_ = averages[1];
-  loss_seen_ = averages[2] != 0;
-  drop_seen_ = averages[3] != 0;
-  reversal_ema_ = averages[4];
-  gain_ = averages[5];
+void SafetyLimiter::exchange(StateIo& io) {
+  constexpr IntegerRange kStep{kNever, -kNever};
+  io.values("limiter.last_good", last_good_);
+  io.values("limiter.candidate", candidate_);
+  io.value("limiter.candidate_step", candidate_step_, kStep);
+  io.values("limiter.last_move", last_move_);
+  io.value("limiter.invalid_in_row", invalid_in_row_);
+  io.value("limiter.last_move_step", last_move_step_, kStep);
+  io.value("limiter.hold_until", hold_until_, kStep);
+  io.value("limiter.loss_average", loss_ema_);
+  io.value("limiter.loss_seen", loss_seen_);
+  io.value("limiter.drop_average", drop_ema_);
+  io.value("limiter.drop_seen", drop_seen_);
+  io.value("limiter.reversal", reversal_ema_);
+  io.value("limiter.gain", gain_, {0, 1});
 }
 
 }  // namespace moectl

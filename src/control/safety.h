@@ -35,8 +35,7 @@ class SafetyLimiter {
   /// context says hold. Both [size].
   LimitReport apply(const LimitContext& context, std::span<const double> wanted, std::span<double> applied);
 
-  void save(StateWriter& out) const;
-  void load(StateReader& in);
+  void exchange(StateIo& io);
 
  private:
   std::optional<Reason> hold_reason(const LimitContext& context) const;

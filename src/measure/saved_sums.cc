@@ -1,32 +1,25 @@
 #include "measure/saved_sums.h"
 
+#include <algorithm>
 #include <cmath>
-#include <utility>
 #include <vector>
 
 namespace moectl {
 
-void save_sums(StateWriter& out, std::string_view name, const RoutingStats& stats) {
-  out.put(name, stats.flat());
+void exchange_sums(StateIo& io, std::string_view name, RoutingStats& stats) {
+  // Any integer: sums that cannot be used hold a step, wherever they come from.
+  io.values(name, stats.flat(), StateIo::kAnyInteger);
   if (!stats.shape().needs.margin_rows) return;
-  const std::vector<double> rows(stats.margin_rows().begin(), stats.margin_rows().end());
-  out.put("margin_row_values", static_cast<std::int64_t>(rows.size()));
-  out.put("margin_rows", rows);
-}
-
-void load_sums(StateReader& in, std::string_view name, RoutingStats& stats) {
-  in.get(name, stats.flat());
-  if (!stats.shape().needs.margin_rows) return;
-  const std::int64_t size = in.get_int("margin_row_values");
+  std::vector<double> rows(stats.margin_rows().begin(), stats.margin_rows().end());
+  io.list("margin_rows", rows, StateIo::kAnyNumber);
+  if (!io.reads()) return;
   // What a record adds: tokens times experts, and nothing else.
-  if (size != stats.scalar(RoutingStats::kMarginTokens) * stats.experts()) {
-    throw StateError("margin_row_values: " + std::to_string(size) + ": must be experts times tokens");
-  }
-  std::vector<double> rows(static_cast<std::size_t>(size));
-  in.get("margin_rows", rows);
-  for (const double value : rows) {
-    if (std::isnan(value)) throw StateError("margin_rows: a saved value is not a number");
-  }
+  const auto experts = static_cast<std::size_t>(stats.experts());
+  io.check(rows.size() % experts == 0 &&
+               static_cast<std::int64_t>(rows.size() / experts) == stats.scalar(RoutingStats::kMarginTokens),
+           "margin_rows", "have as many values as experts times tokens");
+  io.check(std::none_of(rows.begin(), rows.end(), [](double x) { return std::isnan(x); }), "margin_rows",
+           "hold numbers");
   stats.set_margin_rows(std::vector<float>(rows.begin(), rows.end()));
 }
 

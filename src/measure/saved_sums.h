@@ -8,8 +8,8 @@
 
 namespace moectl {
 
-void save_sums(StateWriter& out, std::string_view name, const RoutingStats& stats);
-/// `stats` has the shape that was saved. Throws StateError.
-void load_sums(StateReader& in, std::string_view name, RoutingStats& stats);
+/// Writes or reads `stats`, which has the shape that was saved. Of a constant length but for rows of margins, one for
+/// each token recorded. Throws StateError.
+void exchange_sums(StateIo& io, std::string_view name, RoutingStats& stats);
 
 }  // namespace moectl

@@ -136,16 +136,10 @@ bool Latch::update(bool enter, bool leave, std::int64_t after, std::int64_t dwel
   return on_;
 }
 
-void Latch::save(std::span<std::int64_t> out) const {
-  out[0] = on_ ? 1 : 0;
-  out[1] = run_;
-  out[2] = age_;
-}
-
-void Latch::load(std::span<const std::int64_t> in) {
-  on_ = in[0] != 0;
-  run_ = in[1];
-  age_ = in[2];
+void Latch::exchange(StateIo& io) {
+  io.value("health.latch.on", on_);
+  io.value("health.latch.run", run_);
+  io.value("health.latch.age", age_, {-1, StateIo::kMostCount});
 }
 
 // ---- HealthMonitor ----
@@ -302,44 +296,16 @@ Health HealthMonitor::worst() const {
   return Health::kHealthy;
 }
 
-template <class Self, class Visit>
-void HealthMonitor::for_each_latch(Self& self, Visit&& visit) {
-  for (auto& latch : self.modes_) visit(latch);
-  for (auto& rule : self.rules_) visit(rule.latch);
-  for (auto& watched : self.watched_) visit(watched.latch);
-}
-
-void HealthMonitor::save(StateWriter& out) const {
-  std::vector<std::int64_t> values = {static_cast<std::int64_t>(state_), state_age_, without_data_, seen_};
-  for (const bool flag : flags_) values.push_back(flag ? 1 : 0);
-  for (const bool flag : mode_flags_) values.push_back(flag ? 1 : 0);
-  for_each_latch(*this, [&](const Latch& latch) {
-    std::int64_t state[Latch::kStateSize];
-    latch.save(state);
-    values.insert(values.end(), state, state + Latch::kStateSize);
-  });
-  out.put("health", std::span<const std::int64_t>(values));
-}
-
-void HealthMonitor::load(StateReader& in) {
-  const std::size_t latches = modes_.size() + rules_.size() + watched_.size();
-  std::vector<std::int64_t> values(4 + flags_.size() + mode_flags_.size() + latches * Latch::kStateSize);
-  in.get("health", std::span<std::int64_t>(values));
-  if (values[0] < 0 || values[0] >= kHealthCount) {
-    throw StateError("state: 'health': expected a state below " + std::to_string(kHealthCount) + ", found " +
-                     std::to_string(values[0]));
-  }
-  state_ = static_cast<Health>(values[0]);
-  state_age_ = values[1];
-  without_data_ = values[2];
-  seen_ = values[3];
-  std::size_t at = 4;
-  for (bool& flag : flags_) flag = values[at++] != 0;
-  for (bool& flag : mode_flags_) flag = values[at++] != 0;
-  for_each_latch(*this, [&](Latch& latch) {
-    latch.load(std::span(values).subspan(at, Latch::kStateSize));
-    at += Latch::kStateSize;
-  });
+void HealthMonitor::exchange(StateIo& io) {
+  io.choice("health.state", state_, Health::kCollapsed);
+  io.value("health.state_age", state_age_);
+  io.value("health.without_data", without_data_);
+  io.value("health.seen", seen_);
+  for (bool& flag : flags_) io.value("health.flag", flag);
+  for (bool& flag : mode_flags_) io.value("health.mode_flag", flag);
+  for (Latch& latch : modes_) latch.exchange(io);
+  for (Rule& rule : rules_) rule.latch.exchange(io);
+  for (Watched& watched : watched_) watched.latch.exchange(io);
 }
 
 // ---- Review of the auxiliary loss ----

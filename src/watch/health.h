@@ -22,9 +22,7 @@ class Latch {
   bool update(bool enter, bool leave, std::int64_t after, std::int64_t dwell);
   bool on() const { return on_; }
 
-  static constexpr int kStateSize = 3;
-  void save(std::span<std::int64_t> out) const;
-  void load(std::span<const std::int64_t> in);
+  void exchange(StateIo& io);
 
  private:
   bool on_ = false;
@@ -54,8 +52,7 @@ class HealthMonitor {
   /// The phase in force; empty without phases.
   std::string_view phase() const { return phase_; }
 
-  void save(StateWriter& out) const;
-  void load(StateReader& in);
+  void exchange(StateIo& io);
 
  private:
   struct Rule {
@@ -71,8 +68,6 @@ class HealthMonitor {
   void look(const Metrics& metrics, const Metrics& smoothed, double swing_cv);
   void watch_bands(std::int64_t step, const Metrics& smoothed);
   Health worst() const;
-  template <class Self, class Visit>
-  static void for_each_latch(Self& self, Visit&& visit);
 
   // Of a load on its targets: the entropy less that of k experts, ln N over the entropy, the slowest device over the
   // mean; and the experts that are to get something.

@@ -59,8 +59,7 @@ struct LayerMonitor::Impl {
   void observe(const RoutingStats& stats, Metrics& metrics, std::optional<double> loss);
   void observe_nothing();
   Trend trend(const MetricField& field) const;
-  void save(StateWriter& out) const;
-  void load(StateReader& in);
+  void exchange(StateIo& io);
   void watch_loads(const RoutingStats& stats, Metrics& metrics);
   void watch_experts(const RoutingStats& stats, Metrics& metrics);
   void watch_tail(const RoutingStats& stats, Metrics& metrics);
@@ -262,64 +261,36 @@ LayerMonitor::Trend LayerMonitor::Impl::trend(const MetricField& field) const {
 
 // ---- State ----
 
-void LayerMonitor::Impl::save(StateWriter& out) const {
-  const std::int64_t counts[] = {observed_, steps_, gradient_steps_};
-  out.put("monitor.counts", std::span<const std::int64_t>(counts));
-  out.put("monitor.smoothed", std::span<const double>(smoothed_));
-  out.put("monitor.below", std::span<const std::int64_t>(below_));
+void LayerMonitor::Impl::exchange(StateIo& io) {
+  io.value("monitor.observed", observed_);
+  io.value("monitor.steps", steps_);
+  io.value("monitor.gradient_steps", gradient_steps_);
+  io.values("monitor.smoothed", smoothed_, StateIo::kNotNegative);
+  io.values("monitor.below", below_);
   std::vector<double> metrics;
   for (const MetricField& field : metric_fields()) {
-    metrics.push_back((smoothed_metrics_.*(field.value)).value_or(std::nan("")));
+    metrics.push_back((smoothed_metrics_.*(field.value)).value_or(kUnknown));
   }
-  out.put("monitor.metrics", std::span<const double>(metrics));
-  entropy_.save(out);
-  token_entropy_.save(out);
-  if (load_trend_) {
-    load_trend_->save(out);
-    history_->save(out);
-  }
-  out.put("monitor.grad_norm", std::span<const double>(grad_norm_));
-  out.put("monitor.update_frequency", std::span<const double>(update_frequency_));
-  out.put("monitor.fast_loss", std::span<const double>(fast_loss_));
-  out.put("monitor.slow_loss", std::span<const double>(slow_loss_));
-  if (tail_) {
-    tail_->save(out);
-    tail_load_->save(out);
-  }
-  health_.save(out);
-}
-
-void LayerMonitor::Impl::load(StateReader& in) {
-  // Read into another: a bad state leaves this one as it was.
-  Impl fresh(shape_, options_, metrics_options_);
-  std::int64_t counts[3];
-  in.get("monitor.counts", std::span<std::int64_t>(counts));
-  fresh.observed_ = counts[0];
-  fresh.steps_ = counts[1];
-  fresh.gradient_steps_ = counts[2];
-  in.get("monitor.smoothed", std::span<double>(fresh.smoothed_));
-  in.get("monitor.below", std::span<std::int64_t>(fresh.below_));
-  std::vector<double> metrics(metric_fields().size());
-  in.get("monitor.metrics", std::span<double>(metrics));
+  io.values("monitor.metrics", metrics, StateIo::kAnyNumber);
   for (std::size_t f = 0; f < metrics.size(); ++f) {
-    if (!std::isnan(metrics[f])) fresh.smoothed_metrics_.*(metric_fields()[f].value) = metrics[f];
+    smoothed_metrics_.*(metric_fields()[f].value) =
+        std::isnan(metrics[f]) ? Metrics::Value() : Metrics::Value(metrics[f]);
   }
-  fresh.entropy_.load(in);
-  fresh.token_entropy_.load(in);
-  if (fresh.load_trend_) {
-    fresh.load_trend_->load(in);
-    fresh.history_->load(in);
+  entropy_.exchange(io);
+  token_entropy_.exchange(io);
+  if (load_trend_) {
+    load_trend_->exchange(io);
+    history_->exchange(io);
   }
-  in.get("monitor.grad_norm", std::span<double>(fresh.grad_norm_));
-  in.get("monitor.update_frequency", std::span<double>(fresh.update_frequency_));
-  in.get("monitor.fast_loss", std::span<double>(fresh.fast_loss_));
-  in.get("monitor.slow_loss", std::span<double>(fresh.slow_loss_));
-  if (fresh.tail_) {
-    fresh.tail_->load(in);
-    fresh.tail_load_->load(in);
+  io.values("monitor.grad_norm", grad_norm_, StateIo::kNotNegative);
+  io.values("monitor.update_frequency", update_frequency_, {0, 1});
+  io.values("monitor.fast_loss", fast_loss_, StateIo::kAnyNumber);
+  io.values("monitor.slow_loss", slow_loss_, StateIo::kAnyNumber);
+  if (tail_) {
+    tail_->exchange(io);
+    tail_load_->exchange(io);
   }
-  fresh.health_.load(in);
-  *this = std::move(fresh);
+  health_.exchange(io);
 }
 
 // ---- What the header shows ----
@@ -371,11 +342,12 @@ std::string_view LayerMonitor::phase() const {
 LayerMonitor::Trend LayerMonitor::trend(const MetricField& field) const {
   return impl_->trend(field);
 }
-void LayerMonitor::save(StateWriter& out) const {
-  impl_->save(out);
-}
-void LayerMonitor::load(StateReader& in) {
-  impl_->load(in);
+void LayerMonitor::exchange(StateIo& io) {
+  if (!io.reads()) return impl_->exchange(io);
+  // Read into another: a bad state leaves this one as it was.
+  Impl fresh(impl_->shape_, impl_->options_, impl_->metrics_options_);
+  fresh.exchange(io);
+  *impl_ = std::move(fresh);
 }
 
 }  // namespace moectl

@@ -135,20 +135,15 @@ void History::push(double value) {
   values_[begin_ + size_++] = value;
 }
 
-void History::save(StateWriter& out) const {
-  out.put("history.size", static_cast<std::int64_t>(size_));
-  out.put("history.values", values());
-}
-
-void History::load(StateReader& in) {
-  const std::int64_t size = in.get_int("history.size");
-  if (size < 0 || size > static_cast<std::int64_t>(window())) {
-    throw StateError("state: 'history.size': expected at most " + std::to_string(window()) + ", found " +
-                     std::to_string(size));
-  }
+void History::exchange(StateIo& io) {
+  auto size = static_cast<std::int64_t>(size_);
+  io.value("history.size", size, {0, static_cast<std::int64_t>(window())});
+  std::vector<double> all(window(), 0.0);  // in a state of constant length
+  std::copy_n(values().begin(), size_, all.begin());
+  io.values("history.values", all, StateIo::kAnyNumber);
   begin_ = 0;
   size_ = static_cast<std::size_t>(size);
-  in.get("history.values", std::span(values_).first(size_));
+  std::copy_n(all.begin(), size_, values_.begin());
 }
 
 // ---- HistoryTable ----
@@ -167,18 +162,9 @@ std::vector<double> HistoryTable::column(std::size_t which) const {
   return values;
 }
 
-void HistoryTable::save(StateWriter& out) const {
-  out.put("history.pushed", pushed_);
-  out.put("history.rows", std::span<const double>(rows_));
-}
-
-void HistoryTable::load(StateReader& in) {
-  const std::int64_t pushed = in.get_int("history.pushed");
-  if (pushed < 0) {
-    throw StateError("state: 'history.pushed': expected at least 0, found " + std::to_string(pushed));
-  }
-  in.get("history.rows", std::span<double>(rows_));
-  pushed_ = pushed;
+void HistoryTable::exchange(StateIo& io) {
+  io.value("history.pushed", pushed_);
+  io.values("history.rows", rows_, StateIo::kAnyNumber);
 }
 
 // ---- LoadTrend ----
@@ -361,51 +347,24 @@ double LoadTrend::deviation_cv() const {
   return std::sqrt(deviation_sq_);
 }
 
-void LoadTrend::save(StateWriter& out) const {
-  out.put("trend.steps", steps_);
-  out.put("trend.loads", std::span<const double>(loads_));
-  out.put("trend.deviations", std::span<const double>(deviations_));
-  out.put("trend.norms", std::span<const double>(norms_));
-  out.put("trend.lagged", std::span<const double>(lagged_));
-  const double scalars[] = {flips_,       deviation_sq_, last_shift_, before_.entry,
-                            before_.path, now_.entry,    now_.path};
-  out.put("trend.scalars", std::span<const double>(scalars));
-  for (const Block* block : {&before_, &now_}) {
-    out.put("trend.block.steps", block->steps);
-    out.put("trend.block.mean", std::span<const double>(block->mean));
-    out.put("trend.block.squares", std::span<const double>(block->squares));
-    out.put("trend.block.first_root", std::span<const double>(block->first_root));
+void LoadTrend::exchange(StateIo& io) {
+  io.value("trend.steps", steps_);
+  io.values("trend.loads", loads_);
+  io.values("trend.deviations", deviations_);
+  io.values("trend.norms", norms_, StateIo::kNotNegative);
+  io.values("trend.lagged", lagged_);
+  io.value("trend.flips", flips_);
+  io.value("trend.deviation_sq", deviation_sq_, StateIo::kNotNegative);
+  io.value("trend.last_shift", last_shift_, StateIo::kNotNegative);
+  for (Block* block : {&before_, &now_}) {
+    io.value("trend.block.steps", block->steps, {0, half_window_});
+    io.value("trend.block.entry", block->entry, StateIo::kNotNegative);
+    io.value("trend.block.path", block->path, StateIo::kNotNegative);
+    io.values("trend.block.mean", block->mean);
+    io.values("trend.block.squares", block->squares);
+    io.values("trend.block.first_root", block->first_root);
   }
-  out.put("trend.root", std::span<const double>(root_));
-}
-
-void LoadTrend::load(StateReader& in) {
-  LoadTrend fresh = *this;
-  fresh.steps_ = in.get_int("trend.steps");
-  in.get("trend.loads", std::span<double>(fresh.loads_));
-  in.get("trend.deviations", std::span<double>(fresh.deviations_));
-  in.get("trend.norms", std::span<double>(fresh.norms_));
-  in.get("trend.lagged", std::span<double>(fresh.lagged_));
-  double scalars[7];
-  in.get("trend.scalars", std::span<double>(scalars));
-  fresh.flips_ = scalars[0];
-  fresh.deviation_sq_ = scalars[1];
-  fresh.last_shift_ = scalars[2];
-  fresh.before_.entry = scalars[3];
-  fresh.before_.path = scalars[4];
-  fresh.now_.entry = scalars[5];
-  fresh.now_.path = scalars[6];
-  for (Block* block : {&fresh.before_, &fresh.now_}) {
-    block->steps = in.get_int("trend.block.steps");
-    in.get("trend.block.mean", std::span<double>(block->mean));
-    in.get("trend.block.squares", std::span<double>(block->squares));
-    in.get("trend.block.first_root", std::span<double>(block->first_root));
-  }
-  in.get("trend.root", std::span<double>(fresh.root_));
-  if (fresh.steps_ < 0) {
-    throw StateError("state: 'trend.steps': expected at least 0, found " + std::to_string(fresh.steps_));
-  }
-  *this = std::move(fresh);
+  io.values("trend.root", root_);
 }
 
 }  // namespace moectl

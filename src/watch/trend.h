@@ -39,8 +39,7 @@ class History {
   void push(double value);
   std::span<const double> values() const { return std::span(values_).subspan(begin_, size_); }
 
-  void save(StateWriter& out) const;
-  void load(StateReader& in);
+  void exchange(StateIo& io);
 
  private:
   std::size_t window() const { return values_.size() / 2; }
@@ -57,8 +56,7 @@ class HistoryTable {
   /// The values of one column, oldest first.
   std::vector<double> column(std::size_t which) const;
 
-  void save(StateWriter& out) const;
-  void load(StateReader& in);
+  void exchange(StateIo& io);
 
  private:
   std::size_t window() const { return rows_.size() / columns_; }
@@ -88,8 +86,7 @@ class LoadTrend {
   /// w_i = 0, of M e_i), over the M experts that are wanted.
   double deviation_cv() const;
 
-  void save(StateWriter& out) const;
-  void load(StateReader& in);
+  void exchange(StateIo& io);
 
  private:
   static constexpr std::array<int, 7> kLags = {1, 2, 3, 4, 5, 6, 8};

@@ -4,39 +4,71 @@
 #include <gtest/gtest.h>
 
 #include <bit>
+#include <cmath>
 #include <limits>
 #include <random>
 #include <vector>
+
+#include "altered_state.h"
 
 namespace moectl {
 namespace {
 
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
+using testing::state_body;
+using testing::with_number;
+using testing::with_state_header;
+
+// One of each kind, as a class would exchange them.
+struct Sample {
+  std::int64_t step = 0;
+  double gain = 0;
+  bool known = false;
+  std::vector<double> bias = std::vector<double>(3);
+  std::vector<std::int64_t> counts = std::vector<std::int64_t>(2);
+  std::string name;
+  std::vector<double> rows, none;
+
+  void exchange(StateIo& io) {
+    io.value("step", step);
+    io.value("gain", gain);
+    io.value("known", known);
+    io.values("bias", bias);
+    io.values("counts", counts, StateIo::kAnyInteger);
+    io.text("name", name);
+    io.list("rows", rows);
+    io.values("none", none);
+  }
+};
 
 std::string sample() {
-  StateWriter out;
-  out.put("step", std::int64_t{41});
-  out.put("gain", 0.25);
-  out.put("bias", std::vector<double>{1, -0.0, std::numeric_limits<double>::denorm_min()});
-  out.put("counts", std::vector<std::int64_t>{std::numeric_limits<std::int64_t>::min(), 0});
-  out.put("name", std::string_view("two\0parts", 9));
-  out.put("none", std::vector<double>{});
-  return out.finish();
+  Sample some{.step = 41,
+              .gain = 0.25,
+              .known = true,
+              .bias = {1, -0.0, std::numeric_limits<double>::denorm_min()},
+              .counts = {std::numeric_limits<std::int64_t>::min(), 0},
+              .name = std::string("two\0parts", 9),
+              .rows = {3, 4},
+              .none = {}};
+  StateIo out;
+  some.exchange(out);
+  return out.bytes();
 }
 
 // Reads the whole sample; throws StateError or returns.
-void read(const std::string& bytes) {
-  StateReader in(bytes);
-  in.get_int("step");
-  in.get_double("gain");
-  std::vector<double> bias(3);
-  in.get("bias", std::span<double>(bias));
-  std::vector<std::int64_t> counts(2);
-  in.get("counts", std::span<std::int64_t>(counts));
-  in.get_text("name");
-  in.get("none", std::span<double>());
+Sample read(const std::string& bytes) {
+  StateIo in(bytes);
+  Sample read;
+  read.exchange(in);
   in.finish();
+  return read;
+}
+
+std::int64_t integer(StateIo& io, std::string_view name, IntegerRange range = StateIo::kCount) {
+  std::int64_t x = 0;
+  io.value(name, x, range);
+  return x;
 }
 
 template <class Work>
@@ -50,27 +82,23 @@ std::string error_of(const Work& work) {
 }
 
 TEST(State, ComesBackExactly) {
-  const std::string bytes = sample();
-  StateReader in(bytes);
-  EXPECT_EQ(in.get_int("step"), 41);
-  EXPECT_EQ(in.get_double("gain"), 0.25);
-  std::vector<double> bias(3);
-  in.get("bias", std::span<double>(bias));
-  EXPECT_EQ(std::bit_cast<std::uint64_t>(bias[1]), std::uint64_t{1} << 63);
-  EXPECT_EQ(bias[2], std::numeric_limits<double>::denorm_min());
-  std::vector<std::int64_t> counts(2);
-  in.get("counts", std::span<std::int64_t>(counts));
-  EXPECT_THAT(counts, ElementsAre(std::numeric_limits<std::int64_t>::min(), 0));
-  EXPECT_EQ(in.get_text("name"), std::string("two\0parts", 9));
-  in.get("none", std::span<double>());
-  in.finish();
+  const Sample back = read(sample());
+  EXPECT_EQ(back.step, 41);
+  EXPECT_EQ(back.gain, 0.25);
+  EXPECT_TRUE(back.known);
+  EXPECT_EQ(std::bit_cast<std::uint64_t>(back.bias[1]), std::uint64_t{1} << 63);
+  EXPECT_EQ(back.bias[2], std::numeric_limits<double>::denorm_min());
+  EXPECT_THAT(back.counts, ElementsAre(std::numeric_limits<std::int64_t>::min(), 0));
+  EXPECT_EQ(back.name, std::string("two\0parts", 9));
+  EXPECT_THAT(back.rows, ElementsAre(3, 4));
 }
 
 TEST(State, IsLittleEndian) {
-  StateWriter out;
-  out.put("x", std::int64_t{0x0102});
-  const std::string bytes = out.finish();
-  EXPECT_EQ(bytes.substr(0, 12), std::string("moectlst\1\0\0\0", 12));
+  StateIo out;
+  std::int64_t x = 0x0102;
+  out.value("x", x);
+  const std::string bytes = out.bytes();
+  EXPECT_EQ(bytes.substr(0, 12), std::string("moectlst\2\0\0\0", 12));
   EXPECT_EQ(bytes.substr(28), std::string("\1\0\0\0xi\1\0\0\0\0\0\0\0\2\1\0\0\0\0\0\0", 22));
 }
 
@@ -78,35 +106,87 @@ TEST(State, ErrorsNameTheEntryWhatWasExpectedAndWhatWasFound) {
   const std::string bytes = sample();
   const auto first = [&](auto read) {
     return error_of([&] {
-      StateReader in(bytes);
+      StateIo in(bytes);
       read(in);
     });
   };
-  EXPECT_EQ(first([](StateReader& in) { in.get_int("epoch"); }),
+  EXPECT_EQ(first([](StateIo& in) { integer(in, "epoch"); }),
             "state: 'epoch': expected this entry, found entry 'step'");
-  EXPECT_EQ(first([](StateReader& in) { in.get_double("step"); }),
+  EXPECT_EQ(first([](StateIo& in) {
+              double x = 0;
+              in.value("step", x);
+            }),
             "state: 'step': expected numbers, found integers");
-  EXPECT_EQ(first([](StateReader& in) { in.get_text("step"); }),
+  EXPECT_EQ(first([](StateIo& in) {
+              std::string text;
+              in.text("step", text);
+            }),
             "state: 'step': expected text, found integers");
-  EXPECT_EQ(first([](StateReader& in) {
+  EXPECT_EQ(first([](StateIo& in) {
               std::vector<std::int64_t> two(2);
-              in.get("step", std::span<std::int64_t>(two));
+              in.values("step", two);
             }),
             "state: 'step': expected 2 elements, found 1");
-  EXPECT_EQ(first([](StateReader& in) { in.finish(); }),
+  EXPECT_EQ(first([](StateIo& in) { in.finish(); }),
             "state: end: expected no further entry, found entry 'step'");
   EXPECT_EQ(error_of([] {
-              const std::string empty = StateWriter().finish();
-              StateReader(empty).get_int("step");
+              const std::string empty = StateIo().bytes();
+              StateIo in(empty);
+              integer(in, "step");
             }),
             "state: 'step': expected an entry, found the end of the state");
 }
 
+TEST(State, ErrorsNameWhatIsOutOfRange) {
+  const std::string bytes = sample();
+  EXPECT_EQ(error_of([&] {
+              StateIo in(bytes);
+              integer(in, "step", {0, 40});
+            }),
+            "state: 'step': expected 0 to 40, found 41");
+  EXPECT_EQ(error_of([&] { read(with_number(bytes, "gain", 0, std::nan(""))); }),
+            "state: 'gain': expected a finite number, found nan");
+  EXPECT_EQ(error_of([&] { read(with_number(bytes, "bias", 1, -HUGE_VAL)); }),
+            "state: 'bias'[1]: expected a finite number, found -inf");
+  EXPECT_EQ(error_of([&] { read(with_number(bytes, "known", 0, std::int64_t{2})); }),
+            "state: 'known': expected 0 to 1, found 2");
+  EXPECT_EQ(error_of([&] {
+              StateIo in(bytes);
+              in.check(false, "step", "be even");
+            }),
+            "state: 'step': must be even");
+  EXPECT_NO_THROW(StateIo().check(false, "step", "be even")) << "what is written is not checked";
+}
+
+// A count that was read can be counted on: the largest is far from an overflow.
+TEST(State, ACountIsNeitherNegativeNorNearAnOverflow) {
+  for (const std::int64_t bad : {std::int64_t{-1}, std::numeric_limits<std::int64_t>::max()}) {
+    EXPECT_THAT(error_of([&] { read(with_number(sample(), "step", 0, bad)); }),
+                HasSubstr("'step': expected 0 to"));
+  }
+}
+
+TEST(State, AChoiceIsOneOfItsEnumeration) {
+  enum class Colour { kRed, kGreen, kBlue };
+  StateIo out;
+  Colour colour = Colour::kGreen;
+  out.choice("colour", colour, Colour::kBlue);
+  const std::string bytes = out.bytes();
+  const auto read = [](const std::string& state) {
+    StateIo in(state);
+    Colour colour = Colour::kRed;
+    in.choice("colour", colour, Colour::kBlue);
+    return colour;
+  };
+  EXPECT_EQ(read(bytes), Colour::kGreen);
+  EXPECT_THROW(read(with_number(bytes, "colour", 0, std::int64_t{3})), StateError);
+}
+
 TEST(State, AFailedReadCanBeFollowedByTheRightOne) {
   const std::string bytes = sample();
-  StateReader in(bytes);
-  EXPECT_THROW(in.get_int("epoch"), StateError);
-  EXPECT_EQ(in.get_int("step"), 41);
+  StateIo in(bytes);
+  EXPECT_THROW(integer(in, "epoch"), StateError);
+  EXPECT_EQ(integer(in, "step"), 41);
 }
 
 TEST(State, RefusesOtherFormatsAndVersions) {
@@ -114,8 +194,8 @@ TEST(State, RefusesOtherFormatsAndVersions) {
   EXPECT_THAT(error_of([] { read(std::string(40, 'x')); }),
               HasSubstr("format: expected 'moectlst', found 'xxxxxxxx'"));
   std::string newer = sample();
-  newer[8] = 2;
-  EXPECT_THAT(error_of([&] { read(newer); }), HasSubstr("version: expected 1, found 2"));
+  newer[8] = 3;
+  EXPECT_THAT(error_of([&] { read(newer); }), HasSubstr("version: expected 2, found 3"));
 }
 
 TEST(State, EveryTruncationIsAnError) {
@@ -138,34 +218,11 @@ TEST(State, EveryFlippedBitIsAnError) {
   }
 }
 
-// Malformed entries behind a header that fits them: the lengths inside must not be trusted either.
-std::string with_header(const std::string& body) {
-  const auto word = [](const std::string& bytes, std::size_t at) {
-    std::uint64_t value = 0;
-    for (std::size_t i = 0; i < 8 && at + i < bytes.size(); ++i) {
-      value |= std::uint64_t{static_cast<unsigned char>(bytes[at + i])} << (8 * i);
-    }
-    return value;
-  };
-  const auto bytes_of = [](std::uint64_t value) {
-    std::string bytes;
-    for (int i = 0; i < 8; ++i) bytes.push_back(static_cast<char>((value >> (8 * i)) & 0xff));
-    return bytes;
-  };
-  std::uint64_t hash = 0x9e3779b97f4a7c15;
-  for (std::size_t at = 0; at < body.size(); at += 8) {
-    hash ^= word(body, at);
-    hash = (hash ^ (hash >> 33)) * 0xff51afd7ed558ccd;
-    hash = (hash ^ (hash >> 33)) * 0xc4ceb9fe1a85ec53;
-    hash ^= hash >> 33;
-  }
-  return std::string("moectlst\1\0\0\0", 12) + bytes_of(body.size()) + bytes_of(hash) + body;
-}
-
+// Behind a header that fits them: the lengths inside must not be trusted either.
 TEST(State, MalformedEntriesNeverCrash) {
   std::mt19937_64 random(17);
-  const std::string body = sample().substr(28);
-  ASSERT_EQ(with_header(body), sample());
+  const std::string body = state_body(sample());
+  ASSERT_EQ(with_state_header(body), sample());
   int accepted = 0;
   for (int trial = 0; trial < 20000; ++trial) {
     std::string altered = body;
@@ -186,7 +243,7 @@ TEST(State, MalformedEntriesNeverCrash) {
       }
     }
     try {
-      read(with_header(altered));
+      read(with_state_header(altered));
       ++accepted;  // only values were altered
     } catch (const StateError& error) {
       EXPECT_THAT(error.what(), HasSubstr("expected"));
@@ -201,7 +258,7 @@ TEST(State, RandomBytesNeverCrash) {
   for (int trial = 0; trial < 20000; ++trial) {
     std::string bytes(random() % 200, '\0');
     for (char& c : bytes) c = static_cast<char>(random());
-    if (trial % 2 == 0 && bytes.size() > 12) bytes.replace(0, 12, std::string("moectlst\1\0\0\0", 12));
+    if (trial % 2 == 0 && bytes.size() > 12) bytes.replace(0, 12, std::string("moectlst\2\0\0\0", 12));
     EXPECT_THROW(read(bytes), StateError);
   }
 }

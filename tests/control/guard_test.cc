@@ -11,6 +11,7 @@
 #include <random>
 #include <sstream>
 
+#include "altered_state.h"
 #include "moectl/controller.h"
 #include "moectl/run_log.h"
 #include "moectl/simulation.h"
@@ -632,17 +633,14 @@ TEST(Guard, OfTheGuardsThatShareAnActuatorTheOneThatWantsMostDecides) {
 }
 
 TEST(Guard, ASavedValueThatIsNotFiniteIsRefused) {
-  const auto load = [](double aux_before) {
-    StateWriter out;
-    out.put("guard_steps", std::vector<std::int64_t>(12, 0));
-    out.put("guard_values", std::vector<double>{0, 0, 0, 0, 0, aux_before, 1, 0, 0, 0, 0, 0});
-    for (const char* name :
-         {"guard_bias_before", "guard_bias_steps", "guard_errors", "guard_smoothed_errors"}) {
-      out.put(name, std::vector<double>(4, 0.0));
-    }
-    const std::string state = out.finish();
-    StateReader in(state);
-    LayerGuard(quick(), {4, 1, {}}, LoadTargets(4)).load(in);
+  const auto guard = [] { return LayerGuard(quick(), {4, 1, {}}, LoadTargets(4)); };
+  StateIo out;
+  guard().exchange(out);
+  const std::string state = out.bytes();
+  const auto load = [&](double aux_before) {
+    const std::string altered = testing::with_number(state, "guard.aux_before", 0, aux_before);
+    StateIo in(altered);
+    guard().exchange(in);
   };
   EXPECT_NO_THROW(load(0.01));
   EXPECT_THROW(load(std::nan("")), StateError);

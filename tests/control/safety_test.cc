@@ -392,12 +392,12 @@ TEST(LimiterProperty, SavedAndLoadedItGoesOnWithTheSameBits) {
     return which.apply({.step = now, .valid = local() % 5 != 0, .loss = 3 + normal(local)}, wanted, value);
   };
   for (std::int64_t now = 0; now < 37; ++now) step(limiter, now, applied, random());
-  StateWriter out;
-  limiter.save(out);
-  const std::string bytes = out.finish();
+  StateIo out;
+  limiter.exchange(out);
+  const std::string bytes = out.bytes();
   SafetyLimiter resumed(Actuator::kExpertBias, limits, options, 4, 0);
-  StateReader in(bytes);
-  resumed.load(in);
+  StateIo in(bytes);
+  resumed.exchange(in);
   in.finish();
   std::vector<double> other = applied;
   for (std::int64_t now = 37; now < 200; ++now) {
@@ -419,12 +419,12 @@ TEST(Limiter, ASavedOscillationGoesOn) {
     return which.apply({.step = now}, wanted, value);
   };
   for (; now < 6; ++now) EXPECT_TRUE(step(limiter, applied).empty()) << now;
-  StateWriter out;
-  limiter.save(out);
-  const std::string bytes = out.finish();
+  StateIo out;
+  limiter.exchange(out);
+  const std::string bytes = out.bytes();
   SafetyLimiter resumed(Actuator::kExpertBias, bias_limits(16, 10), options, 1, 0);
-  StateReader in(bytes);
-  resumed.load(in);
+  StateIo in(bytes);
+  resumed.exchange(in);
   std::vector<double> other = applied;
   for (; now < 12; ++now) {
     EXPECT_EQ(step(limiter, applied), step(resumed, other)) << now;

@@ -91,16 +91,16 @@ class PolicyRig {
     return value;
   }
 
-  std::string save() const {
-    StateWriter out;
-    monitor_->save(out);
-    policy_->save(out);
-    return out.finish();
+  std::string save() {
+    StateIo out;
+    monitor_->exchange(out);
+    policy_->exchange(out);
+    return out.bytes();
   }
   void load(const std::string& bytes) {
-    StateReader in(bytes);
-    monitor_->load(in);
-    policy_->load(in);
+    StateIo in(bytes);
+    monitor_->exchange(in);
+    policy_->exchange(in);
     in.finish();
   }
 

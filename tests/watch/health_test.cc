@@ -388,11 +388,11 @@ TEST(Health, ASavedMonitorSeesACollapseComeAsSoon) {
     Watched straight(options), resumed(options);
     for (int t = 0; t < 48; ++t) {
       if (t == saved_at) {
-        StateWriter out;
-        straight.monitor().save(out);
-        const std::string bytes = out.finish();
-        StateReader in(bytes);
-        resumed.monitor().load(in);
+        StateIo out;
+        straight.monitor().exchange(out);
+        const std::string bytes = out.bytes();
+        StateIo in(bytes);
+        resumed.monitor().exchange(in);
       }
       straight.step(load(t));
       if (t >= saved_at) {
@@ -455,11 +455,11 @@ TEST(Health, ContinuesBitForBitAfterLoading) {
   std::vector<double> skewed(16, 0.5 / 14);
   skewed[0] = skewed[1] = 0.25;
   run(a, skewed, 33, random);
-  StateWriter out;
-  a.monitor().save(out);
-  const std::string bytes = out.finish();
-  StateReader in(bytes);
-  b.monitor().load(in);
+  StateIo out;
+  a.monitor().exchange(out);
+  const std::string bytes = out.bytes();
+  StateIo in(bytes);
+  b.monitor().exchange(in);
   in.finish();
   for (int t = 0; t < 100; ++t) {
     const Counts counts = sampled(uniform(), random);

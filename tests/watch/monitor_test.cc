@@ -74,11 +74,11 @@ TEST(LayerMonitor, ContinuesBitForBitAfterLoading) {
   const StatsShape shape{3, 1, {}};
   LayerMonitor a(shape, {}), b(shape, {});
   for (int step = 0; step < 30; ++step) observe(a, {step, 7, step * step});
-  StateWriter out;
-  a.save(out);
-  const std::string bytes = out.finish();
-  StateReader in(bytes);
-  b.load(in);
+  StateIo out;
+  a.exchange(out);
+  const std::string bytes = out.bytes();
+  StateIo in(bytes);
+  b.exchange(in);
   in.finish();
   for (int step = 0; step < 30; ++step) {
     observe(a, {1, 2, step});
@@ -91,8 +91,8 @@ TEST(LayerMonitor, ContinuesBitForBitAfterLoading) {
   EXPECT_EQ(a.steps_observed(), b.steps_observed());
   EXPECT_EQ(a.smoothed().entropy, b.smoothed().entropy);
   LayerMonitor other({4, 1, {}}, {});
-  StateReader again(bytes);
-  EXPECT_THROW(other.load(again), StateError);
+  StateIo again(bytes);
+  EXPECT_THROW(other.exchange(again), StateError);
   EXPECT_EQ(other.steps_observed(), 0);
 }
 

@@ -252,11 +252,11 @@ TEST(LoadTrend, ContinuesBitForBitAfterLoading) {
   const Values smoothed(5, 0.2);
   Metrics m;
   for (int t = 0; t < 31; ++t) a.observe(noisy(5, 0.3, random), smoothed, m);
-  StateWriter out;
-  a.save(out);
-  const std::string bytes = out.finish();
-  StateReader in(bytes);
-  b.load(in);
+  StateIo out;
+  a.exchange(out);
+  const std::string bytes = out.bytes();
+  StateIo in(bytes);
+  b.exchange(in);
   in.finish();
   for (int t = 0; t < 40; ++t) {
     const Values load = noisy(5, 0.3, random);
