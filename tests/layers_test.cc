@@ -23,7 +23,7 @@ struct Row {
   std::vector<std::string> headers;
 };
 const std::vector<Row> kOrder = {
-    {{"src/base"}, {"types.h", "state.h", "state_file.h"}},
+    {{"src/base"}, {"types.h", "version.h", "state.h", "state_file.h"}},
     {{"src/measure"}, {"margins.h", "stats_shape.h", "stats.h", "load_targets.h", "metrics.h"}},
     {{"src/watch"}, {"bands.h", "health.h", "monitor.h"}},
     {{"src/control"}, {"limits.h", "guard.h", "policy_options.h", "policy.h", "config.h", "controller.h"}},

@@ -8,6 +8,7 @@
 #include "cli/tool.h"
 #include "moectl/config.h"
 #include "moectl/run_log.h"
+#include "moectl/version.h"
 
 namespace moectl::cli {
 namespace {
@@ -32,6 +33,7 @@ int run(int argc, char** argv) {
       "moectl keeps the experts of a Mixture-of-Experts model evenly loaded while it trains.\n"
       "This tool checks configs, simulates and replays routing, and compares runs. '-' reads standard input.",
       "moectl");
+  app.set_version_flag("--version", std::string("moectl ") + kVersion, "Print the version and exit");
   app.require_subcommand(1);
   app.fallthrough();
   Tool tool;

@@ -1,14 +1,26 @@
 // What all subcommands share: usage, exit codes, help, plugins.
 #include "tool.h"
-#include "test_paths.h"
 
 #include <gmock/gmock.h>
+
+#include "moectl/version.h"
+#include "test_paths.h"
 
 namespace moectl {
 namespace {
 
 using ::testing::HasSubstr;
 using ::testing::StartsWith;
+
+TEST(Tool, SaysItsVersion) {
+  const TempDir dir;
+  const ToolResult result = run_tool(dir, "--version");
+  EXPECT_EQ(result.code, 0);
+  EXPECT_EQ(result.out, "moectl " MOECTL_VERSION "\n");
+  EXPECT_EQ(std::string(kVersion), std::to_string(MOECTL_VERSION_MAJOR) + "." +
+                                       std::to_string(MOECTL_VERSION_MINOR) + "." +
+                                       std::to_string(MOECTL_VERSION_PATCH));
+}
 
 TEST(Tool, UsageErrorsExitWithTwo) {
   const TempDir dir;

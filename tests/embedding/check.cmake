@@ -1,16 +1,9 @@
-# Installs the build into a folder of its own, builds the project PROJECT against it and runs the result.
-# cmake -DBUILD=build/release -DWORK=scratch -DPROJECT=core -P check.cmake
-function(run)
-  execute_process(COMMAND ${ARGV} RESULT_VARIABLE status OUTPUT_VARIABLE output ERROR_VARIABLE output)
-  if(NOT status EQUAL 0)
-    message(FATAL_ERROR "${ARGV}\nfailed with ${status}:\n${output}")
-  endif()
-  set(output "${output}" PARENT_SCOPE)
-endfunction()
-
+# Installs the build into a folder of its own, builds the project PROJECT against it, by CMake and by pkg-config, and
+# runs the results. cmake -DBUILD=build/release -DWORK=scratch -DPROJECT=core -DLIBDIR=lib -DCXX=c++ -P check.cmake
+include(${CMAKE_CURRENT_LIST_DIR}/run.cmake)
 file(REMOVE_RECURSE ${WORK})
 run(${CMAKE_COMMAND} --install ${BUILD} --prefix ${WORK}/prefix)
-run(${CMAKE_COMMAND} -S ${CMAKE_CURRENT_LIST_DIR}/${PROJECT} -B ${WORK}/build -G Ninja
+run(${CMAKE_COMMAND} -S ${CMAKE_CURRENT_LIST_DIR}/${PROJECT} -B ${WORK}/build -G Ninja -DCMAKE_CXX_COMPILER=${CXX}
     -DCMAKE_PREFIX_PATH=${WORK}/prefix -DCMAKE_BUILD_TYPE=Release "-DCMAKE_CXX_FLAGS=${FLAGS}")
 run(${CMAKE_COMMAND} --build ${WORK}/build)
 run(${WORK}/build/embeds_${PROJECT})
@@ -20,3 +13,20 @@ if(PROJECT STREQUAL "core")
     message(FATAL_ERROR "embeds_core links LibTorch:\n${output}")
   endif()
 endif()
+
+# The installed tree is moved first: its pkg-config files must not tie it to one place.
+file(RENAME ${WORK}/prefix ${WORK}/moved)
+set(source ${CMAKE_CURRENT_LIST_DIR}/${PROJECT}/main.cc)
+if(PROJECT STREQUAL "core")
+  set(source ${CMAKE_CURRENT_LIST_DIR}/../../examples/quickstart.cc)
+endif()
+set(ENV{PKG_CONFIG_PATH} ${WORK}/moved/${LIBDIR}/pkgconfig)
+set(ENV{LD_LIBRARY_PATH} ${WORK}/moved/${LIBDIR})
+run(pkg-config --modversion moectl-${PROJECT})
+if(NOT output STREQUAL "${VERSION}\n")
+  message(FATAL_ERROR "pkg-config's version of moectl-${PROJECT} is ${output}, not ${VERSION}")
+endif()
+run(pkg-config --cflags --libs moectl-${PROJECT})
+separate_arguments(flags UNIX_COMMAND "${output}")
+run(${CXX} -std=c++20 ${FLAGS} ${source} ${flags} -o ${WORK}/by_pkg_config)
+run(${WORK}/by_pkg_config)
