@@ -6,7 +6,7 @@
 #include <regex>
 #include <set>
 
-#include "cli/tool.h"
+#include "tool.h"
 
 namespace moectl {
 namespace {
