@@ -420,7 +420,8 @@ int metrics(const Options& options, const PolicyRegistry& registry) {
 
 void add_metrics(CLI::App& app, Tool& tool) {
   CLI::App* command = app.add_subcommand("metrics", "Print every metric of every record of a trace");
-  std::string footer = "Metrics (absent ones are null, an empty cell, or '-'):\n";
+  std::string footer =
+      kTraceExample + std::string("\nMetrics (absent ones are null, an empty cell, or '-'):\n");
   std::size_t widest = 0;
   for (const MetricField& field : metric_fields()) widest = std::max(widest, field.name.size());
   for (const MetricField& field : metric_fields()) {
@@ -450,8 +451,8 @@ void add_metrics(CLI::App& app, Tool& tool) {
       ->required();
   command->add_option(
       "--config", options->config,
-      "Take capacity factor, thresholds, placement and targets from this config (without it, targets from "
-      "the run log itself)");
+      "Take capacity factor, thresholds, placement and targets from this config (without it: the defaults, "
+      "and the targets of the run log)");
   command
       ->add_option("--compare", options->compare,
                    "Sum all records of each tag into one window a layer, and set the two side by side")
@@ -460,8 +461,8 @@ void add_metrics(CLI::App& app, Tool& tool) {
   command
       ->add_flag(
           "--trends", options->trends,
-          "How each metric of each layer moved over the trend window at the end, its correlation with the "
-          "loss, health, and a review of the auxiliary loss")
+          "For each metric of each layer: its trend over the last steps and its correlation with the loss; "
+          "health; and whether the auxiliary loss could be lowered")
       ->excludes("--compare");
   add_format(*command, options->format, {"json", "csv", "table"});
   command->callback(

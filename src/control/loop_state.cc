@@ -1,6 +1,5 @@
 // What of a running loop is saved.
 #include <algorithm>
-#include <cmath>
 #include <string>
 #include <vector>
 

@@ -1,0 +1,155 @@
+// The docs against the sources: links, the README's program, and lists that must be whole.
+#include <gmock/gmock.h>
+
+#include <algorithm>
+#include <cctype>
+#include <filesystem>
+#include <regex>
+
+#include "moectl/health.h"
+#include "moectl/limits.h"
+#include "tool.h"
+
+namespace moectl {
+namespace {
+
+namespace fs = std::filesystem;
+using ::testing::HasSubstr;
+
+const fs::path kRoot = MOECTL_SOURCE_DIR;
+
+std::string page(const std::string& name) {
+  return TempDir::read((kRoot / name).string());
+}
+
+/// Every Markdown page of the project.
+std::vector<fs::path> pages() {
+  std::vector<fs::path> found;
+  for (const auto& entry : fs::directory_iterator(kRoot)) {
+    if (entry.path().extension() == ".md") found.push_back(entry.path());
+  }
+  for (const char* folder :
+       {"docs", "src", "include", "policies", "examples", "bench", "tests", "monitoring"}) {
+    for (const auto& entry : fs::recursive_directory_iterator(kRoot / folder)) {
+      if (entry.path().extension() == ".md" &&
+          entry.path().string().find("node_modules") == std::string::npos)
+        found.push_back(entry.path());
+    }
+  }
+  return found;
+}
+
+/// The name that GitHub gives to the place of a heading.
+std::string anchor_of(const std::string& heading) {
+  std::string anchor;
+  for (const char c : heading) {
+    if (c == ' ' || c == '-') {
+      anchor += '-';
+    } else if (std::isalnum(static_cast<unsigned char>(c)) || c == '_' || (c & 0x80)) {
+      anchor += static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+    }
+  }
+  return anchor;
+}
+
+bool has_anchor(const fs::path& file, const std::string& anchor) {
+  std::istringstream lines(TempDir::read(file.string()));
+  for (std::string line; std::getline(lines, line);) {
+    if (line.rfind('#', 0) == 0 && anchor_of(line.substr(line.find(' ') + 1)) == anchor) return true;
+  }
+  return false;
+}
+
+TEST(Docs, EveryLinkLeadsSomewhere) {
+  const std::regex link(R"(\]\(([^)#\s]*)(#[^)\s]*)?\))");
+  std::size_t links = 0;
+  for (const fs::path& from : pages()) {
+    const std::string text = TempDir::read(from.string());
+    for (std::sregex_iterator it(text.begin(), text.end(), link), end; it != end; ++it) {
+      const std::string path = (*it)[1], anchor = (*it)[2];
+      if (path.find("://") != std::string::npos) continue;
+      ++links;
+      const fs::path to = path.empty() ? from : from.parent_path() / path;
+      if (to.filename() == "config.md") continue;  // generated
+      EXPECT_TRUE(fs::exists(to)) << from << ": " << path;
+      if (!anchor.empty()) EXPECT_TRUE(has_anchor(to, anchor.substr(1))) << from << ": " << path << anchor;
+    }
+  }
+  EXPECT_GT(links, 80U);
+}
+
+TEST(Docs, EveryFolderHasAReadme) {
+  std::vector<fs::path> folders = {
+      kRoot,         kRoot / "include/moectl", kRoot / "policies",   kRoot / "bench",
+      kRoot / "src", kRoot / "examples",       kRoot / "monitoring", kRoot / "tests"};
+  for (const auto& entry : fs::directory_iterator(kRoot / "src")) {
+    if (entry.is_directory()) folders.push_back(entry.path());
+  }
+  EXPECT_GT(folders.size(), 18U);
+  for (const fs::path& folder : folders) EXPECT_TRUE(fs::exists(folder / "README.md")) << folder;
+}
+
+TEST(Docs, TheReadmesProgramCompiles) {
+  const std::string readme = page("README.md"), begin = "```cpp\n";
+  const std::size_t from = readme.find(begin);
+  ASSERT_NE(from, std::string::npos);
+  const std::size_t start = from + begin.size();
+  const TempDir dir;
+  const std::string source = dir.write("readme.cc", readme.substr(start, readme.find("```", start) - start));
+  const std::string command = "c++ -std=c++20 -fsyntax-only -Wall -Wextra -Werror -I'" +
+                              (kRoot / "include").string() + "' '" + source + "' 2>'" + dir.path("err") + "'";
+  EXPECT_EQ(std::system(command.c_str()), 0) << TempDir::read(dir.path("err"));
+}
+
+TEST(Docs, EveryReasonAndHealthStateIsExplained) {
+  const std::string limits = page("docs/limits.md"), formats = page("docs/formats.md");
+  for (int r = 0; r < kReasonCount; ++r) {
+    EXPECT_THAT(limits, HasSubstr("\n| `" + std::string(name_of(static_cast<Reason>(r))) + "` |"));
+  }
+  for (int h = 0; h < kHealthCount; ++h) {
+    EXPECT_THAT(formats, HasSubstr('`' + std::string(name_of(static_cast<Health>(h))) + '`'));
+  }
+}
+
+TEST(Docs, EveryPublicHeaderStandsOnTheApiPageAndInTheArchitecture) {
+  const std::string api = page("docs/api.md"), architecture = page("docs/architecture.md");
+  for (const auto& entry : fs::directory_iterator(kRoot / "include/moectl")) {
+    if (entry.path().extension() != ".h") continue;
+    const std::string name = '`' + entry.path().filename().string() + '`';
+    EXPECT_THAT(api, HasSubstr(name));
+    EXPECT_THAT(architecture, HasSubstr(name));
+  }
+}
+
+// The core's folders, in the order in which CMakeLists.txt and the layer test have them.
+TEST(Docs, TheArchitecturesTableIsInLayerOrder) {
+  const std::string build = page("CMakeLists.txt"), mark = "set(core_folders ";
+  const std::size_t from = build.find(mark);
+  ASSERT_NE(from, std::string::npos);
+  std::istringstream names(build.substr(from + mark.size(), build.find(')', from) - from - mark.size()));
+  const std::string architecture = page("docs/architecture.md");
+  std::size_t last = 0, folders = 0;
+  for (std::string name; names >> name; ++folders) {
+    const std::size_t at = architecture.find("\n| [`" + name + "`]");
+    ASSERT_NE(at, std::string::npos) << name;
+    EXPECT_GT(at, last) << name;
+    last = at;
+  }
+  EXPECT_EQ(folders, 10U);
+}
+
+TEST(Docs, TheHelpOfCommandsThatReadTracesShowsALineOfOne) {
+  const TempDir dir;
+  for (const std::string command : {"metrics", "replay"}) {
+    const ToolResult help = run_tool(dir, command + " --help");
+    std::string line;
+    for (const std::string& candidate : help.lines()) {
+      if (candidate.find("{\"step\":") != std::string::npos) line = candidate;
+    }
+    ASSERT_NE(line, "") << command;
+    EXPECT_EQ(run_tool(dir, "metrics -", line + '\n').code, 0) << line;
+  }
+}
+
+}  // namespace
+}  // namespace moectl
