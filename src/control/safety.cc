@@ -35,15 +35,14 @@ struct ClippedSum {
 
 ClippedSum clipped_sum(std::span<const double> w, std::span<const double> lo, std::span<const double> hi,
                        double mu) {
-  Double4 sum{};
-  Int4 free{};
-  for_each_four(w.size(), [&](std::size_t i, auto at) {
-    const Double4 v = at.get(&w[i]) - mu;
-    const Double4 clipped = smaller(larger(v, at.get(&lo[i])), at.get(&hi[i]));
+  Double8 sum = splat(0), free = splat(0);
+  for_each_eight(w.size(), [&](std::size_t i, auto at) {
+    const Double8 v = at.get(&w[i]) - mu;
+    const Double8 clipped = smaller(larger(v, at.get(&lo[i])), at.get(&hi[i]));
     sum += at.keep(clipped);
-    free -= at.keep_int(clipped == v);  // comparisons give -1
+    free += at.keep(equal(clipped, v));
   });
-  return {sum_of(sum), static_cast<double>(sum_of(free))};
+  return {sum_of(sum), sum_of(free)};
 }
 
 // The μ for which Σ clip(w - μ, lo, hi) is zero, or as near as the bounds allow. The sum falls with μ and is
@@ -86,27 +85,28 @@ double take_mean_out(std::span<double> values) {
 
 bool all_finite(std::span<const double> v) {
   // x - x is zero for finite x and NaN otherwise; NaN survives the sum.
-  return sum_over(v.size(), [&](std::size_t i, auto at) { return at.get(&v[i]) - at.get(&v[i]); }) == 0;
+  return sum_over(v.size(),
+                  [&](std::size_t i, auto at) -> Double8 { return at.get(&v[i]) - at.get(&v[i]); }) == 0;
 }
 
 // The largest of measure(i, at), at least 0.
 template <class Measure>
 double largest(std::size_t size, Measure measure) {
-  Double4 most{};
-  for_each_four(size, [&](std::size_t i, auto at) { most = larger(most, measure(i, at)); });
+  Double8 most = splat(0);
+  for_each_eight(size, [&](std::size_t i, auto at) { most = larger(most, measure(i, at)); });
   return largest_of(most);
 }
 
 bool all_inside(std::span<const double> v, std::span<const double> lo, std::span<const double> hi) {
   return largest(v.size(), [&](std::size_t i, auto at) {
-           const Double4 x = at.get(&v[i]);
+           const Double8 x = at.get(&v[i]);
            return larger(at.get(&lo[i]) - x, x - at.get(&hi[i]));
          }) == 0;
 }
 
 bool all_equal(std::span<const double> a, std::span<const double> b) {
   return largest(a.size(), [&](std::size_t i, auto at) {
-           const Double4 difference = at.get(&a[i]) - at.get(&b[i]);
+           const Double8 difference = at.get(&a[i]) - at.get(&b[i]);
            return larger(difference, -difference);
          }) == 0;
 }

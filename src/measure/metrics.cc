@@ -117,7 +117,7 @@ struct Sums {
   double q_root_q;      // Σ q √q
   double q_ln_q;        // q = c / mean
   double deviation_sq;  // (c - mean)²
-  std::int64_t inactive, hot, cold;
+  double inactive, hot, cold;
 };
 
 struct Thresholds {
@@ -134,26 +134,26 @@ Sums sums_over(std::span<const std::int64_t> counts, const Totals& t, const Thre
       static_cast<Wide>(t.sum) - static_cast<Wide>(t.min) * static_cast<Wide>(counts.size());
   const double mean = static_cast<double>(above_base) / n;
   constexpr double kTiny = 1e-300;  // added to q it changes nothing but 0, so that 0 ln 0 = 0
-  Double4 root_sq{}, q_root_q{}, q_ln_q{}, deviation_sq{};
-  Int4 inactive{}, hot{}, cold{};
-  for_each_four(counts.size(), [&](std::size_t i, auto at) {
-    Double4 c, above;
+  Double8 root_sq = splat(0), q_root_q = splat(0), q_ln_q = splat(0), deviation_sq = splat(0);
+  Double8 inactive = splat(0), hot = splat(0), cold = splat(0);
+  for_each_eight(counts.size(), [&](std::size_t i, auto at) {
+    Double8 c, above;
     if constexpr (kSmall) {
       c = to_double(at.get_int(&counts[i]));
       above = c - static_cast<double>(t.min);
     } else {
-      const Int4 whole = at.get_int(&counts[i]);
-      c = convert(whole);
-      above = convert(whole - t.min);
+      const Int8 whole = at.get_int(&counts[i]);
+      c = whole.cast<double>();
+      above = (whole - t.min).cast<double>();
     }
-    const Double4 q = c * per_mean, root = fast_sqrt(q);
+    const Double8 q = c * per_mean, root = q.sqrt();
     root_sq += at.keep((root - 1.0) * (root - 1.0));
     q_root_q += q * root;
     q_ln_q += q * fast_log(q + kTiny);
     deviation_sq += at.keep((above - mean) * (above - mean));
-    inactive -= at.keep_int(c == 0.0);  // comparisons give -1
-    hot -= at.keep_int(c > at_mean.hot);
-    cold -= at.keep_int(c < at_mean.cold);
+    inactive += at.keep(equal(c, splat(0)));
+    hot += at.keep(less(splat(at_mean.hot), c));
+    cold += at.keep(less(c, splat(at_mean.cold)));
   });
   return {sum_of(root_sq),  sum_of(q_root_q), sum_of(q_ln_q), sum_of(deviation_sq),
           sum_of(inactive), sum_of(hot),      sum_of(cold)};
@@ -267,10 +267,10 @@ void Measurer::measure_load(std::span<const std::int64_t> counts, std::int64_t m
   out.max_vio = *out.max_to_mean - 1;
   out.gini = gini(counts, min, max, sum);
 
-  out.inactive_experts = static_cast<double>(sums.inactive);
-  out.inactive_fraction = static_cast<double>(sums.inactive) / n;
-  out.hot_experts = static_cast<double>(sums.hot);
-  out.cold_experts = static_cast<double>(sums.cold);
+  out.inactive_experts = sums.inactive;
+  out.inactive_fraction = sums.inactive / n;
+  out.hot_experts = sums.hot;
+  out.cold_experts = sums.cold;
   out.predicted_drop_rate = static_cast<double>(predicted_drops(counts, t, options_.capacity_factor)) / s;
   out.straggler_slowdown = straggler(counts, max, sum);
 

@@ -15,11 +15,11 @@ constexpr double kAbsent = std::numeric_limits<double>::quiet_NaN();
 
 double variance_of(std::span<const double> values) {
   const auto n = static_cast<double>(values.size());
-  Double4 sum = splat(0), squares = splat(0);
-  for_each_four(values.size(), [&](std::size_t i, auto at) { sum += at.get(&values[i]); });
+  Double8 sum = splat(0), squares = splat(0);
+  for_each_eight(values.size(), [&](std::size_t i, auto at) { sum += at.get(&values[i]); });
   const double mean = sum_of(sum) / n;
-  for_each_four(values.size(), [&](std::size_t i, auto at) {
-    const Double4 off = at.keep(at.get(&values[i]) - mean);
+  for_each_eight(values.size(), [&](std::size_t i, auto at) {
+    const Double8 off = at.keep(at.get(&values[i]) - mean);
     squares += off * off;
   });
   return sum_of(squares) / n;
@@ -56,7 +56,7 @@ bool means(const RoutingStats& stats, RoutingStats::Array sums, RoutingStats::Sc
   const std::int64_t count = stats.scalar(records);
   if (values.empty() || count <= 0) return false;
   const double share = kFixedUnit / static_cast<double>(count);
-  for_each_four(out.size(), [&](std::size_t i, auto at) { at.put(&out[i], at.get(&values[i]) * share); });
+  for_each_eight(out.size(), [&](std::size_t i, auto at) { at.put(&out[i], at.get(&values[i]) * share); });
   return true;
 }
 
@@ -79,9 +79,9 @@ bool mean_losses(std::span<const std::int64_t> sums, std::span<const std::int64_
                  std::span<double> out) {
   std::int64_t any = 0;
   for (const std::int64_t count : tokens) any |= count;
-  for_each_four(sums.size(), [&](std::size_t i, auto at) {
-    const Double4 count = at.get(&tokens[i]);
-    at.put(&out[i], select(count > 0.0, at.get(&sums[i]) * kFixedUnit / count, splat(kAbsent)));
+  for_each_eight(sums.size(), [&](std::size_t i, auto at) {
+    const Double8 count = at.get(&tokens[i]);
+    at.put(&out[i], select(count, at.get(&sums[i]) * kFixedUnit / count, splat(kAbsent)));
   });
   return any != 0;
 }
@@ -140,9 +140,9 @@ void measure_domains(const RoutingStats& stats, Metrics& out) {
     if (sum <= 0) continue;
     const auto s = static_cast<double>(sum);
     mixture_entropy -= s / total * std::log(s / total);
-    Double4 c_ln_c = splat(0);
-    for_each_four(n, [&](std::size_t i, auto at) {
-      const Double4 c = at.get(&of_domain[i]);
+    Double8 c_ln_c = splat(0);
+    for_each_eight(n, [&](std::size_t i, auto at) {
+      const Double8 c = at.get(&of_domain[i]);
       c_ln_c += c * fast_log(larger(splat(1), c));
     });
     information += sum_of(c_ln_c) - s * std::log(s);
@@ -167,9 +167,9 @@ std::span<const DomainField> domain_fields() {
 
 Displacement displacement(std::span<const double> mean, std::span<const double> mean_root) {
   const double root_uniform = std::sqrt(1 / static_cast<double>(mean.size()));
-  Double4 apart_sq = splat(0), overlap = splat(0);
-  for_each_four(mean.size(), [&](std::size_t i, auto at) {
-    const Double4 root = fast_sqrt(at.get(&mean[i])), apart = at.keep(root - root_uniform);
+  Double8 apart_sq = splat(0), overlap = splat(0);
+  for_each_eight(mean.size(), [&](std::size_t i, auto at) {
+    const Double8 root = at.get(&mean[i]).sqrt(), apart = at.keep(root - root_uniform);
     apart_sq += apart * apart;  // no cancellation near uniform
     overlap += at.get(&mean_root[i]) * root;
   });
@@ -205,11 +205,11 @@ void Measurer::measure_router(const RoutingStats& stats, Metrics& out) {
   if (sum <= 0) return;
   const auto total = static_cast<double>(sum);
   const double uniform = 1 / static_cast<double>(sums.size());
-  Double4 entropy = splat(0), off_sq = splat(0);
-  for_each_four(sums.size(), [&](std::size_t i, auto at) {
-    const Double4 p = at.get(&sums[i]) / total;  // rows sum to 1 but for the rounding of their terms
-    entropy -= p * fast_log(select(p > 0.0, p, splat(1)));
-    const Double4 off = at.keep(p - uniform);
+  Double8 entropy = splat(0), off_sq = splat(0);
+  for_each_eight(sums.size(), [&](std::size_t i, auto at) {
+    const Double8 p = at.get(&sums[i]) / total;  // rows sum to 1 but for the rounding of their terms
+    entropy -= p * fast_log(select(p, p, splat(1)));
+    const Double8 off = at.keep(p - uniform);
     off_sq += off * off;
     at.put(&mean_[i], p);
     at.put(&mean_root_[i], at.get(&roots[i]) * (kFixedUnit / tokens));

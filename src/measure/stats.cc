@@ -439,9 +439,9 @@ bool RoutingStats::gather_probabilities(const RoutingBatch& batch) {
     for (std::size_t i = 0; i < n; ++i) row_[i] /= total;
     for (std::size_t i = 0; i < n; ++i) sums[i] += to_fixed(row_[i]);
     for (std::size_t i = 0; i < n; ++i) roots[i] += to_fixed(std::sqrt(row_[i]));
-    Double4 entropy = splat(0);
-    for_each_four(n, [&](std::size_t i, auto at) {
-      const Double4 p = at.get(&row_[i]);
+    Double8 entropy = splat(0);
+    for_each_eight(n, [&](std::size_t i, auto at) {
+      const Double8 p = at.get(&row_[i]);
       entropy -= p * fast_log(larger(splat(1e-300), p));
     });
     delta_[kTokenEntropySum] += to_fixed(std::max(0.0, sum_of(entropy)));

@@ -195,10 +195,10 @@ void LoadTrend::observe(std::span<const double> load, std::span<const double> sm
   const std::span<double> kept = past(loads_, 0), deviation = past(deviations_, 0);
   // Of what it has come to replace, the oldest deviation is still wanted: lag 8 is taken before it is
   // overwritten.
-  const Double4 known = splat(steps_ == 0 ? 0 : 1);  // the first step has no deviation
-  Double4 oldest = splat(0), squares = splat(0);
-  for_each_four(experts_, [&](std::size_t i, auto at) {
-    const Double4 p = at.get(&load[i]), e = (p - at.get(&smoothed[i])) * known;
+  const Double8 known = splat(steps_ == 0 ? 0 : 1);  // the first step has no deviation
+  Double8 oldest = splat(0), squares = splat(0);
+  for_each_eight(experts_, [&](std::size_t i, auto at) {
+    const Double8 p = at.get(&load[i]), e = (p - at.get(&smoothed[i])) * known;
     oldest += e * at.get(&deviation[i]);
     squares += e * e;
     at.put(&kept[i], p);
@@ -211,8 +211,8 @@ void LoadTrend::observe(std::span<const double> load, std::span<const double> sm
   double relative_sq = norm * static_cast<double>(experts_);
   if (!relative_.empty()) {
     relative_sq = sum_over(experts_,
-                           [&](std::size_t i, auto at_i) {
-                             const Double4 e = at_i.get(&deviation[i]) * at_i.get(&relative_[i]);
+                           [&](std::size_t i, auto at_i) -> Double8 {
+                             const Double8 e = at_i.get(&deviation[i]) * at_i.get(&relative_[i]);
                              return e * e;
                            }) /
                   wanted_;
@@ -234,12 +234,13 @@ void LoadTrend::correlate(Metrics& metrics) {
   for (std::size_t l = 0; l < kShort; ++l) {
     then[l] = past(deviations_, static_cast<std::size_t>(kLags[l])).data();
   }
-  std::array<Double4, kShort> products{};
-  Int4 flips{};
-  for_each_four(experts_, [&](std::size_t i, auto at) {
-    const Double4 e = at.get(&now[i]);
+  std::array<Double8, kShort> products;
+  products.fill(splat(0));
+  Double8 flips = splat(0);
+  for_each_eight(experts_, [&](std::size_t i, auto at) {
+    const Double8 e = at.get(&now[i]);
     for (std::size_t l = 0; l < kShort; ++l) products[l] += e * at.get(then[l] + i);
-    flips -= e * at.get(&last[i]) < 0.0;  // comparisons give -1
+    flips += less(e * at.get(&last[i]), splat(0));
   });
   const double norm = norms_[static_cast<std::size_t>(steps_) % kMemory];
   for (std::size_t l = 0; l < kShort; ++l) {
@@ -248,7 +249,7 @@ void LoadTrend::correlate(Metrics& metrics) {
     if (steps_ <= kLags[l] || !(norm > 0) || !(then_norm > 0)) continue;
     lagged_[l] += ema_ * (sum_of(products[l]) / (norm * then_norm) - lagged_[l]);
   }
-  flips_ += ema_ * (static_cast<double>(sum_of(flips)) / static_cast<double>(experts_) - flips_);
+  flips_ += ema_ * (sum_of(flips) / static_cast<double>(experts_) - flips_);
   metrics.load_autocorrelation = std::clamp(lagged_[0], -1.0, 1.0);
   metrics.oscillation = flips_;
   metrics.swing = swing();
@@ -285,28 +286,30 @@ void LoadTrend::accumulate(std::span<const double> load, Metrics& metrics) {
   const double joint = have_before ? static_cast<double>(before_.steps) * count : 0;
   const double total = count + (have_before ? static_cast<double>(before_.steps) : 0);
   const std::vector<double>& start = have_before ? before_.first_root : now_.first_root;
-  Double4 step_sq = splat(0), way_sq = splat(0), squares = splat(0), apart_sq = splat(0);
-  for_each_four(experts_, [&](std::size_t i, auto at) {
-    const Double4 p = at.get(&load[i]), root = fast_sqrt(p), moved = root - at.get(&root_[i]);
+  Double8 step_sq = splat(0), way_sq = splat(0), squares = splat(0), apart_sq = splat(0);
+  for_each_eight(experts_, [&](std::size_t i, auto at) {
+    const Double8 p = at.get(&load[i]), root = p.sqrt(), moved = root - at.get(&root_[i]);
     step_sq += moved * moved;
     at.put(&root_[i], root);
     if (first) at.put(&now_.first_root[i], root);
-    const Double4 way = root - at.get(&start[i]);
+    const Double8 way = root - at.get(&start[i]);
     way_sq += way * way;
-    Double4 mean = at.get(&now_.mean[i]);
-    const Double4 off = p - mean;
+    Double8 mean = at.get(&now_.mean[i]);
+    const Double8 off = p - mean;
     mean += off * share;
-    const Double4 of_block = at.get(&now_.squares[i]) + off * (p - mean);
+    const Double8 of_block = at.get(&now_.squares[i]) + off * (p - mean);
     at.put(&now_.mean[i], mean);
     at.put(&now_.squares[i], of_block);
     squares += of_block;
     if (have_before) {
-      const Double4 apart = mean - at.get(&before_.mean[i]);
+      const Double8 apart = mean - at.get(&before_.mean[i]);
       squares += at.get(&before_.squares[i]);
       apart_sq += apart * apart;
     }
   });
-  const auto distance = [](Double4 sq) { return 4 * std::asin(std::min(1.0, std::sqrt(sum_of(sq)) / 2)); };
+  const auto distance = [](const Double8& sq) {
+    return 4 * std::asin(std::min(1.0, std::sqrt(sum_of(sq)) / 2));
+  };
   (first ? now_.entry : now_.path) =
       first ? (have_last ? distance(step_sq) : 0) : now_.path + distance(step_sq);
   metrics.routing_variance =
@@ -326,11 +329,11 @@ std::optional<double> LoadTrend::shift() const {
     rows[ago] = &loads_[(static_cast<std::size_t>(steps_) - ago) % kMemory * experts_];
   }
   const double share = 1 / static_cast<double>(recent);
-  Double4 moved_sq = splat(0), expected_sq = splat(0);
-  for_each_four(experts_, [&](std::size_t i, auto at) {
-    Double4 mean = splat(0);
+  Double8 moved_sq = splat(0), expected_sq = splat(0);
+  for_each_eight(experts_, [&](std::size_t i, auto at) {
+    Double8 mean = splat(0);
     for (std::size_t ago = 0; ago < recent; ++ago) mean += at.get(rows[ago] + i);
-    const Double4 apart = mean * share - at.get(&before_.mean[i]);
+    const Double8 apart = mean * share - at.get(&before_.mean[i]);
     moved_sq += apart * apart;
     expected_sq += at.get(&before_.squares[i]);
   });
