@@ -1,18 +1,18 @@
 // multiplicative: a fixed factor up or down, on the sign of a metric's error.
 //
 //   y = EMA of the metric, weight `ema`
-//   y > target · (1 + dead_band):  w ← w · factor
-//   y < target · (1 - dead_band):  w ← w / factor
+//   y > target · (1 + error_tolerance):  w ← w · factor
+//   y < target · (1 - error_tolerance):  w ← w / factor
 //   (the other way round with effect: raises)
 //
 // Two laws in use are this one: ReMoE (arXiv 2412.14711; megatron/training/training.py of thu-ml/ReMoE, commit 463c6af)
-// takes the factor 1.2 at every step with no dead band; axlearn's AdaptiveLoadBalanceLoss moves a log scale by ±0.01
-// outside a dead band of an averaged over-capacity ratio: metric: predicted_drop_rate, factor: 1.01, ema: 0.1,
-// dead_band: 0.5. What ReMoE holds so is the sparsity of a ReLU router, 1 - k/N, which
+// takes the factor 1.2 at every step with no tolerance; axlearn's AdaptiveLoadBalanceLoss moves a log scale by ±0.01
+// outside a tolerance of an averaged over-capacity ratio: metric: predicted_drop_rate, factor: 1.01, ema: 0.1,
+// error_tolerance: 0.5. What ReMoE holds so is the sparsity of a ReLU router, 1 - k/N, which
 // more of its L1 weight can only raise; of a load's CV and the auxiliary loss that does not hold.
 //
 // Limitations
-// - The step knows no size of the error. Without a dead band it hunts for ever around the target; with one it stops
+// - The step knows no size of the error. Without a tolerance it hunts for ever around the target; with one it stops
 //   anywhere inside. Between the answer of the router and the pace of the factor lies the whole tuning; pi does better
 //   on both.
 // - At every step, 1.2 is too fast for a load that takes tens of steps to answer, and then the answer turns round: the
@@ -51,7 +51,7 @@ class Multiplicative final : public Policy {
     average_ = known_ ? average_ + goal.ema * (*seen - average_) : *seen;
     known_ = true;
     const double error = goal.error(average_);
-    const double band = std::abs(goal.target) * goal.dead_band;
+    const double band = std::abs(goal.target) * goal.error_tolerance;
     if (error > band) value[0] *= options_.factor;
     if (error < -band) value[0] /= options_.factor;
   }

@@ -4,27 +4,27 @@
 //   y    = EMA of the process variable, weight `ema`
 //   e    = clip((y - target) / scale, -1, 1),  scale = |target| (1 for a target of 0); sign turned if
 //   `effect: raises`
-//   d    = e less the dead band: sgn(e) max(0, |e| - dead_band)
+//   d    = e less the tolerance: sgn(e) max(0, |e| - error_tolerance)
 //   Δ    = kp · (d_t - d_last) + Σ ki · e,   d_last of the last move, the sum over the decisions since,
 //                                            without those in which the error goes by itself
-//   ln w ← ln w + Δ   if |e| > dead_band and the evidence for that is complete, else ln w
+//   ln w ← ln w + Δ   if |e| > error_tolerance and the evidence for that is complete, else ln w
 //
 // The actuator is moved in its logarithm because both weight and temperature act by ratio: from 1e-4 to 1e-3
 // is as far as from 1e-2 to 1e-1, and one pair of gains serves the whole range. Velocity form: the value in
 // force is the integral, so nothing winds up behind a bound. d_last is that of the last move that was made, so
 // a proportional kick that was held back, by the limits or for want of evidence, is not lost; behind a bound,
 // where evidence is not asked for, it is the d nearest to leaving it, so that noise does not knock the value off
-// and any less error does. With e in place of d a steep router swings from one edge of the dead band to the
+// and any less error does. With e in place of d a steep router swings from one edge of the tolerance to the
 // other.
 //
-// Evidence is a sum over windows, one for each side of the dead band (Page's test):
+// Evidence is a sum over windows, one for each side of the tolerance (Page's test):
 //
-//   S ← clip(S + clip((±ε - dead_band)/σ, -4, 4), 0, 5),   complete at 5
+//   S ← clip(S + clip((±ε - error_tolerance)/σ, -4, 4), 0, 5),   complete at 5
 //
 // ε is the error of the window alone, σ its noise, measured from second differences of the windows: steady
 // change of the router is none of it. Each move costs S two, so that one that was needed is soon followed by
 // the next. A large error is answered at every decision, a small one after as many windows as it takes to tell it
-// from noise, and inside the dead band nothing moves.
+// from noise, and inside the tolerance nothing moves.
 //
 // The error goes by itself if at its pace over the last ten decisions or so it is gone within thirty. All that
 // while an integral would go on pushing a router that follows slowly, and push it far beyond: below some weight
@@ -36,10 +36,6 @@
 // weight to its upper bound and costs loss. The rectified excess_cv is biased near zero, the signed one is
 // not.
 //
-// `autotune: true` makes an experiment (step_experiment.h) once the law has come near the target: twelve to
-// forty decisions in which the value is taken up or down by a factor of e and back, and from whose answer the
-// gains that suit this router are computed. If nothing comes of it, kp and ki stay as given.
-//
 // Sources: Åström & Murray, "Feedback Systems" (2nd ed. 2021), ch. 11, for the velocity form and anti-windup;
 // Page, "Continuous inspection schemes" (Biometrika 41, 1954), for the test.
 // The fixed steps in use elsewhere (ReMoE, arXiv 2412.14711: ×1.2 or ÷1.2 at every step) know no size of an
@@ -48,8 +44,6 @@
 // Limitations
 // - The router answers to the weight over tens of steps. Give it time: a cadence of five to ten steps, and
 //   gains that are small against the delay. The defaults suit a router that settles in some ten decisions.
-// - Autotune needs an answer that stands out of the noise, and a router that answers alike to a factor of e and
-//   to less. Where the excess falls faster than the weight grows, its gains can do worse than the defaults.
 // - A router remembers: preferences that a weight far too high has levelled come back as slowly as the task
 //   teaches them, whatever the law does.
 // - A stronger auxiliary loss makes routing itself less specific, which lowers the floor and can cost loss;
@@ -58,11 +52,9 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <optional>
 
 #include "policies/builtin.h"
 #include "policies/set_point.h"
-#include "policies/step_experiment.h"
 
 namespace moectl::policies {
 namespace {
@@ -80,13 +72,9 @@ struct Options {
   SetPoint set_point;
   double kp = 1.0;
   double ki = 0.15;
-  bool autotune = false;
 
   static Options from(const PolicyOptions& o) {
-    return {.set_point = SetPoint::from(o),
-            .kp = o.number("kp"),
-            .ki = o.number("ki"),
-            .autotune = o.flag("autotune")};
+    return {.set_point = SetPoint::from(o), .kp = o.number("kp"), .ki = o.number("ki")};
   }
 };
 
@@ -119,9 +107,7 @@ class Pi final : public Policy {
       : options_(options),
         goal_(options.set_point),
         excess_(goal_.metric->name == kExcess),
-        scale_(goal_.target != 0 ? std::abs(goal_.target) : 1.0) {
-    if (options.autotune) experiment_.emplace(goal_.ema);
-  }
+        scale_(goal_.target != 0 ? std::abs(goal_.target) : 1.0) {}
 
   StatsNeeds needs() const override { return {.sequences = excess_}; }
 
@@ -136,17 +122,6 @@ class Pi final : public Policy {
     if (!known_) slow_ = error_, last_beyond_ = beyond();
     slow_ += kSlower * goal_.ema * (error_ - slow_);
     known_ = true;
-    if (experiment_ && !experiment_->done()) {
-      const ErrorSeen what = {
-          .averaged = error_, .slow = slow_, .single = single, .noise = noise_.deviation()};
-      const std::optional<double> wanted = experiment_->next(what, std::log(value[0]));
-      if (experiment_->done()) adopt();
-      if (wanted) {
-        above_ = below_ = pending_ = 0;  // the router's answer is no evidence
-        value[0] = std::exp(*wanted);
-        return;
-      }
-    }
     weigh(single);
     if (!goes_by_itself()) pending_ += options_.ki * error_;
     decided_ = is_out();
@@ -181,7 +156,6 @@ class Pi final : public Policy {
                                          bounded_ ? 1.0 : 0.0};
     out.put("pi", state);
     out.put("pi_noise", noise_.state());
-    if (experiment_) experiment_->save(out);
   }
 
   void load(StateReader& in) override {
@@ -199,9 +173,6 @@ class Pi final : public Policy {
     std::array<double, 4> noise{};
     in.get("pi_noise", noise);
     noise_.set(noise);
-    if (!experiment_) return;
-    experiment_->load(in);
-    if (experiment_->done()) adopt();
   }
 
  private:
@@ -221,42 +192,37 @@ class Pi final : public Policy {
     return gone * kSoon > behind * std::abs(error_);
   }
   // d above.
-  double beyond() const { return std::copysign(std::max(0.0, std::abs(error_) - goal_.dead_band), error_); }
+  double beyond() const {
+    return std::copysign(std::max(0.0, std::abs(error_) - goal_.error_tolerance), error_);
+  }
   // One window's part in the evidence.
   void weigh(double single) {
     const double sigma = std::max(noise_.deviation(), 1e-9);
     const auto sum = [&](double before, double beyond) {
       return std::clamp(before + std::clamp(beyond / sigma, -kMostOfOne, kMostOfOne), 0.0, kComplete);
     };
-    above_ = sum(above_, single - goal_.dead_band);
-    below_ = sum(below_, -single - goal_.dead_band);
+    above_ = sum(above_, single - goal_.error_tolerance);
+    below_ = sum(below_, -single - goal_.error_tolerance);
   }
-  // Whether the error has left the dead band. With none every decision moves, and at a bound, where none does
+  // Whether the error has left the tolerance. With none every decision moves, and at a bound, where none does
   // anyhow until the error lessens.
   bool is_out() {
-    if (goal_.dead_band == 0 || bounded_) return true;
-    if (std::abs(error_) <= goal_.dead_band) {
+    if (goal_.error_tolerance == 0 || bounded_) return true;
+    if (std::abs(error_) <= goal_.error_tolerance) {
       pending_ = 0;
       return false;
     }
     return (error_ > 0 ? above_ : below_) >= kComplete;
-  }
-  void adopt() {
-    if (const std::optional<PiGains> gains = experiment_->gains()) {
-      options_.kp = gains->kp;
-      options_.ki = gains->ki;
-    }
   }
 
   Options options_;
   SetPoint goal_;
   bool excess_;
   double scale_;
-  std::optional<StepExperiment> experiment_;
   Noise noise_;  // of the windows' errors
   double average_ = 0;
   double error_ = 0, last_beyond_ = 0, slow_ = 0;
-  double above_ = 0, below_ = 0;  // evidence that the error lies beyond the dead band, on either side
+  double above_ = 0, below_ = 0;  // evidence that the error lies beyond the tolerance, on either side
   double pending_ = 0;            // of ln w, from the integral since the last move
   double move_ = 0;               // of ln w, between propose and on_applied
   bool decided_ = false;          // and whether there was one
@@ -270,7 +236,7 @@ std::string check(const PolicyContext& context, const PolicyOptions& options) {
   if (!(context.min > 0)) return "limits.min: must be above 0: moves are ratios";
   if (o.set_point.metric->name == kExcess && o.set_point.target < 0)
     return "target: must be at least 0 for excess_cv";
-  if (o.set_point.dead_band > 1) return "dead_band: must be at most 1: errors are cut there";
+  if (o.set_point.error_tolerance > 1) return "error_tolerance: must be at most 1: errors are cut there";
   return "";
 }
 
@@ -295,11 +261,6 @@ PolicyDescription pi() {
                        .description = "move at every decision for a relative error of 1",
                        .min = 0,
                        .max = 100});
-  d.options.push_back(
-      {.name = "autotune",
-       .default_value = defaults.autotune,
-       .unit = "",
-       .description = "find kp and ki by an experiment near the target; those given serve before"});
   d.make = [](const PolicyContext&, const PolicyOptions& options) {
     return std::make_unique<Pi>(Options::from(options));
   };

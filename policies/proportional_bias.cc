@@ -28,14 +28,14 @@ struct Options {
   double step = 1e-2;
   std::string normalise = "mean";
   double clip = 1;
-  bool centred = true;
+  bool zero_mean_move = true;
   double half_life = 0;
 
   static Options from(const PolicyOptions& o) {
     return {.step = o.number("step"),
             .normalise = o.text("normalise"),
             .clip = o.number("clip"),
-            .centred = o.flag("centred"),
+            .zero_mean_move = o.flag("zero_mean_move"),
             .half_life = o.number("half_life")};
   }
 };
@@ -63,7 +63,7 @@ class ProportionalBias final : public Policy {
     }
     const double bound = options_.step * options_.clip;
     for (double& d : delta_) d = std::min(std::max(scale * d, -bound), bound);
-    const double shift = options_.centred ? sum_of(delta_) / n : 0;
+    const double shift = options_.zero_mean_move ? sum_of(delta_) / n : 0;
     const double fade =
         options_.half_life > 0 ? std::exp2(-static_cast<double>(layer.step) / options_.half_life) : 1;
     for (std::size_t i = 0; i < bias.size(); ++i) bias[i] += fade * (delta_[i] - shift);
@@ -104,8 +104,8 @@ PolicyDescription proportional_bias() {
        .description = "largest normalised error that counts",
        .min = 1e-6,
        .max = 1e6},
-      {.name = "centred",
-       .default_value = defaults.centred,
+      {.name = "zero_mean_move",
+       .default_value = defaults.zero_mean_move,
        .unit = "",
        .description = "take the mean out of each move"},
       {.name = "half_life",

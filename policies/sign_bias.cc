@@ -30,12 +30,13 @@ namespace {
 
 struct Options {
   double step = 1e-3;
-  bool centred = true;
+  bool zero_mean_move = true;
   std::int64_t freeze_after = 0;
 
   static Options from(const PolicyOptions& o) {
-    return {
-        .step = o.number("step"), .centred = o.flag("centred"), .freeze_after = o.integer("freeze_after")};
+    return {.step = o.number("step"),
+            .zero_mean_move = o.flag("zero_mean_move"),
+            .freeze_after = o.integer("freeze_after")};
   }
 };
 
@@ -47,7 +48,7 @@ class SignBias final : public Policy {
   void propose(const LayerView& layer, std::span<double> bias) override {
     if (options_.freeze_after > 0 && layer.step >= options_.freeze_after) return;
     move_towards_target(layer.stats, layer.targets);
-    const double shift = options_.centred ? sum_of(delta_) / static_cast<double>(delta_.size()) : 0;
+    const double shift = options_.zero_mean_move ? sum_of(delta_) / static_cast<double>(delta_.size()) : 0;
     for (std::size_t i = 0; i < bias.size(); ++i) bias[i] += delta_[i] - shift;
   }
 
@@ -89,8 +90,8 @@ PolicyDescription sign_bias() {
        .description = "how far each bias moves at every decision",
        .min = 0,
        .max = 1e6},
-      {.name = "centred",
-       .default_value = defaults.centred,
+      {.name = "zero_mean_move",
+       .default_value = defaults.zero_mean_move,
        .unit = "",
        .description = "take the mean out of each move (torchtitan); false moves all by ±step (Megatron)"},
       {.name = "freeze_after",

@@ -78,10 +78,11 @@ TEST(Compare, TheTableSetsRunsSideBySide) {
 
 TEST(Compare, ARunLogCarriesItsShiftAndItsLimits) {
   const TempDir dir;
-  dir.write("c.yaml",
-            "version: 1\nmodel: {layers: 1, experts: 2, top_k: 1, tokens_per_step: 100}\n"
-            "expert_bias: {policy: sign_bias, options: {step: 0.5, centred: false}, limits: {rate: 0.25, "
-            "center: false}}\n");
+  dir.write(
+      "c.yaml",
+      "version: 1\nmodel: {layers: 1, experts: 2, top_k: 1, tokens_per_step: 100}\n"
+      "expert_bias: {policy: sign_bias, options: {step: 0.5, zero_mean_move: false}, limits: {rate: 0.25, "
+      "center: false}}\n");
   std::string trace = R"({"format":"moectl-trace","version":1,"shift":20})"
                       "\n";
   for (int step = 0; step < 40; ++step) trace += record(step, step == 20 ? 100 : step % 2 ? 50 : 52);

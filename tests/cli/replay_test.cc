@@ -17,7 +17,7 @@ const char* const kSign =
     "model: {layers: 2, experts: 4, top_k: 2}\n"
     "expert_bias:\n"
     "  policy: sign_bias\n"
-    "  options: {step: 1.0e-3, centred: false}\n"
+    "  options: {step: 1.0e-3, zero_mean_move: false}\n"
     "  limits: {min: -16, max: 16, rate: 0.01, center: false}\n";
 
 TEST(Replay, IsTheSignLawStepByStep) {
@@ -69,7 +69,7 @@ TEST(Replay, StartsAtInitialAndIsActiveWhateverTheModeIs) {
   const TempDir dir;
   dir.write("c.yaml",
             "version: 1\nmode: off\nmodel: {layers: 1, experts: 2, top_k: 1}\n"
-            "expert_bias: {policy: sign_bias, options: {step: 0.25, centred: false}, initial: 0.5,"
+            "expert_bias: {policy: sign_bias, options: {step: 0.25, zero_mean_move: false}, initial: 0.5,"
             " limits: {rate: 1, center: false}}\n");
   const ToolResult result =
       run_tool(dir, "replay c.yaml -", R"({"step":7,"layer":0,"tokens":3,"top_k":1,"counts":[1,2]})");

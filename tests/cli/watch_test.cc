@@ -39,10 +39,11 @@ TEST(Watch, SaysOfAFileWithoutRecordsThatThereAreNone) {
 
 TEST(Watch, ShowsDecisionsAndTheirReasons) {
   const TempDir dir;
-  dir.write("c.yaml",
-            "version: 1\nmodel: {layers: 1, experts: 2, top_k: 1}\n"
-            "expert_bias: {policy: sign_bias, options: {step: 0.5, centred: false}, limits: {rate: 0.25, "
-            "center: false}}\n");
+  dir.write(
+      "c.yaml",
+      "version: 1\nmodel: {layers: 1, experts: 2, top_k: 1}\n"
+      "expert_bias: {policy: sign_bias, options: {step: 0.5, zero_mean_move: false}, limits: {rate: 0.25, "
+      "center: false}}\n");
   ASSERT_EQ(run_tool(dir, "replay c.yaml - -o run.jsonl", record(0, 0, "[60,40]")).code, 0);
   EXPECT_THAT(run_tool(dir, "watch run.jsonl --once").out, HasSubstr("  expert_bias -0.25..0.25 [rate]"));
   std::string many;
