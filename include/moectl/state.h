@@ -1,5 +1,5 @@
-// Saved state: named, typed, exact values in one buffer. Reading back in another order, under another name,
-// with another length or from an altered file is an error that says what was expected and what was found.
+// Saved state: named, typed, exact values in one buffer. A different order, name or length, or an altered file, is an
+// error that names the expected and the found entry.
 #pragma once
 
 #include <cstddef>
@@ -38,8 +38,7 @@ class StateReader {
   /// Checks header and checksum. Throws StateError.
   explicit StateReader(std::string_view bytes);
 
-  /// Each get reads the next entry and throws StateError if its name, type or length is not the one asked
-  /// for.
+  /// Each get reads the next entry and throws StateError if its name, type or length is not the one asked for.
   void get(std::string_view name, std::span<double> values);
   void get(std::string_view name, std::span<std::int64_t> values);
   double get_double(std::string_view name);

@@ -18,13 +18,13 @@ namespace {
 
 struct Options {
   std::string config, trace, run = "-";
-  Reading reading = Reading::kRepair;
+  FaultPolicy fault_policy = FaultPolicy::kRepair;
 };
 
 class Replay {
  public:
   Replay(const Options& options, const PolicyRegistry& registry)
-      : options_(options), config_(active(options, registry)), trace_(options.trace, options.reading) {
+      : options_(options), config_(active(options, registry)), trace_(options.trace, options.fault_policy) {
     const LogHeader& header = trace_.header();
     const ModelConfig& model = config_.model;
     must_agree("layers", header.layers, model.layers, 1);
@@ -43,8 +43,8 @@ class Replay {
       try {
         check(*record);
       } catch (const InputError& e) {
-        if (options_.reading != Reading::kSalvage) throw;
-        std::cerr << "passed over: " << e.what() << '\n';
+        if (options_.fault_policy != FaultPolicy::kSalvage) throw;
+        std::cerr << "skipped: " << e.what() << '\n';
         continue;
       }
       if (record->step != step_) finish_step();
@@ -157,7 +157,7 @@ void add_replay(CLI::App& app, Tool& tool) {
   command->footer(
       "The controller runs active and without lag: what is applied at step t uses step t's counts. Records "
       "tagged\n"
-      "other than 'train' are passed over; a layer that a step does not mention has no data in it.\n"
+      "other than 'train' are skipped; a layer that a step does not mention has no data in that step.\n"
       "A damaged trace (torn or unreadable lines, holes, a second run joined on, another version) is "
       "replayed "
       "as far\n"
@@ -170,7 +170,7 @@ void add_replay(CLI::App& app, Tool& tool) {
   command->add_option("CONFIG", options->config, "YAML config")->required();
   command->add_option("TRACE", options->trace, "Trace or run log")->required();
   command->add_option("-o,--output", options->run, "Run log to write; without it, standard output");
-  add_salvage(*command, options->reading);
+  add_salvage(*command, options->fault_policy);
   command->callback(
       [&tool, options] { tool.run = [&tool, options] { return Replay(*options, tool.registry).run(); }; });
 }

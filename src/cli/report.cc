@@ -64,7 +64,7 @@ void add_report(CLI::App& app, Tool& tool) {
   command->footer(
       "The page needs no network. Long runs are downsampled with their extremes kept; lines that cannot be "
       "read are\n"
-      "passed over and said, here and on the page.\n\n"
+      "skipped and reported, here and on the page.\n\n"
       "Examples:\n"
       "  moectl report runs/demo/*.jsonl -o report.html\n"
       "  moectl report before.jsonl after.jsonl --shift 420 -o report.html");

@@ -17,7 +17,7 @@ struct Options {
   std::string output;
   std::vector<std::string> metrics;
   std::int64_t histogram_every = TensorBoardOptions().histogram_every;
-  Reading reading = Reading::kRepair;
+  FaultPolicy fault_policy = FaultPolicy::kRepair;
 };
 
 /// The run's name in the list of TensorBoard: its file's, without what all files end in.
@@ -41,7 +41,7 @@ std::vector<std::string> metrics_of(const Options& options) {
 }
 
 void write(const std::string& run, const std::string& directory, const Options& options) {
-  LogReader log(run, options.reading);
+  LogReader log(run, options.fault_policy);
   TensorBoardWriter board(
       directory,
       {.histogram_every = options.histogram_every, .metrics = metrics_of(options), .wall_time = {}});
@@ -104,7 +104,7 @@ void add_tensorboard(CLI::App& app, Tool& tool) {
   command->add_option("--histogram-every", options->histogram_every, "Steps between histograms; 0: none")
       ->check(whole_number(0))
       ->capture_default_str();
-  add_salvage(*command, options->reading);
+  add_salvage(*command, options->fault_policy);
   command->callback([&tool, options] { tool.run = [options] { return tensorboard(*options); }; });
 }
 

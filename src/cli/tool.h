@@ -48,10 +48,10 @@ CLI::Validator whole_number(std::int64_t least, std::int64_t most = std::numeric
 CLI::Validator number_from_zero();
 CLI::Validator positive_number();
 
-/// Says on standard error what a reader passed over or missed.
+/// Prints on standard error the faults that a reader skipped.
 void say_faults(const LogReader& log, const std::string& path);
 /// The option --salvage of a command that reads logs.
-void add_salvage(CLI::App& command, Reading& reading);
+void add_salvage(CLI::App& command, FaultPolicy& fault_policy);
 
 /// A table of text with aligned columns: the first to the left, the others to the right.
 class Table {

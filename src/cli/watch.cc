@@ -83,7 +83,7 @@ class Watch {
         live_(!options.plain && isatty(STDOUT_FILENO) == 1),
         endpoint_(options.listen),
         reader_(
-            options.run, Reading::kSalvage,
+            options.run, FaultPolicy::kSalvage,
             options.once ? std::function<bool()>() : [this] { return pause(); }) {}
 
   int run() {

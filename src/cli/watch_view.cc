@@ -114,7 +114,7 @@ std::vector<std::string> view_of(const WatchedStep& step, const std::string& tit
                                         times(f.cv, f.floor_cv) + "  dead " + brief(f.dead_experts)};
   std::vector<std::string> last;
   for (const auto& [name, track] : step.tracks) last.push_back(name + ' ' + decisions(track));
-  if (faults > 0) last.push_back(std::to_string(faults) + " lines passed over");
+  if (faults > 0) last.push_back(std::to_string(faults) + " lines skipped");
 
   std::size_t health = 0, number_width = 1;
   for (const auto& [number, record] : step.layers) {

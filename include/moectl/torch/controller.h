@@ -18,42 +18,42 @@
 
 namespace moectl {
 
-/// What one layer's router reads. The tensors of a TorchController stay at one address for its whole life and
-/// are updated in place by `step` and `load`; an undefined tensor stands for the neutral value.
+/// The inputs of one layer's router. The tensors of a TorchController stay at one address for its whole life; `step`
+/// and `load` update them in place. An undefined tensor means the neutral value.
 struct RouterActuators {
   ::torch::Tensor bias{};             ///< Added to the scores for selection only. float32 [N].
   ::torch::Tensor temperature{};      ///< float32, 0-dim, > 0.
   ::torch::Tensor aux_loss_weight{};  ///< float32, 0-dim, ≥ 0.
 };
 
-/// What may go with the indices of one record. T = tokens; [T] may also have the shape [B, S]. Undefined =
-/// not given. Contiguous CPU tensors of the type named are read where they lie; others are converted first.
+/// Optional inputs of one record, beside the indices. T = tokens; [T] may also have the shape [B, S]. Undefined = not
+/// given. Contiguous CPU tensors of the type named are read in place; others are converted first.
 struct RecordOptions {
   ::torch::Tensor top_values{};     ///< [T, k+1] the k+1 largest biased scores, largest first. float32.
   ::torch::Tensor probabilities{};  ///< [T, N] router probabilities. float32.
-  /// [T, N] all biased scores, -inf where selection was not free to choose; with top_values. float32.
+  /// [T, N] all biased scores, -inf for experts excluded from the choice. Requires top_values. float32.
   ::torch::Tensor biased_scores{};
   ::torch::Tensor mask{};          ///< [T] true = a real token, false = padding. bool or uint8.
   ::torch::Tensor sequence_ids{};  ///< [T] non-decreasing. int64. Not needed for indices [B, S, k].
   ::torch::Tensor domain_ids{};    ///< [T] in [0, domains). int64.
   ::torch::Tensor dropped{};       ///< 0-dim: assignments dropped for lack of capacity. int64.
-  std::int64_t micro_batch =
-      -1;  ///< ≥ 0: a second record of (layer, micro-batch) before the next step is ignored.
+  /// ≥ 0: a second record of (layer, micro-batch) before the next step is ignored.
+  std::int64_t micro_batch = -1;
 };
 
 struct TorchOptions {
-  /// Where the routers run: the actuators' tensors lie there, and what `record` is given there is counted
-  /// there, without waiting for the device. CPU tensors are read where they lie; those of any other device
-  /// are copied to the host first, which waits.
+  /// The device of the routers. The actuators' tensors are allocated there, and tensors recorded there are counted
+  /// there, without waiting for the device. CPU tensors are read in place. Tensors of any other device are copied to
+  /// the host first, which waits.
   ::torch::Device device = ::torch::kCPU;
-  /// Counts by tensor operations even on the CPU, as on an accelerator: the same results, many times slower.
-  /// For comparing the two ways.
+  /// Counts by tensor operations even on the CPU, as on an accelerator: the same results, but many times slower. For
+  /// tests that compare the two ways.
   bool count_by_operators = false;
 };
 
 class DeviceSums;
 
-/// Turns recording off on this thread while it lives, as no-grad does: for passes that must not move the
+/// Turns recording off on this thread during its lifetime, as no-grad does: for passes that must not move the
 /// controller.
 class RecordingGuard {
  public:
@@ -71,25 +71,24 @@ class TorchController {
   explicit TorchController(ControllerConfig config, const TorchOptions& options = {},
                            const PolicyRegistry& registry = PolicyRegistry::builtin());
 
-  /// Adds one micro-batch's routing. On an accelerator this orders operations on the current stream and waits
-  /// for nothing. `indices` are [B, S, k], where each row of S tokens is a sequence, or
-  /// [T, k]: the experts chosen for each token, before any capacity limit, int64. Thread-safe as
-  /// Controller::record. Does nothing unless `recording()`. Throws std::invalid_argument on an unknown layer
-  /// or shapes that do not fit together.
+  /// Adds one micro-batch's routing. On an accelerator this enqueues operations on the current stream and does not
+  /// wait. `indices` are [B, S, k], where each row of S tokens is a sequence, or [T, k]: the experts chosen for each
+  /// token, before any capacity limit, int64. Thread-safe as Controller::record. Does nothing unless `recording()`.
+  /// Throws std::invalid_argument on an unknown layer or shapes that do not fit together.
   void record(int layer, const ::torch::Tensor& indices, const RecordOptions& options = {});
   /// Whether `record` counts on this thread: gradients are on and no RecordingGuard is alive.
   static bool recording();
 
-  /// Once an optimizer step; see Controller::step. The tensors then hold what is in force: on an accelerator,
-  /// for all that its current stream is given from then on. With `lag: 1` no sum of this step is waited for.
+  /// Call once per optimizer step; see Controller::step. The tensors then hold the values in force; on an accelerator,
+  /// for all work that the current stream is given afterwards. With `lag: 1`, no sum of this step is waited for.
   const StepReport& step(const StepInfo& info = {});
   const StepReport& report() const { return controller_.report(); }
 
-  /// float32 [N], at one address for ever.
+  /// float32 [N]. Its address never changes.
   const ::torch::Tensor& bias(int layer) const { return actuators(layer).bias; }
-  /// float32, 0-dim, at one address for ever.
+  /// float32, 0-dim. Its address never changes.
   const ::torch::Tensor& aux_loss_weight(int layer) const { return actuators(layer).aux_loss_weight; }
-  /// float32, 0-dim, at one address for ever.
+  /// float32, 0-dim. Its address never changes.
   const ::torch::Tensor& temperature(int layer) const { return actuators(layer).temperature; }
   /// The three of one layer. Throws std::invalid_argument on an unknown layer.
   const RouterActuators& actuators(int layer) const;
@@ -101,7 +100,7 @@ class TorchController {
   void load(std::string_view state);
   void load(::torch::serialize::InputArchive& archive, const std::string& key = "moectl");
 
-  /// The controller underneath, for all that needs no tensors: set_log, set_reduction, freeze, config.
+  /// The underlying controller, for set_log, set_reduction, freeze, config and all else that needs no tensors.
   Controller& controller() { return controller_; }
   const Controller& controller() const { return controller_; }
 
