@@ -97,7 +97,7 @@
 //
 // Limitations
 // - An undeclared delay of more than two or three steps makes it swing; declare it (`model.delay`).
-// - Lumpy routing (a dozen clusters of nearly identical tokens) moves whole clusters at once; no integral law
+// - Lumpy routing (a dozen clusters of nearly identical tokens) moves whole clusters at once; no integral control
 //   on the counts alone is smooth there.
 // - It balances every window as it comes. Errors that come from the data's order rather than from the router,
 //   such as alternating domains, are seen only once they have happened.

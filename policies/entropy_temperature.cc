@@ -1,16 +1,14 @@
-// entropy_temperature: holds the entropy of a token's router distribution at a set-point by moving the
-// temperature.
+// entropy_temperature: holds the entropy of a token's router distribution at a set-point by moving the temperature.
 //
 //   h   = EMA of token_entropy / ln N
 //   ln T += gain · (target - h)          0 while |target - h| ≤ error_tolerance
 //
-// A dual step on the temperature, as soft actor-critic adjusts its own (Haarnoja et al., arXiv 1812.05905,
-// eq. 18): too little entropy raises T, too much lowers it, and at the set-point it rests.
+// Too little entropy raises T, too much lowers it, and at the set-point T does not move. Soft actor-critic adjusts its
+// temperature by the same dual step (Haarnoja et al., arXiv 1812.05905, eq. 18).
 //
 // Limitations
-// - It steers how undecided the router is on each token, not the load. Without a bias, or with biases on
-//   logits, the top-k choice does not depend on T at all; with biases on probabilities a higher T makes them
-//   weigh more.
+// - It controls how undecided the router is on each token, not the load. Without biases, or with biases on logits, the
+//   top-k choice does not depend on T. With biases on probabilities, a higher T increases the effect of the biases.
 // - It needs the router's probabilities.
 #include <array>
 #include <cmath>

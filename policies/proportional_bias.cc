@@ -2,18 +2,16 @@
 //
 //   e_i = c̄_i - c_i                              c̄_i target load of the window, S its assignments
 //   none:  Δ_i = u · e_i / S                      share of all assignments (LongCat-Flash, arXiv 2509.01322)
-//   mean:  Δ_i = u · e_i / c̄_i                    relative error, +1 for an expert without a token; -1 for one that
-//                                                  gets any and should get none
+//   mean:  Δ_i = u · e_i / c̄_i                    relative error: +1 for an expert without tokens; -1 for one with
+//                                                  tokens that should receive none
 //   rms:   Δ_i = u · e_i / RMS(e)                 direction only, of length u√N (Su, kexue.fm)
-//   Δ_i clipped to ±clip·u;  centred: Δ -= mean(Δ);  b += 2^(-t/half_life) · Δ
+//   Δ_i clipped to ±clip·u;  zero_mean_move: Δ -= mean(Δ);  b += 2^(-t/half_life) · Δ
 //
-// arXiv 2408.15664 compares the proportional with the sign law at 1 B parameters: balance a little better,
-// perplexity a little worse. Su finds rms ahead of sign at equal u; his law does not clip, which here is a
-// clip of √N or more.
+// arXiv 2408.15664 compares proportional steps with sign steps at 1 B parameters: balance a little better, perplexity a
+// little worse. Su finds rms better than sign at equal u. He does not clip; a clip of √N or more does the same here.
 //
 // Limitations: u has the unit of a score and must be found for each router; above about one score gap at the
-// selection threshold the loop oscillates. rms steps as far at balance as in collapse, so it never comes to
-// rest.
+// selection threshold the loop oscillates. rms steps as far at balance as in collapse, so it never settles.
 #include <algorithm>
 #include <cmath>
 

@@ -1,5 +1,5 @@
-// What the laws of a scalar share that hold a metric at a target: which metric, of which layers, which way the
-// actuator moves it, how it is averaged, and how near is near enough.
+// SetPoint: the options of policies that hold a metric at a target: the metric, its layers, the direction in which the
+// actuator moves it, its averaging, and the tolerated error.
 #pragma once
 
 #include <string>
@@ -26,7 +26,7 @@ struct SetPoint {
                                          double error_tolerance);
 
   const Metrics& metrics(const LayerView& layer) const { return worst ? layer.worst : layer.metrics; }
-  /// What is measured less the target, turned so that a positive error asks for more of the actuator.
+  /// Measured value minus target, with the sign reversed if `raises`: a positive error asks for more of the actuator.
   double error(double measured) const { return raises ? target - measured : measured - target; }
 };
 

@@ -1,24 +1,24 @@
-// sign_bias: the published loss-free law. Every expert's bias moves by the same small step towards its target
-// load.
+// sign_bias: the published loss-free method. At every decision each bias moves by the same small step, up if its expert
+// has too few tokens and down if it has too many.
 //
 //   e_i = c̄_i - c_i,     Δ_i = u · sign(e_i),  sign(0) = 0
-//   centred:    Δ_i -= mean(Δ)
+//   zero_mean_move:  Δ_i -= mean(Δ)
 //   b_i += Δ_i
 //
-// c_i assignments of expert i in the window, c̄_i its target load (S/N unless targets are configured), u the
-// step.
+// c_i assignments of expert i in the window, c̄_i its target load (S/N unless targets are configured), u the step.
 //
-// Source: "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", arXiv 2408.15664, u = 1e-3 on
-// sigmoid scores. Uncentred it is what Megatron-Core does, centred what torchtitan does; DeepSeek-V3 (arXiv
-// 2412.19437) sets u to 0 for the last 500 billion tokens, which is `freeze_after` here. With uniform targets
-// the comparison is made on the integers N·c_i and S, so that no rounding of a mean can flip a sign.
+// Source: "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", arXiv 2408.15664, u = 1e-3 on sigmoid
+// scores. Megatron-Core does the same without zero_mean_move, torchtitan with it. DeepSeek-V3 (arXiv 2412.19437) sets u
+// to 0 for the last 500 billion tokens, as `freeze_after` does here. With uniform targets the integers N·c_i and S are
+// compared, so that no rounding of a mean can change a sign.
 //
 // Limitations
-// - u carries the unit of a score. 1e-3 fits sigmoid gates of moderate spread; with a sharper or flatter
-//   router it is slow early and noisy late, and no one value is right for both.
-// - The size of an error is thrown away: an expert with no token at all moves no faster than one that lacks a
-//   single token, and at balance every bias keeps stepping by ±u for ever.
-// - Uncentred, the mean of the biases drifts. That changes no selection, but it uses up range and precision.
+// - u has the unit of a score. 1e-3 fits sigmoid gates of moderate spread. With a sharper or flatter router it is slow
+//   early and noisy late, and no single value suits both.
+// - The size of an error is ignored: an expert without any token moves no faster than one that lacks a single token,
+//   and at balance every bias keeps stepping by ±u.
+// - Without zero_mean_move, the mean of the biases drifts. The drift changes no selection, but uses up range and
+//   precision.
 #include <algorithm>
 #include <cmath>
 

@@ -1,5 +1,5 @@
 // clang-format off
-// SimulatedRouter: the plant, which is one MoE layer's router without a model. It closes the control loop in microseconds.
+// SimulatedRouter: one MoE layer's router without a model ("the plant"). It closes the control loop in microseconds.
 //
 // THE MODEL. Time is counted in training steps; one call of route() is one step: a forward pass over T tokens, then
 // what training does to the router.
@@ -26,27 +26,27 @@
 //   drift     affinities and preferences walk, 50 times faster                 delay     stats arrive `delay` steps late
 //   noise     each step's mixture of domains is drawn anew, with jitter        collapse  see CollapseKind
 //
-// ASSUMPTIONS, and their limits. As in real routers, experts are selected by top-k of noisy linear scores. Unlike in real
-// routers, affinities do not learn from the bias: real experts specialise in the tokens that they receive. The auxiliary
-// gradient moves preferences only, so a strong weight cannot make routing less domain-specific here, as it does in
-// training. There is no loss; the cost of balance is `displacement()`: the distance of the preferences from those that
-// the task wants. Layers share their tokens and nothing else.
+// ASSUMPTIONS, and their limits. As in real routers, experts are selected by top-k of noisy linear scores. Unlike in
+// real routers, affinities do not learn from the bias: real experts specialise in the tokens that they receive. The
+// auxiliary gradient moves preferences only, so a strong weight cannot make routing less domain-specific here, as it
+// does in training. There is no loss; the cost of balance is `displacement()`: the distance of the preferences from
+// those that the task wants. Layers share their tokens and nothing else.
 //
-// THE CONSTANTS were fixed before any law was tuned on the plant, against training runs of a byte-level language model
+// THE CONSTANTS were fixed before any policy was tuned on the plant, against training runs of a byte-level language model
 // (3 layers × 16 experts, top-2, sigmoid gate, 16 × 128 bytes a step, 700 steps). Plant, seeds 1–3 (training):
 //   uncontrolled           MaxVio 3.6–6.0 (3.3), CV 1.3–1.8 (1.2)
 //   sampling floor         MaxVio .38–.40 (.41): 3.5–3.7 × the noise floor (3.5–3.8)
 //   auxiliary loss         1e-3: MaxVio 2.0–4.2 (1.8); 1e-2 settles in 170–325 steps (515–601), 1e-1 in 27–30 (89–106)
-//   sign law               1e-3 settles in 138–194 steps (553–568), 1e-2 in 12–24 (76–82)
+//   sign_bias              1e-3 settles in 138–194 steps (553–568), 1e-2 in 12–24 (76–82)
 //   a domain switches on   MaxVio 1.1–2.0 at the first step (2.5), excess area under sign 1e-3 58–118 (170)
-//   stability              an integral law in units of the score gap goes unstable between gains 1 and 1.4 (0.7–1.4
+//   stability              integral control in units of the score gap goes unstable between gains 1 and 1.4 (0.7–1.4
 //                          over seven router types)
 // So the plant is as hard to balance as training, and settles two to four times faster, because a real router keeps
 // learning against the controller. The walk is slower than in so short a training (a cluster forgets in 50 000 steps),
 // as in runs of that length.
 //
-// Every random number is a hash of (seed, layer, step, token), so a run depends only on its options: it has the same bits
-// on every platform with IEEE floats, whatever ran before.
+// Every random number is a hash of (seed, layer, step, token), so a run depends only on its options: it has the
+// same bits on every platform with IEEE floats, whatever ran before.
 // clang-format on
 #pragma once
 
