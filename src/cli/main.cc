@@ -1,5 +1,4 @@
-// moectl: checks, simulates, replays and reports. Exit codes: 0 good, 1 the input or config is wrong, 2
-// usage.
+// moectl: checks, simulates, replays and reports. Exit codes: 0 good, 1 the input or config is wrong, 2 usage.
 #include <dlfcn.h>
 
 #include <iostream>

@@ -252,8 +252,7 @@ int print_trends(LogReader& reader, const Measuring& how, const std::string& for
 
 // ---- Two windows. ----
 
-/// What `--compare` names: a tag, or the steps of it in [from, to): "validation", "train@0:360",
-/// "train@360:".
+/// What `--compare` names: a tag, or the steps of it in [from, to): "validation", "train@0:360", "train@360:".
 struct WindowName {
   std::string text, tag;
   std::int64_t from = 0, to = std::numeric_limits<std::int64_t>::max();

@@ -1,8 +1,7 @@
 // moectl replay CONFIG TRACE: what the controller would have commanded on recorded counts.
 //
-// Active and without lag, whatever the config says: `applied` at step t uses step t's counts and is in force
-// from the next one on; the first proposal starts at `initial`. The routing itself does not answer: it was
-// recorded.
+// Active and without lag, whatever the config says: `applied` at step t uses step t's counts and is in force from the
+// next one on; the first proposal starts at `initial`. The routing itself does not answer: it was recorded.
 #include <cstdio>
 #include <iostream>
 #include <memory>

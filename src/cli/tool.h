@@ -1,5 +1,4 @@
-// The command-line tool: one file a subcommand, each of which adds itself to the parser and leaves what to
-// run.
+// The command-line tool: one file a subcommand, each of which adds itself to the parser and leaves what to run.
 #pragma once
 
 #include <CLI/CLI.hpp>

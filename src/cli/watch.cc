@@ -115,8 +115,7 @@ class Watch {
     const Metrics metrics = record.layer < 0 ? Metrics() : metrics_.of(record);
     endpoint_.write(record, metrics);
     step_->add(record, metrics);
-    // A step that is known to be whole need not wait for the next one; the record of whole-model actuators
-    // may follow.
+    // A step that is known to be whole need not wait for the next one; the record of whole-model actuators may follow.
     const auto layers = reader_.header().layers;
     if (layers && static_cast<int>(step_->layers.size()) == *layers && live_) draw();
   }

@@ -55,8 +55,8 @@ std::string padded(std::string text, std::size_t width) {
   return text;
 }
 
-/// Blocks whose height is half the relative load: up to three columns an expert where there is room; where there is none,
-/// experts that share a column show their largest.
+/// Blocks whose height is half the relative load: up to three columns an expert where there is room; where there is
+/// none, experts that share a column show their largest.
 std::string bars(const RoutingStats& stats, const LoadTargets* targets, std::size_t width) {
   static const char* const kBlocks[] = {" ", "▁", "▂", "▃", "▄", "▅", "▆", "▇", "█"};
   std::vector<double> loads;

@@ -1,4 +1,4 @@
-// What of a running loop is saved, and what of the config a saved state belongs to.
+// Saving and loading a running loop, and the part of the config that a saved state belongs to.
 #include <array>
 #include <cmath>
 #include <cstdio>
@@ -28,7 +28,7 @@ void line(std::string& out, std::string_view key, int value) {
   line(out, key, std::to_string(value));
 }
 void line(std::string& out, std::string_view key, bool value) {
-  line(out, key, std::string_view(value ? "true" : "false"));  // char* would be a bool again
+  line(out, key, std::string_view(value ? "true" : "false"));  // a char* would convert to bool
 }
 void line(std::string& out, std::string_view key, const std::string& value) {
   line(out, key, std::string_view(value));
@@ -152,7 +152,7 @@ std::string Controller::Loop::save() {
       pending_->finish(reduction_, payload_);
       arrived_ = true;
     } catch (const ReductionError&) {
-      // The next step says so, when it sends this rank's share again.
+      // The next step sends this rank's sums again and throws then.
     }
   }
   StateWriter out;

@@ -14,8 +14,7 @@ namespace {
 
 using nlohmann::json;
 
-/// Which (step, layer, tag) have been seen. Files come in the order of the steps, so one number a record is
-/// enough.
+/// Which (step, layer, tag) have been seen. Files come in the order of the steps, so one number a record is enough.
 class Seen {
  public:
   bool add(const LogRecord& record) {

@@ -18,7 +18,7 @@ void load_sums(StateReader& in, std::string_view name, RoutingStats& stats) {
   in.get(name, stats.flat());
   if (!stats.shape().needs.margin_rows) return;
   const std::int64_t size = in.get_int("margin_row_values");
-  // What a record adds: tokens times experts, and nothing else.
+  // A record adds exactly tokens × experts margins.
   if (size != stats.scalar(RoutingStats::kMarginTokens) * stats.experts()) {
     throw StateError("margin_row_values: " + std::to_string(size) + ": must be experts times tokens");
   }
