@@ -36,7 +36,7 @@ int run(int argc, char** argv) {
   Tool tool;
   register_builtin_policies(tool.registry);
   std::vector<std::string> plugins;
-  app.add_option("--plugin", plugins, "Shared object with policies of your own; may be given more than once")
+  app.add_option("--plugin", plugins, "Shared object with your own policies; may be given more than once")
       ->type_name("FILE")
       ->expected(1)
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);

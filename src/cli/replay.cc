@@ -1,7 +1,7 @@
-// moectl replay CONFIG TRACE: what the controller would have commanded on recorded counts.
+// moectl replay CONFIG TRACE: the values that a controller would have applied on recorded counts.
 //
 // Active and without lag, whatever the config says: `applied` at step t uses step t's counts and is in force from the
-// next one on; the first proposal starts at `initial`. The routing itself does not answer: it was recorded.
+// next step on; the first proposal starts at `initial`. The routing does not respond, because it was recorded.
 #include <cstdio>
 #include <iostream>
 #include <memory>
@@ -56,7 +56,7 @@ class Replay {
       throw InputError(options_.trace + ": holds no record that can be read; " + trace_.faults().front());
     }
     say_faults(trace_, options_.trace);
-    if (!writer_->ok()) return 1;  // the writer has said why
+    if (!writer_->ok()) return 1;  // the writer has reported the error
     if (options_.run != "-") {
       std::cout << "replayed " << controller_->steps() << " steps of " << config_.model.layers
                 << " layers to " << options_.run << '\n';
@@ -152,15 +152,16 @@ class Replay {
 
 void add_replay(CLI::App& app, Tool& tool) {
   CLI::App* command =
-      app.add_subcommand("replay", "Show what the controller would have commanded on recorded counts");
+      app.add_subcommand("replay", "Show the values that a controller would have applied on recorded counts");
   command->footer(
-      "The controller runs active and without lag: what is applied at step t uses step t's counts. Records "
+      "The controller runs active and without lag: the value applied at step t uses step t's counts. Records "
       "tagged\n"
       "other than 'train' are skipped; a layer that a step does not mention has no data in that step.\n"
       "A damaged trace (torn or unreadable lines, holes, a second run joined on, another version) is "
       "replayed "
       "as far\n"
-      "as it can be read, and the rest is said; a record that is wrong ends the command, unless --salvage is "
+      "as it can be read, and the rest is reported; a record that is wrong ends the command, unless "
+      "--salvage is "
       "given.\n\n"
       "Examples:\n"
       "  moectl replay policies/sign_bias.yaml trace.jsonl -o run.jsonl\n"

@@ -20,7 +20,7 @@ struct Options {
   FaultPolicy fault_policy = FaultPolicy::kRepair;
 };
 
-/// The run's name in the list of TensorBoard: its file's, without what all files end in.
+/// The run's name in TensorBoard: the name of its file without the common extensions.
 std::string name_of_run(const std::string& path) {
   if (path == "-") return "stdin";
   std::string name = std::filesystem::path(path).filename().string();
@@ -70,7 +70,7 @@ int tensorboard(const Options& options) {
     }
     std::error_code ignored;
     if (std::filesystem::exists(each.back(), ignored) && !std::filesystem::is_empty(each.back(), ignored)) {
-      throw InputError(each.back() + ": is there already: remove it, or choose another directory");
+      throw InputError(each.back() + ": already exists: remove it, or choose another directory");
     }
   }
   for (std::size_t i = 0; i < each.size(); ++i) write(options.runs[i], each[i], options);
@@ -82,19 +82,16 @@ int tensorboard(const Options& options) {
 void add_tensorboard(CLI::App& app, Tool& tool) {
   CLI::App* command = app.add_subcommand("tensorboard", "Write TensorBoard event files of runs");
   command->footer(
-      "Scalars: loss, means over layers beside their floors (balance/...), metrics by layer, the scalar "
-      "actuators, and\n"
-      "the number of layers in each state of health, under each alert, and with each reason that kept an "
-      "actuator from\n"
-      "its proposal. Histograms: load over the mean, and bias, of each layer's experts. Logs carry no clock: "
-      "wall time\n"
-      "is the step.\n\n"
-      "Examples:\n"
-      "  moectl tensorboard runs/demo/*.jsonl -o board && tensorboard --logdir board\n"
-      "  moectl tensorboard run.jsonl -o board --metric all --histogram-every 100");
+      R"(Scalars: loss, means over layers beside their floors (balance/...), metrics by layer, the scalar actuators, and the
+number of layers in each state of health, with each alert, and with each reason that changed a proposal.
+Histograms: relative load and bias of each layer's experts. Logs contain no clock: wall time is the step.
+
+Examples:
+  moectl tensorboard runs/demo/*.jsonl -o board && tensorboard --logdir board
+  moectl tensorboard run.jsonl -o board --metric all --histogram-every 100)");
   auto options = std::make_shared<Options>();
   command->add_option("RUN", options->runs, "Run logs or traces")->required();
-  command->add_option("-o,--output", options->output, "Directory; each run gets one of its name within")
+  command->add_option("-o,--output", options->output, "Directory; each run gets a subdirectory with its name")
       ->required();
   command
       ->add_option("--metric", options->metrics,

@@ -1,4 +1,4 @@
-// moectl watch RUN|-: follows a growing log: a live view in a terminal, one line a step elsewhere.
+// moectl watch RUN|-: follows a growing log: a live view in a terminal, one line per step elsewhere.
 #include <signal.h>
 #include <unistd.h>
 
@@ -29,7 +29,7 @@ struct Options {
   bool once = false, plain = false;
 };
 
-/// True while the process runs. One that has ended but was not yet waited for by its parent has ended.
+/// True while the process runs. A process that has ended counts as ended even before its parent waits for it.
 bool is_running(pid_t process) {
   if (kill(process, 0) != 0) return errno == EPERM;
   std::ifstream file("/proc/" + std::to_string(process) + "/stat");
@@ -47,7 +47,7 @@ void wait_for_file(const Options& options) {
   }
 }
 
-/// What `--listen` asks for; nothing without it.
+/// The endpoint of `--listen`; does nothing without it.
 class Endpoint {
  public:
   explicit Endpoint(const std::string& address) {
@@ -122,7 +122,7 @@ class Watch {
 
   void say_faults() {
     endpoint_.set_faults(reader_.fault_count());
-    if (live_) return;  // the view counts them, and they are said below it at the end
+    if (live_) return;  // the view counts faults, and the end prints them below it
     for (; said_ < reader_.faults().size(); ++said_) std::cerr << reader_.faults()[said_] << '\n';
   }
 
@@ -159,25 +159,21 @@ class Watch {
 void add_watch(CLI::App& app, Tool& tool) {
   CLI::App* command = app.add_subcommand("watch", "Follow a growing run log");
   command->footer(
-      "In a terminal, a live view: each layer's load by expert (a full block is twice its target, the mean\n"
-      "unless model.targets say otherwise) and the last\n"
-      "decisions with what limited them. Elsewhere one line a step. A file is followed until interrupted or, "
-      "with --pid,\n"
-      "until the process that writes it has ended; standard input until it ends. A log that is rotated is "
-      "followed\n"
-      "from piece to piece.\n\n"
-      "With --listen the same data stand at http://ADDR:PORT/metrics for Prometheus: every metric by layer, "
-      "load and\n"
-      "bias by expert, health, alerts, and what limited the actuators. There is no authentication: listen at "
-      "the\n"
-      "loopback address unless the network is trusted. Alerts and a dashboard are in "
-      "share/moectl/monitoring.\n\n"
-      "Examples:\n"
-      "  moectl watch runs/demo/run.jsonl\n"
-      "  train --log run.jsonl & moectl watch run.jsonl --pid $!\n"
-      "  train | moectl watch - --every 10 | tee progress.txt\n"
-      "  moectl watch run.jsonl --once --plain\n"
-      "  serve | moectl watch - --listen 127.0.0.1:9464 --plain --every 1000");
+      R"(In a terminal: a live view of each layer's load by expert (a full block is twice its target, the mean unless
+model.targets is set) and the last decisions with the limits that acted. Elsewhere: one line per step.
+A file is followed until interrupted or, with --pid, until the process that writes it has ended; standard input
+until it ends. A rotated log is followed from piece to piece.
+
+With --listen, the same data are served at http://ADDR:PORT/metrics for Prometheus: every metric by layer, load and
+bias by expert, health, alerts, and the limits that acted. There is no authentication: listen at the loopback
+address unless the network is trusted. Alerts and a dashboard are in share/moectl/monitoring.
+
+Examples:
+  moectl watch runs/demo/run.jsonl
+  train --log run.jsonl & moectl watch run.jsonl --pid $!
+  train | moectl watch - --every 10 | tee progress.txt
+  moectl watch run.jsonl --once --plain
+  serve | moectl watch - --listen 127.0.0.1:9464 --plain --every 1000)");
   auto options = std::make_shared<Options>();
   command->add_option("RUN", options->run, "Run log or trace; - is standard input")->required();
   command->add_option("--every", options->every, "Print every so many steps, when not in a terminal")
@@ -186,16 +182,15 @@ void add_watch(CLI::App& app, Tool& tool) {
       command->add_flag("--once", options->once, "Stop at the end of the file instead of waiting for more");
   command
       ->add_option("--pid", options->process,
-                   "Stop once this process has ended and what it wrote has been shown")
+                   "Stop when this process has ended and all its output has been shown")
       ->check(whole_number(1, std::numeric_limits<pid_t>::max()))
       ->excludes(once);
   command
-      ->add_option(
-          "--listen", options->listen,
-          "Serve metrics for Prometheus at this address, as 127.0.0.1:9464; port 0: any that is free")
+      ->add_option("--listen", options->listen,
+                   "Serve metrics for Prometheus at this address, e.g. 127.0.0.1:9464; port 0: any free port")
       ->type_name("ADDR:PORT")
       ->excludes(once);
-  command->add_flag("--plain", options->plain, "One line a step in a terminal as well");
+  command->add_flag("--plain", options->plain, "One line per step, in a terminal as well");
   command->callback([&tool, options] {
     if (options->run == "-" && options->process != 0) {
       throw CLI::ValidationError("--pid: standard input ends with its writer, without --pid");

@@ -29,7 +29,7 @@ std::string decisions(const WatchedStep::Track& track) {
   return reasons.empty() ? text : text + " [" + reasons + "]";
 }
 
-/// What a log names may hold anything; what drives a terminal is shown as '?'.
+/// Names in a log may hold any bytes; control characters are shown as '?'.
 std::string printable(std::string text) {
   for (char& byte : text) {
     if (static_cast<unsigned char>(byte) < 0x20 || byte == 0x7f) byte = '?';
@@ -161,7 +161,7 @@ void Screen::draw_pending() {
   if (pending_.empty()) return;
   std::string text;
   if (drawn_lines_ > 0) text = "\x1b[" + std::to_string(drawn_lines_) + "F";
-  // Each line ends the one that it replaces, so that nothing is blank in between.
+  // Each line clears the rest of the line that it replaces, so the view does not flicker.
   for (const std::string& line : pending_) text += line + "\x1b[K\n";
   text += "\x1b[J";
   std::cout << text << std::flush;

@@ -224,7 +224,7 @@ TEST(TensorBoard, TheToolWritesTheSameFromALog) {
   ASSERT_EQ(result.code, 0) << result.err;
   EXPECT_EQ(TempDir::read(only_file(dir.path("board/run"))), TempDir::read(only_file(dir.path("live"))));
   // It does not write into what is there, nor two runs into one.
-  EXPECT_THAT(run_tool(dir, "tensorboard run.jsonl -o board").err, HasSubstr("board/run: is there already"));
+  EXPECT_THAT(run_tool(dir, "tensorboard run.jsonl -o board").err, HasSubstr("board/run: already exists"));
   EXPECT_EQ(run_tool(dir, "tensorboard run.jsonl run.jsonl -o two").code, 1);
   EXPECT_THAT(run_tool(dir, "tensorboard run.jsonl -o x --metric max_voi").err,
               HasSubstr("max_voi: is no metric"));
