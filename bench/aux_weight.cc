@@ -1,10 +1,9 @@
 // aux_weight_table [tracking | shift] [--seeds FIRST:LAST]: pi on the auxiliary loss's weight, on the simulated
 // router.
 //
-// tracking   Against seven fixed weights, from first weights 100 times too high and too low, with the default gains
-//            and with gains of its own finding (autotune). Balance is the signed excess CV, cost the displacement of
-//            the router's preferences from those that the task wants (simulation.h), both averaged over the last 800
-//            of 10000 steps. Its cost is compared with that of the fixed weight which balances as well: a run of the
+// tracking   Against seven fixed weights, from first weights 100 times too high and too low, with its
+//            default gains. Balance is the signed excess CV, cost the displacement of the router's preferences from
+//            those that the task wants (simulation.h), both averaged over the last 800 of 10000 steps. Its cost is compared with that of the fixed weight which balances as well: a run of the
 //            same length at the weight that the seven say balances as pi did, and the slope of the seven for what is
 //            left. The same once more over the last 800 of 3000 steps. Preferences come back at the task's pull
 //            alone, whose time constant is 1667 steps, so that a run of 3000 still holds what the first weight did
@@ -12,10 +11,10 @@
 //            right in the long run and goes there at the rate limit, helped by a proportional term.
 //            Whether pi hunts: at each of the last 80 decisions a copy of the router routes 262144 tokens, which tells
 //            its excess to a hundredth, whatever pi's windows of 10240 show. A move is one at rest if that error
-//            lies within the dead band; an excursion begins where it leaves the band.
-// shift      A new domain becomes half of the data after 150 decisions, by when gains have been found; the same
-//            router at several cadences, which answers accordingly fast or slowly. Errors are those of ten
-//            decisions' mean excess, relative to the target of 0.3.
+//            lies within pi's tolerance; an excursion begins where it leaves the band.
+// shift      A new domain becomes half of the data after 150 decisions, at several cadences: the longer the cadence,
+//            the faster the router answers, counted in decisions. Errors are those of ten decisions' mean excess,
+//            relative to the target of 0.3.
 //
 // Prints Markdown.
 #include <algorithm>
@@ -23,7 +22,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "closed_loop.h"
@@ -34,19 +32,19 @@ namespace {
 
 constexpr std::int64_t kShort = 3000, kLong = 10000, kWindow = 800, kTokens = 1024, kCadence = 10;
 constexpr double kRate = 0.5;
-constexpr double kDeadBand = 0.05;                   // pi's default
+constexpr double kTolerance = 0.05;                  // pi's default error_tolerance
 constexpr std::int64_t kTrueTokens = 256 * kTokens;  // of the batch that shows the true error
 
 struct Point {
   double excess = 0, cost = 0;
   // Of the window, if asked.
   int decisions = 0, moves = 0;
-  int at_rest = 0;     // moves while the true error lies within the dead band
+  int at_rest = 0;     // moves while the true error lies within pi's tolerance
   int outside = 0;     // decisions at which it does not
   int excursions = 0;  // times that it went out
 };
 
-enum class Tuner { kFixed, kTold, kGains, kAutotune };
+enum class Tuner { kFixed, kTold, kPi };
 
 struct Run {
   Tuner tuner = Tuner::kFixed;
@@ -93,7 +91,7 @@ class Loop {
       square += seen / static_cast<double>(window);
       p.cost += cost() / static_cast<double>(window);
       if (!with_moves || steps_ % run_.cadence != 0) continue;
-      const bool out = std::abs(true_error()) > kDeadBand, moved = weight() != before;
+      const bool out = std::abs(true_error()) > kTolerance, moved = weight() != before;
       ++p.decisions;
       p.moves += moved;
       p.at_rest += moved && !out;
@@ -131,15 +129,12 @@ class Loop {
     return plant;
   }
   static ControllerConfig config_of(const Run& run) {
-    const bool pi = run.tuner == Tuner::kGains || run.tuner == Tuner::kAutotune;
+    const bool pi = run.tuner == Tuner::kPi;
     ControllerConfig config = config_for({"", "fixed", {}}, plant_of(run));
     config.aux_loss_weight.policy = pi ? "pi" : "fixed";
     config.aux_loss_weight.initial = run.initial;
     config.aux_loss_weight.limits = {.min = 1e-6, .max = 10, .rate = kRate, .cadence = run.cadence};
-    if (pi) {
-      config.aux_loss_weight.options.set("target", run.target);
-      config.aux_loss_weight.options.set("autotune", run.tuner == Tuner::kAutotune);
-    }
+    if (pi) config.aux_loss_weight.options.set("target", run.target);
     return config;
   }
 
@@ -159,7 +154,7 @@ Both run_both(const Run& run) {
   Loop loop(run);
   Both both;
   both.early = loop.run_to(kShort, kWindow);
-  both.late = loop.run_to(kLong, kWindow, run.tuner == Tuner::kGains || run.tuner == Tuner::kAutotune);
+  both.late = loop.run_to(kLong, kWindow, run.tuner == Tuner::kPi);
   return both;
 }
 
@@ -194,10 +189,8 @@ double cost_as_good(const Point& wanted, const std::vector<Fixed>& curve, Window
 
 const char* name_of(Tuner tuner) {
   switch (tuner) {
-    case Tuner::kGains:
-      return "gains 1, 0.15";
-    case Tuner::kAutotune:
-      return "autotune";
+    case Tuner::kPi:
+      return "pi";
     case Tuner::kTold:
       return "told";
     case Tuner::kFixed:
@@ -214,7 +207,7 @@ std::vector<Fixed> curve_of(std::uint64_t seed) {
   return curve;
 }
 
-// What all runs of one law came to.
+// Counts over all runs of pi.
 struct Total {
   int runs = 0, late_within = 0, early_within = 0, decisions = 0, moves = 0, at_rest = 0, outside = 0,
       excursions = 0;
@@ -231,7 +224,7 @@ struct Total {
 };
 
 void tracking(std::uint64_t first, std::uint64_t last) {
-  Total given, found;
+  Total total;
   for (std::uint64_t seed = first; seed <= last; ++seed) {
     const std::vector<Fixed> curve = curve_of(seed);
     std::printf("\n### Seed %d\n\n| weight | excess CV, cost at 3000 | at 10000 |\n|---|---|---|\n",
@@ -251,7 +244,7 @@ void tracking(std::uint64_t first, std::uint64_t last) {
       const auto nearest = *std::min_element(curve.begin(), curve.end(), [&](const Fixed& a, const Fixed& b) {
         return std::abs(a.both.late.excess - target) < std::abs(b.both.late.excess - target);
       });
-      for (const Tuner tuner : {Tuner::kTold, Tuner::kGains, Tuner::kAutotune}) {
+      for (const Tuner tuner : {Tuner::kTold, Tuner::kPi}) {
         if (tuner == Tuner::kTold && target != 0.6) continue;  // elsewhere nothing is left to explain
         for (const double factor : {0.01, 100.0}) {
           trials.push_back({{.tuner = tuner,
@@ -285,23 +278,21 @@ void tracking(std::uint64_t first, std::uint64_t last) {
         continue;
       }
       std::printf("%d | %d | %d | %d |\n", late.moves, late.at_rest, late.excursions, late.outside);
-      (t.run.tuner == Tuner::kGains ? given : found).add(early_ratio, late_ratio, late);
+      total.add(early_ratio, late_ratio, late);
     }
   }
   std::printf(
-      "\n### All seeds\n\n| law | runs | within 5 %% of the fixed weight's cost or below, at 10000 | at 3000 "
+      "\n### All seeds\n\n| runs of pi | within 5 %% of the fixed weight's cost or below, at 10000 | at 3000 "
       "| "
-      "last decisions | moves | at rest | excursions | outside |\n|---|---|---|---|---|---|---|---|---|\n");
-  for (const auto& [tuner, t] : {std::pair{Tuner::kGains, given}, std::pair{Tuner::kAutotune, found}}) {
-    std::printf("| %s | %d | %d | %d | %d | %d | %d | %d | %d |\n", name_of(tuner), t.runs, t.late_within,
-                t.early_within, t.decisions, t.moves, t.at_rest, t.excursions, t.outside);
-  }
+      "last decisions | moves | at rest | excursions | outside |\n|---|---|---|---|---|---|---|---|\n"
+      "| %d | %d | %d | %d | %d | %d | %d | %d |\n",
+      total.runs, total.late_within, total.early_within, total.decisions, total.moves, total.at_rest,
+      total.excursions, total.outside);
 }
 
 struct Jolt {
-  double mean =
-      0;       // distance of the excess from the target, relative to it, over the decisions after the shift
-  Point rest;  // the decisions after those
+  double mean = 0;  // relative distance of the excess from the target, over the decisions after the shift
+  Point rest;       // the decisions after those
 };
 
 Jolt jolt_of(Run run) {
@@ -326,20 +317,18 @@ void shift(std::uint64_t first, std::uint64_t last) {
   std::vector<Trial> trials;
   for (const std::int64_t cadence : {3, 10, 30}) {
     for (std::uint64_t seed = first; seed <= last; ++seed) {
-      for (const Tuner tuner : {Tuner::kGains, Tuner::kAutotune}) {
-        trials.push_back(
-            {{.tuner = tuner, .initial = 0.003, .target = 0.3, .seed = seed, .cadence = cadence}, {}});
-      }
+      trials.push_back(
+          {{.tuner = Tuner::kPi, .initial = 0.003, .target = 0.3, .seed = seed, .cadence = cadence}, {}});
     }
   }
   in_parallel(trials.size(), [&](std::size_t i) { trials[i].jolt = jolt_of(trials[i].run); });
   std::printf(
-      "\n| cadence | law | seed | mean error over 100 decisions after the shift | excess CV of the next 50 | "
-      "moves | at rest | outside |\n|---|---|---|---|---|---|---|---|\n");
+      "\n| cadence | seed | mean error over 100 decisions after the shift | excess CV of the next 50 | "
+      "moves | at rest | outside |\n|---|---|---|---|---|---|---|\n");
   for (const Trial& t : trials) {
-    std::printf("| %d | %s | %d | %.3f | %.3f | %d | %d | %d |\n", static_cast<int>(t.run.cadence),
-                name_of(t.run.tuner), static_cast<int>(t.run.seed), t.jolt.mean, t.jolt.rest.excess,
-                t.jolt.rest.moves, t.jolt.rest.at_rest, t.jolt.rest.outside);
+    std::printf("| %d | %d | %.3f | %.3f | %d | %d | %d |\n", static_cast<int>(t.run.cadence),
+                static_cast<int>(t.run.seed), t.jolt.mean, t.jolt.rest.excess, t.jolt.rest.moves,
+                t.jolt.rest.at_rest, t.jolt.rest.outside);
   }
 }
 

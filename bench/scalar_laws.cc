@@ -67,8 +67,7 @@ std::vector<ScalarLaw> weight_laws() {
            1,
            {{"metric", std::string("load_cv")}, {"target", kFloors * floor_cv()}},
            [](PolicyOptions& o, double factor) { o.set("factor", std::pow(1.2, factor)); }},
-          {"pi", "pi", 0.01, 5, {{"target", excess}}, scale_pi},
-          {"pi, autotune", "pi", 0.01, 5, {{"target", excess}, {"autotune", true}}}};
+          {"pi", "pi", 0.01, 5, {{"target", excess}}, scale_pi}};
 }
 
 const ScalarLaw kTemperatureLaw = {

@@ -1,4 +1,11 @@
-// adaptive_bias: integral control of the biases whose step has the right unit and whose gain tunes itself.
+// adaptive_bias: integral control of the biases. The step is measured in score gaps, and the gain tunes itself.
+//
+// The idea. An expert with too few tokens gets a larger bias, in proportion to its relative error e_i. Two questions
+// decide how fast that converges: what is the unit of the step, and how large is the gain? The unit is the mean gap Ḡ
+// between the k-th and the (k+1)-th score, because it tells how many tokens a move of the bias redirects. The gain g
+// follows the correlation between successive errors: if they have the same sign the loop is too slow and g rises, if
+// they alternate the loop overshoots and g falls. Three refinements follow: a share h_i of the gain for each expert, a
+// larger gain F for errors far above the noise, and a trend t_i for biases that must move steadily.
 //
 //   e_i = (c̄_i - c_i) / c̄_i                            c̄_i target load, S/N unless targets are configured
 //   Ḡ  += gap_ema · (G - Ḡ),  G = k · mean_t(v_k - v_{k+1})     v sorted biased scores; counts only: Ḡ ≡ 1
@@ -22,7 +29,7 @@
 //          + g/(16 D F) · g · h_i · Ḡ · (1 - s(e_i)) · e_i
 //   b_i += g_i · h_i · Ḡ · clip(e_i, -1, 1) + t_i,   b -= mean(b)
 //
-// Five facts carry it.
+// The reasons for each part:
 //
 // The gap is the unit. How many tokens change expert when a bias moves by δ is the density of tokens at the
 // selection threshold times δ, and the gap between the k-th and the (k+1)-th score is the inverse of that
@@ -45,18 +52,18 @@
 // the same, so that one large disturbance does not pass for a trend. While all of them swing, neighbouring
 // errors are alike within each half period and prove no one slow. `per_expert: false` leaves h_i at 1.
 //
-// What is far from the noise is none. The gain that whitens is small where noise is most of what is seen, and
-// too small when the data change and errors are twenty floors high. So an error of more than four times the
-// noise is met with a gain of its own, F, which is learnt in such times alone; as a Kalman filter's gain is
-// the larger the more of an error is not noise. Only as far as the expert's error has been far, on one side,
-// for some steps (λ): one that overshoots gets no more of it. F begins at half a gap, which is half to a third
-// of what makes a loop unstable, and may come to be twenty times g; and what chance throws far out for a step
-// or two needs none of it: the seldom chosen experts of a softmax lie so close together that a step under F
-// takes one of them past all the others and gives it the tokens of ten.
-// The noise is the floor where tokens are all that varies (metrics.h). Mixtures that vary from batch to batch
-// come on top and no floor knows of them: so it is the level of the errors that are unlike the last ones.
+// Errors far above the noise are real and get a larger gain. The gain that whitens is small where noise is most of what
+// is seen, and too small when the data change and errors are twenty floors high. So an error of more than four times
+// the noise is met with a gain of its own, F, which is learnt in such times alone; as a Kalman filter's gain is the
+// larger the more of an error is not noise. Only as far as the expert's error has been far, on one side, for some steps
+// (λ): one that overshoots gets no more of it. F begins at half a gap, which is half to a third of what makes a loop
+// unstable, and may come to be twenty times g; and what chance throws far out for a step or two needs none of it: the
+// seldom chosen experts of a softmax lie so close together that a step under F takes one of them past all the others
+// and gives it the tokens of ten. The noise is the floor where tokens are all that varies (metrics.h). Mixtures that
+// vary from batch to batch come on top and no floor knows of them: so it is the level of the errors that are unlike the
+// last ones.
 //
-// What stays on one side near the floor is a trend. Routers sharpen and preferences form, most of it in the
+// Errors that stay on one side near the floor are a trend. Routers sharpen and preferences form, most of it in the
 // first hundreds of steps, so the biases that are wanted move steadily, and a plain integrator trails them by
 // drift over gain: with many tokens that is more than the noise. t learns the drift from what the step leaves
 // over. An integrator that goes the share α of the way, with a trend that learns β of it, is critically damped
@@ -90,7 +97,7 @@
 //
 // Limitations
 // - An undeclared delay of more than two or three steps makes it swing; declare it (`model.delay`).
-// - Lumpy routing (a dozen clusters of nearly identical tokens) moves whole clusters at once; no integral law
+// - Lumpy routing (a dozen clusters of nearly identical tokens) moves whole clusters at once; no integral control
 //   on the counts alone is smooth there.
 // - It balances every window as it comes. Errors that come from the data's order rather than from the router,
 //   such as alternating domains, are seen only once they have happened.
@@ -142,49 +149,51 @@ constexpr Gains kGapGains{0.25, 0.001, 1.0};
 constexpr Gains kCountsGains{1e-3, 1e-6, 1.0};
 constexpr Gains kCountsLogitGains{1e-2, 1e-6, 1.0};
 
-// Correlations nearer to zero than this many standard errors are chance.
+// Correlations of less than this number of standard errors are chance.
 constexpr double kSignificance = 0.8;
 
-// Each expert's own share of the gain; the rates are divided by D, the threshold by √D. Falling is quicker
-// than rising, since an expert that swings does more harm than one that creeps.
-constexpr double kOwnEma = 0.1;
-constexpr double kOwnSignificance = 0.4;
-constexpr double kOwnRise = 0.1, kOwnFall = 0.3;
-constexpr double kOwnMin = 1.0 / 16, kOwnMax = 8;
+// Each expert's own share of the gain. The rates are divided by D, the threshold by √D. The share falls faster than it
+// rises, because an expert that oscillates does more harm than one that is slow.
+constexpr double kShareEma = 0.1;
+constexpr double kShareSignificance = 0.4;
+constexpr double kShareRise = 0.1, kShareFall = 0.3;
+constexpr double kShareMin = 1.0 / 16, kShareMax = 8;
 
-// Errors of more than so many times the noise are none; the first gain for them, in first gains; how soon one
-// that stays far counts as lasting; and how fast the trend follows the errors below.
+// Errors above kFar × noise count as signal. kFarFirst: their first gain, in first gains. kPersistenceEma: weight of
+// the newest window in far_persistence_. kTrendRate: how fast the trend follows smaller errors.
 constexpr double kFar = 4;
 constexpr double kFarFirst = 2;
-constexpr double kLasting = 0.3;
-constexpr double kTrend = 1.0 / 16;
-// Where k experts are to have all, the load can stand exactly where it is wanted, and no error ever ends a trend: then
-// trends end by themselves. The targets' own rounding is nothing, too.
-constexpr double kNothing = 1e-5;
+constexpr double kPersistenceEma = 0.3;
+constexpr double kTrendRate = 1.0 / 16;
+// If targets are met exactly (k experts should receive all tokens), every error is 0, so trends must decay by
+// themselves. An RMS error below this is a rounding of the targets.
+constexpr double kNegligibleError = 1e-5;
 
-// How fast the measured noise is followed, and of what multiple of it at most one step is taken.
+// Weight of the newest window in the measured noise, and the largest multiple of the noise that one window may
+// contribute.
 constexpr double kNoiseEma = 0.1, kNoiseStep = 4;
 
 double clip_error(double e) {
   return std::min(std::max(e, -1.0), 1.0);
 }
 
-// How surely an error of x times kFar times the noise is none: 0 … 1.
-double certainty(double x) {
+// The weight, from 0 to 1, with which an error of x · kFar · noise counts as signal.
+double signal_weight(double x) {
   const double square = x * x;
   return 1 - 1 / (1 + square * square);
 }
 
-// 1 for equal errors, -1 for opposite ones, whatever their size; its mean over noise is 0. Without a branch,
+// Similarity of two errors: 1 if equal, -1 if opposite, whatever their size; 0 on average for noise. It has no branch,
 // so that loops over it vectorise.
-double likeness(double a, double b) {
+double similarity(double a, double b) {
   a = clip_error(a);
   b = clip_error(b);
   const double square = a * a + b * b;
   return 2 * a * b / (square > 0 ? square : 1.0);
 }
 
-// Rescue: who starves, for how long before it counts, and the share of the way back that is gone at once.
+// Rescue: the error of a starving expert, the number of steps before the rescue starts, and the part of the distance to
+// go at each step.
 constexpr double kStarving = 0.75;
 constexpr std::int64_t kStarvedFor = 3;
 constexpr double kRescue = 0.5;
@@ -202,11 +211,11 @@ class AdaptiveBias final : public Policy {
         history_(lags_.back() * experts_, 0.0),
         norms_(lags_.back(), 0.0),
         correlations_(lags_.size(), 0.0),
-        alike_(experts_, 0.0),
-        lasting_(experts_, 0.0),
-        shares_(experts_, 1.0),
-        own_near_(options.per_expert ? experts_ : 0, 0.0),
-        own_half_(first_lag_ > 1 ? own_near_.size() : 0, 0.0),
+        lag_similarity_(experts_, 0.0),
+        far_persistence_(experts_, 0.0),
+        gain_shares_(experts_, 1.0),
+        near_similarity_(options.per_expert ? experts_ : 0, 0.0),
+        half_period_similarity_(first_lag_ > 1 ? near_similarity_.size() : 0, 0.0),
         trends_(experts_, 0.0) {
     if (options_.form != "auto") choose_form(options_.form == "gap");
     if (options_.feedforward == "tags") feedforward_.emplace(context.domains, experts_);
@@ -260,21 +269,22 @@ class AdaptiveBias final : public Policy {
     io.value("adaptive.gap", gap_, StateIo::kNotNegative);
     io.value("adaptive.limited", limited_);
     io.value("adaptive.noise_sq", noise_sq_, StateIo::kNotNegative);
-    io.value("adaptive.past", past_);
+    io.value("adaptive.past", windows_seen_);
     io.values("adaptive.history", history_);
     io.values("adaptive.norms", norms_, StateIo::kNotNegative);
     io.values("adaptive.correlations", correlations_);
-    io.values("adaptive.lasting", lasting_);
-    io.values("adaptive.shares", shares_, {kOwnMin, kOwnMax});
-    io.values("adaptive.own_near", own_near_);
-    io.values("adaptive.own_half", own_half_);
+    io.values("adaptive.lasting", far_persistence_);
+    io.values("adaptive.shares", gain_shares_, {kOwnMin, kOwnMax});
+    io.values("adaptive.own_near", near_similarity_);
+    io.values("adaptive.own_half", half_period_similarity_);
     io.values("adaptive.trends", trends_);
     io.values("adaptive.starving", starving_);
     if (feedforward_) feedforward_->exchange(io);
   }
 
  private:
-  // All lags near the first, then fewer the farther they are, as a swing of that half period is the broader.
+  // Every lag near the first, then wider spaced ones: an oscillation with a longer half period has a broader
+  // correlation.
   static std::vector<std::size_t> lags_from(std::size_t first) {
     std::vector<std::size_t> lags;
     for (std::size_t lag = first; lag <= 3 * first + 9; lag += 1 + (lag - first) / 4) lags.push_back(lag);
@@ -302,7 +312,7 @@ class AdaptiveBias final : public Policy {
     return static_cast<double>(stats.top_k()) * *mean;
   }
 
-  // False if the gap is the unit and none was ever seen: without a unit there is no step.
+  // False if the gap is the unit and no gap was ever seen: then no step can be made.
   bool follow_gap(std::optional<double> gap) {
     if (!uses_gap_) return true;
     if (gap) gap_ = gap_known_ ? gap_ + options_.gap_ema * (*gap - gap_) : *gap;
@@ -313,27 +323,27 @@ class AdaptiveBias final : public Policy {
   void measure_errors(const LayerView& layer) {
     const std::span<const std::int64_t> counts = layer.stats.counts();
     const auto total = static_cast<double>(layer.stats.assignments());
-    // The conversion has a loop of its own: it is the one part that does not vectorise.
+    // A separate loop for the conversion, because it is the only part that does not vectorise.
     for (std::size_t i = 0; i < experts_; ++i) errors_[i] = static_cast<double>(counts[i]);
     for (std::size_t i = 0; i < experts_; ++i) {
       const double target = layer.targets[i] * total;
       const double missing = target - errors_[i];
-      // An expert that should get nothing has too much as soon as it gets anything.
+      // An expert with target 0 has error -1 as soon as it receives a token.
       const double untargeted = missing < 0 ? -1.0 : 0.0;
       const double error = missing / (target > 0 ? target : 1.0);
       errors_[i] = target > 0 ? error : untargeted;
     }
   }
 
-  // Correlates the errors with those of earlier windows, moves the gains, and remembers the errors.
+  // Correlates the errors with those of earlier windows, updates the gains, and stores the errors.
   void tune_gains(const std::optional<double>& floor) {
     const double norm = std::sqrt(dot(errors_, errors_));
     const auto rows = static_cast<std::int64_t>(norms_.size());
     double nearest = 0, lowest = 0;
     for (std::size_t j = 0; j < lags_.size(); ++j) {
       const auto lag = static_cast<std::int64_t>(lags_[j]);
-      if (lag > past_) break;
-      const auto row = static_cast<std::size_t>((past_ - lag) % rows);
+      if (lag > windows_seen_) break;
+      const auto row = static_cast<std::size_t>((windows_seen_ - lag) % rows);
       const double scale = norm * norms_[row];
       const double r = scale > 0 ? dot(errors_, {&history_[row * experts_], experts_}) / scale : 0;
       correlations_[j] += options_.correlation_ema * (r - correlations_[j]);
@@ -343,31 +353,32 @@ class AdaptiveBias final : public Policy {
     const double chance = kSignificance / std::sqrt(std::max(1.0, static_cast<double>(experts_) - 1.0));
     double drive = lowest < -chance ? lowest : nearest;
     if (limited_) drive = std::min(drive, 0.0);
-    swings_ = lowest < -chance;
+    oscillates_ = lowest < -chance;
     const double rms = norm / std::sqrt(static_cast<double>(experts_));
-    keep_trends_ = lowest < -chance ? std::max(0.0, 1 + lowest + chance) : 1.0;
-    if (rms < kNothing) keep_trends_ = std::min(keep_trends_, 1 - kTrend);
+    trend_decay_ = lowest < -chance ? std::max(0.0, 1 + lowest + chance) : 1.0;
+    if (rms < kNegligibleError) trend_decay_ = std::min(trend_decay_, 1 - kTrendRate);
     follow_noise(floor.value_or(0), rms, nearest);
-    far_gain_ = tuned(far_gain_, certainty(rms * per_far_error_) * drive);
+    far_gain_ = tuned(far_gain_, signal_weight(rms * inverse_far_error_) * drive);
     gain_ = tuned(gain_, drive);
     far_gain_ = std::max(far_gain_, gain_);
     compare_with_last();
     if (options_.per_expert) share_gain();
-    const auto row = static_cast<std::size_t>(past_ % rows);
+    const auto row = static_cast<std::size_t>(windows_seen_ % rows);
     std::copy(errors_.begin(), errors_.end(), history_.begin() + static_cast<std::ptrdiff_t>(row * experts_));
     norms_[row] = norm;
-    ++past_;
+    ++windows_seen_;
   }
 
-  // The level of errors that are unlike the last ones, no lower than the floor. One step can raise it a little.
+  // Noise: the level of errors that do not resemble the last ones, at least the floor. One window can raise it only a
+  // little.
   void follow_noise(double floor, double rms, double resemblance) {
     const double square = rms * rms;
-    if (past_ == 0) noise_sq_ = floor > 0 ? floor * floor : square;
-    // Nothing is unlike while there is nothing to compare with.
-    if (past_ < static_cast<std::int64_t>(first_lag_)) resemblance = 1;
+    if (windows_seen_ == 0) noise_sq_ = floor > 0 ? floor * floor : square;
+    // Without an earlier window to compare with, no error counts as noise.
+    if (windows_seen_ < static_cast<std::int64_t>(first_lag_)) resemblance = 1;
     const double unlike = std::min(square, kNoiseStep * noise_sq_) * (1 - std::max(resemblance, 0.0));
     noise_sq_ = std::max(noise_sq_ + kNoiseEma * (unlike - noise_sq_), floor * floor);
-    per_far_error_ = noise_sq_ > 0 ? 1 / (kFar * std::sqrt(noise_sq_)) : 0;
+    inverse_far_error_ = noise_sq_ > 0 ? 1 / (kFar * std::sqrt(noise_sq_)) : 0;
   }
 
   double tuned(double gain, double drive) const {
@@ -377,38 +388,38 @@ class AdaptiveBias final : public Policy {
 
   void compare_with_last() {
     const std::span<const double> last = errors_before(static_cast<std::int64_t>(first_lag_));
-    const double per_far_error = per_far_error_;
+    const double inverse_far_error = inverse_far_error_;
     for (std::size_t i = 0; i < last.size(); ++i) {
-      alike_[i] = likeness(errors_[i], last[i]);
-      const double stays = certainty(errors_[i] * per_far_error) * std::max(alike_[i], 0.0);
-      lasting_[i] += kLasting * (stays - lasting_[i]);
+      lag_similarity_[i] = similarity(errors_[i], last[i]);
+      const double stays = signal_weight(errors_[i] * inverse_far_error) * std::max(lag_similarity_[i], 0.0);
+      far_persistence_[i] += kPersistenceEma * (stays - far_persistence_[i]);
     }
   }
 
-  // Score units for an error of 1: of any, more where it is surely no noise, and what the trend learns.
+  // Moves for an error of 1, in score units: the base step, the extra step for far errors, and the trend's rate.
   struct Step {
-    double any, more, learnt;
+    double base, far_extra, trend_rate;
   };
   Step step_now() const {
     const double unit = uses_gap_ ? gap_ : 1.0;
     const bool learns = !limited_ && far_gain_ > 0;
-    const double rate = learns ? kTrend * gain_ / (far_gain_ * static_cast<double>(first_lag_)) : 0;
+    const double rate = learns ? kTrendRate * gain_ / (far_gain_ * static_cast<double>(first_lag_)) : 0;
     return {gain_ * unit, (far_gain_ - gain_) * unit, rate * gain_ * unit};
   }
   double integral_step(const Step& step, std::size_t i) const {
-    return shares_[i] * (step.any + step.more * lasting_[i]) * clip_error(errors_[i]);
+    return gain_shares_[i] * (step.base + step.far_extra * far_persistence_[i]) * clip_error(errors_[i]);
   }
 
   void move(const Step& step, std::span<double> bias) {
-    const double per_far_error = per_far_error_, kept = keep_trends_;
+    const double inverse_far_error = inverse_far_error_, kept = trend_decay_;
     for (std::size_t i = 0; i < experts_; ++i) {
-      const double sure = certainty(errors_[i] * per_far_error);
-      trends_[i] = kept * trends_[i] + step.learnt * shares_[i] * (1 - sure) * errors_[i];
+      const double sure = signal_weight(errors_[i] * inverse_far_error);
+      trends_[i] = kept * trends_[i] + step.trend_rate * gain_shares_[i] * (1 - sure) * errors_[i];
       bias[i] += integral_step(step, i) + trends_[i];
     }
   }
 
-  // In place of the integral step, half of what the margins say is lacking.
+  // For a starving expert: half of the missing bias according to the margins, in place of the integral step.
   void rescue(const LayerView& layer, const Step& step, std::span<double> bias) {
     const bool known = layer.stats.has_margins();
     const auto total = static_cast<double>(layer.stats.assignments());
@@ -423,41 +434,43 @@ class AdaptiveBias final : public Policy {
   }
 
   std::span<const double> errors_before(std::int64_t lag) const {
-    if (lag > past_) return {};
-    const auto row = static_cast<std::size_t>((past_ - lag) % static_cast<std::int64_t>(norms_.size()));
+    if (lag > windows_seen_) return {};
+    const auto row =
+        static_cast<std::size_t>((windows_seen_ - lag) % static_cast<std::int64_t>(norms_.size()));
     return {&history_[row * experts_], experts_};
   }
 
-  // Moves each expert's share of the gain by its own correlation; their geometric mean stays one.
+  // Updates each expert's share of the gain by its own correlation. The geometric mean of the shares stays 1.
   void share_gain() {
     const auto delay = static_cast<double>(first_lag_);
-    const double weight = kOwnEma / delay, chance = kOwnSignificance / std::sqrt(delay);
+    const double weight = kShareEma / delay, chance = kShareSignificance / std::sqrt(delay);
     const auto near_lag = static_cast<std::int64_t>(first_lag_), half_lag = 2 * near_lag - 1;
-    if (near_lag <= past_) {
-      for (std::size_t i = 0; i < experts_; ++i) own_near_[i] += weight * (alike_[i] - own_near_[i]);
+    if (near_lag <= windows_seen_) {
+      for (std::size_t i = 0; i < experts_; ++i)
+        near_similarity_[i] += weight * (lag_similarity_[i] - near_similarity_[i]);
     }
     const std::span<const double> before = near_lag > 1 ? errors_before(half_lag) : std::span<const double>();
     for (std::size_t i = 0; i < before.size(); ++i) {
-      own_half_[i] += weight * (likeness(errors_[i], before[i]) - own_half_[i]);
+      half_period_similarity_[i] += weight * (similarity(errors_[i], before[i]) - half_period_similarity_[i]);
     }
-    const std::span<const double> half = first_lag_ > 1 ? own_half_ : own_near_;
+    const std::span<const double> half = first_lag_ > 1 ? half_period_similarity_ : near_similarity_;
     double moved = 0;
     for (std::size_t i = 0; i < experts_; ++i) {
       if (half[i] < -chance) {
-        moved += scale_share(i, kOwnFall / delay * half[i]);
-      } else if (own_near_[i] > chance && !limited_ && !swings_) {
-        moved += scale_share(i, kOwnRise / delay * own_near_[i]);
+        moved += scale_share(i, kShareFall / delay * half[i]);
+      } else if (near_similarity_[i] > chance && !limited_ && !oscillates_) {
+        moved += scale_share(i, kShareRise / delay * near_similarity_[i]);
       }
     }
     if (moved == 0) return;
     const double common = std::exp(-moved / static_cast<double>(experts_));
-    for (double& share : shares_) share = std::min(std::max(share * common, kOwnMin), kOwnMax);
+    for (double& share : gain_shares_) share = std::min(std::max(share * common, kShareMin), kShareMax);
   }
 
-  // Returns by how much the share's logarithm moved.
+  // Returns the change of the share's logarithm.
   double scale_share(std::size_t i, double by) {
-    double& share = shares_[i];
-    const double bound = by < 0 ? kOwnMin : kOwnMax;
+    double& share = gain_shares_[i];
+    const double bound = by < 0 ? kShareMin : kShareMax;
     if (share == bound) return 0;
     const double wanted = share * std::exp(by);
     if (by < 0 ? wanted > bound : wanted < bound) {
@@ -484,16 +497,16 @@ class AdaptiveBias final : public Policy {
   std::vector<double> history_;         // [rows × N], a ring: the errors of window w in row w % rows
   std::vector<double> norms_;           // [rows]
   std::vector<double> correlations_;
-  std::vector<double> alike_;                // how alike the errors are to those of D windows before [N]
-  std::vector<double> lasting_;              // how surely and for how long an error has been far [N]
-  std::vector<double> shares_;               // h [N]
-  std::vector<double> own_near_, own_half_;  // ρ(D), ρ(2D-1) [N]
-  double noise_sq_ = 0;                      // n²
-  double per_far_error_ = 0;                 // 1/4n; 0 = not known
-  bool swings_ = false;
-  double keep_trends_ = 1;      // factor on the trends at this step
+  std::vector<double> lag_similarity_;   // similarity of each error to the one D windows before [N]
+  std::vector<double> far_persistence_;  // λ: how long each error has been far above the noise, [0, 1] [N]
+  std::vector<double> gain_shares_;      // h [N]
+  std::vector<double> near_similarity_, half_period_similarity_;  // ρ(D), ρ(2D-1) [N]
+  double noise_sq_ = 0;                                           // n²
+  double inverse_far_error_ = 0;                                  // 1/4n; 0 = not known
+  bool oscillates_ = false;
+  double trend_decay_ = 1;      // factor on the trends at this step
   std::vector<double> trends_;  // t [N]
-  std::int64_t past_ = 0;       // windows seen
+  std::int64_t windows_seen_ = 0;
 };
 
 std::string check(const PolicyContext& context, const PolicyOptions& options) {

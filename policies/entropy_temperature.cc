@@ -1,16 +1,14 @@
-// entropy_temperature: holds the entropy of a token's router distribution at a set-point by moving the
-// temperature.
+// entropy_temperature: holds the entropy of a token's router distribution at a set-point by moving the temperature.
 //
 //   h   = EMA of token_entropy / ln N
-//   ln T += gain · (target - h)          0 while |target - h| ≤ dead_band
+//   ln T += gain · (target - h)          0 while |target - h| ≤ error_tolerance
 //
-// A dual step on the temperature, as soft actor-critic adjusts its own (Haarnoja et al., arXiv 1812.05905,
-// eq. 18): too little entropy raises T, too much lowers it, and at the set-point it rests.
+// Too little entropy raises T, too much lowers it, and at the set-point T does not move. Soft actor-critic adjusts its
+// temperature by the same dual step (Haarnoja et al., arXiv 1812.05905, eq. 18).
 //
 // Limitations
-// - It steers how undecided the router is on each token, not the load. Without a bias, or with biases on
-//   logits, the top-k choice does not depend on T at all; with biases on probabilities a higher T makes them
-//   weigh more.
+// - It controls how undecided the router is on each token, not the load. Without biases, or with biases on logits, the
+//   top-k choice does not depend on T. With biases on probabilities, a higher T increases the effect of the biases.
 // - It needs the router's probabilities.
 #include <cmath>
 
@@ -23,13 +21,13 @@ struct Options {
   double target = 0.7;
   double gain = 0.1;
   double ema = 0.1;
-  double dead_band = 0.01;
+  double error_tolerance = 0.01;
 
   static Options from(const PolicyOptions& o) {
     return {.target = o.number("target"),
             .gain = o.number("gain"),
             .ema = o.number("ema"),
-            .dead_band = o.number("dead_band")};
+            .error_tolerance = o.number("error_tolerance")};
   }
 };
 
@@ -46,7 +44,7 @@ class EntropyTemperature final : public Policy {
     average_ = known_ ? average_ + options_.ema * (seen - average_) : seen;
     known_ = true;
     const double error = options_.target - average_;
-    if (std::abs(error) > options_.dead_band) value[0] *= std::exp(options_.gain * error);
+    if (std::abs(error) > options_.error_tolerance) value[0] *= std::exp(options_.gain * error);
   }
 
   void exchange(StateIo& io) override {
@@ -89,8 +87,8 @@ PolicyDescription entropy_temperature() {
        .description = "weight of the newest window in the averaged entropy",
        .min = 1e-3,
        .max = 1},
-      {.name = "dead_band",
-       .default_value = defaults.dead_band,
+      {.name = "error_tolerance",
+       .default_value = defaults.error_tolerance,
        .unit = "of ln N",
        .description = "errors no larger than this move nothing",
        .min = 0,

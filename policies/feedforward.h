@@ -1,6 +1,7 @@
-// Feed-forward of adaptive_bias (`feedforward: tags`). The data loader knows the domain mixture w of the next
-// batch. From tagged counts the law learns what each domain alone does to the loads, ε_d, and cancels what the
-// mixture will bring before it comes:
+// Feed-forward of adaptive_bias (`feedforward: tags`).
+//
+// The idea. The data loader knows the domain mixture w of the next batch. From counts tagged by domain, the policy
+// learns the effect ε_d of each domain on the loads. So it can cancel the effect of the next mixture before it happens.
 //
 //   ê = Σ_d (w_d - w̄_d) ε_d              w̄ running mean mixture
 //   b_applied = b + f · Ḡ · clip(ê, -1, 1)
@@ -8,14 +9,18 @@
 //   ε_d += 0.1 · min(1, n_d/512) · (e_d + ê - ε_d)
 //   w̄ += 0.02 (w - w̄)
 //
-// where ê is that of the biases which routed the batch: adding it takes the feed-forward's own effect out again. The law
-// keeps b to itself: it recovers it as what was applied less the feed-forward, so that this never integrates. What a
-// limit cuts off is the feed-forward's first, and ê is less by it: a switch that the rate spreads over several steps
-// leaves b where it was. A decision that is held changes neither: the last one's goes on acting, and so does its ê.
-// Mixtures that change at every step want a rate that lets them through, for what arrives a step late cancels the
-// wrong one (policies/adaptive_bias.yaml with four domains, `moectl simulate --scenario noise`, seeds 1–3,
-// end_over_floor: with a rate of 0.01 4.9 without it and 4.6 with it, unlimited 4.8 and 2.3).
-// It tells the router which domains a batch holds and nothing about a single token, so causality in tokens stands.
+// ê belongs to the biases that routed the batch; adding it removes the feed-forward's own effect from e_d. The policy
+// keeps its own bias b separate: b is the applied bias minus the feed-forward, so the feed-forward is never integrated.
+//
+// Limits. If a limit cuts the applied bias, the cut is taken from the feed-forward first, and ê shrinks with it. So a
+// switch of the mixture that `rate` spreads over several steps leaves b unchanged. If a decision is held, the last
+// feed-forward and its ê stay in force. Mixtures that change at every step need a large `rate`, because a part that
+// arrives a step late cancels the wrong mixture (policies/adaptive_bias.yaml with four domains, `moectl simulate
+// --scenario noise`, seeds 1–3, end_over_floor: with a rate of 0.01 4.9 without feed-forward and 4.6 with it; without a
+// rate limit 4.8 and 2.3).
+//
+// Causality. The router learns which domains a batch holds, and nothing about a single token, so the model stays
+// causal.
 #pragma once
 
 #include <algorithm>
@@ -31,7 +36,7 @@
 
 namespace moectl::policies {
 
-/// What each domain does to the loads, learnt from tagged counts; and what the next mixture will therefore do.
+/// The effect of each domain on the loads, learnt from tagged counts, and the expected effect of the next mixture.
 class Feedforward {
  public:
   Feedforward(int domains, std::size_t experts)
@@ -48,7 +53,7 @@ class Feedforward {
 
   std::span<const double> in_force() const { return in_force_; }
 
-  /// Learns from a window that was routed with what is in force.
+  /// Learns from a window that was routed under the feed-forward in force.
   void learn(const RoutingStats& stats, std::span<const double> targets) {
     if (!stats.has_domains()) return;
     for (std::size_t d = 0; d < domains_; ++d) {
@@ -66,8 +71,8 @@ class Feedforward {
     }
   }
 
-  /// Adds to `bias`, the law's own b, what it should get on top for the next batch, `unit` score units for an error
-  /// of 1. Mean zero.
+  /// Adds the feed-forward for the next batch to `bias`, which holds b. `unit`: score units for an error of 1. The mean
+  /// of the feed-forward is zero.
   void plan(std::span<const std::int64_t> mixture, double unit, std::span<double> bias) {
     unit_ = unit;
     std::fill(planned_.begin(), planned_.end(), 0.0);
@@ -93,13 +98,13 @@ class Feedforward {
     }
   }
 
-  /// All that was planned is in force.
+  /// The planned feed-forward is in force in full.
   void commit() {
     in_force_ = next_;
     expected_ = planned_;
   }
-  /// A limit let only `applied` through: b's part of it is served first. Centring shifts all experts alike and moves
-  /// no token: what most of them have in common is neither part's.
+  /// A limit reduced the bias to `applied`: b is served first, the feed-forward takes the rest. Centring shifts all
+  /// experts equally and moves no token, so the shift that most experts share (the median) counts for neither.
   void commit_cut(std::span<const double> applied) {
     for (std::size_t i = 0; i < experts_; ++i) missing_[i] = applied[i] - own_[i] - next_[i];
     const auto upper = missing_.begin() + static_cast<std::ptrdiff_t>(experts_ / 2);
@@ -130,12 +135,12 @@ class Feedforward {
   std::size_t domains_, experts_;
   std::vector<double> effect_;        // ε [domains × N]
   std::vector<double> mean_mixture_;  // w̄ [domains]
-  std::vector<double> expected_;      // ê that what is in force was meant to cancel [N]
-  std::vector<double> in_force_;      // the feed-forward's part of what is applied now, score units [N]
+  std::vector<double> expected_;      // ê that in_force_ was meant to cancel [N]
+  std::vector<double> in_force_;      // the feed-forward's part of the applied bias, score units [N]
   bool mixture_known_ = false;
-  // From plan to commit: ê, what it comes to in score units, b, and the unit.
+  // From plan to commit: ê, the same in score units, b, and the unit.
   std::vector<double> planned_, next_, own_;
-  std::vector<double> missing_;  // of each expert's bias, by a limit and by centring [N]
+  std::vector<double> missing_;  // part of each bias that limits and centring removed [N]
   double unit_ = 0;
 };
 

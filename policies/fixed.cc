@@ -7,8 +7,7 @@
 // value is also the way to hold a weight while the other actuators move (the usual aux weights: 1e-3 in arXiv
 // 2408.15664, 1e-2 in Switch Transformers, arXiv 2101.03961).
 //
-// Limitations: it is open loop. A fixed auxiliary weight that balances one model starves another of its task
-// loss.
+// Limitations: it is open loop. A fixed auxiliary weight that balances one model starves another of its task loss.
 #include "policies/builtin.h"
 
 namespace moectl::policies {

@@ -3,8 +3,7 @@
 
 namespace moectl::policies {
 
-/// `missing` assignments over those wanted. An expert that should get nothing has too much as soon as it gets anything:
-/// -1, with nothing to divide by.
+/// `missing` assignments divided by the target. For an expert with target 0: -1 if it received any token, else 0.
 inline double relative_error(double wanted, double missing) {
   if (wanted > 0) return missing / wanted;
   return missing < 0 ? -1 : 0;

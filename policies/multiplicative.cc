@@ -1,26 +1,25 @@
-// multiplicative: a fixed factor up or down, on the sign of a metric's error.
+// multiplicative: multiplies the actuator by a fixed factor, or divides it, depending on the sign of a metric's error.
 //
 //   y = EMA of the metric, weight `ema`
-//   y > target · (1 + dead_band):  w ← w · factor
-//   y < target · (1 - dead_band):  w ← w / factor
-//   (the other way round with effect: raises)
+//   y > target · (1 + error_tolerance):  w ← w · factor
+//   y < target · (1 - error_tolerance):  w ← w / factor
+//   (reversed with effect: raises)
 //
-// Two laws in use are this one: ReMoE (arXiv 2412.14711; megatron/training/training.py of thu-ml/ReMoE, commit 463c6af)
-// takes the factor 1.2 at every step with no dead band; axlearn's AdaptiveLoadBalanceLoss moves a log scale by ±0.01
-// outside a dead band of an averaged over-capacity ratio: metric: predicted_drop_rate, factor: 1.01, ema: 0.1,
-// dead_band: 0.5. What ReMoE holds so is the sparsity of a ReLU router, 1 - k/N, which
-// more of its L1 weight can only raise; of a load's CV and the auxiliary loss that does not hold.
+// Two methods in use are special cases: ReMoE (arXiv 2412.14711; megatron/training/training.py of thu-ml/ReMoE, commit
+// 463c6af) takes the factor 1.2 at every step with no tolerance; axlearn's AdaptiveLoadBalanceLoss moves a log scale by
+// ±0.01 outside a tolerance of an averaged over-capacity ratio: metric: predicted_drop_rate, factor: 1.01, ema: 0.1,
+// error_tolerance: 0.5. ReMoE controls the sparsity of a ReLU router, 1 - k/N, which a larger L1 weight can only raise.
+// The CV of the load and the auxiliary-loss weight have no such monotonic relation.
 //
 // Limitations
-// - The step knows no size of the error. Without a dead band it hunts for ever around the target; with one it stops
-//   anywhere inside. Between the answer of the router and the pace of the factor lies the whole tuning; pi does better
-//   on both.
-// - At every step, 1.2 is too fast for a load that takes tens of steps to answer, and then the answer turns round: the
-//   gradient of so strong an auxiliary loss throws the load itself, more weight makes it worse, and the law goes on to
-//   its bound. On the simulated router under a softmax a fixed weight of 1 ends at 64 floors; from 0.01 the law is at
-//   0.8 when the CV first meets 1.3 floors, after 25 steps, and ends at its bound of 100, 65 floors, in two runs of
-//   three (`moectl simulate --gate softmax --scenario shift --layers 1 --steps 1200`, seeds 2001 to 2003); with
-//   `cadence: 10` at 1.6 to 1.8 in all.
+// - The step ignores the size of the error. Without a tolerance the value oscillates around the target; with one it
+//   stops anywhere inside. The factor must be tuned to the response of the router; pi does better.
+// - A factor of 1.2 at every step is too fast for a load that takes tens of steps to respond. Then the response
+//   reverses: the gradient of so strong an auxiliary loss unbalances the load itself, more weight makes it worse, and
+//   the value runs to its bound. On the simulated router under a softmax a fixed weight of 1 ends at 64 floors;
+//   starting at 0.01 the weight is at 0.8 when the CV first meets 1.3 floors, after 25 steps, and ends at its bound of
+//   100, 65 floors, in two runs of three (`moectl simulate --gate softmax --scenario shift --layers 1 --steps 1200`,
+//   seeds 2001 to 2003); with `cadence: 10` at 1.6 to 1.8 in all.
 #include <algorithm>
 #include <cmath>
 
@@ -50,7 +49,7 @@ class Multiplicative final : public Policy {
     average_ = known_ ? average_ + goal.ema * (*seen - average_) : *seen;
     known_ = true;
     const double error = goal.error(average_);
-    const double band = std::abs(goal.target) * goal.dead_band;
+    const double band = std::abs(goal.target) * goal.error_tolerance;
     if (error > band) value[0] *= options_.factor;
     if (error < -band) value[0] /= options_.factor;
   }

@@ -1,95 +1,84 @@
-// pi: proportional-integral control of a scalar actuator on any metric; on the auxiliary-loss weight it is
-// its tuner.
+// pi: proportional-integral control of a scalar actuator on any metric. On the auxiliary-loss weight, it tunes the
+// weight until the metric is at its target.
 //
-//   y    = EMA of the process variable, weight `ema`
-//   e    = clip((y - target) / scale, -1, 1),  scale = |target| (1 for a target of 0); sign turned if
-//   `effect: raises`
-//   d    = e less the dead band: sgn(e) max(0, |e| - dead_band)
-//   Δ    = kp · (d_t - d_last) + Σ ki · e,   d_last of the last move, the sum over the decisions since,
-//                                            without those in which the error goes by itself
-//   ln w ← ln w + Δ   if |e| > dead_band and the evidence for that is complete, else ln w
+// The idea. If the metric is above its target, the actuator moves; the farther, the more. The integral part (ki) moves
+// it for as long as the error lasts; the proportional part (kp) answers to changes of the error at once. Errors within
+// `error_tolerance` cause no move, and an error beyond it causes one only if it is more than noise.
 //
-// The actuator is moved in its logarithm because both weight and temperature act by ratio: from 1e-4 to 1e-3
-// is as far as from 1e-2 to 1e-1, and one pair of gains serves the whole range. Velocity form: the value in
-// force is the integral, so nothing winds up behind a bound. d_last is that of the last move that was made, so
-// a proportional kick that was held back, by the limits or for want of evidence, is not lost; behind a bound,
-// where evidence is not asked for, it is the d nearest to leaving it, so that noise does not knock the value off
-// and any less error does. With e in place of d a steep router swings from one edge of the dead band to the
-// other.
+//   y    = EMA of the metric, weight `ema`
+//   e    = clip((y - target) / scale, -1, 1),  scale = |target|, 1 for a target of 0; -e if `effect: raises`
+//   d    = the part of e beyond the tolerance: sgn(e) max(0, |e| - error_tolerance)
+//   Δ    = kp · (d_t - d_last) + Σ ki · e,   d_last of the last move, the sum over the decisions since then,
+//                                            except those at which the error vanishes by itself
+//   ln w ← ln w + Δ   if |e| > error_tolerance and the evidence is complete, else ln w
 //
-// Evidence is a sum over windows, one for each side of the dead band (Page's test):
+// Logarithm. Both weight and temperature act by ratio: from 1e-4 to 1e-3 is as far as from 1e-2 to 1e-1. So the
+// actuator moves in its logarithm, and one pair of gains serves the whole range.
 //
-//   S ← clip(S + clip((±ε - dead_band)/σ, -4, 4), 0, 5),   complete at 5
+// Velocity form. The applied value is the integral, so nothing winds up behind a bound. d_last belongs to the last move
+// that was made, so a proportional part that was held back, by the limits or for lack of evidence, is made up for
+// later. At a bound, where evidence is not required, d_last is the d that is nearest to leaving the bound. So noise
+// does not move the value off the bound, and any smaller error does. With e in place of d, a steep router would swing
+// from one edge of the tolerance to the other.
 //
-// ε is the error of the window alone, σ its noise, measured from second differences of the windows: steady
-// change of the router is none of it. Each move costs S two, so that one that was needed is soon followed by
-// the next. A large error is answered at every decision, a small one after as many windows as it takes to tell it
-// from noise, and inside the dead band nothing moves.
+// Evidence is a sum over windows, one for each side of the tolerance (Page's test):
 //
-// The error goes by itself if at its pace over the last ten decisions or so it is gone within thirty. All that
-// while an integral would go on pushing a router that follows slowly, and push it far beyond: below some weight
-// less has no effect at all, and the way back up is long.
+//   S ← clip(S + clip((±ε - error_tolerance)/σ, -4, 4), 0, 5),   complete at 5
 //
-// The process variable of `excess_cv` is the signed excess, averaged before the root is taken:
-// y = sgn(x) √|x|, x = EMA of (load_cv² - floor²). Even perfectly balanced routing shows the CV of sampling,
-// and no weight removes that part; a target on load_cv itself, once it lies under the floor, drives the
-// weight to its upper bound and costs loss. The rectified excess_cv is biased near zero, the signed one is
-// not.
+// ε is the error of one window, and σ its noise, measured from second differences of the windows, so that steady change
+// of the router is not counted as noise. Each move lowers S by two, so a further move soon follows if it is needed. A
+// large error is answered at every decision, a small one after as many windows as it takes to tell it from noise.
 //
-// `autotune: true` makes an experiment (step_experiment.h) once the law has come near the target: twelve to
-// forty decisions in which the value is taken up or down by a factor of e and back, and from whose answer the
-// gains that suit this router are computed. If nothing comes of it, kp and ki stay as given.
+// Errors that vanish by themselves. If the error, at its pace over about ten decisions, will be gone within thirty, ki
+// does not act. Otherwise the integral would push a router that follows slowly far beyond the target; below some weight
+// a further decrease has no effect, and the way back is long.
 //
-// Sources: Åström & Murray, "Feedback Systems" (2nd ed. 2021), ch. 11, for the velocity form and anti-windup;
-// Page, "Continuous inspection schemes" (Biometrika 41, 1954), for the test.
-// The fixed steps in use elsewhere (ReMoE, arXiv 2412.14711: ×1.2 or ÷1.2 at every step) know no size of an
-// error and hunt for ever; see multiplicative.
+// Excess. For `excess_cv` the policy averages the signed excess before it takes the root: y = sgn(x) √|x|,
+// x = EMA of (load_cv² - floor²). Even perfectly balanced routing shows the CV of sampling, which no weight removes. A
+// target on load_cv below the floor would drive the weight to its upper bound and cost loss. The rectified excess_cv is
+// biased near zero, the signed one is not.
+//
+// Sources: Åström & Murray, "Feedback Systems" (2nd ed. 2021), ch. 11, for the velocity form and anti-windup; Page,
+// "Continuous inspection schemes" (Biometrika 41, 1954), for the test. The fixed steps in use elsewhere (ReMoE, arXiv
+// 2412.14711: ×1.2 or ÷1.2 at every step) ignore the size of the error and never settle; see multiplicative.
 //
 // Limitations
-// - The router answers to the weight over tens of steps. Give it time: a cadence of five to ten steps, and
-//   gains that are small against the delay. The defaults suit a router that settles in some ten decisions.
-// - Autotune needs an answer that stands out of the noise, and a router that answers alike to a factor of e and
-//   to less. Where the excess falls faster than the weight grows, its gains can do worse than the defaults.
-// - A router remembers: preferences that a weight far too high has levelled come back as slowly as the task
-//   teaches them, whatever the law does.
+// - The router answers to the weight over tens of steps. Use a cadence of five to ten steps, and gains that are small
+//   for the delay. The defaults suit a router that settles in about ten decisions.
+// - A router has memory: preferences that a weight far too high has levelled come back only as fast as the task teaches
+//   them, under any policy.
 // - A stronger auxiliary loss makes routing itself less specific, which lowers the floor and can cost loss;
 //   the target says how much balance is wanted, not how much is good.
 // - A temperature does not move the load of deterministic top-k routing. Use metrics that it moves.
 #include <algorithm>
 #include <cmath>
-#include <optional>
 
 #include "policies/builtin.h"
 #include "policies/set_point.h"
-#include "policies/step_experiment.h"
 
 namespace moectl::policies {
 namespace {
 
 constexpr std::string_view kExcess = "excess_cv";
-constexpr double kComplete = 5;        // evidence for a move
-constexpr double kSpent = 2;           // of it, by a move
-constexpr double kMostOfOne = 4;       // that one window can give: less than complete
+constexpr double kComplete = 5;        // evidence required for a move
+constexpr double kSpent = 2;           // evidence that a move uses up
+constexpr double kMostOfOne = 4;       // most evidence from one window: less than complete
 constexpr double kSlower = 0.25;       // weight of the slower average, in ema
-constexpr double kSoon = 30;           // decisions until an error is gone that ki need not work on
-constexpr double kWildest = 4;         // error of one window that is believed
+constexpr double kSoon = 30;           // an error that vanishes within so many decisions is left alone by ki
+constexpr double kWildest = 4;         // errors of one window are clipped here
 constexpr double kNoiseMemory = 0.05;  // weight of the newest window in σ²
 
 struct Options {
   SetPoint set_point;
   double kp = 1.0;
   double ki = 0.15;
-  bool autotune = false;
 
   static Options from(const PolicyOptions& o) {
-    return {.set_point = SetPoint::from(o),
-            .kp = o.number("kp"),
-            .ki = o.number("ki"),
-            .autotune = o.flag("autotune")};
+    return {.set_point = SetPoint::from(o), .kp = o.number("kp"), .ki = o.number("ki")};
   }
 };
 
-// The standard deviation of what is left when steady change is taken out.
+// The standard deviation of a series without its steady change.
 class Noise {
  public:
   void add(double x) {
@@ -117,9 +106,7 @@ class Pi final : public Policy {
       : options_(options),
         goal_(options.set_point),
         excess_(goal_.metric->name == kExcess),
-        scale_(goal_.target != 0 ? std::abs(goal_.target) : 1.0) {
-    if (options.autotune) experiment_.emplace(goal_.ema);
-  }
+        scale_(goal_.target != 0 ? std::abs(goal_.target) : 1.0) {}
 
   StatsNeeds needs() const override { return {.sequences = excess_}; }
 
@@ -134,19 +121,8 @@ class Pi final : public Policy {
     if (!known_) slow_ = error_, last_beyond_ = beyond();
     slow_ += kSlower * goal_.ema * (error_ - slow_);
     known_ = true;
-    if (experiment_ && !experiment_->done()) {
-      const ErrorSeen what = {
-          .averaged = error_, .slow = slow_, .single = single, .noise = noise_.deviation()};
-      const std::optional<double> wanted = experiment_->next(what, std::log(value[0]));
-      if (experiment_->done()) adopt();
-      if (wanted) {
-        above_ = below_ = pending_ = 0;  // the router's answer is no evidence
-        value[0] = std::exp(*wanted);
-        return;
-      }
-    }
-    weigh(single);
-    if (!goes_by_itself()) pending_ += options_.ki * error_;
+    add_evidence(single);
+    if (!vanishes_by_itself()) pending_ += options_.ki * error_;
     decided_ = is_out();
     if (!decided_) return;
     move_ = options_.kp * (beyond() - last_beyond_) + pending_;
@@ -154,7 +130,7 @@ class Pi final : public Policy {
   }
 
   void on_applied(std::span<const double>, const LimitReport& why) override {
-    // A held move is made up for later; after a warm-up, a freeze or bad data the past is past.
+    // A move held by cooldown or deadband is made up for later; one held by a warm-up, a freeze or bad data is not.
     if (!decided_ || (why.held() && (why.has(Reason::kCooldown) || why.has(Reason::kDeadband)))) return;
     pending_ = 0;
     above_ = std::max(0.0, above_ - kSpent);
@@ -178,69 +154,62 @@ class Pi final : public Policy {
     io.value("pi.known", known_);
     io.value("pi.bounded", bounded_);
     noise_.exchange(io);
-    if (!experiment_) return;
-    experiment_->exchange(io);
-    if (io.reads() && experiment_->done()) adopt();
   }
 
  private:
   Metrics::Value measured(const Metrics& metrics) const {
     return excess_ ? signed_excess_cv_sq(metrics) : metrics.*(goal_.metric->value);
   }
-  // e of a measured value, or of the average of measured values; not cut.
+  // e of a measured value, or of an average of measured values; not clipped.
   double error_of(double value) const {
     const double y = excess_ ? std::copysign(std::sqrt(std::abs(value)), value) : value;
     return goal_.error(y) / scale_;
   }
-  // Whether the error, at its present pace, is gone within kSoon decisions.
-  bool goes_by_itself() const {
-    if (bounded_) return false;  // what seems to go is noise: nothing was moved
+  // Whether the error, at its present pace, will be gone within kSoon decisions.
+  bool vanishes_by_itself() const {
+    if (bounded_) return false;  // nothing was moved, so a falling error is noise
     const double gone = error_ > 0 ? slow_ - error_ : error_ - slow_;
-    const double behind = (1 / kSlower - 1) / goal_.ema;  // decisions that the slower average is older
+    const double behind =
+        (1 / kSlower - 1) / goal_.ema;  // lag of the slower average behind the faster one, decisions
     return gone * kSoon > behind * std::abs(error_);
   }
-  // d above.
-  double beyond() const { return std::copysign(std::max(0.0, std::abs(error_) - goal_.dead_band), error_); }
-  // One window's part in the evidence.
-  void weigh(double single) {
+  // d of the equations above.
+  double beyond() const {
+    return std::copysign(std::max(0.0, std::abs(error_) - goal_.error_tolerance), error_);
+  }
+  // Adds the evidence of one window.
+  void add_evidence(double single) {
     const double sigma = std::max(noise_.deviation(), 1e-9);
     const auto sum = [&](double before, double beyond) {
       return std::clamp(before + std::clamp(beyond / sigma, -kMostOfOne, kMostOfOne), 0.0, kComplete);
     };
-    above_ = sum(above_, single - goal_.dead_band);
-    below_ = sum(below_, -single - goal_.dead_band);
+    above_ = sum(above_, single - goal_.error_tolerance);
+    below_ = sum(below_, -single - goal_.error_tolerance);
   }
-  // Whether the error has left the dead band. With none every decision moves, and at a bound, where none does
-  // anyhow until the error lessens.
+  // Whether the error is beyond the tolerance. Always true without a tolerance; also at a bound, where no decision
+  // moves the value until the error falls.
   bool is_out() {
-    if (goal_.dead_band == 0 || bounded_) return true;
-    if (std::abs(error_) <= goal_.dead_band) {
+    if (goal_.error_tolerance == 0 || bounded_) return true;
+    if (std::abs(error_) <= goal_.error_tolerance) {
       pending_ = 0;
       return false;
     }
     return (error_ > 0 ? above_ : below_) >= kComplete;
-  }
-  void adopt() {
-    if (const std::optional<PiGains> gains = experiment_->gains()) {
-      options_.kp = gains->kp;
-      options_.ki = gains->ki;
-    }
   }
 
   Options options_;
   SetPoint goal_;
   bool excess_;
   double scale_;
-  std::optional<StepExperiment> experiment_;
   Noise noise_;  // of the windows' errors
   double average_ = 0;
   double error_ = 0, last_beyond_ = 0, slow_ = 0;
-  double above_ = 0, below_ = 0;  // evidence that the error lies beyond the dead band, on either side
-  double pending_ = 0;            // of ln w, from the integral since the last move
-  double move_ = 0;               // of ln w, between propose and on_applied
-  bool decided_ = false;          // and whether there was one
+  double above_ = 0, below_ = 0;  // evidence that the error lies beyond the tolerance, on either side
+  double pending_ = 0;            // integral part of ln w since the last move
+  double move_ = 0;               // move of ln w, from propose to on_applied
+  bool decided_ = false;          // whether the last propose made a move
   bool known_ = false;
-  bool bounded_ = false;  // the last move was cut at a bound
+  bool bounded_ = false;  // the last move was clipped at a bound
 };
 
 std::string check(const PolicyContext& context, const PolicyOptions& options) {
@@ -249,7 +218,7 @@ std::string check(const PolicyContext& context, const PolicyOptions& options) {
   if (!(context.min > 0)) return "limits.min: must be above 0: moves are ratios";
   if (o.set_point.metric->name == kExcess && o.set_point.target < 0)
     return "target: must be at least 0 for excess_cv";
-  if (o.set_point.dead_band > 1) return "dead_band: must be at most 1: errors are cut there";
+  if (o.set_point.error_tolerance > 1) return "error_tolerance: must be at most 1: errors are clipped there";
   return "";
 }
 
@@ -274,11 +243,6 @@ PolicyDescription pi() {
                        .description = "move at every decision for a relative error of 1",
                        .min = 0,
                        .max = 100});
-  d.options.push_back(
-      {.name = "autotune",
-       .default_value = defaults.autotune,
-       .unit = "",
-       .description = "find kp and ki by an experiment near the target; those given serve before"});
   d.make = [](const PolicyContext&, const PolicyOptions& options) {
     return std::make_unique<Pi>(Options::from(options));
   };

@@ -2,18 +2,16 @@
 //
 //   e_i = c̄_i - c_i                              c̄_i target load of the window, S its assignments
 //   none:  Δ_i = u · e_i / S                      share of all assignments (LongCat-Flash, arXiv 2509.01322)
-//   mean:  Δ_i = u · e_i / c̄_i                    relative error, +1 for an expert without a token; -1 for one that
-//                                                  gets any and should get none
+//   mean:  Δ_i = u · e_i / c̄_i                    relative error: +1 for an expert without tokens; -1 for one with
+//                                                  tokens that should receive none
 //   rms:   Δ_i = u · e_i / RMS(e)                 direction only, of length u√N (Su, kexue.fm)
-//   Δ_i clipped to ±clip·u;  centred: Δ -= mean(Δ);  b += 2^(-t/half_life) · Δ
+//   Δ_i clipped to ±clip·u;  zero_mean_move: Δ -= mean(Δ);  b += 2^(-t/half_life) · Δ
 //
-// arXiv 2408.15664 compares the proportional with the sign law at 1 B parameters: balance a little better,
-// perplexity a little worse. Su finds rms ahead of sign at equal u; his law does not clip, which here is a
-// clip of √N or more.
+// arXiv 2408.15664 compares proportional steps with sign steps at 1 B parameters: balance a little better, perplexity a
+// little worse. Su finds rms better than sign at equal u. He does not clip; a clip of √N or more does the same here.
 //
 // Limitations: u has the unit of a score and must be found for each router; above about one score gap at the
-// selection threshold the loop oscillates. rms steps as far at balance as in collapse, so it never comes to
-// rest.
+// selection threshold the loop oscillates. rms steps as far at balance as in collapse, so it never settles.
 #include <algorithm>
 #include <cmath>
 
@@ -28,14 +26,14 @@ struct Options {
   double step = 1e-2;
   std::string normalise = "mean";
   double clip = 1;
-  bool centred = true;
+  bool zero_mean_move = true;
   double half_life = 0;
 
   static Options from(const PolicyOptions& o) {
     return {.step = o.number("step"),
             .normalise = o.text("normalise"),
             .clip = o.number("clip"),
-            .centred = o.flag("centred"),
+            .zero_mean_move = o.flag("zero_mean_move"),
             .half_life = o.number("half_life")};
   }
 };
@@ -63,7 +61,7 @@ class ProportionalBias final : public Policy {
     }
     const double bound = options_.step * options_.clip;
     for (double& d : delta_) d = std::min(std::max(scale * d, -bound), bound);
-    const double shift = options_.centred ? sum_of(delta_) / n : 0;
+    const double shift = options_.zero_mean_move ? sum_of(delta_) / n : 0;
     const double fade =
         options_.half_life > 0 ? std::exp2(-static_cast<double>(layer.step) / options_.half_life) : 1;
     for (std::size_t i = 0; i < bias.size(); ++i) bias[i] += fade * (delta_[i] - shift);
@@ -104,8 +102,8 @@ PolicyDescription proportional_bias() {
        .description = "largest normalised error that counts",
        .min = 1e-6,
        .max = 1e6},
-      {.name = "centred",
-       .default_value = defaults.centred,
+      {.name = "zero_mean_move",
+       .default_value = defaults.zero_mean_move,
        .unit = "",
        .description = "take the mean out of each move"},
       {.name = "half_life",

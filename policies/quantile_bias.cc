@@ -1,40 +1,38 @@
-// quantile_bias: every bias goes to where its expert would have had the wanted load.
+// quantile_bias: moves every bias towards the value at which its expert would have had its target load in the last
+// window.
 //
-//   d_ti = θ_t - v_ti         margin: what the bias of i lacks for token t to choose it, v biased scores
+//   d_ti = θ_t - v_ti         margin: how much the bias of i must rise for token t to choose i; v biased scores
 //   q_i  = Q(d_·i, w_i kT)    the move at which w_i kT tokens have a negative margin, w_i the target share
 //   b_i ← b_i + gain · q_i,   b -= mean(b)
 //
 //   exact:      θ_t = v_(k+1), the runner-up's score; Q the (⌊w_i kT⌋ + 1)-th smallest margin
 //   histogram:  θ_t = (v_k + v_(k+1))/2; Q by counts in bins, linear within one (margins.h)
 //
-// No step size: a layer's own scores say how far to go. Were the other biases and the thresholds to stand
-// still, one full step would balance the batch it came from. They do not, since all biases move at once (a
-// Jacobi iteration on the dual of the assignment problem), and the next batch has other tokens: following the
-// last batch all the way adds its sampling noise to the next one's. `gain` is the way gone at a decision,
-// which makes b an exponential average over batches; with 0.3 the variance that is added is a sixth of what a
-// full step adds, g/(2 - g).
+// There is no step size, because the layer's own scores give the distance to go. If the other biases and the thresholds
+// did not change, one full step would balance the batch that it came from. But all biases move at once (a Jacobi
+// iteration on the dual of the assignment problem), and the next batch has other tokens, so a full step adds the
+// sampling noise of one batch to the next. `gain` is the part of the distance that one decision covers, which makes b
+// an exponential average over batches. At 0.3 it adds g/(2 - g), a sixth, of the variance that full steps add.
 //
-// With `model.delay` the margins belong to the biases of so many decisions ago, and q is counted from there:
+// With `model.delay`, the margins belong to the biases of earlier decisions, and q is counted from those:
 //   b_i ← b_i + gain · (b_i then + q_i - b_i)
-// As what is aimed at does not depend on the bias in force, late margins do not make the loop swing.
+// The aim, b_i then + q_i, does not depend on the bias in force, so late margins do not make the loop oscillate.
 //
 // Sources: Su, kexue.fm 11619, and openathena.ai/blog/quantile-balancing (exact form, an EMA of 0 to .9); the
 // Kimi K3 technical report, section 2.3.3 and appendix D, and Megatron-LM (histograms of required biases,
-// summed over ranks, gain 1). Their histograms are uniform over a range of scores; these follow the scale of
-// the margins.
+// summed over ranks, gain 1). Their histograms are uniform over a range of scores; the ones here follow the
+// scale of the margins.
 //
-// Forms. `histogram` is 128 integers an expert in the payload. `exact` keeps every margin of the step, so it
-// wants all tokens in one process, refuses a reduction, and its memory is tokens × experts floats a layer. A
-// runner-up's margin is 0 there, so an expert that is short of no more tokens than it is runner-up of stays;
-// it rises by centring, and the form goes about half as far at a decision as its gain says: at 0.3 it trails a
-// drifting router as the histogram does at 0.15 (simulated router, steps 50 to 150: 1.3 times the floor, 1.35),
-// and 0.6 suits it better (1.2).
+// Forms. `histogram` adds 128 integers per expert to the payload. `exact` keeps every margin of the step: it needs all
+// tokens in one process, rejects a reduction, and uses tokens × experts floats per layer. In `exact` a runner-up's
+// margin is 0, so an expert that lacks no more tokens than it is runner-up of does not move, except by centring.
+// Therefore the form moves about half as far as its gain says: at 0.3 it follows a drifting router as the histogram
+// does at 0.15 (simulated router, steps 50 to 150: 1.3 and 1.35 times the floor), and 0.6 suits it better (1.2).
 //
 // Limitations
 // - It needs all scores of the router, not only the largest k+1.
-// - Lumpy routing: where many tokens have nearly one margin, the quantile lies at the edge of a lump and
-//   flips over it.
-// - k = N has no margins; biases then stay.
+// - If many tokens have nearly the same margin, the quantile lies at the edge of such a cluster and jumps across it.
+// - With k = N there are no margins, and biases do not move.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -91,13 +89,12 @@ class QuantileBias final : public Policy {
     const double rank = std::floor(wanted + 1e-6);
     const auto at = std::min(static_cast<std::size_t>(rank), column_.size() - 1);
     std::nth_element(column_.begin(), column_.begin() + static_cast<std::ptrdiff_t>(at), column_.end());
-    // Nothing that can be chosen has so many tokens: as far as the histogram would go.
-    const double most = wanted > 0 ? margin_edge(kMarginBins / 2) : 0;  // nobody rises who is to get nothing
+    // The largest move of the histogram; 0 for an expert that should receive no tokens.
+    const double most = wanted > 0 ? margin_edge(kMarginBins / 2) : 0;
     return std::min(static_cast<double>(column_[at]), most);
   }
 
-  // The margins were formed under the biases of `delay` decisions ago; the place of those is taken by the
-  // newest.
+  // The margins were formed under the biases of `delay` decisions ago. The newest biases take their place in the ring.
   void count_from_then(std::span<const double> bias) {
     const auto delay = static_cast<std::int64_t>(delay_);
     const std::span<double> then =
@@ -124,7 +121,7 @@ PolicyDescription quantile_bias() {
   const Options defaults;
   PolicyDescription d;
   d.name = "quantile_bias";
-  d.summary = "bias from the quantile of each expert's margins at which its load is as wanted";
+  d.summary = "bias from the quantile of each expert's margins at which its load meets its target";
   d.actuators = {Actuator::kExpertBias};
   d.options = {
       {.name = "form",
@@ -135,7 +132,7 @@ PolicyDescription quantile_bias() {
       {.name = "gain",
        .default_value = defaults.gain,
        .unit = "",
-       .description = "share of the way to the quantile that is gone at a decision; published: 1",
+       .description = "part of the distance to the quantile that one decision covers; published: 1",
        .min = 0,
        .max = 2},
   };

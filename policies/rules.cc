@@ -1,37 +1,36 @@
 // rules: the published red flags of MoE training and the fixes that go with them, as data.
 //
-//   at every decision, the first rule of the table whose conditions have all held for `confirm` decisions in a row acts:
-//   value ← value · factor of the rule; then nothing for `wait` decisions, so that the router can answer.
+//   At every decision, the first rule of the table acts whose conditions have all held for `confirm` consecutive
+//   decisions: value ← value · factor of the rule. Then no rule acts for `wait` decisions, so that the router can respond.
 //
-// The table is kRules, below; `moectl policies rules` prints it with the source of each row. Papers publish fixed weights
-// (Switch, arXiv 2101.03961, section 2.2: 0.01) and no thresholds; those come from guides and monitors of people who
-// train such models:
+// The table is kRules, below; `moectl policies rules` prints it with the source of each row. Papers publish fixed
+// weights (Switch, arXiv 2101.03961, section 2.2: 0.01) and no thresholds; those come from guides and monitors of
+// people who train such models:
 //   [A] yxanul/RL, moe_metrics.md, commit 5661d05: 16 experts, top-2; red flags, phases, fixes
 //   [B] yxanul/testing_dense, MOE_ROUTER_METRICS_GUIDE.md, commit 0a510c8: 8 experts, top-1; ranges, levers
 //   [C] Abineshabee/MoEWatch, docs/config.md, commit 796f956: any number of experts
 //   [D] invergent-ai/surogate, surogate/train/moe_monitor.py, commit 5c092f1: any number of experts
 //   [E] deepspeedai/DeepSpeedExamples, claude_tutorials/guides/MoE_Tutorial.md, commit de4cf08: troubleshooting
-// all on github.com. `confirm` and `wait` are ours: none of them says for how long a sign must stand.
+// all on github.com. `confirm` and `wait` are this project's: no source says how long a sign must hold.
 //
-// Published for one N and k, thresholds are put on a scale here on which they mean the same for others:
+// The thresholds were published for one N and k. Here they are expressed on scales that transfer to other N and k:
 //   entropy < 0.5 ln 16     1/3 of the way from k experts that share all (ln k) to all N (ln N)
-//   max_load > 35 %         an expert that 70 % of the tokens choose, so 0.7/k, and more than 3 times the mean
+//   max_load > 35 %         an expert that 70 % of the tokens choose: 0.7/k, and more than 3 times the mean
 //   dead_experts > 4        a quarter of N
-// With unequal targets the entropy on target stands for ln N, and the experts that are to get something for N.
-// CV and max_to_mean are such scales already. Two published signs are left out because they follow from others:
-// kl_to_uniform > 2 is entropy_normalized < 0.28 at 16 experts, which the entropy's row meets long before, and a CV below
-// 0.2 alone gives the rest of "weak specialization", since KL ≤ ln(1 + CV²) = 0.04 makes KL < 0.15, and an
-// entropy_normalized above 0.95 from 3 experts on. That rule describes every well-balanced router, which is why it is
-// off unless `specialize` asks for it.
+// With unequal targets, the entropy on target takes the place of ln N, and the number of experts with a target above 0
+// that of N. CV and max_to_mean need no change. Two published signs are left out because others imply them.
+// kl_to_uniform > 2 means entropy_normalized < 0.28 at 16 experts, where the entropy's row has acted long before. And a
+// CV below 0.2 implies the rest of "weak specialization": KL ≤ ln(1 + CV²) = 0.04, so KL < 0.15, and entropy_normalized
+// > 0.95 for 3 experts or more. That rule describes every well-balanced router, so it is off unless `specialize` is on.
 //
 // Limitations
-// - Rules of thumb, from small models. Of the bands that [A] gives with them several exclude each other (CV below 0.6
-//   forces a normalised entropy above 0.89 at 16 experts), so bands do not act here.
-// - It acts late and in large steps, and nothing takes a raised weight back unless `specialize` is on; pi holds a
+// - These are rules of thumb from small models. [A] also gives bands, but several of them exclude each other (a CV
+//   below 0.6 forces a normalised entropy above 0.89 at 16 experts), so bands are not used here.
+// - It acts late and in large steps, and nothing lowers a raised weight again unless `specialize` is on. pi holds a
 //   set-point instead of waiting for an alarm.
-// - Where a batch has few tokens for each expert, chance alone passes a threshold: the noise floor of the CV is
-//   √((N/k - 1)/T). A cadence of more steps lowers it.
-// - The temperature does not move the load of deterministic top-k routing; that it helps is what [A] and [B] say.
+// - With few tokens per expert, chance alone exceeds a threshold: the noise floor of the CV is √((N/k - 1)/T). A
+//   cadence of more steps lowers it.
+// - The temperature does not move the load of deterministic top-k routing; only [A] and [B] say that it helps.
 #include <array>
 #include <charconv>
 #include <cmath>
@@ -44,12 +43,12 @@
 namespace moectl::policies {
 namespace {
 
-// What a threshold is a multiple of.
+// The unit of a threshold.
 enum class Scale {
   kPlain,
   kExperts,       // N
   kTokensChoice,  // 1/k: the load of an expert that every token chooses
-  kSpread         // from the entropy of k experts, 0, to that of all, 1
+  kSpread         // 0: entropy of k experts with all tokens; 1: entropy of an even load
 };
 struct Condition {
   Metrics::Value Metrics::*metric = nullptr;
@@ -62,14 +61,14 @@ struct Rule {
   std::int64_t from_step;
   std::array<Condition, 2> all;
   double aux_factor, temperature_factor;
-  std::string_view source;  // and what of the row is ours
+  std::string_view source;  // and the parts of the row that are this project's
   bool specializes = false;
 };
 
 constexpr bool kAbove = true, kBelow = false;
 // Phases of [A]: early (exploration) to step 1000, mid (specialization emerging) to 5000, late.
 constexpr std::int64_t kEarly = 0, kMid = 1000, kAfterForming = 2000;
-// The worst first: a load that meets several rows gets the fix of the first.
+// The most severe first: if several rows apply, the first one acts.
 constexpr std::array<Rule, 9> kRules = {{
     {"collapse",
      kEarly,
@@ -147,7 +146,7 @@ struct Options {
   }
 };
 
-// `experts` that are to get something, and `range`, the entropy on target less ln k.
+// `experts`: number of experts with a target above 0. `range`: entropy on target minus ln k.
 double threshold_of(const Condition& condition, double experts, double top_k, double range) {
   switch (condition.scale) {
     case Scale::kPlain:
@@ -157,7 +156,7 @@ double threshold_of(const Condition& condition, double experts, double top_k, do
     case Scale::kTokensChoice:
       return condition.threshold / top_k;
     case Scale::kSpread:
-      // Targets that are all on k experts are as uneven as can be: then entropy says nothing, but for its rounding.
+      // If k experts should receive all tokens, the range is 0 up to rounding, and entropy cannot show a collapse.
       return range > 1e-9 ? std::log(top_k) + condition.threshold * range
                           : -std::numeric_limits<double>::infinity();
   }
@@ -169,7 +168,7 @@ class Rules final : public Policy {
   Rules(const Options& options, const PolicyContext& context)
       : options_(options),
         aux_(context.actuator == Actuator::kAuxLossWeight),
-        // With k = N every expert gets every token, and nothing is wrong with that.
+        // With k = N every expert gets every token, which is no fault.
         acts_(context.top_k < context.experts) {
     const double experts = context.experts, top_k = context.top_k;
     scale(experts, top_k, std::log(experts / top_k));
@@ -208,7 +207,7 @@ class Rules final : public Policy {
       }
     }
   }
-  // Targets are the same all along.
+  // Called once, because targets never change.
   void aim(const LayerView& layer) {
     aimed_ = true;
     const StatsShape& shape = layer.stats.shape();
@@ -251,7 +250,7 @@ std::string_view name_of_metric(Metrics::Value Metrics::*metric) {
 
 // The table, a rule and its source at a time.
 std::string table() {
-  std::string text = "rules, the first that holds acts:\n";
+  std::string text = "rules; the first whose conditions hold acts:\n";
   const auto factor = [](const char* what, double by) {
     return by == 1 ? std::string()
                    : std::string(", ") + what + (by < 1 ? " / " : " x ") + number(by < 1 ? 1 / by : by);
@@ -307,12 +306,12 @@ PolicyDescription rules() {
       {.name = "confirm",
        .default_value = defaults.confirm,
        .unit = "decisions",
-       .description = "in a row for which a rule's conditions must hold",
+       .description = "consecutive decisions for which a rule's conditions must hold",
        .min = 1},
       {.name = "wait",
        .default_value = defaults.wait,
        .unit = "decisions",
-       .description = "without a rule after one has acted",
+       .description = "pause after a rule has acted",
        .min = 0},
       {.name = "over_layers",
        .default_value = defaults.over_layers,

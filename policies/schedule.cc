@@ -1,20 +1,19 @@
-// schedule: an open-loop path in time: warm up, hold, decay, stay.
+// schedule: a fixed path over the steps of training: warm up, hold, decay, stay. It ignores all measurements.
 //
-//   t < warmup:                                    initial → peak, in a straight line
+//   t < warmup:                                    initial → peak, linearly
 //   t < decay_start:                               peak
 //   decay_start ≤ t < decay_start + decay_steps:   peak → final, with x = (t - decay_start) / decay_steps
 //       linear        peak + (final - peak) x
 //       cosine        final + (peak - final) (1 + cos πx) / 2
 //       exponential   peak · (final / peak)^x
-//   afterwards final. A peak of 0 means: as initial; a final of 0: as peak. t is the step that the value serves,
-//   the one after the decision.
+//   afterwards final. A peak of 0 means initial; a final of 0 means peak. t is the step that uses the value, one after
+//   the decision.
 //
 // Sources: the exponential path is the usual annealing of a router's temperature, T0 (T1/T0)^(t/T); the
 // linear warm-up and the decay to a small final weight are how auxiliary losses are scheduled in practice;
 // cosine after Loshchilov & Hutter, arXiv 1608.03983.
 //
-// Limitations: it looks at nothing but the step. Its path is bent by the limits' rate, which should be wide, and by a
-// cadence above one.
+// Limitations: the limits' rate, which should be wide, and a cadence above one distort the path.
 #include <cmath>
 #include <numbers>
 

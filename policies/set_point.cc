@@ -8,11 +8,11 @@ SetPoint SetPoint::from(const PolicyOptions& options) {
           .raises = options.text("effect") == "raises",
           .worst = options.text("over_layers") == "worst",
           .ema = options.number("ema"),
-          .dead_band = options.number("dead_band")};
+          .error_tolerance = options.number("error_tolerance")};
 }
 
 std::vector<OptionSpec> SetPoint::options(std::string_view metric, double target, double ema,
-                                          double dead_band) {
+                                          double error_tolerance) {
   std::vector<std::string> names;
   for (const MetricField& field : metric_fields()) names.emplace_back(field.name);
   return {
@@ -43,8 +43,8 @@ std::vector<OptionSpec> SetPoint::options(std::string_view metric, double target
        .description = "weight of the newest window in the averaged metric",
        .min = 1e-3,
        .max = 1},
-      {.name = "dead_band",
-       .default_value = dead_band,
+      {.name = "error_tolerance",
+       .default_value = error_tolerance,
        .unit = "of the target",
        .description = "errors no larger than this move nothing",
        .min = 0,

@@ -1,5 +1,5 @@
-// What the laws of a scalar share that hold a metric at a target: which metric, of which layers, which way the
-// actuator moves it, how it is averaged, and how near is near enough.
+// SetPoint: the options of policies that hold a metric at a target: the metric, its layers, the direction in which the
+// actuator moves it, its averaging, and the tolerated error.
 #pragma once
 
 #include <string>
@@ -14,19 +14,19 @@ namespace moectl::policies {
 struct SetPoint {
   const MetricField* metric = nullptr;
   double target = 0;
-  bool raises = false;   ///< Raising the actuator raises the metric.
-  bool worst = false;    ///< For `scope: model`, the worst over layers instead of the mean.
-  double ema = 1;        ///< Weight of the newest window in the averaged metric.
-  double dead_band = 0;  ///< Relative to the target.
+  bool raises = false;         ///< Raising the actuator raises the metric.
+  bool worst = false;          ///< For `scope: model`, the worst over layers instead of the mean.
+  double ema = 1;              ///< Weight of the newest window in the averaged metric.
+  double error_tolerance = 0;  ///< Relative to the target.
 
   /// From options that `options` declared.
   static SetPoint from(const PolicyOptions& options);
   /// With these defaults.
   static std::vector<OptionSpec> options(std::string_view metric, double target, double ema,
-                                         double dead_band);
+                                         double error_tolerance);
 
   const Metrics& metrics(const LayerView& layer) const { return worst ? layer.worst : layer.metrics; }
-  /// What is measured less the target, turned so that a positive error asks for more of the actuator.
+  /// Measured value minus target, with the sign reversed if `raises`: a positive error asks for more of the actuator.
   double error(double measured) const { return raises ? target - measured : measured - target; }
 };
 

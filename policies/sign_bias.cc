@@ -1,24 +1,24 @@
-// sign_bias: the published loss-free law. Every expert's bias moves by the same small step towards its target
-// load.
+// sign_bias: the published loss-free method. At every decision each bias moves by the same small step, up if its expert
+// has too few tokens and down if it has too many.
 //
 //   e_i = c̄_i - c_i,     Δ_i = u · sign(e_i),  sign(0) = 0
-//   centred:    Δ_i -= mean(Δ)
+//   zero_mean_move:  Δ_i -= mean(Δ)
 //   b_i += Δ_i
 //
-// c_i assignments of expert i in the window, c̄_i its target load (S/N unless targets are configured), u the
-// step.
+// c_i assignments of expert i in the window, c̄_i its target load (S/N unless targets are configured), u the step.
 //
-// Source: "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", arXiv 2408.15664, u = 1e-3 on
-// sigmoid scores. Uncentred it is what Megatron-Core does, centred what torchtitan does; DeepSeek-V3 (arXiv
-// 2412.19437) sets u to 0 for the last 500 billion tokens, which is `freeze_after` here. With uniform targets
-// the comparison is made on the integers N·c_i and S, so that no rounding of a mean can flip a sign.
+// Source: "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", arXiv 2408.15664, u = 1e-3 on sigmoid
+// scores. Megatron-Core does the same without zero_mean_move, torchtitan with it. DeepSeek-V3 (arXiv 2412.19437) sets u
+// to 0 for the last 500 billion tokens, as `freeze_after` does here. With uniform targets the integers N·c_i and S are
+// compared, so that no rounding of a mean can change a sign.
 //
 // Limitations
-// - u carries the unit of a score. 1e-3 fits sigmoid gates of moderate spread; with a sharper or flatter
-//   router it is slow early and noisy late, and no one value is right for both.
-// - The size of an error is thrown away: an expert with no token at all moves no faster than one that lacks a
-//   single token, and at balance every bias keeps stepping by ±u for ever.
-// - Uncentred, the mean of the biases drifts. That changes no selection, but it uses up range and precision.
+// - u has the unit of a score. 1e-3 fits sigmoid gates of moderate spread. With a sharper or flatter router it is slow
+//   early and noisy late, and no single value suits both.
+// - The size of an error is ignored: an expert without any token moves no faster than one that lacks a single token,
+//   and at balance every bias keeps stepping by ±u.
+// - Without zero_mean_move, the mean of the biases drifts. The drift changes no selection, but uses up range and
+//   precision.
 #include <algorithm>
 #include <cmath>
 
@@ -30,12 +30,13 @@ namespace {
 
 struct Options {
   double step = 1e-3;
-  bool centred = true;
+  bool zero_mean_move = true;
   std::int64_t freeze_after = 0;
 
   static Options from(const PolicyOptions& o) {
-    return {
-        .step = o.number("step"), .centred = o.flag("centred"), .freeze_after = o.integer("freeze_after")};
+    return {.step = o.number("step"),
+            .zero_mean_move = o.flag("zero_mean_move"),
+            .freeze_after = o.integer("freeze_after")};
   }
 };
 
@@ -47,7 +48,7 @@ class SignBias final : public Policy {
   void propose(const LayerView& layer, std::span<double> bias) override {
     if (options_.freeze_after > 0 && layer.step >= options_.freeze_after) return;
     move_towards_target(layer.stats, layer.targets);
-    const double shift = options_.centred ? sum_of(delta_) / static_cast<double>(delta_.size()) : 0;
+    const double shift = options_.zero_mean_move ? sum_of(delta_) / static_cast<double>(delta_.size()) : 0;
     for (std::size_t i = 0; i < bias.size(); ++i) bias[i] += delta_[i] - shift;
   }
 
@@ -89,8 +90,8 @@ PolicyDescription sign_bias() {
        .description = "how far each bias moves at every decision",
        .min = 0,
        .max = 1e6},
-      {.name = "centred",
-       .default_value = defaults.centred,
+      {.name = "zero_mean_move",
+       .default_value = defaults.zero_mean_move,
        .unit = "",
        .description = "take the mean out of each move (torchtitan); false moves all by ±step (Megatron)"},
       {.name = "freeze_after",

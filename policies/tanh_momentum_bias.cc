@@ -1,17 +1,17 @@
 // tanh_momentum_bias: a proportional step that saturates softly, with momentum.
 //
-//   v_i = (c̄_i - c_i) / c̄_i                      -1 for an expert that gets any tokens and should get none
+//   v_i = (c̄_i - c_i) / c̄_i                      -1 for an expert with tokens that should receive none
 //   Δ_i = λ tanh(κ v_i),  Δ -= mean(Δ)
 //   m   = β m + (1 - β) Δ
 //   b  += m
 //
-// Small errors move the bias in proportion (slope λκ), large ones by at most λ: between the proportional and
-// the sign law. The constants λ = 5e-4, κ = 2, β = 0.5 are those of SMEBU, soft-clamped momentum expert bias
-// updates (Singh et al., Arcee Trinity Large technical report, arXiv 2602.17004, 2026). The report itself was
-// not at hand: equations and constants are second-hand.
+// Small errors move the bias in proportion (slope λκ), large ones by at most λ: between proportional_bias and
+// sign_bias. The constants λ = 5e-4, κ = 2, β = 0.5 are those of SMEBU, soft-clamped momentum expert bias updates
+// (Singh et al., Arcee Trinity Large technical report, arXiv 2602.17004, 2026). The report itself was not available:
+// equations and constants are from secondary sources.
 //
-// Limitations: λ has the unit of a score. The momentum delays the answer by β/(1-β) steps, which costs
-// stability where the gain is high. The step is bounded, the bias is not: the limits see to that.
+// Limitations: λ has the unit of a score. The momentum delays the response by β/(1-β) steps, which costs
+// stability at a high gain. The step is bounded, the bias is not; the limits bound it.
 #include <cmath>
 
 #include "base/lanes.h"

@@ -1,4 +1,4 @@
-// Controller: the loop, and the one class most users touch.
+// Controller: the control loop, and the main class of the library.
 //
 //   moectl::Controller controller(moectl::load_config("adaptive_bias.yaml"));
 //   ...forward:   controller.record(layer, batch);          // any number of times, from any threads
@@ -29,17 +29,17 @@
 
 namespace moectl {
 
-/// A collective failed, or ranks disagree. The controller's state is unchanged and the last applied values
-/// stay in force; the step may be tried again.
+/// A collective failed, or ranks disagree. The controller's state is unchanged, the last applied values stay in force,
+/// and the step may be tried again.
 class ReductionError : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
 };
 
-/// Sums a payload in place over all ranks that share the layers (an all-reduce of int64 with SUM). Made from
-/// any callable that takes a std::span<std::int64_t>: one that returns once the sums are there, or one that
-/// only starts and returns a callable that waits for them. With `lag: 1` the second overlaps with the next
-/// step; the payload stays where it is until the wait. Either throws on failure.
+/// Sums a payload in place over all ranks that share the layers (an all-reduce of int64 with SUM). Made from any
+/// callable that takes a std::span<std::int64_t>. A blocking callable returns when the sums are complete. A
+/// non-blocking one starts the reduction and returns a callable that waits for it; with `lag: 1` the reduction then
+/// overlaps with the next step. The payload is neither moved nor changed before the wait. Both throw on failure.
 class Reduction {
  public:
   using Wait = std::function<void()>;
@@ -60,12 +60,12 @@ class Reduction {
   }
 
   explicit operator bool() const { return static_cast<bool>(start_); }
-  /// Returns what waits for the sums, or nothing if they are there already.
+  /// Starts the reduction. Returns a callable that waits for the sums, or an empty one if they are complete.
   Wait start(std::span<std::int64_t> payload) const { return start_(payload); }
   void operator()(std::span<std::int64_t> payload) const {
     if (const Wait wait = start_(payload)) wait();
   }
-  /// The callable it was made from if it is a `Callable` that returns a wait, or null.
+  /// The non-blocking callable that this was made from if its type is `Callable`, else null.
   template <class Callable>
   const Callable* target() const {
     return start_.template target<Callable>();
@@ -75,16 +75,17 @@ class Reduction {
   std::function<Wait(std::span<std::int64_t>)> start_;
 };
 
-/// For adapters with sums that lie elsewhere, as on an accelerator: with `lag: 1`, starts the reduction
-/// (which may be empty: no other ranks) in its place. What it returns waits; it adds the sums that lie
-/// elsewhere to `own`, and puts those of `payload` and elsewhere over all ranks into `payload`.
+/// For adapters that hold further sums elsewhere, as on an accelerator. With `lag: 1` it is called instead of
+/// `reduction`, which may be empty (no other ranks), and starts it. The callable that it returns waits, adds the
+/// adapter's sums of this rank to `own`, and stores the total over all ranks of the payload and the adapter's sums in
+/// `payload`.
 using Exchange = std::function<Reduction::Wait(std::span<std::int64_t> payload, std::span<std::int64_t> own,
                                                const Reduction& reduction)>;
 
-/// What one actuator did in one step. Spans are [N] for biases, [1] for scalars, valid until the next step.
+/// One actuator in one step. Spans are [N] for biases, [1] for scalars, valid until the next step.
 struct ActuatorReport {
   std::span<const double> proposed;  ///< Empty if the policy was not asked.
-  std::span<const double> applied;   ///< In force from the next step on (in shadow: what would be).
+  std::span<const double> applied;   ///< In force from the next step on (mode shadow: would be in force).
   LimitReport reasons;
 };
 
@@ -94,16 +95,16 @@ struct LayerReport {
   const Metrics* metrics = nullptr;          ///< This step's metrics.
   const LayerMonitor* monitor = nullptr;     ///< Trends, health and alerts after this step.
   ActuatorReport actuators[kActuatorCount];  ///< In the order of kActuators; empty for `scope: model`.
-  GuardReport guard;                         ///< Watching, without a trigger, if the guard is off.
+  GuardReport guard;                         ///< kWatching without a trigger if the guard is off.
 };
 
-/// The record of one step, in memory: what the run log writes. Views into the controller, valid until the
-/// next step. With `lag: 1` stats, metrics and info are those of the step before.
+/// The record of one step in memory, as the run log writes it. Views into the controller, valid until the next step.
+/// With `lag: 1`, stats, metrics and info are those of the step before.
 struct StepReport {
   std::int64_t step = 0;
   StepInfo info;
   std::span<const LayerReport> layers;
-  const LoadTargets* targets = nullptr;  ///< Of the config; null: equal ones.
+  const LoadTargets* targets = nullptr;  ///< The config's targets; null = equal.
   ActuatorReport model[kActuatorCount];  ///< Actuators of `scope: model`; others are empty.
 };
 
@@ -116,33 +117,31 @@ class Controller {
   Controller& operator=(Controller&&) noexcept;
 
   const ControllerConfig& config() const;
-  /// The shape that every layer's stats have: what the policies and the log ask for.
+  /// The shape of every layer's stats: all that the policies and the log need.
   const StatsShape& shape() const;
 
-  // ---- Recording: thread-safe, different layers in parallel. ----
-  /// Adds one micro-batch. With `micro_batch` ≥ 0, a second record of the same (layer, micro-batch) before
-  /// the next step is ignored, so that activation recomputation does not count twice. Malformed data makes
-  /// the step invalid for the layer (it holds); an unknown layer or sizes that do not fit throw
-  /// std::invalid_argument.
+  // ---- Recording. Thread-safe; different layers run in parallel. ----
+  /// Adds one micro-batch. With `micro_batch` ≥ 0, a second record of the same (layer, micro-batch) before the next
+  /// step is ignored, so that activation recomputation does not count twice. Malformed data makes the step invalid for
+  /// the layer (it holds); an unknown layer or sizes that do not fit throw std::invalid_argument.
   void record(int layer, const RoutingBatch& batch, std::int64_t micro_batch = -1);
-  /// Adds sums formed elsewhere; the shape must be shape().
+  /// Adds sums that were formed elsewhere. Their shape must be shape().
   void record(int layer, const RoutingStats& stats);
   /// Adds per-expert observations to the layer's sums under its lock (gradient norms, losses, latencies).
   /// `micro_batch` as above.
   void record(int layer, const std::function<void(RoutingStats&)>& add, std::int64_t micro_batch = -1);
 
   // ---- Deciding. ----
-  /// Once an optimizer step: reduce, measure, decide, limit. With `lag: 1` it starts to reduce this step's
-  /// sums and decides on those of the step before; the first step has none and holds. Bad data never throws;
-  /// a failed collective throws ReductionError with nothing changed. Not to be called while another thread
-  /// records.
+  /// Once an optimizer step: reduce, measure, decide, limit. With `lag: 1` it starts to reduce this step's sums and
+  /// decides on those of the step before; the first step has none and holds. Bad data never throws; a failed collective
+  /// throws ReductionError with nothing changed. Not to be called while another thread records.
   const StepReport& step(const StepInfo& info = {});
   /// The report of the last step.
   const StepReport& report() const;
   std::int64_t steps() const;
 
-  /// Sums over ranks; without one, this process is alone. The first reduction checks that all ranks have the
-  /// same layers, shape and config, every one that all applied the same values (ReductionError otherwise).
+  /// Sets the sum over ranks. Without it, this process is the only rank. The first reduction checks that all ranks have
+  /// the same layers, shape and config; every reduction checks that all applied the same values (else ReductionError).
   void set_reduction(Reduction reduction);
   void set_exchange(Exchange exchange);
   /// Called with every report that `log.every` selects, at the end of step().
@@ -150,17 +149,16 @@ class Controller {
   /// Holds one layer's actuators (a frozen or fine-tuned router) until unfrozen.
   void freeze(int layer, bool frozen = true);
 
-  // ---- What is in force: what the router reads. ----
+  // ---- The values in force, which the router reads. ----
   std::span<const double> bias(int layer) const;  ///< [N]
   double aux_loss_weight(int layer) const;
   double temperature(int layer) const;
 
-  // ---- State: everything the next step depends on, to the bit. ----
-  /// With `lag: 1`, waits for the sums on their way and stores them; if they do not arrive, stores this
-  /// rank's share of them, which the next step sends again.
+  // ---- State: everything that the next step depends on, to the bit. ----
+  /// With `lag: 1`, waits for the pending reduction and stores its sums. If it fails, stores this rank's own sums, and
+  /// the next step sends them again.
   std::string save() const;
-  /// Throws StateError; the running state is then untouched. Sums recorded but not yet stepped are part of
-  /// the state.
+  /// Throws StateError; the running state is then untouched. Sums recorded but not yet stepped are part of the state.
   void load(std::string_view state);
 
   class Loop;

@@ -1,14 +1,11 @@
-// Figures: the few numbers by which runs are compared.
+// Figures: the numbers by which runs are compared.
 //
-// A run is a row of steps, each summed up over its layers. Words with one meaning:
-//   steady window   the last 100 steps before the shift, if there is one, else the last 100 of the run
-//   settle          the first step after which the 5-step median of layer-mean MaxVio stays under 1.6 times
-//   the mean
+// A run is a sequence of steps; each step is averaged over its layers. Terms:
+//   steady window   the last 100 steps before the shift of the data, or of the run if there is no shift
+//   settle          the first step after which the 5-step median of layer-mean MaxVio stays below 1.6 times the mean
 //                   floor of the steady window for 20 steps
-//   excess area     Σ over the 100 steps from a shift on of max(0, MaxVio - its mean over the run's last 100
-//   steps)
-// A ratio to a floor is a mean over a mean. The floor is the sampling floor where known, else the noise
-// floor.
+//   excess area     Σ over the 100 steps after a shift of max(0, MaxVio - its mean over the last 100 steps of the run)
+// A ratio to a floor is a ratio of means. The floor is the sampling floor where known, else the noise floor.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +19,7 @@
 
 namespace moectl {
 
-/// One step, over all its layers. Absent: no layer had data.
+/// One step, over all its layers. Absent values: no layer had data.
 struct StepFigures {
   std::int64_t step = 0;
   std::optional<double> max_vio, cv;              ///< Means over layers.
@@ -30,15 +27,15 @@ struct StepFigures {
   std::optional<double> excess_cv_sq;             ///< Likewise: load_cv² less the floor's, signed.
   std::optional<double> drop_rate;                ///< Likewise, of layers whose router reports it.
   double dead_experts = 0;                        ///< Sum over layers.
-  std::int64_t limit_hits = 0;  ///< Actuators that a limit kept from their proposal; see is_limit().
+  std::int64_t limit_hits = 0;  ///< Actuators whose proposal a limit changed; see is_limit().
   std::optional<double> loss;
 };
 
-/// True for what shortens, clips or overrides a move (rate, range, guard, oscillation, rollback, fallback);
-/// false for holds that are part of the plan or of missing data.
+/// True for reasons that shorten, clip or override a move (rate, range, guard, oscillation, rollback, fallback); false
+/// for holds that are planned (cadence, warm-up, …) or follow from missing data.
 bool is_limit(Reason reason);
 
-/// Sums up the layers of one step, one after another.
+/// Averages the layers of one step, added one after another.
 class LayerMean {
  public:
   explicit LayerMean(std::int64_t step) { figures_.step = step; }
@@ -64,22 +61,23 @@ StepFigures figures_of(const StepReport& report);
 /// The figures of a run.
 struct Figures {
   std::int64_t steps = 0;
-  std::optional<std::int64_t> settle;                                    ///< Absent: never.
+  std::optional<std::int64_t> settle;                                    ///< Absent = never settled.
   std::optional<double> max_vio, max_vio_over_floor, cv, cv_over_floor;  ///< Over the steady window.
-  std::optional<double>
-      excess_cv;  ///< Over the steady window: the root of the mean signed square, with its sign.
+  /// Over the steady window: the root of the mean signed square, with its sign.
+  std::optional<double> excess_cv;
   std::optional<double> excess_area;  ///< Absent without a shift.
-  /// MaxVio over the floor in the run's last 100 steps: what became of the shift. Absent without one.
+  /// MaxVio over the floor in the run's last 100 steps: how far the run recovered from the shift. Absent without a
+  /// shift.
   std::optional<double> end_over_floor;
   std::optional<double> dead_experts;  ///< Mean over the run's last 100 steps of the sum over layers.
-  /// Share of the assignments dropped for lack of capacity, likewise; absent if no router reports it.
+  /// Share of the assignments dropped for lack of capacity in the run's last 100 steps; absent if no router reports it.
   std::optional<double> drop_rate;
   std::int64_t limit_hits = 0;            ///< Over the whole run.
-  std::optional<double> loss;             ///< Mean of the last 100 steps that have one.
+  std::optional<double> loss;             ///< Mean of the last 100 steps that have a loss.
   std::optional<double> validation_loss;  ///< Of the last validation pass; filled in by readers of logs.
 };
 
-/// `steps` in order. `shift`: the first step with other data.
+/// `steps` in order. `shift`: the first step with changed data.
 Figures compute_figures(std::span<const StepFigures> steps, std::optional<std::int64_t> shift = {});
 
 /// Reads a run log or a trace (metrics are computed where it has none). `shift` overrides the one in its

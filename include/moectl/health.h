@@ -1,5 +1,5 @@
-// Health of one layer: a state, named failure modes, alerts and bands, each with its own way in, a looser way
-// out and a dwell, so that none of them flaps.
+// Health of one layer: a state, named failure modes, alerts and bands. Each has a threshold to enter, a looser one to
+// leave and a minimum number of steps between changes (`dwell`), so that none switches back and forth.
 #pragma once
 
 #include <cstdint>
@@ -13,52 +13,52 @@
 
 namespace moectl {
 
-/// From best to worst where several apply; the worst is reported.
+/// From best to worst. If several apply, the worst is reported.
 enum class Health {
   kNoData,  ///< No token yet, or none for `dwell` steps.
   kHealthy,
-  kWeakSpecialization,  ///< Near uniform (or the targets) and the expert tells nothing of token or domain. Off
-                        ///< unless asked for.
-  kStagnant,            ///< Experts that get tokens and learn nothing.
+  kWeakSpecialization,  ///< Load near uniform (or the targets), and routing is uninformative about token and domain.
+                        ///< Off by default.
+  kStagnant,            ///< Experts get tokens, but neither gradient nor falling loss.
   kImbalanced,          ///< More imbalance than sampling explains.
-  kOscillating,         ///< The load swings back and forth, wider than sampling does.
-  kCollapsing,          ///< Experts are dying, entropy heads for collapse, or the Fisher alarm stands.
+  kOscillating,         ///< The load swings back and forth by more than sampling explains.
+  kCollapsing,          ///< Experts are dying, entropy falls towards collapse, or fhs_alarm holds.
   kCollapsed,           ///< Few experts carry the load.
 };
 inline constexpr int kHealthCount = 8;
 std::string_view name_of(Health health);
 
-/// What is going wrong, by the name that the field has for it. Several can hold at once.
+/// Failure modes by their names in the field. Several can hold at the same time.
 enum class FailureMode {
   kExpertCollapse,         ///< Collapsing or collapsed.
   kRoutingOscillation,     ///< Oscillating.
   kBrittleSpecialization,  ///< Experts serve one domain alone: the load follows the mixture.
-  kInferenceBottleneck,    ///< One expert or device holds up the rest, more than its target does.
+  kInferenceBottleneck,    ///< One expert or device is slower than the rest by more than its target explains.
   kSilentCapacityLoss,     ///< Dead experts or dropped tokens, whatever the averages say.
 };
 inline constexpr int kFailureModeCount = 5;
 std::string_view name_of(FailureMode mode);
 
 struct AlertRule {
-  std::string name{};                      ///< Reported; by default "METRIC above VALUE".
-  std::string metric{};                    ///< Of metric_fields().
-  std::optional<double> above{}, below{};  ///< One of them.
-  int for_steps = 1;       ///< Steps in a row before it is raised, and before it is lifted; ≥ 1.
-  std::int64_t after = 0;  ///< Looked at from this step on; ≥ 0.
+  std::string name{};                      ///< Name in reports; by default "METRIC above VALUE".
+  std::string metric{};                    ///< A name of metric_fields().
+  std::optional<double> above{}, below{};  ///< Exactly one is set.
+  int for_steps = 1;       ///< Consecutive steps before the alert is raised, and before it is cleared; ≥ 1.
+  std::int64_t after = 0;  ///< The first step at which the rule applies; ≥ 0.
 };
 
 struct Phase {
   std::string name{};       ///< "early", "mid", "late", … ; may be empty.
-  std::int64_t until = -1;  ///< The step at which it ends; -1 = never (the last phase only).
-  Bands bands{};            ///< Replace the common bands of the same metrics.
+  std::int64_t until = -1;  ///< The step at which the phase ends; -1 = never (the last phase only).
+  Bands bands{};            ///< They replace the common bands of the same metrics.
 };
 
 struct HealthOptions {
-  int dwell = 20;                    ///< Steps a state, failure mode, alert or band stays as it is; ≥ 1.
-  bool weak_specialization = false;  ///< Whether that state is looked for.
-  Bands bands{};                     ///< On smoothed metrics, in every phase.
+  int dwell = 20;  ///< Smallest number of steps between changes of a state, mode, alert or band; ≥ 1.
+  bool weak_specialization = false;  ///< Whether kWeakSpecialization can be reported.
+  Bands bands{};                     ///< On smoothed metrics; they apply in every phase.
   std::vector<Phase> phases{};       ///< In order of `until`.
-  std::vector<AlertRule> alerts{};   ///< On the step's metrics.
+  std::vector<AlertRule> alerts{};   ///< On the metrics of the step.
 };
 
 /// What is wrong with the options, as "key: value: constraint"; empty if nothing.
@@ -66,11 +66,11 @@ std::string check_health(const HealthOptions& options);
 /// The bands in force at a step.
 Bands bands_at(const HealthOptions& options, std::int64_t step);
 
-// ---- Can the auxiliary loss go? ----
+// ---- Can the auxiliary loss be switched off? ----
 
 /// One step of one layer.
 struct AuxLossSample {
-  double weight = 0;               ///< In force.
+  double weight = 0;               ///< Auxiliary-loss weight in force.
   double signed_excess_cv_sq = 0;  ///< load_cv² - floor².
   bool healthy = true;
 };
@@ -78,15 +78,15 @@ struct AuxLossSample {
 struct AuxLossReview {
   enum class Verdict { kNotEnoughEvidence, kRaise, kKeep, kLower, kSwitchOff, kAlreadyOff };
   Verdict verdict = Verdict::kNotEnoughEvidence;
-  double excess_cv = 0;         ///< Over the samples looked at: √max(0, mean signed square).
-  double excess_cv_at_low = 0;  ///< Over the quarter of them with the lowest weights.
+  double excess_cv = 0;         ///< Over all samples: √max(0, mean of signed_excess_cv_sq).
+  double excess_cv_at_low = 0;  ///< Over the quarter of the samples with the lowest weights.
   double lowest_weight = 0, highest_weight = 0;  ///< Means of the lowest and of the highest quarter.
   std::string reason;                            ///< One sentence with the numbers.
 };
 std::string_view name_of(AuxLossReview::Verdict verdict);
 
-/// Whether the auxiliary loss can be lowered or switched off, from what was recorded: balance that held while
-/// the weight came down to a quarter is evidence; balance at one weight is a reason to try half of it.
+/// Judges from recorded samples whether the auxiliary loss can be lowered or switched off. Balance that held while the
+/// weight fell to a quarter is evidence for switching off; balance at one weight is a reason to try half of it.
 AuxLossReview review_aux_loss(std::span<const AuxLossSample> samples);
 
 }  // namespace moectl

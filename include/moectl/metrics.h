@@ -1,13 +1,13 @@
-// Metrics: what the sums of a window say about the balance of a layer. Pure functions of a RoutingStats.
+// Metrics: measures of the balance of a layer over a window of steps. Pure functions of a RoutingStats.
 //
 // Notation: c_i assignments to expert i before capacity, S = Σ c_i, p_i = c_i / S, N experts, k choices a
 // token, T tokens. Logarithms are natural, standard deviations are population (divide by N). With S = 0 every
 // metric is absent: "no data" is never 0 and never NaN.
 //
-// Targets. Where they are unequal, w_i the share that expert i is to have, metrics of balance hold each load against its
-// own: those marked (w), which for equal targets say what stands there. The others are by their published definition
-// against a uniform load, or physical, and stay so; metrics_on_target() says what they read of a load that is as wanted,
-// and whoever judges by them judges by that.
+// Unequal targets. w_i is the target share of expert i. Metrics marked (w) compare each load with its own target; the
+// formula given is the one for equal targets, the part behind (w) the one for unequal targets. The other metrics ignore
+// targets: they are defined against a uniform load, or are physical quantities. metrics_on_target() gives the values
+// that they take on a load that meets its targets exactly; thresholds should be compared with those values.
 #pragma once
 
 #include <cstdint>
@@ -21,60 +21,63 @@
 
 namespace moectl {
 
-/// One field a row of the table of metrics. Absent = not defined for this input (no data, N = 1, input not
-/// given). `metric_fields()` is the same list by name, with units and formulas.
+/// One field for each metric. Absent = not defined for this input (no data, N = 1, input not given). `metric_fields()`
+/// is the same list by name, with units and formulas.
 struct Metrics {
   using Value = std::optional<double>;
 
   // Load: utilization and imbalance, from counts.
-  Value entropy;               ///< -Σ p ln p, nats, [0, ln N].
-  Value entropy_normalized;    ///< entropy / ln N, [0, 1]; absent for N = 1.
-  Value effective_experts;     ///< exp(entropy), [1, N].
-  Value kl_to_uniform;         ///< ln N - entropy, nats.
-  Value load_std;              ///< 100 · std(p), percentage points.
-  Value load_cv;               ///< N · std(p), [0, √(N-1)]; (w) RMS of relative load - 1, over the wanted.
-  Value max_load;              ///< max p.
-  Value min_load;              ///< min p.
-  Value max_to_mean;           ///< N · max p; (w) the largest relative load.
-  Value max_vio;               ///< max_to_mean - 1 (MaxVio, arXiv 2408.15664).
-  Value gini;                  ///< Σ_ij |p_i - p_j| / (2N), [0, (N-1)/N].
+  Value entropy;             ///< -Σ p ln p, nats, [0, ln N].
+  Value entropy_normalized;  ///< entropy / ln N, [0, 1]; absent for N = 1.
+  Value effective_experts;   ///< exp(entropy), [1, N].
+  Value kl_to_uniform;       ///< ln N - entropy, nats.
+  Value load_std;            ///< 100 · std(p), percentage points.
+  Value load_cv;      ///< N · std(p), [0, √(N-1)]; (w) RMS of (relative load - 1) over experts with a
+                      ///< target above 0.
+  Value max_load;     ///< max p.
+  Value min_load;     ///< min p.
+  Value max_to_mean;  ///< N · max p; (w) the largest relative load.
+  Value max_vio;      ///< max_to_mean - 1 (MaxVio, arXiv 2408.15664).
+  Value gini;         ///< Σ_ij |p_i - p_j| / (2N), [0, (N-1)/N].
   Value utilization_variance;  ///< variance of c, tokens².
   Value inactive_experts;      ///< experts with c = 0.
-  Value inactive_fraction;     ///< that, over N.
-  Value dead_experts;  ///< smoothed load long under dead_fraction of the mean, (w) of its target; set by
-                       ///< the monitor.
+  Value inactive_fraction;     ///< inactive_experts / N.
+  Value
+      dead_experts;  ///< smoothed load under dead_fraction of the mean, (w) of its target, for dead_after steps;
+                     ///< set by the monitor.
   Value hot_experts;   ///< c > capacity_factor · mean, (w) · its target.
   Value cold_experts;  ///< c < cold_fraction · mean, (w) · its target.
   Value drop_rate;     ///< dropped / S as measured by the router.
-  Value predicted_drop_rate;  ///< Σ max(0, c - ⌈capacity_factor · S/N⌉) / S: one capacity for all targets.
+  Value
+      predicted_drop_rate;  ///< Σ max(0, c - ⌈capacity_factor · S/N⌉) / S: the same capacity for every expert.
   Value straggler_slowdown;  ///< max over devices of load / mean device load, ≥ 1.
 
-  // Floors: what perfectly balanced routing would still show on this many tokens.
-  /// √((N/k - 1)/T), (w) √(mean over the wanted of (1/(k w) - 1)/T): independent tokens.
+  // Floors: the value that perfectly balanced routing would still show on this number of tokens.
+  /// For independent tokens: √((N/k - 1)/T), (w) √(mean of (1/(k w) - 1)/T over experts with a target above 0).
   Value noise_floor_cv;
   Value noise_floor_max_vio;     ///< expected MaxVio at that CV.
   Value sampling_floor_cv;       ///< cluster-robust, from per-sequence sums: real, correlated tokens.
   Value sampling_floor_max_vio;  ///< expected MaxVio at that CV.
-  Value excess_cv;               ///< √max(0, load_cv² - floor²): what control can remove.
-  Value max_vio_global;          ///< max_vio of counts summed over a window of steps; set by what sums them.
+  Value excess_cv;               ///< √max(0, load_cv² - floor²): the part that control can remove.
+  Value max_vio_global;  ///< max_vio of counts summed over a window of steps; set by the code that sums them.
 
   // Routing distribution, from router probabilities; slopes and variance set by the monitor.
   Value token_entropy;             ///< mean_t H(p_t), nats: how undecided the router is on each token.
   Value router_entropy;            ///< H(mean_t p_t), nats.
   Value expert_token_information;  ///< router_entropy - token_entropy, nats: mutual information.
-  Value token_entropy_slope;       ///< of token_entropy, a step, over the trend window.
-  Value entropy_slope;             ///< of entropy, a step, over the trend window.
+  Value token_entropy_slope;       ///< of token_entropy, per step, over the trend window.
+  Value entropy_slope;             ///< of entropy, per step, over the trend window.
   Value importance_cv;             ///< CV of Σ_t p_ti.
   Value routing_variance;          ///< variance of p_i over the steps of the trend window, mean over experts.
 
-  // Geometry of the simplex: Fisher metrics. `fsi` follows the equation reported for the index of that name
-  // in arXiv 2604.14500. Its FHS formula is not known to us: `fhs` is this project's own statistic with the
-  // same threshold, and neither the paper's AUC nor its recovery rate is claimed for it.
+  // Geometry of the simplex: Fisher metrics. `fsi` follows the equation reported for the index of that name in arXiv
+  // 2604.14500. The paper's FHS formula is not known to this project: `fhs` is the project's own statistic with the
+  // same threshold. The paper's AUC and its recovery rate are not claimed for `fhs`.
   Value fsi;      ///< Fisher–Rao distance of the load to uniform: 2 arccos Σ √(p_i/N), [0, fsi_max].
   Value fsi_max;  ///< 2 arccos(1/√N).
-  Value fhs;      ///< B / W: token-independent preference over what tells tokens apart, [0, 1e12].
-  /// 1 if fhs > 1 and B stands clear of the floor's scatter, else 0; (w) B against the targets too, and clear of a
-  /// quarter of the targets' own B.
+  Value fhs;      ///< B / W (Displacement): token-independent over token-dependent preference, [0, 1e12].
+  /// 1 if fhs > 1 and B exceeds the scatter of the floor, else 0; (w) B measured from the targets must exceed that too,
+  /// and a quarter of the targets' own B.
   Value fhs_alarm;
   Value router_fsi;       ///< fsi of the mean router probabilities.
   Value router_fhs;       ///< fhs of the router probabilities.
@@ -83,16 +86,16 @@ struct Metrics {
 
   // Learning dynamics and expert health, from optional inputs.
   Value grad_norm_variance;  ///< over experts.
-  Value domain_information;  ///< Σ_d w_d KL(p_d || p), nats: what the expert tells of the domain.
+  Value domain_information;  ///< Σ_d w_d KL(p_d || p), nats: mutual information of expert and domain.
   Value domain_exclusivity;  ///< domain_information / H(w), [0, 1]: 1 = every expert serves one domain alone.
-  Value stagnant_experts;    ///< get tokens, but neither gradient nor falling loss; set by the monitor.
+  Value stagnant_experts;  ///< experts with tokens, but without gradient or falling loss; set by the monitor.
 
   // Serving, from latencies; percentiles over experts.
   Value latency_p50;       ///< seconds.
   Value latency_p95;       ///< seconds.
   Value latency_p99;       ///< seconds.
-  Value tail_sensitivity;  ///< regression slope of the slowest expert's latency on N · max p; by the monitor.
-  Value tail_correlation;  ///< correlation of the two; by the monitor.
+  Value tail_sensitivity;  ///< slope of the slowest expert's latency over N · max p; set by the monitor.
+  Value tail_correlation;  ///< correlation of the two; set by the monitor.
 
   // Time; set by the monitor.
   Value load_autocorrelation;  ///< of successive deviations of the load from its average, smoothed, [-1, 1].
@@ -111,7 +114,7 @@ struct MetricsOptions {
   friend bool operator==(const MetricsOptions&, const MetricsOptions&) = default;
 };
 
-/// Name, unit and meaning of one metric, and where it lies in Metrics.
+/// Name, unit and formula of one metric, and its member of Metrics.
 struct MetricField {
   std::string_view name;
   std::string_view unit;
@@ -119,14 +122,13 @@ struct MetricField {
   Metrics::Value Metrics::*value;
 };
 
-/// Every scalar metric, in the order of the table: the names are those of run logs, configs and `moectl
-/// metrics`.
+/// Every scalar metric, in the order of the table: the names are those of run logs, configs and `moectl metrics`.
 std::span<const MetricField> metric_fields();
 /// nullptr if there is no metric of that name.
 const MetricField* find_metric(std::string_view name);
 
-/// What is known of each expert: a list beside metric_fields(). `values` fills out [N] from the sums and
-/// returns true, or returns false if the input was not given; NaN marks an expert without data.
+/// A value for each expert. `values` fills `out` [N] from the sums and returns true, or returns false if the input was
+/// not given; NaN marks an expert without data.
 struct ExpertField {
   std::string_view name;
   std::string_view unit;
@@ -135,8 +137,7 @@ struct ExpertField {
 };
 std::span<const ExpertField> expert_fields();
 
-/// What is known of each (domain, expert), the performance by routed subset: `values` fills out [N] with
-/// those of one domain, as ExpertField does.
+/// A value for each (domain, expert). `values` fills `out` [N] for one domain, as in ExpertField.
 struct DomainField {
   std::string_view name;
   std::string_view unit;
@@ -147,8 +148,8 @@ std::span<const DomainField> domain_fields();
 
 /// The two parts of the Fisher metrics of N experts, in squared Hellinger distance.
 struct Displacement {
-  double bias = 0;    ///< B = ½ Σ (√p̄_i - √(1/N))²: preference that does not depend on the token.
-  double within = 0;  ///< W = 1 - Σ r_i √p̄_i: what tells tokens apart.
+  double bias = 0;    ///< B = ½ Σ (√p̄_i - √(1/N))²: the preference that all tokens share.
+  double within = 0;  ///< W = 1 - Σ r_i √p̄_i: the part that differs between tokens.
 };
 /// From mean probabilities p̄ and mean roots r_i = mean_t √p_ti, both [N].
 Displacement displacement(std::span<const double> mean, std::span<const double> mean_root);
@@ -159,8 +160,7 @@ std::optional<double> fisher_ratio(const Displacement& displacement, int experts
 /// 4 asin(‖√p - √q‖ / 2): Fisher–Rao distance between two loads [N].
 double fisher_distance(std::span<const double> p, std::span<const double> q);
 
-/// Computes metrics without allocating: holds the scratch space that sorting needs. Not thread-safe; one a
-/// thread.
+/// Computes metrics without allocating: holds the scratch space that sorting needs. Not thread-safe; one a thread.
 class Measurer {
  public:
   /// Throws std::invalid_argument on options out of range or a placement that is not [N].
@@ -200,21 +200,21 @@ class Measurer {
 /// Convenience for single use: allocates.
 Metrics measure(const RoutingStats& stats, const MetricsOptions& options = {});
 
-/// What the metrics of a load read that is exactly as wanted, p = w: entropies, kl_to_uniform, load_std, largest and
-/// smallest load, gini, inactive experts and straggler_slowdown; load_cv and max_vio are 0. Others are absent.
+/// The metrics of a load that meets its targets exactly, p = w: entropies, kl_to_uniform, load_std, largest and
+/// smallest load, gini, inactive experts and straggler_slowdown; load_cv and max_vio are 0. Other metrics are absent.
 Metrics metrics_on_target(const StatsShape& shape, const MetricsOptions& options);
 
 /// √((N/k - 1)/T): CV of perfectly balanced routing of T independent tokens. Absent for T ≤ 0.
 std::optional<double> noise_floor_cv(int experts, int top_k, double tokens);
-/// Of experts with these targets.
+/// The same for experts with these targets, as metric noise_floor_cv (w).
 std::optional<double> noise_floor_cv(const LoadTargets& targets, int top_k, double tokens);
-/// Expected MaxVio of N experts whose loads scatter with this CV, `f z √(N/(N-1)) + f² (z²-1)/6` with
-/// z = Φ⁻¹((N-.375)/(N+.25)) (Blom's score of the largest of N). Absent for N = 1.
+/// Expected MaxVio of N experts whose loads scatter with CV f: `f z √(N/(N-1)) + f² (z²-1)/6`, where
+/// z = Φ⁻¹((N - 0.375)/(N + 0.25)) is Blom's score of the largest of N. Absent for N = 1.
 std::optional<double> max_vio_of_cv(int experts, double cv);
 /// Expected MaxVio at noise_floor_cv. Absent for T ≤ 0 or N = 1.
 std::optional<double> noise_floor_max_vio(const LoadTargets& targets, int top_k, double tokens);
-/// load_cv² - floor², signed, with the sampling floor where known, else the noise floor. Average this, not
-/// excess_cv.
+/// load_cv² - floor², signed, with the sampling floor where known, else the noise floor. Average this value rather than
+/// excess_cv, whose cut at 0 biases an average upwards.
 std::optional<double> signed_excess_cv_sq(const Metrics& metrics);
 /// The sampling floor of MaxVio where known, else the noise floor.
 std::optional<double> floor_max_vio(const Metrics& metrics);

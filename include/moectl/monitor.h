@@ -1,5 +1,5 @@
-// LayerMonitor: the history of one layer, from which come smoothed loads, dead experts, trends and health.
-// Time is counted in control steps; a step without data changes nothing but the count of such steps.
+// LayerMonitor: the history of one layer: smoothed loads, dead experts, trends and health. Time is counted in control
+// steps; a step without data changes only the count of such steps.
 #pragma once
 
 #include <cstdint>
@@ -17,35 +17,35 @@ namespace moectl {
 
 struct MonitorOptions {
   double ema = 0.1;             ///< Weight of the newest value in every moving average, (0, 1].
-  double dead_fraction = 0.01;  ///< Of the mean load, with unequal targets of the expert's own; [0, 1).
-  int dead_after = 20;          ///< Steps, ≥ 1.
-  int trend_window = 50;        ///< Steps, ≥ 4.
-  /// Trends of the load vector and of every metric: what `oscillating` and `shift` need. The cost of a second
-  /// set of metrics, so off unless asked for.
+  double dead_fraction = 0.01;  ///< An expert is dead if its smoothed load is below this part of its target …
+  int dead_after = 20;          ///< … for this many steps, ≥ 1. dead_fraction is in [0, 1).
+  int trend_window = 50;        ///< Steps over which slopes and correlations are taken, ≥ 4.
+  /// Trends of the load vector and of every metric, which `oscillating` and `shift` need. They cost as much as a second
+  /// set of metrics, so they are off by default.
   bool trends = false;
   HealthOptions health{};
 };
 
 class LayerMonitor {
  public:
-  /// Throws std::invalid_argument on options out of range. `metrics`: what the layer is measured with; its targets say
-  /// from which load on an expert is dead, and what healthy is held against.
+  /// Throws std::invalid_argument on options out of range. `metrics`: the options that the layer is measured with. Its
+  /// targets define dead experts and the reference for health.
   LayerMonitor(const StatsShape& shape, const MonitorOptions& options, const MetricsOptions& metrics = {});
   ~LayerMonitor();
   LayerMonitor(LayerMonitor&&) noexcept;
   LayerMonitor& operator=(LayerMonitor&&) noexcept;
 
-  /// Takes in one step and completes the metrics that need history. `loss` is the step's, for the
-  /// correlations. Does not allocate.
+  /// Adds one step, and sets the metrics that need history. `loss` is the loss of the step, for the correlations. Does
+  /// not allocate.
   void observe(const RoutingStats& stats, Metrics& metrics, std::optional<double> loss = std::nullopt);
-  /// A step without usable data.
+  /// Adds a step without usable data.
   void observe_nothing();
 
-  /// EMA of p_i, started at the first observed load. [N]; all zero before the first step with data.
+  /// EMA of p_i [N], started at the first observed load; all zero before the first step with data.
   std::span<const double> smoothed_load() const;
   /// EMA of each metric, started at its first value; absent before it.
   const Metrics& smoothed() const;
-  /// For each expert, how many steps in a row its smoothed load has been under dead_fraction of its target. [N]
+  /// For each expert, the number of consecutive steps with a smoothed load below dead_fraction of its target. [N]
   std::span<const std::int64_t> steps_below() const;
   bool is_dead(int expert) const;
   std::int64_t steps_observed() const;
@@ -55,11 +55,11 @@ class LayerMonitor {
 
   Health health() const;
   bool has(FailureMode mode) const;
-  /// Failure modes, alerts and broken bands that stand now.
+  /// Failure modes, alerts and broken bands that hold now.
   std::span<const std::string_view> alerts() const;
   std::string_view phase() const;
 
-  /// Trend of one metric over the window; computed when asked for. Absent unless `trends` is on.
+  /// Trend of one metric over the window, computed at the call. Absent unless `trends` is on.
   struct Trend {
     std::optional<double> ema, slope, autocorrelation, sign_flips, loss_correlation;
   };
@@ -73,8 +73,7 @@ class LayerMonitor {
   std::unique_ptr<Impl> impl_;
 };
 
-/// Copies what only a monitor can know from one set of metrics to another: of a step to those of a window
-/// that ends with it.
+/// Copies history-based metrics, which only a monitor can set, from the step to the window ending with it.
 void copy_history(const Metrics& from, Metrics& to);
 
 }  // namespace moectl

@@ -1,5 +1,5 @@
-// PolicyOptions: the options of a policy, declared once, so that validation, defaults, help and errors all come from
-// one list.
+// PolicyOptions: the options of a policy. Each is declared once; validation, defaults, help and errors use that one
+// list.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// A metrics endpoint for Prometheus, fed by a running controller or by a log that is read.
+// A metrics endpoint for Prometheus, fed by a running controller or from a log.
 //
 //   moectl::PrometheusFeed feed("127.0.0.1:9464");
 //   controller.set_log([&](const moectl::StepReport& report) { feed.write(report); });
@@ -19,29 +19,29 @@ class Exposer;
 
 namespace moectl {
 
-/// Serves the state after the last step at http://ADDRESS/metrics. Every name begins with `moectl_` and has its
-/// unit in it: gauges for each metric of metric_fields() by `layer`, the load and bias of each expert by `layer`
+/// Serves the state after the last step at http://ADDRESS/metrics. Every name begins with `moectl_` and contains its
+/// unit: gauges for each metric of metric_fields() by `layer`, the load and bias of each expert by `layer`
 /// and `expert`, scalar actuators and the reasons that acted by `actuator` and `reason`, health by `state`,
 /// alerts by name; counters of steps, tokens, assignments and drops end in `_total`.
 ///
-/// Counters count what was written here: with `log.every: 10` a tenth of the steps. They start at zero with the
-/// feed. A scrape copies the state and holds a step up for no longer than that.
+/// Counters count the steps that were written to this feed: with `log.every: 10`, a tenth of all steps. They start at
+/// zero with the feed. A scrape delays a step only while it copies the state.
 class PrometheusFeed {
  public:
-  /// HOST:PORT, port 0 for any that is free, [::1]:9464 for IPv6. There is no authentication: an address other
-  /// than the loopback one is for a network that is trusted. Throws std::invalid_argument on anything that is
-  /// no address, std::runtime_error if it cannot be listened at.
+  /// HOST:PORT; port 0 takes any free port; [::1]:9464 for IPv6. There is no authentication: use an address other than
+  /// loopback only in a trusted network. Throws std::invalid_argument if `address` is not an address,
+  /// std::runtime_error if it cannot listen there.
   explicit PrometheusFeed(const std::string& address);
   ~PrometheusFeed();
 
-  /// One step. From one thread; scrapes may come at any time. Does not allocate in the steady state.
+  /// Writes one step. Call from one thread; scrapes may come at any time. Does not allocate in the steady state.
   void write(const StepReport& report);
-  /// One record of a log; other tags than `train` are passed over. `metrics`: those of the record.
+  /// Writes one record of a log; records with a tag other than `train` are skipped. `metrics`: those of the record.
   void write(const LogRecord& record, const Metrics& metrics);
-  /// How many faults the reader of the log has met so far.
+  /// The number of faults that the reader of the log has met so far.
   void set_log_faults(std::int64_t count);
 
-  /// The port listened at.
+  /// The port of the endpoint.
   int port() const;
   /// The state as a scrape shows it, without the exposer's own metrics.
   std::string text() const;

@@ -1,5 +1,4 @@
-// Traces (what a router did) and run logs (that, and what the controller did about it): JSON lines, plain or
-// gzip.
+// Traces (the routing of each step) and run logs (routing, and the controller's actions): JSON lines, plain or gzip.
 #pragma once
 
 #include <cstdint>
@@ -24,10 +23,10 @@ class LogError : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-/// What an actuator's entry in a run log says.
+/// An actuator's entry in a run log.
 struct LoggedActuator {
   std::vector<double> proposed, applied;  ///< Empty if not logged; NaN where a proposal was not a number.
-  std::optional<double> min, max;         ///< Of `applied`; all that a log without per-expert arrays has.
+  std::optional<double> min, max;  ///< Of `applied`; the only values in a log without per-expert arrays.
   std::vector<std::string> reasons;
 };
 
@@ -37,63 +36,61 @@ struct LogRecord {
   std::int64_t step = 0;
   int layer = -1;  ///< -1 for the record of `scope: model` actuators.
   std::string tag = "train";
-  RoutingStats
-      stats;  ///< Its needs are those of the fields present; without experts where a run log has no counts.
+  /// The needs follow from the fields that are present. Zero experts if a run log has no counts.
+  RoutingStats stats;
   std::vector<std::string> domains;  ///< Names of the stats' domains, sorted.
   std::optional<double> loss;
   std::map<std::string, std::int64_t> next_mixture;
-  std::shared_ptr<const LoadTargets> targets;  ///< Of the header; null: equal ones.
+  std::shared_ptr<const LoadTargets> targets;  ///< From the header; null = equal.
   // Run logs only.
   std::int64_t tokens = 0;
-  std::map<std::string, double> metrics;  ///< Those that were present.
+  std::map<std::string, double> metrics;  ///< The metrics that were present.
   std::string health;
   std::vector<std::string> alerts;
   std::map<std::string, LoggedActuator> actuators;
 };
 
-/// The first line of a file, as far as it is given.
+/// The first line of a file.
 struct LogHeader {
   bool is_run = false;
   std::optional<int> layers, experts, top_k;
-  std::optional<std::int64_t> shift;             ///< The step at which the host says the data changed.
-  std::string config_json;                       ///< Run logs: the config object, else empty.
-  std::shared_ptr<const LoadTargets> targets{};  ///< Run logs with unequal targets: of the config, else null.
-  std::int64_t piece = 0;  ///< The piece being read of a log that is rotated, from 1; else 0.
+  std::optional<std::int64_t> shift;  ///< The step at which the data changed, if the training loop says so.
+  std::string config_json;            ///< The config object of a run log, else empty.
+  std::shared_ptr<const LoadTargets> targets{};  ///< Of a run log with unequal targets, else null.
+  std::int64_t piece = 0;  ///< The piece of a rotated log that is being read, from 1; else 0.
 };
 
-/// Damage is what happens to a file: a torn or unreadable line, records missing between others, a second
-/// run joined on, another version. A wrong record is whole and cannot be true: counts that sum above
-/// tokens · top_k, say.
-enum class Reading {
+/// How a reader treats faults. Damage happens to a file: a torn or unreadable line, missing records, a second run
+/// appended, another version. A wrong record is complete but cannot be true, such as counts that sum above tokens ·
+/// top_k.
+enum class FaultPolicy {
   kStrict,   ///< The first fault is a LogError.
-  kRepair,   ///< Damage is passed over and told in faults(); a wrong record is a LogError.
-  kSalvage,  ///< Wrong records are passed over as well.
+  kRepair,   ///< Damage is skipped and listed in faults(); a wrong record is a LogError.
+  kSalvage,  ///< Wrong records are also skipped and listed.
 };
 
 /// Name of a finished piece of the rotated log at `path`: "run.jsonl.000003".
 std::string piece_path(const std::string& path, std::int64_t piece);
 
-/// Reads one record after another. `-` is standard input; gzip is recognised by its content. Of a rotated log
-/// the pieces that are still there are read first, oldest first, as one log.
+/// Reads one record after another. `-` is standard input; gzip is recognised by its content. The remaining pieces of a
+/// rotated log are read first, oldest first, as one log.
 ///
-/// A second header in a file means that two runs were joined. If both say the same the second is read on (a
-/// run that was resumed: its repeated steps are passed over), otherwise what follows is another run and is
-/// passed over.
+/// A second header in a file means that two runs were joined. If both headers are equal, the run was resumed: reading
+/// goes on and repeated steps are skipped. Otherwise the second run is skipped.
 class LogReader {
  public:
-  /// Throws LogError if the file cannot be opened or its header is wrong.
-  /// With `follow`, next() waits at the end of a file for what will be appended to it, and calls `follow`
-  /// before each wait: false means that nothing more will be written, and ends the file. Standard input ends
-  /// when its writer does. A new run under the same name is followed in its turn.
-  explicit LogReader(const std::string& path, Reading reading = Reading::kStrict,
+  /// Throws LogError if the file cannot be opened or its header is wrong. With `follow`, next() waits at the end of a
+  /// file for further lines, and calls `follow` before each wait: false means that nothing more will be written, and
+  /// ends the file. Standard input ends when its writer does. A new run under the same name is followed as well.
+  explicit LogReader(const std::string& path, FaultPolicy fault_policy = FaultPolicy::kStrict,
                      std::function<bool()> follow = {});
   ~LogReader();
   const LogHeader& header() const;
   /// The next record, or nothing at the end. Throws LogError with the line on anything that is not a record:
   /// counts that sum above tokens · top_k, a repeated (step, layer, tag), a negative or non-integer count.
   std::optional<LogRecord> next();
-  /// What was passed over or is missing so far: the first 20 messages, each whole ("passed over: run.jsonl:7:
-  /// line: not JSON"), and how many there were in all.
+  /// The faults so far: the first 20 complete messages ("skipped: run.jsonl:7: line: not JSON"), and the number of
+  /// all faults.
   const std::vector<std::string>& faults() const;
   std::int64_t fault_count() const;
 
@@ -102,26 +99,23 @@ class LogReader {
   std::unique_ptr<File> file_;
 };
 
-/// Writes a run log: pass `[&](const StepReport& r) { writer.write(r); }` to Controller::set_log. Does not
-/// allocate in the steady state. A file that cannot be written is reported once on standard error and never
-/// stops training.
+/// Writes a run log: pass `[&](const StepReport& r) { writer.write(r); }` to Controller::set_log. Does not allocate in
+/// the steady state. A file that cannot be written is reported once on standard error and never stops training.
 ///
-/// With `log.rotate_mb` a step that would not fit begins a new piece: the full one becomes piece_path(path, n),
-/// n = 1, 2, …, and `path` starts again with a header that carries the next number. Sizes are those before
-/// compression, so that the same run is cut at the same steps wherever it is written. At any moment `path` is a
-/// log with a header.
+/// With `log.rotate_mb`, a step that would not fit starts a new piece: the full piece is renamed to piece_path(path,
+/// n), n = 1, 2, …, and `path` starts again with a header that carries the next number. Sizes are measured before
+/// compression, so the same run is cut at the same steps everywhere. At any moment, `path` is a log with a header.
 class RunLogWriter {
  public:
-  /// `-` is standard output; a name that ends in `.gz` is compressed. With `append`, a log that exists is
-  /// continued: what it holds from the first step written on (the run was resumed from before its end) and a
-  /// torn last line are cut off, and no second header is written. `shift`: the step at which the data will
-  /// change, if the host knows.
+  /// `-` is standard output; a name that ends in `.gz` is compressed. With `append`, an existing log is continued: a
+  /// torn last line and all records from the first newly written step on are removed (the run was resumed from before
+  /// its end), and no second header is written. `shift`: the step at which the data will change, if known.
   RunLogWriter(const std::string& path, const ControllerConfig& config, bool append = false,
                std::optional<std::int64_t> shift = std::nullopt);
   ~RunLogWriter();
   void write(const StepReport& report, std::string_view tag = "train");
   void flush();
-  /// False once something could not be written; nothing is written from then on.
+  /// False after a write failed; nothing is written after that.
   bool ok() const;
 
  private:

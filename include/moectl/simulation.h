@@ -1,5 +1,5 @@
 // clang-format off
-// SimulatedRouter: one MoE layer's router without a model, to close the control loop on in microseconds.
+// SimulatedRouter: one MoE layer's router without a model ("the plant"). It closes the control loop in microseconds.
 //
 // THE MODEL. Time is counted in training steps; one call of route() is one step: a forward pass over T tokens, then
 // what training does to the router.
@@ -21,32 +21,32 @@
 //                  - aux_pull · α · mean_t ∂L/∂z_ti          the auxiliary loss L = N Σ_i f_i P_i (Switch), exactly;
 //               held inside ±12, as weight decay and z-loss do.
 //
-// SCENARIOS act from `event_step` on, but for `delay` and the cold start of `collapse`, which hold from the first step:
+// SCENARIOS act from `event_step` on, except `delay` and the cold start of `collapse`, which act from the first step:
 //   shift     the last domain, absent before, becomes half of the data         dead      experts sink by 6 logits
 //   drift     affinities and preferences walk, 50 times faster                 delay     stats arrive `delay` steps late
 //   noise     each step's mixture of domains is drawn anew, with jitter        collapse  see CollapseKind
 //
-// ASSUMPTIONS, and what they leave out. Selection by top-k of noisy linear scores is what routers do; that affinities
-// do not learn from the bias is not: real experts specialise in the tokens they are sent. The auxiliary gradient moves
-// preferences only, so a strong weight cannot make routing less domain-specific here, as it does in training. There is
-// no loss; what balance costs is `displacement()`: how far the preferences stand from those that the task wants.
-// Layers share their tokens and nothing else.
+// ASSUMPTIONS, and their limits. As in real routers, experts are selected by top-k of noisy linear scores. Unlike in
+// real routers, affinities do not learn from the bias: real experts specialise in the tokens that they receive. The
+// auxiliary gradient moves preferences only, so a strong weight cannot make routing less domain-specific here, as it
+// does in training. There is no loss; the cost of balance is `displacement()`: the distance of the preferences from
+// those that the task wants. Layers share their tokens and nothing else.
 //
-// THE CONSTANTS were fixed before any law was tuned on the plant, against training runs of a byte-level language model
+// THE CONSTANTS were fixed before any policy was tuned on the plant, against training runs of a byte-level language model
 // (3 layers × 16 experts, top-2, sigmoid gate, 16 × 128 bytes a step, 700 steps). Plant, seeds 1–3 (training):
 //   uncontrolled           MaxVio 3.6–6.0 (3.3), CV 1.3–1.8 (1.2)
 //   sampling floor         MaxVio .38–.40 (.41): 3.5–3.7 × the noise floor (3.5–3.8)
 //   auxiliary loss         1e-3: MaxVio 2.0–4.2 (1.8); 1e-2 settles in 170–325 steps (515–601), 1e-1 in 27–30 (89–106)
-//   sign law               1e-3 settles in 138–194 steps (553–568), 1e-2 in 12–24 (76–82)
+//   sign_bias              1e-3 settles in 138–194 steps (553–568), 1e-2 in 12–24 (76–82)
 //   a domain switches on   MaxVio 1.1–2.0 at the first step (2.5), excess area under sign 1e-3 58–118 (170)
-//   stability              an integral law in units of the score gap goes unstable between gains 1 and 1.4 (0.7–1.4
+//   stability              integral control in units of the score gap goes unstable between gains 1 and 1.4 (0.7–1.4
 //                          over seven router types)
-// So the plant is as hard to balance as training and two to four times quicker to settle: a real router goes on
-// learning against whatever holds it. The walk is slower than in so short a training (a cluster forgets in 50 000
-// steps), as in runs of that length.
+// So the plant is as hard to balance as training, and settles two to four times faster, because a real router keeps
+// learning against the controller. The walk is slower than in so short a training (a cluster forgets in 50 000 steps),
+// as in runs of that length.
 //
-// Every random number is a hash of (seed, layer, step, token), so a run depends on nothing but its options: the same
-// bits on every platform with IEEE floats, whatever ran before.
+// Every random number is a hash of (seed, layer, step, token), so a run depends only on its options: it has the
+// same bits on every platform with IEEE floats, whatever ran before.
 // clang-format on
 #pragma once
 
@@ -70,7 +70,7 @@ struct StepReport;
 enum class SimulatedGate { kSoftmax, kSigmoid };
 enum class Scenario { kSteady, kShift, kCollapse, kDead, kDrift, kDelay, kNoise };
 
-/// How scenario `collapse` comes about.
+/// The cause of the collapse in scenario `collapse`.
 enum class CollapseKind {
   kRunaway,    ///< From the event on, rich-get-richer outruns the task's pull; a random expert has a head
                ///< start.
@@ -118,8 +118,8 @@ struct SimulationOptions {
   double score_scale = 1;   ///< 1e-6 to 1e6. Factor on the scores that biases add to: the unit of the bias.
   double capacity_factor = 0;  ///< 0 = dropless.
   bool probabilities = false;  ///< Hand out the router's probabilities (softmax, or sigmoids over their sum).
-  bool biased_scores =
-      false;  ///< Hand out all the scores that selection compared, for margins. None if k = N.
+  /// Hand out all the scores that selection compared, for margins. None if k = N.
+  bool biased_scores = false;
 
   // Training.
   double forming = 300;  ///< Steps over which the router sharpens; 0 = formed from the first on.
@@ -128,8 +128,8 @@ struct SimulationOptions {
   double aux_pull = 40;
   double affinity_walk = 2e-5;  ///< Variance share of A renewed a step.
 
-  /// Wanted share of the load of each expert [N]; empty = equal. The router does not know them; events strike experts
-  /// that are to have at least the mean.
+  /// Target share of the load of each expert [N]; empty = equal. The router does not know the targets; events strike
+  /// experts whose target is at least the mean.
   std::vector<double> targets{};
 };
 
@@ -138,7 +138,7 @@ class SimulatedRouter {
   /// Throws std::invalid_argument naming the option that is out of range.
   explicit SimulatedRouter(const SimulationOptions& options, int layer = 0);
   ~SimulatedRouter();
-  /// A copy goes on by itself: what is routed through it leaves the original as it is.
+  /// A copy is independent: routing through it does not change the original.
   SimulatedRouter(const SimulatedRouter&);
   SimulatedRouter& operator=(const SimulatedRouter&);
   SimulatedRouter(SimulatedRouter&&) noexcept;
@@ -150,7 +150,7 @@ class SimulatedRouter {
   /// aux_loss_weight ≥ 0 and temperature > 0.
   RoutingBatch route(std::span<const double> bias, double aux_loss_weight = 0, double temperature = 1);
 
-  /// What a data loader knows: tokens per domain of the batch that the next route() will draw. [domains]
+  /// Tokens per domain of the batch that the next route() will draw, as a data loader knows them. [domains]
   std::span<const std::int64_t> next_mixture();
 
   std::int64_t step() const;  ///< Batches routed so far.
@@ -158,8 +158,7 @@ class SimulatedRouter {
   /// The router's preferences o and those that the task wants, w. [N], logits.
   std::span<const double> preferences() const;
   std::span<const double> wanted_preferences() const;
-  /// Mean over experts of ((o_i - ō) - (w_i - w̄))², logits²: what balancing by auxiliary loss has cost the
-  /// task.
+  /// Mean over experts of ((o_i - ō) - (w_i - w̄))², logits²: what balancing by auxiliary loss has cost the task.
   double displacement() const;
   /// Changes T from the next batch on (a fault: batches 10 times as large). A multiple of sequence_length.
   void set_tokens(std::int64_t tokens);
@@ -169,12 +168,12 @@ class SimulatedRouter {
   std::unique_ptr<Plant> plant_;
 };
 
-/// The plant that a config describes: its layers, experts, top_k, tokens, score space, delay and domains. What it does
-/// not say (all else, and tokens or domains if it has none) is as in `otherwise`.
+/// The simulated model that a config describes: its layers, experts, top_k, tokens, score space, delay and domains. All
+/// other options, and tokens or domains if the config has none, are taken from `otherwise`.
 SimulationOptions simulation_options(const ControllerConfig& config, const SimulationOptions& otherwise = {});
 
-/// Closes the loop: `steps` times routes every layer under what the controller has in force, records (`delay`
-/// steps late) and steps it. `observe`, if given, sees every report.
+/// Closes the loop. In each of `steps` steps: routes every layer under the controller's values in force, records the
+/// routing (`delay` steps late), and calls Controller::step. `observe`, if given, receives every report.
 void simulate(Controller& controller, const SimulationOptions& options, std::int64_t steps,
               const std::function<void(const StepReport&)>& observe = {});
 

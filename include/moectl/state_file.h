@@ -1,5 +1,4 @@
-// Saved states as files: written so that a crash at any moment leaves the old file or the new one, never half
-// of it.
+// Saved states as files. A crash at any moment leaves the complete old file or the complete new file.
 //
 //   moectl::write_file_atomically("controller.state", controller.save());
 //   controller.load(moectl::read_file("controller.state"));
@@ -15,8 +14,8 @@ namespace moectl {
 /// Writes a temporary file beside `path`, syncs it to the disk and renames it over `path`. Throws StateError
 /// with the file's name and the system's reason; `path` is then as it was.
 void write_file_atomically(const std::string& path, std::string_view bytes);
-/// The whole file. Throws StateError if it cannot be read. What a controller loads checks itself: format,
-/// version, config and checksum.
+/// Reads the whole file. Throws StateError if it cannot be read. The file's content is checked by Controller::load:
+/// format, version, config and checksum.
 std::string read_file(const std::string& path);
 
 }  // namespace moectl

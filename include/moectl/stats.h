@@ -1,9 +1,9 @@
-// RoutingStats: what one layer's router did, as sums that add.
+// RoutingStats: the sums over tokens that describe the routing of one layer.
 //
-// Micro-batches, threads, ranks and steps are all joined by the same `+`, so gradient accumulation, data
-// parallelism and windows need no code of their own. Counts are exact 64-bit integers; every other sum is
-// fixed point with a unit of 2^-24, held in an int64, so a sum has the same bits in whatever order it was
-// formed. All of one layer's sums lie in one flat array of int64: that array is the payload of a collective.
+// The same `+` joins micro-batches, threads, ranks and steps, so gradient accumulation, data parallelism and windows
+// need no code of their own. Counts are exact 64-bit integers. Every other sum is fixed point with a unit of 2^-24,
+// held in an int64, so a sum has the same bits in any order of addition. All sums of one layer lie in one flat array of
+// int64, which is the payload of a collective.
 #pragma once
 
 #include <cstddef>
@@ -32,7 +32,7 @@ bool fits_fixed(double value);
 
 /// One micro-batch of one layer's routing, as views of the caller's memory. Only `experts` is required.
 struct RoutingBatch {
-  /// [tokens × k], row by row: the experts chosen for each token, before any capacity limit.
+  /// [tokens × k], row by row: the experts chosen for each token, before any capacity limit. Required.
   std::span<const std::int64_t> experts{};
   /// [tokens], non-zero = a real token, zero = padding that is not counted. Empty = all real.
   std::span<const std::uint8_t> mask{};
@@ -40,22 +40,22 @@ struct RoutingBatch {
   std::int64_t sequence_length = 0;
   /// [tokens], non-decreasing: the sequence of each token. Empty = not known.
   std::span<const std::int64_t> sequence_ids{};
-  /// [tokens × (k+1)] the k+1 largest biased scores of each token, largest first. Empty = no gap. Wants k <
-  /// N.
+  /// [tokens × (k+1)] the k+1 largest biased scores of each token, largest first. Empty = no gap. Requires
+  /// k < N.
   std::span<const float> top_values{};
-  /// [tokens × N] the biased scores v that selection compared, -inf where it was not free to choose. Empty =
-  /// no margins. Wants top_values.
+  /// [tokens × N] the biased scores v that selection compared, -inf for experts excluded from the choice. Empty = no
+  /// margins. Requires top_values.
   std::span<const float> biased_scores{};
   /// [tokens × N] router probabilities. Empty = none.
   std::span<const float> probabilities{};
   /// [tokens], in [0, domains): the domain of each token. Empty = none.
   std::span<const std::int64_t> domain_ids{};
-  /// Assignments the router dropped for lack of capacity; absent = it reports none.
+  /// Assignments that the router dropped for lack of capacity; absent = the router does not report drops.
   std::optional<std::int64_t> dropped{};
 };
 
-/// The losses of one micro-batch's tokens. They are known only after the forward pass, so they are recorded
-/// apart from the routing: once a layer, in addition to its RoutingBatch, before the step.
+/// The losses of one micro-batch's tokens. Losses are known only after the forward pass, so they are recorded
+/// separately from the routing: once per layer, in addition to its RoutingBatch, before the step.
 ///   controller.record(layer, [&](RoutingStats& stats) { stats.add_token_losses(losses); });
 struct TokenLosses {
   /// [tokens × k], as in RoutingBatch: a token's loss goes to each of its k experts.
@@ -79,9 +79,8 @@ class RoutingStats {
   int experts() const { return shape_.experts; }
   int top_k() const { return shape_.top_k; }
 
-  /// Adds a micro-batch. Malformed *data* (an index outside [0, N), NaN scores, a decreasing sequence id)
-  /// adds nothing but one to `invalid_records` and returns false. Sizes that do not fit together throw
-  /// std::invalid_argument.
+  /// Adds a micro-batch. Malformed *data* (an index outside [0, N), NaN scores, a decreasing sequence id) adds nothing
+  /// but one to `invalid_records` and returns false. Sizes that do not fit together throw std::invalid_argument.
   bool add(const RoutingBatch& batch);
   /// Adds counts already summed elsewhere. Negative values make the record invalid, as above.
   bool add_counts(std::span<const std::int64_t> counts, std::int64_t tokens);
@@ -96,14 +95,14 @@ class RoutingStats {
   std::int64_t assignments() const;
   std::int64_t tokens() const { return scalar(kTokens); }
   std::int64_t invalid_records() const { return scalar(kInvalidRecords); }
-  /// False if a record was invalid, a sum is negative (which only corrupted input or overflow can make it),
-  /// or a sum of losses, which may have any sign, is beyond ±2^62.
+  /// False if a record was invalid, a sum is negative (only corrupted input or an overflow can cause that), or a sum of
+  /// losses, which may have any sign, is beyond ±2^62.
   bool valid() const;
 
-  // What not every counted token contributed to is absent, never a partial sum.
+  // A value is absent unless every counted token contributed to it: partial sums are never returned.
   std::optional<double> mean_gap() const;  ///< mean_t (v_k - v_{k+1}).
   std::optional<double> dropped() const;   ///< Dropped assignments.
-  bool has_sequences() const;              ///< At least one, and all tokens belong to one.
+  bool has_sequences() const;              ///< At least one sequence, and every token belongs to one.
   bool has_probabilities() const;
   bool has_domains() const;
   bool has_margins() const;
@@ -116,25 +115,25 @@ class RoutingStats {
   std::int64_t domain_tokens(int domain) const;  ///< Tokens of the domain (its assignments / k).
   std::span<const std::int64_t> domain_counts(int domain) const;  ///< [N]
 
-  /// Optional per-expert inputs: each call adds one observation for every expert (values [N], finite and ≥
-  /// 0). The mean over observations is what metrics report. Bad values make the record invalid and return
-  /// false. What is not among the needs is passed over.
+  /// Optional per-expert inputs: each call adds one observation for every expert (values [N], finite and ≥ 0). Metrics
+  /// report the mean over observations. Bad values make the record invalid and return false. Inputs that are not among
+  /// the needs are ignored.
   bool add_grad_norms(std::span<const double> norms);
   bool add_latencies(std::span<const double> seconds);
   /// Σ of the losses of each expert's tokens [N], and how many tokens each sum covers [N]. Losses may be
   /// negative (a density's log-likelihood, a contrastive objective), but not infinite.
   bool add_expert_losses(std::span<const double> loss_sums, std::span<const std::int64_t> tokens);
-  /// The same for the experts of one domain. Throws std::invalid_argument for a domain there is not.
+  /// The same for the experts of one domain. Throws std::invalid_argument for an unknown domain.
   bool add_domain_losses(int domain, std::span<const double> loss_sums, std::span<const std::int64_t> tokens);
-  /// Losses per expert and per (domain, expert), as far as they are among the needs, from those of tokens.
-  /// Sizes that do not fit together throw std::invalid_argument.
+  /// Forms the losses per expert and per (domain, expert), as far as they are among the needs, from the losses of
+  /// tokens. Sizes that do not fit together throw std::invalid_argument.
   bool add_token_losses(const TokenLosses& batch);
 
   /// The payload: every sum as int64. Adding two payloads elementwise adds the stats.
   std::span<std::int64_t> flat() { return sums_; }
   std::span<const std::int64_t> flat() const { return sums_; }
 
-  /// The scalar sums, in the order of the flat form; the arrays follow.
+  /// The scalar sums, in the order of the flat array; the arrays follow.
   enum Scalar : int {
     kTokens,
     kInvalidRecords,
@@ -153,7 +152,7 @@ class RoutingStats {
     kMarginTokens,
     kScalarCount
   };
-  /// The arrays that follow the scalars; those not asked for in StatsNeeds are empty.
+  /// The arrays that follow the scalars; arrays that StatsNeeds does not ask for are empty.
   enum Array : int {
     kCounts,            ///< c_i. [N]
     kSequenceSq,        ///< Σ_j c_ji². [N]
@@ -200,8 +199,7 @@ class RoutingStats {
 
   StatsShape shape_;
   std::vector<std::int64_t> sums_;
-  // Scratch, kept so that adding never allocates: one record's sums, one sequence's counts, one token's
-  // probabilities.
+  // Scratch, kept so that adding never allocates: one record's sums, one sequence's counts, one token's probabilities.
   std::vector<std::int64_t> delta_, histogram_;
   std::vector<double> row_;
   std::vector<float> margin_rows_;

@@ -1,12 +1,12 @@
-// What is collected of a layer's routing, and the size of the array that holds it.
+// StatsNeeds: which sums of a layer's routing are collected. StatsShape: the size of the array that holds them.
 #pragma once
 
 #include <cstddef>
 
 namespace moectl {
 
-/// What is collected beyond counts. The union of what the policies, the metrics and the log ask for fixes the
-/// payload.
+/// The sums that are collected in addition to counts. The payload holds the union of the needs of the policies, the
+/// metrics and the log.
 struct StatsNeeds {
   bool gap = false;            ///< Σ_t (v_k - v_{k+1}) of the sorted, biased scores v.
   bool sequences = false;      ///< Per-sequence squares, for the sampling floor.
@@ -16,10 +16,9 @@ struct StatsNeeds {
   bool domain_losses = false;  ///< Loss per (domain, expert); nothing without domains.
   bool latencies = false;      ///< Host-timed latency per expert, seconds.
   bool margins = false;        ///< Histogram of each expert's margins over tokens (margins.h).
-  /// The margins themselves, [tokens × N] floats. They join but do not add: one process only, and memory
-  /// grows with the window.
+  /// The margins themselves, [tokens × N] floats. Concatenated, so single-process only; memory grows with the window.
   bool margin_rows = false;
-  int domains = 0;  ///< Number of domains whose tokens are counted apart.
+  int domains = 0;  ///< Number of domains whose tokens are counted separately.
 
   StatsNeeds& operator|=(const StatsNeeds& other);
   friend bool operator==(const StatsNeeds&, const StatsNeeds&) = default;

@@ -1,9 +1,9 @@
-// TensorBoard event files, written by a running controller or from a log that is read.
+// TensorBoard event files, written by a running controller or from a log.
 //
 //   moectl::TensorBoardWriter board("runs/board/mine");
 //   controller.set_log([&](const moectl::StepReport& report) { board.write(report); });
 //
-// `moectl tensorboard` makes the same files of run logs.
+// `moectl tensorboard` writes the same files from run logs.
 #pragma once
 
 #include <cstdint>
@@ -26,13 +26,12 @@ struct TensorBoardOptions {
   std::function<double(std::int64_t step)> wall_time{};
 };
 
-/// Scalars: `loss`; `balance/…`, means over layers beside their floors; `METRIC/layer_L`; `aux_loss_weight/layer_L`
-/// and `router_temperature/layer_L` (`…/model` where all layers share one); `reasons/ACTUATOR_REASON`, `alerts/NAME`
-/// and `health/STATE`, the number of layers. Histograms: `load/layer_L` (over the mean load) and
-/// `expert_bias/layer_L`.
+/// Scalars: `loss`; `balance/…`, means over layers beside their floors; `METRIC/layer_L`; `aux_loss_weight/layer_L` and
+/// `router_temperature/layer_L` (`…/model` where all layers share one); `reasons/ACTUATOR_REASON`, `alerts/NAME` and
+/// `health/STATE`, the number of layers. Histograms: `load/layer_L` (over the mean load) and `expert_bias/layer_L`.
 ///
-/// The wire format is written directly: three fixed messages do not need a protobuf library, two of which do not
-/// live well in one process (LibTorch brings its own). Does not allocate in the steady state.
+/// The wire format is written directly. Three fixed messages do not need a protobuf library, and two protobuf libraries
+/// in one process conflict (LibTorch contains one). Does not allocate in the steady state.
 class TensorBoardWriter {
  public:
   /// Opens a new file `events.out.tfevents.N.moectl` in the directory, which is made if it is not there; a second
@@ -41,11 +40,11 @@ class TensorBoardWriter {
   explicit TensorBoardWriter(const std::string& directory, TensorBoardOptions options = {});
   ~TensorBoardWriter();
   void write(const StepReport& report);
-  /// One record of a log, in order: its step is written when the next one begins, or at flush(). Other tags than
-  /// `train` give their loss alone, as `loss/TAG`. `metrics`: those of the record.
+  /// Adds one record of a log, in order. A step is written when the next step begins, or at flush(). Of records with a
+  /// tag other than `train`, only the loss is written, as `loss/TAG`. `metrics`: those of the record.
   void write(const LogRecord& record, const Metrics& metrics);
   void flush();
-  /// False once something could not be written.
+  /// False after a write failed.
   bool ok() const;
 
  private:

@@ -1,4 +1,4 @@
-// The few words every part of the library shares.
+// The basic types that every part of the library shares.
 #pragma once
 
 #include <cstdint>
@@ -7,11 +7,10 @@
 
 namespace moectl {
 
-/// Where a selection bias is added: to the gate's probabilities (softmax or sigmoid outputs) or to its
-/// logits.
+/// Where a selection bias is added: to the gate's probabilities (softmax or sigmoid outputs) or to its logits.
 enum class ScoreSpace { kProbability, kLogit };
 
-/// What a controller can move. Scalars are vectors of length 1, so that one interface serves all three.
+/// The values that a controller can move. Scalars are vectors of length 1, so one interface serves all three.
 enum class Actuator { kExpertBias, kAuxLossWeight, kRouterTemperature };
 
 inline constexpr Actuator kActuators[] = {Actuator::kExpertBias, Actuator::kAuxLossWeight,

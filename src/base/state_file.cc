@@ -30,8 +30,7 @@ struct Temporary {
 }  // namespace
 
 void write_file_atomically(const std::string& path, std::string_view bytes) {
-  // The process's number keeps two writers apart; what a killed one left behind is overwritten by no one's
-  // rename.
+  // The process's number keeps two writers apart; what a killed one left behind is overwritten by no one's rename.
   Temporary temporary{.path = path + ".tmp" + std::to_string(getpid())};
   temporary.file = open(temporary.path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
   if (temporary.file < 0) {
@@ -48,8 +47,7 @@ void write_file_atomically(const std::string& path, std::string_view bytes) {
   if (close(std::exchange(temporary.file, -1)) != 0) fail(temporary.path, "close");
   if (rename(temporary.path.c_str(), path.c_str()) != 0) fail(path, "replace");
   temporary.path.clear();
-  // The rename itself is on the disk once the folder is. Where a folder cannot be synced there is no more to
-  // be done.
+  // The rename itself is on the disk once the folder is. Where a folder cannot be synced there is no more to be done.
   const std::string folder = std::filesystem::absolute(path).parent_path().string();
   if (const int directory = open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC); directory >= 0) {
     fsync(directory);

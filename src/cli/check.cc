@@ -1,4 +1,4 @@
-// moectl check CONFIG: is it valid, what does it amount to, and can its targets be reached?
+// moectl check CONFIG: validates a config, prints it with all defaults, and judges whether its targets can be reached.
 #include <algorithm>
 #include <iostream>
 #include <memory>
@@ -18,7 +18,7 @@ struct Options {
   bool explain = false, reference = false;
 };
 
-/// A set-point that cannot be reached can only be chased: the integrator winds up until a limit stops it.
+/// A set-point that cannot be reached drives the actuator until a limit stops it.
 std::vector<Conflict> judge_targets(const ControllerConfig& config) {
   std::vector<Conflict> conflicts;
   const std::vector<Target> targets = targets_of(config);
@@ -81,25 +81,26 @@ int check(const Options& options, const PolicyRegistry& registry) {
     return 0;
   }
   std::cout << to_yaml(config);
-  // As comments, so that what was printed is still a config.
+  // As comments, so that the output is a valid config.
   if (config.model.tokens_per_step == 0 && !targets_of(config).empty()) {
     std::cout << "# model.tokens_per_step is not given: no target was compared with a noise floor\n";
   }
   if (bands.undecided_together) {
-    std::cout << "# bands: each alone and all pairs are feasible; three and more at once are not disproved\n";
+    std::cout << "# bands: each alone and all pairs are feasible; whether all hold together is not decided\n";
   }
   for (const std::string& metric : bands.judged_alone) {
     std::cout << "# bands: " << metric << " is relative to model.targets: judged alone\n";
   }
   for (const std::string& metric : bands.not_judged) {
-    std::cout << "# bands: " << metric << " is no function of the loads: not judged\n";
+    std::cout << "# bands: " << metric << " does not depend on the loads alone: not judged\n";
   }
   const double choices = static_cast<double>(config.model.tokens_per_step) * config.model.top_k;
   for (std::size_t i = 0; i < config.model.targets.size(); ++i) {
     const double few = config.model.targets[i] * choices;
     if (few > 0 && few < 1) {
       std::cout << "# model.targets[" << i << "]: " << brief(few)
-                << " tokens a step: too few to tell a relative load from chance; 0 leaves the expert out\n";
+                << " tokens a step: too few to tell a relative load from chance; with 0 the expert should "
+                   "receive no tokens\n";
     }
   }
   const ActuatorConfig& aux = config.aux_loss_weight;

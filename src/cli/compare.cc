@@ -14,7 +14,7 @@ struct Options {
   std::vector<std::string> runs;
   std::optional<std::int64_t> shift;
   std::string format;
-  Reading reading = Reading::kRepair;
+  FaultPolicy fault_policy = FaultPolicy::kRepair;
 };
 
 nlohmann::ordered_json json_of(const std::string& run, const Figures& figures) {
@@ -32,7 +32,7 @@ nlohmann::ordered_json json_of(const std::string& run, const Figures& figures) {
 }
 
 Figures figures_of_run(const std::string& run, const Options& options) {
-  LogReader log(run, options.reading);
+  LogReader log(run, options.fault_policy);
   Figures figures = read_figures(log, options.shift);
   if (figures.steps == 0 && log.fault_count() > 0) {
     throw InputError(run + ": holds no record that can be read; " + log.faults().front());
@@ -100,7 +100,7 @@ Examples:
   command->add_option("RUN", options->runs, "Run logs or traces")->required();
   command->add_option("--shift", options->shift, "Step at which the data changed, for all runs")
       ->check(whole_number(0));
-  add_salvage(*command, options->reading);
+  add_salvage(*command, options->fault_policy);
   add_format(*command, options->format, {"table", "json"});
   command->callback([&tool, options] { tool.run = [options] { return compare(*options); }; });
 }

@@ -1,5 +1,4 @@
-// moectl: checks, simulates, replays and reports. Exit codes: 0 good, 1 the input or config is wrong, 2
-// usage.
+// moectl: checks, simulates, replays and reports. Exit codes: 0 good, 1 the input or config is wrong, 2 usage.
 #include <dlfcn.h>
 
 #include <iostream>
@@ -39,7 +38,7 @@ int run(int argc, char** argv) {
   Tool tool;
   register_builtin_policies(tool.registry);
   std::vector<std::string> plugins;
-  app.add_option("--plugin", plugins, "Shared object with policies of your own; may be given more than once")
+  app.add_option("--plugin", plugins, "Shared object with your own policies; may be given more than once")
       ->type_name("FILE")
       ->expected(1)
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);

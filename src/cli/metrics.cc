@@ -28,7 +28,7 @@ struct Options {
   bool trends = false;
 };
 
-/// How to measure: as the config says, and on records that fit it. Without one, against the targets of the run itself.
+/// Measures with the options of the config, on records that fit it; without a config, with the targets of the run.
 struct Measuring {
   MetricsOptions metrics;
   MonitorOptions monitor;
@@ -101,7 +101,7 @@ class Histories {
   const LayerMonitor& observe(const LogRecord& record, Metrics& metrics, const MetricsOptions& how) {
     auto& monitor = monitors_[{record.layer, record.tag, record.stats.experts()}];
     if (!monitor) {
-      // Not every record need have what some have.
+      // Inputs may be present in some records only.
       StatsShape shape = record.stats.shape();
       shape.needs.gradients = shape.needs.losses = shape.needs.latencies = true;
       monitor = std::make_unique<LayerMonitor>(shape, options_, how);
@@ -123,7 +123,7 @@ int print_records(LogReader& reader, const Measuring& how, const std::string& fo
   Table table(header);
   if (format == "csv") print_csv(header);
   while (const auto record = reader.next()) {
-    // Records of whole-model actuators, and of logs without counts, have nothing to measure.
+    // Records of whole-model actuators, and of logs without counts, have no metrics.
     if (record->layer < 0 || record->stats.experts() == 0) continue;
     how.check(*record);
     const MetricsOptions options = how.options(*record);
@@ -152,7 +152,7 @@ int print_records(LogReader& reader, const Measuring& how, const std::string& fo
   return 0;
 }
 
-// ---- What became of each layer. ----
+// ---- Trends of each layer. ----
 
 /// The end of one layer's history under one tag, and the evidence on its auxiliary loss.
 struct Course {
@@ -252,8 +252,7 @@ int print_trends(LogReader& reader, const Measuring& how, const std::string& for
 
 // ---- Two windows. ----
 
-/// What `--compare` names: a tag, or the steps of it in [from, to): "validation", "train@0:360",
-/// "train@360:".
+/// What `--compare` names: a tag, or the steps of it in [from, to): "validation", "train@0:360", "train@360:".
 struct WindowName {
   std::string text, tag;
   std::int64_t from = 0, to = std::numeric_limits<std::int64_t>::max();
@@ -304,7 +303,7 @@ class Window {
       return;
     }
     const StatsNeeds &sum = layer.stats.shape().needs, &more = record.stats.shape().needs;
-    // Of some sums, what one record lacks is no longer known of all; others say for how many they were taken.
+    // Some sums become unknown if one record lacks them; others carry the number of records that had them.
     StatsNeeds needs = sum;
     needs |= more;
     needs.gap = sum.gap && more.gap;
@@ -349,7 +348,7 @@ int print_comparison(LogReader& reader, const Measuring& how, const Options& opt
     if (second_window.has(*record)) b.add(*record, how);
   }
   for (const auto& [tag, window] : {std::pair{&first, &a}, std::pair{&second, &b}}) {
-    if (window->layers().empty()) throw InputError("--compare: " + *tag + ": no record lies in this window");
+    if (window->layers().empty()) throw InputError("--compare: " + *tag + ": no record is in this window");
   }
   std::vector<std::string> header = {"metric", "layer", first, second, "difference"};
   if (options.format == "csv") print_csv(header);
@@ -455,7 +454,7 @@ void add_metrics(CLI::App& app, Tool& tool) {
       "and the targets of the run log)");
   command
       ->add_option("--compare", options->compare,
-                   "Sum all records of each tag into one window a layer, and set the two side by side")
+                   "Sum all records of each tag into one window per layer, and compare the two windows")
       ->expected(2)
       ->type_name("TAG");
   command

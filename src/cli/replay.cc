@@ -1,8 +1,7 @@
-// moectl replay CONFIG TRACE: what the controller would have commanded on recorded counts.
+// moectl replay CONFIG TRACE: the values that a controller would have applied on recorded counts.
 //
-// Active and without lag, whatever the config says: `applied` at step t uses step t's counts and is in force
-// from the next one on; the first proposal starts at `initial`. The routing itself does not answer: it was
-// recorded.
+// Active and without lag, whatever the config says: `applied` at step t uses step t's counts and is in force from the
+// next step on; the first proposal starts at `initial`. The routing does not respond, because it was recorded.
 #include <cstdio>
 #include <iostream>
 #include <memory>
@@ -18,13 +17,13 @@ namespace {
 
 struct Options {
   std::string config, trace, run = "-";
-  Reading reading = Reading::kRepair;
+  FaultPolicy fault_policy = FaultPolicy::kRepair;
 };
 
 class Replay {
  public:
   Replay(const Options& options, const PolicyRegistry& registry)
-      : options_(options), config_(active(options, registry)), trace_(options.trace, options.reading) {
+      : options_(options), config_(active(options, registry)), trace_(options.trace, options.fault_policy) {
     const LogHeader& header = trace_.header();
     const ModelConfig& model = config_.model;
     must_agree("layers", header.layers, model.layers, 1);
@@ -43,8 +42,8 @@ class Replay {
       try {
         check(*record);
       } catch (const InputError& e) {
-        if (options_.reading != Reading::kSalvage) throw;
-        std::cerr << "passed over: " << e.what() << '\n';
+        if (options_.fault_policy != FaultPolicy::kSalvage) throw;
+        std::cerr << "skipped: " << e.what() << '\n';
         continue;
       }
       if (record->step != step_) finish_step();
@@ -57,7 +56,7 @@ class Replay {
       throw InputError(options_.trace + ": holds no record that can be read; " + trace_.faults().front());
     }
     say_faults(trace_, options_.trace);
-    if (!writer_->ok()) return 1;  // the writer has said why
+    if (!writer_->ok()) return 1;  // the writer has reported the error
     if (options_.run != "-") {
       std::cout << "replayed " << controller_->steps() << " steps of " << config_.model.layers
                 << " layers to " << options_.run << '\n';
@@ -168,7 +167,7 @@ Examples:
   command->add_option("CONFIG", options->config, "YAML config")->required();
   command->add_option("TRACE", options->trace, "Trace or run log")->required();
   command->add_option("-o,--output", options->run, "Run log to write; without it, standard output");
-  add_salvage(*command, options->reading);
+  add_salvage(*command, options->fault_policy);
   command->callback(
       [&tool, options] { tool.run = [&tool, options] { return Replay(*options, tool.registry).run(); }; });
 }

@@ -91,7 +91,7 @@ void halve_row(std::vector<T>& row, Merge merge) {
 }  // namespace
 
 ReportRun::ReportRun(const std::string& path, std::optional<std::int64_t> shift) : name_(path) {
-  LogReader reader(path, Reading::kSalvage);
+  LogReader reader(path, FaultPolicy::kSalvage);
   header_ = reader.header();
   shift_ = shift ? shift : header_.shift;
   // What the page will not show of the experts need not be kept: with hundreds in each of many layers it would be most

@@ -29,7 +29,7 @@ struct Options {
   std::optional<int> layers, experts, top_k;
   std::optional<std::int64_t> tokens, event;
   std::optional<int> sunk_experts, delay;
-  SimulationOptions plant;  // what else the plant is, by its own names
+  SimulationOptions plant;  // all other options
 };
 
 constexpr int kDelay = 4;  // of scenario delay, where the config declares none
@@ -53,7 +53,7 @@ ControllerConfig config_of(const Options& options, const std::string& path, cons
   return config;
 }
 
-// The step from which on the plant is another than before, if there is one.
+// The step at which the plant changes, if it does.
 std::optional<std::int64_t> event_of(const SimulationOptions& plant) {
   const bool from_the_start =
       plant.scenario == Scenario::kSteady || plant.scenario == Scenario::kDelay ||
@@ -73,15 +73,14 @@ void check_plant(const Options& options, const SimulationOptions& plant) {
     throw InputError(option + ": " + fault->value + ": " + fault->constraint);
   }
   if (plant.top_k == plant.experts) {
-    refuse("--top-k", plant.top_k,
-           "must be below --experts: every token goes to every expert, and nothing is to be balanced");
+    refuse("--top-k", plant.top_k, "must be below --experts: with k = N every token goes to every expert");
   }
   const std::string steps = " --steps (" + std::to_string(options.steps) + ")";
   if (const auto event = event_of(plant); event && *event >= options.steps) {
     refuse("--event", *event, "must be below" + steps);
   }
   if (plant.delay >= options.steps) {
-    refuse("--delay", plant.delay, "must be below" + steps + ", or no statistics arrive");
+    refuse("--delay", plant.delay, "must be below" + steps + ", else no statistics arrive");
   }
 }
 
@@ -104,8 +103,7 @@ SimulationOptions plant_of(const Options& options, const ControllerConfig& confi
   }
   plant.event_step = options.event.value_or(options.steps / 2);
   if (options.event && (plant.scenario == Scenario::kSteady || plant.scenario == Scenario::kDelay)) {
-    throw InputError("--event: " + std::to_string(*options.event) +
-                     ": nothing happens later on in this scenario");
+    throw InputError("--event: " + std::to_string(*options.event) + ": this scenario has no event");
   }
   if (options.delay) {
     plant.delay = *options.delay;
@@ -173,7 +171,7 @@ int simulate_all(const Options& options, const PolicyRegistry& registry) {
   for (const std::string& config : options.configs) {
     figures.push_back(simulate_one(options, config, registry));
   }
-  if (options.output == "-") return 0;  // the run log stands there
+  if (options.output == "-") return 0;  // the run log went there
   if (options.format == "json") {
     auto all = nlohmann::ordered_json::array();
     for (std::size_t i = 0; i < figures.size(); ++i) {
@@ -205,7 +203,7 @@ int simulate_all(const Options& options, const PolicyRegistry& registry) {
     std::vector<std::string> row = {options.configs[i]};
     for (const std::string& column : columns) {
       const std::optional<double> value = value_of(figures[i], column);
-      // Where nothing was measured, nothing is known of settling either.
+      // Without measurements, settling is unknown.
       row.push_back(column == "settle" && !value && figures[i].max_vio ? "never" : brief(value));
     }
     table.add(std::move(row));
@@ -263,20 +261,19 @@ Examples:
       ->group(run);
   add_format(*command, options->format, {"table", "json"})->group(run);
 
-  const char* const scenario = "What happens to the router";
+  const char* const scenario = "Scenario";
   command->add_option("--scenario", options->scenario, "See below")
       ->check(CLI::IsMember({"steady", "shift", "collapse", "dead", "drift", "delay", "noise"}))
       ->capture_default_str()
       ->group(scenario);
-  command->add_option("--event", options->event, "Step at which it happens; half of the steps unless given")
+  command->add_option("--event", options->event, "Step of the event; default: half of the steps")
       ->check(from_zero)
       ->group(scenario);
-  command->add_option("--collapse", options->collapse, "Kind of collapse; runaway unless given")
+  command->add_option("--collapse", options->collapse, "Kind of collapse; default: runaway")
       ->check(CLI::IsMember({"runaway", "cold_start", "dead_third", "poisoned_bias"}))
       ->group(scenario);
   command
-      ->add_option("--sunk-experts", options->sunk_experts,
-                   "Experts that sink in scenario dead; 1 unless given")
+      ->add_option("--sunk-experts", options->sunk_experts, "Experts that sink in scenario dead; default: 1")
       ->check(positive_int)
       ->group(scenario);
   command->add_option("--delay", options->delay, "Steps by which statistics are late, declared or not")
@@ -305,7 +302,7 @@ Examples:
       ->group(router);
   command
       ->add_option("--capacity-factor", plant.capacity_factor,
-                   "An expert takes this many mean loads and drops the rest; 0 = dropless")
+                   "Largest load of an expert, in mean loads; the rest is dropped; 0 = dropless")
       ->check(number_from_zero())
       ->capture_default_str()
       ->group(router);
@@ -333,7 +330,9 @@ Examples:
       ->check(number_from_zero())
       ->capture_default_str()
       ->group(tokens);
-  command->add_option("--clusters", plant.clusters, "Clusters that tokens come from; few are lumpy")
+  command
+      ->add_option("--clusters", plant.clusters,
+                   "Clusters that tokens come from; few clusters make routing lumpy")
       ->check(positive_int)
       ->capture_default_str()
       ->group(tokens);

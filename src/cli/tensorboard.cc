@@ -17,10 +17,10 @@ struct Options {
   std::string output;
   std::vector<std::string> metrics;
   std::int64_t histogram_every = TensorBoardOptions().histogram_every;
-  Reading reading = Reading::kRepair;
+  FaultPolicy fault_policy = FaultPolicy::kRepair;
 };
 
-/// The run's name in the list of TensorBoard: its file's, without what all files end in.
+/// The run's name in TensorBoard: the name of its file without the common extensions.
 std::string name_of_run(const std::string& path) {
   if (path == "-") return "stdin";
   std::string name = std::filesystem::path(path).filename().string();
@@ -41,7 +41,7 @@ std::vector<std::string> metrics_of(const Options& options) {
 }
 
 void write(const std::string& run, const std::string& directory, const Options& options) {
-  LogReader log(run, options.reading);
+  LogReader log(run, options.fault_policy);
   TensorBoardWriter board(
       directory,
       {.histogram_every = options.histogram_every, .metrics = metrics_of(options), .wall_time = {}});
@@ -70,7 +70,7 @@ int tensorboard(const Options& options) {
     }
     std::error_code ignored;
     if (std::filesystem::exists(each.back(), ignored) && !std::filesystem::is_empty(each.back(), ignored)) {
-      throw InputError(each.back() + ": is there already: remove it, or choose another directory");
+      throw InputError(each.back() + ": already exists: remove it, or choose another directory");
     }
   }
   for (std::size_t i = 0; i < each.size(); ++i) write(options.runs[i], each[i], options);
@@ -92,7 +92,7 @@ Examples:
   moectl tensorboard run.jsonl -o board --metric all --histogram-every 100)");
   auto options = std::make_shared<Options>();
   command->add_option("RUN", options->runs, "Run logs or traces")->required();
-  command->add_option("-o,--output", options->output, "Directory; each run gets one of its name within")
+  command->add_option("-o,--output", options->output, "Directory; each run gets a subdirectory with its name")
       ->required();
   command
       ->add_option("--metric", options->metrics,
@@ -102,7 +102,7 @@ Examples:
   command->add_option("--histogram-every", options->histogram_every, "Steps between histograms; 0: none")
       ->check(whole_number(0))
       ->capture_default_str();
-  add_salvage(*command, options->reading);
+  add_salvage(*command, options->fault_policy);
   command->callback([&tool, options] { tool.run = [options] { return tensorboard(*options); }; });
 }
 

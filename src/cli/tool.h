@@ -1,5 +1,4 @@
-// The command-line tool: one file a subcommand, each of which adds itself to the parser and leaves what to
-// run.
+// The command-line tool: one file a subcommand, each of which adds itself to the parser and leaves what to run.
 #pragma once
 
 #include <CLI/CLI.hpp>
@@ -54,7 +53,7 @@ extern const char* const kTraceExample;
 /// Says on standard error what a reader skipped or missed.
 void say_faults(const LogReader& log, const std::string& path);
 /// The option --salvage of a command that reads logs.
-void add_salvage(CLI::App& command, Reading& reading);
+void add_salvage(CLI::App& command, FaultPolicy& fault_policy);
 
 /// A table of text with aligned columns: the first to the left, the others to the right.
 class Table {

@@ -1,4 +1,4 @@
-// moectl watch RUN|-: follows a growing log: a live view in a terminal, one line a step elsewhere.
+// moectl watch RUN|-: follows a growing log: a live view in a terminal, one line per step elsewhere.
 #include <signal.h>
 #include <unistd.h>
 
@@ -29,7 +29,7 @@ struct Options {
   bool once = false, plain = false;
 };
 
-/// True while the process runs. One that has ended but was not yet waited for by its parent has ended.
+/// True while the process runs. A process that has ended counts as ended even before its parent waits for it.
 bool is_running(pid_t process) {
   if (kill(process, 0) != 0) return errno == EPERM;
   std::ifstream file("/proc/" + std::to_string(process) + "/stat");
@@ -47,7 +47,7 @@ void wait_for_file(const Options& options) {
   }
 }
 
-/// What `--listen` asks for; nothing without it.
+/// The endpoint of `--listen`; does nothing without it.
 class Endpoint {
  public:
   explicit Endpoint(const std::string& address) {
@@ -83,7 +83,7 @@ class Watch {
         live_(!options.plain && isatty(STDOUT_FILENO) == 1),
         endpoint_(options.listen),
         reader_(
-            options.run, Reading::kSalvage,
+            options.run, FaultPolicy::kSalvage,
             options.once ? std::function<bool()>() : [this] { return pause(); }) {}
 
   int run() {
@@ -115,15 +115,14 @@ class Watch {
     const Metrics metrics = record.layer < 0 ? Metrics() : metrics_.of(record);
     endpoint_.write(record, metrics);
     step_->add(record, metrics);
-    // A step that is known to be whole need not wait for the next one; the record of whole-model actuators
-    // may follow.
+    // A step that is known to be whole need not wait for the next one; the record of whole-model actuators may follow.
     const auto layers = reader_.header().layers;
     if (layers && static_cast<int>(step_->layers.size()) == *layers && live_) draw();
   }
 
   void say_faults() {
     endpoint_.set_faults(reader_.fault_count());
-    if (live_) return;  // the view counts them, and they are said below it at the end
+    if (live_) return;  // the view counts faults, and the end prints them below it
     for (; said_ < reader_.faults().size(); ++said_) std::cerr << reader_.faults()[said_] << '\n';
   }
 
@@ -183,16 +182,15 @@ Examples:
       command->add_flag("--once", options->once, "Stop at the end of the file instead of waiting for more");
   command
       ->add_option("--pid", options->process,
-                   "Stop once this process has ended and what it wrote has been shown")
+                   "Stop when this process has ended and all its output has been shown")
       ->check(whole_number(1, std::numeric_limits<pid_t>::max()))
       ->excludes(once);
   command
-      ->add_option(
-          "--listen", options->listen,
-          "Serve metrics for Prometheus at this address, as 127.0.0.1:9464; port 0: any that is free")
+      ->add_option("--listen", options->listen,
+                   "Serve metrics for Prometheus at this address, e.g. 127.0.0.1:9464; port 0: any free port")
       ->type_name("ADDR:PORT")
       ->excludes(once);
-  command->add_flag("--plain", options->plain, "One line a step in a terminal as well");
+  command->add_flag("--plain", options->plain, "One line per step, in a terminal as well");
   command->callback([&tool, options] {
     if (options->run == "-" && options->process != 0) {
       throw CLI::ValidationError("--pid: standard input ends with its writer, without --pid");

@@ -29,7 +29,7 @@ std::string decisions(const WatchedStep::Track& track) {
   return reasons.empty() ? text : text + " [" + reasons + "]";
 }
 
-/// What a log names may hold anything; what drives a terminal is shown as '?'.
+/// Names in a log may hold any bytes; control characters are shown as '?'.
 std::string printable(std::string text) {
   for (char& byte : text) {
     if (static_cast<unsigned char>(byte) < 0x20 || byte == 0x7f) byte = '?';
@@ -55,8 +55,8 @@ std::string padded(std::string text, std::size_t width) {
   return text;
 }
 
-/// Blocks whose height is half the relative load: up to three columns an expert where there is room; where there is none,
-/// experts that share a column show their largest.
+/// Blocks whose height is half the relative load: up to three columns an expert where there is room; where there is
+/// none, experts that share a column show their largest.
 std::string bars(const RoutingStats& stats, const LoadTargets* targets, std::size_t width) {
   static const char* const kBlocks[] = {" ", "▁", "▂", "▃", "▄", "▅", "▆", "▇", "█"};
   std::vector<double> loads;
@@ -114,7 +114,7 @@ std::vector<std::string> view_of(const WatchedStep& step, const std::string& tit
                                         times(f.cv, f.floor_cv) + "  dead " + brief(f.dead_experts)};
   std::vector<std::string> last;
   for (const auto& [name, track] : step.tracks) last.push_back(name + ' ' + decisions(track));
-  if (faults > 0) last.push_back(std::to_string(faults) + " lines passed over");
+  if (faults > 0) last.push_back(std::to_string(faults) + " lines skipped");
 
   std::size_t health = 0, number_width = 1;
   for (const auto& [number, record] : step.layers) {
@@ -161,7 +161,7 @@ void Screen::draw_pending() {
   if (pending_.empty()) return;
   std::string text;
   if (drawn_lines_ > 0) text = "\x1b[" + std::to_string(drawn_lines_) + "F";
-  // Each line ends the one that it replaces, so that nothing is blank in between.
+  // Each line clears the rest of the line that it replaces, so the view does not flicker.
   for (const std::string& line : pending_) text += line + "\x1b[K\n";
   text += "\x1b[J";
   std::cout << text << std::flush;

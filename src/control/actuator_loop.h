@@ -19,7 +19,7 @@ class ActuatorLoop {
   /// `layer` is -1 for `scope: model`. Throws std::invalid_argument if the policy is not registered.
   ActuatorLoop(Actuator actuator, const ControllerConfig& config, const PolicyRegistry& registry, int layer);
 
-  /// Room for the sums between cadence points, one window a layer served; none if the cadence is 1.
+  /// Windows for the sums between decisions, one for each controlled layer; empty if the cadence is 1.
   void make_windows(const StatsShape& shape, std::size_t layers);
 
   /// Whether step `step` ends a cadence.
@@ -30,13 +30,12 @@ class ActuatorLoop {
 
   /// Starts a step in which the policy has not been asked yet.
   void begin() { asked_ = guard_took_over_ = false; }
-  /// Asks the policy where to go from the value in force.
+  /// Asks the policy for a proposal, starting from the value in force.
   void propose(const LayerView& view);
   /// Room for what a guard wants instead of the proposal; take_over() makes it so, if a decision is due.
   std::span<double> guarded() { return guarded_; }
   void take_over() { guard_took_over_ = asked_; }
-  /// Applies what the limits leave of the proposal, tells the policy, and starts a new window if it was
-  /// asked.
+  /// Applies the proposal within the limits, tells the policy, and starts a new window if the policy was asked.
   void limit(const LimitContext& context);
 
   StatsNeeds needs() const { return policy_->needs(); }

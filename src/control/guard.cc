@@ -15,30 +15,32 @@ constexpr double kEntropyEma = 0.01;
 constexpr double kVioEma = 0.1;
 constexpr double kGapEma = 0.1;
 constexpr double kLoadEma = 0.05;  // chance averages out over twenty steps
-// What never balanced cannot lose its balance: the law is too weak for the layer, and a raised load is its daily state.
-// A layer has been balanced once MaxVio of all experts but the heaviest, among themselves and smoothed, came within this
-// share of what counts as balanced: a law that balances the others and loses hold of one has lost the balance.
+// A layer that was never balanced cannot lose its balance: permanent imbalance is not a loss of balance. A layer counts
+// as once balanced when the smoothed MaxVio of all experts but the heaviest, among themselves, came within this share
+// of balanced_max_vio_. So a policy that balances the other experts and loses one has lost the balance.
 constexpr double kWellBalanced = 0.25;
-// Of the smoothed MaxVio of single steps, as much counts as lost balance as of smoothed loads. Experts that take each
-// other's tokens in turn are heavy in no average; data that differ from step to step look alike, but less so.
-constexpr double kInTurn = 0.5;
-// Balanced is at least this many times the MaxVio that chance alone is expected to show.
+// Experts that alternate look even on average, so the smoothed loads do not show them. Therefore this part of the
+// smoothed MaxVio of single steps counts as imbalance, too. It is not 1, because varying data also raise the MaxVio of
+// single steps.
+constexpr double kAlternationWeight = 0.5;
+// A MaxVio of at most this many floors always counts as balanced.
 constexpr double kFloors = 2;
-// Rolled back or not: an intervention has helped if MaxVio is under this share of what it began at.
-constexpr double kHelped = 0.7;
-// Balance that is lost while the guard takes itself back, or soon after, doubles the time for which it holds on before it
-// tries again, and for which it watches after that: up to 2^6 times.
+// An intervention that did not restore balance has helped if MaxVio fell to this share of its value at the start. Then
+// it is kept, else rolled back.
+constexpr double kPartialSuccess = 0.7;
+// Each loss of balance during handing back, or soon after, doubles the time for which the guard holds before it tries
+// again, and the time for which it looks for a relapse after that: up to 2^6 times.
 constexpr std::int64_t kMostRelapses = 6;
-// The guard has been needed again soon if it is within this many times `patience` after letting go (doubled likewise).
-constexpr std::int64_t kSoon = 4;
-// Scalars are taken back in steps of this much of the exponent of their factors.
-constexpr double kRung = 0.25;
-// Steps of the biases follow the signs of their errors (Rprop, Riedmiller & Braun 1993): how far an expert has to go, and
-// how steeply its load answers, differ by orders of magnitude under a softmax.
-// Experts that sank together are alike under a softmax: a thousandth of a gap can move all tokens of one to another.
+// A loss of balance is a relapse within this many times `patience` after handing back (doubled likewise).
+constexpr std::int64_t kRelapseWindow = 4;
+// Handing back lowers the exponent of the scalars' factors by this much at a time.
+constexpr double kExponentStep = 0.25;
+// Steps of the biases follow the signs of their errors (Rprop, Riedmiller & Braun 1993), because under a softmax the
+// distance of an expert from its target and the slope of its load differ by orders of magnitude. Experts that sank
+// together have nearly equal scores under a softmax: a thousandth of a gap can move all tokens from one to another.
 constexpr double kGrow = 1.2, kShrink = 0.5, kSmallestStep = 1.0 / 1024, kLargestStep = 4;
-// After a relapse steps go on at the size that was found, yet no smaller than this: the layer is near balance, and a
-// first step meant for a collapse would throw it.
+// After a relapse, steps keep the size that was found, but at least this one: the layer is near balance, and a first
+// step meant for a collapse would overshoot.
 constexpr double kSmallestFirstStep = 1.0 / 256;
 // How fast the scalars are raised after a relapse, while the biases alone do not balance.
 constexpr double kRaise = 0.1;
@@ -92,18 +94,19 @@ LayerGuard::LayerGuard(const GuardOptions& options, const StatsShape& shape, con
   }
 }
 
-// Errors of this step and smoothed, MaxVio of both, the gap, the level of balance, and for how long it has been lost.
+// Updates the errors of this step and their averages, MaxVio of both, the gap, the bound of balance, and the number of
+// steps for which balance has been lost.
 void LayerGuard::follow_loads(std::int64_t step, const RoutingStats& stats, const Metrics& metrics) {
-  level_ = std::max(options_.recovered_max_vio, kFloors * floor_max_vio(metrics).value_or(0));
+  balanced_max_vio_ = std::max(options_.recovered_max_vio, kFloors * floor_max_vio(metrics).value_or(0));
   const auto total = static_cast<double>(stats.assignments());
   double heaviest = 0, second = 0, target_of_heaviest = 0;  // smoothed loads, relative to their targets
   vio_ = 0;
   for (std::size_t i = 0; i < errors_.size(); ++i) {
-    // What is to get nothing has too much by what it gets, in mean targets (load_targets.h).
+    // An expert that should receive no tokens: its error is minus its tokens, in mean targets (load_targets.h).
     const double target = targets_[i] * total, unit = target > 0 ? target : even_target_ * total;
     if (!(unit > 0)) continue;
     errors_[i] = (target - static_cast<double>(stats.counts()[i])) / unit;
-    smoothed_[i] = begun_ ? smoothed_[i] + kLoadEma * (errors_[i] - smoothed_[i]) : errors_[i];
+    smoothed_[i] = observed_ ? smoothed_[i] + kLoadEma * (errors_[i] - smoothed_[i]) : errors_[i];
     vio_ = std::max(vio_, -errors_[i]);
     const double load = 1 - smoothed_[i];
     second = std::max(second, std::min(heaviest, load));
@@ -112,26 +115,29 @@ void LayerGuard::follow_loads(std::int64_t step, const RoutingStats& stats, cons
       target_of_heaviest = targets_[i];
     }
   }
-  begun_ = true;
+  observed_ = true;
   vio_average_ += kVioEma * (vio_ - vio_average_);
   if (const auto gap = stats.mean_gap(); gap && *gap >= 0) {
     const double now = top_k_ * *gap;
     gap_ = gap_ > 0 ? gap_ + kGapEma * (now - gap_) : now;
   }
   if (step < options_.warmup) return;
-  excess_ = std::max(heaviest - 1, kInTurn * vio_average_);
-  // second / mean of the others - 1, without the division: "<", since others without any token are not balanced.
-  was_balanced_ = was_balanced_ || second * (1 - target_of_heaviest) <
-                                       (1 + kWellBalanced * level_) * (1 - heaviest * target_of_heaviest);
-  const bool lost = was_balanced_ && excess_ > level_;
+  excess_ = std::max(heaviest - 1, kAlternationWeight * vio_average_);
+  // second / (mean of the others) - 1 < kWellBalanced · balanced_max_vio_, without the division. "<", not "≤": other
+  // experts without any token are not balanced.
+  was_balanced_ =
+      was_balanced_ || second * (1 - target_of_heaviest) <
+                           (1 + kWellBalanced * balanced_max_vio_) * (1 - heaviest * target_of_heaviest);
+  const bool lost = was_balanced_ && excess_ > balanced_max_vio_;
   lost_steps_ = lost ? lost_steps_ + 1 : 0;
   lost_sum_ = lost ? lost_sum_ + excess_ : 0;
 }
 
-// The load that is farthest above its threshold. Under equal targets all have one, and that is the largest load.
+// Finds the load that is farthest above its threshold. With equal targets all thresholds are equal, and it is the
+// largest load.
 void LayerGuard::watch_max_load(const RoutingStats& stats, const Metrics& metrics) {
   max_load_ = metrics.max_load.value_or(0);
-  most_tokens_ = options_.max_token_share;
+  token_share_limit_ = options_.max_token_share;
   const auto total = static_cast<double>(stats.assignments());
   double farthest = -1;
   for (std::size_t i = 0; i < token_shares_.size(); ++i) {
@@ -139,11 +145,12 @@ void LayerGuard::watch_max_load(const RoutingStats& stats, const Metrics& metric
     if (load * top_k_ - token_shares_[i] <= farthest) continue;
     farthest = load * top_k_ - token_shares_[i];
     max_load_ = load;
-    most_tokens_ = token_shares_[i];
+    token_share_limit_ = token_shares_[i];
   }
 }
 
-// The trigger that stands, with its numbers. Entropy is held against its own past, the rest against levels.
+// The trigger that holds now, with its numbers. Entropy is compared with its own past, the other metrics with fixed
+// thresholds.
 GuardReport LayerGuard::strongest_trigger(std::int64_t step, const RoutingStats& stats,
                                           const Metrics& metrics) {
   GuardReport seen;
@@ -153,7 +160,7 @@ GuardReport LayerGuard::strongest_trigger(std::int64_t step, const RoutingStats&
   if (options_.fhs && metrics.fhs_alarm.value_or(0) > 0 && metrics.fhs)
     raise(GuardTrigger::kFhs, *metrics.fhs, 1);
   if (metrics.entropy_normalized) {
-    // On its way from even loads to unequal targets the entropy falls, and nothing is wrong with that.
+    // When loads move from even to unequal targets, the entropy falls without a fault.
     const double level = std::min(entropy_average_, entropy_on_target_) - options_.entropy_fall;
     if (entropy_known_ && *metrics.entropy_normalized < level) {
       raise(GuardTrigger::kEntropyFall, *metrics.entropy_normalized, level);
@@ -166,17 +173,18 @@ GuardReport LayerGuard::strongest_trigger(std::int64_t step, const RoutingStats&
   if (metrics.dead_experts && *metrics.dead_experts >= options_.dead_share * wanted_) {
     raise(GuardTrigger::kDeadExperts, *metrics.dead_experts, options_.dead_share * wanted_);
   }
-  // With k = N every expert gets every token, and nothing is wrong with that.
+  // With k = N every expert gets every token, which is no fault.
   watch_max_load(stats, metrics);
-  if (metrics.max_load && top_k_ < stats.experts() && max_load_ * top_k_ > most_tokens_) {
-    raise(GuardTrigger::kMaxLoad, max_load_, most_tokens_ / top_k_);
+  if (metrics.max_load && top_k_ < stats.experts() && max_load_ * top_k_ > token_share_limit_) {
+    raise(GuardTrigger::kMaxLoad, max_load_, token_share_limit_ / top_k_);
   }
-  // A law on its way back has less now than on average since the balance was lost.
+  // If the policy is recovering, the imbalance now is below its average since balance was lost.
   if (lost_steps_ >= options_.lost_after && excess_ * static_cast<double>(lost_steps_) >= lost_sum_) {
-    raise(GuardTrigger::kLostBalance, excess_, level_);
+    raise(GuardTrigger::kLostBalance, excess_, balanced_max_vio_);
   }
-  // The recovery goes on being watched: whoever could not hold the balance gets help before all is lost again.
-  if (let_go_lately(step) && vio_average_ > bar()) raise(GuardTrigger::kRelapse, vio_average_, bar());
+  // After handing back, the guard keeps watching for a relapse, so that it helps before the layer collapses again.
+  if (recently_handed_back(step) && vio_average_ > relapse_threshold())
+    raise(GuardTrigger::kRelapse, vio_average_, relapse_threshold());
   return seen;
 }
 
@@ -189,7 +197,7 @@ void LayerGuard::enter(GuardState state, std::int64_t step, GuardCause cause, do
   since_ = step;
   confirmed_ = 0;
   balanced_ = 0;
-  if (state == GuardState::kHandingBack) take_back_a_rung();
+  if (state == GuardState::kHandingBack) lower_scalar_exponent();
 }
 
 void LayerGuard::observe(std::int64_t step, const RoutingStats& stats, const Metrics& metrics,
@@ -207,17 +215,17 @@ void LayerGuard::observe(std::int64_t step, const RoutingStats& stats, const Met
       if (confirmed_ >= options_.confirm) take_over(step, in_force);
       break;
     case GuardState::kIntervening: {
-      size_steps();
-      const bool balanced = seen.trigger == GuardTrigger::kNone && vio_ <= level_;
+      adapt_bias_steps();
+      const bool balanced = seen.trigger == GuardTrigger::kNone && vio_ <= balanced_max_vio_;
       balanced_ = balanced ? balanced_ + 1 : 0;
       if (balanced_ >= options_.dwell) {
-        vio_average_ = vio_;  // forgets the collapse: what counts now is what letting go does
-        enter(GuardState::kHandingBack, step, GuardCause::kBalanced, vio_, level_);
+        vio_average_ = vio_;  // forgets the collapse: from here on it shows the effect of handing back
+        enter(GuardState::kHandingBack, step, GuardCause::kBalanced, vio_, balanced_max_vio_);
       } else if (spent >= options_.patience) {
-        // Not balanced in time. What has helped is kept as far as it goes on to help; what has not is undone.
-        const double bound = kHelped * start_vio_;
+        // Not balanced in time. An intervention that helped is kept while it helps; one that did not is undone.
+        const double bound = kPartialSuccess * start_vio_;
         if (vio_average_ <= bound) {
-          helped_ = bound;
+          partial_success_bound_ = bound;
           enter(GuardState::kHandingBack, step, GuardCause::kHelped, vio_average_, bound);
         } else {
           enter(GuardState::kRollingBack, step, GuardCause::kNoHelp, vio_average_, bound);
@@ -226,17 +234,17 @@ void LayerGuard::observe(std::int64_t step, const RoutingStats& stats, const Met
       break;
     }
     case GuardState::kHandingBack:
-      size_steps();
+      adapt_bias_steps();
       hand_back(step, in_force);
       break;
     case GuardState::kHolding: {
-      size_steps();
-      const bool stands = vio_average_ <= bar();
-      if (!stands) raised_ = std::min(1.0, raised_ + kRaise);
+      adapt_bias_steps();
+      const bool stands = vio_average_ <= relapse_threshold();
+      if (!stands) scalar_exponent_ = std::min(1.0, scalar_exponent_ + kExponentRaise);
       balanced_ = stands ? balanced_ + 1 : 0;
       confirmed_ = stands ? 0 : confirmed_ + 1;
       if (confirmed_ >= options_.patience) {
-        enter(GuardState::kRollingBack, step, GuardCause::kNoHelp, vio_average_, bar());
+        enter(GuardState::kRollingBack, step, GuardCause::kNoHelp, vio_average_, relapse_threshold());
       } else if (spent >= options_.patience << relapses_ && balanced_ >= options_.dwell) {
         end(GuardState::kHandingBack, GuardCause::kRested, options_.patience << relapses_);
       }
@@ -247,9 +255,9 @@ void LayerGuard::observe(std::int64_t step, const RoutingStats& stats, const Met
       for (std::size_t i = 0; i < bias_before_.size(); ++i) {
         left = std::max(left, std::abs(in_force[0][i] - bias_before_[i]));
       }
-      if (scalars_are_back(in_force) && left <= kBack) {
-        enter(GuardState::kCooldown, step, GuardCause::kUndone, left, kBack);
-      } else if (spent >= options_.patience) {  // a limit keeps it from getting back
+      if (scalars_are_back(in_force) && left <= kRestoredTolerance) {
+        enter(GuardState::kCooldown, step, GuardCause::kUndone, left, kRestoredTolerance);
+      } else if (spent >= options_.patience) {  // a limit prevents the return
         end(GuardState::kCooldown, GuardCause::kTimeUp, options_.patience);
       }
       break;
@@ -260,19 +268,19 @@ void LayerGuard::observe(std::int64_t step, const RoutingStats& stats, const Met
   }
 }
 
-// A first collapse is met with all that there is. Who let go lately was balancing by the biases alone, and goes back
-// to that: it was the last step that held.
+// A first collapse is met with biases and scalars. After a recent handing back, the guard returns to the biases alone,
+// because that was the last state with balance.
 void LayerGuard::take_over(std::int64_t step, const std::span<const double> (&in_force)[kActuatorCount]) {
   std::copy(in_force[0].begin(), in_force[0].end(), bias_before_.begin());
   aux_before_ = in_force[1][0];
   temperature_before_ = in_force[2][0];
-  const bool again = let_go_lately(step);
+  const bool again = recently_handed_back(step);
   if (!again) {
     start_vio_ = vio_average_ = vio_;
-    helped_ = 0;
+    partial_success_bound_ = 0;
   }
   relapses_ = again ? std::min(relapses_ + 1, kMostRelapses) : 0;
-  raised_ = again ? 0 : 1;
+  scalar_exponent_ = again ? 0 : 1;
   for (std::size_t i = 0; i < steps_.size(); ++i) {
     const double size = again ? std::max(std::abs(steps_[i]), kSmallestFirstStep) : 1;
     steps_[i] = errors_[i] < 0 ? -size : size;
@@ -281,40 +289,40 @@ void LayerGuard::take_over(std::int64_t step, const std::span<const double> (&in
         report_.threshold);
 }
 
-// A rung of the scalars at a time, each watched for `dwell` steps; once they are back where they were, the biases.
-// Where the balance is lost the guard goes back to the rung before and holds on there.
+// Lowers the scalars one step at a time and watches each for `dwell` steps; when they have their former values,
+// releases the biases. If balance is lost, the guard returns to the step before and holds there.
 void LayerGuard::hand_back(std::int64_t step, const std::span<const double> (&in_force)[kActuatorCount]) {
-  confirmed_ = vio_average_ > bar() ? confirmed_ + 1 : 0;
+  confirmed_ = vio_average_ > relapse_threshold() ? confirmed_ + 1 : 0;
   ++balanced_;
   if (confirmed_ >= options_.confirm) {
     relapses_ = std::min(relapses_ + 1, kMostRelapses);
-    raised_ = held_;
-    enter(GuardState::kHolding, step, GuardCause::kLost, vio_average_, bar());
+    scalar_exponent_ = last_good_exponent_;
+    enter(GuardState::kHolding, step, GuardCause::kLost, vio_average_, relapse_threshold());
   } else if (balanced_ < options_.dwell || confirmed_ > 0) {
     return;
-  } else if (raised_ > 0) {
-    take_back_a_rung();
+  } else if (scalar_exponent_ > 0) {
+    lower_scalar_exponent();
     report_.cause = GuardCause::kBalanced;
     report_.value = vio_average_;
-    report_.threshold = bar();
+    report_.threshold = relapse_threshold();
   } else if (const bool back = scalars_are_back(in_force); back || balanced_ >= options_.patience) {
     handed_back_ = step;
     if (back) {
-      enter(GuardState::kWatching, step, GuardCause::kBalanced, vio_average_, bar());
-    } else {  // a limit keeps them from getting back
+      enter(GuardState::kWatching, step, GuardCause::kBalanced, vio_average_, relapse_threshold());
+    } else {  // a limit prevents the return
       enter(GuardState::kWatching, step, GuardCause::kTimeUp, static_cast<double>(balanced_),
             static_cast<double>(options_.patience));
     }
   }
 }
 
-void LayerGuard::take_back_a_rung() {
-  held_ = raised_;
-  raised_ = std::max(0.0, raised_ - kRung);
+void LayerGuard::lower_scalar_exponent() {
+  last_good_exponent_ = scalar_exponent_;
+  scalar_exponent_ = std::max(0.0, scalar_exponent_ - kExponentStep);
   balanced_ = 0;
 }
 
-void LayerGuard::size_steps() {
+void LayerGuard::adapt_bias_steps() {
   for (std::size_t i = 0; i < steps_.size(); ++i) {
     const bool turned = (errors_[i] < 0) != (steps_[i] < 0);
     const double size =
@@ -323,16 +331,16 @@ void LayerGuard::size_steps() {
   }
 }
 
-double LayerGuard::bar() const {
-  return std::max(level_, helped_);
+double LayerGuard::relapse_threshold() const {
+  return std::max(balanced_max_vio_, partial_success_bound_);
 }
 
-bool LayerGuard::let_go_lately(std::int64_t step) const {
-  return step - handed_back_ < kSoon * options_.patience << relapses_;
+bool LayerGuard::recently_handed_back(std::int64_t step) const {
+  return step - handed_back_ < kRelapseWindow * options_.patience << relapses_;
 }
 
 bool LayerGuard::scalars_are_back(const std::span<const double> (&in_force)[kActuatorCount]) const {
-  const auto near = [](double a, double b) { return std::abs(a - b) <= kBack * std::abs(b); };
+  const auto near = [](double a, double b) { return std::abs(a - b) <= kRestoredTolerance * std::abs(b); };
   return near(in_force[1][0], aux_before_) && near(in_force[2][0], temperature_before_);
 }
 
@@ -341,13 +349,13 @@ bool LayerGuard::overrides(Actuator actuator, const Limits& limits, std::span<co
   const bool undoing = report_.state == GuardState::kRollingBack;
   if (report_.state == GuardState::kWatching || report_.state == GuardState::kCooldown) return false;
   if (actuator == Actuator::kExpertBias) {
-    // Also while the scalars glide back: scores in probability space change with the temperature, and with them
-    // what the biases weigh.
+    // Also while the scalars return: scores in probability space change with the temperature, and so does the effect of
+    // the biases.
     if (undoing) {
       std::copy(bias_before_.begin(), bias_before_.end(), wanted.begin());
       return true;
     }
-    // The gap is the unit of a step; without one, the rate is all that is known of the scores.
+    // The gap is the unit of a step. Without it, the rate is the only known scale of the scores.
     const double step = gap_ > 0 ? options_.bias_step * gap_ : limits.rate;
     for (std::size_t i = 0; i < wanted.size(); ++i) {
       wanted[i] = in_force[i] + step * std::abs(steps_[i]) * std::min(std::max(errors_[i], -1.0), 1.0);
@@ -357,7 +365,7 @@ bool LayerGuard::overrides(Actuator actuator, const Limits& limits, std::span<co
   const bool aux = actuator == Actuator::kAuxLossWeight;
   const double before = aux ? aux_before_ : temperature_before_;
   const double factor = aux ? options_.aux_factor : options_.temperature_factor;
-  wanted[0] = undoing ? before : before * std::pow(factor, raised_);
+  wanted[0] = undoing ? before : before * std::pow(factor, scalar_exponent_);
   return true;
 }
 
@@ -374,16 +382,16 @@ void LayerGuard::exchange(StateIo& io) {
   io.value("guard.handed_back", handed_back_, {-StateIo::kMostCount, StateIo::kMostCount});
   io.value("guard.entropy_average", entropy_average_);
   io.value("guard.entropy_known", entropy_known_);
-  io.value("guard.begun", begun_);
+  io.value("guard.begun", observed_);
   io.value("guard.gap", gap_, StateIo::kNotNegative);
   io.value("guard.vio_average", vio_average_);
   io.value("guard.start_vio", start_vio_);
-  io.value("guard.helped", helped_);
+  io.value("guard.helped", partial_success_bound_);
   io.value("guard.was_balanced", was_balanced_);
   io.value("guard.lost_sum", lost_sum_);
   io.value("guard.lost_steps", lost_steps_);
-  io.value("guard.raised", raised_, {0, 1});
-  io.value("guard.held", held_, {0, 1});
+  io.value("guard.raised", scalar_exponent_, {0, 1});
+  io.value("guard.held", last_good_exponent_, {0, 1});
   io.values("guard.errors", errors_);  // a step without data decides on those of the step before
   io.values("guard.smoothed_errors", smoothed_);
   io.values("guard.bias_steps", steps_);

@@ -20,7 +20,7 @@ bool acts(GuardState state) {
   return state != GuardState::kWatching && state != GuardState::kCooldown;
 }
 
-// Of metrics that fall as a load gets worse, the worst layer shows the smallest.
+// For metrics that fall as balance gets worse, the worst layer has the smallest value.
 bool falls_with_imbalance(const MetricField& field) {
   return field.value == &Metrics::entropy || field.value == &Metrics::entropy_normalized ||
          field.value == &Metrics::effective_experts || field.value == &Metrics::min_load;
@@ -88,7 +88,7 @@ const StepReport& Controller::Loop::step(const StepInfo& info) {
   return report_;
 }
 
-// This rank's sums become everybody's. Until the collective has succeeded nothing else changes, so that a
+// Replaces this rank's sums by the sums over all ranks. Nothing else changes until the collective has succeeded, so a
 // step whose reduction throws can be tried again.
 void Controller::Loop::reduce(const StepInfo& info) {
   check_ranks();
@@ -104,7 +104,7 @@ void Controller::Loop::reduce(const StepInfo& info) {
   }
 }
 
-// With `lag: 1`: this step's sums leave, those of the step before are decided on.
+// With `lag: 1`: starts the reduction of this step's sums, and decides on the sums of the step before.
 void Controller::Loop::use_previous_sums(const StepInfo& info) {
   if (pending_->loaded()) {
     pending_->finish(reduction_, payload_);
@@ -163,8 +163,8 @@ void Controller::Loop::use_local_sums(const StepInfo& info) {
   }
 }
 
-// Metrics of the step, and at cadence points of the windows. Sums that cannot be used are left out of the
-// windows, so that one bad record does not spoil the steps around it.
+// Computes the metrics of the step, and at decisions those of the windows. Invalid sums are left out of the windows, so
+// that one bad record does not spoil the steps around it.
 void Controller::Loop::measure() {
   for (const auto& layer : layers_) {
     layer->valid = layer->stats.valid();
@@ -188,7 +188,7 @@ void Controller::Loop::measure() {
   });
 }
 
-// What needs history: smoothed loads, trends, health. Windows take it from the last step.
+// Updates values with history: smoothed loads, trends, health. Windows take them from their last step.
 void Controller::Loop::watch() {
   for (const auto& layer : layers_) {
     if (layer->valid && layer->has_data) {
@@ -206,8 +206,8 @@ void Controller::Loop::watch() {
   });
 }
 
-// Every policy with valid data at its cadence point is asked, also while a hold is in force: its state stays
-// warm.
+// Asks every policy that has valid data and a decision due, also while its actuator is held, so that its averages stay
+// current.
 void Controller::Loop::propose() {
   for_each_actuator([this](ActuatorLoop& loop, std::size_t actuator, int layer) {
     loop.begin();
@@ -346,8 +346,7 @@ std::span<const double> Controller::Loop::in_force(Actuator actuator, int layer)
   return own.loops[a] ? own.loops[a]->applied() : model_loops_[a]->applied();
 }
 
-// Of all that the next step depends on and the host can see: a rank whose values, step or freezing differ has
-// diverged.
+// Hash of the values in force, the step and the frozen layers: a rank with another hash has diverged.
 std::uint64_t Controller::Loop::actuation_hash() const {
   auto hash = static_cast<std::uint64_t>(steps_);
   for (const auto& layer : layers_) {
@@ -393,8 +392,8 @@ Controller::Loop::DecisionInputs Controller::Loop::layer_inputs(ActuatorLoop& lo
           .drop_rate = layer.metrics.drop_rate};
 }
 
-// The model's actuators see the mean and the worst over layers of each metric. One layer's bad data holds them; they
-// are frozen once all layers are.
+// The model's actuators use the mean and the worst over layers of each metric. Bad data in one layer holds them. They
+// are frozen when all layers are frozen.
 Controller::Loop::DecisionInputs Controller::Loop::model_inputs(ActuatorLoop& loop, std::size_t actuator) {
   Metrics& mean = model_mean_[actuator];
   Metrics& worst = model_worst_[actuator];

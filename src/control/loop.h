@@ -29,8 +29,7 @@ class Controller::Loop {
   const StepReport& report() const { return report_; }
   std::int64_t steps() const { return steps_; }
 
-  /// Runs `add` on the layer's sums under its lock; with `micro_batch` ≥ 0 only the first time before the
-  /// next step.
+  /// Runs `add` on the layer's sums under its lock; with `micro_batch` ≥ 0 only the first time before the next step.
   template <class Add>
   void record(int layer, std::int64_t micro_batch, Add&& add);
   const StepReport& step(const StepInfo& info);
@@ -39,7 +38,7 @@ class Controller::Loop {
   void set_exchange(Exchange exchange) { exchange_ = std::move(exchange); }
   void set_log(std::function<void(const StepReport&)> log) { log_ = std::move(log); }
   void freeze(int layer, bool frozen) { layer_at(layer).frozen = frozen; }
-  /// What the host reads: what is applied, or the initial value in shadow and off.
+  /// The value that the training loop reads: the applied one, or the initial one in modes shadow and off.
   std::span<const double> in_force(Actuator actuator, int layer) const;
 
   std::string save();
@@ -56,15 +55,15 @@ class Controller::Loop {
     std::vector<std::int64_t> seen;  // micro-batches recorded since the last step
     // Deciding.
     bool frozen = false;
-    bool valid = true;      // this step's sums can be used
-    bool has_data = false;  // and hold at least one token
+    bool valid = true;      // this step's sums are valid
+    bool has_data = false;  // and contain at least one token
     RoutingStats stats;     // this step's sums, over all ranks
     Metrics metrics;
     std::optional<LayerMonitor> monitor;
     std::optional<LayerGuard> guard;
     std::array<std::optional<ActuatorLoop>, kActuatorCount> loops;  // those of `scope: layer`
   };
-  // What one loop decides on at a cadence point.
+  // The inputs of one decision.
   struct DecisionInputs {
     bool valid = true;
     bool has_data = false;
@@ -120,13 +119,13 @@ class Controller::Loop {
 
   std::int64_t steps_ = 0;
   StepInfo info_;                      // of this step, over all ranks
-  std::vector<std::int64_t> mixture_;  // what info_.next_mixture views
+  std::vector<std::int64_t> mixture_;  // storage of info_.next_mixture
   Reduction reduction_;
   Exchange exchange_;
   bool ranks_checked_ = false;
   Payload payload_;
   std::optional<PendingReduction> pending_;  // with `lag: 1`: the sums of the step before
-  bool arrived_ = false;                     // they have arrived in payload_
+  bool arrived_ = false;                     // payload_ holds them, reduced
   std::function<void(const StepReport&)> log_;
   std::vector<LayerReport> layer_reports_;
   StepReport report_;

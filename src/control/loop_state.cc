@@ -43,7 +43,7 @@ std::string Controller::Loop::save() {
       pending_->finish(reduction_, payload_);
       arrived_ = true;
     } catch (const ReductionError&) {
-      // The next step says so, when it sends this rank's share again.
+      // The next step sends this rank's sums again and throws then.
     }
   }
   StateIo out;

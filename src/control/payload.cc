@@ -24,8 +24,7 @@ std::int64_t fold(std::uint64_t hash) {
                                    ((1U << kHashBits) - 1));
 }
 
-// Equal on all R ranks if and only if R Σh² = (Σh)² (Cauchy and Schwarz). Modulo 2^64, where equality still
-// holds.
+// Equal on all R ranks if and only if R Σh² = (Σh)² (Cauchy and Schwarz). Modulo 2^64, where equality still holds.
 bool equal_everywhere(std::int64_t ranks, std::int64_t sum, std::int64_t square_sum) {
   return static_cast<std::uint64_t>(ranks) * static_cast<std::uint64_t>(square_sum) ==
          static_cast<std::uint64_t>(sum) * static_cast<std::uint64_t>(sum);
@@ -138,7 +137,7 @@ StepInfo Payload::info(std::span<std::int64_t> mixture) const {
   info.loss = mean(kLossSum, kLossCount, kLossBad);
   info.gradient_norm = mean(kGradientSum, kGradientCount, kGradientBad);
   info.skipped = word(kSkipped) != 0;
-  if (word(kMixtures) == word(kRanks)) {  // a mixture that some ranks keep to themselves is not known
+  if (word(kMixtures) == word(kRanks)) {  // known only if every rank gave its mixture
     std::copy(sums_.end() - static_cast<std::ptrdiff_t>(domains_), sums_.end(), mixture.begin());
     info.next_mixture = mixture;
   }

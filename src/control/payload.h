@@ -1,5 +1,5 @@
-// Payload: one step's sums of all layers and what the host said of the step, as one array of int64 that a
-// single all-reduce (SUM) turns from this rank's share into everybody's total.
+// Payload: one step's sums of all layers and the StepInfo, as one array of int64. A single all-reduce (SUM) turns the
+// sums of this rank into the sums over all ranks.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,7 @@ namespace moectl {
 std::uint64_t hash_bytes(std::string_view bytes);
 std::uint64_t hash_values(std::span<const double> values, std::uint64_t seed);
 
-/// Runs `body`; whatever it throws becomes a ReductionError.
+/// Runs `body`; every exception becomes a ReductionError.
 template <class Body>
 void rethrow_as_reduction_error(Body&& body) {
   try {
@@ -38,22 +38,22 @@ void check_same_everywhere(const Reduction& reduction, std::span<const std::stri
 
 class Payload {
  public:
-  /// `layers` arrays of `flat_size`, then the host's words.
+  /// `layers` arrays of `flat_size`, then the words of StepInfo.
   Payload(std::size_t layers, std::size_t flat_size, std::size_t domains);
 
   std::span<std::int64_t> layer(std::size_t i) { return {sums_.data() + i * flat_size_, flat_size_}; }
-  /// This rank's share of all but the layers.
+  /// Writes this rank's part of everything but the layers.
   void put(const StepInfo& info, std::uint64_t actuation);
   /// Sums over ranks, then checks. Throws ReductionError.
   void reduce(const Reduction& reduction);
-  /// Of a sum over ranks: throws ReductionError unless all of them applied the same values.
+  /// After the sum over ranks: throws ReductionError unless all ranks applied the same values.
   void check() const;
   /// Writes or reads it, where it does not count as zeros. Throws StateError if it is read, counts and no sum over ranks
   /// that agree.
   void exchange(StateIo& io, std::string_view name, bool counts);
   std::span<std::int64_t> all() { return sums_; }
   std::span<const std::int64_t> all() const { return sums_; }
-  /// What all ranks' hosts said together; `mixture` [domains] receives what next_mixture views.
+  /// The StepInfo over all ranks; `mixture` [domains] is the storage of next_mixture.
   StepInfo info(std::span<std::int64_t> mixture) const;
 
  private:

@@ -10,7 +10,7 @@ PendingReduction::~PendingReduction() {
   try {
     wait_();
   } catch (const std::exception&) {
-    // Nobody is left who could want these sums.
+    // The sums are no longer needed, so an error is ignored.
   }
 }
 

@@ -1,4 +1,4 @@
-// PendingReduction: one step's payload on its way to the sum over all ranks, for a loop that takes it a step later.
+// PendingReduction: one step's payload while it is summed over all ranks; the loop uses the result a step later.
 #pragma once
 
 #include <cstdint>
@@ -19,10 +19,10 @@ class PendingReduction {
   PendingReduction(const PendingReduction&) = delete;
   PendingReduction& operator=(const PendingReduction&) = delete;
 
-  /// Whether a step's sums are on their way or waiting to be sent again.
+  /// Whether a reduction is running, or its sums wait to be sent again.
   bool loaded() const { return state_ != State::kEmpty; }
   bool in_flight() const { return state_ == State::kInFlight; }
-  /// Room for this rank's share; to be filled before start() and not while loaded().
+  /// Buffer for this rank's sums. Fill it before start(), and not while loaded().
   Payload& local_sums() { return local_sums_; }
   /// Starts to sum the share. Throws ReductionError, and is then not loaded.
   void start(const Reduction& reduction, const Exchange& exchange);

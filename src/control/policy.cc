@@ -22,7 +22,7 @@ const T& value_of(const std::map<std::string, OptionValue, std::less<>>& values,
   return *value;
 }
 
-// What is wrong with the declaration of an option; empty if nothing.
+// Returns what is wrong with the declaration of an option; empty if nothing.
 std::string check_spec(const OptionSpec& spec) {
   if (spec.name.empty()) return "has an empty name";
   if (!(spec.min <= spec.max)) return "has min above max";

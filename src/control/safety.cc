@@ -23,8 +23,7 @@ constexpr double kEma = 0.1;
 // Gain back-off: down fast, up slowly, so that a loop on the edge of stability stays quiet most of the time.
 constexpr double kGainDown = 0.9;
 constexpr double kGainUp = 1.02;
-// Proposals further than this many ranges away are as good as infinite; cutting them keeps every sum below
-// finite.
+// Proposals are clipped at this many ranges from the applied value, so that every sum below stays finite.
 constexpr double kFarAway = 1048576.0;
 constexpr int kMaxCentringSteps = 128;
 
@@ -211,7 +210,7 @@ LimitReport SafetyLimiter::apply(const LimitContext& context, std::span<const do
       applied[i] = std::clamp(last_good_[i], limits_.min, limits_.max);
     }
     candidate_ = last_good_;
-    last_move_step_ = kNever;  // what follows is not laid to this move again
+    last_move_step_ = kNever;  // later jumps are not blamed on this move again
     hold_until_ = context.step + options_.rollback->cooldown + 1;
     std::fill(last_move_.begin(), last_move_.end(), 0.0);
     return report;
@@ -228,7 +227,7 @@ LimitReport SafetyLimiter::apply(const LimitContext& context, std::span<const do
     report.add(*hold);
     return report;
   }
-  if (wanted.empty()) {  // a decision is due, yet nobody proposed
+  if (wanted.empty()) {  // a decision is due, but the policy made no proposal
     report.add(Reason::kNoData);
     return report;
   }
@@ -262,7 +261,7 @@ std::optional<Reason> SafetyLimiter::hold_reason(const LimitContext& context) co
   return std::nullopt;
 }
 
-// Follows loss and drop rate, and says whether one jumped soon after a move.
+// Updates the averages of loss and drop rate. Returns whether one of them jumped soon after a move.
 bool SafetyLimiter::must_roll_back(const LimitContext& context) {
   if (!options_.rollback) return false;
   const RollbackOptions& o = *options_.rollback;
@@ -286,7 +285,7 @@ void SafetyLimiter::remember_good(std::int64_t step, std::span<const double> app
   candidate_step_ = step;
 }
 
-// Of the move that next_ asks for, the common shift that centring takes out left aside.
+// The largest part of the move to next_, without the common shift that centring removes.
 double SafetyLimiter::largest_move(std::span<const double> applied) const {
   if (is_multiplicative(actuator_)) {
     if (next_[0] == applied[0]) return 0;
@@ -301,7 +300,7 @@ double SafetyLimiter::largest_move(std::span<const double> applied) const {
   return largest;
 }
 
-// Shortens the move while successive moves keep pointing against each other. Returns the factor put on it.
+// Shortens the move while successive moves keep reversing. Returns the factor on the move.
 double SafetyLimiter::back_off(std::span<const double> applied) {
   const OscillationOptions& o = *options_.oscillation;
   const double shift = limits_.center ? mean(next_) : 0;
@@ -330,7 +329,7 @@ void SafetyLimiter::clip_biases(std::span<const double> applied, LimitReport& re
   const std::size_t n = next_.size();
   if (limits_.center) {
     const double shift = take_mean_out(next_);
-    // What is left after a large common shift is its rounding.
+    // After a large common shift, only its rounding is left.
     if (std::abs(shift) > limits_.rate) take_mean_out(next_);
   }
   for (std::size_t i = 0; i < n; ++i) {
@@ -349,7 +348,7 @@ void SafetyLimiter::clip_biases(std::span<const double> applied, LimitReport& re
     free += next_[i] > lo_[i] && next_[i] < hi_[i] ? 1 : 0;
   }
   if (!limits_.center || free == 0) return;
-  for (std::size_t i = 0; i < n; ++i) {  // the last bits, lost where next_ was large
+  for (std::size_t i = 0; i < n; ++i) {  // restores the last bits, which are lost where next_ was large
     if (next_[i] > lo_[i] && next_[i] < hi_[i]) {
       next_[i] = std::min(std::max(next_[i] - sum / free, lo_[i]), hi_[i]);
     }

@@ -12,7 +12,7 @@
 
 namespace moectl {
 
-/// What the limiter has to know of a step.
+/// The inputs of the limiter for one step.
 struct LimitContext {
   std::int64_t step = 0;
   bool valid = true;     ///< The window's data can be used.
@@ -27,7 +27,7 @@ struct LimitContext {
 /// The limits of one actuator of one layer, and the memory they need. Does not allocate after construction.
 class SafetyLimiter {
  public:
-  /// `size` = N for biases, 1 for scalars. `safe_value` is what a fallback applies.
+  /// `size` = N for biases, 1 for scalars. `safe_value`: the value that a fallback applies.
   SafetyLimiter(Actuator actuator, const Limits& limits, const SafetyOptions& options, int size,
                 double safe_value);
 
@@ -50,8 +50,8 @@ class SafetyLimiter {
   Limits limits_;
   SafetyOptions options_;
   double safe_value_;
-  // Two snapshots: the older was in force at least `rollback.within` steps ago, before any move that a jump
-  // of the loss can be laid to.
+  // Two snapshots. The older one was in force at least `rollback.within` steps ago, before any move that a jump of the
+  // loss can be blamed on.
   std::vector<double> last_good_, candidate_;
   std::int64_t candidate_step_ = kNever;
   std::vector<double> last_move_;       // for reversal

@@ -12,8 +12,7 @@
 namespace moectl {
 namespace {
 
-// An extremal vector has few distinct loads: it is kept as blocks, largest load first, that cover all N
-// experts.
+// An extremal vector has few distinct loads: it is kept as blocks, largest load first, that cover all N experts.
 
 struct Block {
   double experts;
@@ -112,8 +111,7 @@ double bisect(double low, double high, const Function& function) {
   return low + (high - low) / 2;
 }
 
-// Largest Gini for this Σ p²: it is linear in the ranked loads, so they are a ramp over the ranks, clipped to
-// [0, 1/k].
+// Largest Gini for this Σ p²: it is linear in the ranked loads, so they are a ramp over the ranks, clipped to [0, 1/k].
 double largest_gini(const Room& s, double cv) {
   const int n = s.experts;
   const double cap = s.cap, squares = (1 + cv * cv) / n;
@@ -197,9 +195,8 @@ double largest_entropy_at_gini(const Room& s, double gini) {
   return entropy;
 }
 
-// Smallest entropy for this Gini. Entropy is concave and Gini linear in the ranked loads, so the minimum is a
-// vertex of the ranked loads of that Gini: t experts at 1/k, two levels below, the rest zero. All of them are
-// tried.
+// Smallest entropy for this Gini. Entropy is concave and Gini linear in the ranked loads, so the minimum is a vertex of
+// the ranked loads of that Gini: t experts at 1/k, two levels below, the rest zero. All of them are tried.
 double smallest_entropy_at_gini(const Room& s, double gini) {
   const int n = s.experts;
   const double cap = s.cap, tolerance = 1e-12;

@@ -1,5 +1,5 @@
-// One line of a trace or a run log → what it says, strictly: what is accepted can be replayed, what is not names its line
-// and field.
+// One line of a trace or a run log → what it says, strictly: what is accepted can be replayed, what is not names its
+// line and field.
 #pragma once
 
 #include <cstdint>

@@ -14,8 +14,7 @@ namespace {
 
 using nlohmann::json;
 
-/// Which (step, layer, tag) have been seen. Files come in the order of the steps, so one number a record is
-/// enough.
+/// Which (step, layer, tag) have been seen. Files come in the order of the steps, so one number a record is enough.
 class Seen {
  public:
   bool add(const LogRecord& record) {
@@ -88,7 +87,8 @@ json without_number(const JsonNode& header) {
 }  // namespace
 
 struct LogReader::File {
-  File(const std::string& p, Reading r, std::function<bool()> f) : path(p), reading(r), follow(std::move(f)) {
+  File(const std::string& p, FaultPolicy policy, std::function<bool()> f)
+      : path(p), fault_policy(policy), follow(std::move(f)) {
     open(path);
     read_first();
     find_pieces();
@@ -153,7 +153,7 @@ struct LogReader::File {
     if (header.piece <= 1 || path == "-") return;
     std::int64_t oldest = header.piece;
     while (oldest > 1 && std::filesystem::exists(piece_path(path, oldest - 1))) --oldest;
-    if (oldest > 1 && reading != Reading::kStrict) {
+    if (oldest > 1 && fault_policy != FaultPolicy::kStrict) {
       note("missing: " + path + ": " + range_of("piece", 1, oldest - 1) + " of the log");
     }
     for (std::int64_t piece = oldest; piece < header.piece; ++piece)
@@ -209,7 +209,7 @@ struct LogReader::File {
     const std::string fault = lines->name() + ':' + std::to_string(lines->number()) +
                               ": format: " + object().find("format")->dump() +
                               ": must stand in the first line: two files were joined here";
-    if (reading == Reading::kStrict) throw Damage(fault);
+    if (fault_policy == FaultPolicy::kStrict) throw Damage(fault);
     joined = true;
     if (follow) {
       // Who follows wants to see the run that goes on now.
@@ -217,15 +217,15 @@ struct LogReader::File {
       first_line = without_number(object());
       seen = Seen();
       holes = Holes();
-      note("passed over: " + fault + "; a new run begins");
+      note("skipped: " + fault + "; a new run begins");
     } else if (without_number(object()) == first_line) {
-      note("passed over: " + fault + "; the same run goes on, its repeated steps are passed over");
+      note("skipped: " + fault + "; the same run goes on, its repeated steps are skipped");
     } else {
       const std::int64_t from = lines->number();
       std::string_view text;
       while (lines->next(text)) continue;
       pending.clear();
-      note("passed over: " + fault + "; another run begins, lines " + std::to_string(from) + " to " +
+      note("skipped: " + fault + "; another run begins, lines " + std::to_string(from) + " to " +
            std::to_string(lines->number()) + " are not of this one");
     }
   }
@@ -249,7 +249,7 @@ struct LogReader::File {
                 "repeated for layer " + (record.layer < 0 ? "null" : std::to_string(record.layer)) +
                     ", tag " + record.tag);
     }
-    if (reading != Reading::kStrict && record.tag == "train") look_for_hole(record.step);
+    if (fault_policy != FaultPolicy::kStrict && record.tag == "train") look_for_hole(record.step);
     return record;
   }
 
@@ -260,10 +260,11 @@ struct LogReader::File {
          range_of("step", *before + holes.spacing(), step - holes.spacing()));
   }
 
-  /// Rethrows what this way of reading does not pass over, notes it otherwise.
+  /// Rethrows a fault that the policy does not skip, else notes it.
   void pass_over(const LogError& fault, bool damage) {
-    if (reading == Reading::kStrict || (reading == Reading::kRepair && !damage)) throw LogError(fault);
-    note(std::string("passed over: ") + fault.what());
+    if (fault_policy == FaultPolicy::kStrict || (fault_policy == FaultPolicy::kRepair && !damage))
+      throw LogError(fault);
+    note(std::string("skipped: ") + fault.what());
   }
 
   void note(std::string message) {
@@ -273,7 +274,7 @@ struct LogReader::File {
   }
 
   std::string path;
-  Reading reading;
+  FaultPolicy fault_policy;
   std::function<bool()> follow;
   std::unique_ptr<LogLines> lines;
   std::vector<std::string> pending;  // pieces still to be read
@@ -288,8 +289,8 @@ struct LogReader::File {
   std::int64_t fault_count = 0;
 };
 
-LogReader::LogReader(const std::string& path, Reading reading, std::function<bool()> follow)
-    : file_(std::make_unique<File>(path, reading, std::move(follow))) {}
+LogReader::LogReader(const std::string& path, FaultPolicy fault_policy, std::function<bool()> follow)
+    : file_(std::make_unique<File>(path, fault_policy, std::move(follow))) {}
 LogReader::~LogReader() = default;
 const LogHeader& LogReader::header() const {
   return file_->header;

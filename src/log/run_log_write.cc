@@ -260,8 +260,7 @@ struct RunLogWriter::File {
     }
   }
 
-  /// A resumed run repeats the steps after its checkpoint: they are cut off, with the pieces that hold nothing
-  /// else.
+  /// A resumed run repeats the steps after its checkpoint: they are cut off, with the pieces that hold nothing else.
   void resume(std::int64_t step) {
     try {
       piece = piece_of(path);

@@ -1,4 +1,4 @@
-// Metrics of records whose shape mostly stays the same, without making a Measurer for each.
+// CachedMeasurer: metrics of records that mostly have the same shape, without a new Measurer for each record.
 #pragma once
 
 #include <optional>

@@ -14,7 +14,7 @@
 namespace moectl {
 namespace {
 
-// Of N experts whose loads scatter alike. N ≥ 2.
+// For N ≥ 2 experts whose loads have equal scatter.
 Floors equal_floors(int experts, double unit_cv) {
   const double n = experts;
   const double z = normal_quantile((n - 0.375) / (n + 0.25));  // Blom's score of the largest of N
@@ -66,8 +66,8 @@ double expected_largest(std::span<const double> deviations) {
   return sum * kStep;
 }
 
-// A token chooses expert i with probability k w_i: of T tokens, its load scatters by √((1/(k w_i) - 1)/T) of its target.
-// What is to get nothing gets nothing.
+// A token chooses expert i with probability k w_i: of T tokens, its load scatters by √((1/(k w_i) - 1)/T) of its
+// target. An expert with target 0 has no scatter.
 Floors floors_of(const LoadTargets& targets, int top_k) {
   const int wanted = targets.wanted();
   if (wanted < 2) return {};

@@ -1,4 +1,5 @@
-// The floors of balance: what loads still show whose tokens choose their experts by the targets.
+// The floors of balance: the imbalance of loads whose tokens choose experts at random, with the targets as
+// probabilities.
 #pragma once
 
 #include <algorithm>
@@ -9,8 +10,8 @@
 
 namespace moectl {
 
-/// MaxVio of a CV floor f: linear · f + square · f², where it grows with f. From the top of the parabola on, which few
-/// experts have (square < 0) and only targets of less than a token a step reach, it stays what it is there.
+/// MaxVio of a CV floor f: linear · f + square · f² while that grows with f, then constant. With few experts (square <
+/// 0) the parabola has a maximum, which only targets of less than one token per step reach.
 struct Floors {
   double unit_cv = 0;  ///< CV floor of one token; of T tokens, over √T.
   double linear = 0, square = 0;

@@ -89,7 +89,7 @@ constexpr MetricField kFields[] = {
 // Counts that lie within this many times N of each other are ranked by a histogram.
 constexpr std::size_t kBinsPerExpert = 4;
 
-// What one pass over the counts can tell.
+// Results of one pass over the counts.
 struct Totals {
   std::int64_t min, max, sum;
   bool usable;  // no negative count, no overflow
@@ -247,8 +247,7 @@ void Measurer::measure_load(std::span<const std::int64_t> counts, std::int64_t m
   const Sums sums =
       max < (std::int64_t{1} << 52) ? sums_over<true>(counts, t, at) : sums_over<false>(counts, t, at);
 
-  // Σ p ln(N p), the distance from uniform, and the entropy from it; clipped where rounding would leave the
-  // range.
+  // Σ p ln(N p), the distance from uniform, and the entropy from it; clipped where rounding would leave the range.
   const double ln_n = log_experts_;
   const double kl = sums.inactive == shape_.experts - 1 ? ln_n : std::clamp(sums.q_ln_q / n, 0.0, ln_n);
   out.kl_to_uniform = kl;
@@ -331,9 +330,8 @@ double Measurer::gini(std::span<const std::int64_t> counts, std::int64_t min, st
   return static_cast<double>(pairs) / (static_cast<double>(n) * static_cast<double>(sum));
 }
 
-// With counts ascending, Σ_ij |c_i - c_j| = 2 Σ_r (2r - N + 1) c_(r), r = 0…N-1. Ranks come from a radix sort,
-// least significant digit first, of c - min; the last pass need not move anything, since an expert's place is
-// all the sum wants of it.
+// With counts ascending, Σ_ij |c_i - c_j| = 2 Σ_r (2r - N + 1) c_(r), r = 0…N-1. Ranks come from a radix sort, least
+// significant digit first, of c - min; the last pass moves nothing, because the sum needs only each expert's rank.
 double Measurer::gini_by_rank(std::span<const std::int64_t> counts, std::int64_t min, std::int64_t max,
                               std::int64_t sum) {
   const int bits = static_cast<int>(std::bit_width(static_cast<std::uint64_t>(max - min)));
@@ -393,10 +391,10 @@ void Measurer::measure_floors(const RoutingStats& stats, std::int64_t sum, Metri
   if (const auto excess = signed_excess_cv_sq(out)) out.excess_cv = std::sqrt(std::max(0.0, *excess));
   const Metrics::Value floor = out.sampling_floor_cv ? out.sampling_floor_cv : out.noise_floor_cv;
   if (out.fhs && floor) {
-    // Near uniform B is CV²/8; the floor's CV² scatters by √(2/(N-1)) of itself. In B experts weigh as their targets do,
-    // so that of M its noise is (M/k - 1)/T however little some are to have. Few wanted experts have an FHS above 1 on
-    // their targets, and one token where none is wanted is clear of the noise: nothing has collapsed while a load is less
-    // than half as far (in √B) from its targets as those are from uniform.
+    // Near uniform, B is CV²/8, and the floor's CV² scatters by √(2/(N-1)) of itself. Experts weigh in B as in the
+    // targets, so the noise of B over M experts is (M/k - 1)/T, however small some targets are. If few experts have a
+    // target above 0, FHS is above 1 on target, and one token of an expert with target 0 exceeds the noise. Therefore a
+    // load that is less than half as far (in √B) from its targets as those are from uniform has not collapsed.
     double chance = *floor * *floor;
     if (!targets_.equal() && unit_floor_cv_ > 0) {
       const double even = static_cast<double>(targets_.wanted()) / shape_.top_k - 1;

@@ -1,4 +1,4 @@
-// Metrics from what a router gives beyond counts: probabilities, domains, gradients, losses, latencies.
+// Metrics from the inputs beyond counts: probabilities, domains, gradients, losses, latencies.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -25,8 +25,8 @@ double variance_of(std::span<const double> values) {
   return sum_of(squares) / n;
 }
 
-// Percentiles in ascending order of their shares, between order statistics linearly: the median of two is
-// their mean. Only as much is sorted as they want.
+// Percentiles, in ascending order of their shares, interpolated between order statistics: the median of two values is
+// their mean. Only the needed part is sorted.
 class Percentiles {
  public:
   explicit Percentiles(std::span<double> values) : values_(values) {}
@@ -47,7 +47,7 @@ class Percentiles {
     return values_[rank];
   }
   std::span<double> values_;
-  std::size_t placed_ = 0;  // what is before is not above what follows
+  std::size_t placed_ = 0;  // values before it are at most those after it
 };
 
 bool means(const RoutingStats& stats, RoutingStats::Array sums, RoutingStats::Scalar records,
@@ -148,7 +148,7 @@ void measure_domains(const RoutingStats& stats, Metrics& out) {
     information += sum_of(c_ln_c) - s * std::log(s);
   }
   information /= total;
-  // What is left when the entropies cancel is rounding. One domain alone tells nothing.
+  // When the entropies cancel, only rounding is left. A single domain carries no information.
   const bool tells = information > kNothing && mixture_entropy > 0;
   out.domain_information = tells ? information : 0;
   if (mixture_entropy > kNothing)

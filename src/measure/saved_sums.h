@@ -1,4 +1,4 @@
-// Sums in a saved state: the payload, and the rows of margins that are no part of it.
+// Sums in a saved state: the payload, and the rows of margins, which are not part of the payload.
 #pragma once
 
 #include <string_view>

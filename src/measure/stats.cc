@@ -12,8 +12,7 @@
 namespace moectl {
 namespace {
 
-// Sums wrap around instead of overflowing: a wrapped sum is negative, so valid() tells, and addition stays
-// associative.
+// Sums wrap around on overflow. A wrapped sum is negative, so valid() detects it, and addition stays associative.
 std::int64_t wrapping_add(std::int64_t a, std::int64_t b) {
   return static_cast<std::int64_t>(static_cast<std::uint64_t>(a) + static_cast<std::uint64_t>(b));
 }
@@ -81,8 +80,8 @@ void check_domain(const StatsShape& shape, int domain) {
   }
 }
 
-// Interleaved histograms: neighbouring indices go to different ones, so that an increment need not wait for
-// the one before it to leave the store buffer. More do not pay, and a few large ones must still fit the
+// Interleaved histograms: neighbouring indices go to different ones, so that an increment need not wait for the one
+// before it to leave the store buffer. More than that gain nothing, and a few large ones must still fit into the
 // first-level cache.
 constexpr std::size_t kLanes = 4;
 constexpr std::size_t kMaxLaneSize = 1024;
@@ -197,7 +196,7 @@ void RoutingStats::clear() {
   margin_rows_.clear();
 }
 
-// ---- Adding a record: everything goes to delta_ first, and to the sums only if all of it was good. ----
+// ---- Adding a record: first into delta_, and into the sums only if the whole record is valid. ----
 
 bool RoutingStats::add(const RoutingBatch& batch) {
   check_sizes(batch);
@@ -385,7 +384,7 @@ bool RoutingStats::gather_gap(const RoutingBatch& batch) {
   return true;
 }
 
-// Also what keeps rows of margins free of NaN, so it runs for either.
+// It also rejects NaN for the rows of margins, so it runs for either.
 bool RoutingStats::gather_margins(const RoutingBatch& batch) {
   const StatsNeeds& needs = shape_.needs;
   if (!(needs.margins || needs.margin_rows) || batch.biased_scores.empty()) return true;

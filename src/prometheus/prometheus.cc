@@ -152,7 +152,7 @@ void add_run(const Totals& all, Families& out) {
   out.gauge("moectl_last_record_timestamp_seconds",
             "When the last step arrived, in seconds since the epoch.");
   if (all.steps > 0) out.add({}, all.written_at);
-  out.counter("moectl_log_faults_total", "Lines of the log that were passed over, and holes in it.");
+  out.counter("moectl_log_faults_total", "Faults of the log: skipped lines and missing records.");
   out.add({}, all.log_faults);
 }
 

@@ -9,8 +9,7 @@
 
 namespace moectl::simulated {
 
-// The finaliser of SplitMix64 (Steele, Lea, Flood 2014): a bijection whose output passes as random on a
-// counter.
+// The finaliser of SplitMix64 (Steele, Lea, Flood 2014): a bijection whose output passes as random on a counter.
 inline std::uint64_t mix(std::uint64_t x) {
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ULL;
   x = (x ^ (x >> 27)) * 0x94d049bb133111ebULL;
@@ -32,8 +31,7 @@ inline double normal(std::uint64_t key, std::uint64_t index) {
   return (static_cast<double>(sum) - 12 * 32767.5) / 65536.0;
 }
 
-// exp for float, relative error below 1e-6 (Cephes' polynomial): vectorises, and gives the same bits
-// everywhere.
+// exp for float, relative error below 1e-6 (Cephes' polynomial): vectorises, and gives the same bits everywhere.
 inline float quick_exp(float x) {
   x = x < -87.0F ? -87.0F : x;
   x = x > 88.0F ? 88.0F : x;

@@ -42,8 +42,7 @@ TorchController::TorchController(ControllerConfig config, const TorchOptions& op
                                  const PolicyRegistry& registry)
     : options_(options), controller_(std::move(config), registry) {
   const ModelConfig& model = controller_.config().model;
-  // Plain tensors even when the host builds its model in inference mode: their versions must count (see
-  // publish).
+  // Plain tensors even when the host builds its model in inference mode: their versions must count (see publish).
   const c10::InferenceMode normal(false);
   const ::torch::NoGradGuard no_grad;
   const std::int64_t layers = model.layers, experts = model.experts;
@@ -165,8 +164,7 @@ void TorchController::publish() {
     *value++ = static_cast<float>(controller_.aux_loss_weight(layer));
   }
   if (in_place) {
-    // Written behind autograd's back: say so, or a graph kept over the step would silently use the new
-    // values.
+    // Written behind autograd's back: say so, or a graph kept over the step would silently use the new values.
     values_.unsafeGetTensorImpl()->bump_version();
     return;
   }

@@ -19,8 +19,7 @@ class DeviceSums : public std::enable_shared_from_this<DeviceSums> {
   DeviceSums(int layers, const StatsShape& shape, ::torch::Device device);
 
   ::torch::Device device() const { return device_; }
-  /// Adds a micro-batch to the layer's sums: orders operations and waits for none. Different layers in
-  /// parallel.
+  /// Adds a micro-batch to the layer's sums: orders operations and waits for none. Different layers in parallel.
   void add(int layer, const ::torch::Tensor& indices, const RecordOptions& options);
   /// Waits for all that was added and hands it to the controller.
   void drain(Controller& controller);
@@ -38,8 +37,7 @@ class DeviceSums : public std::enable_shared_from_this<DeviceSums> {
   // [layers, flat size] each. One takes what is recorded; the other's sums are on their way, or it is zero.
   ::torch::Tensor sums_[2];
   int filling_ = 0;
-  // Of the sums on their way: the host's payload and the device's sums, on the host; and both together on the
-  // device.
+  // Of the sums on their way: the host's payload and the device's sums, on the host; and both together on the device.
   ::torch::Tensor payload_, own_, joined_;
   ::torch::Tensor drained_;  // on the host
   Mark recorded_, left_;

@@ -16,8 +16,7 @@ void check_record(const StatsShape& shape, const ::torch::Tensor& indices, const
 /// The views of one record and the tensors that keep their memory alive.
 class HostBatch {
  public:
-  /// Takes from `options` what `shape` collects. Throws std::invalid_argument on tensors whose shapes do not
-  /// fit.
+  /// Takes from `options` what `shape` collects. Throws std::invalid_argument on tensors whose shapes do not fit.
   HostBatch(const StatsShape& shape, const ::torch::Tensor& indices, const RecordOptions& options);
   const RoutingBatch& batch() const { return batch_; }
 

@@ -32,8 +32,7 @@ Tensor masked_mean(const Tensor& values, const Tensor& mask) {
   return (values * weight).sum(0) / mask.sum().clamp_min(1);
 }
 
-/// Assignments to each expert per row of `indices` [R, A] → [R, N], in the type of `like`. `mask` [R, A] or
-/// undefined.
+/// Assignments to each expert per row of `indices` [R, A] → [R, N], in the type of `like`. `mask` [R, A] or undefined.
 Tensor count(const Tensor& indices, const Tensor& mask, std::int64_t experts, const Tensor& like) {
   const Tensor ones = mask.defined() ? mask : ::torch::ones(indices.sizes(), like.options());
   return ::torch::zeros({indices.size(0), experts}, like.options()).scatter_add_(1, indices, ones);
@@ -75,8 +74,7 @@ void TopKRouterImpl::pretty_print(std::ostream& stream) const {
 }
 
 RouterOutput TopKRouterImpl::forward(const Tensor& tokens, const RouterInputs& inputs) {
-  // A half-precision product of 16 bits' worth of logits would round scores that differ by less than the
-  // bias's step.
+  // A half-precision product of 16 bits' worth of logits would round scores that differ by less than the bias's step.
   const auto type = ::torch::promote_types(weight.scalar_type(), ::torch::kFloat32);
   Tensor x = tokens.to(type);
   if (options.jitter() > 0 && is_training()) {
@@ -204,8 +202,7 @@ void TopKRouterImpl::add_losses(const RouterInputs& inputs, RouterOutput& out) c
   if (options.z_loss_weight() > 0) out.aux_loss = out.aux_loss + out.z_loss * options.z_loss_weight();
 }
 
-/// Each expert takes ⌈capacity_factor · S/N⌉ assignments, in the order of `drop_by`; the others' gate weights
-/// become 0.
+/// Each expert takes ⌈capacity_factor · S/N⌉ assignments, in the order of `drop_by`; the others' gate weights become 0.
 void TopKRouterImpl::drop(const Tensor& mask, RouterOutput& out) const {
   const std::int64_t n = options.experts(), k = options.top_k();
   const Tensor flat = out.indices.reshape(-1);

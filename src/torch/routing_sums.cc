@@ -11,8 +11,7 @@ namespace {
 
 using ::torch::Tensor;
 
-/// One micro-batch being summed: scalars and arrays as RoutingStats names them, and whether it is well
-/// formed.
+/// One micro-batch being summed: scalars and arrays as RoutingStats names them, and whether it is well formed.
 class Summing {
  public:
   Summing(const StatsShape& shape, const Tensor& indices, const RecordOptions& options,

@@ -11,34 +11,35 @@
 namespace moectl {
 namespace {
 
-// Thresholds: the way in, and the looser way out. Published ones for 16 experts, top-2, are put on a scale
-// that does not depend on N and k: of the entropy between k experts (0) and all (1), where entropy_normalized
-// .5 is ⅓. With unequal targets 1 is the entropy on target, and shares are of the experts that are to get something.
+// Thresholds: the one to enter a state, then the looser one to leave it. Thresholds that were published for 16 experts,
+// top-2, are expressed on a scale that does not depend on N and k: the entropy between that of k experts (0) and that
+// of all (1), where entropy_normalized 0.5 is ⅓. With unequal targets, 1 is the entropy on target, and shares refer to
+// the experts with a target above 0.
 struct Threshold {
   double enter, leave;
 };
 constexpr Threshold kCollapsedEntropy{1.0 / 3, 0.4};  // below; published: entropy_normalized < .5
 constexpr Threshold kCollapsedDead{0.25, 0.1875};     // above, share of experts; published: more than 4 of 16
 constexpr Threshold kCollapsingDead{0.125, 0.0625};   // above; published as healthy: up to 2 of 16
-constexpr double kCollapsingHorizon = 100;            // steps ahead that the entropy's slope is drawn out
+constexpr double kCollapsingHorizon = 100;            // steps over which the entropy's slope is extrapolated
 constexpr Threshold kCollapsingEntropy{0.8, 0.85};    // below, for the slope to count
 constexpr Threshold kFisherAlarm{0.5, 0.25};          // above, smoothed share of steps with the alarm
 constexpr Threshold kImbalance{1.0, 0.8};             // above, excess_cv; published: CV > 1 acts, > .8 severe
-constexpr Threshold kSwing{0.5, 0.35};                // above; sampling noise stays under .1
+constexpr Threshold kSwing{0.5, 0.35};                // above; sampling noise stays below 0.1
 constexpr Threshold kSwingWidth{1.5, 1.25};           // above, CV of the swing over the floor's
 constexpr Threshold kStagnant{0.5, 0.25};             // above, smoothed number of stagnant experts
 constexpr Threshold kWeakEntropy{0.95, 0.93};         // above, entropy_normalized; published
 constexpr Threshold kWeakInformation{0.05, 0.1};      // below, nats between expert and token or domain
-// above, domain_exclusivity. Mean plus 5 (on the way out 3) standard deviations of the largest smoothed value
-// of a run, .227 + 5 · .031, over 60 runs of healthy simulated routers (seeds 101–120 of three plants): what a
-// healthy run does not reach. The failure_modes tests take it again, and try it on other seeds and routers.
+// above, domain_exclusivity. Mean plus 5 (to leave: 3) standard deviations of the largest smoothed value of a run,
+// 0.227 + 5 · 0.031, over 60 runs of healthy simulated routers (seeds 101–120 of three plants), so healthy runs do not
+// reach it. The failure_modes tests measure it again, and check it on other seeds and routers.
 constexpr Threshold kExclusive{0.38, 0.32};
 constexpr Threshold kLatencyTail{2.0, 1.5};  // above, p99 over p50 of experts
 constexpr Threshold kStraggler{3.0, 2.5};    // above, slowdown over that on target, beyond the floor's MaxVio
 constexpr Threshold kDead{0.05, 0.025};      // above, share of experts
 constexpr Threshold kDrops{0.05, 0.03};      // above; published: 5 % alarms, under 3 % is healthy
 
-// True inside the threshold; on the way out the looser one counts. NaN (not known) is outside both.
+// True inside the threshold; while the state holds, the looser threshold counts. NaN (not known) is outside both.
 bool above(double value, Threshold t, bool now) {
   return value > (now ? t.leave : t.enter);
 }
@@ -151,7 +152,7 @@ HealthMonitor::HealthMonitor(const StatsShape& shape, HealthOptions options, con
       options_(std::move(options)) {
   if (on_target.entropy) {
     entropy_range_ = *on_target.entropy - log_top_k_;
-    // k experts that share everything are as uneven as can be: then entropy says nothing.
+    // If k experts should receive all tokens, entropy cannot show a collapse.
     if (!(entropy_range_ > 1e-9)) entropy_range_ = 0;
     even_entropy_ = *on_target.entropy > 0 ? std::log(shape.experts) / *on_target.entropy : 1;
     slowdown_ = on_target.straggler_slowdown.value_or(1);
@@ -198,7 +199,7 @@ void HealthMonitor::observe(std::int64_t step, const Metrics* metrics, const Met
     const Metrics::Value value = (*metrics).*(metric_fields()[rule.field].value);
     const bool outside = step >= rule.rule.after && value &&
                          (rule.rule.above ? *value > *rule.rule.above : *value < *rule.rule.below);
-    // A metric that is absent speaks neither for nor against.
+    // An absent metric supports neither raising nor clearing.
     if (rule.latch.update(outside, value && !outside, rule.rule.for_steps, options_.dwell)) {
       active_.push_back(rule.rule.name);
     }
@@ -218,7 +219,7 @@ void HealthMonitor::look(const Metrics& metrics, const Metrics& smoothed, double
   collapsed = below(entropy, kCollapsedEntropy, collapsed) || above(dead, kCollapsedDead, collapsed);
 
   bool& collapsing = flag(Health::kCollapsing);
-  // A line through a few points proves nothing: the slope counts after two dwells.
+  // A slope over a few points is not reliable, so it counts only after two dwells.
   const std::int64_t two_dwells = 2 * std::int64_t{options_.dwell};
   seen_ = std::min(seen_ + 1, two_dwells);
   const bool known = seen_ >= two_dwells && metrics.entropy_slope && scale > 0;
@@ -319,8 +320,8 @@ std::string_view name_of(AuxLossReview::Verdict verdict) {
 AuxLossReview review_aux_loss(std::span<const AuxLossSample> samples) {
   constexpr std::size_t kEnough = 200;
   constexpr double kBalanced = 0.1, kUnbalanced = 0.5;  // excess_cv
-  constexpr double kComeDown = 4;                       // of the weight, to count as a trial
-  constexpr double kSick = 0.05;                        // share of steps
+  constexpr double kTrialFall = 4;                      // fall of the weight that counts as a trial
+  constexpr double kUnhealthyShare = 0.05;              // share of steps
   AuxLossReview review;
   const auto excess = [](std::span<const AuxLossSample> of) {
     double sum = 0;
@@ -359,13 +360,13 @@ AuxLossReview review_aux_loss(std::span<const AuxLossSample> samples) {
   } else if (review.excess_cv > kUnbalanced) {
     review.verdict = Verdict::kRaise;
     review.reason = "excess_cv " + number(review.excess_cv) + over + " is above " + number(kUnbalanced);
-  } else if (sick_share > kSick) {
+  } else if (sick_share > kUnhealthyShare) {
     review.verdict = Verdict::kKeep;
     review.reason = "not healthy in " + number(100 * sick_share) + " % of the steps";
   } else if (review.excess_cv > kBalanced) {
     review.verdict = Verdict::kKeep;
     review.reason = "excess_cv " + number(review.excess_cv) + over + " is above " + number(kBalanced);
-  } else if (review.highest_weight >= kComeDown * review.lowest_weight &&
+  } else if (review.highest_weight >= kTrialFall * review.lowest_weight &&
              review.excess_cv_at_low <= kBalanced) {
     review.verdict = Verdict::kSwitchOff;
     review.reason = "excess_cv stayed at " + number(review.excess_cv_at_low) +

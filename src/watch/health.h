@@ -14,8 +14,8 @@
 
 namespace moectl {
 
-/// On for what must first persist, then stay: raised after `after` steps of `enter`, lifted after `after`
-/// steps of `leave`, with at least `dwell` steps between any two changes.
+/// A flag with persistence: set after `after` consecutive steps of `enter`, cleared after `after` consecutive steps of
+/// `leave`, with at least `dwell` steps between two changes.
 class Latch {
  public:
   /// Returns whether it is on.
@@ -26,14 +26,14 @@ class Latch {
 
  private:
   bool on_ = false;
-  std::int64_t run_ = 0;   // steps in a row that speak for a change
+  std::int64_t run_ = 0;   // consecutive steps that support a change
   std::int64_t age_ = -1;  // steps since the last change; -1 = none yet
 };
 
 class HealthMonitor {
  public:
-  /// Throws std::invalid_argument if check_health() finds fault. `on_target`: metrics_on_target() of unequal targets;
-  /// what is absent is that of equal ones.
+  /// Throws std::invalid_argument if check_health() finds a fault. `on_target`: metrics_on_target() for unequal
+  /// targets; absent metrics mean the values for equal targets.
   HealthMonitor(const StatsShape& shape, HealthOptions options, const Metrics& on_target = {});
   // Alerts are views of the monitor's own names.
   HealthMonitor(const HealthMonitor&) = delete;
@@ -47,7 +47,7 @@ class HealthMonitor {
 
   Health state() const { return state_; }
   bool has(FailureMode mode) const { return modes_[static_cast<std::size_t>(mode)].on(); }
-  /// What stands now: failure modes, then alerts, then "band:METRIC" for bands that do not hold.
+  /// The alerts that hold now: failure modes, then alert rules, then "band:METRIC" for broken bands.
   std::span<const std::string_view> alerts() const { return active_; }
   /// The phase in force; empty without phases.
   std::string_view phase() const { return phase_; }
@@ -69,8 +69,8 @@ class HealthMonitor {
   void watch_bands(std::int64_t step, const Metrics& smoothed);
   Health worst() const;
 
-  // Of a load on its targets: the entropy less that of k experts, ln N over the entropy, the slowest device over the
-  // mean; and the experts that are to get something.
+  // For a load that meets its targets: its entropy minus ln k, ln N over its entropy, and its slowest device over the
+  // mean. Then the number of experts with a target above 0.
   double log_top_k_, entropy_range_, even_entropy_ = 1, slowdown_ = 1, wanted_;
   HealthOptions options_;
   std::vector<Rule> rules_;

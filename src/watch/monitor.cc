@@ -181,8 +181,8 @@ void LayerMonitor::Impl::watch_loads(const RoutingStats& stats, Metrics& metrics
   }
 }
 
-// An expert is stagnant that gets tokens, whose loss does not fall (its fast average is not under its slow
-// one) and whose gradient is far under the others'. What is to get no tokens need not learn.
+// An expert is stagnant if it gets tokens, its loss does not fall (the fast average is not below the slow one), and its
+// gradient is far below those of the others. Experts that should receive no tokens are exempt.
 void LayerMonitor::Impl::watch_experts(const RoutingStats& stats, Metrics& metrics) {
   static const ExpertField& gradient = expert_field("grad_norm");
   static const ExpertField& expert_loss = expert_field("expert_loss");
@@ -194,7 +194,7 @@ void LayerMonitor::Impl::watch_experts(const RoutingStats& stats, Metrics& metri
       grad_norm_[i] += weight * (values_[i] - grad_norm_[i]);
       const double updated = values_[i] > 0 ? 1 : 0;
       double& frequency = update_frequency_[i];
-      // Mostly every expert has had a gradient at every step, and there is nothing to divide.
+      // Usually every expert had a gradient at every step, and no division is needed.
       if (frequency != updated) frequency += (updated - frequency) / static_cast<double>(gradient_steps_);
     }
   }
@@ -219,7 +219,7 @@ void LayerMonitor::Impl::watch_experts(const RoutingStats& stats, Metrics& metri
     }
     return stagnant;
   };
-  // The median is under the largest: mostly nobody is far under that either, and no median is wanted.
+  // The median is at most the largest value. Usually no expert is far below even that, and the median is not needed.
   std::int64_t stagnant =
       stagnant_under(kStagnantGradient * *std::max_element(grad_norm_.begin(), grad_norm_.end()));
   if (stagnant > 0) {
@@ -231,12 +231,12 @@ void LayerMonitor::Impl::watch_experts(const RoutingStats& stats, Metrics& metri
   metrics.stagnant_experts = static_cast<double>(stagnant);
 }
 
-// A layer is as slow as its slowest expert.
+// The latency of a layer is that of its slowest expert.
 void LayerMonitor::Impl::watch_tail(const RoutingStats& stats, Metrics& metrics) {
   static const ExpertField& latency = expert_field("latency");
   if (!latency.values(stats, values_)) return;
   tail_->push(*std::max_element(values_.begin(), values_.end()));
-  // What a device computes, whatever it was meant to.
+  // The actual load of each device, whatever its target.
   tail_load_->push(targets_.equal() ? *metrics.max_to_mean : *metrics.max_load * shape_.experts);
   const Regression line = regression(tail_load_->values(), tail_->values());
   metrics.tail_sensitivity = line.slope;
@@ -293,7 +293,7 @@ void LayerMonitor::Impl::exchange(StateIo& io) {
   health_.exchange(io);
 }
 
-// ---- What the header shows ----
+// ---- LayerMonitor: the public class ----
 
 LayerMonitor::LayerMonitor(const StatsShape& shape, const MonitorOptions& options,
                            const MetricsOptions& metrics)

@@ -43,8 +43,8 @@ Moments over_time(std::span<const double> values) {
       [&](std::size_t i) { return values[i]; });
 }
 
-// Calls `visit` with what the regression line leaves of each known value, in order. False if there are fewer
-// than four, or nothing is left but rounding.
+// Calls `visit` with the residual of each known value from the regression line, in order. False if there are fewer than
+// four values, or all residuals are rounding.
 template <class Visit>
 bool residuals(std::span<const double> values, const Visit& visit) {
   const Moments m = over_time(values);
@@ -62,7 +62,7 @@ bool residuals(std::span<const double> values, const Visit& visit) {
 }  // namespace
 
 std::optional<double> slope(std::span<const double> values) {
-  // Where every value is known, one pass does: about its middle, time is orthogonal to the mean.
+  // If every value is known, one pass is enough: time, measured from the middle, is orthogonal to the mean.
   const double middle = (static_cast<double>(values.size()) - 1) / 2;
   double sum = 0, moment = 0, spread = 0;
   for (std::size_t i = 0; i < values.size(); ++i) {
@@ -255,8 +255,8 @@ void LoadTrend::correlate(Metrics& metrics) {
   metrics.swing = swing();
 }
 
-// What repeats after P steps has the correlations 1 at lag P and, since its deviations sum to nothing over a
-// period, -1 in sum over the lags before it; a drift falls off with the lag, noise has none.
+// A load that repeats after P steps has correlation 1 at lag P. Its deviations sum to 0 over a period, so the
+// correlations at the lags before P sum to -1. The correlation of a drift falls with the lag; noise has none.
 double LoadTrend::swing() const {
   double most = -*std::min_element(lagged_.begin(), lagged_.end());
   double before = lagged_[0];
@@ -273,8 +273,7 @@ void LoadTrend::accumulate(std::span<const double> load, Metrics& metrics) {
     std::swap(before_, now_);
     now_.steps = 0;
   }
-  // One pass: the distance from the last load, the block's mean and squares (Welford), both blocks' variance
-  // (Chan).
+  // One pass: the distance from the last load, the block's mean and squares (Welford), both blocks' variance (Chan).
   const auto count = static_cast<double>(++now_.steps);
   const bool first = now_.steps == 1, have_last = steps_ > 0, have_before = before_.steps > 0;
   if (first) {

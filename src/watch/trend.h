@@ -1,5 +1,5 @@
-// Trends: what a row of values over time says, and what a row of load vectors says.
-// Time is counted in control steps with data.
+// Trends: statistics of a series of values, and of a series of load vectors. Time is counted in control steps with
+// data.
 #pragma once
 
 #include <array>
@@ -13,22 +13,22 @@
 
 namespace moectl {
 
-// Values oldest first; NaN = none at that step, skipped. Absent where too few values or no spread define
-// nothing.
+// Values are oldest first; NaN = no value at that step, which is skipped. A result is absent if there are too few
+// values or no spread.
 
-/// Least-squares slope a step; wants two values.
+/// Least-squares slope per step; needs two values.
 std::optional<double> slope(std::span<const double> values);
-/// Lag-1 autocorrelation of what the regression line leaves, [-1, 1]; wants four values.
+/// Lag-1 autocorrelation of the residuals of the regression line, [-1, 1]; needs four values.
 std::optional<double> autocorrelation(std::span<const double> values);
-/// Share of neighbours between which what the regression line leaves changes sign, [0, 1]: white noise ½, a
-/// steady alternation 1; wants four values.
+/// Share of neighbours between which the residual of the regression line changes sign, [0, 1]: ½ for white noise, 1 for
+/// a steady alternation; needs four values.
 std::optional<double> sign_flips(std::span<const double> values);
-/// Pearson's correlation of two rows of equal length; wants three pairs.
+/// Pearson's correlation of two series of equal length; needs three pairs.
 std::optional<double> correlation(std::span<const double> x, std::span<const double> y);
 /// The least-squares line of y on x.
 struct Regression {
-  std::optional<double> slope;        ///< Wants two pairs.
-  std::optional<double> correlation;  ///< Wants three.
+  std::optional<double> slope;        ///< Needs two pairs.
+  std::optional<double> correlation;  ///< Needs three.
 };
 Regression regression(std::span<const double> x, std::span<const double> y);
 
@@ -47,7 +47,7 @@ class History {
   std::size_t begin_ = 0, size_ = 0;
 };
 
-/// The last values of several numbers, one row a step.
+/// The last values of several numbers, one row per step.
 class HistoryTable {
  public:
   HistoryTable(std::size_t window, std::size_t columns) : columns_(columns), rows_(window * columns) {}
@@ -67,14 +67,12 @@ class HistoryTable {
 
 /// Trends of the load vector p. With e_t = p_t - EMA(p)_{t-1}:
 ///   correlation at lag l   a_l += ema (⟨e_t, e_{t-l}⟩ / (|e_t| |e_{t-l}|) - a_l)
-///   swing                  the larger of max_l -a_l, which a wave of a period up to 16 brings near 1 (of 3
-///   to ½), and
-///                          max_P (1 - 1/P) (a_P - mean of a_1 … a_{P-1}), P = 2 … 6, which is 1 of any shape
-///                          that repeats after P steps (its a_P is 1, and the others sum to -1)
-///   routing_variance, path_efficiency over half to one window (two blocks, so that memory is O(N))
-///   shift                  Σ (m_i - r_i)² / Σ var_i (1/8 + 1/n), m the mean of the last 8 steps, r, var, n
-///   of the
-///                          block before; in units of 1 + 6 √(2/(N-1)). Above 1 = the load has moved.
+///   swing                  the larger of two values: max_l -a_l, which is near 1 for a wave of period up to 16 (½ for
+///                          period 3), and max_P (1 - 1/P) (a_P - mean of a_1 … a_{P-1}), P = 2 … 6, which is 1 for any
+///                          shape that repeats after P steps (its a_P is 1, and the others sum to -1)
+///   routing_variance, path_efficiency   over half to one window (two blocks, so that memory is O(N))
+///   shift                  Σ (m_i - r_i)² / Σ var_i (1/8 + 1/n), m the mean of the last 8 steps; r, var, n of the block
+///                          before; in units of 1 + 6 √(2/(N-1)). Above 1 = the load has moved.
 class LoadTrend {
  public:
   LoadTrend(int experts, int window, double ema) : LoadTrend(LoadTargets(experts), window, ema) {}
@@ -82,8 +80,8 @@ class LoadTrend {
 
   /// `smoothed` is the EMA before this step's load; both [N]. Sets the metrics it owns. Does not allocate.
   void observe(std::span<const double> load, std::span<const double> smoothed, Metrics& metrics);
-  /// Root of the smoothed mean square of N e_i: the CV of the deviations. With unequal targets of e_i / w_i (where
-  /// w_i = 0, of M e_i), over the M experts that are wanted.
+  /// CV of the deviations: root of the smoothed mean square of N e_i. With unequal targets, of e_i / w_i (M e_i where
+  /// w_i = 0), over the M experts with a target above 0.
   double deviation_cv() const;
 
   void exchange(StateIo& io);
@@ -109,7 +107,7 @@ class LoadTrend {
   std::size_t experts_;
   std::int64_t half_window_;
   double ema_;
-  std::vector<double> relative_;  // with unequal targets: what a share of the load is in relative load, [N]
+  std::vector<double> relative_;  // with unequal targets: relative load of a load share of 1 [N]
   double wanted_;
   std::int64_t steps_ = 0;
   std::vector<double> loads_, deviations_;  // rings of the last kMemory steps, [kMemory × N]

@@ -38,7 +38,7 @@ health: {alerts: [{metric: max_vio, above: 1, for: 2, name: peaked}]}
 
 before(async () => {
   writeFileSync(join(dir, 'trace.jsonl'), trace());
-  for (const [name, policy] of [['free', 'fixed'], ['held', 'sign_bias, options: {step: 0.005, centred: false}']]) {
+  for (const [name, policy] of [['free', 'fixed'], ['held', 'sign_bias, options: {step: 0.005, zero_mean_move: false}']]) {
     writeFileSync(join(dir, `${name}.yaml`), config(policy));
     execFileSync(tool, ['replay', `${name}.yaml`, 'trace.jsonl', '-o', `${name}.jsonl`], {cwd: dir});
   }
@@ -223,7 +223,7 @@ test('a mark keeps its form where an earlier one has no value to stand at, and k
 
 test('limits that differ are lines in the colour of their run', async () => {
   const [page] = await open();
-  writeFileSync(join(dir, 'loose.yaml'), config('sign_bias, options: {step: 0.005, centred: false}').replace('max: 0.05', 'max: 0.08'));
+  writeFileSync(join(dir, 'loose.yaml'), config('sign_bias, options: {step: 0.005, zero_mean_move: false}').replace('max: 0.05', 'max: 0.08'));
   execFileSync(tool, ['replay', 'loose.yaml', 'trace.jsonl', '-o', 'loose.jsonl'], {cwd: dir});
   execFileSync(tool, ['report', 'held.jsonl', 'loose.jsonl', '-o', 'loose.html'], {cwd: dir});
   await page.goto('file://' + join(dir, 'loose.html'));

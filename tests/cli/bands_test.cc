@@ -37,8 +37,8 @@ TEST(Bands, TheConsistentOnesAreFeasible) {
   EXPECT_EQ(text.code, 0) << text.err;
   EXPECT_THAT(
       text.out,
-      HasSubstr("# bands: each alone and all pairs are feasible; three and more at once are not disproved"));
-  EXPECT_THAT(text.out, HasSubstr("# bands: drop_rate is no function of the loads: not judged"));
+      HasSubstr("# bands: each alone and all pairs are feasible; whether all hold together is not decided"));
+  EXPECT_THAT(text.out, HasSubstr("# bands: drop_rate does not depend on the loads alone: not judged"));
   EXPECT_EQ(run_tool(dir, "check - --format json", text.out).code, 0);  // what it prints is the same config
 }
 

@@ -78,10 +78,11 @@ TEST(Compare, TheTableSetsRunsSideBySide) {
 
 TEST(Compare, ARunLogCarriesItsShiftAndItsLimits) {
   const TempDir dir;
-  dir.write("c.yaml",
-            "version: 1\nmodel: {layers: 1, experts: 2, top_k: 1, tokens_per_step: 100}\n"
-            "expert_bias: {policy: sign_bias, options: {step: 0.5, centred: false}, limits: {rate: 0.25, "
-            "center: false}}\n");
+  dir.write(
+      "c.yaml",
+      "version: 1\nmodel: {layers: 1, experts: 2, top_k: 1, tokens_per_step: 100}\n"
+      "expert_bias: {policy: sign_bias, options: {step: 0.5, zero_mean_move: false}, limits: {rate: 0.25, "
+      "center: false}}\n");
   std::string trace = R"({"format":"moectl-trace","version":1,"shift":20})"
                       "\n";
   for (int step = 0; step < 40; ++step) trace += record(step, step == 20 ? 100 : step % 2 ? 50 : 52);
@@ -101,14 +102,14 @@ TEST(Compare, WrongRunsAreNamed) {
   EXPECT_EQ(result.code, 1);
   EXPECT_EQ(result.out, "");
   EXPECT_EQ(result.err, "moectl: bad.jsonl:2: step: missing: required\n");
-  // Unless that is asked for; what happened to a file is passed over in any case.
+  // With --salvage it is skipped; damage to the file is skipped in any case.
   const ToolResult salvaged = run_tool(dir, "compare good.jsonl bad.jsonl --salvage");
   EXPECT_EQ(salvaged.code, 0);
-  EXPECT_EQ(salvaged.err, "passed over: bad.jsonl:2: step: missing: required\n");
+  EXPECT_EQ(salvaged.err, "skipped: bad.jsonl:2: step: missing: required\n");
   dir.write("torn.jsonl", record(0, 50) + record(1, 50).substr(0, 20));
   const ToolResult torn = run_tool(dir, "compare good.jsonl torn.jsonl");
   EXPECT_EQ(torn.code, 0);
-  EXPECT_THAT(torn.err, ::testing::StartsWith("passed over: torn.jsonl:2: line: not JSON"));
+  EXPECT_THAT(torn.err, ::testing::StartsWith("skipped: torn.jsonl:2: line: not JSON"));
 }
 
 }  // namespace

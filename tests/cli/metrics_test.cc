@@ -150,7 +150,7 @@ TEST(MetricsCommand, ComparesTwoTaggedWindows) {
   EXPECT_THAT(csv.out, HasSubstr("\nmin_load,0,0.05,0.2,0.15"));
   const ToolResult none = run_tool(dir, "metrics t.jsonl --compare train test");
   EXPECT_EQ(none.code, 1);
-  EXPECT_EQ(none.err, "moectl: --compare: test: no record lies in this window\n");
+  EXPECT_EQ(none.err, "moectl: --compare: test: no record is in this window\n");
 }
 
 // Before against after, of one tag; what only some records have is kept where it says for how many.

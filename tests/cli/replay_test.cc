@@ -17,7 +17,7 @@ const char* const kSign =
     "model: {layers: 2, experts: 4, top_k: 2}\n"
     "expert_bias:\n"
     "  policy: sign_bias\n"
-    "  options: {step: 1.0e-3, centred: false}\n"
+    "  options: {step: 1.0e-3, zero_mean_move: false}\n"
     "  limits: {min: -16, max: 16, rate: 0.01, center: false}\n";
 
 TEST(Replay, IsTheSignLawStepByStep) {
@@ -69,7 +69,7 @@ TEST(Replay, StartsAtInitialAndIsActiveWhateverTheModeIs) {
   const TempDir dir;
   dir.write("c.yaml",
             "version: 1\nmode: off\nmodel: {layers: 1, experts: 2, top_k: 1}\n"
-            "expert_bias: {policy: sign_bias, options: {step: 0.25, centred: false}, initial: 0.5,"
+            "expert_bias: {policy: sign_bias, options: {step: 0.25, zero_mean_move: false}, initial: 0.5,"
             " limits: {rate: 1, center: false}}\n");
   const ToolResult result =
       run_tool(dir, "replay c.yaml -", R"({"step":7,"layer":0,"tokens":3,"top_k":1,"counts":[1,2]})");
@@ -168,8 +168,8 @@ TEST(Replay, DamageIsPassedOverAndSaidButWrongRecordsEndIt) {
                good.substr(0, good.size() / 2) + "garbage\n" + line(1, "[4,2,1,1]") + "{\"st");
   EXPECT_EQ(torn.code, 0);
   EXPECT_EQ(torn.out, clean);
-  EXPECT_THAT(torn.err, HasSubstr("passed over: <stdin>:2: line: not JSON"));
-  EXPECT_THAT(torn.err, HasSubstr("passed over: <stdin>:4: line: not JSON"));
+  EXPECT_THAT(torn.err, HasSubstr("skipped: <stdin>:2: line: not JSON"));
+  EXPECT_THAT(torn.err, HasSubstr("skipped: <stdin>:4: line: not JSON"));
   // Counts that cannot be true.
   const std::string wrong = line(0, "[4,2,1,1]") + line(0, "[9,9,9,9]") + line(1, "[4,2,1,1]");
   const ToolResult refused = run_tool(dir, "replay sign.yaml -", wrong);
@@ -178,12 +178,12 @@ TEST(Replay, DamageIsPassedOverAndSaidButWrongRecordsEndIt) {
   const ToolResult salvaged = run_tool(dir, "replay sign.yaml - --salvage", wrong);
   EXPECT_EQ(salvaged.code, 0);
   EXPECT_EQ(salvaged.out, clean);
-  EXPECT_THAT(salvaged.err, HasSubstr("passed over: <stdin>:2: counts: sum 36"));
+  EXPECT_THAT(salvaged.err, HasSubstr("skipped: <stdin>:2: counts: sum 36"));
   // Out of order is wrong as well; nothing at all is no trace.
   EXPECT_EQ(run_tool(dir, "replay sign.yaml - --salvage", good + line(-0, "[1,1,1,1]")).out, clean);
   const ToolResult nothing = run_tool(dir, "replay sign.yaml -", "garbage\n");
   EXPECT_EQ(nothing.code, 1);
-  EXPECT_THAT(nothing.err, HasSubstr("holds no record that can be read; passed over: <stdin>:1"));
+  EXPECT_THAT(nothing.err, HasSubstr("holds no record that can be read; skipped: <stdin>:1"));
 }
 
 TEST(Replay, AnUnwritableLogIsAnError) {

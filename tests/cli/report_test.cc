@@ -127,7 +127,7 @@ TEST(Report, WhatCannotBeReadIsSaidAndNamesCannotEndTheScript) {
                       record(2, "[1000,0]") + record(7, "[60,40]") + "{\"step\":8");
   const ToolResult result = run_tool(dir, "report '" + name + "' -o r.html");
   ASSERT_EQ(result.code, 0) << result.err;
-  EXPECT_THAT(result.err, HasSubstr("passed over: x<script>.jsonl:2: line: not JSON"));
+  EXPECT_THAT(result.err, HasSubstr("skipped: x<script>.jsonl:2: line: not JSON"));
   EXPECT_THAT(result.err, HasSubstr(":3: counts: sum 1000"));
   EXPECT_THAT(result.err, HasSubstr(":5: line: not JSON"));
   const auto page = data_of(TempDir::read(dir.path("r.html"))).at(0);

@@ -302,8 +302,8 @@ TEST_F(SimulateOptions, EveryMistakeNamesOptionValueAndConstraint) {
   says(1, "--top-k 17", "--top-k: 17: must be from 1 to 16");
   says(1, "--sequence-length 100", "--sequence-length: 100: must divide the tokens of a step (1024)");
   says(1, "--event 20 --scenario shift", "--event: 20: must be below --steps (20)");
-  says(1, "--event 10", "--event: 10: nothing happens later on in this scenario");
-  says(1, "--event 10 --scenario delay", "--event: 10: nothing happens later on");
+  says(1, "--event 10", "--event: 10: this scenario has no event");
+  says(1, "--event 10 --scenario delay", "--event: 10: this scenario has no event");
   says(1, "--experts 1", "model.top_k: 2: must be from 1 to 1");
   says(1, "--delay 20", "--delay: 20: must be below --steps (20)");
   says(1, "--delay 0 --scenario delay", "--delay: 0: must be at least 1 in scenario delay");

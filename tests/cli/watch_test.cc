@@ -26,7 +26,7 @@ TEST(Watch, PrintsALineAStep) {
   // MaxVio 0.2 and 0.6; the floor of 100 tokens on 2 experts is 0.0823, that of the CV 0.1.
   EXPECT_EQ(result.lines()[0], "step 3  loss 2.5  max_vio 0.4 (4.862x floor)  cv 0.4 (4x floor)  dead 0");
   EXPECT_EQ(result.lines()[1], "step 4  loss 2.5  max_vio 0 (0x floor)  cv 0 (0x floor)  dead 0");
-  EXPECT_THAT(result.err, HasSubstr("passed over: <stdin>:3: line: not JSON"));
+  EXPECT_THAT(result.err, HasSubstr("skipped: <stdin>:3: line: not JSON"));
 }
 
 TEST(Watch, SaysOfAFileWithoutRecordsThatThereAreNone) {
@@ -39,10 +39,11 @@ TEST(Watch, SaysOfAFileWithoutRecordsThatThereAreNone) {
 
 TEST(Watch, ShowsDecisionsAndTheirReasons) {
   const TempDir dir;
-  dir.write("c.yaml",
-            "version: 1\nmodel: {layers: 1, experts: 2, top_k: 1}\n"
-            "expert_bias: {policy: sign_bias, options: {step: 0.5, centred: false}, limits: {rate: 0.25, "
-            "center: false}}\n");
+  dir.write(
+      "c.yaml",
+      "version: 1\nmodel: {layers: 1, experts: 2, top_k: 1}\n"
+      "expert_bias: {policy: sign_bias, options: {step: 0.5, zero_mean_move: false}, limits: {rate: 0.25, "
+      "center: false}}\n");
   ASSERT_EQ(run_tool(dir, "replay c.yaml - -o run.jsonl", record(0, 0, "[60,40]")).code, 0);
   EXPECT_THAT(run_tool(dir, "watch run.jsonl --once").out, HasSubstr("  expert_bias -0.25..0.25 [rate]"));
   std::string many;
@@ -70,7 +71,7 @@ TEST(Watch, FollowsAGrowingFile) {
   const std::string out = TempDir::read(dir.path("out"));
   EXPECT_THAT(out, HasSubstr("step 0 "));
   EXPECT_THAT(out, HasSubstr("step 2  loss 2.5  max_vio 0.6 "));
-  EXPECT_THAT(out, Not(HasSubstr("passed over")));
+  EXPECT_THAT(out, Not(HasSubstr("skipped")));
 }
 
 /// What watch shows of a file that another process writes, by the shell text `pieces`.
@@ -155,8 +156,8 @@ TEST(Watch, DrawsAViewInATerminal) {
   EXPECT_THAT(wide, HasSubstr("\nlayer 1  MaxVio 1        ███     collapsed\x1b[K\n"));
   EXPECT_THAT(wide, HasSubstr("\nexpert_bias -0.25..0.1 [rate x2]\x1b[K\n"));
   EXPECT_THAT(wide, HasSubstr("\x1b[5F"));  // the view is drawn again with what came last
-  EXPECT_THAT(wide, HasSubstr("\n1 lines passed over\x1b[K\n"));
-  EXPECT_THAT(wide, HasSubstr("passed over: run.jsonl:4: line: not JSON"));
+  EXPECT_THAT(wide, HasSubstr("\n1 lines skipped\x1b[K\n"));
+  EXPECT_THAT(wide, HasSubstr("skipped: run.jsonl:4: line: not JSON"));
   // Half a block is the target, where there are any.
   dir.write("run.jsonl",
             R"({"format":"moectl-run","version":1,"config":{"model":{"layers":2,"experts":2,"top_k":1,)"
@@ -175,7 +176,7 @@ TEST(Watch, DrawsAViewInATerminal) {
   const std::string low = drawn(dir, 5, 80);
   EXPECT_THAT(low, HasSubstr("\n… 2 more layers\x1b[K\nexpert_bias -0.25..0.1 [rate x2]\x1b[K\n"));
   EXPECT_THAT(low, HasSubstr("\x1b[4F"));
-  EXPECT_THAT(low, Not(HasSubstr("lines passed over")));
+  EXPECT_THAT(low, Not(HasSubstr("lines skipped")));
 }
 
 // The log is rotated under the eyes of who follows it, and then a new run takes its place.

@@ -36,7 +36,7 @@ const PolicyRegistry& registry() {
            .summary = "steps",
            .actuators = {Actuator::kExpertBias},
            .options = {{"step", 1e-3, "score", "size", 0.0, 1.0, {}},
-                       {"centred", true, "", "flag", -1e308, 1e308, {}},
+                       {"zero_mean_move", true, "", "flag", -1e308, 1e308, {}},
                        {"window", std::int64_t{8}, "steps", "length", 1, 1e308, {}},
                        {"norm", std::string("raw"), "", "which", -1e308, 1e308, {"raw", "mean", "rms"}}},
            .make = make,
@@ -94,7 +94,7 @@ model:
 metrics: {capacity_factor: 1.5, cold_fraction: 0.2, dead_fraction: 0.05, dead_after: 7, ema: 0.3, placement: [0, 0, 1, 1]}
 expert_bias:
   policy: stepper
-  options: {step: 0.125, centred: no, window: 3, norm: rms}
+  options: {step: 0.125, zero_mean_move: no, window: 3, norm: rms}
   initial: 0.5
   limits: {min: -2, max: 2, rate: .5, center: off, deadband: 1e-4, warmup: 5, cadence: 2, cooldown: 3}
 aux_loss_weight:
@@ -127,7 +127,7 @@ collect: {gap: true, sequences: true, probabilities: true, gradients: true, loss
   EXPECT_EQ(c.monitor.dead_after, 7);
   EXPECT_EQ(c.monitor.ema, 0.3);
   EXPECT_EQ(c.expert_bias.options.number("step"), 0.125);
-  EXPECT_FALSE(c.expert_bias.options.flag("centred"));
+  EXPECT_FALSE(c.expert_bias.options.flag("zero_mean_move"));
   EXPECT_EQ(c.expert_bias.options.integer("window"), 3);
   EXPECT_EQ(c.expert_bias.options.text("norm"), "rms");
   EXPECT_EQ(c.expert_bias.initial, 0.5);
@@ -436,9 +436,10 @@ TEST(Config, MadeInCodeIsCheckedAlike) {
   c = ControllerConfig();
   c.model = {.layers = 1, .experts = 4, .top_k = 2, .domains = {}, .targets = {}};
   c.expert_bias.policy = "stepper";
-  c.expert_bias.options.set("centred", 1.0);
-  EXPECT_THAT([&] { validate(c, registry()); },
-              ::testing::ThrowsMessage<ConfigError>("expert_bias.options.centred: 1: must be true or false"));
+  c.expert_bias.options.set("zero_mean_move", 1.0);
+  EXPECT_THAT(
+      [&] { validate(c, registry()); },
+      ::testing::ThrowsMessage<ConfigError>("expert_bias.options.zero_mean_move: 1: must be true or false"));
   c = ControllerConfig();
   EXPECT_THAT([&] { validate(c, registry()); },
               ::testing::ThrowsMessage<ConfigError>("model.layers: 0: must be at least 1"));
@@ -468,7 +469,7 @@ model: {layers: 2, experts: 4, top_k: 2, tokens_per_step: 2048, domains: [a, "b"
 metrics: &m {capacity_factor: 1.5, ema: 0.3, placement: [0, 0, 1, 1]}
 expert_bias:
   policy: stepper
-  options: {step: 0.1, centred: no, window: 3, norm: rms}
+  options: {step: 0.1, zero_mean_move: no, window: 3, norm: rms}
   limits: {min: -2, max: 2, rate: .5, deadband: 1e-4}
 aux_loss_weight: {policy: tuner, options: {metric: excess_cv}, initial: 0.01, scope: model}
 safety: {rollback: off, oscillation: {threshold: 0.2}}

@@ -258,12 +258,11 @@ struct PiRun {
   bool at_bound = false;
 };
 
-PiRun run_pi(double target, double initial, bool autotune) {
+PiRun run_pi(double target, double initial) {
   SimulationOptions plant;
   plant.tokens = 1024;
   plant.seed = 2;
   ControllerConfig config = pi_config(plant, target, initial);
-  config.aux_loss_weight.options.set("autotune", autotune);
   Controller controller(config);
   PiRun out;
   double square = 0;
@@ -281,41 +280,36 @@ PiRun run_pi(double target, double initial, bool autotune) {
 TEST(ClosedLoop, PiReachesItsTargetFromWeightsFarOff) {
   // 100 times the weight that balances so, about 3e-3, and a hundredth of it.
   for (const double initial : {3e-5, 3e-1}) {
-    for (const bool autotune : {false, true}) {
-      const PiRun r = run_pi(0.3, initial, autotune);
-      EXPECT_NEAR(r.excess, 0.3, 0.03) << initial << " " << autotune;
-      EXPECT_FALSE(r.at_bound) << initial << " " << autotune;
-    }
+    const PiRun r = run_pi(0.3, initial);
+    EXPECT_NEAR(r.excess, 0.3, 0.03) << initial;
+    EXPECT_FALSE(r.at_bound) << initial;
   }
 }
 
 // A target under the floor drives the weight to its bound and no further: once data allow the target, it
 // leaves the bound at the next decisions instead of unwinding first.
 TEST(ClosedLoop, PiDoesNotWindUpBehindItsBound) {
-  for (const bool autotune : {false, true}) {
-    SimulationOptions plant;
-    plant.tokens = 512;
-    ControllerConfig config = pi_config(plant, 0.02, 1e-2);
-    // The floor of ten steps of 512 tokens is 0.037.
-    config.aux_loss_weight.options.set("metric", std::string("load_cv"));
-    config.aux_loss_weight.options.set("autotune", autotune);
-    config.aux_loss_weight.limits.max = 0.05;
-    Controller controller(config);
-    SimulatedRouter router(plant);
-    const auto step = [&] {
-      controller.record(0, router.route(controller.bias(0), controller.aux_loss_weight(0), 1));
-      controller.step();
-    };
-    for (int i = 0; i < 1500; ++i) {
-      step();
-      if (i >= 1000) {
-        ASSERT_DOUBLE_EQ(controller.aux_loss_weight(0), 0.05) << autotune << " " << i;
-      }
+  SimulationOptions plant;
+  plant.tokens = 512;
+  ControllerConfig config = pi_config(plant, 0.02, 1e-2);
+  // The floor of ten steps of 512 tokens is 0.037.
+  config.aux_loss_weight.options.set("metric", std::string("load_cv"));
+  config.aux_loss_weight.limits.max = 0.05;
+  Controller controller(config);
+  SimulatedRouter router(plant);
+  const auto step = [&] {
+    controller.record(0, router.route(controller.bias(0), controller.aux_loss_weight(0), 1));
+    controller.step();
+  };
+  for (int i = 0; i < 1500; ++i) {
+    step();
+    if (i >= 1000) {
+      ASSERT_DOUBLE_EQ(controller.aux_loss_weight(0), 0.05) << i;
     }
-    router.set_tokens(65536);  // floor 0.003
-    for (int i = 0; i < 30; ++i) step();
-    EXPECT_LT(controller.aux_loss_weight(0), 0.05) << autotune;
   }
+  router.set_tokens(65536);  // floor 0.003
+  for (int i = 0; i < 30; ++i) step();
+  EXPECT_LT(controller.aux_loss_weight(0), 0.05);
 }
 
 }  // namespace

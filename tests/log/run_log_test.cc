@@ -303,7 +303,7 @@ TEST(LogReader, SalvageReadsWhatCanBeReadAndSaysTheRest) {
                                R"({"format":"moectl-trace","version":3,"layers":1,"experts":4,"top_k":2})"
                                "\n" +
                                line(0, "[2,0,1,1]") + line(7, "[0,2,1,1]") + "{\"step\":8,\"lay");
-  LogReader reader(path, Reading::kSalvage);
+  LogReader reader(path, FaultPolicy::kSalvage);
   std::vector<std::int64_t> steps;
   while (const auto record = reader.next()) steps.push_back(record->step);
   EXPECT_THAT(steps, ElementsAre(0, 6, 7));
@@ -317,7 +317,7 @@ TEST(LogReader, SalvageReadsWhatCanBeReadAndSaysTheRest) {
 
   write_gzip(dir.path("t.gz"), std::string(kHeader) + "\n" + line(0, "[1,1,1,1]"));
   const std::string bytes = TempDir::read(dir.path("t.gz"));
-  LogReader cut(dir.write("cut.gz", bytes.substr(0, bytes.size() - 8)), Reading::kSalvage);
+  LogReader cut(dir.write("cut.gz", bytes.substr(0, bytes.size() - 8)), FaultPolicy::kSalvage);
   int read = 0;
   while (cut.next()) ++read;
   EXPECT_LE(read, 1);
@@ -325,9 +325,9 @@ TEST(LogReader, SalvageReadsWhatCanBeReadAndSaysTheRest) {
   EXPECT_FALSE(cut.next());  // and does not go round for ever
 }
 
-std::vector<std::int64_t> steps_of(const std::string& path, Reading reading,
+std::vector<std::int64_t> steps_of(const std::string& path, FaultPolicy fault_policy,
                                    std::vector<std::string>* faults) {
-  LogReader reader(path, reading);
+  LogReader reader(path, fault_policy);
   std::vector<std::int64_t> steps;
   while (const auto record = reader.next()) steps.push_back(record->step);
   *faults = reader.faults();
@@ -345,21 +345,21 @@ TEST(LogReader, RepairPassesOverDamageButNotWrongRecords) {
   std::vector<std::string> faults;
   const std::string torn = dir.write("torn", made_line(0) + std::string(3, '\0') + "\n" + made_line(1) +
                                                  "[]\n" + made_line(2).substr(0, 30));
-  EXPECT_THAT(steps_of(torn, Reading::kRepair, &faults), ElementsAre(0, 1));
+  EXPECT_THAT(steps_of(torn, FaultPolicy::kRepair, &faults), ElementsAre(0, 1));
   EXPECT_THAT(faults, ElementsAre(HasSubstr("torn:2: line: not JSON"), HasSubstr("torn:4: line: []: must be"),
                                   HasSubstr("torn:5: line: not JSON")));
   for (const std::string& wrong :
        {made_line(1, "[9,9,9,9]"), made_line(1, "[-1,1,1,1]"), made_line(1, "[1.5,1,1,1]"), made_line(0)}) {
     const std::string path = dir.write("wrong", made_line(0) + "torn\n" + wrong + made_line(2));
-    EXPECT_THAT([&] { steps_of(path, Reading::kRepair, &faults); },
+    EXPECT_THAT([&] { steps_of(path, FaultPolicy::kRepair, &faults); },
                 ::testing::ThrowsMessage<LogError>(HasSubstr("wrong:3: ")));
-    EXPECT_THAT(steps_of(path, Reading::kSalvage, &faults), ElementsAre(0, 2));
+    EXPECT_THAT(steps_of(path, FaultPolicy::kSalvage, &faults), ElementsAre(0, 2));
     EXPECT_EQ(faults.size(), 2U);
   }
   // Another version may form its records otherwise: then none of them is called wrong.
   const std::string later = dir.write("later", "{\"format\":\"moectl-trace\",\"version\":2}\n" +
                                                    made_line(0) + "{\"time\":1}\n" + made_line(2));
-  EXPECT_THAT(steps_of(later, Reading::kRepair, &faults), ElementsAre(0, 2));
+  EXPECT_THAT(steps_of(later, FaultPolicy::kRepair, &faults), ElementsAre(0, 2));
   EXPECT_THAT(faults, ElementsAre(HasSubstr("later:1: version: 2"), HasSubstr("later:3: step: missing")));
 }
 
@@ -369,15 +369,15 @@ TEST(LogReader, ASecondRunIsReadOnIfItIsTheSameAndPassedOverIfNot) {
   const std::string header = std::string(kHeader) + "\n";
   const std::string again =
       dir.write("again", header + made_line(0) + made_line(1) + header + made_line(1) + made_line(2));
-  EXPECT_THAT(steps_of(again, Reading::kRepair, &faults), ElementsAre(0, 1, 2));
+  EXPECT_THAT(steps_of(again, FaultPolicy::kRepair, &faults), ElementsAre(0, 1, 2));
   EXPECT_THAT(faults, ElementsAre(HasSubstr("again:4: format: \"moectl-trace\""),
                                   HasSubstr("again:5: step: 1: repeated")));
   const std::string other = dir.write(
       "other", header + made_line(0) + "{\"format\":\"moectl-trace\",\"version\":1,\"layers\":9}\n" +
                    made_line(1) + made_line(2));
-  EXPECT_THAT(steps_of(other, Reading::kSalvage, &faults), ElementsAre(0));
+  EXPECT_THAT(steps_of(other, FaultPolicy::kSalvage, &faults), ElementsAre(0));
   EXPECT_THAT(faults, ElementsAre(HasSubstr("another run begins, lines 3 to 5 are not of this one")));
-  EXPECT_THAT([&] { steps_of(other, Reading::kStrict, &faults); },
+  EXPECT_THAT([&] { steps_of(other, FaultPolicy::kStrict, &faults); },
               ::testing::ThrowsMessage<LogError>(HasSubstr("other:3: format: ")));
 }
 
@@ -388,14 +388,14 @@ TEST(LogReader, HolesAreSaidOnceTheirSpacingIsKnown) {
   for (int step = 0; step <= 200; step += 10) {
     if (step < 120 || step > 150) text += made_line(step);
   }
-  EXPECT_EQ(steps_of(dir.write("t", text), Reading::kRepair, &faults).size(), 17U);
+  EXPECT_EQ(steps_of(dir.write("t", text), FaultPolicy::kRepair, &faults).size(), 17U);
   EXPECT_THAT(faults, ElementsAre("missing: " + dir.path("t") + ":13: steps 120 to 150"));
-  EXPECT_EQ(steps_of(dir.path("t"), Reading::kStrict, &faults).size(), 17U);  // a trace may skip
+  EXPECT_EQ(steps_of(dir.path("t"), FaultPolicy::kStrict, &faults).size(), 17U);  // a trace may skip
   EXPECT_THAT(faults, ElementsAre());
   // Sampled as it pleased its writer.
   text.clear();
   for (const int step : {0, 1, 2, 5, 6, 7, 12, 13, 30, 31, 32, 33}) text += made_line(step);
-  steps_of(dir.write("t", text), Reading::kRepair, &faults);
+  steps_of(dir.write("t", text), FaultPolicy::kRepair, &faults);
   EXPECT_THAT(faults, ElementsAre());
 }
 
@@ -724,7 +724,7 @@ TEST(RunLogWriter, RotatesBySizeIntoPiecesThatReadAsOneLog) {
     while (std::filesystem::exists(piece_path(path, pieces + 1))) {
       ++pieces;
       // Each is a log by itself, and says which piece it is.
-      LogReader piece(piece_path(path, pieces), Reading::kRepair);
+      LogReader piece(piece_path(path, pieces), FaultPolicy::kRepair);
       EXPECT_EQ(piece.header().layers, 2);
       if (path.ends_with(".jsonl")) {
         EXPECT_LE(std::filesystem::file_size(piece_path(path, pieces)), 12000U);
@@ -746,7 +746,7 @@ TEST(RunLogWriter, RotatesBySizeIntoPiecesThatReadAsOneLog) {
     // A piece that is gone is said, and so is what is missing for it.
     std::filesystem::remove(piece_path(path, 1));
     std::vector<std::string> faults;
-    EXPECT_LT(steps_of(path, Reading::kRepair, &faults).size(), 60U);
+    EXPECT_LT(steps_of(path, FaultPolicy::kRepair, &faults).size(), 60U);
     EXPECT_THAT(faults, ElementsAre("missing: " + path + ": piece 1 of the log"));
   }
 }

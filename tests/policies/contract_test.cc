@@ -40,9 +40,8 @@ std::vector<Case> cases_of(bool biases_only) {
   cases.push_back({"adaptive_bias", bias, "feedforward", {{"feedforward", std::string("tags")}}});
   cases.push_back({"proportional_bias", bias, "none", {{"normalise", std::string("none")}}});
   cases.push_back({"proportional_bias", bias, "rms", {{"normalise", std::string("rms")}}});
-  cases.push_back({"sign_bias", bias, "uncentred", {{"centred", false}}});
+  cases.push_back({"sign_bias", bias, "uncentred", {{"zero_mean_move", false}}});
   if (!biases_only) {
-    cases.push_back({"pi", Actuator::kAuxLossWeight, "autotune", {{"autotune", true}, {"target", 0.8}}});
     cases.push_back({"multiplicative", Actuator::kAuxLossWeight, "averaged", {{"ema", 0.2}}});
   }
   return cases;

@@ -34,12 +34,12 @@ TEST(ProportionalBias, Normalisations) {
 // Counts (70, 10, 10, 10) of 25 wanted: e / c̄ = (-1.8, .6, .6, .6), RMS √(27²/3) = 15.588… of 25 = 1.0392.
 TEST(ProportionalBias, LargeErrorsAreClippedUnlessAsked) {
   const auto first = [](const char* normalise, double clip) {
-    PolicyRig rig(
-        "proportional_bias",
-        {.experts = 4,
-         .top_k = 1,
-         .options = {
-             {"step", 0.5}, {"normalise", std::string(normalise)}, {"clip", clip}, {"centred", false}}});
+    PolicyRig rig("proportional_bias", {.experts = 4,
+                                        .top_k = 1,
+                                        .options = {{"step", 0.5},
+                                                    {"normalise", std::string(normalise)},
+                                                    {"clip", clip},
+                                                    {"zero_mean_move", false}}});
     rig.step(stats_of(rig.shape(), {70, 10, 10, 10}));
     return rig.value[0];
   };
@@ -55,7 +55,7 @@ TEST(ProportionalBias, AnExpertThatShouldGetNothingIsPushedAway) {
   PolicyRig rig("proportional_bias",
                 {.experts = 3,
                  .top_k = 1,
-                 .options = {{"step", 0.5}, {"normalise", std::string("mean")}, {"centred", false}},
+                 .options = {{"step", 0.5}, {"normalise", std::string("mean")}, {"zero_mean_move", false}},
                  .targets = {0.5, 0.5, 0}});
   rig.step(stats_of(rig.shape(), {30, 10, 40}));
   EXPECT_DOUBLE_EQ(rig.value[0], 0.5 * 10 / 40);
@@ -106,9 +106,9 @@ TEST(TanhMomentumBias, ALimitLeavesTheMomentum) {
   EXPECT_NEAR(rig.value[1], 0.25 * 5e-4 * std::tanh(1.0), 1e-18);
 }
 
-TEST(Multiplicative, FactorByTheSignOutsideTheDeadBand) {
-  PolicyRig rig("multiplicative",
-                scalar(Actuator::kAuxLossWeight, {{"target", 0.5}, {"factor", 2.0}, {"dead_band", 0.1}}));
+TEST(Multiplicative, FactorByTheSignBeyondTheTolerance) {
+  PolicyRig rig("multiplicative", scalar(Actuator::kAuxLossWeight,
+                                         {{"target", 0.5}, {"factor", 2.0}, {"error_tolerance", 0.1}}));
   rig.step(stats_of(rig.shape(), {30, 10}));  // load_cv = 0.5, inside
   EXPECT_EQ(rig.value[0], 0.01);
   rig.step(stats_of(rig.shape(), {32, 8}));  // 0.6
@@ -203,9 +203,9 @@ TEST(EntropyTemperature, RaisesTheTemperatureOfATooDecidedRouter) {
   EXPECT_NEAR(even.value[0], std::exp(-0.5 * 0.3), 1e-6);
 }
 
-TEST(EntropyTemperature, RestsInItsDeadBandAndAverages) {
-  PolicyRig rig("entropy_temperature",
-                scalar(Actuator::kRouterTemperature, {{"target", 0.7}, {"gain", 0.5}, {"dead_band", 0.31}}));
+TEST(EntropyTemperature, RestsWithinItsToleranceAndAverages) {
+  PolicyRig rig("entropy_temperature", scalar(Actuator::kRouterTemperature,
+                                              {{"target", 0.7}, {"gain", 0.5}, {"error_tolerance", 0.31}}));
   rig.step(soft(rig.shape(), 0.5F));  // entropy 1, .3 too much
   EXPECT_EQ(rig.value[0], 1);
   for (int i = 0; i < 3; ++i) rig.step(soft(rig.shape(), 1.0F));  // averages .9, .81, .729
@@ -258,10 +258,11 @@ TEST(LawsOfTheBiases, WhoIsToHaveNothingIsPushedAwayWithoutADivision) {
     EXPECT_LT(rig.value[2], rig.value[0]) << law;
     EXPECT_LT(rig.value[0], rig.value[1]) << law;
   }
-  PolicyRig proportional(
-      "proportional_bias",
-      RigOptions{
-          .experts = 3, .top_k = 1, .options = {{"step", 0.01}, {"centred", false}}, .targets = targets});
+  PolicyRig proportional("proportional_bias",
+                         RigOptions{.experts = 3,
+                                    .top_k = 1,
+                                    .options = {{"step", 0.01}, {"zero_mean_move", false}},
+                                    .targets = targets});
   proportional.step(stats_of(proportional.shape(), {20, 15, 5}));
   EXPECT_DOUBLE_EQ(proportional.value[0], 0);
   EXPECT_DOUBLE_EQ(proportional.value[1], 0.01 * 5 / 20);

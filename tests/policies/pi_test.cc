@@ -5,7 +5,6 @@
 #include <random>
 
 #include "policies/policy_rig.h"
-#include "policies/step_experiment.h"
 #include "test_paths.h"
 
 namespace moectl {
@@ -26,7 +25,7 @@ TEST(Pi, StepsByHand) {
                            {"ema", 1.0},
                            {"kp", 2.0},
                            {"ki", 0.5},
-                           {"dead_band", 0.0}}));
+                           {"error_tolerance", 0.0}}));
   rig.step(stats_of(rig.shape(), {3, 1}));
   EXPECT_NEAR(rig.value[0], 0.01 * std::exp(0.5), 1e-15);  // no kick at first, ki · 1
   rig.step(stats_of(rig.shape(), {1, 1}));                 // e = -1: kp · (-2) + ki · (-1)
@@ -39,7 +38,7 @@ TEST(Pi, ANextMoveMakesUpForAKickThatACooldownHeldBack) {
                            {"ema", 1.0},
                            {"kp", 2.0},
                            {"ki", 0.0},
-                           {"dead_band", 0.0}}));
+                           {"error_tolerance", 0.0}}));
   rig.step(stats_of(rig.shape(), {3, 1}));
   LimitReport held;
   held.add(Reason::kCooldown);
@@ -56,7 +55,7 @@ TEST(Pi, MovesWhenEvidenceIsComplete) {
                            {"ema", 1.0},
                            {"kp", 1.0},
                            {"ki", 0.1},
-                           {"dead_band", 0.1}}));
+                           {"error_tolerance", 0.1}}));
   const auto window = [&](double error) {
     const auto odd = static_cast<std::int64_t>(std::llround(0.4 * (1 + error) * 1e9));
     return stats_of(rig.shape(), {1000000000 + odd, 1000000000 - odd});
@@ -75,8 +74,8 @@ TEST(Pi, MovesWhenEvidenceIsComplete) {
   EXPECT_NEAR(std::log(rig.value[0] / before), 0.15 + 0.1 * (0.25 + 0.15 + 0.25 + 0.15 + 0.25), 1e-6);
 }
 
-TEST(Pi, StaysPutInsideItsDeadBand) {
-  PolicyRig rig("pi", aux({{"metric", std::string("load_cv")}, {"target", 0.5}, {"dead_band", 0.1}}));
+TEST(Pi, StaysPutWithinItsTolerance) {
+  PolicyRig rig("pi", aux({{"metric", std::string("load_cv")}, {"target", 0.5}, {"error_tolerance", 0.1}}));
   for (int i = 0; i < 20; ++i) rig.step(stats_of(rig.shape(), {i % 2 == 0 ? 302 : 298, 100}));
   EXPECT_EQ(rig.value[0], 0.01);
 }
@@ -85,16 +84,13 @@ TEST(Pi, StaysPutInsideItsDeadBand) {
 // `slope` in logarithms; the measured CV² carries sampling noise.
 struct Loop {
   double first_weight = 0.01, slope = 0.5, lag = 4;
-  bool autotune = false;
   unsigned seed = 17;
   int decisions = 400;
-  double jump = 1;  // factor on the excess from decision 200 on
 };
 struct Closed {
   int settled = -1;  // decision from which on the excess stays within 15 % of the target
   double overshoot = 0, last = 0;
-  int moves = 0;    // of the weight in the last 100 decisions
-  double jolt = 0;  // sum of what the relative errors after decision 200 are beyond the dead band
+  int moves = 0;  // of the weight in the last 100 decisions
 };
 Closed close_loop(const Loop& loop) {
   constexpr double kTarget = 0.2;
@@ -105,7 +101,6 @@ Closed close_loop(const Loop& loop) {
   config.aux_loss_weight.initial = loop.first_weight;
   config.aux_loss_weight.limits.cadence = 10;
   config.aux_loss_weight.options.set("target", kTarget);
-  config.aux_loss_weight.options.set("autotune", loop.autotune);
   Controller controller(config);
   std::mt19937_64 random(loop.seed);
   const auto f = [&](double w) { return kTarget * std::pow(w / 0.01, -loop.slope); };
@@ -114,8 +109,7 @@ Closed close_loop(const Loop& loop) {
   const std::int64_t tokens = 20000;
   for (int decision = 0; decision < loop.decisions; ++decision) {
     const double before = controller.aux_loss_weight(0);
-    excess += (f(before) * (decision < 200 ? 1 : loop.jump) - excess) / loop.lag;
-    if (decision >= 200) out.jolt += std::max(0.0, std::abs(excess / kTarget - 1) - 0.05);
+    excess += (f(before) - excess) / loop.lag;
     for (int step = 0; step < 10; ++step) {
       std::vector<std::int64_t> counts(16);
       for (std::size_t i = 0; i < 16; ++i) {
@@ -156,23 +150,20 @@ TEST(Pi, SettlesOnASluggishRouterFromBothSides) {
 }
 
 // The router does not change any more, its statistics scatter: from then on nothing moves.
-TEST(Pi, AtRestInsideTheDeadBandNothingMoves) {
-  for (const bool autotune : {false, true}) {
-    for (const double lag : {2.0, 10.0}) {
-      for (unsigned seed = 1; seed <= 6; ++seed) {
-        const Closed loop =
-            close_loop({.first_weight = 0.002, .lag = lag, .autotune = autotune, .seed = seed});
-        EXPECT_NEAR(loop.last, 0.2, 0.2 * 0.08) << autotune << " " << lag << " " << seed;
-        EXPECT_EQ(loop.moves, 0) << autotune << " " << lag << " " << seed;
-      }
+TEST(Pi, AtRestWithinItsToleranceNothingMoves) {
+  for (const double lag : {2.0, 10.0}) {
+    for (unsigned seed = 1; seed <= 6; ++seed) {
+      const Closed loop = close_loop({.first_weight = 0.002, .lag = lag, .seed = seed});
+      EXPECT_NEAR(loop.last, 0.2, 0.2 * 0.08) << lag << " " << seed;
+      EXPECT_EQ(loop.moves, 0) << lag << " " << seed;
     }
   }
 }
 
-// A metric of single windows that scatter by three times the dead band: the mean is right, so nothing moves for
+// A metric of single windows that scatter by three times the tolerance: the mean is right, so nothing moves for
 // long; once the mean is off, it does.
-TEST(Pi, NoiseBeyondTheDeadBandIsNoReasonToMove) {
-  PolicyRig rig("pi", aux({{"metric", std::string("load_cv")}, {"target", 0.4}, {"dead_band", 0.05}}));
+TEST(Pi, NoiseBeyondTheToleranceIsNoReasonToMove) {
+  PolicyRig rig("pi", aux({{"metric", std::string("load_cv")}, {"target", 0.4}, {"error_tolerance", 0.05}}));
   std::mt19937_64 random(3);
   std::normal_distribution<double> noise(0, 0.06);
   const auto window = [&](double mean) {
@@ -191,103 +182,25 @@ TEST(Pi, NoiseBeyondTheDeadBandIsNoReasonToMove) {
   EXPECT_GT(rig.value[0], 1.5 * before);
 }
 
-// No gains but those that autotune finds, and no other lag.
-RigOptions only_autotune() {
-  return aux({{"metric", std::string("load_cv")},
-              {"target", 0.4},
-              {"ema", 1.0},
-              {"kp", 0.0},
-              {"ki", 0.0},
-              {"dead_band", 0.0},
-              {"autotune", true}});
-}
-
-// The router is the experiment's own model: e = -K x, x a lag of τ = 4 decisions one decision late, K = 1/2, and
-// there is no noise. With ema = 1 there is no other lag, so T = 4, θ = 2, kp = T/(3 K θ) = 4/3, ki = kp/4. Counts of
-// 2·10⁹ set the load's CV, 0.4 (1 + e), to 1e-9.
-TEST(Pi, AutotuneReadsItsGainsFromTheAnswer) {
-  const auto options = only_autotune();
-  PolicyRig rig("pi", options), resumed("pi", options);
-  const auto window = [&](double error) {
-    const auto odd = static_cast<std::int64_t>(std::llround(0.4 * (1 + error) * 1e9));
-    return stats_of(rig.shape(), {1000000000 + odd, 1000000000 - odd});
-  };
-  double x = 0, late = 0;
-  for (int decision = 0; decision < 22; ++decision) {
-    const double u = std::log(rig.value[0] / 0.01);
-    // Ten decisions' pause; at the eleventh the step, back after six, evaluated after twelve.
-    ASSERT_NEAR(u, decision >= 11 && decision < 16 ? -1 : 0, 1e-9) << decision;
-    x += -std::expm1(-0.25) * (late - x);
-    late = u;
-    const RoutingStats stats = window(-0.5 * x);
-    rig.step(stats);
-    if (decision == 13) {
-      resumed.load(rig.save());
-      resumed.value = rig.value;
-      resumed.now = rig.now;
-    } else if (decision > 13) {
-      resumed.step(stats);
-      ASSERT_EQ(resumed.value, rig.value);
-    }
-  }
-  rig.step(window(0));
-  const double before = rig.value[0];
-  rig.step(window(0.3));
-  EXPECT_NEAR(std::log(rig.value[0] / before), (4.0 / 3 + 1.0 / 3) * 0.3, 1e-6);
-}
-
-// Routers that answer less, or more slowly, than the default gains are made for, and one that answers steeply:
-// with gains found before, a jump of the imbalance costs much less.
-TEST(Pi, AutotuneServesRoutersThatTheDefaultGainsDoNot) {
-  for (Loop router : {Loop{.slope = 0.2, .lag = 2, .jump = 1.4}, Loop{.slope = 0.2, .lag = 20, .jump = 1.4},
-                      Loop{.slope = 0.5, .lag = 5, .jump = 1.6}, Loop{.slope = 0.5, .lag = 40, .jump = 1.6},
-                      Loop{.slope = 2.5, .lag = 5, .jump = 1.6}}) {
-    const Closed given = close_loop(router);
-    router.autotune = true;
-    const Closed found = close_loop(router);
-    EXPECT_LT(found.jolt, (router.slope > 1 ? 1 : 0.75) * given.jolt) << router.slope << " " << router.lag;
-    EXPECT_EQ(found.moves, 0) << router.slope << " " << router.lag;
-  }
-}
-
-TEST(Pi, AutotuneThatNeverComesNearKeepsTheGainsGiven) {
-  PolicyRig rig("pi", aux({{"metric", std::string("load_cv")},
-                           {"target", 0.25},
-                           {"ema", 1.0},
-                           {"kp", 0.0},
-                           {"ki", 0.5},
-                           {"autotune", true}}));
-  for (int i = 0; i < 500; ++i) {
-    rig.step(stats_of(rig.shape(), {3, 1}));
-    rig.value[0] = std::min(rig.value[0], 0.1);
-  }
-  const double before = rig.value[0];
-  EXPECT_NEAR(std::log(rig.step(stats_of(rig.shape(), {3, 1}))[0] / before), 0.5, 1e-12);
-}
-
 // A target out of reach: the weight goes to its bound and stays there exactly, however the error scatters; and
 // leaves it at the first error that is less than all before.
 TEST(Pi, AtABoundItDoesNotWindUp) {
-  for (const bool autotune : {false, true}) {
-    PolicyRig rig(
-        "pi",
-        aux({{"metric", std::string("load_cv")}, {"target", 0.25}, {"ema", 1.0}, {"autotune", autotune}}));
-    const auto step = [&](std::int64_t a) {
-      const std::vector<double> wanted = rig.propose(stats_of(rig.shape(), {a, 200 - a}));
-      LimitReport range;
-      if (wanted[0] > 0.1) range.add(Reason::kRange);
-      rig.settle({std::min(wanted[0], 0.1)}, range);
-    };
-    std::mt19937_64 random(5);
-    for (int i = 0; i < 1000; ++i) {
-      step(132 + static_cast<std::int64_t>(random() % 16));  // errors .28 to .88
-      if (i > 100) {
-        ASSERT_EQ(rig.value[0], 0.1) << autotune << " " << i;
-      }
+  PolicyRig rig("pi", aux({{"metric", std::string("load_cv")}, {"target", 0.25}, {"ema", 1.0}}));
+  const auto step = [&](std::int64_t a) {
+    const std::vector<double> wanted = rig.propose(stats_of(rig.shape(), {a, 200 - a}));
+    LimitReport range;
+    if (wanted[0] > 0.1) range.add(Reason::kRange);
+    rig.settle({std::min(wanted[0], 0.1)}, range);
+  };
+  std::mt19937_64 random(5);
+  for (int i = 0; i < 1000; ++i) {
+    step(132 + static_cast<std::int64_t>(random() % 16));  // errors .28 to .88
+    if (i > 100) {
+      ASSERT_EQ(rig.value[0], 0.1) << i;
     }
-    step(126);  // 0.04: inside the dead band, and yet so much less than before that less weight will do
-    EXPECT_LT(rig.value[0], 0.1) << autotune;
   }
+  step(126);  // 0.04: inside the tolerance, and yet so much less than before that less weight will do
+  EXPECT_LT(rig.value[0], 0.1);
 }
 
 // At its bound it has moved nothing, so an error that seems to go by itself is noise, and the integral goes on: one
@@ -327,54 +240,6 @@ TEST(Pi, SavedOnTheWayToAMoveDownItGoesOnWithTheSameBits) {
     }
     EXPECT_LT(a.value[0], 0.01);
   }
-}
-
-// A router that does not answer at first: the second try takes twice as long before it goes back, also if it was
-// resumed in between.
-TEST(Pi, AutotuneTriesAgainForLonger) {
-  const auto options = only_autotune();
-  PolicyRig rig("pi", options), resumed("pi", options);
-  std::vector<int> lengths(1, 0);
-  double x = 0, late = 0;
-  for (int decision = 0; decision < 90; ++decision) {
-    const double u = std::log(rig.value[0] / 0.01);
-    if (u < -0.5) ++lengths.back();
-    if (u > -0.5 && lengths.back() > 0) lengths.push_back(0);
-    x += -std::expm1(-0.25) * (late - x);
-    late = decision < 50 ? 0 : u;
-    const auto odd = static_cast<std::int64_t>(std::llround(0.4 * (1 - 0.5 * x) * 1e9));
-    const RoutingStats stats = stats_of(rig.shape(), {1000000000 + odd, 1000000000 - odd});
-    rig.step(stats);
-    if (decision == 55) {
-      resumed.load(rig.save());
-      resumed.value = rig.value;
-      resumed.now = rig.now;
-    } else if (decision > 55) {
-      resumed.step(stats);
-      ASSERT_EQ(resumed.value, rig.value) << decision;
-    }
-  }
-  ASSERT_GE(lengths.size(), 3U);
-  EXPECT_EQ(lengths[0], 19);
-  EXPECT_EQ(lengths[1], 11);
-}
-
-// Noise is no answer: no gains come of it.
-TEST(StepExperiment, TakesNoGainsFromNoise) {
-  int found = 0;
-  for (std::uint64_t seed = 1; seed <= 20; ++seed) {
-    policies::StepExperiment experiment(1);
-    std::mt19937_64 random(seed);
-    std::normal_distribution<double> normal(0, 0.02);
-    double u = 0;
-    for (int decision = 0; decision < 400 && !experiment.done(); ++decision) {
-      const double e = std::clamp(normal(random), -0.035, 0.035);
-      u = experiment.next({.averaged = e, .slow = 0, .single = e, .noise = 0.02}, u).value_or(0);
-    }
-    EXPECT_TRUE(experiment.done());
-    found += experiment.gains().has_value();
-  }
-  EXPECT_EQ(found, 0);
 }
 
 }  // namespace

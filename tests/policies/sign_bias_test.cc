@@ -38,8 +38,9 @@ std::vector<double> torchtitan(const std::vector<double>& bias, const Counts& co
 
 void replay(bool centred) {
   std::mt19937_64 random(3);
-  PolicyRig rig("sign_bias",
-                RigOptions{.experts = 7, .top_k = 1, .options = {{"centred", centred}, {"step", 1e-3}}});
+  PolicyRig rig(
+      "sign_bias",
+      RigOptions{.experts = 7, .top_k = 1, .options = {{"zero_mean_move", centred}, {"step", 1e-3}}});
   std::vector<double> expected(7, 0.0);
   for (int step = 0; step < 500; ++step) {
     Counts counts(7);
@@ -85,12 +86,12 @@ TEST(SignBias, ThePublishedConfigIsTheLawUntouchedThroughTheWholeLoop) {
 
 // Megatron #7081: cast to bf16, 40840 and 40960 are both 40960 and the sign of the update is lost.
 TEST(SignBias, NoCountIsRoundedBeforeTheComparison) {
-  PolicyRig rig("sign_bias", RigOptions{.experts = 2, .top_k = 1, .options = {{"centred", false}}});
+  PolicyRig rig("sign_bias", RigOptions{.experts = 2, .top_k = 1, .options = {{"zero_mean_move", false}}});
   const std::int64_t big = std::int64_t{1} << 53;
   rig.step(stats_of(rig.shape(), {big, big + 1}));
   EXPECT_EQ(rig.value[0], 1e-3);
   EXPECT_EQ(rig.value[1], -1e-3);
-  PolicyRig bf16("sign_bias", RigOptions{.experts = 3, .top_k = 1, .options = {{"centred", false}}});
+  PolicyRig bf16("sign_bias", RigOptions{.experts = 3, .top_k = 1, .options = {{"zero_mean_move", false}}});
   bf16.step(stats_of(bf16.shape(), {40840, 40960, 41080}));
   EXPECT_EQ(bf16.value, (std::vector<double>{1e-3, 0, -1e-3}));
 }

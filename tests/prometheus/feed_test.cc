@@ -26,7 +26,7 @@ ControllerConfig small_config() {
   return parse_config(
       "version: 1\n"
       "model: {layers: 2, experts: 4, top_k: 1}\n"
-      "expert_bias: {policy: sign_bias, options: {step: 0.5, centred: false},"
+      "expert_bias: {policy: sign_bias, options: {step: 0.5, zero_mean_move: false},"
       " limits: {rate: 0.25, min: -0.5, max: 0.5, center: false}}\n"
       "aux_loss_weight: {policy: fixed, initial: 0.01, scope: model}\n"
       "health: {alerts: [{metric: max_vio, above: 1, name: 'too \"high\"'}]}\n");

@@ -108,7 +108,7 @@ ControllerConfig small_config() {
   return parse_config(
       "version: 1\n"
       "model: {layers: 2, experts: 4, top_k: 1}\n"
-      "expert_bias: {policy: sign_bias, options: {step: 0.5, centred: false},"
+      "expert_bias: {policy: sign_bias, options: {step: 0.5, zero_mean_move: false},"
       " limits: {rate: 0.25, min: -0.5, max: 0.5, center: false}}\n"
       "aux_loss_weight: {policy: fixed, initial: 0.01, scope: model}\n"
       "health: {alerts: [{metric: max_vio, above: 1, name: peaked}]}\n");
@@ -224,7 +224,7 @@ TEST(TensorBoard, TheToolWritesTheSameFromALog) {
   ASSERT_EQ(result.code, 0) << result.err;
   EXPECT_EQ(TempDir::read(only_file(dir.path("board/run"))), TempDir::read(only_file(dir.path("live"))));
   // It does not write into what is there, nor two runs into one.
-  EXPECT_THAT(run_tool(dir, "tensorboard run.jsonl -o board").err, HasSubstr("board/run: is there already"));
+  EXPECT_THAT(run_tool(dir, "tensorboard run.jsonl -o board").err, HasSubstr("board/run: already exists"));
   EXPECT_EQ(run_tool(dir, "tensorboard run.jsonl run.jsonl -o two").code, 1);
   EXPECT_THAT(run_tool(dir, "tensorboard run.jsonl -o x --metric max_voi").err,
               HasSubstr("max_voi: is no metric"));

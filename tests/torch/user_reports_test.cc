@@ -30,7 +30,7 @@ ControllerConfig sign_config(int experts, int top_k, bool centred = false, int l
   config.model.top_k = top_k;
   config.expert_bias.policy = "sign_bias";
   config.expert_bias.options.set("step", 1e-3);
-  config.expert_bias.options.set("centred", centred);
+  config.expert_bias.options.set("zero_mean_move", centred);
   config.expert_bias.limits = {.min = -16, .max = 16, .rate = 0.01};
   return config;
 }

@@ -28,12 +28,12 @@ struct RouterActuators {
   ::torch::Tensor aux_loss_weight{};  ///< float32, 0-dim, ≥ 0.
 };
 
-/// What may go with the indices of one record. T = tokens; [T] may also have the shape [B, S]. Undefined =
-/// not given. Contiguous CPU tensors of the type named are read where they lie; others are converted first.
+/// Optional inputs of one record, beside the indices. T = tokens; [T] may also have the shape [B, S]. Undefined = not
+/// given. Contiguous CPU tensors of the type named are read in place; others are converted first.
 struct RecordOptions {
   ::torch::Tensor top_values{};     ///< [T, k+1] the k+1 largest biased scores, largest first. float32.
   ::torch::Tensor probabilities{};  ///< [T, N] router probabilities. float32.
-  /// [T, N] all biased scores, -inf where selection was not free to choose; with top_values. float32.
+  /// [T, N] all biased scores, -inf for experts excluded from the choice. Requires top_values. float32.
   ::torch::Tensor biased_scores{};
   /// [T], or [B, S] as the indices: non-zero = a real token, 0 = padding. bool or an integer type; an additive float
   /// mask (0 / -inf) means the opposite and is refused.
@@ -41,23 +41,23 @@ struct RecordOptions {
   ::torch::Tensor sequence_ids{};  ///< [T] non-decreasing. int64. Not needed for indices [B, S, k].
   ::torch::Tensor domain_ids{};    ///< [T] in [0, domains). int64.
   ::torch::Tensor dropped{};       ///< 0-dim: assignments dropped for lack of capacity. int64.
-  std::int64_t micro_batch =
-      -1;  ///< ≥ 0: a second record of (layer, micro-batch) before the next step is ignored.
+  /// ≥ 0: a second record of (layer, micro-batch) before the next step is ignored.
+  std::int64_t micro_batch = -1;
 };
 
 struct TorchOptions {
-  /// Where the routers run: the actuators' tensors lie there, and what `record` is given there is counted
-  /// there, without waiting for the device. CPU tensors are read where they lie; those of any other device
-  /// are copied to the host first, which waits.
+  /// The device of the routers. The actuators' tensors are allocated there, and tensors recorded there are counted
+  /// there, without waiting for the device. CPU tensors are read in place. Tensors of any other device are copied to
+  /// the host first, which waits.
   ::torch::Device device = ::torch::kCPU;
-  /// Counts by tensor operations even on the CPU, as on an accelerator: the same results, many times slower.
-  /// For comparing the two ways.
+  /// Counts by tensor operations even on the CPU, as on an accelerator: the same results, but many times slower. For
+  /// tests that compare the two ways.
   bool count_by_operators = false;
 };
 
 class DeviceSums;
 
-/// Turns recording off on this thread while it lives, as no-grad does: for passes that must not move the
+/// Turns recording off on this thread during its lifetime, as no-grad does: for passes that must not move the
 /// controller.
 class RecordingGuard {
  public:
@@ -75,11 +75,10 @@ class TorchController {
   explicit TorchController(ControllerConfig config, const TorchOptions& options = {},
                            const PolicyRegistry& registry = PolicyRegistry::builtin());
 
-  /// Adds one micro-batch's routing. On an accelerator this orders operations on the current stream and waits
-  /// for nothing. `indices` are [B, S, k], where each row of S tokens is a sequence, or
-  /// [T, k]: the experts chosen for each token, before any capacity limit, int64. Thread-safe as
-  /// Controller::record. Does nothing unless `recording()`. Throws std::invalid_argument on an unknown layer
-  /// or shapes that do not fit together.
+  /// Adds one micro-batch's routing. On an accelerator this enqueues operations on the current stream and does not
+  /// wait. `indices` are [B, S, k], where each row of S tokens is a sequence, or [T, k]: the experts chosen for each
+  /// token, before any capacity limit, int64. Thread-safe as Controller::record. Does nothing unless `recording()`.
+  /// Throws std::invalid_argument on an unknown layer or shapes that do not fit together.
   void record(int layer, const ::torch::Tensor& indices, const RecordOptions& options = {});
   /// Whether `record` counts on this thread: gradients are on and no RecordingGuard is alive.
   static bool recording();
@@ -91,11 +90,11 @@ class TorchController {
   const StepReport& step(const StepInfo& info = {});
   const StepReport& report() const { return controller_.report(); }
 
-  /// float32 [N], at one address for ever.
+  /// float32 [N]. Its address never changes.
   const ::torch::Tensor& bias(int layer) const { return actuators(layer).bias; }
-  /// float32, 0-dim, at one address for ever.
+  /// float32, 0-dim. Its address never changes.
   const ::torch::Tensor& aux_loss_weight(int layer) const { return actuators(layer).aux_loss_weight; }
-  /// float32, 0-dim, at one address for ever.
+  /// float32, 0-dim. Its address never changes.
   const ::torch::Tensor& temperature(int layer) const { return actuators(layer).temperature; }
   /// The three of one layer. Throws std::invalid_argument on an unknown layer.
   const RouterActuators& actuators(int layer) const;

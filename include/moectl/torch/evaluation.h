@@ -1,4 +1,4 @@
-// EvaluationMeter: the balance of a pass that must not move the controller, such as validation.
+// EvaluationMeter: measures balance in a pass that must not move the controller, such as validation.
 #pragma once
 
 #include <torch/torch.h>
@@ -21,7 +21,8 @@ class EvaluationMeter {
 
   /// As TorchController::record, but always.
   void record(int layer, const ::torch::Tensor& indices, const RecordOptions& options = {});
-  /// Measures what was recorded. Valid until the next record or clear; RunLogWriter writes it under a tag.
+  /// Measures all records since the last clear(). Valid until the next record or clear; RunLogWriter writes it under a
+  /// tag.
   const StepReport& report(std::int64_t step, const StepInfo& info = {});
   void clear();
 

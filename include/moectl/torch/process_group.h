@@ -1,15 +1,15 @@
-// The controller's all-reduce over any c10d process group: Gloo, NCCL, MPI or one's own.
+// The controller's all-reduce over any c10d process group: Gloo, NCCL, MPI or a custom one.
 //
 //   controller.controller().set_reduction(moectl::reduce_over(group));
 //
-// The group must hold exactly the ranks whose counts belong together. With `lag: 1` every step starts one
-// all-reduce and the next one takes its sums; c10d wants the collectives of a group in the same order on all
-// ranks, which they are if all call `step` at the same point of the loop.
+// The group must hold exactly the ranks whose counts belong together. With `lag: 1`, every step starts one all-reduce
+// and the next step uses its sums. c10d requires the same order of collectives on all ranks of a group, so all ranks
+// must call `step` at the same point of the loop.
 //
 // An MPI user without c10d needs only a lambda:
 //   set_reduction([&](std::span<std::int64_t> sums) {
 //     MPI_Allreduce(MPI_IN_PLACE, sums.data(), int(sums.size()), MPI_INT64_T, MPI_SUM, communicator); });
-// and, for sums that travel while the model computes (`lag: 1`), one that returns what waits:
+// and, for a reduction that overlaps with the model's computation (`lag: 1`), one that returns a wait:
 //   set_reduction([&](std::span<std::int64_t> sums) {
 //     auto request = std::make_shared<MPI_Request>();
 //     MPI_Iallreduce(MPI_IN_PLACE, sums.data(), int(sums.size()), MPI_INT64_T, MPI_SUM, communicator,
@@ -31,29 +31,29 @@
 
 namespace moectl {
 
-/// What the ranks' records are to each other. Nothing in the counts tells, so the caller must.
+/// How the ranks' records relate to each other. It cannot be seen in the counts, so the caller must say it.
 enum class ReductionScope {
-  kPartial,     ///< Each rank recorded tokens of its own (data parallelism): the sums add.
+  kPartial,     ///< Each rank recorded different tokens (data parallelism): the sums add.
   kReplicated,  ///< Every rank recorded the same tokens (tensor parallelism): the sums must agree, and count
                 ///< once.
 };
 
 struct ReductionOptions {
   ReductionScope scope = ReductionScope::kPartial;
-  /// A collective that takes longer becomes a ReductionError, with the last applied values still in force.
+  /// A collective that takes longer throws ReductionError; the last applied values stay in force.
   std::chrono::milliseconds timeout = std::chrono::minutes(5);
-  /// Where the group's backend wants its tensors (NCCL: the rank's GPU). The collective and its copies then
-  /// have a stream of their own.
+  /// The device on which the group's backend wants its tensors (NCCL: the rank's GPU). The collective and its copies
+  /// then run on a separate stream.
   ::torch::Device device = ::torch::kCPU;
 };
 
-/// One all-reduce (SUM) of int64 tensors, started.
+/// Starts one all-reduce (SUM) of int64 tensors.
 using StartAllReduce = std::function<c10::intrusive_ptr<c10d::Work>(std::vector<at::Tensor>& tensors,
                                                                     const c10d::AllreduceOptions& options)>;
 Reduction reduce_with(StartAllReduce start, int ranks, const ReductionOptions& options = {});
 
-/// `Group` is c10d::ProcessGroup, c10d::Backend (LibTorch 2) or a class derived from either. Holds on to the
-/// group.
+/// `Group` is c10d::ProcessGroup, c10d::Backend (LibTorch 2) or a class derived from either. Keeps a
+/// reference to the group.
 template <typename Group>
 Reduction reduce_over(c10::intrusive_ptr<Group> group, const ReductionOptions& options = {}) {
   const int ranks = group->getSize();

@@ -1,10 +1,9 @@
-// TopKRouter: a Mixture-of-Experts router made to be controlled. Its selection bias chooses experts and never
-// touches a gate weight; it reports all that a controller wants to know; its losses and their gradients are
-// finite everywhere.
+// TopKRouter: a Mixture-of-Experts router for control. Its selection bias changes the chosen experts and never a gate
+// weight. It reports everything that a controller can use. Its losses and their gradients are finite everywhere.
 //
-// Where temperature and bias meet. In logit space experts are selected on z + b: the temperature moves gate
+// Temperature and bias. In logit space, experts are selected on z + b: the temperature moves gate
 // weights, probabilities and the gradient of the balance loss, never the selection. In probability space they
-// are selected on s(z/T) + b, so the two are coupled: a higher T flattens s, and the same bias weighs more.
+// are selected on s(z/T) + b, so the two are coupled: a higher T flattens s, and the same bias has more effect.
 #pragma once
 
 #include <torch/torch.h>
@@ -24,9 +23,9 @@ enum class Gate {
   kSqrtSoftplus,  ///< s = √softplus(z/T), each expert by itself.
 };
 
-/// Which assignments go when an expert is over capacity.
+/// Which assignments are dropped when an expert is over capacity.
 enum class DropBy {
-  kScore,     ///< Those with the smallest gate weights.
+  kScore,     ///< The ones with the smallest gate weights.
   kPosition,  ///< The latest tokens.
 };
 
@@ -40,24 +39,24 @@ struct TopKRouterOptions {
   TORCH_ARG(ScoreSpace, score_space) = ScoreSpace::kLogit;  ///< Where the bias is added for selection.
   TORCH_ARG(bool, normalize) = true;    ///< Gate weights of a token sum to `scale`. Meaningless for k = 1.
   TORCH_ARG(double, scale) = 1.0;       ///< Factor on the gate weights, > 0.
-  TORCH_ARG(std::int64_t, groups) = 1;  ///< Equal groups of neighbouring experts; divides N.
-  TORCH_ARG(std::int64_t,
-            groups_kept) = 1;  ///< Groups a token may choose from; those with the two largest scores win.
-  /// Assignments an expert takes, over the mean load; > 0. Absent = dropless.
+  TORCH_ARG(std::int64_t, groups) = 1;  ///< Number of equal groups of neighbouring experts; divides N.
+  /// Number of groups that a token may choose from: those with the largest sums of their two largest scores.
+  TORCH_ARG(std::int64_t, groups_kept) = 1;
+  /// Largest number of assignments of an expert, relative to the mean load; > 0. Absent = dropless.
   TORCH_ARG(std::optional<double>, capacity_factor) = std::nullopt;
   TORCH_ARG(DropBy, drop_by) = DropBy::kScore;
   TORCH_ARG(double, jitter) = 0.0;  ///< In training, inputs are scaled by uniform [1 - j, 1 + j]; in [0, 1).
-  TORCH_ARG(double,
-            sequence_loss_weight) = 0.0;   ///< Of the sequence-wise balance loss, ≥ 0 (DeepSeek-V3: 1e-4).
+  /// Weight of the sequence-wise balance loss, ≥ 0 (DeepSeek-V3: 1e-4).
+  TORCH_ARG(double, sequence_loss_weight) = 0.0;
   TORCH_ARG(double, z_loss_weight) = 0.0;  ///< Of the z-loss, ≥ 0 (ST-MoE: 1e-3).
 };
 
 struct RouterInputs {
   RouterActuators actuators{};  ///< Undefined tensors are neutral.
-  ::torch::Tensor
-      mask{};  ///< Bool, the shape of the tokens: false = padding, which no loss or capacity counts.
-  /// Share of the assignments of each expert over the *global* batch [N], for a balance loss that sees
-  /// further than this micro-batch; undefined = this micro-batch's own.
+  /// Bool, the shape of the tokens: false = padding, which no loss or capacity counts.
+  ::torch::Tensor mask{};
+  /// Share of the assignments of each expert over the *global* batch [N], for a balance loss over more than this
+  /// micro-batch; undefined = the share in this micro-batch.
   ::torch::Tensor global_load{};
 };
 
@@ -74,14 +73,14 @@ struct RouterOutput {
   ::torch::Tensor logits;         ///< z [..., N]. Differentiable.
   ::torch::Tensor kept;           ///< bool [..., k], false = dropped; undefined if dropless.
   ::torch::Tensor dropped;  ///< int64, 0-dim: dropped assignments of real tokens; undefined if dropless.
-  ::torch::Tensor
-      aux_loss;  ///< weight · balance + sequence_loss_weight · sequence + z_loss_weight · z. 0-dim.
+  /// weight · balance + sequence_loss_weight · sequence + z_loss_weight · z. 0-dim.
+  ::torch::Tensor aux_loss;
   ::torch::Tensor balance_loss;  ///< N Σ f_i P_i, f share of assignments, P mean probability; 1 when uniform.
-  ::torch::Tensor
-      sequence_loss;       ///< The same for each sequence, averaged; undefined unless tokens are [B, S].
+  /// The same for each sequence, averaged; undefined unless tokens are [B, S].
+  ::torch::Tensor sequence_loss;
   ::torch::Tensor z_loss;  ///< mean (logsumexp z)².
 
-  /// What a controller wants to know besides the indices.
+  /// The inputs of TorchController::record besides the indices.
   RecordOptions record_options() const {
     return {.top_values = top_values,
             .probabilities = probabilities,
