@@ -54,6 +54,7 @@ struct Range {
 /// No count may overflow when it is doubled or added to another.
 inline constexpr double kMostSteps = 1e12;
 inline constexpr Range kAny = {};
+inline constexpr Range kPositivePart = {.low = 0, .high = 1, .above_low = true};
 constexpr Range at_least(double low) {
   return {.low = low};
 }
@@ -92,15 +93,20 @@ struct FieldInfo {
   Presence presence = Presence::kOptional;
 };
 
-/// A key and the member that holds its value; or, where that lies deeper, a function that finds it.
+/// A key and the member that holds its value, with range, unit and a sentence as far as there are any; or, where that lies deeper, a function that finds it.
 template <class Struct, class Value>
 struct Field : FieldInfo {
   constexpr Field(std::string_view key, Value Struct::*member, Shared shared, Range range,
                   std::string_view unit, std::string_view doc, Presence presence = Presence::kOptional)
       : FieldInfo{key, shared, range, unit, doc, presence}, member(member) {}
-  constexpr Field(std::string_view key, Value& (*get)(Struct&), Shared shared, Range range,
-                  std::string_view unit, std::string_view doc)
-      : FieldInfo{key, shared, range, unit, doc}, get(get) {}
+  constexpr Field(std::string_view key, Value Struct::*member, Shared shared, Range range,
+                  std::string_view doc, Presence presence = Presence::kOptional)
+      : Field(key, member, shared, range, "", doc, presence) {}
+  constexpr Field(std::string_view key, Value Struct::*member, Shared shared, std::string_view doc,
+                  Presence presence = Presence::kOptional)
+      : Field(key, member, shared, kAny, "", doc, presence) {}
+  constexpr Field(std::string_view key, Value& (*get)(Struct&), Shared shared, std::string_view doc)
+      : FieldInfo{key, shared, kAny, "", doc}, get(get) {}
   Value& of(Struct& all) const { return get ? get(all) : all.*member; }
   const Value& of(const Struct& all) const { return of(const_cast<Struct&>(all)); }
 

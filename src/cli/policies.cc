@@ -3,6 +3,7 @@
 #include <memory>
 
 #include "cli/tool.h"
+#include "config/config_explain.h"
 #include "moectl/config.h"
 
 namespace moectl::cli {
@@ -18,26 +19,6 @@ std::string actuators_of(const PolicyDescription& policy) {
   std::vector<std::string> names;
   for (const Actuator actuator : policy.actuators) names.emplace_back(name_of(actuator));
   return joined(names, ", ");
-}
-
-std::string shown(const OptionValue& value) {
-  struct Show {
-    std::string operator()(bool v) const { return v ? "true" : "false"; }
-    std::string operator()(std::int64_t v) const { return std::to_string(v); }
-    std::string operator()(double v) const { return exact(v); }
-    std::string operator()(const std::string& v) const { return v.empty() ? "(required)" : v; }
-  };
-  return std::visit(Show{}, value);
-}
-
-std::string range_of(const OptionSpec& spec) {
-  if (std::holds_alternative<bool>(spec.default_value)) return "true, false";
-  if (std::holds_alternative<std::string>(spec.default_value)) {
-    return spec.choices.empty() ? "any word" : joined(spec.choices, ", ");
-  }
-  const bool low = spec.min > -1e308, high = spec.max < 1e308;
-  if (low && high) return exact(spec.min) + " to " + exact(spec.max);
-  return low ? "from " + exact(spec.min) : high ? "to " + exact(spec.max) : "any number";
 }
 
 void list(const PolicyRegistry& registry) {
@@ -57,7 +38,7 @@ void describe(const PolicyDescription& policy) {
   std::cout << policy.name << ": " << policy.summary << "\nserves: " << actuators_of(policy) << '\n';
   std::cout << (policy.options.empty() ? "options: none\n" : "options:\n");
   for (const OptionSpec& spec : policy.options) {
-    std::cout << "  " << spec.name << ": " << shown(spec.default_value) << "   # " << range_of(spec);
+    std::cout << "  " << spec.name << ": " << default_of(spec) << "   # " << range_of(spec);
     if (!spec.unit.empty()) std::cout << ", " << spec.unit;
     std::cout << "\n      " << spec.description << '\n';
   }

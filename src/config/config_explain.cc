@@ -12,18 +12,6 @@ struct Row {
   std::string path, value, default_value, range, unit, doc;
 };
 
-std::string default_of(const OptionSpec& spec) {
-  const std::string text = shown(spec.default_value);
-  return text.empty() ? "required" : text;
-}
-
-std::string range_of(const OptionSpec& spec) {
-  if (std::holds_alternative<bool>(spec.default_value)) return "true, false";
-  if (std::holds_alternative<std::string>(spec.default_value))
-    return spec.choices.empty() ? "any word" : listed(spec.choices);
-  return words_of({.low = spec.min, .high = spec.max});
-}
-
 /// Every key of the config with its default: that of a config of the same sections, and of limits that of the same
 /// actuator and initial value.
 std::vector<Row> rows_of(const ControllerConfig& config, const PolicyRegistry& registry) {
@@ -94,6 +82,18 @@ std::string line_of(const Row& row, const std::string& shared) {
 }
 
 }  // namespace
+
+std::string default_of(const OptionSpec& spec) {
+  const std::string text = shown(spec.default_value);
+  return text.empty() ? "required" : text;
+}
+
+std::string range_of(const OptionSpec& spec) {
+  if (std::holds_alternative<bool>(spec.default_value)) return "true, false";
+  if (std::holds_alternative<std::string>(spec.default_value))
+    return spec.choices.empty() ? "any word" : listed(spec.choices);
+  return words_of({.low = spec.min, .high = spec.max});
+}
 
 std::string explain(const ControllerConfig& config, const PolicyRegistry& registry) {
   std::string text;

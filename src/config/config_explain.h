@@ -8,6 +8,9 @@
 
 namespace moectl {
 
+/// Of a policy's option, in words.
+std::string default_of(const OptionSpec& spec);
+std::string range_of(const OptionSpec& spec);
 /// Every key of a config with its value, default, range, unit and meaning.
 std::string explain(const ControllerConfig& config, const PolicyRegistry& registry);
 /// The text of docs/config.md.

@@ -7,6 +7,11 @@
 
 namespace moectl {
 
+inline constexpr Range kRate = {.low = 0, .above_low = true, .words = "above 0 and finite"};
+inline constexpr Range kPolicy = {.words = "a policy that serves the actuator"};
+inline constexpr Range kMegabytes = {.low = 0, .high = 1e6, .words = "from 0 (never) to 1e6"};
+inline constexpr Range kLag = {.low = 0, .high = 1, .words = "0 or 1"};
+inline constexpr Range kThreshold = {.low = 0, .high = 1, .above_low = true, .below_high = true};
 inline constexpr Range kShare = {.low = 0, .high = 1, .above_low = true, .words = "in (0, 1]"};
 
 constexpr std::array<Mode, 3> choices_of(Mode) {
@@ -26,176 +31,139 @@ inline std::optional<ConfigProblem> check_value(const FieldInfo&, const PolicyOp
 
 template <>
 inline constexpr auto kFieldsOf<ModelConfig> = std::tuple{
-    Field{"layers", &ModelConfig::layers, Shared::kState, at_least(1), "", "MoE layers.",
+    Field{"layers", &ModelConfig::layers, kState, at_least(1), "MoE layers.", Presence::kRequired},
+    Field{"experts", &ModelConfig::experts, kState, at_least(1), "Experts N of each layer.",
           Presence::kRequired},
-    Field{"experts", &ModelConfig::experts, Shared::kState, at_least(1), "", "Experts N of each layer.",
+    Field{"top_k", &ModelConfig::top_k, kState, at_least(1), "Experts that a token chooses, at most N.",
           Presence::kRequired},
-    Field{"top_k", &ModelConfig::top_k, Shared::kState, at_least(1), "",
-          "Experts that a token chooses, at most N.", Presence::kRequired},
-    Field{"tokens_per_step", &ModelConfig::tokens_per_step, Shared::kRanks, at_least(0), "tokens",
+    Field{"tokens_per_step", &ModelConfig::tokens_per_step, kRanks, at_least(0), "tokens",
           "Tokens of one step over all ranks; 0: not known. Sets the noise floor that targets are compared "
           "with."},
-    Field{"score_space", &ModelConfig::score_space, Shared::kState, kAny, "",
+    Field{"score_space", &ModelConfig::score_space, kState,
           "Where the selection bias is added: to the gate's probabilities or to its logits."},
-    Field{"delay", &ModelConfig::delay, Shared::kState, at_least(0), "steps",
+    Field{"delay", &ModelConfig::delay, kState, at_least(0), "steps",
           "Steps by which the recorded routing is late, beyond the loop's own one."},
-    Field{"domains", &ModelConfig::domains, Shared::kState, kAny, "",
-          "Names of the domains whose tokens are counted apart."},
-    Field{"targets", &ModelConfig::targets, Shared::kState, at_least(0), "",
+    Field{"domains", &ModelConfig::domains, kState, "Names of the domains whose tokens are counted apart."},
+    Field{"targets", &ModelConfig::targets, kState, at_least(0),
           "Wanted share of the load of each expert, at most 1/top_k each, summing to 1; without it equal "
           "shares."},
 };
 
 template <>
 inline constexpr auto kFieldsOf<Limits> = std::tuple{
-    Field{"min", &Limits::min, Shared::kRanks, kAny, "", "Smallest value that is applied."},
-    Field{"max", &Limits::max, Shared::kRanks, kAny, "", "Largest value that is applied."},
-    Field{"rate",
-          &Limits::rate,
-          Shared::kRanks,
-          {.low = 0, .above_low = true, .words = "above 0 and finite"},
-          "",
+    Field{"min", &Limits::min, kRanks, "Smallest value that is applied."},
+    Field{"max", &Limits::max, kRanks, "Largest value that is applied."},
+    Field{"rate", &Limits::rate, kRanks, kRate,
           "Largest move of one decision: score units for biases, |ln(new/old)| for the two scalars."},
-    Field{"center", &Limits::center, Shared::kRanks, kAny, "",
-          "Biases only: keeps the mean of the applied biases at 0."},
-    Field{"deadband", &Limits::deadband, Shared::kRanks, at_least(0), "",
+    Field{"center", &Limits::center, kRanks, "Biases only: keeps the mean of the applied biases at 0."},
+    Field{"deadband", &Limits::deadband, kRanks, at_least(0),
           "Moves no larger than this are not made; unit of rate."},
-    Field{"warmup", &Limits::warmup, Shared::kRanks, at_least(0), "steps",
+    Field{"warmup", &Limits::warmup, kRanks, at_least(0), "steps",
           "Steps at the start in which nothing moves."},
-    Field{"cadence", &Limits::cadence, Shared::kState, at_least(1), "steps",
+    Field{"cadence", &Limits::cadence, kState, at_least(1), "steps",
           "Steps between decisions; each is made on the sums of all of them."},
-    Field{"cooldown", &Limits::cooldown, Shared::kRanks, at_least(0), "steps",
+    Field{"cooldown", &Limits::cooldown, kRanks, at_least(0), "steps",
           "Steps without a move after each move."},
 };
 
 template <>
 inline constexpr auto kFieldsOf<ActuatorConfig> = std::tuple{
-    Field{"policy",
-          &ActuatorConfig::policy,
-          Shared::kState,
-          {.words = "a policy that serves the actuator"},
-          "",
-          "What decides the actuator's value."},
-    Field{"options", &ActuatorConfig::options, Shared::kState, kAny, "", "Options of the policy."},
-    Field{"initial", &ActuatorConfig::initial, Shared::kRanks, kAny, "",
-          "Value at the start, within the limits."},
-    Field{"scope", &ActuatorConfig::scope, Shared::kState, kAny, "",
+    Field{"policy", &ActuatorConfig::policy, kState, kPolicy, "What decides the actuator's value."},
+    Field{"options", &ActuatorConfig::options, kState, "Options of the policy."},
+    Field{"initial", &ActuatorConfig::initial, kRanks, "Value at the start, within the limits."},
+    Field{"scope", &ActuatorConfig::scope, kState,
           "One value a layer, or one for the whole model (scalars only)."},
-    Field{"limits", &ActuatorConfig::limits, Shared::kRanks, kAny, "", "What bounds the actuator."},
+    Field{"limits", &ActuatorConfig::limits, kRanks, "What bounds the actuator."},
 };
 
 template <>
 inline constexpr auto kFieldsOf<RollbackOptions> = std::tuple{
-    Field{"loss_jump", &RollbackOptions::loss_jump, Shared::kRanks, above(0), "nats",
+    Field{"loss_jump", &RollbackOptions::loss_jump, kRanks, above(0), "nats",
           "Loss above its moving average that counts as a jump."},
-    Field{"drop_jump", &RollbackOptions::drop_jump, Shared::kRanks, above(0), "",
+    Field{"drop_jump", &RollbackOptions::drop_jump, kRanks, above(0),
           "Drop rate above its moving average that counts as a jump."},
-    Field{"within", &RollbackOptions::within, Shared::kRanks, at_least(1), "steps",
+    Field{"within", &RollbackOptions::within, kRanks, at_least(1), "steps",
           "Steps after a move during which a jump is blamed on the move."},
-    Field{"cooldown", &RollbackOptions::cooldown, Shared::kRanks, at_least(0), "steps",
+    Field{"cooldown", &RollbackOptions::cooldown, kRanks, at_least(0), "steps",
           "Steps without a move after a rollback."},
 };
 
 template <>
 inline constexpr auto kFieldsOf<OscillationOptions> = std::tuple{
-    Field{"threshold",
-          &OscillationOptions::threshold,
-          Shared::kRanks,
-          {.low = 0, .high = 1, .above_low = true, .below_high = true},
-          "",
+    Field{"threshold", &OscillationOptions::threshold, kRanks, kThreshold,
           "Moves are shortened while the moving average of their reversals is above this."},
-    Field{"min_gain",
-          &OscillationOptions::min_gain,
-          Shared::kRanks,
-          {.low = 0, .high = 1, .above_low = true},
-          "",
-          "Smallest factor on a move."},
+    Field{"min_gain", &OscillationOptions::min_gain, kRanks, kPositivePart, "Smallest factor on a move."},
 };
 
 template <>
 inline constexpr auto kFieldsOf<SafetyOptions> = std::tuple{
-    Field{"rollback", &SafetyOptions::rollback, Shared::kRanks, kAny, "",
+    Field{"rollback", &SafetyOptions::rollback, kRanks,
           "Goes back to the last good value when loss or drop rate jumps after a move."},
-    Field{"oscillation", &SafetyOptions::oscillation, Shared::kRanks, kAny, "",
-          "Shortens moves that keep reversing."},
-    Field{"fallback_after", &SafetyOptions::fallback_after, Shared::kRanks, at_least(0), "steps",
+    Field{"oscillation", &SafetyOptions::oscillation, kRanks, "Shortens moves that keep reversing."},
+    Field{"fallback_after", &SafetyOptions::fallback_after, kRanks, at_least(0), "steps",
           "Steps in a row with invalid data after which the initial value is applied; 0: never."},
 };
 
 template <>
 inline constexpr auto kFieldsOf<GuardOptions> = std::tuple{
-    Field{"enabled", &GuardOptions::enabled, Shared::kState, kAny, "", "Whether the guard acts."},
-    Field{"fhs", &GuardOptions::fhs, Shared::kRanks, kAny, "",
-          "Trigger: FHS is above 1 and clear of the noise."},
-    Field{"entropy_fall", &GuardOptions::entropy_fall, Shared::kRanks, kShare, "",
+    Field{"enabled", &GuardOptions::enabled, kState, "Whether the guard acts."},
+    Field{"fhs", &GuardOptions::fhs, kRanks, "Trigger: FHS is above 1 and clear of the noise."},
+    Field{"entropy_fall", &GuardOptions::entropy_fall, kRanks, kShare,
           "Trigger: entropy_normalized is this far below its slow average."},
-    Field{"dead_share", &GuardOptions::dead_share, Shared::kRanks, kShare, "",
+    Field{"dead_share", &GuardOptions::dead_share, kRanks, kShare,
           "Trigger: this share of the experts with a target above 0 is dead."},
-    Field{"max_token_share", &GuardOptions::max_token_share, Shared::kRanks, kShare, "",
+    Field{"max_token_share", &GuardOptions::max_token_share, kRanks, kShare,
           "Trigger: this share of the tokens chooses one expert (raised for experts with large targets)."},
-    Field{"lost_after", &GuardOptions::lost_after, Shared::kRanks, steps_from(1), "steps",
+    Field{"lost_after", &GuardOptions::lost_after, kRanks, steps_from(1), "steps",
           "Trigger: in a layer that was balanced, one expert stays overloaded and rising for this long."},
-    Field{"warmup", &GuardOptions::warmup, Shared::kRanks, steps_from(0), "steps",
+    Field{"warmup", &GuardOptions::warmup, kRanks, steps_from(0), "steps",
           "Steps at the start without a trigger."},
-    Field{"confirm", &GuardOptions::confirm, Shared::kRanks, steps_from(1), "steps",
+    Field{"confirm", &GuardOptions::confirm, kRanks, steps_from(1), "steps",
           "Steps in a row for which a trigger must hold."},
-    Field{"aux_factor", &GuardOptions::aux_factor, Shared::kRanks, at_least(1), "",
+    Field{"aux_factor", &GuardOptions::aux_factor, kRanks, at_least(1),
           "Largest factor by which an intervention raises the auxiliary loss weight."},
-    Field{"temperature_factor", &GuardOptions::temperature_factor, Shared::kRanks, at_least(1), "",
+    Field{"temperature_factor", &GuardOptions::temperature_factor, kRanks, at_least(1),
           "Largest factor by which an intervention raises the router temperature."},
-    Field{"bias_step", &GuardOptions::bias_step, Shared::kRanks, at_least(0), "score gaps",
+    Field{"bias_step", &GuardOptions::bias_step, kRanks, at_least(0), "score gaps",
           "First move of a bias for a relative error of 1."},
-    Field{"recovered_max_vio", &GuardOptions::recovered_max_vio, Shared::kRanks, above(0), "",
+    Field{"recovered_max_vio", &GuardOptions::recovered_max_vio, kRanks, above(0),
           "MaxVio up to which a layer counts as balanced, or twice that of chance, if that is more."},
-    Field{"dwell", &GuardOptions::dwell, Shared::kRanks, steps_from(1), "steps",
+    Field{"dwell", &GuardOptions::dwell, kRanks, steps_from(1), "steps",
           "Steps of balance before handing back, and before each further step of it."},
-    Field{"patience", &GuardOptions::patience, Shared::kRanks, steps_from(1), "steps",
+    Field{"patience", &GuardOptions::patience, kRanks, steps_from(1), "steps",
           "Steps without recovery after which an intervention is rolled back."},
-    Field{"cooldown", &GuardOptions::cooldown, Shared::kRanks, steps_from(0), "steps",
+    Field{"cooldown", &GuardOptions::cooldown, kRanks, steps_from(0), "steps",
           "Steps after a rollback before the next intervention."},
 };
 
 template <>
 inline constexpr auto kFieldsOf<LogConfig> = std::tuple{
-    Field{"every", &LogConfig::every, Shared::kNone, at_least(1), "steps", "Steps between records."},
-    Field{"per_expert", &LogConfig::per_expert, Shared::kNone, kAny, "",
-          "Arrays over experts in each record."},
-    Field{"rotate_mb",
-          &LogConfig::rotate_mb,
-          Shared::kNone,
-          {.low = 0, .high = 1e6, .words = "from 0 (never) to 1e6"},
-          "10^6 bytes",
+    Field{"every", &LogConfig::every, kNone, at_least(1), "steps", "Steps between records."},
+    Field{"per_expert", &LogConfig::per_expert, kNone, "Arrays over experts in each record."},
+    Field{"rotate_mb", &LogConfig::rotate_mb, kNone, kMegabytes, "10^6 bytes",
           "A piece of the log ends before it grows above this size."},
-    Field{"keep", &LogConfig::keep, Shared::kNone, at_least(0), "",
+    Field{"keep", &LogConfig::keep, kNone, at_least(0),
           "Finished pieces that stay, older ones are removed; 0: all. Needs rotate_mb."},
 };
 
 template <>
 inline constexpr auto kFieldsOf<ControllerConfig> = std::tuple{
-    Field{"mode", &ControllerConfig::mode, Shared::kRanks, kAny, "",
+    Field{"mode", &ControllerConfig::mode, kRanks,
           "active: decide and apply; shadow: decide and log, apply the initial values; off: do nothing."},
-    Field{"lag",
-          &ControllerConfig::lag,
-          Shared::kState,
-          {.low = 0, .high = 1, .words = "0 or 1"},
-          "steps",
+    Field{"lag", &ControllerConfig::lag, kState, kLag, "steps",
           "0: a step waits for the sums of all ranks; 1: it decides on those of the step before."},
-    Field{"model", &ControllerConfig::model, Shared::kState, kAny, "", "The model.", Presence::kRequired},
-    Field{"metrics", &ControllerConfig::metrics, Shared::kRanks, kAny, "", "How metrics are computed."},
-    Field{"metrics", &ControllerConfig::monitor, Shared::kRanks, kAny, "",
-          "How metrics are followed over steps."},
-    Field{"health", +[](ControllerConfig& c) -> HealthOptions& { return c.monitor.health; }, Shared::kRanks,
-          kAny, "", "Health of the layers."},
-    Field{"expert_bias", &ControllerConfig::expert_bias, Shared::kRanks, kAny, "",
-          "The biases of the experts."},
-    Field{"aux_loss_weight", &ControllerConfig::aux_loss_weight, Shared::kRanks, kAny, "",
-          "The auxiliary loss weight."},
-    Field{"router_temperature", &ControllerConfig::router_temperature, Shared::kRanks, kAny, "",
-          "The router temperature."},
-    Field{"safety", &ControllerConfig::safety, Shared::kRanks, kAny, "", "Supervision of every actuator."},
-    Field{"guard", &ControllerConfig::guard, Shared::kRanks, kAny, "", "Supervisor against collapse."},
-    Field{"log", &ControllerConfig::log, Shared::kNone, kAny, "", "The run log."},
-    Field{"collect", &ControllerConfig::collect, Shared::kRanks, kAny, "",
+    Field{"model", &ControllerConfig::model, kState, "The model.", Presence::kRequired},
+    Field{"metrics", &ControllerConfig::metrics, kRanks, "How metrics are computed."},
+    Field{"metrics", &ControllerConfig::monitor, kRanks, "How metrics are followed over steps."},
+    Field{"health", +[](ControllerConfig& c) -> HealthOptions& { return c.monitor.health; }, kRanks,
+          "Health of the layers."},
+    Field{"expert_bias", &ControllerConfig::expert_bias, kRanks, "The biases of the experts."},
+    Field{"aux_loss_weight", &ControllerConfig::aux_loss_weight, kRanks, "The auxiliary loss weight."},
+    Field{"router_temperature", &ControllerConfig::router_temperature, kRanks, "The router temperature."},
+    Field{"safety", &ControllerConfig::safety, kRanks, "Supervision of every actuator."},
+    Field{"guard", &ControllerConfig::guard, kRanks, "Supervisor against collapse."},
+    Field{"log", &ControllerConfig::log, kNone, "The run log."},
+    Field{"collect", &ControllerConfig::collect, kRanks,
           "Sums that are collected whether or not a policy asks for them."},
 };
 

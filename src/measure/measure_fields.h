@@ -7,35 +7,33 @@
 
 namespace moectl {
 
+using enum Shared;
+
 template <>
 inline constexpr auto kFieldsOf<MetricsOptions> = std::tuple{
-    Field{"capacity_factor", &MetricsOptions::capacity_factor, Shared::kRanks, above(0), "mean loads",
+    Field{"capacity_factor", &MetricsOptions::capacity_factor, kRanks, above(0), "mean loads",
           "Load from which an expert overflows (drop metrics), and from which it counts as hot."},
     Field{"cold_fraction",
           &MetricsOptions::cold_fraction,
-          Shared::kRanks,
+          kRanks,
           {.low = 0, .high = 1},
           "mean loads",
           "Load below which an expert counts as cold."},
-    Field{"placement", &MetricsOptions::placement, Shared::kRanks, at_least(0), "",
+    Field{"placement", &MetricsOptions::placement, kRanks, at_least(0),
           "Device of each expert, numbered from 0; without it each expert has a device of its own."},
 };
 
 template <>
 inline constexpr auto kFieldsOf<StatsNeeds> = std::tuple{
-    Field{"gap", &StatsNeeds::gap, Shared::kRanks, kAny, "",
-          "Gap between the last chosen and the first unchosen score."},
-    Field{"sequences", &StatsNeeds::sequences, Shared::kRanks, kAny, "",
-          "Counts per sequence, for the sampling floor."},
-    Field{"probabilities", &StatsNeeds::probabilities, Shared::kRanks, kAny, "",
+    Field{"gap", &StatsNeeds::gap, kRanks, "Gap between the last chosen and the first unchosen score."},
+    Field{"sequences", &StatsNeeds::sequences, kRanks, "Counts per sequence, for the sampling floor."},
+    Field{"probabilities", &StatsNeeds::probabilities, kRanks,
           "Sums of the gate's probabilities and entropies."},
-    Field{"gradients", &StatsNeeds::gradients, Shared::kRanks, kAny, "", "Gradient norm of each expert."},
-    Field{"losses", &StatsNeeds::losses, Shared::kRanks, kAny, "", "Loss of each expert."},
-    Field{"domain_losses", &StatsNeeds::domain_losses, Shared::kRanks, kAny, "",
-          "Loss of each domain and expert."},
-    Field{"latencies", &StatsNeeds::latencies, Shared::kRanks, kAny, "", "Latency of each expert."},
-    Field{"margins", &StatsNeeds::margins, Shared::kRanks, kAny, "",
-          "Histogram of the margins of each expert."},
+    Field{"gradients", &StatsNeeds::gradients, kRanks, "Gradient norm of each expert."},
+    Field{"losses", &StatsNeeds::losses, kRanks, "Loss of each expert."},
+    Field{"domain_losses", &StatsNeeds::domain_losses, kRanks, "Loss of each domain and expert."},
+    Field{"latencies", &StatsNeeds::latencies, kRanks, "Latency of each expert."},
+    Field{"margins", &StatsNeeds::margins, kRanks, "Histogram of the margins of each expert."},
 };
 
 }  // namespace moectl

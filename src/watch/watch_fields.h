@@ -22,58 +22,52 @@ template <>
 inline constexpr auto kFieldsOf<MonitorOptions> = std::tuple{
     Field{"dead_fraction",
           &MonitorOptions::dead_fraction,
-          Shared::kState,
+          kState,
           {.low = 0, .high = 1, .below_high = true},
           "mean loads",
           "Smoothed load below which an expert may be dead; with targets, of the expert's own."},
-    Field{"dead_after", &MonitorOptions::dead_after, Shared::kState, at_least(1), "steps",
+    Field{"dead_after", &MonitorOptions::dead_after, kState, at_least(1), "steps",
           "Steps in a row below dead_fraction after which an expert is dead."},
-    Field{"ema",
-          &MonitorOptions::ema,
-          Shared::kState,
-          {.low = 0, .high = 1, .above_low = true},
-          "",
+    Field{"ema", &MonitorOptions::ema, kState, kPositivePart,
           "Weight of the newest value in every moving average."},
-    Field{"trend_window", &MonitorOptions::trend_window, Shared::kState, at_least(4), "steps",
+    Field{"trend_window", &MonitorOptions::trend_window, kState, at_least(4), "steps",
           "Steps over which trends are taken."},
-    Field{"trends", &MonitorOptions::trends, Shared::kState, kAny, "",
+    Field{"trends", &MonitorOptions::trends, kState,
           "Trends of the loads and of every metric: what oscillation and shift need. On by default with a "
           "section health."},
 };
 
 template <>
 inline constexpr auto kFieldsOf<Phase> = std::tuple{
-    Field{"name", &Phase::name, Shared::kRanks, kAny, "", "Name of the phase in reports."},
-    Field{"until", &Phase::until, Shared::kState, at_least(1), "steps",
+    Field{"name", &Phase::name, kRanks, "Name of the phase in reports."},
+    Field{"until", &Phase::until, kState, at_least(1), "steps",
           "Step at which the phase ends; left out in the last phase only.", Presence::kMinusOneIsAbsent},
-    Field{"bands", &Phase::bands, Shared::kPresent, kBandEnds, "",
+    Field{"bands", &Phase::bands, kPresent, kBandEnds,
           "In this phase in place of the common bands of the same metrics."},
 };
 
 template <>
 inline constexpr auto kFieldsOf<AlertRule> = std::tuple{
-    Field{"metric", &AlertRule::metric, Shared::kState, kMetric, "", "What is watched, step by step.",
+    Field{"metric", &AlertRule::metric, kState, kMetric, "What is watched, step by step.",
           Presence::kRequired},
-    Field{"name", &AlertRule::name, Shared::kRanks, kAny, "",
-          "Name in reports; by default \"METRIC above VALUE\"."},
-    Field{"above", &AlertRule::above, Shared::kRanks, kAny, "",
-          "Raised above this value. Either above or below is given."},
-    Field{"below", &AlertRule::below, Shared::kRanks, kAny, "", "Raised below this value."},
-    Field{"for", &AlertRule::for_steps, Shared::kRanks, at_least(1), "steps",
+    Field{"name", &AlertRule::name, kRanks, "Name in reports; by default \"METRIC above VALUE\"."},
+    Field{"above", &AlertRule::above, kRanks, "Raised above this value. Either above or below is given."},
+    Field{"below", &AlertRule::below, kRanks, "Raised below this value."},
+    Field{"for", &AlertRule::for_steps, kRanks, at_least(1), "steps",
           "Steps in a row before the alert is raised, and before it is lifted."},
-    Field{"after", &AlertRule::after, Shared::kRanks, at_least(0), "steps", "First step that is looked at."},
+    Field{"after", &AlertRule::after, kRanks, at_least(0), "steps", "First step that is looked at."},
 };
 
 template <>
 inline constexpr auto kFieldsOf<HealthOptions> = std::tuple{
-    Field{"dwell", &HealthOptions::dwell, Shared::kState, at_least(1), "steps",
+    Field{"dwell", &HealthOptions::dwell, kState, at_least(1), "steps",
           "Steps for which a health state, failure mode, alert or band stays as it is."},
-    Field{"weak_specialization", &HealthOptions::weak_specialization, Shared::kState, kAny, "",
+    Field{"weak_specialization", &HealthOptions::weak_specialization, kState,
           "Whether weak specialization is looked for."},
-    Field{"bands", &HealthOptions::bands, Shared::kPresent, kBandEnds, "",
+    Field{"bands", &HealthOptions::bands, kPresent, kBandEnds,
           "Wanted ranges of smoothed metrics, in every phase."},
-    Field{"phases", &HealthOptions::phases, Shared::kRanks, kAny, "", "Phases of the training, in order."},
-    Field{"alerts", &HealthOptions::alerts, Shared::kRanks, kAny, "", "Rules on metrics of single steps."},
+    Field{"phases", &HealthOptions::phases, kRanks, "Phases of the training, in order."},
+    Field{"alerts", &HealthOptions::alerts, kRanks, "Rules on metrics of single steps."},
 };
 
 }  // namespace moectl
