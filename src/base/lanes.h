@@ -24,7 +24,12 @@
 #endif
 #define EIGEN_MPL2_ONLY
 #define Eigen MOECTL_LANES(moectl_eigen)
+#pragma GCC diagnostic push
+#ifndef __clang__
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // from GCC 12's own header of AVX-512
+#endif
 #include <Eigen/Core>
+#pragma GCC diagnostic pop
 #undef Eigen
 
 namespace moectl {
@@ -170,8 +175,8 @@ inline namespace MOECTL_LANES(lanes) {
   double sum_over(std::size_t size, Term term) {
     Double8 sum = splat(0);
     std::size_t i = 0;  // a loop of its own: in for_each_eight the sum would go through memory
-  for (; i + 8 <= size; i += 8) sum += term(i, AllEight{});
-  if (i < size) sum += term(i, FirstFew{size - i});
+    for (; i + 8 <= size; i += 8) sum += term(i, AllEight{});
+    if (i < size) sum += term(i, FirstFew{size - i});
     return sum_of(sum);
   }
 
