@@ -118,15 +118,17 @@ int check(const Options& options, const PolicyRegistry& registry) {
 }  // namespace
 
 void add_check(CLI::App& app, Tool& tool) {
-  CLI::App* command = app.add_subcommand(
-      "check", "Validate a config, print it with all defaults, judge whether its targets can be met");
+  CLI::App* command =
+      app.add_subcommand("check", "Validate a config, print it resolved, judge its feasibility");
   command->footer(
-      R"(Standard output is the whole config with every default filled in, ready to use. Its last comment says whether it
-is feasible; contradictions go to standard error. With --format json, standard output is the verdict alone.
-
-Examples:
-  moectl check policies/pi.yaml
-  moectl check - --format json < config.yaml)");
+      "Standard output is the whole config with every default filled in, ready to use, with the verdict as "
+      "a\n"
+      "comment at its end; what contradicts what goes to standard error. With --format json, standard "
+      "output\n"
+      "is the verdict alone.\n\n"
+      "Examples:\n"
+      "  moectl check policies/pi.yaml\n"
+      "  moectl check - --format json < config.yaml");
   auto options = std::make_shared<Options>();
   CLI::Option* config = command->add_option("CONFIG", options->config, "YAML config");
   CLI::Option* format = add_format(*command, options->format, {"text", "json"});

@@ -77,25 +77,33 @@ int compare(const Options& options) {
 
 void add_compare(CLI::App& app, Tool& tool) {
   CLI::App* command = app.add_subcommand("compare", "Compare runs by their figures");
-  command->footer(R"(Figures, over layers:
-  settle              first step after which the 5-step median of MaxVio stays under 1.6 floors for 20 steps
-  max_vio, cv         mean over the steady window: the last 100 steps before the shift, else of the run
-  ..._over_floor      that, over the mean floor (sampling floor where logged, else noise floor)
-  excess_cv           the part of cv that control can remove: root of the mean of cv^2 - floor^2, with its sign
-  excess_area         MaxVio above its mean over the last 100 steps, summed over the 100 steps from the shift on;
-                      small as well if the run ends badly balanced: see end_over_floor
-  end_over_floor      max_vio over the floor in the run's last 100 steps, where there was a shift
-  dead_experts        all layers together, mean over the run's last 100 steps
-  drop_rate           share of the assignments that routers dropped, in those steps
-  limit_hits          actuator moves that a limit shortened, clipped or replaced, in the whole run
-  loss                mean of the last 100 steps; validation_loss: the last record tagged 'validation'
-The shift is the step at which the data changed: from the run log's first line ('shift'), or --shift.
-Of a damaged log, what can be read is compared, and what was skipped is listed on standard error. A record that
-is wrong ends the command, unless --salvage is given.
-
-Examples:
-  moectl compare runs/demo/*.jsonl
-  moectl compare --shift 420 before.jsonl after.jsonl.gz --format json)");
+  command->footer(
+      "Figures, over layers:\n"
+      "  settle              first step after which the 5-step median of MaxVio stays under 1.6 floors for "
+      "20 steps\n"
+      "  max_vio, cv         mean over the steady window: the last 100 steps before the shift, else of the "
+      "run\n"
+      "  ..._over_floor      that, over the mean floor (sampling floor where logged, else noise floor)\n"
+      "  excess_cv           what of cv control can remove: root of the mean of cv^2 - floor^2, with its "
+      "sign\n"
+      "  excess_area         sum over the 100 steps from the shift on of MaxVio above its mean over the last "
+      "100:\n"
+      "                      the way to where the run ends, which is short if it never comes back\n"
+      "  end_over_floor      max_vio over the floor in the run's last 100 steps, where there was a shift\n"
+      "  dead_experts        all layers together, mean over the run's last 100 steps\n"
+      "  drop_rate           share of the assignments that routers dropped, in those steps\n"
+      "  limit_hits          actuator moves that a limit cut short, clipped or overrode, in the whole run\n"
+      "  loss                mean of the last 100 steps; validation_loss: the last record tagged "
+      "'validation'\n"
+      "The shift is the step at which the data changed: from the run log's first line ('shift'), or "
+      "--shift.\n"
+      "A damaged log is compared by what can be read of it, and the rest is said; a record that is wrong "
+      "ends "
+      "the\n"
+      "command, unless --salvage is given.\n\n"
+      "Examples:\n"
+      "  moectl compare runs/demo/*.jsonl\n"
+      "  moectl compare --shift 420 before.jsonl after.jsonl.gz --format json");
   auto options = std::make_shared<Options>();
   command->add_option("RUN", options->runs, "Run logs or traces")->required();
   command->add_option("--shift", options->shift, "Step at which the data changed, for all runs")

@@ -419,8 +419,7 @@ int metrics(const Options& options, const PolicyRegistry& registry) {
 
 void add_metrics(CLI::App& app, Tool& tool) {
   CLI::App* command = app.add_subcommand("metrics", "Print every metric of every record of a trace");
-  std::string footer =
-      kTraceExample + std::string("\nMetrics (absent ones are null, an empty cell, or '-'):\n");
+  std::string footer = "Metrics (absent ones are null, an empty cell, or '-'):\n";
   std::size_t widest = 0;
   for (const MetricField& field : metric_fields()) widest = std::max(widest, field.name.size());
   for (const MetricField& field : metric_fields()) {
@@ -446,12 +445,15 @@ void add_metrics(CLI::App& app, Tool& tool) {
                   "  moectl metrics run.jsonl --compare train@0:360 train@360: --format table\n"
                   "  moectl metrics run.jsonl --trends --format table");
   auto options = std::make_shared<Options>();
-  command->add_option("TRACE", options->trace, "Trace or run log, plain or gzip; - reads standard input")
+  command
+      ->add_option(
+          "TRACE", options->trace,
+          "Trace or run log, plain or gzip; - reads standard input. A line of a trace: " + kTraceLine)
       ->required();
   command->add_option(
       "--config", options->config,
-      "Take capacity factor, thresholds, placement and targets from this config (without it: the defaults, "
-      "and the targets of the run log)");
+      "Take capacity factor, thresholds, placement and targets from this config (without it, targets from "
+      "the run log itself)");
   command
       ->add_option("--compare", options->compare,
                    "Sum all records of each tag into one window per layer, and compare the two windows")
@@ -460,8 +462,8 @@ void add_metrics(CLI::App& app, Tool& tool) {
   command
       ->add_flag(
           "--trends", options->trends,
-          "For each metric of each layer: its trend over the last steps and its correlation with the loss; "
-          "health; and whether the auxiliary loss could be lowered")
+          "How each metric of each layer moved over the trend window at the end, its correlation with the "
+          "loss, health, and a review of the auxiliary loss")
       ->excludes("--compare");
   add_format(*command, options->format, {"json", "csv", "table"});
   command->callback(

@@ -49,10 +49,11 @@ void describe(const PolicyDescription& policy) {
 
 void add_policies(CLI::App& app, Tool& tool) {
   CLI::App* command = app.add_subcommand("policies", "List the policies, or describe one");
-  command->footer(R"(Examples:
-  moectl policies
-  moectl policies sign_bias
-  moectl --plugin ./libmine.so policies mine)");
+  command->footer(
+      "Examples:\n"
+      "  moectl policies\n"
+      "  moectl policies sign_bias\n"
+      "  moectl --plugin ./libmine.so policies mine");
   auto name = std::make_shared<std::string>();
   command->add_option("NAME", *name, "The policy to describe");
   command->callback([&tool, name] {

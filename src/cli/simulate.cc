@@ -217,28 +217,32 @@ int simulate_all(const Options& options, const PolicyRegistry& registry) {
 void add_simulate(CLI::App& app, Tool& tool) {
   CLI::App* command =
       app.add_subcommand("simulate", "Close the loop on a simulated router and print figures");
-  command->footer(R"(The simulated router is described in moectl/simulation.h. Scenarios act from --event on:
-  steady    nothing happens
-  shift     the last domain, absent before, becomes half of the data
-  collapse  by --collapse: runaway, experts with more tokens learn ever faster; dead_third, the scores of a
-            third of the experts fall and stay behind; poisoned_bias, the router's biases are wrong by a
-            fixed vector; cold_start, one expert is far ahead from the first step on
-  dead      the scores of some experts fall far below the others
-  drift     the router's preferences keep changing
-  noise     a mixture spread of 1 and a jitter of 0.5, or more if so given
-  delay     statistics are late from the first step on: by model.delay, else by 4 steps that the config
-            does not declare
-Configs run on the same tokens. Domains are those of model.domains, or four. Limits of biases are in
-units of the scores: rescale them with --score-space and --score-scale.
-
-Figures are those of 'moectl compare --help'. The steady window ends at the event, where the excess area begins.
-drop_rate is printed if --capacity-factor is given.
-
-Examples:
-  moectl simulate policies/adaptive_bias.yaml policies/sign_bias.yaml --scenario shift
-  moectl simulate policies/adaptive_bias.yaml --experts 64 --top-k 6 --tokens 4096 -o run.jsonl
-  moectl simulate policies/pi.yaml --scenario collapse --collapse cold_start --gate softmax
-  moectl simulate policies/adaptive_bias.yaml --clusters 12 --token-spread 0.02 --capacity-factor 1.25)");
+  command->footer(
+      "The plant is described in moectl/simulation.h. Scenarios act from --event on:\n"
+      "  steady    nothing happens\n"
+      "  shift     the last domain, absent before, becomes half of the data\n"
+      "  collapse  by --collapse: runaway, the favoured learn ever faster; dead_third, a third of the\n"
+      "            experts sinks and stays behind; poisoned_bias, the router's biases are off by a fixed\n"
+      "            vector; cold_start, one expert is far ahead from the first step on\n"
+      "  dead      experts sink far below the others\n"
+      "  drift     the router keeps moving\n"
+      "  noise     a mixture spread of 1 and a jitter of 0.5, or more if so given\n"
+      "  delay     statistics are late from the first step on: by model.delay, else by 4 steps that the\n"
+      "            config does not know of\n"
+      "Configs run on the same tokens. Domains are those of model.domains, or four. Limits of biases are in\n"
+      "units of the scores: rescale them with --score-space and --score-scale.\n"
+      "\n"
+      "Figures are those of 'moectl compare --help'. The steady window ends at the event and the excess "
+      "area\n"
+      "starts there: it is the way to where the run ends, and end_over_floor says where that is. drop_rate\n"
+      "stands there if --capacity-factor is given.\n"
+      "\n"
+      "Examples:\n"
+      "  moectl simulate policies/adaptive_bias.yaml policies/sign_bias.yaml --scenario shift\n"
+      "  moectl simulate policies/adaptive_bias.yaml --experts 64 --top-k 6 --tokens 4096 -o run.jsonl\n"
+      "  moectl simulate policies/pi.yaml --scenario collapse --collapse cold_start --gate softmax\n"
+      "  moectl simulate policies/adaptive_bias.yaml --clusters 12 --token-spread 0.02 --capacity-factor "
+      "1.25");
   auto options = std::make_shared<Options>();
   SimulationOptions& plant = options->plant;
   constexpr int kMostInt = std::numeric_limits<int>::max();
@@ -251,7 +255,7 @@ Examples:
       ->check(positive_int)
       ->capture_default_str()
       ->group(run);
-  command->add_option("--seed", plant.seed, "Seed of the simulated router")
+  command->add_option("--seed", plant.seed, "Of the plant")
       ->check(from_zero)
       ->capture_default_str()
       ->group(run);

@@ -82,14 +82,16 @@ int tensorboard(const Options& options) {
 void add_tensorboard(CLI::App& app, Tool& tool) {
   CLI::App* command = app.add_subcommand("tensorboard", "Write TensorBoard event files of runs");
   command->footer(
-      R"(Scalars: loss, means over layers beside their floors (balance/...), metrics by layer, the scalar actuators, and
-the number of layers in each state of health, under each alert, and with each reason that kept an actuator from
-its proposal. Histograms: load over the mean, and bias, of each layer's experts. Logs have no clock: wall time
-is the step.
-
-Examples:
-  moectl tensorboard runs/demo/*.jsonl -o board && tensorboard --logdir board
-  moectl tensorboard run.jsonl -o board --metric all --histogram-every 100)");
+      "Scalars: loss, means over layers beside their floors (balance/...), metrics by layer, the scalar "
+      "actuators, and\n"
+      "the number of layers in each state of health, under each alert, and with each reason that kept an "
+      "actuator from\n"
+      "its proposal. Histograms: load over the mean, and bias, of each layer's experts. Logs carry no clock: "
+      "wall time\n"
+      "is the step.\n\n"
+      "Examples:\n"
+      "  moectl tensorboard runs/demo/*.jsonl -o board && tensorboard --logdir board\n"
+      "  moectl tensorboard run.jsonl -o board --metric all --histogram-every 100");
   auto options = std::make_shared<Options>();
   command->add_option("RUN", options->runs, "Run logs or traces")->required();
   command->add_option("-o,--output", options->output, "Directory; each run gets a subdirectory with its name")

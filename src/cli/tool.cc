@@ -45,10 +45,6 @@ CLI::Validator positive_number() {
                               "a number above 0", true);
 }
 
-const char* const kTraceExample =
-    "A line of a trace (one step of one layer; docs/formats.md has all fields):\n"
-    "  {\"step\":0,\"layer\":0,\"tokens\":8,\"top_k\":2,\"counts\":[5,4,4,3]}\n";
-
 CLI::Option* add_format(CLI::App& command, std::string& format, std::vector<std::string> formats) {
   format = formats.front();
   return command.add_option("--format", format, "How to print")
@@ -67,8 +63,7 @@ void add_salvage(CLI::App& command, FaultPolicy& fault_policy) {
   fault_policy = FaultPolicy::kRepair;
   command.add_flag_callback(
       "--salvage", [&reading] { reading = Reading::kSalvage; },
-      "Skip records that are wrong (damaged ones are skipped in any case); both are listed on standard "
-      "error");
+      "Pass over records that are wrong (damaged ones are passed over in any case); both are said");
 }
 
 std::string Table::text() const {

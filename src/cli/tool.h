@@ -29,6 +29,9 @@ class InputError : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+/// A line of a trace, for the help of commands that read one.
+inline const std::string kTraceLine = R"({"step":0,"layer":0,"tokens":8,"top_k":2,"counts":[5,4,4,3]})";
+
 void add_check(CLI::App& app, Tool& tool);
 void add_compare(CLI::App& app, Tool& tool);
 void add_metrics(CLI::App& app, Tool& tool);
@@ -47,10 +50,7 @@ CLI::Validator whole_number(std::int64_t least, std::int64_t most = std::numeric
 CLI::Validator number_from_zero();
 CLI::Validator positive_number();
 
-/// A line of a trace, for the help of commands that read one.
-extern const char* const kTraceExample;
-
-/// Says on standard error what a reader skipped or missed.
+/// Says on standard error what a reader passed over or missed.
 void say_faults(const LogReader& log, const std::string& path);
 /// The option --salvage of a command that reads logs.
 void add_salvage(CLI::App& command, FaultPolicy& fault_policy);

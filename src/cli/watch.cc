@@ -159,21 +159,25 @@ class Watch {
 void add_watch(CLI::App& app, Tool& tool) {
   CLI::App* command = app.add_subcommand("watch", "Follow a growing run log");
   command->footer(
-      R"(In a terminal, a live view: each layer's load by expert (a full block is twice the expert's target) and the last
-decisions with what limited them. Elsewhere one line a step. A file is followed until interrupted or, with --pid,
-until the process that writes it has ended; standard input until it ends. A log that is cut into pieces is followed
-from piece to piece.
-
-With --listen the same data are served to Prometheus at http://ADDR:PORT/metrics: every metric by layer, load and
-bias by expert, health, alerts, and what limited the actuators. There is no authentication: listen at the loopback
-address unless the network is trusted. Alerts and a dashboard are in share/moectl/monitoring.
-
-Examples:
-  moectl watch runs/demo/run.jsonl
-  train --log run.jsonl & moectl watch run.jsonl --pid $!
-  train | moectl watch - --every 10 | tee progress.txt
-  moectl watch run.jsonl --once --plain
-  serve | moectl watch - --listen 127.0.0.1:9464 --plain --every 1000)");
+      "In a terminal, a live view: each layer's load by expert (a full block is twice its target, the mean\n"
+      "unless model.targets say otherwise) and the last\n"
+      "decisions with what limited them. Elsewhere one line a step. A file is followed until interrupted or, "
+      "with --pid,\n"
+      "until the process that writes it has ended; standard input until it ends. A log that is rotated is "
+      "followed\n"
+      "from piece to piece.\n\n"
+      "With --listen the same data stand at http://ADDR:PORT/metrics for Prometheus: every metric by layer, "
+      "load and\n"
+      "bias by expert, health, alerts, and what limited the actuators. There is no authentication: listen at "
+      "the\n"
+      "loopback address unless the network is trusted. Alerts and a dashboard are in "
+      "share/moectl/monitoring.\n\n"
+      "Examples:\n"
+      "  moectl watch runs/demo/run.jsonl\n"
+      "  train --log run.jsonl & moectl watch run.jsonl --pid $!\n"
+      "  train | moectl watch - --every 10 | tee progress.txt\n"
+      "  moectl watch run.jsonl --once --plain\n"
+      "  serve | moectl watch - --listen 127.0.0.1:9464 --plain --every 1000");
   auto options = std::make_shared<Options>();
   command->add_option("RUN", options->run, "Run log or trace; - is standard input")->required();
   command->add_option("--every", options->every, "Print every so many steps, when not in a terminal")
