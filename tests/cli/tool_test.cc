@@ -16,7 +16,7 @@ TEST(Tool, SaysItsVersion) {
   const TempDir dir;
   const ToolResult result = run_tool(dir, "--version");
   EXPECT_EQ(result.code, 0);
-  EXPECT_EQ(result.out, "moectl " MOECTL_VERSION "\n");
+  EXPECT_EQ(result.out, std::string("moectl ") + kVersion + "\n");
   EXPECT_EQ(std::string(kVersion), std::to_string(MOECTL_VERSION_MAJOR) + "." +
                                        std::to_string(MOECTL_VERSION_MINOR) + "." +
                                        std::to_string(MOECTL_VERSION_PATCH));
