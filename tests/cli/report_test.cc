@@ -120,7 +120,7 @@ TEST(Report, MapsOfManyExpertsAreCoarserAndKeepExtremes) {
   }
 }
 
-TEST(Report, WhatCannotBeReadIsSaidAndNamesCannotEndTheScript) {
+TEST(Report, UnreadableLinesAreReportedAndNamesCannotEndTheScript) {
   const TempDir dir;
   const std::string name = "x<script>.jsonl";
   dir.write(name, record(0, "[60,40]", R"(,"domain_counts":{"</script><b>":[10,10]})") + "torn </script>\n" +

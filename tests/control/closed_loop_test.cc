@@ -72,7 +72,7 @@ TEST(Figures, ARunOnAFloorOfZeroHasSettled) {
   EXPECT_EQ(compute_figures(steps).settle, 12);  // the first of whose last five the median is 0
 }
 
-TEST(ClosedLoop, FixedLeavesTheRouterToItself) {
+TEST(ClosedLoop, FixedDoesNotInfluenceTheRouter) {
   SimulationOptions plant;
   const Series r = run(config_for(plant, "fixed"), plant, 300);
   EXPECT_GT(r.ratio(200, 300), 10);
@@ -209,7 +209,7 @@ TEST(ClosedLoop, AdaptiveReachesLoadsThatAreNotUniform) {
 
 // Two experts make no computation and are wanted little, one not at all: nobody is dead, nothing collapses, and the guard
 // has nothing to do, whatever the law.
-TEST(ClosedLoop, EveryLawServesTargetsDownToZero) {
+TEST(ClosedLoop, EveryPolicyReachesTargetsDownToZero) {
   for (const std::string& law : laws_of_the_biases()) {
     SimulationOptions plant;
     ControllerConfig config = config_for(plant, law);

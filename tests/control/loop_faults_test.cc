@@ -161,9 +161,9 @@ void PrintTo(const FaultyLaw& law, std::ostream* out) {
   *out << law.policy;
 }
 
-class EveryLawWithFaults : public ::testing::TestWithParam<FaultyLaw> {
+class EveryPolicyWithFaults : public ::testing::TestWithParam<FaultyLaw> {
  protected:
-  EveryLawWithFaults() : loop_(config()) { loop_.good_steps(300); }
+  EveryPolicyWithFaults() : loop_(config()) { loop_.good_steps(300); }
 
   static ControllerConfig config() {
     ControllerConfig config = config_for(SimulationOptions(), GetParam().policy, GetParam().options);
@@ -179,7 +179,7 @@ class EveryLawWithFaults : public ::testing::TestWithParam<FaultyLaw> {
 };
 
 // What every law reads is the choices; of scores that it does not ask for none is looked at.
-TEST_P(EveryLawWithFaults, BrokenBatchesMoveNothing) {
+TEST_P(EveryPolicyWithFaults, BrokenBatchesMoveNothing) {
   const std::vector<double> before(loop_.controller().bias(0).begin(), loop_.controller().bias(0).end());
   for (int i = 0; i < 30; ++i) {
     RoutingBatch batch = loop_.route();
@@ -197,7 +197,7 @@ TEST_P(EveryLawWithFaults, BrokenBatchesMoveNothing) {
   expect_balance_returns();
 }
 
-TEST_P(EveryLawWithFaults, MissingSteps) {
+TEST_P(EveryPolicyWithFaults, MissingSteps) {
   for (int i = 0; i < 90; ++i) {
     const RoutingBatch batch = loop_.route();
     if (i % 3 == 0) loop_.controller().record(0, batch);
@@ -208,7 +208,7 @@ TEST_P(EveryLawWithFaults, MissingSteps) {
   expect_balance_returns();
 }
 
-TEST_P(EveryLawWithFaults, StaleStatistics) {
+TEST_P(EveryPolicyWithFaults, StaleStatistics) {
   std::deque<RoutingStats> queue;
   for (int i = 0; i < 100; ++i) {
     queue.emplace_back(loop_.controller().shape()).add(loop_.route());
@@ -221,7 +221,7 @@ TEST_P(EveryLawWithFaults, StaleStatistics) {
   expect_balance_returns();
 }
 
-TEST_P(EveryLawWithFaults, BatchesTenTimesAsLarge) {
+TEST_P(EveryPolicyWithFaults, BatchesTenTimesAsLarge) {
   loop_.router().set_tokens(20480);
   loop_.good_steps(50);
   EXPECT_LT(loop_.ratio(20), 0.5);  // the noise floor falls to .32, and the loop goes below the old one
@@ -229,7 +229,7 @@ TEST_P(EveryLawWithFaults, BatchesTenTimesAsLarge) {
   expect_balance_returns();
 }
 
-TEST_P(EveryLawWithFaults, FrozenLayer) {
+TEST_P(EveryPolicyWithFaults, FrozenLayer) {
   loop_.controller().freeze(0);
   const std::vector<double> before(loop_.controller().bias(0).begin(), loop_.controller().bias(0).end());
   loop_.good_steps(200);
@@ -240,7 +240,7 @@ TEST_P(EveryLawWithFaults, FrozenLayer) {
 }
 
 // Nothing answers, so every law goes on until a limit stops it, and must find back from there.
-TEST_P(EveryLawWithFaults, ActuatorThatDoesNotActEndsAtALimit) {
+TEST_P(EveryPolicyWithFaults, ActuatorThatDoesNotActEndsAtALimit) {
   const std::vector<double> none(16, 0.0);
   for (int i = 0; i < 400; ++i) {
     loop_.controller().record(0, loop_.router().route(none));
@@ -258,13 +258,13 @@ const std::vector<FaultyLaw> kLaws = {{"sign_bias", {}},
                                       {"quantile_bias", {{"form", std::string("exact")}}},
                                       {"adaptive_bias", {}},
                                       {"adaptive_bias", {{"form", std::string("counts")}}}};
-INSTANTIATE_TEST_SUITE_P(Laws, EveryLawWithFaults, ::testing::ValuesIn(kLaws), [](const auto& info) {
+INSTANTIATE_TEST_SUITE_P(Laws, EveryPolicyWithFaults, ::testing::ValuesIn(kLaws), [](const auto& info) {
   const auto form = info.param.options.find("form");
   return info.param.policy +
          (form == info.param.options.end() ? "" : "_" + std::get<std::string>(form->second));
 });
 
-TEST(LoopFaults, NoLawIsLeftOut) {
+TEST(LoopFaults, CoversEveryPolicy) {
   std::set<std::string> tried;
   for (const FaultyLaw& law : kLaws) tried.insert(law.policy);
   EXPECT_EQ(tried, laws_of_the_biases());

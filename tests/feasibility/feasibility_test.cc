@@ -243,7 +243,7 @@ TEST(Feasibility, KlAndEntropyAreOneConstraint) {
   EXPECT_THAT(f.conflicts[0].message, HasSubstr("is the same as"));
 }
 
-TEST(Feasibility, SingleBandsOutsideWhatCanBe) {
+TEST(Feasibility, SingleBandsOutsideTheirRange) {
   EXPECT_THAT(messages(judge(kPublished, {{"load_cv", {3, 4}}})),
               ElementsAre("load_cv in [3, 4] cannot be: load_cv ≤ 2.646 at N = 16, k = 2"));
   EXPECT_THAT(messages(judge(kPublished, {{"max_load", {0.6, 0.7}}})),
@@ -259,7 +259,7 @@ TEST(Feasibility, IdleExpertsAreWholeOnes) {
   EXPECT_TRUE(judge(kPublished, {{"dead_experts", {0, 5}}, {"inactive_experts", {4.6, 12}}}).feasible());
 }
 
-TEST(Feasibility, TargetsUnderTheNoiseFloor) {
+TEST(Feasibility, TargetsBelowTheNoiseFloor) {
   const LoadSpace space{.experts = 16, .top_k = 2, .tokens = 2048};  // floors .0585 and .108
   EXPECT_EQ(judge(space, {{"load_cv", {0, 0.05}}}).conflicts.size(), 1U);
   EXPECT_EQ(judge(space, {{"load_cv", {0, 0.06}}}).conflicts.size(), 0U);
@@ -294,7 +294,7 @@ TEST(Feasibility, OpenBands) {
   EXPECT_EQ(judge(kPublished, {{"load_cv", {-inf, 0.6}}, {"dead_experts", {5, inf}}}).conflicts.size(), 1U);
 }
 
-TEST(Feasibility, WhatIsNoFunctionOfTheLoadsIsNotJudged) {
+TEST(Feasibility, MetricsThatDoNotDependOnTheLoadsAreNotJudged) {
   const Feasibility f = judge(kPublished, {{"drop_rate", {0, .03}}, {"load_cv", {0, 1}}});
   EXPECT_TRUE(f.feasible());
   EXPECT_THAT(f.not_judged, ElementsAre("drop_rate"));
@@ -400,7 +400,7 @@ TEST(Feasibility, ABandOfOneValueIsNeverInverted) {
   EXPECT_EQ(two.conflicts[0].suggestion, "max_load: [0.75, 0.75]");
 }
 
-TEST(Feasibility, ABandThatCannotHoldDoesNotHideTheOthers) {
+TEST(Feasibility, AnInfeasibleBandDoesNotHideOtherConflicts) {
   const Feasibility f = judge(
       kPublished, {{"load_cv", {0.3, 0.6}}, {"entropy_normalized", {0.70, 0.85}}, {"max_load", {0.6, 0.7}}});
   EXPECT_THAT(messages(f), ElementsAre(HasSubstr("max_load in [0.6, 0.7] cannot be"),
@@ -486,7 +486,7 @@ TEST(Feasibility, TheExtremesAreReached) {
 constexpr double kShares[] = {0.5, 0.375, 0.125, 0};
 constexpr LoadSpace kUnequal{.experts = 4, .top_k = 1, .tokens = 800, .targets = kShares};
 
-TEST(FeasibilityWithTargets, LoadsCannotBeMoreEvenThanThoseWanted) {
+TEST(FeasibilityWithTargets, LoadsCannotBeMoreEvenThanTheTargets) {
   const auto conflicts = [](const char* metric, double low, double high) {
     return judge(kUnequal, {{metric, {low, high}}}).conflicts.size();
   };

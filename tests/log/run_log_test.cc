@@ -286,7 +286,7 @@ TEST(LogReader, SumsThatWouldOverflowAreRefused) {
   EXPECT_THAT([&] { read_all(path); }, ::testing::ThrowsMessage<LogError>(HasSubstr(":1: counts: sum ")));
 }
 
-TEST(LogReader, SalvageReadsWhatCanBeReadAndSaysTheRest) {
+TEST(LogReader, SalvageReadsValidRecordsAndReportsTheRest) {
   const TempDir dir;
   const auto line = [](int step, const char* counts) {
     return "{\"step\":" + std::to_string(step) + ",\"layer\":0,\"tokens\":2,\"counts\":" + counts + "}\n";
@@ -336,7 +336,7 @@ std::string made_line(int step, const char* counts = "[1,1,1,1]") {
 }
 
 // Damage happens to files; a record that is whole and cannot be true is its writer's.
-TEST(LogReader, RepairPassesOverDamageButNotWrongRecords) {
+TEST(LogReader, RepairSkipsDamageButNotWrongRecords) {
   const TempDir dir;
   std::vector<std::string> faults;
   const std::string torn = dir.write("torn", made_line(0) + std::string(3, '\0') + "\n" + made_line(1) +
@@ -484,7 +484,7 @@ struct MadeStep {
   StepReport report;
 };
 
-TEST(RunLogWriter, WhatIsWrittenReadsBackExactly) {
+TEST(RunLogWriter, AWrittenLogReadsBackExactly) {
   const TempDir dir;
   for (const char* name : {"run.jsonl", "run.jsonl.gz"}) {
     const std::string path = dir.path(name);
@@ -782,7 +782,7 @@ TEST(RunLogWriter, AResumedRotatedLogHasTheSamePieces) {
   }
 }
 
-TEST(RunLogWriter, ARotationThatFailsIsSaidOnceAndLeavesTheLog) {
+TEST(RunLogWriter, AFailedRotationIsReportedOnceAndKeepsTheLog) {
   const TempDir dir;
   const std::string path = dir.path("run.jsonl");
   std::filesystem::create_directory(path + ".part");  // stands where the next piece would be begun
@@ -819,7 +819,7 @@ TEST(RunLogWriter, DoesNotAllocateInTheSteadyState) {
   }
 }
 
-TEST(RunLogWriter, AFullDiskIsSaidOnceAndNeverStopsTraining) {
+TEST(RunLogWriter, AFullDiskIsReportedOnceAndNeverStopsTraining) {
   if (!std::filesystem::exists("/dev/full")) GTEST_SKIP() << "no /dev/full here";
   MadeStep made(2, {.experts = 4, .top_k = 2, .needs = {}}, 1);
   ::testing::internal::CaptureStderr();
@@ -836,7 +836,7 @@ TEST(RunLogWriter, AFullDiskIsSaidOnceAndNeverStopsTraining) {
             "moectl: /dev/full: run log cannot be written (No space left on device); going on without it\n");
 }
 
-TEST(RunLogWriter, AnUnwritablePathIsSaidOnce) {
+TEST(RunLogWriter, AnUnwritablePathIsReportedOnce) {
   MadeStep made(1, {.experts = 4, .top_k = 2, .needs = {}}, 1);
   for (const char* path : {"/nonexistent/run.jsonl", "/nonexistent/run.jsonl.gz"}) {
     ::testing::internal::CaptureStderr();

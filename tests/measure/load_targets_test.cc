@@ -103,7 +103,7 @@ TEST(MetricsWithAZeroTarget, HaveASamplingFloor) {
   EXPECT_NEAR(*m.sampling_floor_cv, std::sqrt((4 / 100.0 + 0 + 4 / 100.0) / 2), 1e-12);
 }
 
-TEST(MetricsWithTargets, HotAndColdAreByTheOwnTarget) {
+TEST(MetricsWithTargets, HotAndColdAreRelativeToTheTarget) {
   const MetricsOptions options{.cold_fraction = 0.5, .targets = {0.7, 0.2, 0.1}}, equal{.cold_fraction = 0.5};
   EXPECT_EQ(measured({700, 200, 100}, options).hot_experts, 0);
   EXPECT_EQ(measured({700, 200, 100}, options).cold_experts, 0);
@@ -149,7 +149,7 @@ TEST(MetricsOnTarget, ByHand) {
 
 // Three of eight are to have all, with an FHS of 2.5 on their targets. A token where none is wanted is clear of the noise
 // of a thousand, and no collapse; a load that is nowhere near its targets is.
-TEST(MetricsWithTargets, FewWantedExpertsHaveNotCollapsed) {
+TEST(MetricsWithTargets, FewExpertsWithTargetsAreNoCollapse) {
   const MetricsOptions options{.targets = {0.6, 0.3, 0.1, 0, 0, 0, 0, 0}};
   const Metrics leaking = measured({599, 300, 100, 0, 0, 0, 0, 1}, options);
   EXPECT_GT(*leaking.fhs, 1);

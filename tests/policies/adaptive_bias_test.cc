@@ -96,7 +96,7 @@ TEST(AdaptiveBias, ADeclaredDelayDividesTheFirstGain) {
 
 // Both gains rise while a large error stays; then g falls, as errors near the noise alternate, and F is left high. An
 // error that comes from far gets little of F at once and most of it when it stays; never, if it changes sides.
-TEST(AdaptiveBias, AFarErrorMustLastBeforeItIsMetWithMore) {
+TEST(AdaptiveBias, FarErrorsGetALargerStepOnlyWhenTheyPersist) {
   const auto moves_per_error = [](bool stays) {
     PolicyRig rig("adaptive_bias", RigOptions{.experts = 2, .top_k = 1, .options = {{"per_expert", false}}});
     for (int i = 0; i < 30; ++i) rig.step(stats_of(rig.shape(), {6000, 2000}));
@@ -120,7 +120,7 @@ TEST(AdaptiveBias, AFarErrorMustLastBeforeItIsMetWithMore) {
 }
 
 // Errors that stay: with noise to hide in, the trend adds to the step; far from it, it hardly does.
-TEST(AdaptiveBias, TheTrendLearnsFromErrorsNearTheNoiseAlone) {
+TEST(AdaptiveBias, TheTrendLearnsOnlyFromErrorsNearTheNoise) {
   const auto extra = [](std::int64_t unit) {
     PolicyRig rig("adaptive_bias", RigOptions{.experts = 2, .top_k = 1, .options = {{"adaptation", 0.0}}});
     for (int i = 0; i < 20; ++i) rig.step(stats_of(rig.shape(), {12 * unit, 8 * unit}));
@@ -135,7 +135,7 @@ TEST(AdaptiveBias, TheTrendLearnsFromErrorsNearTheNoiseAlone) {
 // for each expert; its margins are .125, .375, .375, .75 from a threshold of .625, so one token lies below x at the far
 // edge of the bin [.125, .1875): move .5 · .1875 where an integral step would be .25 gaps.
 // One expert is to have all, and gets it after thirty steps: what drifted till then must not drift on for ever.
-TEST(AdaptiveBias, ALoadExactlyOnItsTargetsEndsTheTrend) {
+TEST(AdaptiveBias, TrendsDecayWhenTargetsAreMetExactly) {
   for (const double off : {0.0, 4e-7}) {  // as far as targets may be from their sum
     PolicyRig rig("adaptive_bias", RigOptions{.experts = 4, .top_k = 1, .targets = {1 - off, 0, 0, 0}});
     const auto step_with = [&](std::int64_t astray) {
@@ -154,7 +154,7 @@ TEST(AdaptiveBias, ALoadExactlyOnItsTargetsEndsTheTrend) {
   }
 }
 
-TEST(AdaptiveBias, RescueGoesHalfTheWayThatTheMarginsSay) {
+TEST(AdaptiveBias, RescueMovesHalfTheDistanceOfTheMargins) {
   const auto rig_with = [](bool rescue) {
     return PolicyRig("adaptive_bias", RigOptions{.experts = 4,
                                                  .top_k = 1,
@@ -185,7 +185,7 @@ TEST(AdaptiveBias, RescueGoesHalfTheWayThatTheMarginsSay) {
 }
 
 // Domains that alternate at random, told to the law one batch ahead: closer to the floor than without.
-TEST(AdaptiveBias, FeedforwardCancelsWhatTheMixtureBrings) {
+TEST(AdaptiveBias, FeedforwardCancelsTheEffectOfTheMixture) {
   const auto steady = [](const char* feedforward) {
     ControllerConfig config = load_config(std::string(MOECTL_SOURCE_DIR) + "/policies/adaptive_bias.yaml");
     config.model.layers = 1;
@@ -208,7 +208,7 @@ TEST(AdaptiveBias, FeedforwardCancelsWhatTheMixtureBrings) {
 
 // While a layer is frozen no plan acts. Learnt from as if they had, batches of nearly one domain each make its effect
 // seem twice as large as it is.
-TEST(AdaptiveBias, WhatAFreezeHeldBackIsNotLearntAsIfItHadActed) {
+TEST(AdaptiveBias, FeedforwardLearnsNothingFromAFrozenStep) {
   const auto after_a_freeze = [](const char* feedforward) {
     double vio = 0;
     for (std::uint64_t seed = 1; seed <= 3; ++seed) {
@@ -233,7 +233,7 @@ TEST(AdaptiveBias, WhatAFreezeHeldBackIsNotLearntAsIfItHadActed) {
   EXPECT_LT(with, 0.6 * without) << with << " " << without;
 }
 
-TEST(AdaptiveBias, AHeldStepKeepsTheFeedforwardThatIsInForceApart) {
+TEST(AdaptiveBias, AHeldStepKeepsTheFeedforwardInForce) {
   PolicyRig rig("adaptive_bias", RigOptions{.experts = 4,
                                             .top_k = 1,
                                             .domains = 2,
@@ -268,7 +268,7 @@ TEST(AdaptiveBias, AHeldStepKeepsTheFeedforwardThatIsInForceApart) {
 }
 
 // What a rate limit below the swing of the mixture lets through of the feed-forward comes late, but does no harm.
-TEST(AdaptiveBias, FeedforwardUnderATightRateIsNoWorseThanNone) {
+TEST(AdaptiveBias, FeedforwardUnderATightRateDoesNoHarm) {
   const auto steady = [](const char* feedforward) {
     double ratio = 0;
     for (const std::uint64_t seed : {1, 2, 3}) {

@@ -59,7 +59,7 @@ TEST(Feedforward, LearnsEachDomainsEffectAndPlansForTheChange) {
   EXPECT_THAT(planned(law, {1, 1}), ElementsAre(DoubleEq(-0.05805), DoubleEq(0.05805)));
 }
 
-TEST(Feedforward, WhatAnExpertGetsThatIsToHaveNothingIsTooMuch) {
+TEST(Feedforward, TokensOfAnExpertWithTargetZeroAreExcess) {
   Feedforward law(2, 2);
   planned(law, {1, 3});
   law.commit();
@@ -79,7 +79,7 @@ TEST(Feedforward, ADomainThatIsAbsentKeepsItsEffectAndAnUnknownMixturePlansNothi
   EXPECT_THAT(planned(law, {1, 0}), ElementsAre(DoubleEq(0.5 * -0.1 - 0.5 * 0.09), DoubleEq(0.095)));
 }
 
-TEST(Feedforward, CancelsNoMoreThanAllOfALoad) {
+TEST(Feedforward, CancelsAtMostTheWholeLoad) {
   Feedforward law(2, 2);
   const std::vector<double> skewed = {0.01, 0.99};  // e_0 of an expert with all tokens: -99
   planned(law, {1, 1});
@@ -90,7 +90,7 @@ TEST(Feedforward, CancelsNoMoreThanAllOfALoad) {
 }
 
 // A decision that is held leaves the last one's biases in force, and with them what they cancel.
-TEST(Feedforward, AHeldDecisionIsNotLearntFromAsIfItHadActed) {
+TEST(Feedforward, AHeldDecisionIsNotUsedForLearning) {
   Feedforward law(2, 2);
   planned(law, {1, 1});
   law.commit();
@@ -121,7 +121,7 @@ TEST(Feedforward, WithoutAUnitItExpectsNothing) {
 
 // A rate limit lets a tenth of the way through at a time. The law's own b comes out as it went in, and what could not be
 // done of ê is not learnt as if it had been.
-TEST(Feedforward, ALimitCutsItAndNotTheLawsOwnBiases) {
+TEST(Feedforward, ALimitCutsTheFeedforwardBeforeTheBiases) {
   Feedforward law(2, 2);
   const std::vector<std::int64_t> even = {1, 1}, one = {1, 0};
   std::array<double, 2> bias{};

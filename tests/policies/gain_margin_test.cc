@@ -63,7 +63,7 @@ const std::vector<Margin> kMargins = {{"sign_bias", "step", 1e-3, 4, 32},
 INSTANTIATE_TEST_SUITE_P(Laws, GainMargin, ::testing::ValuesIn(kMargins),
                          [](const auto& info) { return std::string(info.param.policy); });
 
-TEST(GainMargins, NoLawIsLeftOut) {
+TEST(GainMargins, CoversEveryPolicy) {
   std::set<std::string> tried;
   for (const Margin& margin : kMargins) tried.insert(margin.policy);
   EXPECT_EQ(tried, laws_of_the_biases());

@@ -208,7 +208,7 @@ TEST(Rules, ByDefaultTheWorstLayerDecidesForTheModel) {
 }
 
 // The table is printed from the rules themselves, each with where it was published.
-TEST(Rules, EachNamesItsSource) {
+TEST(Rules, EachRuleNamesItsSource) {
   const std::string& table = PolicyRegistry::builtin().find("rules")->details;
   std::size_t rules = 0;
   for (std::size_t at = table.find("\n  "); at != std::string::npos; at = table.find("\n  ", at + 1)) {

@@ -263,7 +263,7 @@ TEST(TensorBoard, ValidationLossesStandApart) {
   EXPECT_EQ(scalars.at("loss/validation").at(0), 2.25);
 }
 
-TEST(TensorBoard, WhatCannotBeWrittenIsSaidOnceAndNeverStopsTraining) {
+TEST(TensorBoard, AFailedWriteIsReportedOnceAndNeverStopsTraining) {
   const TempDir dir;
   dir.write("file", "");
   ::testing::internal::CaptureStderr();
@@ -280,7 +280,7 @@ TEST(TensorBoard, WhatCannotBeWrittenIsSaidOnceAndNeverStopsTraining) {
 }
 
 // A file that may not grow stands for a disk that is full.
-TEST(TensorBoard, AFullDiskIsSaidOnce) {
+TEST(TensorBoard, AFullDiskIsReportedOnce) {
   const TempDir dir;
   rlimit before{};
   ASSERT_EQ(getrlimit(RLIMIT_FSIZE, &before), 0);

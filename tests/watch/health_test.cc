@@ -85,7 +85,7 @@ TEST(Health, BalancedIsHealthy) {
   }
 }
 
-TEST(Health, ImbalanceCollapseAndTheWayBack) {
+TEST(Health, ImbalanceCollapseAndRecovery) {
   std::mt19937_64 random(1);
   Watched watched;
   run(watched, uniform(), 50, random);
@@ -182,7 +182,7 @@ TEST(Health, DroppedTokensAreASilentLossOfCapacity) {
   EXPECT_THAT(watched.alerts(), ElementsAre("silent_capacity_loss"));
 }
 
-TEST(Health, ExpertsOfOneDomainAreBrittle) {
+TEST(Health, ExpertsThatServeOneDomainAreBrittle) {
   for (const bool exclusive : {true, false}) {
     std::mt19937_64 random(6);
     Watched watched({}, {16, 2, {.domains = 4}});
@@ -221,7 +221,7 @@ TEST(Health, ASlowExpertIsABottleneck) {
   EXPECT_THAT(watched.alerts(), ElementsAre("inference_bottleneck"));
 }
 
-TEST(Health, AnExpertThatGetsTokensAndLearnsNothingIsStagnant) {
+TEST(Health, AnExpertWithTokensButWithoutLearningIsStagnant) {
   std::mt19937_64 random(8);
   Watched watched({}, {16, 2, {.gradients = true, .losses = true}});
   for (int t = 0; t < 120; ++t) {
@@ -376,7 +376,7 @@ TEST(Health, AlertsBeginAtTheirStep) {
 }
 
 // The slope counts after two dwells of data, also of data from before a resume.
-TEST(Health, ASavedMonitorSeesACollapseComeAsSoon) {
+TEST(Health, ASavedMonitorDetectsACollapseAsEarly) {
   const auto load = [](int t) {
     Counts counts(16, 4000 - 80 * t);
     counts[0] = counts[1] = counts[2] = counts[3] = 4000 + 240 * t;
@@ -504,7 +504,7 @@ const std::vector<double> kTwoCarry = [] {
   return targets;
 }();
 
-TEST(HealthWithTargets, ALoadOnThemIsHealthyAndTheSameUnaskedIsCollapsed) {
+TEST(HealthWithTargets, TheSameLoadIsHealthyOnTargetAndCollapsedWithoutTargets) {
   std::mt19937_64 random(31);
   Watched wanted({}, {16, 2, {}}, {.targets = kTwoCarry}), unasked;
   for (int t = 0; t < 200; ++t) {
@@ -519,7 +519,7 @@ TEST(HealthWithTargets, ALoadOnThemIsHealthyAndTheSameUnaskedIsCollapsed) {
 }
 
 // All of it on the two: their own targets are nearly met, and fourteen experts are dead.
-TEST(HealthWithTargets, WhatTheyLeaveOfACollapseIsStillOne) {
+TEST(HealthWithTargets, ACollapseIsDetectedWithUnequalTargets) {
   Watched watched({}, {16, 2, {}}, {.targets = kTwoCarry});
   Counts counts(16, 0);
   counts[0] = counts[1] = 2048;
@@ -534,7 +534,7 @@ TEST(HealthWithTargets, WhatTheyLeaveOfACollapseIsStillOne) {
 }
 
 // Five of sixteen are to have nothing, and get it: none is dead, and 3 dead of 11 are more than a quarter.
-TEST(HealthWithTargets, WhoIsToHaveNothingIsNotDead) {
+TEST(HealthWithTargets, ExpertsWithTargetZeroAreNotDead) {
   std::vector<double> targets(16, 1.0 / 11);
   for (std::size_t i = 0; i < 5; ++i) targets[i] = 0;
   Counts counts(16, 100);
@@ -554,7 +554,7 @@ TEST(HealthWithTargets, WhoIsToHaveNothingIsNotDead) {
 }
 
 // Entropy .8 of ln N on target: a router that stands there and tells nothing of the tokens is weakly specialised.
-TEST(HealthWithTargets, WeakSpecializationIsEvenAsTheTargetsAre) {
+TEST(HealthWithTargets, WeakSpecializationIsRelativeToTheTargets) {
   StatsShape shape{4, 1, {.probabilities = true}};
   const std::vector<double> targets = {0.625, 0.125, 0.125, 0.125};
   Watched watched({.weak_specialization = true}, shape, {.targets = targets}),

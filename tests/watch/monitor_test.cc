@@ -284,7 +284,7 @@ TEST(LayerMonitor, AnExpertIsDeadByItsOwnTarget) {
   EXPECT_EQ(monitor.steps_below()[3], 0);
 }
 
-TEST(LayerMonitor, WhoIsToHaveNothingIsNotStagnant) {
+TEST(LayerMonitor, ExpertsWithTargetZeroAreNotStagnant) {
   const StatsShape shape{3, 1, {.gradients = true, .losses = true}};
   const std::vector<double> norms = {1, 1, 0}, losses = {100, 100, 0};
   const std::vector<std::int64_t> counts = {50, 50, 0};
