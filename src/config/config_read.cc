@@ -232,7 +232,7 @@ ControllerConfig parse_config(std::string_view text, const std::string& name,
   read_choice(root, "mode", {Mode::kActive, Mode::kShadow, Mode::kOff}, config.mode);
   root.read("lag", config.lag);
   if (auto map = root.map("model")) read_model(*map, config.model);
-  // Who asks for health wants all of it, oscillation included, unless told otherwise.
+  // A health section turns all of it on, oscillation included, unless the config says otherwise.
   config.monitor.trends = root.has("health");
   if (auto map = root.map("metrics")) read_metrics(*map, config.metrics, config.monitor);
   if (auto map = root.map("health")) read_health(*map, config.monitor.health);

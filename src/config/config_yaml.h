@@ -67,7 +67,7 @@ class YamlMap {
   /// the key is given; returns the map if it was one.
   std::optional<YamlMap> map_or_switch(std::string_view key, bool& out);
 
-  /// Throws ConfigError for a key that nobody asked for, naming the nearest one that was asked for.
+  /// Throws ConfigError for a key that was not read, naming the nearest one that was.
   void finish() const;
   /// Throws ConfigError if the key is absent.
   void require(std::string_view key) const;

@@ -75,8 +75,8 @@ TEST(Check, WithoutTokensItReportsThatTheFloorIsNotJudged) {
   EXPECT_THAT(result.out, HasSubstr("# model.tokens_per_step is not given"));
 }
 
-// Two experts of sixteen are to have almost nothing, one nothing: the floor of their relative loads is far above that of
-// equal ones, and what their loads as such can be is less even.
+// Two experts of sixteen have a target near 0, one a target of 0: the floor of their relative loads is far above that
+// of equal ones, and what their loads as such can be is less even.
 TEST(Check, HandlesUnequalTargets) {
   const TempDir dir;
   const std::string model =

@@ -233,7 +233,7 @@ TEST(MetricsCommand, TakesTheTargetsOfTheRunItself) {
                         "one for each of 2 experts"));
 }
 
-// Equal experts would be dead under .0025, these are not with .001; one is to have nothing.
+// Equal experts would be dead under .0025, these are not with .001; one has target 0.
 TEST(MetricsCommand, ExpertsWithSmallTargetsAreNotDead) {
   const TempDir dir;
   dir.write("c.yaml",

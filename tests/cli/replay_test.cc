@@ -11,7 +11,7 @@ namespace {
 using ::testing::HasSubstr;
 using Numbers = std::vector<double>;
 
-// The published law: Megatron's form, no limit that acts.
+// The published method: Megatron's form, no limit that acts.
 const char* const kSign =
     "version: 1\n"
     "model: {layers: 2, experts: 4, top_k: 2}\n"

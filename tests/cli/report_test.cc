@@ -139,7 +139,7 @@ TEST(Report, UnreadableLinesAreReportedAndNamesCannotEndTheScript) {
   EXPECT_EQ(run_tool(dir, "report - -o r.html", "nothing\n").code, 1);
 }
 
-// 60 % of what is to have three quarters is .8 of its target: log2 of that on a scale of ±3 is 127 - 13.6 of 254.
+// A load of 60 % with a target of 75 % is .8 of the target: log2 of that on a scale of ±3 is 127 - 13.6 of 254.
 TEST(Report, LoadsAreShownOverTheirTargets) {
   const TempDir dir;
   dir.write("a.jsonl",

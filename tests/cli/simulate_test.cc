@@ -115,7 +115,7 @@ TEST_F(SimulateTool, CorrelatedTokensAreMeasuredAgainstTheirOwnFloor) {
   EXPECT_LT(rows[0]["max_vio_over_floor"], 1.25);
 }
 
-// The steady window ends at the event: whether a law copes with what happens then stands in the other columns.
+// The steady window ends at the event: whether a policy copes with what happens then stands in the other columns.
 TEST_F(SimulateTool, TheTableShowsWhichPolicyCopesWithAScenario) {
   dir_.write("fixed.yaml", "version: 1\nmodel: {layers: 1, experts: 16, top_k: 2, tokens_per_step: 1024}\n");
   const auto dead = json("adaptive.yaml fixed.yaml --layers 1 --tokens 1024 --steps 400 --scenario dead");

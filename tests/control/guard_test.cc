@@ -170,13 +170,13 @@ TEST(Guard, RecognisesALastingLossOfBalance) {
   Controller never(guarded(only(GuardTrigger::kLostBalance)));  // what never balanced has nothing to lose
   EXPECT_EQ(steps_to_intervention(never, uneven, 300), -1);
 
-  Controller returning(guarded(only(GuardTrigger::kLostBalance)));  // a law on its way back is left alone
+  Controller returning(guarded(only(GuardTrigger::kLostBalance)));  // a policy on its way back is left alone
   for (int i = 0; i < 10; ++i) feed(returning, kEven);
   EXPECT_EQ(steps_to_intervention(returning, uneven, 26), -1);
   EXPECT_EQ(steps_to_intervention(returning, {50, 25, 15, 10}, 100), -1);
 }
 
-// All experts but one are even among themselves: the law has shown that it balances, and lost hold of that one.
+// All experts but one are even among themselves: the policy has shown that it balances, and lost hold of that one.
 TEST(Guard, RecognisesOneOverloadedExpertInABalancedLayer) {
   Controller controller(guarded(only(GuardTrigger::kLostBalance)));
   EXPECT_EQ(steps_to_intervention(controller, {52, 16, 16, 16}, 5), -1);
@@ -192,8 +192,8 @@ TEST(Guard, RecognisesOneOverloadedExpertInABalancedLayer) {
   EXPECT_EQ(steps_to_intervention(nothing, {100, 0, 0, 0}, 300), -1);
 }
 
-// Heavy in turn, an expert a step: smoothed loads stay even. MaxVio is 2.4 at each step and smoothed 2.4 (1 - 0.9^n), above
-// twice 1 from n = 18 on; lost for ten steps at 27, confirmed at 29. What stays below twice is how data differ.
+// Heavy in turn, an expert a step: smoothed loads stay even. MaxVio is 2.4 at each step and smoothed 2.4 (1 - 0.9^n),
+// above twice 1 from n = 18 on; lost for ten steps at 27, confirmed at 29. What stays below twice is how data differ.
 TEST(Guard, RecognisesExpertsThatAlternate) {
   const auto in_turn = [](std::int64_t most, int steps) {
     Controller controller(guarded(only(GuardTrigger::kLostBalance)));
@@ -282,8 +282,8 @@ int steps_to(GuardState state, Controller& controller, const Counts& counts, int
   return -1;
 }
 
-// Scalars go back by a quarter of the way at a time. Where the balance is lost the guard is a rung higher again, holds on
-// there, for twice as long the next time, and tries again.
+// Scalars go back by a quarter of the way at a time. Where the balance is lost the guard is a rung higher again, holds
+// on there, for twice as long the next time, and tries again.
 TEST(Guard, ReturnsToTheLastBalancedStepAndHoldsLongerEachTime) {
   GuardOptions options = quick();
   options.dwell = 10;
@@ -666,7 +666,7 @@ TEST(Guard, LosingBalanceIsSavedAndLoaded) {
   }
 }
 
-// On the simulated router: a law too slow for a collapse, with and without the guard.
+// On the simulated router: a policy too slow for a collapse, with and without the guard.
 struct Outcome {
   double max_vio = 0;
   int interventions = 0;
@@ -809,7 +809,7 @@ ControllerConfig guarded_with(const GuardOptions& guard, std::vector<double> tar
   return config;
 }
 
-// .88 of the tokens is what expert 0 is to have; its threshold is .8 + .2 (.88 - .25)/.75 = .968. What is wanted less
+// Expert 0 should receive .88 of the tokens; its threshold is .8 + .2 (.88 - .25)/.75 = .968. What is wanted less
 // than an even share keeps .8.
 TEST(GuardWithTargets, ALoadOnALargeTargetIsNoTrigger) {
   const std::vector<double> targets = {0.88, 0.04, 0.04, 0.04};
@@ -839,7 +839,7 @@ TEST(GuardWithTargets, EntropyMayFallToThatOfTheTargets) {
   EXPECT_NEAR(controller.report().layers[0].guard.threshold, entropy(.7, .1) - .15, 1e-9);
 }
 
-// One of the two that are to have something; of all four experts it would take two.
+// One of the two experts with a target above 0; relative to all four experts it would take two.
 TEST(GuardWithTargets, DeadShareRefersToExpertsWithATarget) {
   GuardOptions options = only(GuardTrigger::kDeadExperts);
   options.dead_share = 0.5;

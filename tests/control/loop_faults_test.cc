@@ -86,7 +86,7 @@ class FaultyLoop {
   }
 };
 
-// adaptive_bias behind limits so wide that they do not act, where that makes a difference; all laws follow below.
+// adaptive_bias behind limits so wide that they do not act, where that makes a difference; all policies follow below.
 
 TEST(LoopFaults, NaNScores) {
   FaultyLoop loop;
@@ -152,16 +152,16 @@ TEST(LoopFaults, ActuatorThatDoesNotAct) {
   EXPECT_LT(loop.ratio(30), 1.4);
 }
 
-// Every law of the biases, each with the gain that balances this plant, behind limits so narrow that they act.
-struct FaultyLaw {
+// Every bias policy, each with the gain that balances this plant, behind limits so narrow that they act.
+struct FaultyPolicy {
   const char* policy;
   std::map<std::string, OptionValue> options;
 };
-void PrintTo(const FaultyLaw& law, std::ostream* out) {
+void PrintTo(const FaultyPolicy& law, std::ostream* out) {
   *out << law.policy;
 }
 
-class EveryPolicyWithFaults : public ::testing::TestWithParam<FaultyLaw> {
+class EveryPolicyWithFaults : public ::testing::TestWithParam<FaultyPolicy> {
  protected:
   EveryPolicyWithFaults() : loop_(config()) { loop_.good_steps(300); }
 
@@ -178,7 +178,7 @@ class EveryPolicyWithFaults : public ::testing::TestWithParam<FaultyLaw> {
   FaultyLoop loop_;
 };
 
-// What every law reads is the choices; of scores that it does not ask for none is looked at.
+// What every policy reads is the choices; of scores that it does not ask for none is looked at.
 TEST_P(EveryPolicyWithFaults, BrokenBatchesMoveNothing) {
   const std::vector<double> before(loop_.controller().bias(0).begin(), loop_.controller().bias(0).end());
   for (int i = 0; i < 30; ++i) {
@@ -239,7 +239,7 @@ TEST_P(EveryPolicyWithFaults, FrozenLayer) {
   expect_balance_returns();
 }
 
-// Nothing answers, so every law goes on until a limit stops it, and must find back from there.
+// Nothing answers, so every policy goes on until a limit stops it, and must find back from there.
 TEST_P(EveryPolicyWithFaults, ActuatorThatDoesNotActEndsAtALimit) {
   const std::vector<double> none(16, 0.0);
   for (int i = 0; i < 400; ++i) {
@@ -251,13 +251,13 @@ TEST_P(EveryPolicyWithFaults, ActuatorThatDoesNotActEndsAtALimit) {
   expect_balance_returns();
 }
 
-const std::vector<FaultyLaw> kLaws = {{"sign_bias", {}},
-                                      {"proportional_bias", {}},
-                                      {"tanh_momentum_bias", {{"step", 5e-3}}},
-                                      {"quantile_bias", {}},
-                                      {"quantile_bias", {{"form", std::string("exact")}}},
-                                      {"adaptive_bias", {}},
-                                      {"adaptive_bias", {{"form", std::string("counts")}}}};
+const std::vector<FaultyPolicy> kLaws = {{"sign_bias", {}},
+                                         {"proportional_bias", {}},
+                                         {"tanh_momentum_bias", {{"step", 5e-3}}},
+                                         {"quantile_bias", {}},
+                                         {"quantile_bias", {{"form", std::string("exact")}}},
+                                         {"adaptive_bias", {}},
+                                         {"adaptive_bias", {{"form", std::string("counts")}}}};
 INSTANTIATE_TEST_SUITE_P(Laws, EveryPolicyWithFaults, ::testing::ValuesIn(kLaws), [](const auto& info) {
   const auto form = info.param.options.find("form");
   return info.param.policy +
@@ -266,8 +266,8 @@ INSTANTIATE_TEST_SUITE_P(Laws, EveryPolicyWithFaults, ::testing::ValuesIn(kLaws)
 
 TEST(LoopFaults, CoversEveryPolicy) {
   std::set<std::string> tried;
-  for (const FaultyLaw& law : kLaws) tried.insert(law.policy);
-  EXPECT_EQ(tried, laws_of_the_biases());
+  for (const FaultyPolicy& law : kLaws) tried.insert(law.policy);
+  EXPECT_EQ(tried, bias_policies());
 }
 
 }  // namespace

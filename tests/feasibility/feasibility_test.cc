@@ -267,7 +267,8 @@ TEST(Feasibility, TargetsBelowTheNoiseFloor) {
   EXPECT_EQ(judge(space, {{"max_vio", {0, 0.12}}}).conflicts.size(), 0U);
   EXPECT_THAT(messages(judge(space, {{"load_cv", {0, 0.05}}}))[0], HasSubstr("noise floor"));
   EXPECT_EQ(judge(kPublished, {{"load_cv", {0, 0.05}}}).conflicts.size(), 0U);  // tokens not known
-  // At that CV: KL is about CV²/2 = .00171, the entropy 1 - .00171 / ln 16 of its largest, Gini at least .05846 √15 / 16.
+  // At that CV: KL is about CV²/2 = .00171, the entropy 1 - .00171 / ln 16 of its largest, Gini at least .05846 √15 /
+  // 16.
   EXPECT_EQ(judge(space, {{"kl_to_uniform", {0, 0.0015}}}).conflicts.size(), 1U);
   EXPECT_EQ(judge(space, {{"kl_to_uniform", {0, 0.0018}}}).conflicts.size(), 0U);
   EXPECT_EQ(judge(space, {{"entropy_normalized", {0.9995, 1}}}).conflicts.size(), 1U);
@@ -481,7 +482,7 @@ TEST(Feasibility, TheExtremesAreReached) {
   }
 }
 
-// Two of four experts are to have a half and three eighths, one an eighth, one nothing; top-1, 800 tokens. On target:
+// Targets of four experts: 1/2, 3/8, 1/8, 0; top-1, 800 tokens. On target:
 // entropy .974 nats (.7028 of ln 4), Gini (3 · .5 + .375 - .125)/4 = .4375, and the loads' own CV √.625 = .7906.
 constexpr double kShares[] = {0.5, 0.375, 0.125, 0};
 constexpr LoadSpace kUnequal{.experts = 4, .top_k = 1, .tokens = 800, .targets = kShares};
@@ -498,7 +499,7 @@ TEST(FeasibilityWithTargets, LoadsCannotBeMoreEvenThanTheTargets) {
   EXPECT_EQ(conflicts("gini", 0.1, 0.44), 0U);
   EXPECT_EQ(conflicts("max_load", 0.3, 0.49), 1U);
   EXPECT_EQ(conflicts("max_load", 0.3, 0.51), 0U);
-  EXPECT_EQ(conflicts("inactive_experts", 0, 0), 1U);  // one is to have nothing
+  EXPECT_EQ(conflicts("inactive_experts", 0, 0), 1U);  // one has target 0
   EXPECT_EQ(conflicts("inactive_experts", 0, 1), 0U);
   // A load has variance w (1 - w)/800, of all .59375/800: chance makes the CV √(.625 + 4 · .59375/800), 19.811 points.
   EXPECT_EQ(conflicts("load_std", 1, 19.8), 1U);
@@ -524,13 +525,13 @@ TEST(FeasibilityWithTargets, RelativeMetricsHaveTheirOwnFloorsAndBounds) {
   EXPECT_EQ(conflicts("max_vio", 0, floor - 1e-4), 1U);
   EXPECT_EQ(conflicts("max_vio", 0, floor + 1e-4), 0U);
   EXPECT_EQ(conflicts("max_to_mean", 1, 1 + floor - 1e-4), 1U);
-  // All on the expert that is to have an eighth: 8 times its target.
+  // All tokens on the expert with target 1/8: 8 times its target.
   EXPECT_EQ(conflicts("max_vio", 6.9, 8), 0U);
   EXPECT_EQ(conflicts("max_vio", 7.1, 8), 1U);
   // … and the two others without any: √((49 + 1 + 1)/3).
   EXPECT_EQ(conflicts("load_cv", 4.12, 5), 0U);
   EXPECT_EQ(conflicts("load_cv", 4.13, 5), 1U);
-  // All on the one that is to have nothing, and the three are dead.
+  // All tokens on the expert with target 0; the other three are dead.
   EXPECT_EQ(conflicts("dead_experts", 3, 3), 0U);
   EXPECT_EQ(conflicts("dead_experts", 4, 4), 1U);
 }

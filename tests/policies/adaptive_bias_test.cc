@@ -23,7 +23,8 @@ double part_of_noise(double e, double noise_sq) {
 TEST(AdaptiveBias, FirstStepsByHandCountsOnly) {
   PolicyRig rig("adaptive_bias", RigOptions{.experts = 2, .top_k = 1});
   rig.step(stats_of(rig.shape(), {30, 10}));
-  // Nothing to compare with, so the noise is the floor, .025, and nothing has lasted. The trend learns g/16F of the step.
+  // Nothing to compare with, so the noise is the floor, .025, and nothing has lasted. The trend learns g/16F of the
+  // step.
   double trend = 1e-3 / 32 * part_of_noise(0.5, 0.025) * 0.5;
   double wanted = 0.5e-3 + trend;
   EXPECT_NEAR(rig.value[0], -wanted, 1e-15);
@@ -56,8 +57,8 @@ TEST(AdaptiveBias, GapFormStepsInGaps) {
   const std::vector<float> top = {0.75F, 0.5F, 0.75F, 0.5F, 0.75F, 0.5F, 0.75F, 0.5F};
   ASSERT_TRUE(stats.add({.experts = experts, .top_values = top}));
   rig.step(stats);
-  // e = (-2, 0, 1, 1), clipped (-1, 0, 1, 1); step 0.25 · 1 · 0.25. The trend takes a half of a sixteenth of what may be
-  // noise, not clipped; n² = floor² = 3/4.
+  // e = (-2, 0, 1, 1), clipped (-1, 0, 1, 1); step 0.25 · 1 · 0.25. The trend takes a half of a sixteenth of what may
+  // be noise, not clipped; n² = floor² = 3/4.
   const double step = 0.0625;
   const double down = -step - step / 32 * 2 * part_of_noise(2, 0.75);
   const double up = step + step / 32 * part_of_noise(1, 0.75);
@@ -134,7 +135,7 @@ TEST(AdaptiveBias, TheTrendLearnsOnlyFromErrorsNearTheNoise) {
 // Expert 3 gets nothing for three windows: then it goes half of what its margins say it lacks. Four tokens, one wanted
 // for each expert; its margins are .125, .375, .375, .75 from a threshold of .625, so one token lies below x at the far
 // edge of the bin [.125, .1875): move .5 · .1875 where an integral step would be .25 gaps.
-// One expert is to have all, and gets it after thirty steps: what drifted till then must not drift on for ever.
+// One expert should receive all tokens, and does after thirty steps: biases that drifted until then must stop.
 TEST(AdaptiveBias, TrendsDecayWhenTargetsAreMetExactly) {
   for (const double off : {0.0, 4e-7}) {  // as far as targets may be from their sum
     PolicyRig rig("adaptive_bias", RigOptions{.experts = 4, .top_k = 1, .targets = {1 - off, 0, 0, 0}});
@@ -184,7 +185,7 @@ TEST(AdaptiveBias, RescueMovesHalfTheDistanceOfTheMargins) {
   EXPECT_NEAR(with.value[3] - without.value[3], 0.75 * (0.5 * 0.1875 - step - trend), 1e-15);
 }
 
-// Domains that alternate at random, told to the law one batch ahead: closer to the floor than without.
+// Domains that alternate at random, told to the policy one batch ahead: closer to the floor than without.
 TEST(AdaptiveBias, FeedforwardCancelsTheEffectOfTheMixture) {
   const auto steady = [](const char* feedforward) {
     ControllerConfig config = load_config(std::string(MOECTL_SOURCE_DIR) + "/policies/adaptive_bias.yaml");
@@ -257,7 +258,7 @@ TEST(AdaptiveBias, AHeldStepKeepsTheFeedforwardInForce) {
   held.add(Reason::kSkippedStep);
   rig.propose(window(0), {.next_mixture = b});
   rig.settle(in_force, held);
-  // An even window with an unknown mixture: no step and no feed-forward; what is left is the law's own b,
+  // An even window with an unknown mixture: no step and no feed-forward; what is left is the policy's own b,
   // whose experts 0 and 1 are treated alike, as are 2 and 3, and which the alternation has kept near zero.
   RoutingStats even(rig.shape());
   const std::vector<std::int64_t> experts = {0, 1, 2, 3};
@@ -292,7 +293,8 @@ TEST(AdaptiveBias, FeedforwardUnderATightRateDoesNoHarm) {
   EXPECT_LT(steady("tags"), steady("off"));
 }
 
-// A softmax whose loads are seen eight steps late, and said to be: the gains must not grow faster than they are answered.
+// A softmax whose loads are seen eight steps late, and said to be: the gains must not grow faster than they are
+// answered.
 TEST(AdaptiveBias, ADeclaredDelayOfEightStepsUnderASoftmaxStaysNearTheFloor) {
   for (const std::uint64_t seed : {3, 4, 102, 103}) {
     ControllerConfig config = load_config(std::string(MOECTL_SOURCE_DIR) + "/policies/adaptive_bias.yaml");
@@ -322,8 +324,7 @@ struct Plant {
 
 class AdaptiveOnAPlant : public ::testing::TestWithParam<Plant> {};
 
-// Closed on the simulated router with a domain that switches on: within 1.3 × the noise floor before and
-// after.
+// Closed on the simulated router with a domain that switches on: within 1.3 × the noise floor before and after.
 TEST_P(AdaptiveOnAPlant, StaysNearTheNoiseFloor) {
   const Plant& p = GetParam();
   ControllerConfig config = load_config(std::string(MOECTL_SOURCE_DIR) + "/policies/adaptive_bias.yaml");

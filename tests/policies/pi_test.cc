@@ -161,7 +161,7 @@ TEST(Pi, AtRestWithinItsToleranceNothingMoves) {
 }
 
 // A metric of single windows that scatter by three times the tolerance: the mean is right, so nothing moves for
-// long; once the mean is off, it does.
+// long; when the mean is off target, it moves.
 TEST(Pi, NoiseBeyondTheToleranceIsNoReasonToMove) {
   PolicyRig rig("pi", aux({{"metric", std::string("load_cv")}, {"target", 0.4}, {"error_tolerance", 0.05}}));
   std::mt19937_64 random(3);
@@ -203,7 +203,7 @@ TEST(Pi, AtABoundItDoesNotWindUp) {
   EXPECT_LT(rig.value[0], 0.1);
 }
 
-// At its bound it has moved nothing, so an error that seems to go by itself is noise, and the integral goes on: one
+// At its bound nothing was moved, so an error that seems to vanish by itself is noise, and the integral goes on: one
 // window's fall of .08 is outweighed by it.
 TEST(Pi, AtABoundNoErrorVanishesByItself) {
   PolicyRig rig("pi", aux({{"metric", std::string("load_cv")}, {"target", 0.25}, {"ema", 1.0}, {"kp", 0.5}}));

@@ -1,4 +1,4 @@
-// The laws of the two scalars with the loop closed on the simulated router, behind the limits of their ready configs:
+// The scalar policies with the loop closed on the simulated router, behind the limits of their ready configs:
 // each does there what its essay says.
 #include <gtest/gtest.h>
 

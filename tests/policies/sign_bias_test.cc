@@ -1,4 +1,4 @@
-// sign_bias against the published laws, replayed step by step.
+// sign_bias against the published methods, replayed step by step.
 #include <gtest/gtest.h>
 
 #include <numeric>

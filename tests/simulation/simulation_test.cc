@@ -31,7 +31,7 @@ std::vector<double> loads(const RoutingBatch& batch, int experts) {
   return counts;
 }
 
-// The gap-unit integral law at its plain fixed gain, which balances any of these plants.
+// The gap-unit integral policy at its plain fixed gain, which balances any of these plants.
 void integrate(std::vector<double>& bias, const RoutingBatch& batch, int k, double gain = 0.25) {
   const int n = static_cast<int>(bias.size());
   const std::size_t width = static_cast<std::size_t>(k) + 1;
@@ -256,7 +256,7 @@ TEST(Simulation, UncontrolledIsAsUnbalancedAsTraining) {
   }
 }
 
-// The integral law's stability limit lies where seven router types had it, 0.7 to 1.4 in units of the gap.
+// The integral policy's stability limit lies where seven router types had it, 0.7 to 1.4 in units of the gap.
 TEST(Simulation, CriticalGainInGaps) {
   for (SimulatedGate gate : {SimulatedGate::kSoftmax, SimulatedGate::kSigmoid}) {
     for (ScoreSpace space : {ScoreSpace::kProbability, ScoreSpace::kLogit}) {
@@ -495,8 +495,7 @@ TEST(Simulation, DeadSinksAsManyExpertsAsAsked) {
   EXPECT_EQ(sunk, 3);
 }
 
-// With the lock-in of scenario collapse, an uncontrolled router runs to the stops; without, the same start
-// heals.
+// With the lock-in of scenario collapse, an uncontrolled router runs to the stops; without, the same start heals.
 TEST(Simulation, RichGetRicherLocksInACollapse) {
   SimulationOptions options;
   options.scenario = Scenario::kCollapse;

@@ -158,7 +158,7 @@ TEST(TensorBoard, ScalarsAndHistogramsReadBack) {
   EXPECT_GT(scalars["balance/max_vio_floor"][0], 0);
   EXPECT_EQ(scalars["aux_loss_weight/model"].size(), 5U);
   EXPECT_FLOAT_EQ(static_cast<float>(scalars["aux_loss_weight/model"][4]), 0.01F);
-  // The law wants 0.5 a step and gets 0.25: in one layer of two, while it is uneven.
+  // The policy wants 0.5 a step and gets 0.25: in one layer of two, while it is uneven.
   EXPECT_EQ(scalars["reasons/expert_bias_rate"][0], 1);
   EXPECT_EQ(scalars["reasons/expert_bias_rate"][4], 0);
   EXPECT_FALSE(scalars.contains("drop_rate/layer_0"));  // not measured: not there

@@ -181,7 +181,7 @@ TEST(TorchController, IgnoresInputsThatAreNotCollected) {
   const RecordOptions options{.probabilities = ::torch::full({1, 4}, 0.25, ::torch::kFloat64)};
   const OperatorCalls calls;
   controller.record(0, chosen, options);
-  EXPECT_THAT(calls.names(), ElementsAre()) << "nobody asked for probabilities: they are not converted";
+  EXPECT_THAT(calls.names(), ElementsAre()) << "probabilities are not collected, so they are not converted";
 }
 
 TEST(TorchController, TensorsStayAtOneAddress) {

@@ -496,8 +496,8 @@ TEST(AuxLossReview, Verdicts) {
 
 // ---- Unequal targets. ----
 
-// Two experts are to have .45 each: entropy 1.21 of the 2.77 of 16 equal ones, a quarter of the way from ln 2, and the
-// busiest device does 7.2 times the mean.
+// Two experts have a target of 0.45 each: entropy 1.21 of the 2.77 of 16 equal ones, a quarter of the way from ln 2,
+// and the busiest device does 7.2 times the mean.
 const std::vector<double> kTwoCarry = [] {
   std::vector<double> targets(16, 0.1 / 14);
   targets[0] = targets[1] = 0.45;
@@ -525,7 +525,7 @@ TEST(HealthWithTargets, ACollapseIsDetectedWithUnequalTargets) {
   counts[0] = counts[1] = 2048;
   for (int t = 0; t < 200; ++t) watched.step(counts);
   EXPECT_EQ(watched.health(), Health::kCollapsed);
-  // By the entropy alone, ln 2 of 1.21: with a few tokens to each of the others nobody is dead.
+  // By the entropy alone, ln 2 of 1.21: with a few tokens to each of the others no expert is dead.
   Watched alive({}, {16, 2, {}}, {.targets = kTwoCarry});
   for (std::size_t i = 2; i < 16; ++i) counts[i] = 2;
   for (int t = 0; t < 200; ++t) alive.step(counts);
@@ -533,7 +533,7 @@ TEST(HealthWithTargets, ACollapseIsDetectedWithUnequalTargets) {
   EXPECT_FALSE(alive.monitor().has(FailureMode::kSilentCapacityLoss));
 }
 
-// Five of sixteen are to have nothing, and get it: none is dead, and 3 dead of 11 are more than a quarter.
+// Five of sixteen have target 0 and no tokens: none of these is dead, and 3 dead of 11 are more than a quarter.
 TEST(HealthWithTargets, ExpertsWithTargetZeroAreNotDead) {
   std::vector<double> targets(16, 1.0 / 11);
   for (std::size_t i = 0; i < 5; ++i) targets[i] = 0;
