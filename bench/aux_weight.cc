@@ -1,5 +1,4 @@
-// aux_weight_table [tracking | shift] [--seeds FIRST:LAST]: pi on the auxiliary loss's weight, on the simulated
-// router.
+// aux_weight_table [tracking | shift] [--seeds FIRST:LAST]: pi on the auxiliary loss's weight, on the simulated router.
 //
 // tracking   Against seven fixed weights, from first weights 100 times too high and too low, with its
 //            default gains. Balance is the signed excess CV, cost the displacement of the router's preferences from
@@ -7,7 +6,7 @@
 //            same length at the weight that the seven say balances as pi did, and the slope of the seven for what is
 //            left. The same once more over the last 800 of 3000 steps. Preferences come back at the task's pull
 //            alone, whose time constant is 1667 steps, so that a run of 3000 still holds what the first weight did
-//            to the router. How much of it no law could have undone is shown by `told`: it knows the weight that is
+//            to the router. How much of it no policy could have undone is shown by `told`: it knows the weight that is
 //            right in the long run and goes there at the rate limit, helped by a proportional term.
 //            Whether pi hunts: at each of the last 80 decisions a copy of the router routes 262144 tokens, which tells
 //            its excess to a hundredth, whatever pi's windows of 10240 show. A move is one at rest if that error

@@ -1,4 +1,4 @@
-// What the experiment programs share: one closed-loop run of a law on the simulated router, and its figures.
+// What the experiment programs share: one closed-loop run of a policy on the simulated router, and its figures.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@
 
 namespace moectl::bench {
 
-/// A law under test: a policy of the expert biases with its options.
+/// A policy under test: a policy of the expert biases with its options.
 struct Law {
   std::string name;                                          ///< As printed.
   std::string policy;                                        ///< As registered.
@@ -25,8 +25,9 @@ struct Series {
   std::vector<std::vector<double>> loads;  ///< Of the experts of layer 0 over their mean, a row a step.
 };
 
-/// A config with `law` on the biases of the plant, its delay declared. Limits are set wide, so that laws are compared
-/// and not limits: range ±16 and rate 1 in units of the plant's score scale (×8 for logits), everything else off.
+/// A config with `law` on the biases of the plant, its delay declared. Limits are set wide, so that policies are
+/// compared and not limits: range ±16 and rate 1 in units of the plant's score scale (×8 for logits), everything else
+/// off.
 ControllerConfig config_for(const Law& law, const SimulationOptions& plant);
 
 /// One run of the config on the plant.

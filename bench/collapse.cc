@@ -3,13 +3,13 @@
 //
 // The plant is simulation.h's, 16 experts, top-2, 512 tokens a step, gates and score spaces in turn by seed; the event
 // comes at step 200 of 600, or of K (a cold start at step 0). A run has recovered if MaxVio stays at 1 or below on
-// average over its last 50 steps. Healthy runs are steady, shift, noise and drift under laws that balance: any intervention in
-// them is a false one. The guard was developed on seeds 1–600; other seeds show what it does on runs that it has never
-// met. A guarded run that has recovered needed no guard, or ends handed back (the guard watches, and may yet have to come
-// back), holding (or in another trial to let go after a hold), or at work; decisions are changes of the guard's state,
-// and would show one that goes in circles.
-// `fixed` leaves all three actuators alone, with an auxiliary weight of 1e-3, so that the guard is the only one to act;
-// `sign 1e-3` is the law in common use; `adaptive` needs no guard here, and must not be harmed.
+// average over its last 50 steps. Healthy runs are steady, shift, noise and drift under policies that balance: any
+// intervention in them is a false one. The guard was developed on seeds 1–600; other seeds show what it does on runs
+// that it has never met. A guarded run that has recovered needed no guard, or ends handed back (the guard watches, and
+// may yet have to come back), holding (or in another trial to let go after a hold), or at work; decisions are changes
+// of the guard's state, and would show one that goes in circles. `fixed` leaves all three actuators alone, with an
+// auxiliary weight of 1e-3, so that the guard is the only one to act; `sign 1e-3` is the policy in common use;
+// `adaptive` needs no guard here, and must not be harmed.
 #include <algorithm>
 #include <array>
 #include <cstdio>

@@ -1,4 +1,4 @@
-// What law_table's sections share: the plants, the runs of a law on them, and how figures are written.
+// What law_table's sections share: the plants, the runs of a policy on them, and how figures are written.
 #pragma once
 
 #include <algorithm>

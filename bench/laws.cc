@@ -1,6 +1,6 @@
-// law_table [SECTION…] [--seeds N] [--first-seed S]: every law of the biases on the simulated router, side by side on
-// the same seeds, S to S + N - 1 (1 to 3). Prints Markdown; figures are medians over the seeds. Sections (all by
-// default): summary, feedforward, grid, hindsight, laws, scale, first_gain, delay, dead, lumpy. `summary` is the table of
+// law_table [SECTION…] [--seeds N] [--first-seed S]: every bias policy on the simulated router, side by side on the
+// same seeds, S to S + N - 1 (1 to 3). Prints Markdown; figures are medians over the seeds. Sections (all by default):
+// summary, feedforward, grid, hindsight, policies, scale, first_gain, delay, dead, lumpy. `summary` is the table of
 // policies/README.md; `grid` holds adaptive_bias against its bounds, run by run, and can be narrowed to some plants:
 // `--experts 8,16`, `--tokens 1024,2048,8192` (2048: rescaled scores, first gains and delays).
 #include <algorithm>
@@ -23,7 +23,7 @@ namespace {
 // What is asked for on the command line.
 Grid which;
 
-// A law, and the option by which its gain is scaled, with its default.
+// A policy, and the option by which its gain is scaled, with its default.
 struct TunedLaw : Law {
   std::string gain_option;
   double gain = 0;
@@ -64,8 +64,8 @@ std::string ratio_only(const RunFigures& f) {
   return number(f.ratio);
 }
 
-// What the walk of affinities leaves to any law that knows past counts alone: the same law with one constant gain, for
-// every expert and every error alike, of which the best is chosen afterwards.
+// What the walk of affinities leaves to any policy that knows past counts alone: the same policy with one constant
+// gain, for every expert and every error alike, of which the best is chosen afterwards.
 void hindsight() {
   const std::vector<double> gains = {0.1, 0.15, 0.2, 0.3, 0.4, 0.6};
   std::vector<std::pair<std::string, SimulationOptions>> rows;
@@ -101,7 +101,7 @@ void hindsight() {
   std::printf("\n");
 }
 
-// One table: a row a plant, a column a law.
+// One table: a row a plant, a column a policy.
 void side_by_side(const char* title, const std::vector<std::pair<std::string, SimulationOptions>>& rows,
                   const std::function<std::string(const RunFigures&)>& cell, bool declared = true) {
   std::vector<Law> laws = all_laws();

@@ -1,14 +1,14 @@
-// scalar_law_table [--seeds N] [--first-seed S]: the laws of the auxiliary-loss weight and of the router temperature on
-// the simulated router, side by side on the same seeds, S to S + N - 1 (1 to 3). Prints Markdown; figures are medians
-// over the seeds.
+// scalar_law_table [--seeds N] [--first-seed S]: the policies of the auxiliary-loss weight and of the router
+// temperature on the simulated router, side by side on the same seeds, S to S + N - 1 (1 to 3). Prints Markdown;
+// figures are medians over the seeds.
 //
-// The weight: no bias is used, so that a law has the load to itself; 16 experts, top-2, 2048 tokens a step, a domain
-// switched on at step 600 of 1200. Laws with a set-point are told to hold 1.3 floors, the others have their ready
-// config's options. Settle and back are the contract's (figures.h): MaxVio under 1.6 floors.
-// The temperature: entropy_temperature holds the tokens' entropy, which does not move the load, so its error is shown
-// instead: settled is |H / ln N - target| ≤ 0.02 over 20 steps.
-// Gain margin: the largest power of two (up to 64) by which the gain can be multiplied with the run still settled at its
-// end. Limits are set wide, so that laws are compared and not limits.
+// The weight: no bias is used, so that a policy has the load to itself; 16 experts, top-2, 2048 tokens a step, a domain
+// switched on at step 600 of 1200. Policies with a set-point are told to hold 1.3 floors, the others have their ready
+// config's options. Settle and back are the contract's (figures.h): MaxVio under 1.6 floors. The temperature:
+// entropy_temperature holds the tokens' entropy, which does not move the load, so its error is shown instead: settled
+// is |H / ln N - target| ≤ 0.02 over 20 steps. Gain margin: the largest power of two (up to 64) by which the gain can
+// be multiplied with the run still settled at its end. Limits are set wide, so that policies are compared and not
+// limits.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>

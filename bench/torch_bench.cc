@@ -1,5 +1,4 @@
-// The library's two hot calls beside the same work in tensor operations, in one run: ./dev bench prints the
-// ratios.
+// The library's two hot calls beside the same work in tensor operations, in one run: ./dev bench prints the ratios.
 #include <benchmark/benchmark.h>
 #include <torch/torch.h>
 
@@ -97,7 +96,7 @@ torch::Tensor stacked_loads() {
   return torch::stack(rows);
 }
 
-// The same metrics and the published sign law, every operation over all layers at once.
+// The same metrics and the published sign_bias method, every operation over all layers at once.
 void step_torch_stacked(benchmark::State& state) {
   const torch::NoGradGuard no_grad;
   const torch::Tensor counts = stacked_loads();
@@ -132,7 +131,7 @@ void step_torch_stacked(benchmark::State& state) {
 }
 BENCHMARK(step_torch_stacked)->Unit(benchmark::kMicrosecond);
 
-// The published sign law alone, as training loops run it: layer by layer.
+// The published sign_bias method alone, as training loops run it: layer by layer.
 void step_torch_sign_by_layer(benchmark::State& state) {
   const torch::NoGradGuard no_grad;
   std::vector<torch::Tensor> loads, biases;

@@ -1,5 +1,5 @@
-// What tests and experiment tables (bench/) of a closed loop share: configs that suit a simulated plant, and which laws
-// there are.
+// What tests and experiment tables (bench/) of a closed loop share: configs that suit a simulated plant, and which
+// policies there are.
 #pragma once
 
 #include <algorithm>
@@ -13,8 +13,7 @@
 
 namespace moectl {
 
-/// One law of the biases on `plant`, its delay declared. Range and rate are in units of the plant's scores, ×8 for
-/// logits.
+/// One bias policy on `plant`, its delay declared. Range and rate are in units of the plant's scores, ×8 for logits.
 inline ControllerConfig config_for(const SimulationOptions& plant, const std::string& policy,
                                    const std::map<std::string, OptionValue>& options = {}, double range = 2,
                                    double rate = 0.1) {
@@ -35,8 +34,8 @@ inline ControllerConfig config_for(const SimulationOptions& plant, const std::st
   return config;
 }
 
-/// The registered laws of the biases, all but `fixed`.
-inline std::set<std::string> laws_of_the_biases() {
+/// The registered bias policies, all but `fixed`.
+inline std::set<std::string> bias_policies() {
   std::set<std::string> names;
   for (const PolicyDescription* policy : PolicyRegistry::builtin().all()) {
     const auto& served = policy->actuators;

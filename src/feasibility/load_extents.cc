@@ -60,7 +60,7 @@ Blocks one_large(const Room& s, double cv) {
     const double rest = left > 1 ? std::max(0.0, (sum - large) / (left - 1)) : 0;
     return {{static_cast<double>(fixed), cap}, {1, large}, {left - 1, rest}};
   }
-  // As many at the cap as fit; what is left is under it, whoever has it.
+  // As many experts at the cap as fit; the rest of the load is below the cap, however it is spread.
   const double full = full_loads(s), left = n - full, sum = std::max(0.0, 1 - full * cap);
   if (left < 1) return {{full, 1 / full}};
   const double spread = std::max(0.0, squares - full * cap * cap - sum * sum / left);

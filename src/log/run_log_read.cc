@@ -212,7 +212,7 @@ struct LogReader::File {
     if (fault_policy == FaultPolicy::kStrict) throw Damage(fault);
     joined = true;
     if (follow) {
-      // Who follows wants to see the run that goes on now.
+      // With `follow`, the caller wants the run that is being written now.
       header = read_header(line(), true);
       first_line = without_number(object());
       seen = Seen();

@@ -138,7 +138,7 @@ SimulatedRouter::Plant::Plant(const SimulationOptions& given, int which_layer)
   }
   for (std::size_t i = experts; i > 1; --i)
     std::swap(order[i - 1], order[hash(preference_key, (i << 32)) % i]);
-  // An expert that is to have little or nothing could sink without a trace.
+  // Experts with at least the mean target come first: others could sink without a visible effect.
   if (!options.targets.empty()) {
     std::stable_partition(order.begin(), order.end(), [&](std::size_t i) {
       return options.targets[i] >= 1.0 / static_cast<double>(experts);

@@ -164,7 +164,7 @@ void TorchController::publish() {
     *value++ = static_cast<float>(controller_.aux_loss_weight(layer));
   }
   if (in_place) {
-    // Written behind autograd's back: say so, or a graph kept over the step would silently use the new values.
+    // Written without autograd: bump the version, or a graph kept over the step would silently use the new values.
     values_.unsafeGetTensorImpl()->bump_version();
     return;
   }

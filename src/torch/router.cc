@@ -209,7 +209,7 @@ void TopKRouterImpl::drop(const Tensor& mask, RouterOutput& out) const {
   const std::int64_t assignments = flat.numel();
   Tensor real = ::torch::ones_like(flat, ::torch::kBool);
   if (mask.defined()) real = mask.to(::torch::kBool).unsqueeze(1).expand({-1, k}).reshape(-1);
-  // Padding goes to an expert of its own behind the others, where it takes nobody's place.
+  // Padding goes to an extra expert behind the others, where it takes no capacity.
   const Tensor expert = ::torch::where(real, flat, ::torch::full_like(flat, n));
   // Sorted by expert and, within one, by precedence: two stable sorts, the less significant key first.
   Tensor order;

@@ -9,7 +9,7 @@
 namespace moectl {
 namespace {
 
-/// A stream from the device's pool, or nothing where it has none: backends say so by an exception.
+/// A stream from the device's pool, or nothing if the device has no streams: backends then throw.
 std::optional<c10::Stream> pooled_stream(c10::Device device) {
   try {
     return c10::impl::VirtualGuardImpl(device.type()).getStreamFromGlobalPool(device);

@@ -48,7 +48,7 @@ TEST_F(StateFile, ComesBackToTheByte) {
   EXPECT_EQ(files(), 1U) << "no temporary file is left";
 }
 
-TEST_F(StateFile, WhatCannotBeWrittenOrReadSaysWhy) {
+TEST_F(StateFile, FailedReadsAndWritesNameTheReason) {
   const auto message = [](auto call) -> std::string {
     try {
       call();

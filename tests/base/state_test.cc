@@ -102,7 +102,7 @@ TEST(State, IsLittleEndian) {
   EXPECT_EQ(bytes.substr(28), std::string("\1\0\0\0xi\1\0\0\0\0\0\0\0\2\1\0\0\0\0\0\0", 22));
 }
 
-TEST(State, ErrorsNameTheEntryWhatWasExpectedAndWhatWasFound) {
+TEST(State, ErrorsNameTheEntryTheExpectedAndTheFoundValue) {
   const std::string bytes = sample();
   const auto first = [&](auto read) {
     return error_of([&] {

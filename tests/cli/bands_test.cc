@@ -13,7 +13,7 @@ using ::testing::HasSubstr;
 const std::string kPublished = std::string(MOECTL_SOURCE_DIR) + "/policies/bands_16x2.yaml";
 const std::string kConsistent = std::string(MOECTL_SOURCE_DIR) + "/policies/bands_16x2_consistent.yaml";
 
-TEST(Bands, ThePublishedOnesAreInfeasibleAndTheNumbersSayWhy) {
+TEST(Bands, ThePublishedBandsAreInfeasibleWithNumbers) {
   const TempDir dir;
   const ToolResult text = run_tool(dir, "check " + kPublished);
   EXPECT_EQ(text.code, 1);
@@ -31,7 +31,7 @@ TEST(Bands, ThePublishedOnesAreInfeasibleAndTheNumbersSayWhy) {
   EXPECT_GE(metrics.size(), 1U);
 }
 
-TEST(Bands, TheConsistentOnesAreFeasible) {
+TEST(Bands, TheConsistentBandsAreFeasible) {
   const TempDir dir;
   const ToolResult text = run_tool(dir, "check " + kConsistent);
   EXPECT_EQ(text.code, 0) << text.err;

@@ -60,7 +60,7 @@ TEST(Check, AWrongConfigNamesThePlace) {
   EXPECT_THAT(json.json()["error"].get<std::string>(), HasSubstr("c.yaml:2:33"));
 }
 
-TEST(Check, ATargetUnderTheNoiseFloorIsInfeasible) {
+TEST(Check, ATargetBelowTheNoiseFloorIsInfeasible) {
   const TempDir dir;
   // √((16/2 - 1)/2048) = 0.05846 for one step; over a cadence of 4 steps, half of it.
   dir.write("under.yaml", with_target("load_cv", "0.05"));
@@ -86,7 +86,7 @@ TEST(Check, ATargetUnderTheNoiseFloorIsInfeasible) {
   EXPECT_EQ(run_tool(dir, "check vio.yaml").code, 1);
 }
 
-TEST(Check, WithoutTokensTheFloorIsNotJudgedAndThatIsSaid) {
+TEST(Check, WithoutTokensItReportsThatTheFloorIsNotJudged) {
   const TempDir dir;
   std::string text = with_target("load_cv", "0.05");
   text.erase(text.find(", tokens_per_step: 2048"), 23);
@@ -95,9 +95,9 @@ TEST(Check, WithoutTokensTheFloorIsNotJudgedAndThatIsSaid) {
   EXPECT_THAT(result.out, HasSubstr("# model.tokens_per_step is not given"));
 }
 
-// Two experts of sixteen are to have almost nothing, one nothing: the floor of their relative loads is far above that of
-// equal ones, and what their loads as such can be is less even.
-TEST(Check, KnowsOfUnequalTargets) {
+// Two experts of sixteen have a target near 0, one a target of 0: the floor of their relative loads is far above that
+// of equal ones, and what their loads as such can be is less even.
+TEST(Check, HandlesUnequalTargets) {
   const TempDir dir;
   const std::string model =
       "version: 1\nmodel: {layers: 1, experts: 16, top_k: 2, tokens_per_step: 2048, targets: [0.01, 0.01, 0, "
@@ -129,7 +129,7 @@ TEST(Check, KnowsOfUnequalTargets) {
   EXPECT_THAT(good.out, HasSubstr("# bands: load_cv is relative to model.targets: judged alone\n"));
 }
 
-TEST(Check, SaysWhichTargetsAreTooSmallToBeMeasured) {
+TEST(Check, ReportsTargetsThatAreTooSmallToMeasure) {
   const TempDir dir;
   const ToolResult result = run_tool(dir, "check -",
                                      "version: 1\nmodel: {layers: 1, experts: 3, top_k: 1, tokens_per_step: "

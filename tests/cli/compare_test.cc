@@ -52,7 +52,7 @@ TEST(Compare, FiguresOfAMadeRun) {
   EXPECT_NEAR(plain["max_vio"].get<double>(), 0.1, 1e-12);
 }
 
-TEST(Compare, TheTableSetsRunsSideBySide) {
+TEST(Compare, TheTableComparesRuns) {
   const TempDir dir;
   std::string never, soon;
   for (int step = 0; step < 60; ++step) {

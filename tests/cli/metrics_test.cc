@@ -86,7 +86,7 @@ TEST(MetricsCommand, WrongLinesAreNamed) {
             "moectl: <stdin>:1: counts: sum 2: must be at most tokens * top_k (1)\n");
 }
 
-TEST(MetricsCommand, ListsWhatIsKnownOfExpertsAndDomains) {
+TEST(MetricsCommand, ListsTheValuesOfExpertsAndDomains) {
   const TempDir dir;
   const auto line = [](int step, const std::string& fields) {
     return "{\"step\":" + std::to_string(step) + R"(,"layer":0,"tokens":8,"top_k":1,"counts":[4,4,0,0])" +
@@ -233,8 +233,8 @@ TEST(MetricsCommand, TakesTheTargetsOfTheRunItself) {
                         "one for each of 2 experts"));
 }
 
-// Equal experts would be dead under .0025, these are not with .001; one is to have nothing.
-TEST(MetricsCommand, WhoIsWantedLittleIsNotDead) {
+// Equal experts would be dead under .0025, these are not with .001; one has target 0.
+TEST(MetricsCommand, ExpertsWithSmallTargetsAreNotDead) {
   const TempDir dir;
   dir.write("c.yaml",
             "version: 1\nmodel: {layers: 1, experts: 4, top_k: 1, targets: [0.6, 0.399, 0.001, 0]}\n"

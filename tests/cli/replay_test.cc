@@ -11,7 +11,7 @@ namespace {
 using ::testing::HasSubstr;
 using Numbers = std::vector<double>;
 
-// The published law: Megatron's form, no limit that acts.
+// The published method: Megatron's form, no limit that acts.
 const char* const kSign =
     "version: 1\n"
     "model: {layers: 2, experts: 4, top_k: 2}\n"
@@ -20,7 +20,7 @@ const char* const kSign =
     "  options: {step: 1.0e-3, zero_mean_move: false}\n"
     "  limits: {min: -16, max: 16, rate: 0.01, center: false}\n";
 
-TEST(Replay, IsTheSignLawStepByStep) {
+TEST(Replay, EqualsSignBiasStepByStep) {
   const TempDir dir;
   std::mt19937_64 random(5);
   std::string trace;
@@ -79,7 +79,7 @@ TEST(Replay, StartsAtInitialAndIsActiveWhateverTheModeIs) {
   EXPECT_EQ(result.json(1)["actuators"]["expert_bias"]["applied"], (Numbers{0.75, 0.25}));
 }
 
-TEST(Replay, PassesOverOtherTagsAndHoldsLayersWithoutData) {
+TEST(Replay, SkipsOtherTagsAndHoldsLayersWithoutData) {
   const TempDir dir;
   dir.write("sign.yaml", kSign);
   const ToolResult result =
@@ -153,7 +153,7 @@ TEST(Replay, MismatchesBetweenConfigAndTraceAreNamed) {
   EXPECT_EQ(TempDir::read(dir.path("keep.jsonl")), "precious");
 }
 
-TEST(Replay, DamageIsPassedOverAndSaidButWrongRecordsEndIt) {
+TEST(Replay, DamageIsSkippedAndReportedButWrongRecordsEndIt) {
   const TempDir dir;
   dir.write("sign.yaml", kSign);
   const auto line = [](int step, const char* counts) {

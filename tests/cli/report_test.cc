@@ -120,7 +120,7 @@ TEST(Report, MapsOfManyExpertsAreCoarserAndKeepExtremes) {
   }
 }
 
-TEST(Report, WhatCannotBeReadIsSaidAndNamesCannotEndTheScript) {
+TEST(Report, UnreadableLinesAreReportedAndNamesCannotEndTheScript) {
   const TempDir dir;
   const std::string name = "x<script>.jsonl";
   dir.write(name, record(0, "[60,40]", R"(,"domain_counts":{"</script><b>":[10,10]})") + "torn </script>\n" +
@@ -139,7 +139,7 @@ TEST(Report, WhatCannotBeReadIsSaidAndNamesCannotEndTheScript) {
   EXPECT_EQ(run_tool(dir, "report - -o r.html", "nothing\n").code, 1);
 }
 
-// 60 % of what is to have three quarters is .8 of its target: log2 of that on a scale of ±3 is 127 - 13.6 of 254.
+// A load of 60 % with a target of 75 % is .8 of the target: log2 of that on a scale of ±3 is 127 - 13.6 of 254.
 TEST(Report, LoadsAreShownOverTheirTargets) {
   const TempDir dir;
   dir.write("a.jsonl",

@@ -90,7 +90,7 @@ TEST_F(SimulateTool, WritesRunLogsThatCompareReads) {
   }
 }
 
-TEST_F(SimulateTool, NoRunLogIsWrittenTwiceOrInVain) {
+TEST_F(SimulateTool, RunLogsAreNotWrittenTwiceOrInVain) {
   std::filesystem::create_directory(dir_.path("other"));
   dir_.write("other/sign.yaml", kSign);
   const ToolResult twice = run("sign.yaml other/sign.yaml --steps 5 -o run.jsonl");
@@ -103,7 +103,7 @@ TEST_F(SimulateTool, NoRunLogIsWrittenTwiceOrInVain) {
   EXPECT_THAT(nowhere.err, ::testing::HasSubstr("output: missing/run.jsonl: cannot be written"));
 }
 
-TEST_F(SimulateTool, WhatWasNotMeasuredIsNotSaidToBeUnsettled) {
+TEST_F(SimulateTool, ARunWithoutMeasurementsIsNotUnsettled) {
   dir_.write("off.yaml", "version: 1\nmode: off\nmodel: {layers: 1, experts: 16, top_k: 2}\n");
   EXPECT_THAT(run("off.yaml --steps 30").lines().at(1), ::testing::MatchesRegex("off.yaml +- .*"));
   EXPECT_THAT(run("sign.yaml --steps 30").lines().at(1), ::testing::MatchesRegex("sign.yaml +never .*"));
@@ -115,8 +115,8 @@ TEST_F(SimulateTool, CorrelatedTokensAreMeasuredAgainstTheirOwnFloor) {
   EXPECT_LT(rows[0]["max_vio_over_floor"], 1.25);
 }
 
-// The steady window ends at the event: whether a law copes with what happens then stands in the other columns.
-TEST_F(SimulateTool, TheTableTellsWhoCopesWithAScenario) {
+// The steady window ends at the event: whether a policy copes with what happens then stands in the other columns.
+TEST_F(SimulateTool, TheTableShowsWhichPolicyCopesWithAScenario) {
   dir_.write("fixed.yaml", "version: 1\nmodel: {layers: 1, experts: 16, top_k: 2, tokens_per_step: 1024}\n");
   const auto dead = json("adaptive.yaml fixed.yaml --layers 1 --tokens 1024 --steps 400 --scenario dead");
   EXPECT_LE(dead[0]["end_over_floor"], 1.3);
@@ -323,7 +323,7 @@ TEST_F(SimulateTool, EveryScenarioRuns) {
   }
 }
 
-TEST_F(SimulateTool, SaysWhatIsWrong) {
+TEST_F(SimulateTool, NamesTheError) {
   EXPECT_EQ(run("").code, 2);
   EXPECT_EQ(run("adaptive.yaml --scenario storm").code, 2);
   EXPECT_EQ(run("adaptive.yaml --gate hard").code, 2);

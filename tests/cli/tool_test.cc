@@ -113,7 +113,7 @@ TEST(Plugin, AddsPoliciesToEverySubcommand) {
   EXPECT_EQ(bias["reasons"], (std::vector<std::string>{"rate"}));
 }
 
-TEST(Plugin, WhatIsNoneIsSaid) {
+TEST(Plugin, AnObjectThatIsNoPluginIsReported) {
   const TempDir dir;
   ToolResult result = run_tool(dir, "--plugin no.so policies");
   EXPECT_EQ(result.code, 1);

@@ -61,7 +61,7 @@ SimulationOptions plant_of(int experts, int top_k, std::int64_t tokens,
   return plant;
 }
 
-// Where routing leaves no choice, as on two experts that are to have all top-2 choices, the floor is 0 and is met.
+// Where routing leaves no choice, as on two experts that should receive all top-2 choices, the floor is 0 and is met.
 TEST(Figures, ARunOnAFloorOfZeroHasSettled) {
   std::vector<StepFigures> steps(60);
   for (std::size_t i = 0; i < steps.size(); ++i) {
@@ -72,7 +72,7 @@ TEST(Figures, ARunOnAFloorOfZeroHasSettled) {
   EXPECT_EQ(compute_figures(steps).settle, 12);  // the first of whose last five the median is 0
 }
 
-TEST(ClosedLoop, FixedLeavesTheRouterToItself) {
+TEST(ClosedLoop, FixedDoesNotInfluenceTheRouter) {
   SimulationOptions plant;
   const Series r = run(config_for(plant, "fixed"), plant, 300);
   EXPECT_GT(r.ratio(200, 300), 10);
@@ -144,8 +144,9 @@ INSTANTIATE_TEST_SUITE_P(
              std::string(name_of(c.space));
     });
 
-// So many tokens that the floor lies below what the forming router drifts in a few steps. The law without a trend and
-// without a gain for large errors took 74 steps to settle on this plant, and 29 to return after a shift at step 300.
+// So many tokens that the floor lies below what the forming router drifts in a few steps. The policy without a trend
+// and without a gain for large errors took 74 steps to settle on this plant, and 29 to return after a shift at step
+// 300.
 TEST(ClosedLoop, AdaptiveFollowsADriftThatIsAboveTheFloor) {
   SimulationOptions plant = plant_of(16, 2, 65536);
   plant.scenario = Scenario::kShift;
@@ -207,10 +208,10 @@ TEST(ClosedLoop, AdaptiveReachesLoadsThatAreNotUniform) {
   }
 }
 
-// Two experts make no computation and are wanted little, one not at all: nobody is dead, nothing collapses, and the guard
-// has nothing to do, whatever the law.
-TEST(ClosedLoop, EveryLawServesTargetsDownToZero) {
-  for (const std::string& law : laws_of_the_biases()) {
+// Two experts make no computation and are wanted little, one not at all: no expert is dead, nothing collapses, and the
+// guard has nothing to do, whatever the policy.
+TEST(ClosedLoop, EveryPolicyReachesTargetsDownToZero) {
+  for (const std::string& law : bias_policies()) {
     SimulationOptions plant;
     ControllerConfig config = config_for(plant, law);
     config.model.targets.assign(16, 0.97 / 13);

@@ -578,7 +578,7 @@ StepInfo hostile_info(std::mt19937_64& random) {
           .skipped = random() % 15 == 0};
 }
 
-TEST(ControllerState, SavedAtAnyStepItGoesOnWithTheSameBits) {
+TEST(ControllerState, SavedAtAnyStepItContinuesWithTheSameBits) {
   std::mt19937_64 pick(11);
   for (int trial = 0; trial < 12; ++trial) {
     const std::uint64_t seed = pick();
@@ -671,7 +671,7 @@ TEST(ControllerState, KeepsReductionAndLogAcrossALoad) {
 
 // ---- The invariant, through the whole loop. ----
 
-TEST(ControllerProperty, WhateverIsRecordedAndSaidWhatIsAppliedObeysTheLimits) {
+TEST(ControllerProperty, AppliedValuesObeyTheLimitsForAnyInput) {
   std::mt19937_64 random(20260102);
   const auto chance = [&](double p) { return std::bernoulli_distribution(p)(random); };
   const std::vector<double> hostile = {std::nan(""), INFINITY, -INFINITY, 1e308, -1.0, 0.0};

@@ -74,7 +74,7 @@ TEST(Guard, OptionsNameKeyValueAndConstraint) {
 }
 
 // Every expert gets every token: the largest load is all that there is, and nothing is wrong.
-TEST(Guard, LeavesAloneALayerWhereAllExpertsAreChosen) {
+TEST(Guard, IgnoresALayerWhereAllExpertsAreChosen) {
   ControllerConfig config = guarded(quick());
   config.model.top_k = config.model.experts;
   Controller controller(config);
@@ -105,7 +105,7 @@ int steps_to_intervention(Controller& controller, const Counts& counts, int most
   return -1;
 }
 
-TEST(Guard, RecognisesFhsAboveOneAndItsNoiseGateHoldsWhatChanceExplains) {
+TEST(Guard, RecognisesFhsAboveOneUnlessNoiseExplainsIt) {
   Controller controller(guarded(only(GuardTrigger::kFhs)));
   EXPECT_EQ(steps_to_intervention(controller, kPile, 10), 3);
   const GuardReport& seen = controller.report().layers[0].guard;
@@ -158,7 +158,7 @@ TEST(Guard, RecognisesAnExpertThatMostTokensChoose) {
 
 // Loads smoothed by 0.05 a step: after n uneven steps of MaxVio 1.4 the smoothed one is 1.4 (1 - 0.95^n), above 1
 // from n = 25 on. It is so for ten steps at n = 34, and confirmed at 36.
-TEST(Guard, RecognisesABalanceThatIsLostAndNotComingBack) {
+TEST(Guard, RecognisesALastingLossOfBalance) {
   const Counts uneven = {60, 20, 10, 10};
   Controller controller(guarded(only(GuardTrigger::kLostBalance)));
   for (int i = 0; i < 10; ++i) feed(controller, kEven);
@@ -171,14 +171,14 @@ TEST(Guard, RecognisesABalanceThatIsLostAndNotComingBack) {
   Controller never(guarded(only(GuardTrigger::kLostBalance)));  // what never balanced has nothing to lose
   EXPECT_EQ(steps_to_intervention(never, uneven, 300), -1);
 
-  Controller returning(guarded(only(GuardTrigger::kLostBalance)));  // a law on its way back is left alone
+  Controller returning(guarded(only(GuardTrigger::kLostBalance)));  // a policy on its way back is left alone
   for (int i = 0; i < 10; ++i) feed(returning, kEven);
   EXPECT_EQ(steps_to_intervention(returning, uneven, 26), -1);
   EXPECT_EQ(steps_to_intervention(returning, {50, 25, 15, 10}, 100), -1);
 }
 
-// All experts but one are even among themselves: the law has shown that it balances, and lost hold of that one.
-TEST(Guard, RecognisesOneExpertThatLeavesALayerOtherwiseBalanced) {
+// All experts but one are even among themselves: the policy has shown that it balances, and lost hold of that one.
+TEST(Guard, RecognisesOneOverloadedExpertInABalancedLayer) {
   Controller controller(guarded(only(GuardTrigger::kLostBalance)));
   EXPECT_EQ(steps_to_intervention(controller, {52, 16, 16, 16}, 5), -1);
   EXPECT_EQ(steps_to_intervention(controller, {58, 14, 14, 14}, 100),
@@ -193,9 +193,9 @@ TEST(Guard, RecognisesOneExpertThatLeavesALayerOtherwiseBalanced) {
   EXPECT_EQ(steps_to_intervention(nothing, {100, 0, 0, 0}, 300), -1);
 }
 
-// Heavy in turn, an expert a step: smoothed loads stay even. MaxVio is 2.4 at each step and smoothed 2.4 (1 - 0.9^n), above
-// twice 1 from n = 18 on; lost for ten steps at 27, confirmed at 29. What stays below twice is how data differ.
-TEST(Guard, RecognisesExpertsThatTakeEachOthersTokensInTurn) {
+// Heavy in turn, an expert a step: smoothed loads stay even. MaxVio is 2.4 at each step and smoothed 2.4 (1 - 0.9^n),
+// above twice 1 from n = 18 on; lost for ten steps at 27, confirmed at 29. What stays below twice is how data differ.
+TEST(Guard, RecognisesExpertsThatAlternate) {
   const auto in_turn = [](std::int64_t most, int steps) {
     Controller controller(guarded(only(GuardTrigger::kLostBalance)));
     for (int i = 0; i < 10; ++i) feed(controller, kEven);
@@ -212,7 +212,7 @@ TEST(Guard, RecognisesExpertsThatTakeEachOthersTokensInTurn) {
 
 // 1024 tokens for 256 experts: chance alone shows a MaxVio of 1.70, f z √(256/255) + f² (z² - 1)/6 with f = √(255/1024)
 // and z = 2.8146. Twice that counts as balanced, so that a collapse that is over is seen to be over.
-TEST(Guard, BalancedIsNoLessThanChanceShows) {
+TEST(Guard, TheBalancedBoundIsAtLeastTwoFloors) {
   GuardOptions options = quick();
   options.dwell = 10;
   options.patience = 200;
@@ -283,9 +283,9 @@ int steps_to(GuardState state, Controller& controller, const Counts& counts, int
   return -1;
 }
 
-// Scalars go back by a quarter of the way at a time. Where the balance is lost the guard is a rung higher again, holds on
-// there, for twice as long the next time, and tries again.
-TEST(Guard, GoesBackToTheLastStepThatHeldAndWaitsLongerEachTime) {
+// Scalars go back by a quarter of the way at a time. Where the balance is lost the guard is a rung higher again, holds
+// on there, for twice as long the next time, and tries again.
+TEST(Guard, ReturnsToTheLastBalancedStepAndHoldsLongerEachTime) {
   GuardOptions options = quick();
   options.dwell = 10;
   options.patience = 60;
@@ -323,7 +323,7 @@ TEST(Guard, GoesBackToTheLastStepThatHeldAndWaitsLongerEachTime) {
 
 // Soon after handing back the biases come first: the scalars rise by a tenth a step, and only while smoothed MaxVio is
 // high. The guard then holds on, and gives up on what does not help.
-TEST(Guard, ARelapseIsHeldByBiasesFirst) {
+TEST(Guard, ARelapseIsAnsweredByBiasesFirst) {
   Controller controller(guarded(quick()));
   for (int i = 0; i < 5; ++i) feed(controller, kPile);
   ASSERT_GT(steps_to(GuardState::kWatching, controller, kEven, 100), 0);
@@ -347,7 +347,7 @@ TEST(Guard, ARelapseIsHeldByBiasesFirst) {
 }
 
 // Near balance steps had become small, and a relapse goes on with those, no smaller than 1/256 of the rate.
-TEST(Guard, ARelapseIsMetWithTheStepsThatWereFound) {
+TEST(Guard, ARelapseStartsWithTheLastBiasSteps) {
   Controller controller(guarded(quick()));
   for (int i = 0; i < 5; ++i) feed(controller, kPile);
   const GuardReport& seen = controller.report().layers[0].guard;
@@ -362,7 +362,7 @@ TEST(Guard, ARelapseIsMetWithTheStepsThatWereFound) {
   EXPECT_NEAR(controller.bias(0)[0], bias - 0.1 / 256, 0.02 / 256);
 }
 
-TEST(Guard, RollsBackWhatDoesNotHelp) {
+TEST(Guard, RollsBackAnInterventionThatDoesNotHelp) {
   Controller controller(guarded(quick()));
   for (int i = 0; i < 3; ++i) feed(controller, kPile);
   for (int i = 0; i < 20; ++i) feed(controller, kPile);
@@ -385,7 +385,7 @@ TEST(Guard, RollsBackWhatDoesNotHelp) {
   EXPECT_NEAR(controller.temperature(0), 1, 1e-8);
 }
 
-TEST(Guard, KeepsWhatHelpedThoughNotEnough) {
+TEST(Guard, KeepsAnInterventionThatHelpedInPart) {
   Controller controller(guarded(quick()));
   for (int i = 0; i < 3; ++i) feed(controller, kPile);
   for (int i = 0; i < 20; ++i)
@@ -507,7 +507,7 @@ TEST(Guard, HoldsTheLimitsOfAllThreeActuatorsOnHostileCounts) {
   EXPECT_EQ(visited.size(), 6U);  // all states
 }
 
-TEST(Guard, EvenRoutingAndAPassingPileLeaveItWatching) {
+TEST(Guard, EvenRoutingAndAShortOverloadLeaveItWatching) {
   Controller controller(guarded(quick()));
   for (int i = 0; i < 100; ++i) {
     const LayerReport& seen = feed(controller, i % 10 < 2 ? kPile : kEven);  // never three in a row
@@ -515,7 +515,7 @@ TEST(Guard, EvenRoutingAndAPassingPileLeaveItWatching) {
   }
 }
 
-TEST(Guard, SavedAndLoadedItGoesOnWithTheSameBits) {
+TEST(Guard, SavedAndLoadedItContinuesWithTheSameBits) {
   for (const int at : {2, 5, 12, 24, 40}) {
     Controller first(guarded(quick()));
     for (int i = 0; i < at; ++i) feed(first, kPile);
@@ -531,7 +531,7 @@ TEST(Guard, SavedAndLoadedItGoesOnWithTheSameBits) {
 }
 
 // At every step of handing back, losing the balance, holding, handing back again.
-TEST(Guard, SavedAndLoadedOnTheWayBackItGoesOnWithTheSameBits) {
+TEST(Guard, SavedWhileHandingBackItContinuesWithTheSameBits) {
   std::map<GuardState, int> loaded;
   for (int at = 3; at < 90; ++at) {
     Controller first(guarded(quick()));
@@ -568,7 +568,7 @@ TEST(Guard, ADecisionWithoutDataIsTheSameAfterLoading) {
 
 // Two layers share one weight. The second collapses while the first's guard has raised it: what it goes back to is what
 // it was before either.
-TEST(Guard, GuardsThatShareAnActuatorTakeItBackToWhereItWas) {
+TEST(Guard, GuardsThatShareAnActuatorRestoreItsValue) {
   ControllerConfig config = guarded(quick());
   config.guard.dwell = 5;
   config.guard.patience = 40;
@@ -604,7 +604,7 @@ TEST(Guard, GuardsThatShareAnActuatorTakeItBackToWhereItWas) {
 }
 
 // The first layer is taking its weight back when the second collapses and wants all of it: the second's wish counts.
-TEST(Guard, OfTheGuardsThatShareAnActuatorTheOneThatWantsMostDecides) {
+TEST(Guard, AmongGuardsThatShareAnActuatorTheLargestMoveDecides) {
   ControllerConfig config = guarded(quick());
   config.guard.dwell = 10;
   config.guard.patience = 100;
@@ -647,7 +647,7 @@ TEST(Guard, ASavedValueThatIsNotFiniteIsRefused) {
   EXPECT_THROW(load(std::numeric_limits<double>::infinity()), StateError);
 }
 
-TEST(Guard, ABalanceBeingLostIsSavedAndLoaded) {
+TEST(Guard, LosingBalanceIsSavedAndLoaded) {
   const Counts uneven = {60, 20, 10, 10};
   for (const int at :
        {5, 20, 40, 44, 80}) {  // balanced, then uneven, lost from step 35 on, intervening from 46 on
@@ -664,7 +664,7 @@ TEST(Guard, ABalanceBeingLostIsSavedAndLoaded) {
   }
 }
 
-// On the simulated router: a law too slow for a collapse, with and without the guard.
+// On the simulated router: a policy too slow for a collapse, with and without the guard.
 struct Outcome {
   double max_vio = 0;
   int interventions = 0;
@@ -694,7 +694,7 @@ Outcome run_plant(const char* config_name, Scenario scenario, CollapseKind kind,
   return out;
 }
 
-TEST(GuardOnThePlant, RecoversACollapseThatTheLawAloneDoesNot) {
+TEST(GuardOnThePlant, RecoversACollapseThatThePolicyDoesNot) {
   const Outcome with = run_plant("sign_bias", Scenario::kCollapse, CollapseKind::kDeadThird, true, 3);
   const Outcome without = run_plant("sign_bias", Scenario::kCollapse, CollapseKind::kDeadThird, false, 3);
   EXPECT_GE(with.interventions, 1);
@@ -704,7 +704,7 @@ TEST(GuardOnThePlant, RecoversACollapseThatTheLawAloneDoesNot) {
 
 // All three actuators are fixed, so the guard is the only one to act, and whatever made the router collapse goes on.
 // bench/collapse.cc runs it over hundreds of seeds.
-TEST(GuardOnThePlant, RecoversAloneWhatNothingElseHolds) {
+TEST(GuardOnThePlant, RecoversTheBalanceAlone) {
   int recovered = 0, without = 0, runs = 0;
   for (const CollapseKind kind : {CollapseKind::kRunaway, CollapseKind::kColdStart, CollapseKind::kDeadThird,
                                   CollapseKind::kPoisonedBias}) {
@@ -739,7 +739,7 @@ TEST(GuardOnThePlant, RecoversAloneWhatNothingElseHolds) {
 }
 
 // What nothing else holds the guard goes on holding, with trials to let go twice as far apart each time.
-TEST(GuardOnThePlant, HoldsWhatNothingElseHoldsAndDoesNotGoInCircles) {
+TEST(GuardOnThePlant, HoldsTheBalanceAloneWithoutCycling) {
   for (const CollapseKind kind :
        {CollapseKind::kRunaway, CollapseKind::kColdStart, CollapseKind::kDeadThird}) {
     ControllerConfig config;
@@ -783,7 +783,7 @@ TEST(GuardOnThePlant, HoldsWhatNothingElseHoldsAndDoesNotGoInCircles) {
   }
 }
 
-TEST(GuardOnThePlant, DoesNoHarmWhereTheLawRecoversByItself) {
+TEST(GuardOnThePlant, DoesNoHarmWhenThePolicyRecovers) {
   for (const CollapseKind kind :
        {CollapseKind::kRunaway, CollapseKind::kColdStart, CollapseKind::kPoisonedBias}) {
     EXPECT_LT(run_plant("sign_bias", Scenario::kCollapse, kind, true, 3).max_vio, 0.5) << name_of(kind);
@@ -807,9 +807,9 @@ ControllerConfig guarded_with(const GuardOptions& guard, std::vector<double> tar
   return config;
 }
 
-// .88 of the tokens is what expert 0 is to have; its threshold is .8 + .2 (.88 - .25)/.75 = .968. What is wanted less
+// Expert 0 should receive .88 of the tokens; its threshold is .8 + .2 (.88 - .25)/.75 = .968. What is wanted less
 // than an even share keeps .8.
-TEST(GuardWithTargets, AnExpertMayHaveWhatItIsToHave) {
+TEST(GuardWithTargets, ALoadOnALargeTargetIsNoTrigger) {
   const std::vector<double> targets = {0.88, 0.04, 0.04, 0.04};
   Controller controller(guarded_with(only(GuardTrigger::kMaxLoad), targets));
   EXPECT_EQ(steps_to_intervention(controller, {88, 4, 4, 4}, 50), -1);
@@ -837,8 +837,8 @@ TEST(GuardWithTargets, EntropyMayFallToThatOfTheTargets) {
   EXPECT_NEAR(controller.report().layers[0].guard.threshold, entropy(.7, .1) - .15, 1e-9);
 }
 
-// One of the two that are to have something; of all four experts it would take two.
-TEST(GuardWithTargets, TheDeadAreAShareOfThoseThatAreWanted) {
+// One of the two experts with a target above 0; relative to all four experts it would take two.
+TEST(GuardWithTargets, DeadShareRefersToExpertsWithATarget) {
   GuardOptions options = only(GuardTrigger::kDeadExperts);
   options.dead_share = 0.5;
   Controller controller(guarded_with(options, {0, 0.5, 0.5, 0}));
@@ -850,7 +850,7 @@ TEST(GuardWithTargets, TheDeadAreAShareOfThoseThatAreWanted) {
 }
 
 // Nothing is wanted of expert 3, and it takes nearly all: the guard pushes it away, as far as any.
-TEST(GuardWithTargets, WhoIsToHaveNothingIsPushedAway) {
+TEST(GuardWithTargets, ExpertsWithTargetZeroArePushedAway) {
   Controller controller(guarded_with(only(GuardTrigger::kMaxLoad), {0.4, 0.3, 0.3, 0}));
   ASSERT_EQ(steps_to_intervention(controller, {4, 3, 3, 90}, 10), 3);
   for (int i = 0; i < 3; ++i) feed(controller, {4, 3, 3, 90});

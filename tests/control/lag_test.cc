@@ -211,7 +211,7 @@ TEST(Lag, MustBeZeroOrOne) {
   }
 }
 
-TEST(Lag, StartsTheReductionAndComesBackBeforeTheOthersHaveStarted) {
+TEST(Lag, StepReturnsBeforeOtherRanksStartTheReduction) {
   Wire wire(2);
   Controller first(lag_config(1)), second(lag_config(1));
   std::thread other([&] {
@@ -259,7 +259,7 @@ TEST(Lag, RanksAgreeToTheBitWithOneThatHasAllTheShares) {
   for (std::thread& thread : threads) thread.join();
 }
 
-TEST(Lag, SavedAtAnyStepItGoesOnWithTheSameBits) {
+TEST(Lag, SavedAtAnyStepItContinuesWithTheSameBits) {
   constexpr int kSteps = 24;
   Controller straight(lag_config(1));
   std::vector<std::string> states;
@@ -282,7 +282,7 @@ TEST(Lag, SavedAtAnyStepItGoesOnWithTheSameBits) {
   }
 }
 
-TEST(Lag, SavingWaitsForTheSumsOnTheirWayAndStoresThem) {
+TEST(Lag, SavingWaitsForThePendingReductionAndStoresItsSums) {
   Wire wire(2);
   Controller first(lag_config(1)), second(lag_config(1));
   first.set_reduction(wire.of(0));
@@ -308,7 +308,7 @@ TEST(Lag, SavingWaitsForTheSumsOnTheirWayAndStoresThem) {
   EXPECT_EQ(in_force(resumed), in_force(whole));
 }
 
-TEST(Lag, SumsThatDoNotArriveChangeNothingAndAreSentAgain) {
+TEST(Lag, AFailedReductionChangesNothingAndIsRepeated) {
   Wire wire(1), second_wire(1);
   Controller controller(lag_config(1)), undisturbed(lag_config(1));
   controller.set_reduction(wire.of(0));
@@ -395,7 +395,7 @@ TEST(Lag, ADivergedRankIsAnErrorOneStepLater) {
   for (std::thread& thread : threads) thread.join();
 }
 
-TEST(Lag, DestructionWaitsForWhatWritesToItsMemory) {
+TEST(Lag, DestructionWaitsForThePendingReduction) {
   bool waited = false;
   {
     Controller controller(lag_config(1));
@@ -418,7 +418,7 @@ TEST(Lag, DestructionWaitsForWhatWritesToItsMemory) {
   EXPECT_TRUE(waited);
 }
 
-TEST(Lag, AnExchangeAddsSumsThatLieElsewhereAlsoWhenTheyAreSentAgain) {
+TEST(Lag, AnExchangeAddsItsSumsAlsoWhenTheyAreSentAgain) {
   Controller controller(lag_config(1)), host(lag_config(1));
   bool lose = false;
   controller.set_exchange([&](std::span<std::int64_t> payload, std::span<std::int64_t> own,

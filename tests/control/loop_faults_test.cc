@@ -86,7 +86,7 @@ class FaultyLoop {
   }
 };
 
-// adaptive_bias behind limits so wide that they do not act, where that makes a difference; all laws follow below.
+// adaptive_bias behind limits so wide that they do not act, where that makes a difference; all policies follow below.
 
 TEST(LoopFaults, NaNScores) {
   FaultyLoop loop;
@@ -152,18 +152,18 @@ TEST(LoopFaults, ActuatorThatDoesNotAct) {
   EXPECT_LT(loop.ratio(30), 1.4);
 }
 
-// Every law of the biases, each with the gain that balances this plant, behind limits so narrow that they act.
-struct FaultyLaw {
+// Every bias policy, each with the gain that balances this plant, behind limits so narrow that they act.
+struct FaultyPolicy {
   const char* policy;
   std::map<std::string, OptionValue> options;
 };
-void PrintTo(const FaultyLaw& law, std::ostream* out) {
+void PrintTo(const FaultyPolicy& law, std::ostream* out) {
   *out << law.policy;
 }
 
-class EveryLawWithFaults : public ::testing::TestWithParam<FaultyLaw> {
+class EveryPolicyWithFaults : public ::testing::TestWithParam<FaultyPolicy> {
  protected:
-  EveryLawWithFaults() : loop_(config()) { loop_.good_steps(300); }
+  EveryPolicyWithFaults() : loop_(config()) { loop_.good_steps(300); }
 
   static ControllerConfig config() {
     ControllerConfig config = config_for(SimulationOptions(), GetParam().policy, GetParam().options);
@@ -178,8 +178,8 @@ class EveryLawWithFaults : public ::testing::TestWithParam<FaultyLaw> {
   FaultyLoop loop_;
 };
 
-// What every law reads is the choices; of scores that it does not ask for none is looked at.
-TEST_P(EveryLawWithFaults, BrokenBatchesMoveNothing) {
+// What every policy reads is the choices; of scores that it does not ask for none is looked at.
+TEST_P(EveryPolicyWithFaults, BrokenBatchesMoveNothing) {
   const std::vector<double> before(loop_.controller().bias(0).begin(), loop_.controller().bias(0).end());
   for (int i = 0; i < 30; ++i) {
     RoutingBatch batch = loop_.route();
@@ -197,7 +197,7 @@ TEST_P(EveryLawWithFaults, BrokenBatchesMoveNothing) {
   expect_balance_returns();
 }
 
-TEST_P(EveryLawWithFaults, MissingSteps) {
+TEST_P(EveryPolicyWithFaults, MissingSteps) {
   for (int i = 0; i < 90; ++i) {
     const RoutingBatch batch = loop_.route();
     if (i % 3 == 0) loop_.controller().record(0, batch);
@@ -208,7 +208,7 @@ TEST_P(EveryLawWithFaults, MissingSteps) {
   expect_balance_returns();
 }
 
-TEST_P(EveryLawWithFaults, StaleStatistics) {
+TEST_P(EveryPolicyWithFaults, StaleStatistics) {
   std::deque<RoutingStats> queue;
   for (int i = 0; i < 100; ++i) {
     queue.emplace_back(loop_.controller().shape()).add(loop_.route());
@@ -221,7 +221,7 @@ TEST_P(EveryLawWithFaults, StaleStatistics) {
   expect_balance_returns();
 }
 
-TEST_P(EveryLawWithFaults, BatchesTenTimesAsLarge) {
+TEST_P(EveryPolicyWithFaults, BatchesTenTimesAsLarge) {
   loop_.router().set_tokens(20480);
   loop_.good_steps(50);
   EXPECT_LT(loop_.ratio(20), 0.5);  // the noise floor falls to .32, and the loop goes below the old one
@@ -229,7 +229,7 @@ TEST_P(EveryLawWithFaults, BatchesTenTimesAsLarge) {
   expect_balance_returns();
 }
 
-TEST_P(EveryLawWithFaults, FrozenLayer) {
+TEST_P(EveryPolicyWithFaults, FrozenLayer) {
   loop_.controller().freeze(0);
   const std::vector<double> before(loop_.controller().bias(0).begin(), loop_.controller().bias(0).end());
   loop_.good_steps(200);
@@ -239,8 +239,8 @@ TEST_P(EveryLawWithFaults, FrozenLayer) {
   expect_balance_returns();
 }
 
-// Nothing answers, so every law goes on until a limit stops it, and must find back from there.
-TEST_P(EveryLawWithFaults, ActuatorThatDoesNotActEndsAtALimit) {
+// Nothing answers, so every policy goes on until a limit stops it, and must find back from there.
+TEST_P(EveryPolicyWithFaults, ActuatorThatDoesNotActEndsAtALimit) {
   const std::vector<double> none(16, 0.0);
   for (int i = 0; i < 400; ++i) {
     loop_.controller().record(0, loop_.router().route(none));
@@ -251,23 +251,23 @@ TEST_P(EveryLawWithFaults, ActuatorThatDoesNotActEndsAtALimit) {
   expect_balance_returns();
 }
 
-const std::vector<FaultyLaw> kLaws = {{"sign_bias", {}},
-                                      {"proportional_bias", {}},
-                                      {"tanh_momentum_bias", {{"step", 5e-3}}},
-                                      {"quantile_bias", {}},
-                                      {"quantile_bias", {{"form", std::string("exact")}}},
-                                      {"adaptive_bias", {}},
-                                      {"adaptive_bias", {{"form", std::string("counts")}}}};
-INSTANTIATE_TEST_SUITE_P(Laws, EveryLawWithFaults, ::testing::ValuesIn(kLaws), [](const auto& info) {
+const std::vector<FaultyPolicy> kLaws = {{"sign_bias", {}},
+                                         {"proportional_bias", {}},
+                                         {"tanh_momentum_bias", {{"step", 5e-3}}},
+                                         {"quantile_bias", {}},
+                                         {"quantile_bias", {{"form", std::string("exact")}}},
+                                         {"adaptive_bias", {}},
+                                         {"adaptive_bias", {{"form", std::string("counts")}}}};
+INSTANTIATE_TEST_SUITE_P(Laws, EveryPolicyWithFaults, ::testing::ValuesIn(kLaws), [](const auto& info) {
   const auto form = info.param.options.find("form");
   return info.param.policy +
          (form == info.param.options.end() ? "" : "_" + std::get<std::string>(form->second));
 });
 
-TEST(LoopFaults, NoLawIsLeftOut) {
+TEST(LoopFaults, CoversEveryPolicy) {
   std::set<std::string> tried;
-  for (const FaultyLaw& law : kLaws) tried.insert(law.policy);
-  EXPECT_EQ(tried, laws_of_the_biases());
+  for (const FaultyPolicy& law : kLaws) tried.insert(law.policy);
+  EXPECT_EQ(tried, bias_policies());
 }
 
 }  // namespace

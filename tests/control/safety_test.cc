@@ -142,7 +142,7 @@ TEST(Limiter, AnAuxWeightOfZeroStaysOff) {
   EXPECT_EQ(rig.applied[0], 0);
 }
 
-TEST(Limiter, CentringTakesTheCommonShiftOut) {
+TEST(Limiter, CentringRemovesTheCommonShift) {
   Rig rig(Actuator::kExpertBias, bias_limits(16, 1, true), {0, 0, 0});
   EXPECT_TRUE(rig.step({5.25, 5, 4.75}).empty());
   EXPECT_THAT(rig.applied, ElementsAre(0.25, 0, -0.25));
@@ -161,7 +161,7 @@ TEST(Limiter, OneExpertGoesToZeroWhenCentred) {
   EXPECT_EQ(rig.applied[0], 0);
 }
 
-TEST(Limiter, WhereNoMeanOfZeroIsInReachItComesAsNearAsTheRateAllows) {
+TEST(Limiter, IfAZeroMeanIsOutOfReachItComesAsNearAsTheRateAllows) {
   // Loaded uncentred: all at 4. Nothing within 1 of them has mean zero, so all go down by 1.
   Rig rig(Actuator::kExpertBias, bias_limits(16, 1, true), {4, 4, 4});
   rig.step({4, 4, 4});
@@ -207,7 +207,7 @@ TEST(Limiter, CooldownFollowsAMove) {
   EXPECT_THAT(rig.applied, ElementsAre(1));
 }
 
-TEST(Limiter, DeadbandHoldsSmallMovesAndLooksPastACommonShift) {
+TEST(Limiter, DeadbandHoldsSmallMovesAndIgnoresACommonShift) {
   Limits limits = bias_limits(16, 1, true);
   limits.deadband = 0.1;
   Rig rig(Actuator::kExpertBias, limits, {0, 0});
@@ -253,7 +253,7 @@ TEST(Limiter, RollsBackWhenTheLossJumpsAfterAMove) {
   EXPECT_TRUE(rig.step({3}, {.loss = 3.5}).empty());
 }
 
-TEST(Limiter, AJumpLongAfterAMoveIsNotLaidToIt) {
+TEST(Limiter, AJumpLongAfterAMoveIsNotBlamedOnIt) {
   SafetyOptions options;
   options.rollback = RollbackOptions{.loss_jump = 0.5, .drop_jump = 0.1, .within = 3, .cooldown = 4};
   Rig rig(Actuator::kExpertBias, bias_limits(16, 1), {2}, options);
@@ -373,7 +373,7 @@ TEST(LimiterProperty, WhateverComesInWhatIsAppliedIsFiniteInRangeAndWithinItsRat
   EXPECT_GT(moves, 10000);
 }
 
-TEST(LimiterProperty, SavedAndLoadedItGoesOnWithTheSameBits) {
+TEST(LimiterProperty, SavedAndLoadedItContinuesWithTheSameBits) {
   std::mt19937_64 random(7);
   SafetyOptions options;
   options.rollback.emplace();

@@ -243,7 +243,7 @@ TEST(Feasibility, KlAndEntropyAreOneConstraint) {
   EXPECT_THAT(f.conflicts[0].message, HasSubstr("is the same as"));
 }
 
-TEST(Feasibility, SingleBandsOutsideWhatCanBe) {
+TEST(Feasibility, SingleBandsOutsideTheirRange) {
   EXPECT_THAT(messages(judge(kPublished, {{"load_cv", {3, 4}}})),
               ElementsAre("load_cv in [3, 4] cannot be: load_cv ≤ 2.646 at N = 16, k = 2"));
   EXPECT_THAT(messages(judge(kPublished, {{"max_load", {0.6, 0.7}}})),
@@ -259,7 +259,7 @@ TEST(Feasibility, IdleExpertsAreWholeOnes) {
   EXPECT_TRUE(judge(kPublished, {{"dead_experts", {0, 5}}, {"inactive_experts", {4.6, 12}}}).feasible());
 }
 
-TEST(Feasibility, TargetsUnderTheNoiseFloor) {
+TEST(Feasibility, TargetsBelowTheNoiseFloor) {
   const LoadSpace space{.experts = 16, .top_k = 2, .tokens = 2048};  // floors .0585 and .108
   EXPECT_EQ(judge(space, {{"load_cv", {0, 0.05}}}).conflicts.size(), 1U);
   EXPECT_EQ(judge(space, {{"load_cv", {0, 0.06}}}).conflicts.size(), 0U);
@@ -267,7 +267,8 @@ TEST(Feasibility, TargetsUnderTheNoiseFloor) {
   EXPECT_EQ(judge(space, {{"max_vio", {0, 0.12}}}).conflicts.size(), 0U);
   EXPECT_THAT(messages(judge(space, {{"load_cv", {0, 0.05}}}))[0], HasSubstr("noise floor"));
   EXPECT_EQ(judge(kPublished, {{"load_cv", {0, 0.05}}}).conflicts.size(), 0U);  // tokens not known
-  // At that CV: KL is about CV²/2 = .00171, the entropy 1 - .00171 / ln 16 of its largest, Gini at least .05846 √15 / 16.
+  // At that CV: KL is about CV²/2 = .00171, the entropy 1 - .00171 / ln 16 of its largest, Gini at least .05846 √15 /
+  // 16.
   EXPECT_EQ(judge(space, {{"kl_to_uniform", {0, 0.0015}}}).conflicts.size(), 1U);
   EXPECT_EQ(judge(space, {{"kl_to_uniform", {0, 0.0018}}}).conflicts.size(), 0U);
   EXPECT_EQ(judge(space, {{"entropy_normalized", {0.9995, 1}}}).conflicts.size(), 1U);
@@ -294,7 +295,7 @@ TEST(Feasibility, OpenBands) {
   EXPECT_EQ(judge(kPublished, {{"load_cv", {-inf, 0.6}}, {"dead_experts", {5, inf}}}).conflicts.size(), 1U);
 }
 
-TEST(Feasibility, WhatIsNoFunctionOfTheLoadsIsNotJudged) {
+TEST(Feasibility, MetricsThatDoNotDependOnTheLoadsAreNotJudged) {
   const Feasibility f = judge(kPublished, {{"drop_rate", {0, .03}}, {"load_cv", {0, 1}}});
   EXPECT_TRUE(f.feasible());
   EXPECT_THAT(f.not_judged, ElementsAre("drop_rate"));
@@ -400,7 +401,7 @@ TEST(Feasibility, ABandOfOneValueIsNeverInverted) {
   EXPECT_EQ(two.conflicts[0].suggestion, "max_load: [0.75, 0.75]");
 }
 
-TEST(Feasibility, ABandThatCannotHoldDoesNotHideTheOthers) {
+TEST(Feasibility, AnInfeasibleBandDoesNotHideOtherConflicts) {
   const Feasibility f = judge(
       kPublished, {{"load_cv", {0.3, 0.6}}, {"entropy_normalized", {0.70, 0.85}}, {"max_load", {0.6, 0.7}}});
   EXPECT_THAT(messages(f), ElementsAre(HasSubstr("max_load in [0.6, 0.7] cannot be"),
@@ -481,12 +482,12 @@ TEST(Feasibility, TheExtremesAreReached) {
   }
 }
 
-// Two of four experts are to have a half and three eighths, one an eighth, one nothing; top-1, 800 tokens. On target:
+// Targets of four experts: 1/2, 3/8, 1/8, 0; top-1, 800 tokens. On target:
 // entropy .974 nats (.7028 of ln 4), Gini (3 · .5 + .375 - .125)/4 = .4375, and the loads' own CV √.625 = .7906.
 constexpr double kShares[] = {0.5, 0.375, 0.125, 0};
 constexpr LoadSpace kUnequal{.experts = 4, .top_k = 1, .tokens = 800, .targets = kShares};
 
-TEST(FeasibilityWithTargets, LoadsCannotBeMoreEvenThanThoseWanted) {
+TEST(FeasibilityWithTargets, LoadsCannotBeMoreEvenThanTheTargets) {
   const auto conflicts = [](const char* metric, double low, double high) {
     return judge(kUnequal, {{metric, {low, high}}}).conflicts.size();
   };
@@ -498,7 +499,7 @@ TEST(FeasibilityWithTargets, LoadsCannotBeMoreEvenThanThoseWanted) {
   EXPECT_EQ(conflicts("gini", 0.1, 0.44), 0U);
   EXPECT_EQ(conflicts("max_load", 0.3, 0.49), 1U);
   EXPECT_EQ(conflicts("max_load", 0.3, 0.51), 0U);
-  EXPECT_EQ(conflicts("inactive_experts", 0, 0), 1U);  // one is to have nothing
+  EXPECT_EQ(conflicts("inactive_experts", 0, 0), 1U);  // one has target 0
   EXPECT_EQ(conflicts("inactive_experts", 0, 1), 0U);
   // A load has variance w (1 - w)/800, of all .59375/800: chance makes the CV √(.625 + 4 · .59375/800), 19.811 points.
   EXPECT_EQ(conflicts("load_std", 1, 19.8), 1U);
@@ -524,13 +525,13 @@ TEST(FeasibilityWithTargets, RelativeMetricsHaveTheirOwnFloorsAndBounds) {
   EXPECT_EQ(conflicts("max_vio", 0, floor - 1e-4), 1U);
   EXPECT_EQ(conflicts("max_vio", 0, floor + 1e-4), 0U);
   EXPECT_EQ(conflicts("max_to_mean", 1, 1 + floor - 1e-4), 1U);
-  // All on the expert that is to have an eighth: 8 times its target.
+  // All tokens on the expert with target 1/8: 8 times its target.
   EXPECT_EQ(conflicts("max_vio", 6.9, 8), 0U);
   EXPECT_EQ(conflicts("max_vio", 7.1, 8), 1U);
   // … and the two others without any: √((49 + 1 + 1)/3).
   EXPECT_EQ(conflicts("load_cv", 4.12, 5), 0U);
   EXPECT_EQ(conflicts("load_cv", 4.13, 5), 1U);
-  // All on the one that is to have nothing, and the three are dead.
+  // All tokens on the expert with target 0; the other three are dead.
   EXPECT_EQ(conflicts("dead_experts", 3, 3), 0U);
   EXPECT_EQ(conflicts("dead_experts", 4, 4), 1U);
 }

@@ -1,8 +1,8 @@
 // golden_traces DIR [--record]: what every policy proposes on one made-up run, against the trace recorded in DIR.
 //
-// A change of a law's behaviour shows here first, number by number. If it is meant, record anew and let the difference
-// be read: golden_traces tests/golden --record. Windows come from whole numbers alone, and numbers are compared within
-// 1e-9, because the C library's exponentials may differ in the last bit.
+// A change of a policy's behaviour shows here first, number by number. If it is meant, record anew and let the
+// difference be read: golden_traces tests/golden --record. Windows come from whole numbers alone, and numbers are
+// compared within 1e-9, because the C library's exponentials may differ in the last bit.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

@@ -162,7 +162,7 @@ TEST(JsonLine, AnObjectOfManyMembersTakesNoLongerThanItsLength) {
 }
 
 // As above: elements are walked, not counted from the front each time.
-TEST(JsonLine, AWrongElementFarDownALongArrayIsNamedAtOnce) {
+TEST(JsonLine, AWrongElementOfALongArrayIsNamed) {
   std::string text = R"({"step":0,"layer":0,"tokens":0,"top_k":1,"counts":[)";
   for (int i = 0; i < 200000; ++i) text += "0,";
   JsonLine line;

@@ -290,7 +290,7 @@ TEST(LogReader, SumsThatWouldOverflowAreRefused) {
   EXPECT_THAT([&] { read_all(path); }, ::testing::ThrowsMessage<LogError>(HasSubstr(":1: counts: sum ")));
 }
 
-TEST(LogReader, SalvageReadsWhatCanBeReadAndSaysTheRest) {
+TEST(LogReader, SalvageReadsValidRecordsAndReportsTheRest) {
   const TempDir dir;
   const auto line = [](int step, const char* counts) {
     return "{\"step\":" + std::to_string(step) + ",\"layer\":0,\"tokens\":2,\"counts\":" + counts + "}\n";
@@ -340,7 +340,7 @@ std::string made_line(int step, const char* counts = "[1,1,1,1]") {
 }
 
 // Damage happens to files; a record that is whole and cannot be true is its writer's.
-TEST(LogReader, RepairPassesOverDamageButNotWrongRecords) {
+TEST(LogReader, RepairSkipsDamageButNotWrongRecords) {
   const TempDir dir;
   std::vector<std::string> faults;
   const std::string torn = dir.write("torn", made_line(0) + std::string(3, '\0') + "\n" + made_line(1) +
@@ -488,7 +488,7 @@ struct MadeStep {
   StepReport report;
 };
 
-TEST(RunLogWriter, WhatIsWrittenReadsBackExactly) {
+TEST(RunLogWriter, AWrittenLogReadsBackExactly) {
   const TempDir dir;
   for (const char* name : {"run.jsonl", "run.jsonl.gz"}) {
     const std::string path = dir.path(name);
@@ -786,7 +786,7 @@ TEST(RunLogWriter, AResumedRotatedLogHasTheSamePieces) {
   }
 }
 
-TEST(RunLogWriter, ARotationThatFailsIsSaidOnceAndLeavesTheLog) {
+TEST(RunLogWriter, AFailedRotationIsReportedOnceAndKeepsTheLog) {
   const TempDir dir;
   const std::string path = dir.path("run.jsonl");
   std::filesystem::create_directory(path + ".part");  // stands where the next piece would be begun
@@ -823,7 +823,7 @@ TEST(RunLogWriter, DoesNotAllocateInTheSteadyState) {
   }
 }
 
-TEST(RunLogWriter, AFullDiskIsSaidOnceAndNeverStopsTraining) {
+TEST(RunLogWriter, AFullDiskIsReportedOnceAndNeverStopsTraining) {
   if (!std::filesystem::exists("/dev/full")) GTEST_SKIP() << "no /dev/full here";
   MadeStep made(2, {.experts = 4, .top_k = 2, .needs = {}}, 1);
   ::testing::internal::CaptureStderr();

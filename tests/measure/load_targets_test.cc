@@ -88,7 +88,8 @@ TEST(MetricsWithAZeroTarget, DivideByNothing) {
   EXPECT_DOUBLE_EQ(*astray.load_cv, std::sqrt((1 + 1 + 4) / 2.0));
 }
 
-// Two sequences of 10, (6, 4, 0) and (4, 4, 2): variances 2 · 2·(1², 0, 1²) = (2, 0, 2) by hand: J/(J-1) Σ (c_j - p n_j)²
+// Two sequences of 10, (6, 4, 0) and (4, 4, 2): variances 2 · 2·(1², 0, 1²) = (2, 0, 2) by hand: J/(J-1) Σ (c_j - p
+// n_j)²
 // = 2 (1 + 1), 0, 2 (1 + 1); in units of the targets 10 and 10 of 20, and of the mean target 10 for the third.
 TEST(MetricsWithAZeroTarget, HaveASamplingFloor) {
   const StatsShape shape{3, 1, {.sequences = true}};
@@ -103,7 +104,7 @@ TEST(MetricsWithAZeroTarget, HaveASamplingFloor) {
   EXPECT_NEAR(*m.sampling_floor_cv, std::sqrt((4 / 100.0 + 0 + 4 / 100.0) / 2), 1e-12);
 }
 
-TEST(MetricsWithTargets, HotAndColdAreByTheOwnTarget) {
+TEST(MetricsWithTargets, HotAndColdAreRelativeToTheTarget) {
   const MetricsOptions options{.cold_fraction = 0.5, .targets = {0.7, 0.2, 0.1}}, equal{.cold_fraction = 0.5};
   EXPECT_EQ(measured({700, 200, 100}, options).hot_experts, 0);
   EXPECT_EQ(measured({700, 200, 100}, options).cold_experts, 0);
@@ -147,9 +148,9 @@ TEST(MetricsOnTarget, ByHand) {
   EXPECT_EQ(equal.gini, 0);
 }
 
-// Three of eight are to have all, with an FHS of 2.5 on their targets. A token where none is wanted is clear of the noise
-// of a thousand, and no collapse; a load that is nowhere near its targets is.
-TEST(MetricsWithTargets, FewWantedExpertsHaveNotCollapsed) {
+// Three of eight experts should receive all tokens, with an FHS of 2.5 on their targets. A token where none is wanted
+// is clear of the noise of a thousand, and no collapse; a load that is nowhere near its targets is.
+TEST(MetricsWithTargets, FewExpertsWithTargetsAreNoCollapse) {
   const MetricsOptions options{.targets = {0.6, 0.3, 0.1, 0, 0, 0, 0, 0}};
   const Metrics leaking = measured({599, 300, 100, 0, 0, 0, 0, 1}, options);
   EXPECT_GT(*leaking.fhs, 1);
@@ -163,7 +164,8 @@ TEST(MetricsWithTargets, FewWantedExpertsHaveNotCollapsed) {
   EXPECT_EQ(measured({1, 0, 999, 0}, one).fhs_alarm, 1);
 }
 
-// One of two is to have a millionth of 100 tokens: CV floor 71, where the parabola of MaxVio has long turned round.
+// One of two experts has a target of a millionth, of 100 tokens: CV floor 71, far beyond the maximum of MaxVio's
+// parabola.
 TEST(MetricsWithTargets, TheFloorOfMaxVioGrowsWithThatOfTheCv) {
   double last = 0;
   for (const double tiny : {0.1, 0.01, 1e-3, 1e-4, 1e-6, 1e-9}) {
@@ -176,7 +178,8 @@ TEST(MetricsWithTargets, TheFloorOfMaxVioGrowsWithThatOfTheCv) {
   EXPECT_GT(last, 1);
 }
 
-// One of 16 is to have a millionth, so that the CV of relative loads is 4 by chance: a collapse is one all the same.
+// One of 16 experts has a target of a millionth, so that the CV of relative loads is 4 by chance: a collapse is one all
+// the same.
 TEST(MetricsWithTargets, ATinyTargetDoesNotHideACollapse) {
   Shares targets(16, (1 - 1e-6) / 15);
   targets[0] = 1e-6;

@@ -53,7 +53,7 @@ TEST(Fisher, OfCounts) {
   EXPECT_NEAR(*of_counts({1, 1, 1, 1}).fsi_max, 2 * pi / 3, 1e-15);
 }
 
-TEST(Fisher, WhereItIsNotDefined) {
+TEST(Fisher, AbsentWhereNotDefined) {
   EXPECT_FALSE(of_counts({5}).fhs);
   EXPECT_FALSE(of_counts({5, 5}, 2).fhs);  // k = N: nothing to tell apart, nothing preferred
   EXPECT_EQ(*of_counts({5, 5}, 2).fsi, 0);

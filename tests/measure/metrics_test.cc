@@ -452,7 +452,7 @@ TEST(Metrics, MeasuringAllocatesNothing) {
 }
 
 // Three quarters are wanted for expert 0 of two, and 60 of 100 go there: loads of .8 and 1.6 targets.
-TEST(MetricsWithTargets, HoldLoadsAgainstThem) {
+TEST(MetricsWithTargets, CompareLoadsWithThem) {
   const StatsShape shape{.experts = 2, .top_k = 1, .needs = {}};
   RoutingStats stats(shape);
   const std::vector<std::int64_t> counts = {60, 40};
@@ -475,7 +475,7 @@ TEST(MetricsWithTargets, HoldLoadsAgainstThem) {
   EXPECT_EQ(m.fhs, plain.fhs);
 }
 
-TEST(MetricsWithTargets, EqualOnesChangeNoBit) {
+TEST(MetricsWithTargets, EqualTargetsChangeNoBit) {
   const StatsShape shape{.experts = 3, .top_k = 2, .needs = {}};
   RoutingStats stats(shape);
   const std::vector<std::int64_t> counts = {50, 30, 20};
@@ -485,7 +485,7 @@ TEST(MetricsWithTargets, EqualOnesChangeNoBit) {
     EXPECT_EQ(with.*field.value, without.*field.value) << field.name;
 }
 
-TEST(MetricsWithTargets, ALoadOnItsTargetsIsNoCollapse) {
+TEST(MetricsWithTargets, ALoadThatMeetsItsTargetsIsNoCollapse) {
   const StatsShape shape{.experts = 16, .top_k = 2, .needs = {}};
   std::vector<double> targets(16, 0.1 / 13);
   std::vector<std::int64_t> counts(16, 76);

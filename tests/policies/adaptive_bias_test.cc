@@ -23,7 +23,8 @@ double part_of_noise(double e, double noise_sq) {
 TEST(AdaptiveBias, FirstStepsByHandCountsOnly) {
   PolicyRig rig("adaptive_bias", RigOptions{.experts = 2, .top_k = 1});
   rig.step(stats_of(rig.shape(), {30, 10}));
-  // Nothing to compare with, so the noise is the floor, .025, and nothing has lasted. The trend learns g/16F of the step.
+  // Nothing to compare with, so the noise is the floor, .025, and nothing has lasted. The trend learns g/16F of the
+  // step.
   double trend = 1e-3 / 32 * part_of_noise(0.5, 0.025) * 0.5;
   double wanted = 0.5e-3 + trend;
   EXPECT_NEAR(rig.value[0], -wanted, 1e-15);
@@ -56,8 +57,8 @@ TEST(AdaptiveBias, GapFormStepsInGaps) {
   const std::vector<float> top = {0.75F, 0.5F, 0.75F, 0.5F, 0.75F, 0.5F, 0.75F, 0.5F};
   ASSERT_TRUE(stats.add({.experts = experts, .top_values = top}));
   rig.step(stats);
-  // e = (-2, 0, 1, 1), clipped (-1, 0, 1, 1); step 0.25 · 1 · 0.25. The trend takes a half of a sixteenth of what may be
-  // noise, not clipped; n² = floor² = 3/4.
+  // e = (-2, 0, 1, 1), clipped (-1, 0, 1, 1); step 0.25 · 1 · 0.25. The trend takes a half of a sixteenth of what may
+  // be noise, not clipped; n² = floor² = 3/4.
   const double step = 0.0625;
   const double down = -step - step / 32 * 2 * part_of_noise(2, 0.75);
   const double up = step + step / 32 * part_of_noise(1, 0.75);
@@ -96,7 +97,7 @@ TEST(AdaptiveBias, ADeclaredDelayDividesTheFirstGain) {
 
 // Both gains rise while a large error stays; then g falls, as errors near the noise alternate, and F is left high. An
 // error that comes from far gets little of F at once and most of it when it stays; never, if it changes sides.
-TEST(AdaptiveBias, AFarErrorMustLastBeforeItIsMetWithMore) {
+TEST(AdaptiveBias, FarErrorsGetALargerStepOnlyWhenTheyPersist) {
   const auto moves_per_error = [](bool stays) {
     PolicyRig rig("adaptive_bias", RigOptions{.experts = 2, .top_k = 1, .options = {{"per_expert", false}}});
     for (int i = 0; i < 30; ++i) rig.step(stats_of(rig.shape(), {6000, 2000}));
@@ -120,7 +121,7 @@ TEST(AdaptiveBias, AFarErrorMustLastBeforeItIsMetWithMore) {
 }
 
 // Errors that stay: with noise to hide in, the trend adds to the step; far from it, it hardly does.
-TEST(AdaptiveBias, TheTrendLearnsFromErrorsNearTheNoiseAlone) {
+TEST(AdaptiveBias, TheTrendLearnsOnlyFromErrorsNearTheNoise) {
   const auto extra = [](std::int64_t unit) {
     PolicyRig rig("adaptive_bias", RigOptions{.experts = 2, .top_k = 1, .options = {{"adaptation", 0.0}}});
     for (int i = 0; i < 20; ++i) rig.step(stats_of(rig.shape(), {12 * unit, 8 * unit}));
@@ -134,8 +135,8 @@ TEST(AdaptiveBias, TheTrendLearnsFromErrorsNearTheNoiseAlone) {
 // Expert 3 gets nothing for three windows: then it goes half of what its margins say it lacks. Four tokens, one wanted
 // for each expert; its margins are .125, .375, .375, .75 from a threshold of .625, so one token lies below x at the far
 // edge of the bin [.125, .1875): move .5 · .1875 where an integral step would be .25 gaps.
-// One expert is to have all, and gets it after thirty steps: what drifted till then must not drift on for ever.
-TEST(AdaptiveBias, ALoadExactlyOnItsTargetsEndsTheTrend) {
+// One expert should receive all tokens, and does after thirty steps: biases that drifted until then must stop.
+TEST(AdaptiveBias, TrendsDecayWhenTargetsAreMetExactly) {
   for (const double off : {0.0, 4e-7}) {  // as far as targets may be from their sum
     PolicyRig rig("adaptive_bias", RigOptions{.experts = 4, .top_k = 1, .targets = {1 - off, 0, 0, 0}});
     const auto step_with = [&](std::int64_t astray) {
@@ -154,7 +155,7 @@ TEST(AdaptiveBias, ALoadExactlyOnItsTargetsEndsTheTrend) {
   }
 }
 
-TEST(AdaptiveBias, RescueGoesHalfTheWayThatTheMarginsSay) {
+TEST(AdaptiveBias, RescueMovesHalfTheDistanceOfTheMargins) {
   const auto rig_with = [](bool rescue) {
     return PolicyRig("adaptive_bias", RigOptions{.experts = 4,
                                                  .top_k = 1,
@@ -184,8 +185,8 @@ TEST(AdaptiveBias, RescueGoesHalfTheWayThatTheMarginsSay) {
   EXPECT_NEAR(with.value[3] - without.value[3], 0.75 * (0.5 * 0.1875 - step - trend), 1e-15);
 }
 
-// Domains that alternate at random, told to the law one batch ahead: closer to the floor than without.
-TEST(AdaptiveBias, FeedforwardCancelsWhatTheMixtureBrings) {
+// Domains that alternate at random, told to the policy one batch ahead: closer to the floor than without.
+TEST(AdaptiveBias, FeedforwardCancelsTheEffectOfTheMixture) {
   const auto steady = [](const char* feedforward) {
     ControllerConfig config = load_config(std::string(MOECTL_SOURCE_DIR) + "/policies/adaptive_bias.yaml");
     config.model.layers = 1;
@@ -208,7 +209,7 @@ TEST(AdaptiveBias, FeedforwardCancelsWhatTheMixtureBrings) {
 
 // While a layer is frozen no plan acts. Learnt from as if they had, batches of nearly one domain each make its effect
 // seem twice as large as it is.
-TEST(AdaptiveBias, WhatAFreezeHeldBackIsNotLearntAsIfItHadActed) {
+TEST(AdaptiveBias, FeedforwardLearnsNothingFromAFrozenStep) {
   const auto after_a_freeze = [](const char* feedforward) {
     double vio = 0;
     for (std::uint64_t seed = 1; seed <= 3; ++seed) {
@@ -233,7 +234,7 @@ TEST(AdaptiveBias, WhatAFreezeHeldBackIsNotLearntAsIfItHadActed) {
   EXPECT_LT(with, 0.6 * without) << with << " " << without;
 }
 
-TEST(AdaptiveBias, AHeldStepKeepsTheFeedforwardThatIsInForceApart) {
+TEST(AdaptiveBias, AHeldStepKeepsTheFeedforwardInForce) {
   PolicyRig rig("adaptive_bias", RigOptions{.experts = 4,
                                             .top_k = 1,
                                             .domains = 2,
@@ -257,7 +258,7 @@ TEST(AdaptiveBias, AHeldStepKeepsTheFeedforwardThatIsInForceApart) {
   held.add(Reason::kSkippedStep);
   rig.propose(window(0), {.next_mixture = b});
   rig.settle(in_force, held);
-  // An even window with an unknown mixture: no step and no feed-forward; what is left is the law's own b,
+  // An even window with an unknown mixture: no step and no feed-forward; what is left is the policy's own b,
   // whose experts 0 and 1 are treated alike, as are 2 and 3, and which the alternation has kept near zero.
   RoutingStats even(rig.shape());
   const std::vector<std::int64_t> experts = {0, 1, 2, 3};
@@ -268,7 +269,7 @@ TEST(AdaptiveBias, AHeldStepKeepsTheFeedforwardThatIsInForceApart) {
 }
 
 // What a rate limit below the swing of the mixture lets through of the feed-forward comes late, but does no harm.
-TEST(AdaptiveBias, FeedforwardUnderATightRateIsNoWorseThanNone) {
+TEST(AdaptiveBias, FeedforwardUnderATightRateDoesNoHarm) {
   const auto steady = [](const char* feedforward) {
     double ratio = 0;
     for (const std::uint64_t seed : {1, 2, 3}) {
@@ -292,7 +293,8 @@ TEST(AdaptiveBias, FeedforwardUnderATightRateIsNoWorseThanNone) {
   EXPECT_LT(steady("tags"), steady("off"));
 }
 
-// A softmax whose loads are seen eight steps late, and said to be: the gains must not grow faster than they are answered.
+// A softmax whose loads are seen eight steps late, and said to be: the gains must not grow faster than they are
+// answered.
 TEST(AdaptiveBias, ADeclaredDelayOfEightStepsUnderASoftmaxStaysNearTheFloor) {
   for (const std::uint64_t seed : {3, 4, 102, 103}) {
     ControllerConfig config = load_config(std::string(MOECTL_SOURCE_DIR) + "/policies/adaptive_bias.yaml");
@@ -322,8 +324,7 @@ struct Plant {
 
 class AdaptiveOnAPlant : public ::testing::TestWithParam<Plant> {};
 
-// Closed on the simulated router with a domain that switches on: within 1.3 × the noise floor before and
-// after.
+// Closed on the simulated router with a domain that switches on: within 1.3 × the noise floor before and after.
 TEST_P(AdaptiveOnAPlant, StaysNearTheNoiseFloor) {
   const Plant& p = GetParam();
   ControllerConfig config = load_config(std::string(MOECTL_SOURCE_DIR) + "/policies/adaptive_bias.yaml");

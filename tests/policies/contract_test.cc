@@ -158,7 +158,7 @@ TEST_P(BiasContract, ACommonShiftOfTheBiasesChangesNothing) {
   }
 }
 
-TEST_P(Contract, SavedAndLoadedItGoesOnWithTheSameBits) {
+TEST_P(Contract, SavedAndLoadedItContinuesWithTheSameBits) {
   for (const int at : {0, 1, 7, 33}) {
     PolicyRig a = rig(), b = rig();
     for (int step = 0; step < at; ++step) {
@@ -215,7 +215,7 @@ std::string name_of_case(const ::testing::TestParamInfo<Case>& info) {
 INSTANTIATE_TEST_SUITE_P(EveryPolicy, Contract, ::testing::ValuesIn(cases_of(false)), name_of_case);
 INSTANTIATE_TEST_SUITE_P(EveryPolicy, BiasContract, ::testing::ValuesIn(cases_of(true)), name_of_case);
 
-TEST(Registry, RejectsWhatItCouldNotServe) {
+TEST(Registry, RejectsInvalidDescriptions) {
   PolicyRegistry registry;
   register_builtin_policies(registry);
   const auto description = [](const std::string& name) {

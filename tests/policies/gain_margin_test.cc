@@ -1,4 +1,4 @@
-// Every law of the biases bears its default gain times some factor, and none bears any: how far each may be off before
+// Every bias policy bears its default gain times some factor, and none bears any: how far each may be off before
 // the loop no longer settles. law_table prints the margins over gates and score spaces.
 #include <gtest/gtest.h>
 
@@ -53,8 +53,8 @@ TEST_P(GainMargin, SettlesUpToItAndNotFarBeyond) {
 }
 
 // adaptive_bias finds its gain again, whatever the first was. Of tanh_momentum_bias the step is that of sign_bias: its
-// published one is too slow for this plant, and ten times it is taken for its gain. The gain of quantile_bias is bounded
-// at 2, where a relaxation can no longer converge.
+// published one is too slow for this plant, and ten times it is taken for its gain. The gain of quantile_bias is
+// bounded at 2, where a relaxation can no longer converge.
 const std::vector<Margin> kMargins = {{"sign_bias", "step", 1e-3, 4, 32},
                                       {"proportional_bias", "step", 1e-2, 4, 64},
                                       {"tanh_momentum_bias", "step", 5e-3, 1.2, 64},
@@ -63,10 +63,10 @@ const std::vector<Margin> kMargins = {{"sign_bias", "step", 1e-3, 4, 32},
 INSTANTIATE_TEST_SUITE_P(Laws, GainMargin, ::testing::ValuesIn(kMargins),
                          [](const auto& info) { return std::string(info.param.policy); });
 
-TEST(GainMargins, NoLawIsLeftOut) {
+TEST(GainMargins, CoversEveryPolicy) {
   std::set<std::string> tried;
   for (const Margin& margin : kMargins) tried.insert(margin.policy);
-  EXPECT_EQ(tried, laws_of_the_biases());
+  EXPECT_EQ(tried, bias_policies());
 }
 
 }  // namespace

@@ -51,7 +51,7 @@ TEST(ProportionalBias, LargeErrorsAreClippedUnlessAsked) {
 }
 
 // An expert that should get nothing has an error of -1 as soon as it gets anything; the others' steps do not feel it.
-TEST(ProportionalBias, AnExpertThatShouldGetNothingIsPushedAway) {
+TEST(ProportionalBias, AnExpertWithTargetZeroIsPushedAway) {
   PolicyRig rig("proportional_bias",
                 {.experts = 3,
                  .top_k = 1,
@@ -85,7 +85,7 @@ TEST(TanhMomentumBias, StepsByHand) {
   EXPECT_NEAR(rig.value[1], 1.25 * delta, 1e-18);
 }
 
-TEST(TanhMomentumBias, AHoldTakesTheMomentumOut) {
+TEST(TanhMomentumBias, AHoldClearsTheMomentum) {
   PolicyRig rig("tanh_momentum_bias", bias({}));
   LimitReport held;
   held.add(Reason::kSkippedStep);
@@ -96,7 +96,7 @@ TEST(TanhMomentumBias, AHoldTakesTheMomentumOut) {
 }
 
 // A move that a limit shortened is made none the less: the momentum stays.
-TEST(TanhMomentumBias, ALimitLeavesTheMomentum) {
+TEST(TanhMomentumBias, ALimitKeepsTheMomentum) {
   PolicyRig rig("tanh_momentum_bias", bias({}));
   LimitReport limited;
   limited.add(Reason::kRate);
@@ -130,7 +130,7 @@ TEST(Multiplicative, FollowsTheAverage) {
   EXPECT_EQ(rig.value[0], 0.02);
 }
 
-TEST(Multiplicative, TurnsRoundWhereTheActuatorRaisesTheMetric) {
+TEST(Multiplicative, ReversesIfTheActuatorRaisesTheMetric) {
   PolicyRig rig("multiplicative",
                 scalar(Actuator::kRouterTemperature,
                        {{"target", 0.25}, {"factor", 2.0}, {"effect", std::string("raises")}}));
@@ -249,7 +249,7 @@ TEST(Rules, AnEvenRouterIsLeftAloneUnlessAsked) {
 }
 
 // Of 40 choices 20, 20 and none are wanted: errors 0, 5/20 and, of the last, -1.
-TEST(LawsOfTheBiases, WhoIsToHaveNothingIsPushedAwayWithoutADivision) {
+TEST(BiasPolicies, ExpertsWithTargetZeroArePushedAwayWithoutADivision) {
   const std::vector<double> targets = {0.5, 0.5, 0};
   for (const char* law : {"proportional_bias", "tanh_momentum_bias", "sign_bias"}) {
     RigOptions options{.experts = 3, .top_k = 1, .targets = targets};

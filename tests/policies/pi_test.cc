@@ -32,7 +32,7 @@ TEST(Pi, StepsByHand) {
   EXPECT_NEAR(rig.value[0], 0.01 * std::exp(0.5 - 4.5), 1e-15);
 }
 
-TEST(Pi, ANextMoveMakesUpForAKickThatACooldownHeldBack) {
+TEST(Pi, TheNextMoveMakesUpForOneThatACooldownHeld) {
   PolicyRig rig("pi", aux({{"metric", std::string("load_cv")},
                            {"target", 0.25},
                            {"ema", 1.0},
@@ -161,7 +161,7 @@ TEST(Pi, AtRestWithinItsToleranceNothingMoves) {
 }
 
 // A metric of single windows that scatter by three times the tolerance: the mean is right, so nothing moves for
-// long; once the mean is off, it does.
+// long; when the mean is off target, it moves.
 TEST(Pi, NoiseBeyondTheToleranceIsNoReasonToMove) {
   PolicyRig rig("pi", aux({{"metric", std::string("load_cv")}, {"target", 0.4}, {"error_tolerance", 0.05}}));
   std::mt19937_64 random(3);
@@ -203,9 +203,9 @@ TEST(Pi, AtABoundItDoesNotWindUp) {
   EXPECT_LT(rig.value[0], 0.1);
 }
 
-// At its bound it has moved nothing, so an error that seems to go by itself is noise, and the integral goes on: one
+// At its bound nothing was moved, so an error that seems to vanish by itself is noise, and the integral goes on: one
 // window's fall of .08 is outweighed by it.
-TEST(Pi, AtABoundNoErrorGoesByItself) {
+TEST(Pi, AtABoundNoErrorVanishesByItself) {
   PolicyRig rig("pi", aux({{"metric", std::string("load_cv")}, {"target", 0.25}, {"ema", 1.0}, {"kp", 0.5}}));
   const auto step = [&](std::int64_t a) {
     const std::vector<double> wanted = rig.propose(stats_of(rig.shape(), {a, 200 - a}));
@@ -220,7 +220,7 @@ TEST(Pi, AtABoundNoErrorGoesByItself) {
 }
 
 // Also evidence that less will do is saved.
-TEST(Pi, SavedOnTheWayToAMoveDownItGoesOnWithTheSameBits) {
+TEST(Pi, SavedBeforeAMoveDownItContinuesWithTheSameBits) {
   const auto options = aux({{"metric", std::string("load_cv")}, {"target", 0.25}});
   for (int saved_at = 1; saved_at < 40; ++saved_at) {
     PolicyRig a("pi", options), b("pi", options);

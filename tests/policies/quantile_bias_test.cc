@@ -77,7 +77,7 @@ TEST(QuantileBias, ExactLosesNoTokenToRounding) {
 }
 
 // An expert that no token can choose goes no farther than the histogram would send it.
-TEST(QuantileBias, ExactGoesNoFartherThanTheHistogram) {
+TEST(QuantileBias, ExactMovesNoFartherThanTheHistogram) {
   const RigOptions options{
       .experts = 3, .top_k = 1, .options = {{"form", std::string("exact")}, {"gain", 1.0}}};
   PolicyRig rig("quantile_bias", options);
@@ -108,7 +108,7 @@ TEST(QuantileBias, CountsDecisionsWithoutMargins) {
 }
 
 // Two tokens in eight are wanted for expert 0 and it has them: no move, though a half would be too few.
-TEST(QuantileBias, StaysWhereTheLoadIsAsWanted) {
+TEST(QuantileBias, RestsWhenTheLoadMeetsItsTarget) {
   for (const char* form : {"histogram", "exact"}) {
     PolicyRig rig(
         "quantile_bias",
@@ -132,7 +132,7 @@ TEST(QuantileBias, HoldsWithoutMargins) {
 
 // One decision late: the second window was still routed under the first biases (0), so what it asks for is
 // the same place, of which half is there already.
-TEST(QuantileBias, CountsFromTheBiasesThatWereInForce) {
+TEST(QuantileBias, CountsFromTheBiasesAtRouting) {
   PolicyRig rig("quantile_bias",
                 RigOptions{.experts = 2, .top_k = 1, .delay = 1, .options = {{"gain", 0.5}}});
   rig.step(tokens_with(rig.shape(), kDifferences));
@@ -286,7 +286,7 @@ TEST(QuantileBias, ExactResumesWithARecordInHand) {
 }
 
 // No token chooses expert 2 and none is wanted of it: its smallest margin, 3, is not a way to go.
-TEST(QuantileBias, WhoIsToHaveNothingDoesNotRise) {
+TEST(QuantileBias, ExpertsWithTargetZeroDoNotRise) {
   for (const char* form : {"histogram", "exact"}) {
     PolicyRig rig("quantile_bias", RigOptions{.experts = 3,
                                               .top_k = 1,

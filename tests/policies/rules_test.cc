@@ -1,5 +1,5 @@
-// The published red flags, one by one: each acts past its threshold, from its step on, and on nothing less; at 8, 16, 64
-// and 256 experts.
+// The published red flags, one by one: each acts past its threshold, from its step on, and on nothing less; at 8, 16,
+// 64 and 256 experts.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -208,7 +208,7 @@ TEST(Rules, ByDefaultTheWorstLayerDecidesForTheModel) {
 }
 
 // The table is printed from the rules themselves, each with where it was published.
-TEST(Rules, EachNamesItsSource) {
+TEST(Rules, EachRuleNamesItsSource) {
   const std::string& table = PolicyRegistry::builtin().find("rules")->details;
   std::size_t rules = 0;
   for (std::size_t at = table.find("\n  "); at != std::string::npos; at = table.find("\n  ", at + 1)) {
@@ -223,8 +223,9 @@ TEST(Rules, EachNamesItsSource) {
   EXPECT_NE(table.find("  weak specialization: load_cv < 0.2, from step 2000, weight / 2\n"), table.npos);
 }
 
-// Two of sixteen experts are to have .45 each and two nothing: entropy 1.20 of ln 16 = 2.77 on target, which of equal
-// experts is a collapse. A third of the way from ln 2 to it lies at .862, and a quarter of fourteen are dead from four on.
+// Two of sixteen experts have a target of 0.45 each, two a target of 0: entropy 1.20 of ln 16 = 2.77 on target, which
+// of equal experts is a collapse. A third of the way from ln 2 to it lies at .862, and a quarter of fourteen are dead
+// from four on.
 TEST(Rules, AreReadAgainstUnequalTargets) {
   const Size size{16, 2};
   std::vector<double> targets(16, 0.1 / 12);
@@ -251,7 +252,8 @@ TEST(Rules, AreReadAgainstUnequalTargets) {
   EXPECT_EQ(fix(entropy, 4), kCollapse);
 }
 
-// All that is wanted is wanted of k experts: the entropy on target is ln k, but for its rounding, and no sign of anything.
+// All that is wanted is wanted of k experts: the entropy on target is ln k, but for its rounding, and no sign of
+// anything.
 TEST(Rules, DoNotReadTheRoundingOfAnEntropy) {
   for (const auto& [experts, top_k] : {std::pair{8, 2}, {8, 3}, {12, 7}, {64, 6}}) {
     std::vector<double> targets(static_cast<std::size_t>(experts), 0.0);

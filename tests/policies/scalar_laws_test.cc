@@ -1,4 +1,4 @@
-// The laws of the two scalars with the loop closed on the simulated router, behind the limits of their ready configs:
+// The scalar policies with the loop closed on the simulated router, behind the limits of their ready configs:
 // each does there what its essay says.
 #include <gtest/gtest.h>
 
@@ -40,7 +40,7 @@ double mean_cv(const StepReport& report) {
 
 // ReMoE's factor at a cadence of ten: the CV comes to its target from weights that are wrong by far on both sides, and
 // the weight goes on hunting there, as the essay says.
-TEST(ScalarLaws, MultiplicativeHuntsAroundItsTarget) {
+TEST(ScalarPolicies, MultiplicativeOscillatesAroundItsTarget) {
   for (const double first : {1e-4, 0.1}) {
     ControllerConfig config = ready("multiplicative");
     config.aux_loss_weight.initial = first;
@@ -63,7 +63,7 @@ TEST(ScalarLaws, MultiplicativeHuntsAroundItsTarget) {
 }
 
 // From the very first batch on: what batch t is routed with is the path at t.
-TEST(ScalarLaws, ScheduleIsFollowedThroughTheLimits) {
+TEST(ScalarPolicies, ScheduleIsFollowedThroughTheLimits) {
   ControllerConfig config = ready("schedule");
   config.aux_loss_weight.options.set("decay_start", std::int64_t{200});
   config.aux_loss_weight.options.set("decay_steps", std::int64_t{100});
@@ -84,7 +84,7 @@ TEST(ScalarLaws, ScheduleIsFollowedThroughTheLimits) {
 }
 
 // The temperature moves the entropy of a token's distribution directly, so it gets to the set-point and rests.
-TEST(ScalarLaws, EntropyTemperatureHoldsItsSetPoint) {
+TEST(ScalarPolicies, EntropyTemperatureHoldsItsSetPoint) {
   for (const double target : {0.55, 0.8}) {
     ControllerConfig config = ready("entropy_temperature");
     config.router_temperature.options.set("target", target);
@@ -103,7 +103,7 @@ TEST(ScalarLaws, EntropyTemperatureHoldsItsSetPoint) {
 }
 
 // An alarm, confirmed, raises the weight; the router has time to answer before the next; a healthy one is left alone.
-TEST(ScalarLaws, RulesRaiseTheWeightOfACollapseInSteps) {
+TEST(ScalarPolicies, RulesRaiseTheWeightOfACollapseInSteps) {
   ControllerConfig config = ready("rules");
   config.aux_loss_weight.initial = 1e-3;
   Controller controller(config);

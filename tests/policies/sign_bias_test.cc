@@ -1,4 +1,4 @@
-// sign_bias against the published laws, replayed step by step.
+// sign_bias against the published methods, replayed step by step.
 #include <gtest/gtest.h>
 
 #include <numeric>
@@ -52,14 +52,14 @@ void replay(bool centred) {
   }
 }
 
-TEST(SignBias, UncentredItIsMegatronsLaw) {
+TEST(SignBias, WithoutZeroMeanMovesItEqualsMegatron) {
   replay(false);
 }
-TEST(SignBias, CentredItIsTorchtitansLaw) {
+TEST(SignBias, WithZeroMeanMovesItEqualsTorchtitan) {
   replay(true);
 }
 
-TEST(SignBias, ThePublishedConfigIsTheLawUntouchedThroughTheWholeLoop) {
+TEST(SignBias, ThePublishedConfigEqualsTheMethodThroughTheWholeLoop) {
   Controller controller(load_config(std::string(MOECTL_SOURCE_DIR) + "/policies/sign_bias.yaml"));
   std::mt19937_64 random(4);
   std::vector<std::vector<double>> expected(3, std::vector<double>(16, 0.0));
@@ -96,7 +96,7 @@ TEST(SignBias, NoCountIsRoundedBeforeTheComparison) {
   EXPECT_EQ(bf16.value, (std::vector<double>{1e-3, 0, -1e-3}));
 }
 
-TEST(SignBias, FreezesWhenTold) {
+TEST(SignBias, FreezesAfterTheGivenStep) {
   PolicyRig rig("sign_bias",
                 RigOptions{.experts = 2, .top_k = 1, .options = {{"freeze_after", std::int64_t{3}}}});
   for (int step = 0; step < 6; ++step) rig.step(stats_of(rig.shape(), {3, 1}));

@@ -69,7 +69,7 @@ TEST(PrometheusFeed, DoesNotAllocateInTheSteadyState) {
   EXPECT_DOUBLE_EQ(sample(feed.text(), "moectl_steps_total"), 400);
 }
 
-TEST(PrometheusFeed, SaysWhatTheStepsSaid) {
+TEST(PrometheusFeed, ShowsTheValuesOfTheSteps) {
   Controller controller(small_config());
   PrometheusFeed feed("127.0.0.1:0");
   controller.set_log([&](const StepReport& report) { feed.write(report); });
@@ -127,7 +127,7 @@ TEST(PrometheusFeed, SaysWhatTheStepsSaid) {
   EXPECT_THAT(text, Not(HasSubstr("moectl_latency")));
 }
 
-TEST(PrometheusFeed, ARecordOfALogSaysTheSame) {
+TEST(PrometheusFeed, ARecordOfALogGivesTheSame) {
   const TempDir dir;
   Controller controller(small_config());
   PrometheusFeed live("127.0.0.1:0"), read("127.0.0.1:0");
@@ -157,7 +157,7 @@ TEST(PrometheusFeed, ARecordOfALogSaysTheSame) {
   EXPECT_TRUE(without_time(read.text()) == without_time(live.text())) << read.text() << live.text();
 }
 
-TEST(PrometheusFeed, AddressesThatAreNoneAndPortsThatAreTaken) {
+TEST(PrometheusFeed, InvalidAddressesAndUsedPorts) {
   for (const char* address : {"", "9464", "localhost:9464", "127.0.0.1", "127.0.0.1:", "127.0.0.1:70000",
                               "127.0.0.1:9464,9465", "127.0.0.1:443s", "127.0.0.1:-1"}) {
     EXPECT_THROW(PrometheusFeed{address}, std::invalid_argument) << address;
@@ -223,7 +223,7 @@ std::string serving_log(int from, int to) {
   return text;
 }
 
-TEST(Promtool, TakesTheMetricsWithoutAWord) {
+TEST(Promtool, AcceptsTheMetricsWithoutAWarning) {
   NEED_PROGRAM(promtool, "promtool");
   const TempDir dir;
   dir.write("run.jsonl", serving_log(0, 5));
@@ -243,7 +243,7 @@ TEST(Promtool, TakesTheMetricsWithoutAWord) {
   EXPECT_GT(std::ranges::count(feed.text(), '\n'), 200);
 }
 
-TEST(Promtool, TakesTheRulesAndTheyFireWhenTheyShould) {
+TEST(Promtool, AcceptsTheRulesAndTheyFire) {
   NEED_PROGRAM(promtool, "promtool");
   const TempDir dir;
   const std::string folder = MOECTL_SOURCE_DIR "/monitoring/";

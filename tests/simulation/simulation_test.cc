@@ -31,7 +31,7 @@ std::vector<double> loads(const RoutingBatch& batch, int experts) {
   return counts;
 }
 
-// The gap-unit integral law at its plain fixed gain, which balances any of these plants.
+// The gap-unit integral policy at its plain fixed gain, which balances any of these plants.
 void integrate(std::vector<double>& bias, const RoutingBatch& batch, int k, double gain = 0.25) {
   const int n = static_cast<int>(bias.size());
   const std::size_t width = static_cast<std::size_t>(k) + 1;
@@ -91,7 +91,7 @@ TEST(Simulation, SameSeedSameBitsOtherSeedOthers) {
 
 // The bits of a run, written down: other compilers, flags and machines must draw the same.
 // What is two steps late is there at the third.
-TEST(Simulation, LateRoutingIsSoManyStepsLate) {
+TEST(Simulation, LateRoutingIsLateByDelaySteps) {
   ControllerConfig config;
   config.model.layers = 1;
   config.model.experts = 4;
@@ -106,7 +106,7 @@ TEST(Simulation, LateRoutingIsSoManyStepsLate) {
 }
 
 // A favoured expert's preference grows no faster than twice its share would let it, however much it gets.
-TEST(Simulation, FavourHasABound) {
+TEST(Simulation, FavouredExpertsLearnBoundedly) {
   SimulationOptions options;
   options.experts = 16;
   options.top_k = 1;
@@ -256,8 +256,8 @@ TEST(Simulation, UncontrolledIsAsUnbalancedAsTraining) {
   }
 }
 
-// The integral law's stability limit lies where seven router types had it, 0.7 to 1.4 in units of the gap.
-TEST(Simulation, CriticalGainOfTheGapLaw) {
+// The integral policy's stability limit lies where seven router types had it, 0.7 to 1.4 in units of the gap.
+TEST(Simulation, CriticalGainInGaps) {
   for (SimulatedGate gate : {SimulatedGate::kSoftmax, SimulatedGate::kSigmoid}) {
     for (ScoreSpace space : {ScoreSpace::kProbability, ScoreSpace::kLogit}) {
       const auto steady_vio = [&](double gain) {
@@ -495,8 +495,7 @@ TEST(Simulation, DeadSinksAsManyExpertsAsAsked) {
   EXPECT_EQ(sunk, 3);
 }
 
-// With the lock-in of scenario collapse, an uncontrolled router runs to the stops; without, the same start
-// heals.
+// With the lock-in of scenario collapse, an uncontrolled router runs to the stops; without, the same start heals.
 TEST(Simulation, RichGetRicherLocksInACollapse) {
   SimulationOptions options;
   options.scenario = Scenario::kCollapse;
@@ -572,7 +571,7 @@ TEST(Simulation, BatchSizeCanChange) {
   EXPECT_THROW(router.set_tokens(100), std::invalid_argument);
 }
 
-TEST(Simulation, RejectsWhatMakesNoSense) {
+TEST(Simulation, RejectsInvalidOptions) {
   const auto rejects = [](auto change, const std::string& name) {
     SimulationOptions options;
     change(options);
@@ -630,7 +629,7 @@ TEST(Simulation, NamesReadBack) {
   EXPECT_FALSE(collapse_of("cold").has_value());
 }
 
-TEST(Simulation, WhatSinksIsAnExpertThatIsWanted) {
+TEST(Simulation, OnlyExpertsWithATargetSink) {
   for (std::uint64_t seed = 1; seed <= 20; ++seed) {
     SimulationOptions options{.scenario = Scenario::kDead, .event_step = 0};
     options.seed = seed;

@@ -158,7 +158,7 @@ TEST(TensorBoard, ScalarsAndHistogramsReadBack) {
   EXPECT_GT(scalars["balance/max_vio_floor"][0], 0);
   EXPECT_EQ(scalars["aux_loss_weight/model"].size(), 5U);
   EXPECT_FLOAT_EQ(static_cast<float>(scalars["aux_loss_weight/model"][4]), 0.01F);
-  // The law wants 0.5 a step and gets 0.25: in one layer of two, while it is uneven.
+  // The policy wants 0.5 a step and gets 0.25: in one layer of two, while it is uneven.
   EXPECT_EQ(scalars["reasons/expert_bias_rate"][0], 1);
   EXPECT_EQ(scalars["reasons/expert_bias_rate"][4], 0);
   EXPECT_FALSE(scalars.contains("drop_rate/layer_0"));  // not measured: not there
@@ -263,7 +263,7 @@ TEST(TensorBoard, ValidationLossesStandApart) {
   EXPECT_EQ(scalars.at("loss/validation").at(0), 2.25);
 }
 
-TEST(TensorBoard, WhatCannotBeWrittenIsSaidOnceAndNeverStopsTraining) {
+TEST(TensorBoard, AFailedWriteIsReportedOnceAndNeverStopsTraining) {
   const TempDir dir;
   dir.write("file", "");
   ::testing::internal::CaptureStderr();
@@ -280,7 +280,7 @@ TEST(TensorBoard, WhatCannotBeWrittenIsSaidOnceAndNeverStopsTraining) {
 }
 
 // A file that may not grow stands for a disk that is full.
-TEST(TensorBoard, AFullDiskIsSaidOnce) {
+TEST(TensorBoard, AFullDiskIsReportedOnce) {
   const TempDir dir;
   rlimit before{};
   ASSERT_EQ(getrlimit(RLIMIT_FSIZE, &before), 0);

@@ -173,13 +173,13 @@ TEST(TorchController, ConvertsWhatLiesOtherwise) {
   EXPECT_TRUE(std::equal(a.begin(), a.end(), b.begin(), b.end()));
 }
 
-TEST(TorchController, LeavesOutWhatNobodyAskedFor) {
+TEST(TorchController, IgnoresInputsThatAreNotCollected) {
   TorchController controller(small_config());
   const Tensor chosen = indices({0, 1}).view({1, 1, 2});
   const RecordOptions options{.probabilities = ::torch::full({1, 4}, 0.25, ::torch::kFloat64)};
   const OperatorCalls calls;
   controller.record(0, chosen, options);
-  EXPECT_THAT(calls.names(), ElementsAre()) << "nobody asked for probabilities: they are not converted";
+  EXPECT_THAT(calls.names(), ElementsAre()) << "probabilities are not collected, so they are not converted";
 }
 
 TEST(TorchController, TensorsStayAtOneAddress) {

@@ -170,7 +170,7 @@ TEST(DevicePath, MalformedRecordsAreCountedAndAddNothing) {
   }
 }
 
-TEST(DevicePath, WhatPaddingHoldsIsNeverLookedAt) {
+TEST(DevicePath, PaddingValuesAreNeverRead) {
   Batch batch = batch_of(2);
   batch.indices = batch.indices.view({-1, kTopK}).clone();
   batch.options = RecordOptions{.top_values = ::torch::randn({batch.indices.size(0), kTopK + 1}),
@@ -277,7 +277,7 @@ TEST(DevicePath, OverRanksWithLagTheSumsAreTheSame) {
   }
 }
 
-TEST(DevicePath, SumsLostOnTheWayAreSentAgainWhole) {
+TEST(DevicePath, SumsOfAFailedReductionAreSentAgainInFull) {
   TorchController controller(device_config(1), kByOperators), undisturbed(device_config(1));
   bool lose = false;
   controller.controller().set_reduction([&](std::span<std::int64_t>) {
@@ -336,7 +336,7 @@ std::vector<std::string> calls_that_wait(const OperatorCalls& calls) {
   return found;
 }
 
-TEST(DevicePath, TheProofSeesWhatWaits) {
+TEST(DevicePath, TheProofDetectsAWait) {
   const Tensor x = ::torch::arange(4), y = ::torch::zeros({4}, ::torch::kLong);
   const auto found = [&](auto body) {
     const OperatorCalls calls;
@@ -364,7 +364,7 @@ TEST(DevicePath, RecordAndStepCallNothingThatSynchronises) {
   }
 }
 
-TEST(DevicePath, AStepWaitsForNothingThatLeftInTheSameStep) {
+TEST(DevicePath, AStepDoesNotWaitForItsOwnReduction) {
   FakeStreams streams;
   streams.set_delay(3);
   TorchController controller(device_config(1), kByOperators);

@@ -81,7 +81,7 @@ TEST(Observations, LossesGoToTheExpertsAndTheDomainsOfTheirTokens) {
   EXPECT_THAT(integers(stats, RoutingStats::kDomainLossTokens), ElementsAre(1, 1, 0, 1, 1, 2));
 }
 
-TEST(Observations, NothingIsRecordedThatIsNotCollectedOrMustNotCount) {
+TEST(Observations, RecordsOnlyCollectedInputs) {
   TorchController off(config_of(false)), on(config_of(true));
   const Tensor parameter = ::torch::ones({3, 2}, ::torch::requires_grad());
   parameter.sum().backward();

@@ -144,7 +144,7 @@ TEST(ProcessGroup, ReplicatedSumsThatDifferAreAnError) {
   });
 }
 
-TEST(ProcessGroup, RanksWithDifferentLayersOrConfigsFindOutInsteadOfHanging) {
+TEST(ProcessGroup, RanksWithDifferentLayersOrConfigsFailInsteadOfBlocking) {
   on_ranks(2, [&](int rank, const Group& group) {
     ControllerConfig config = test_config();
     if (rank == 1) config.model.layers = kLayers + 1;  // another payload size
@@ -327,7 +327,7 @@ TEST(ProcessGroup, WithLagTheCollectiveIsStartedByOneStepAndWaitedForByTheNext) 
   }
 }
 
-TEST(ProcessGroup, WithLagACallableMayReturnWhatWaits) {
+TEST(ProcessGroup, WithLagACallableMayReturnAWait) {
   TorchController controller(test_config(1)), blocking(test_config(1)), alone(test_config(1));
   const auto all = [](int) { return true; };
   int waits = 0;

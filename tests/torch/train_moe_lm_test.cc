@@ -199,7 +199,7 @@ TEST_F(TrainMoeLm, PlainLinesWhereThereIsNoTerminal) {
   EXPECT_EQ(outcome.output.find('\r'), std::string::npos);
 }
 
-TEST_F(TrainMoeLm, SaysWhatIsWrong) {
+TEST_F(TrainMoeLm, NamesTheError) {
   EXPECT_EQ(run("--no-such-option").code, 2);
   const Outcome missing = run("--text " + path("none.txt"));
   EXPECT_EQ(missing.code, 1);

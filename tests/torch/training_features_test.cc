@@ -171,7 +171,7 @@ TEST(TrainingFeatures, PaddingMasks) {
     RecordOptions options = b.record_options();
     options.mask = mask;
     padded.record(0, b.indices, options);
-    EXPECT_TRUE(b.gates.narrow(1, 0, 5).allclose(a.gates)) << "padding takes nobody's place";
+    EXPECT_TRUE(b.gates.narrow(1, 0, 5).allclose(a.gates)) << "padding takes no expert's place";
     EXPECT_TRUE(b.balance_loss.allclose(a.balance_loss));
     packed.step();
     padded.step();

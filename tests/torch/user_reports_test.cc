@@ -241,7 +241,7 @@ TEST(UserReports, Item12_TheMeanBiasDoesNotDriftUnlessAskedTo) {  // torchtitan 
     return std::accumulate(values.begin(), values.end(), 0.0) / static_cast<double>(values.size());
   };
   EXPECT_NEAR(mean(bias(centred)), 0, 1e-12);
-  EXPECT_NEAR(mean(bias(published)), 400 * 1e-3 * (3 - 1) / 4, 1e-9) << "Megatron's own law, to the letter";
+  EXPECT_NEAR(mean(bias(published)), 400 * 1e-3 * (3 - 1) / 4, 1e-9) << "exactly Megatron's method";
 }
 
 TEST(UserReports, Item13_NoBiasLetsAMaskedGroupWin) {  // DeepSeek-V3 741

@@ -76,7 +76,7 @@ TEST(FailureModes, SilentCapacityLoss) {
   EXPECT_THAT(seen.alerts, Contains("silent_capacity_loss"));
 }
 
-// The published sign law, two hundred times too fast: every step overshoots.
+// The published sign_bias method, two hundred times too fast: every step overshoots.
 TEST(FailureModes, RoutingOscillation) {
   const Seen seen = run(
       "expert_bias: {policy: sign_bias, options: {step: 0.2}, limits: {rate: 0.2}}\n",

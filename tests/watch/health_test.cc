@@ -85,7 +85,7 @@ TEST(Health, BalancedIsHealthy) {
   }
 }
 
-TEST(Health, ImbalanceCollapseAndTheWayBack) {
+TEST(Health, ImbalanceCollapseAndRecovery) {
   std::mt19937_64 random(1);
   Watched watched;
   run(watched, uniform(), 50, random);
@@ -182,7 +182,7 @@ TEST(Health, DroppedTokensAreASilentLossOfCapacity) {
   EXPECT_THAT(watched.alerts(), ElementsAre("silent_capacity_loss"));
 }
 
-TEST(Health, ExpertsOfOneDomainAreBrittle) {
+TEST(Health, ExpertsThatServeOneDomainAreBrittle) {
   for (const bool exclusive : {true, false}) {
     std::mt19937_64 random(6);
     Watched watched({}, {16, 2, {.domains = 4}});
@@ -221,7 +221,7 @@ TEST(Health, ASlowExpertIsABottleneck) {
   EXPECT_THAT(watched.alerts(), ElementsAre("inference_bottleneck"));
 }
 
-TEST(Health, AnExpertThatGetsTokensAndLearnsNothingIsStagnant) {
+TEST(Health, AnExpertWithTokensButWithoutLearningIsStagnant) {
   std::mt19937_64 random(8);
   Watched watched({}, {16, 2, {.gradients = true, .losses = true}});
   for (int t = 0; t < 120; ++t) {
@@ -376,7 +376,7 @@ TEST(Health, AlertsBeginAtTheirStep) {
 }
 
 // The slope counts after two dwells of data, also of data from before a resume.
-TEST(Health, ASavedMonitorSeesACollapseComeAsSoon) {
+TEST(Health, ASavedMonitorDetectsACollapseAsEarly) {
   const auto load = [](int t) {
     Counts counts(16, 4000 - 80 * t);
     counts[0] = counts[1] = counts[2] = counts[3] = 4000 + 240 * t;
@@ -496,15 +496,15 @@ TEST(AuxLossReview, Verdicts) {
 
 // ---- Unequal targets. ----
 
-// Two experts are to have .45 each: entropy 1.21 of the 2.77 of 16 equal ones, a quarter of the way from ln 2, and the
-// busiest device does 7.2 times the mean.
+// Two experts have a target of 0.45 each: entropy 1.21 of the 2.77 of 16 equal ones, a quarter of the way from ln 2,
+// and the busiest device does 7.2 times the mean.
 const std::vector<double> kTwoCarry = [] {
   std::vector<double> targets(16, 0.1 / 14);
   targets[0] = targets[1] = 0.45;
   return targets;
 }();
 
-TEST(HealthWithTargets, ALoadOnThemIsHealthyAndTheSameUnaskedIsCollapsed) {
+TEST(HealthWithTargets, TheSameLoadIsHealthyOnTargetAndCollapsedWithoutTargets) {
   std::mt19937_64 random(31);
   Watched wanted({}, {16, 2, {}}, {.targets = kTwoCarry}), unasked;
   for (int t = 0; t < 200; ++t) {
@@ -519,13 +519,13 @@ TEST(HealthWithTargets, ALoadOnThemIsHealthyAndTheSameUnaskedIsCollapsed) {
 }
 
 // All of it on the two: their own targets are nearly met, and fourteen experts are dead.
-TEST(HealthWithTargets, WhatTheyLeaveOfACollapseIsStillOne) {
+TEST(HealthWithTargets, ACollapseIsDetectedWithUnequalTargets) {
   Watched watched({}, {16, 2, {}}, {.targets = kTwoCarry});
   Counts counts(16, 0);
   counts[0] = counts[1] = 2048;
   for (int t = 0; t < 200; ++t) watched.step(counts);
   EXPECT_EQ(watched.health(), Health::kCollapsed);
-  // By the entropy alone, ln 2 of 1.21: with a few tokens to each of the others nobody is dead.
+  // By the entropy alone, ln 2 of 1.21: with a few tokens to each of the others no expert is dead.
   Watched alive({}, {16, 2, {}}, {.targets = kTwoCarry});
   for (std::size_t i = 2; i < 16; ++i) counts[i] = 2;
   for (int t = 0; t < 200; ++t) alive.step(counts);
@@ -533,8 +533,8 @@ TEST(HealthWithTargets, WhatTheyLeaveOfACollapseIsStillOne) {
   EXPECT_FALSE(alive.monitor().has(FailureMode::kSilentCapacityLoss));
 }
 
-// Five of sixteen are to have nothing, and get it: none is dead, and 3 dead of 11 are more than a quarter.
-TEST(HealthWithTargets, WhoIsToHaveNothingIsNotDead) {
+// Five of sixteen have target 0 and no tokens: none of these is dead, and 3 dead of 11 are more than a quarter.
+TEST(HealthWithTargets, ExpertsWithTargetZeroAreNotDead) {
   std::vector<double> targets(16, 1.0 / 11);
   for (std::size_t i = 0; i < 5; ++i) targets[i] = 0;
   Counts counts(16, 100);
@@ -554,7 +554,7 @@ TEST(HealthWithTargets, WhoIsToHaveNothingIsNotDead) {
 }
 
 // Entropy .8 of ln N on target: a router that stands there and tells nothing of the tokens is weakly specialised.
-TEST(HealthWithTargets, WeakSpecializationIsEvenAsTheTargetsAre) {
+TEST(HealthWithTargets, WeakSpecializationIsRelativeToTheTargets) {
   StatsShape shape{4, 1, {.probabilities = true}};
   const std::vector<double> targets = {0.625, 0.125, 0.125, 0.125};
   Watched watched({.weak_specialization = true}, shape, {.targets = targets}),

@@ -50,8 +50,7 @@ TEST(LayerMonitor, AnExpertIsDeadAfterLongEnough) {
   EXPECT_EQ(monitor.steps_below()[3], 0);
 }
 
-// At ema 0.1 a load of zero falls under 1 % of the mean after ⌈ln 0.01 / ln 0.9⌉ = 44 steps, and is dead 20
-// steps on.
+// At ema 0.1 a load of zero falls under 1 % of the mean after ⌈ln 0.01 / ln 0.9⌉ = 44 steps, and is dead 20 steps on.
 TEST(LayerMonitor, DefaultsTakeSixtyFourSteps) {
   LayerMonitor monitor({4, 1, {}}, {});
   EXPECT_EQ(*observe(monitor, {1, 1, 1, 1}).dead_experts, 0);
@@ -280,11 +279,11 @@ TEST(LayerMonitor, AnExpertIsDeadByItsOwnTarget) {
   for (int t = 0; t < 5; ++t) EXPECT_EQ(dead({9980, 20, 0, 0}), 1);
   for (int t = 0; t < 5; ++t) dead({10000, 0, 0, 0});
   EXPECT_TRUE(monitor.is_dead(1));
-  EXPECT_FALSE(monitor.is_dead(3));  // it is to have nothing
+  EXPECT_FALSE(monitor.is_dead(3));  // its target is 0
   EXPECT_EQ(monitor.steps_below()[3], 0);
 }
 
-TEST(LayerMonitor, WhoIsToHaveNothingIsNotStagnant) {
+TEST(LayerMonitor, ExpertsWithTargetZeroAreNotStagnant) {
   const StatsShape shape{3, 1, {.gradients = true, .losses = true}};
   const std::vector<double> norms = {1, 1, 0}, losses = {100, 100, 0};
   const std::vector<std::int64_t> counts = {50, 50, 0};

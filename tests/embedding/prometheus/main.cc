@@ -1,4 +1,4 @@
-// Feeds one uneven step to an endpoint and checks that a scrape would say so.
+// Feeds one uneven step to an endpoint and checks that a scrape would show it.
 #include <cstdint>
 #include <string>
 #include <vector>
