@@ -13,7 +13,7 @@
 
 namespace moectl {
 
-/// From best to worst where several apply; the worst is reported.
+/// In order of severity: where several apply, the last of them is reported.
 enum class Health {
   kNoData,  ///< No token yet, or none for `dwell` steps.
   kHealthy,
@@ -27,6 +27,8 @@ enum class Health {
 };
 inline constexpr int kHealthCount = 8;
 std::string_view name_of(Health health);
+/// The state of that name; absent if none has it.
+std::optional<Health> health_of(std::string_view name);
 
 /// What is going wrong, by the name that the field has for it. Several can hold at once.
 enum class FailureMode {

@@ -1,7 +1,7 @@
 #include "config/config_check.h"
+#include "base/format.h"
 
 #include <algorithm>
-#include <charconv>
 #include <cmath>
 #include <set>
 
@@ -267,9 +267,7 @@ void check_safety(const SafetyOptions& safety, Checks& checks) {
 }  // namespace
 
 std::string shown(double value) {
-  char buffer[32];
-  const auto end = std::to_chars(buffer, buffer + sizeof buffer, value).ptr;
-  return {buffer, end};
+  return exact(value);
 }
 
 std::vector<std::string> policies_for(Actuator actuator, const PolicyRegistry& registry) {

@@ -1,9 +1,9 @@
 #include "control/guard.h"
+#include "base/format.h"
 
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <sstream>
 #include <string>
 
 namespace moectl {
@@ -45,12 +45,6 @@ constexpr std::int64_t kMostSteps = 1'000'000'000'000;
 constexpr double kRaise = 0.1;
 // A scalar is back where it was once it is this close, as a ratio.
 constexpr double kBack = 1e-9;
-
-std::string violated(const char* key, double value, const char* constraint) {
-  std::ostringstream out;
-  out << key << ": " << value << ": " << constraint;
-  return out.str();
-}
 
 bool is_share(double x) {
   return x > 0 && x <= 1;
@@ -132,7 +126,7 @@ LayerGuard::LayerGuard(const GuardOptions& options, const StatsShape& shape, con
 
 // Errors of this step and smoothed, MaxVio of both, the gap, the level of balance, and for how long it has been lost.
 void LayerGuard::follow_loads(std::int64_t step, const RoutingStats& stats, const Metrics& metrics) {
-  level_ = std::max(options_.recovered_max_vio, kFloors * floor_max_vio(metrics).value_or(0));
+  level_ = std::max(options_.recovered_max_vio, kFloors * floor_of(metrics).max_vio.value_or(0));
   const auto total = static_cast<double>(stats.assignments());
   double heaviest = 0, second = 0, target_of_heaviest = 0;  // smoothed loads, relative to their targets
   vio_ = 0;

@@ -2,11 +2,11 @@
 
 #include <algorithm>
 #include <array>
-#include <charconv>
 #include <cmath>
 #include <limits>
 #include <stdexcept>
 
+#include "base/format.h"
 #include "base/lanes.h"
 
 namespace moectl {
@@ -110,15 +110,6 @@ bool all_equal(std::span<const double> a, std::span<const double> b) {
          }) == 0;
 }
 
-std::string number(double value) {
-  char text[32];
-  return {text, std::to_chars(text, text + sizeof text, value).ptr};
-}
-
-std::string violated(const char* key, double value, const std::string& constraint) {
-  return std::string(key) + ": " + number(value) + ": " + constraint;
-}
-
 }  // namespace
 
 std::string_view name_of(Reason reason) {
@@ -162,7 +153,7 @@ std::string check_limits(Actuator actuator, const Limits& limits, double initial
   if (!std::isfinite(limits.min)) return violated("min", limits.min, "must be finite");
   if (!std::isfinite(limits.max)) return violated("max", limits.max, "must be finite");
   if (!(limits.min <= limits.max)) {
-    return violated("min", limits.min, "must not exceed max (" + number(limits.max) + ")");
+    return violated("min", limits.min, "must not exceed max (" + exact(limits.max) + ")");
   }
   if (actuator == Actuator::kAuxLossWeight && limits.min < 0) {
     return violated("min", limits.min, "must be at least 0 for an auxiliary loss weight");
@@ -183,11 +174,11 @@ std::string check_limits(Actuator actuator, const Limits& limits, double initial
     return violated("cooldown", static_cast<double>(limits.cooldown), "must be at least 0");
   if (limits.center && is_multiplicative(actuator)) return "center: true: only expert biases can be centred";
   if (limits.center && (limits.min > 0 || limits.max < 0)) {
-    return "center: true: the range [" + number(limits.min) + ", " + number(limits.max) + "] must hold 0";
+    return "center: true: the range [" + exact(limits.min) + ", " + exact(limits.max) + "] must hold 0";
   }
   if (!std::isfinite(initial) || initial < limits.min || initial > limits.max) {
     return violated("initial", initial,
-                    "must lie in [min, max] = [" + number(limits.min) + ", " + number(limits.max) + "]");
+                    "must lie in [min, max] = [" + exact(limits.min) + ", " + exact(limits.max) + "]");
   }
   return "";
 }

@@ -397,7 +397,7 @@ void Measurer::measure_floors(const RoutingStats& stats, std::int64_t sum, Metri
     if (has_max_vio) out.sampling_floor_max_vio = max_vio(*out.sampling_floor_cv);
   }
   if (const auto excess = signed_excess_cv_sq(out)) out.excess_cv = std::sqrt(std::max(0.0, *excess));
-  const Metrics::Value floor = out.sampling_floor_cv ? out.sampling_floor_cv : out.noise_floor_cv;
+  const auto floor = floor_of(out).cv;
   if (out.fhs && floor) {
     // Near uniform B is CV²/8; the floor's CV² scatters by √(2/(N-1)) of itself. In B experts weigh as their targets do,
     // so that of M its noise is (M/k - 1)/T however little some are to have. Few wanted experts have an FHS above 1 on
@@ -487,13 +487,15 @@ Metrics metrics_on_target(const StatsShape& shape, const MetricsOptions& options
 }
 
 std::optional<double> signed_excess_cv_sq(const Metrics& metrics) {
-  const Metrics::Value floor = metrics.sampling_floor_cv ? metrics.sampling_floor_cv : metrics.noise_floor_cv;
+  const auto floor = floor_of(metrics).cv;
   if (!metrics.load_cv || !floor) return std::nullopt;
   return *metrics.load_cv * *metrics.load_cv - *floor * *floor;
 }
 
-std::optional<double> floor_max_vio(const Metrics& metrics) {
-  return metrics.sampling_floor_max_vio ? metrics.sampling_floor_max_vio : metrics.noise_floor_max_vio;
+FloorInForce floor_of(const Metrics& m) {
+  return {m.sampling_floor_cv ? m.sampling_floor_cv : m.noise_floor_cv,
+          m.sampling_floor_max_vio ? m.sampling_floor_max_vio : m.noise_floor_max_vio,
+          m.sampling_floor_cv.has_value()};
 }
 
 }  // namespace moectl
