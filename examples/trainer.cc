@@ -286,7 +286,7 @@ std::string Training::live_line() const {
   if (layers.empty()) return format("loss %.3f", loss_);  // mode: off
   for (const moectl::LayerReport& layer : layers) {
     vio += layer.metrics->max_vio.value_or(0);
-    floor += moectl::floor_max_vio(*layer.metrics).value_or(0);
+    floor += moectl::floor_of(*layer.metrics).max_vio.value_or(0);
     cv += layer.metrics->load_cv.value_or(0);
     dead += layer.metrics->dead_experts.value_or(0);
     aux += controller_->controller().aux_loss_weight(layer.layer);

@@ -228,8 +228,7 @@ class AdaptiveBias final : public Policy {
     if (!form_known_) choose_form(gap.has_value());
     if (!follow_gap(gap)) return;
     measure_errors(layer);
-    tune_gains(layer.metrics.sampling_floor_cv ? layer.metrics.sampling_floor_cv
-                                               : layer.metrics.noise_floor_cv);
+    tune_gains(floor_of(layer.metrics).cv);
     const Step step = step_now();
     move(step, bias);
     if (options_.rescue) rescue(layer, step, bias);

@@ -32,12 +32,12 @@
 //   cadence of more steps lowers it.
 // - The temperature does not move the load of deterministic top-k routing; only [A] and [B] say that it helps.
 #include <array>
-#include <charconv>
 #include <cmath>
 #include <limits>
 #include <string>
 #include <string_view>
 
+#include "base/format.h"
 #include "policies/builtin.h"
 
 namespace moectl::policies {
@@ -236,11 +236,6 @@ class Rules final : public Policy {
   std::array<std::int64_t, kRules.size()> confirmed_{};
 };
 
-std::string number(double value) {
-  char text[32];
-  return {text, std::to_chars(text, text + sizeof text, value, std::chars_format::general, 3).ptr};
-}
-
 std::string_view name_of_metric(Metrics::Value Metrics::*metric) {
   for (const MetricField& field : metric_fields()) {
     if (field.value == metric) return field.name;
@@ -253,7 +248,7 @@ std::string table() {
   std::string text = "rules; the first whose conditions hold acts:\n";
   const auto factor = [](const char* what, double by) {
     return by == 1 ? std::string()
-                   : std::string(", ") + what + (by < 1 ? " / " : " x ") + number(by < 1 ? 1 / by : by);
+                   : std::string(", ") + what + (by < 1 ? " / " : " x ") + brief(by < 1 ? 1 / by : by, 3);
   };
   for (const Rule& rule : kRules) {
     text += "  " + std::string(rule.flag) + ": ";
@@ -265,16 +260,16 @@ std::string table() {
       text += std::string(name_of_metric(condition.metric)) + (condition.above ? " > " : " < ");
       switch (condition.scale) {
         case Scale::kPlain:
-          text += number(condition.threshold);
+          text += brief(condition.threshold, 3);
           break;
         case Scale::kExperts:
-          text += number(condition.threshold) + " N";
+          text += brief(condition.threshold, 3) + " N";
           break;
         case Scale::kTokensChoice:
-          text += number(condition.threshold) + " / k";
+          text += brief(condition.threshold, 3) + " / k";
           break;
         case Scale::kSpread:
-          text += "ln k + " + number(condition.threshold) + " ln(N/k)";
+          text += "ln k + " + brief(condition.threshold, 3) + " ln(N/k)";
           break;
       }
     }

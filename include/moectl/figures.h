@@ -5,7 +5,8 @@
 //   settle          the first step after which the 5-step median of layer-mean MaxVio stays below 1.6 times the mean
 //                   floor of the steady window for 20 steps
 //   excess area     Σ over the 100 steps after a shift of max(0, MaxVio - its mean over the last 100 steps of the run)
-// A ratio to a floor is a ratio of means. The floor is the sampling floor where known, else the noise floor.
+// A mean over steps weighs each step by its tokens. A ratio to a floor is a ratio of means. The floor is the sampling
+// floor where known, else the noise floor.
 #pragma once
 
 #include <cstdint>
@@ -22,6 +23,7 @@ namespace moectl {
 /// One step, over all its layers. Absent values: no layer had data.
 struct StepFigures {
   std::int64_t step = 0;
+  std::int64_t tokens = 0;  ///< Of a layer; the weight of the step in a mean over steps. 0: not known.
   std::optional<double> max_vio, cv;              ///< Means over layers.
   std::optional<double> floor_max_vio, floor_cv;  ///< Likewise.
   std::optional<double> excess_cv_sq;             ///< Likewise: load_cv² less the floor's, signed.
@@ -34,26 +36,6 @@ struct StepFigures {
 /// True for reasons that shorten, clip or override a move (rate, range, guard, oscillation, rollback, fallback); false
 /// for holds that are planned (cadence, warm-up, …) or follow from missing data.
 bool is_limit(Reason reason);
-
-/// Averages the layers of one step, added one after another.
-class LayerMean {
- public:
-  explicit LayerMean(std::int64_t step) { figures_.step = step; }
-  void add(const Metrics& metrics);
-  void add(const LimitReport& reasons);
-  void set_loss(std::optional<double> loss) { figures_.loss = loss; }
-  StepFigures figures() const;
-
- private:
-  struct Mean {
-    double sum = 0;
-    int count = 0;
-    void add(const Metrics::Value& value);
-    std::optional<double> value() const;
-  };
-  StepFigures figures_;
-  Mean max_vio_, cv_, floor_max_vio_, floor_cv_, excess_cv_sq_, drop_rate_;
-};
 
 /// One step of a running controller.
 StepFigures figures_of(const StepReport& report);

@@ -13,7 +13,7 @@
 
 namespace moectl {
 
-/// From best to worst. If several apply, the worst is reported.
+/// In order of severity: if several apply, the last of them is reported.
 enum class Health {
   kNoData,  ///< No token yet, or none for `dwell` steps.
   kHealthy,
@@ -27,6 +27,8 @@ enum class Health {
 };
 inline constexpr int kHealthCount = 8;
 std::string_view name_of(Health health);
+/// The state of that name; absent if none has it.
+std::optional<Health> health_of(std::string_view name);
 
 /// Failure modes by their names in the field. Several can hold at the same time.
 enum class FailureMode {

@@ -216,8 +216,13 @@ std::optional<double> noise_floor_max_vio(const LoadTargets& targets, int top_k,
 /// load_cv² - floor², signed, with the sampling floor where known, else the noise floor. Average this value rather than
 /// excess_cv, whose cut at 0 biases an average upwards.
 std::optional<double> signed_excess_cv_sq(const Metrics& metrics);
-/// The sampling floor of MaxVio where known, else the noise floor.
-std::optional<double> floor_max_vio(const Metrics& metrics);
+/// The floor that a load is judged by.
+struct FloorInForce {
+  std::optional<double> cv, max_vio;
+  bool sampling = false;  ///< The sampling floor; else the noise floor.
+};
+/// The sampling floor where known, else the noise floor.
+FloorInForce floor_of(const Metrics& metrics);
 /// Φ⁻¹, the standard normal quantile, for 0 < p < 1; absolute error below 1e-12.
 double normal_quantile(double p);
 

@@ -78,7 +78,7 @@ int compare(const Options& options) {
 void add_compare(CLI::App& app, Tool& tool) {
   CLI::App* command = app.add_subcommand("compare", "Compare runs by their figures");
   command->footer(
-      "Figures, over layers:\n"
+      "Figures, over layers; means over steps are weighted by tokens:\n"
       "  settle              first step after which the 5-step median of MaxVio stays under 1.6 floors for "
       "20 steps\n"
       "  max_vio, cv         mean over the steady window: the last 100 steps before the shift, else of the "

@@ -1,10 +1,10 @@
 #include "cli/report_data.h"
 
+#include "base/format.h"
 #include "cli/tool.h"
 #include "export/step_sample.h"
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <limits>
 
@@ -21,16 +21,6 @@ constexpr std::size_t kAlertLayers = 8;  // named for each column
 constexpr std::size_t kLossPoints = 200000;
 // Cells of all expert maps of a run together: a byte each, and a third more as text.
 constexpr std::size_t kCells = 900000;
-
-/// From the mildest to the worst.
-constexpr std::array<const char*, 8> kHealth = {"no_data",    "healthy",     "weak_specialization",
-                                                "stagnant",   "oscillating", "imbalanced",
-                                                "collapsing", "collapsed"};
-
-std::size_t severity(const std::string& health) {
-  const auto it = std::find(kHealth.begin(), kHealth.end(), health);
-  return it == kHealth.end() ? 0 : static_cast<std::size_t>(it - kHealth.begin());
-}
 
 /// How many columns the page has room for, of maps with so many rows in all.
 std::size_t map_columns(std::size_t rows) {
@@ -54,9 +44,7 @@ std::string base64(const std::vector<unsigned char>& bytes) {
 /// Five digits: more than a screen shows, and a third of the bytes.
 json rounded(double value) {
   if (!std::isfinite(value)) return nullptr;
-  char text[32];
-  std::snprintf(text, sizeof text, "%.5g", value);
-  return std::strtod(text, nullptr);
+  return std::stod(moectl::brief(value, 5));
 }
 
 json lines_of(const Row& row) {
@@ -150,9 +138,7 @@ void ReportRun::halve() {
     halve_row(alert.layers, [](std::set<int>& a, const std::set<int>& b) { a.insert(b.begin(), b.end()); });
   }
   for (auto& [number, layer] : layers_) {
-    halve_row(layer.health, [](std::string& a, const std::string& b) {
-      if (severity(b) > severity(a)) a = b;
-    });
+    halve_row(layer.health, [](Health& a, Health b) { a = std::max(a, b); });
   }
 }
 
@@ -212,20 +198,20 @@ json ReportRun::loss_lines(const Layer& layer, std::size_t columns) const {
 void ReportRun::add(const LogRecord& record) {
   ++records_;
   if (record.tag == "validation" && record.loss) validation_[record.step] = *record.loss;
-  const bool train = record.tag == "train";
-  const Metrics metrics = train && record.layer >= 0 ? metrics_.of(record) : Metrics();
+  const Metrics metrics = metrics_.of(record);
   figures_.add(record, metrics);
-  if (!train) return;
+  if (record.tag != "train") return;
   const std::size_t column = column_of(record.step);
   const auto put_metric = [&](const char* name, const Metrics::Value& value) {
     if (value) put(series_[name], column, *value);
   };
   if (record.loss) put(series_["loss"], column, *record.loss);
-  sampled_ = sampled_ || metrics.sampling_floor_cv.has_value();
+  const FloorInForce floor = floor_of(metrics);
+  sampled_ = sampled_ || floor.sampling;
   put_metric("max_vio", metrics.max_vio);
-  put_metric("max_vio_floor", floor_max_vio(metrics));
+  put_metric("max_vio_floor", floor.max_vio);
   put_metric("cv", metrics.load_cv);
-  put_metric("cv_floor", metrics.sampling_floor_cv ? metrics.sampling_floor_cv : metrics.noise_floor_cv);
+  put_metric("cv_floor", floor.cv);
   put_metric("dead_experts", metrics.dead_experts);
   for (const auto& [name, actuator] : record.actuators) {
     Track& track = tracks_[name];
@@ -245,8 +231,9 @@ void ReportRun::add(const LogRecord& record) {
   Layer& layer = layers_[record.layer];
   if (metrics.max_vio) put(layer.max_vio, column, *metrics.max_vio);
   if (!record.health.empty()) {
-    if (layer.health.size() <= column) layer.health.resize(column + 1, kHealth.front());
-    if (severity(record.health) > severity(layer.health[column])) layer.health[column] = record.health;
+    if (layer.health.size() <= column) layer.health.resize(column + 1, Health::kNoData);
+    Health& worst = layer.health[column];
+    worst = std::max(worst, health_of(record.health).value_or(Health::kNoData));
   }
   const std::size_t coarse = column / expert_each_;
   const RoutingStats& stats = record.stats;
@@ -351,16 +338,12 @@ json ReportRun::json() const {
     nlohmann::json one = {{"layer", number}, {"max_vio", vio}};
     if (!layer.load.empty()) one["load"] = expert_map(layer.load, for_maps, 3, true);
     if (!layer.bias.empty()) one["bias"] = expert_map(layer.bias, for_maps, widest, false);
-    if (!layer.health.empty()) {
-      nlohmann::json states = nlohmann::json::array();
-      for (const std::string& state : layer.health) states.push_back(severity(state));
-      one["health"] = states;
-    }
+    if (!layer.health.empty()) one["health"] = layer.health;
     if (!layer.domains.empty()) one["domains"] = layer.domains;
     if (!layer.loss.empty()) one["loss"] = loss_lines(layer, loss_columns);
     out["layers"].push_back(one);
   }
-  out["health_names"] = kHealth;
+  for (int h = 0; h < kHealthCount; ++h) out["health_names"].push_back(name_of(static_cast<Health>(h)));
   return out;
 }
 

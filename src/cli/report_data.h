@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "export/run_figures.h"
+#include "moectl/health.h"
 #include "moectl/run_log.h"
 
 namespace moectl::cli {
@@ -50,7 +51,7 @@ class ReportRun {
   struct Layer {
     Row max_vio;
     std::vector<Row> load, bias, loss;                   // [N]
-    std::vector<std::string> health;                     // worst in each column
+    std::vector<Health> health;                          // worst in each column
     std::map<std::string, std::vector<double>> domains;  // counts of the whole run, [N]
   };
   /// One actuator over all layers.

@@ -49,7 +49,7 @@ void write(const std::string& run, const std::string& directory, const Options& 
   std::int64_t records = 0;
   while (const auto record = log.next()) {
     ++records;
-    board.write(*record, record->tag == "train" && record->layer >= 0 ? metrics.of(*record) : Metrics());
+    board.write(*record, metrics.of(*record));
   }
   board.flush();
   if (!board.ok()) throw InputError(directory + ": cannot be written");

@@ -1,9 +1,8 @@
 #include "cli/tool.h"
+#include "base/format.h"
 
 #include <algorithm>
-#include <charconv>
 #include <cmath>
-#include <cstdio>
 #include <iostream>
 #include <system_error>
 
@@ -92,16 +91,9 @@ std::string Table::text() const {
 
 std::string brief(const std::optional<double>& value) {
   if (!value) return "-";
-  char text[40];
   // Counts and steps in full, everything else to four digits.
   const bool whole = *value == std::floor(*value) && std::abs(*value) < 1e15;
-  std::snprintf(text, sizeof text, whole ? "%.0f" : "%.4g", *value);
-  return text;
-}
-
-std::string exact(double value) {
-  char text[40];
-  return {text, std::to_chars(text, text + sizeof text, value).ptr};
+  return whole ? std::to_string(std::llround(*value)) : moectl::brief(*value);
 }
 
 }  // namespace moectl::cli

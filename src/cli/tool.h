@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/format.h"
 #include "moectl/policy.h"
 #include "moectl/run_log.h"
 
@@ -66,9 +67,7 @@ class Table {
   std::vector<std::vector<std::string>> rows_;
 };
 
-/// A number for people: four significant digits; "-" if absent.
+/// A number for people: counts in full, others to four significant digits; "-" if absent.
 std::string brief(const std::optional<double>& value);
-/// A number for machines: the shortest form that reads back exactly.
-std::string exact(double value);
 
 }  // namespace moectl::cli

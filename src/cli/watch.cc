@@ -112,7 +112,7 @@ class Watch {
     any_ = true;
     if (step_ && step_->number != record.step) show();
     if (!step_) step_ = std::make_unique<WatchedStep>(record.step);
-    const Metrics metrics = record.layer < 0 ? Metrics() : metrics_.of(record);
+    const Metrics metrics = metrics_.of(record);
     endpoint_.write(record, metrics);
     step_->add(record, metrics);
     // A step that is known to be whole need not wait for the next one; the record of whole-model actuators may follow.

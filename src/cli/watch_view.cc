@@ -8,8 +8,6 @@
 #include <iostream>
 
 #include "cli/tool.h"
-#include "export/run_figures.h"
-#include "export/step_sample.h"
 
 namespace moectl::cli {
 namespace {
@@ -77,8 +75,8 @@ std::string bars(const RoutingStats& stats, const LoadTargets* targets, std::siz
 }  // namespace
 
 void WatchedStep::add(const LogRecord& record, const Metrics& record_metrics) {
+  mean.add(sample_of(record, record_metrics));
   for (const auto& [name, actuator] : record.actuators) {
-    mean.add(reasons_of(actuator));
     Track& track = tracks[name];
     if (actuator.min && actuator.max) {
       track.min = track.any ? std::min(track.min, *actuator.min) : *actuator.min;
@@ -87,9 +85,7 @@ void WatchedStep::add(const LogRecord& record, const Metrics& record_metrics) {
     }
     for (const std::string& reason : actuator.reasons) ++track.reasons[reason];
   }
-  if (record.loss) mean.set_loss(record.loss);
   if (record.layer < 0) return;
-  mean.add(record_metrics);
   metrics[record.layer] = record_metrics;
   layers.insert_or_assign(record.layer, record);
 }

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "moectl/figures.h"
+#include "export/step_sample.h"
 #include "moectl/run_log.h"
 
 namespace moectl::cli {

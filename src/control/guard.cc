@@ -1,4 +1,5 @@
 #include "control/guard.h"
+#include "base/format.h"
 
 #include <algorithm>
 #include <array>
@@ -42,10 +43,10 @@ constexpr double kGrow = 1.2, kShrink = 0.5, kSmallestStep = 1.0 / 1024, kLarges
 // After a relapse, steps keep the size that was found, but at least this one: the layer is near balance, and a first
 // step meant for a collapse would overshoot.
 constexpr double kSmallestFirstStep = 1.0 / 256;
-// How fast the scalars are raised after a relapse, while the biases alone do not balance.
-constexpr double kRaise = 0.1;
-// A scalar is back where it was once it is this close, as a ratio.
-constexpr double kBack = 1e-9;
+// Rise of the scalars' exponent per step after a relapse, while the biases alone do not restore balance.
+constexpr double kExponentRaise = 0.1;
+// A scalar is restored when it is this close to its former value, as a ratio.
+constexpr double kRestoredTolerance = 1e-9;
 
 }  // namespace
 
@@ -97,7 +98,7 @@ LayerGuard::LayerGuard(const GuardOptions& options, const StatsShape& shape, con
 // Updates the errors of this step and their averages, MaxVio of both, the gap, the bound of balance, and the number of
 // steps for which balance has been lost.
 void LayerGuard::follow_loads(std::int64_t step, const RoutingStats& stats, const Metrics& metrics) {
-  balanced_max_vio_ = std::max(options_.recovered_max_vio, kFloors * floor_max_vio(metrics).value_or(0));
+  balanced_max_vio_ = std::max(options_.recovered_max_vio, kFloors * floor_of(metrics).max_vio.value_or(0));
   const auto total = static_cast<double>(stats.assignments());
   double heaviest = 0, second = 0, target_of_heaviest = 0;  // smoothed loads, relative to their targets
   vio_ = 0;

@@ -6,6 +6,7 @@
 #include <limits>
 #include <stdexcept>
 
+#include "base/format.h"
 #include "base/lanes.h"
 #include "control/config_check.h"
 #include "control/config_fields.h"

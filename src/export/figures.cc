@@ -1,4 +1,5 @@
 #include "moectl/figures.h"
+#include "export/step_sample.h"
 
 #include <algorithm>
 #include <array>
@@ -12,17 +13,20 @@ constexpr std::size_t kMedian = 5;         // steps of the median that settling 
 constexpr std::size_t kSettledSteps = 20;  // for which it must stay
 constexpr double kSettledRatio = 1.6;      // under this many times the floor
 
+/// Weighted by tokens: a step of one token counts for little. Where no step knows its tokens all weigh the same.
 template <typename Get>
 std::optional<double> mean(std::span<const StepFigures> steps, Get get) {
-  double sum = 0;
-  std::size_t count = 0;
+  const bool known =
+      std::any_of(steps.begin(), steps.end(), [&](const auto& s) { return get(s) && s.tokens > 0; });
+  double sum = 0, weights = 0;
   for (const StepFigures& step : steps) {
     if (const std::optional<double> value = get(step)) {
-      sum += *value;
-      ++count;
+      const double weight = known ? static_cast<double>(step.tokens) : 1;
+      sum += weight * *value;
+      weights += weight;
     }
   }
-  return count ? std::optional(sum / static_cast<double>(count)) : std::nullopt;
+  return weights > 0 ? std::optional(sum / weights) : std::nullopt;
 }
 
 std::span<const StepFigures> last(std::span<const StepFigures> steps) {
@@ -68,55 +72,10 @@ bool is_limit(Reason reason) {
   }
 }
 
-void LayerMean::Mean::add(const Metrics::Value& value) {
-  if (!value) return;
-  sum += *value;
-  ++count;
-}
-
-std::optional<double> LayerMean::Mean::value() const {
-  return count ? std::optional(sum / count) : std::nullopt;
-}
-
-void LayerMean::add(const Metrics& metrics) {
-  max_vio_.add(metrics.max_vio);
-  cv_.add(metrics.load_cv);
-  floor_max_vio_.add(floor_max_vio(metrics));
-  floor_cv_.add(metrics.sampling_floor_cv ? metrics.sampling_floor_cv : metrics.noise_floor_cv);
-  excess_cv_sq_.add(signed_excess_cv_sq(metrics));
-  drop_rate_.add(metrics.drop_rate);
-  figures_.dead_experts += metrics.dead_experts.value_or(0);
-}
-
-void LayerMean::add(const LimitReport& reasons) {
-  for (int r = 0; r < kReasonCount; ++r) {
-    const auto reason = static_cast<Reason>(r);
-    if (reasons.has(reason) && is_limit(reason)) {
-      ++figures_.limit_hits;
-      return;
-    }
-  }
-}
-
-StepFigures LayerMean::figures() const {
-  StepFigures figures = figures_;
-  figures.max_vio = max_vio_.value();
-  figures.cv = cv_.value();
-  figures.floor_max_vio = floor_max_vio_.value();
-  figures.floor_cv = floor_cv_.value();
-  figures.excess_cv_sq = excess_cv_sq_.value();
-  figures.drop_rate = drop_rate_.value();
-  return figures;
-}
-
 StepFigures figures_of(const StepReport& report) {
   LayerMean step(report.step);
-  step.set_loss(report.info.loss);
-  for (const LayerReport& layer : report.layers) {
-    if (layer.metrics) step.add(*layer.metrics);
-    for (const ActuatorReport& actuator : layer.actuators) step.add(actuator.reasons);
-  }
-  for (const ActuatorReport& actuator : report.model) step.add(actuator.reasons);
+  for (const LayerReport& layer : report.layers) step.add(sample_of(report, &layer));
+  step.add(sample_of(report, nullptr));
   return step.figures();
 }
 
@@ -156,14 +115,11 @@ Figures compute_figures(std::span<const StepFigures> steps, std::optional<std::i
     }
   }
   for (const StepFigures& step : steps) out.limit_hits += step.limit_hits;
-  std::size_t losses = 0;
-  double sum = 0;
-  for (std::size_t i = steps.size(); i-- > 0 && losses < kWindow;) {
-    if (!steps[i].loss) continue;
-    sum += *steps[i].loss;
-    ++losses;
+  std::vector<StepFigures> with_loss;
+  for (std::size_t i = steps.size(); i-- > 0 && with_loss.size() < kWindow;) {
+    if (steps[i].loss) with_loss.push_back(steps[i]);
   }
-  if (losses) out.loss = sum / static_cast<double>(losses);
+  out.loss = mean(with_loss, [](const StepFigures& step) { return step.loss; });
   return out;
 }
 

@@ -4,6 +4,7 @@ namespace moectl {
 
 Metrics RecordMetrics::of(const LogRecord& record) {
   Metrics metrics;
+  if (record.tag != "train" || record.layer < 0) return metrics;
   if (!record.metrics.empty()) {
     for (const auto& [name, value] : record.metrics) {
       if (const MetricField* field = find_metric(name)) metrics.*field->value = value;
@@ -34,10 +35,7 @@ LimitReport reasons_of(const LoggedActuator& actuator) {
 void RunFigures::add(const LogRecord& record, const Metrics& metrics) {
   if (record.tag == "validation" && record.loss) validation_[record.step] = *record.loss;
   if (record.tag != "train") return;
-  LayerMean& step = steps_.try_emplace(record.step, record.step).first->second;
-  if (record.layer >= 0) step.add(metrics);
-  for (const auto& [name, actuator] : record.actuators) step.add(reasons_of(actuator));
-  if (record.loss) step.set_loss(record.loss);
+  steps_.try_emplace(record.step, record.step).first->second.add(sample_of(record, metrics));
 }
 
 Figures RunFigures::figures(std::optional<std::int64_t> shift) const {
@@ -58,9 +56,7 @@ Figures read_figures(LogReader& reader, std::optional<std::int64_t> shift) {
   if (!shift) shift = reader.header().shift;
   RecordMetrics metrics;
   RunFigures run;
-  while (const auto record = reader.next()) {
-    run.add(*record, record->tag == "train" && record->layer >= 0 ? metrics.of(*record) : Metrics());
-  }
+  while (const auto record = reader.next()) run.add(*record, metrics.of(*record));
   return run.figures(shift);
 }
 

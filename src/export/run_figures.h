@@ -5,14 +5,15 @@
 #include <memory>
 #include <optional>
 
+#include "export/step_sample.h"
 #include "measure/cached_measurer.h"
-#include "moectl/figures.h"
 #include "moectl/monitor.h"
 #include "moectl/run_log.h"
 
 namespace moectl {
 
-/// The metrics of records: those they carry, else those of their counts against their targets (with the default options).
+/// The metrics of training records: those they carry, else those of their counts against their targets (with the default
+/// options). Other records, and those of whole-model actuators, have none.
 class RecordMetrics {
  public:
   Metrics of(const LogRecord& record);

@@ -41,6 +41,7 @@ StepSample sample_of(const StepReport& report, const LayerReport* layer) {
     sample.layer = layer->layer;
     sample.metrics = layer->metrics;
     if (layer->stats && layer->stats->valid()) sample.stats = layer->stats;
+    if (sample.stats) sample.tokens = sample.stats->tokens();
     if (layer->monitor) {
       sample.health = name_of(layer->monitor->health());
       sample.alerts = layer->monitor->alerts();
@@ -51,7 +52,7 @@ StepSample sample_of(const StepReport& report, const LayerReport* layer) {
   return sample;
 }
 
-StepSample sample_of(const LogRecord& record, const Metrics& metrics, std::vector<std::string_view>& alerts) {
+StepSample sample_of(const LogRecord& record, const Metrics& metrics, std::vector<std::string_view>* alerts) {
   StepSample sample;
   sample.step = record.step;
   sample.loss = record.loss;
@@ -59,9 +60,12 @@ StepSample sample_of(const LogRecord& record, const Metrics& metrics, std::vecto
   sample.targets = record.targets.get();
   if (record.layer >= 0) sample.metrics = &metrics;
   if (record.stats.experts() > 0) sample.stats = &record.stats;
+  sample.tokens = sample.stats ? sample.stats->tokens() : record.tokens;
   sample.health = record.health;
-  alerts.assign(record.alerts.begin(), record.alerts.end());
-  sample.alerts = alerts;
+  if (alerts) {
+    alerts->assign(record.alerts.begin(), record.alerts.end());
+    sample.alerts = *alerts;
+  }
   for (std::size_t a = 0; a < kActuatorCount; ++a) {
     const auto it = record.actuators.find(std::string(name_of(kActuators[a])));
     if (it == record.actuators.end()) continue;
@@ -74,6 +78,50 @@ StepSample sample_of(const LogRecord& record, const Metrics& metrics, std::vecto
 bool has_model_actuators(const StepReport& report) {
   return std::any_of(std::begin(report.model), std::end(report.model),
                      [](const ActuatorReport& actuator) { return !actuator.applied.empty(); });
+}
+
+void LayerMean::Mean::add(const Metrics::Value& value) {
+  if (!value) return;
+  sum += *value;
+  ++count;
+}
+
+std::optional<double> LayerMean::Mean::value() const {
+  return count ? std::optional(sum / count) : std::nullopt;
+}
+
+void LayerMean::add(const StepSample& sample) {
+  if (sample.loss) figures_.loss = sample.loss;
+  figures_.tokens = std::max(figures_.tokens, sample.tokens);
+  for (const ActuatorSample& actuator : sample.actuators) {
+    bool limited = false;
+    for (int r = 0; r < kReasonCount; ++r) {
+      const auto reason = static_cast<Reason>(r);
+      limited = limited || (actuator.reasons.has(reason) && is_limit(reason));
+    }
+    figures_.limit_hits += limited ? 1 : 0;
+  }
+  if (!sample.metrics) return;
+  const Metrics& metrics = *sample.metrics;
+  const FloorInForce floor = floor_of(metrics);
+  max_vio_.add(metrics.max_vio);
+  cv_.add(metrics.load_cv);
+  floor_max_vio_.add(floor.max_vio);
+  floor_cv_.add(floor.cv);
+  excess_cv_sq_.add(signed_excess_cv_sq(metrics));
+  drop_rate_.add(metrics.drop_rate);
+  figures_.dead_experts += metrics.dead_experts.value_or(0);
+}
+
+StepFigures LayerMean::figures() const {
+  StepFigures figures = figures_;
+  figures.max_vio = max_vio_.value();
+  figures.cv = cv_.value();
+  figures.floor_max_vio = floor_max_vio_.value();
+  figures.floor_cv = floor_cv_.value();
+  figures.excess_cv_sq = excess_cv_sq_.value();
+  figures.drop_rate = drop_rate_.value();
+  return figures;
 }
 
 }  // namespace moectl

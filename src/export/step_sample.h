@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "moectl/controller.h"
+#include "moectl/figures.h"
 #include "moectl/limits.h"
 #include "moectl/metrics.h"
 #include "moectl/run_log.h"
@@ -25,6 +26,7 @@ struct StepSample {
   std::int64_t step = 0;
   int layer = -1;  ///< -1: the actuators of `scope: model`.
   std::optional<double> loss;
+  std::int64_t tokens = 0;
   const Metrics* metrics = nullptr;      ///< May be null.
   const RoutingStats* stats = nullptr;   ///< May be null.
   const LoadTargets* targets = nullptr;  ///< Null: equal ones.
@@ -38,9 +40,28 @@ void relative_loads(const RoutingStats& stats, const LoadTargets* targets, std::
 
 /// The sample of a report's layer, or of its whole-model actuators where `layer` is null.
 StepSample sample_of(const StepReport& report, const LayerReport* layer);
-/// The sample of a record. `alerts` is where the names are put.
-StepSample sample_of(const LogRecord& record, const Metrics& metrics, std::vector<std::string_view>& alerts);
+/// The sample of a record. The names of its alerts are put into `alerts`; without one they are left out.
+StepSample sample_of(const LogRecord& record, const Metrics& metrics,
+                     std::vector<std::string_view>* alerts = nullptr);
 /// True if the report has actuators of `scope: model`.
 bool has_model_actuators(const StepReport& report);
+
+/// Sums up the layers of one step, one after another.
+class LayerMean {
+ public:
+  explicit LayerMean(std::int64_t step) { figures_.step = step; }
+  void add(const StepSample& sample);
+  StepFigures figures() const;
+
+ private:
+  struct Mean {
+    double sum = 0;
+    int count = 0;
+    void add(const Metrics::Value& value);
+    std::optional<double> value() const;
+  };
+  StepFigures figures_;
+  Mean max_vio_, cv_, floor_max_vio_, floor_cv_, excess_cv_sq_, drop_rate_;
+};
 
 }  // namespace moectl

@@ -171,10 +171,9 @@ class TensorBoardWriter::File {
   void add(const StepSample& sample) {
     if (step_ && *step_ != sample.step) end_step();
     if (!step_) begin_step(sample.step);
-    if (sample.loss) loss_ = sample.loss;
+    mean_->add(sample);
     const Tags& tags = tags_of(sample.layer);
     if (sample.metrics) {
-      mean_->add(*sample.metrics);
       for (std::size_t i = 0; i < fields_.size(); ++i)
         scalar(tags.metrics[i], sample.metrics->*fields_[i]->value);
     }
@@ -184,7 +183,6 @@ class TensorBoardWriter::File {
       const auto a = static_cast<std::size_t>(which);
       const ActuatorSample& actuator = sample.actuators[a];
       if (!actuator.min) continue;
-      mean_->add(actuator.reasons);
       for (int r = 0; r < kReasonCount; ++r) {
         if (actuator.reasons.has(static_cast<Reason>(r))) reasons_[a].add(name_of(static_cast<Reason>(r)));
       }
@@ -246,7 +244,6 @@ class TensorBoardWriter::File {
     step_ = step;
     mean_.emplace(step);
     summary_.clear();
-    loss_.reset();
     if (std::exchange(second_, false)) {
       // What the file before this one says of this step on was lost or is repeated: a session starts.
       Wire session, start;
@@ -261,7 +258,7 @@ class TensorBoardWriter::File {
   void end_step() {
     if (!step_) return;
     const StepFigures figures = mean_->figures();
-    scalar("loss", loss_);
+    scalar("loss", figures.loss);
     scalar("balance/max_vio", figures.max_vio);
     scalar("balance/max_vio_floor", figures.floor_max_vio);
     scalar("balance/cv", figures.cv);
@@ -363,7 +360,6 @@ class TensorBoardWriter::File {
   std::map<int, Tags> tags_;
   std::optional<std::int64_t> step_;
   std::optional<LayerMean> mean_;
-  std::optional<double> loss_;
   std::pair<std::string, std::int64_t> last_loss_;
   Tally health_{"health/"}, alerts_{"alerts/"};
   Tally reasons_[kActuatorCount] = {Tally("reasons/expert_bias_"), Tally("reasons/aux_loss_weight_"),
@@ -386,7 +382,7 @@ void TensorBoardWriter::write(const StepReport& report) {
 void TensorBoardWriter::write(const LogRecord& record, const Metrics& metrics) {
   if (!file_->ok()) return;
   if (record.tag == "train") {
-    file_->add(sample_of(record, metrics, file_->alerts_of_record));
+    file_->add(sample_of(record, metrics, &file_->alerts_of_record));
   } else if (record.loss) {
     file_->add_loss(record.tag, record.step, *record.loss);
   }

@@ -2,11 +2,11 @@
 
 #include <algorithm>
 #include <array>
-#include <charconv>
 #include <cmath>
 #include <optional>
 #include <stdexcept>
 
+#include "base/format.h"
 #include "feasibility/load_extents.h"
 #include "moectl/metrics.h"
 
@@ -75,12 +75,6 @@ std::optional<OnAxis> axis_of(std::string_view metric, const LoadTargets& target
 
 // ---- Words ----
 
-std::string number(double value, int digits = 4) {
-  char text[32];
-  const auto end = std::to_chars(text, text + sizeof text, value, std::chars_format::general, digits).ptr;
-  return {text, end};
-}
-
 // The nearest number of `digits` digits that is not above (down) or not below the value.
 double rounded(double value, bool down, int digits = 4) {
   if (value == 0 || !std::isfinite(value)) return value;
@@ -93,14 +87,14 @@ double rounded(double value, bool down, int digits = 4) {
 
 // A bound rounded to four digits must not claim more than was proved: 0.89196 as a lower bound reads 0.8919.
 std::string bound(double value, bool is_lower) {
-  return number(rounded(value, is_lower));
+  return brief(rounded(value, is_lower));
 }
 
 std::string show(const Band& band) {
-  if (std::isinf(band.low)) return "≤ " + number(band.high);
-  if (std::isinf(band.high)) return "≥ " + number(band.low);
-  if (band.low == band.high) return "= " + number(band.low);
-  return "in [" + number(band.low) + ", " + number(band.high) + "]";
+  if (std::isinf(band.low)) return "≤ " + brief(band.high);
+  if (std::isinf(band.high)) return "≥ " + brief(band.low);
+  if (band.low == band.high) return "= " + brief(band.low);
+  return "in [" + brief(band.low) + ", " + brief(band.high) + "]";
 }
 
 std::string where(const LoadSpace& s) {
@@ -153,7 +147,7 @@ std::string side(const Placed& p, double limit, bool at_most, const LoadSpace& s
 // The end of the given band that stands on this side of the axis.
 std::string given_side(const Placed& p, bool high_end, const LoadSpace& s) {
   const bool upper = high_end != falls(p, s);
-  return p.metric + (upper ? " ≤ " + number(p.given.high) : " ≥ " + number(p.given.low));
+  return p.metric + (upper ? " ≤ " + brief(p.given.high) : " ≥ " + brief(p.given.low));
 }
 
 constexpr double kSlack = 1e-9;
@@ -176,9 +170,9 @@ std::string nearest_band(const Placed& p, const Extent& feasible, const LoadSpac
     double from = rounded(band.min, false, digits), to = rounded(band.max, true, digits);
     if (from > to) from = to = at_lower_edge ? from : to;
     if (from < possible.min - kSlack / 100 || to > possible.max + kSlack / 100) continue;
-    return p.metric + ": [" + number(from, digits) + ", " + number(to, digits) + "]";
+    return p.metric + ": [" + brief(from, digits) + ", " + brief(to, digits) + "]";
   }
-  const std::string only = number(at_lower_edge ? band.min : band.max, 17);
+  const std::string only = brief(at_lower_edge ? band.min : band.max, 17);
   return p.metric + ": [" + only + ", " + only + "]";
 }
 
@@ -242,7 +236,7 @@ void judge_alone(const Placed& p, const LoadSpace& s, std::vector<Conflict>& con
                    (s.tokens > 0 ? ", of " + std::to_string(s.tokens) + " tokens," : std::string()) + " has "
              : " lies under the noise floor: perfectly balanced routing of " + std::to_string(s.tokens) +
                    " tokens still shows ") +
-        (mean ? p.metric + " = " + number(p.on.from_axis(*floor, s)) : side(p, *floor, false, s)));
+        (mean ? p.metric + " = " + brief(p.on.from_axis(*floor, s)) : side(p, *floor, false, s)));
   }
 }
 
@@ -312,7 +306,7 @@ Feasibility judge(const LoadSpace& space, const Bands& bands) {
   for (const auto& [metric, band] : bands) {
     if (find_metric(metric) == nullptr) throw std::invalid_argument("bands: " + metric + ": unknown metric");
     if (!(band.low <= band.high)) {
-      throw std::invalid_argument("bands." + metric + ": [" + number(band.low) + ", " + number(band.high) +
+      throw std::invalid_argument("bands." + metric + ": [" + brief(band.low) + ", " + brief(band.high) +
                                   "]: must be ascending");
     }
     const auto on = axis_of(metric, targets);

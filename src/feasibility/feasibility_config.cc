@@ -1,9 +1,9 @@
 // Which bands of a config are in force together, and with which set-points.
 #include <algorithm>
-#include <charconv>
 #include <string>
 #include <utility>
 
+#include "base/format.h"
 #include "feasibility/targets.h"
 #include "moectl/config.h"
 #include "moectl/feasibility.h"
@@ -29,15 +29,11 @@ void judge_one(const LoadSpace& space, const std::string& where, Bands bands, co
       bands[metric] = point;
     } else if (point.low < band->second.low || point.low > band->second.high) {
       const Band& wanted = band->second;
-      const auto number = [](double value) {
-        char text[32];
-        return std::string(text, std::to_chars(text, text + sizeof text, value).ptr);
-      };
       found.conflicts.push_back({{metric},
-                                 where + "the set-point of " + metric + ", " + number(point.low) +
-                                     ", lies outside its band [" + number(wanted.low) + ", " +
-                                     number(wanted.high) + "]",
-                                 "a set-point of " + number(std::clamp(point.low, wanted.low, wanted.high))});
+                                 where + "the set-point of " + metric + ", " + exact(point.low) +
+                                     ", lies outside its band [" + exact(wanted.low) + ", " +
+                                     exact(wanted.high) + "]",
+                                 "a set-point of " + exact(std::clamp(point.low, wanted.low, wanted.high))});
     }
   }
   Feasibility one = judge(space, bands);

@@ -389,7 +389,7 @@ void Measurer::measure_floors(const RoutingStats& stats, std::int64_t sum, Metri
     if (has_max_vio) out.sampling_floor_max_vio = max_vio(*out.sampling_floor_cv);
   }
   if (const auto excess = signed_excess_cv_sq(out)) out.excess_cv = std::sqrt(std::max(0.0, *excess));
-  const Metrics::Value floor = out.sampling_floor_cv ? out.sampling_floor_cv : out.noise_floor_cv;
+  const auto floor = floor_of(out).cv;
   if (out.fhs && floor) {
     // Near uniform, B is CV²/8, and the floor's CV² scatters by √(2/(N-1)) of itself. Experts weigh in B as in the
     // targets, so the noise of B over M experts is (M/k - 1)/T, however small some targets are. If few experts have a
@@ -479,13 +479,15 @@ Metrics metrics_on_target(const StatsShape& shape, const MetricsOptions& options
 }
 
 std::optional<double> signed_excess_cv_sq(const Metrics& metrics) {
-  const Metrics::Value floor = metrics.sampling_floor_cv ? metrics.sampling_floor_cv : metrics.noise_floor_cv;
+  const auto floor = floor_of(metrics).cv;
   if (!metrics.load_cv || !floor) return std::nullopt;
   return *metrics.load_cv * *metrics.load_cv - *floor * *floor;
 }
 
-std::optional<double> floor_max_vio(const Metrics& metrics) {
-  return metrics.sampling_floor_max_vio ? metrics.sampling_floor_max_vio : metrics.noise_floor_max_vio;
+FloorInForce floor_of(const Metrics& m) {
+  return {m.sampling_floor_cv ? m.sampling_floor_cv : m.noise_floor_cv,
+          m.sampling_floor_max_vio ? m.sampling_floor_max_vio : m.noise_floor_max_vio,
+          m.sampling_floor_cv.has_value()};
 }
 
 }  // namespace moectl

@@ -298,7 +298,7 @@ class PrometheusFeed::State : public prometheus::Collectable {
   }
   void add(const LogRecord& record, const Metrics& metrics) {
     const std::scoped_lock lock(mutex_);
-    add(sample_of(record, metrics, alerts_));
+    add(sample_of(record, metrics, &alerts_));
   }
   void set_log_faults(std::int64_t count) {
     const std::scoped_lock lock(mutex_);

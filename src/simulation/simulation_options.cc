@@ -1,10 +1,10 @@
 #include <algorithm>
-#include <charconv>
 #include <cmath>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
 
+#include "base/format.h"
 #include "moectl/load_targets.h"
 #include "moectl/simulation.h"
 #include "simulation/simulation_options.h"
@@ -19,8 +19,7 @@ constexpr std::int64_t kMostAtOnce = std::int64_t{1} << 27;  // what fills memor
 constexpr double kMostSpread = 1e3, kMostScale = 1e6;
 
 std::string shown(double value) {
-  char text[32];
-  return {text, std::to_chars(text, text + sizeof text, value).ptr};
+  return exact(value);
 }
 std::string shown(std::int64_t value) {
   return std::to_string(value);

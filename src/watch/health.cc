@@ -1,7 +1,7 @@
 #include "watch/health.h"
+#include "base/format.h"
 
 #include <algorithm>
-#include <charconv>
 #include <cmath>
 #include <stdexcept>
 #include <utility>
@@ -47,11 +47,6 @@ bool below(double value, Threshold t, bool now) {
   return value < (now ? t.leave : t.enter);
 }
 
-std::string number(double value) {
-  char text[32];
-  return {text, std::to_chars(text, text + sizeof text, value, std::chars_format::general, 4).ptr};
-}
-
 std::size_t index_of(std::string_view metric) {
   return static_cast<std::size_t>(find_metric(metric) - metric_fields().data());
 }
@@ -63,6 +58,13 @@ std::string_view name_of(Health health) {
                                                      "stagnant",   "imbalanced", "oscillating",
                                                      "collapsing", "collapsed"};
   return kNames[static_cast<std::size_t>(health)];
+}
+
+std::optional<Health> health_of(std::string_view name) {
+  for (int h = 0; h < kHealthCount; ++h) {
+    if (name_of(static_cast<Health>(h)) == name) return static_cast<Health>(h);
+  }
+  return std::nullopt;
 }
 
 std::string_view name_of(FailureMode mode) {
@@ -162,7 +164,7 @@ HealthMonitor::HealthMonitor(const StatsShape& shape, HealthOptions options, con
   for (AlertRule& rule : options_.alerts) {
     if (rule.name.empty()) {
       rule.name =
-          rule.metric + (rule.above ? " above " + number(*rule.above) : " below " + number(*rule.below));
+          rule.metric + (rule.above ? " above " + brief(*rule.above) : " below " + brief(*rule.below));
     }
   }
   for (const AlertRule& rule : options_.alerts) rules_.push_back({index_of(rule.metric), rule, {}});
@@ -229,11 +231,10 @@ void HealthMonitor::look(const Metrics& metrics, const Metrics& smoothed, double
   collapsing = falling || above(dead, kCollapsingDead, collapsing) ||
                above(value(&Metrics::fhs_alarm), kFisherAlarm, collapsing);
 
-  const double sampling = value(&Metrics::sampling_floor_cv), noise = value(&Metrics::noise_floor_cv);
-  const double floor = std::isnan(sampling) ? noise : sampling;
+  const FloorInForce floor = floor_of(smoothed);
   bool& oscillating = flag(Health::kOscillating);
-  oscillating =
-      above(value(&Metrics::swing), kSwing, oscillating) && above(swing_cv / floor, kSwingWidth, oscillating);
+  oscillating = above(value(&Metrics::swing), kSwing, oscillating) &&
+                above(swing_cv / floor.cv.value_or(std::nan("")), kSwingWidth, oscillating);
 
   bool& imbalanced = flag(Health::kImbalanced);
   imbalanced = above(value(&Metrics::excess_cv), kImbalance, imbalanced);
@@ -256,8 +257,7 @@ void HealthMonitor::look(const Metrics& metrics, const Metrics& smoothed, double
   brittle = above(value(&Metrics::domain_exclusivity), kExclusive, brittle);
   bool& bottleneck = mode(FailureMode::kInferenceBottleneck);
   const double tail = value(&Metrics::latency_p99) / value(&Metrics::latency_p50);
-  const double floor_vio =
-      std::isnan(sampling) ? value(&Metrics::noise_floor_max_vio) : value(&Metrics::sampling_floor_max_vio);
+  const double floor_vio = floor.max_vio.value_or(std::nan(""));
   bottleneck = std::isnan(tail) ? above(value(&Metrics::straggler_slowdown) / slowdown_ - floor_vio,
                                         kStraggler, bottleneck)
                                 : above(tail, kLatencyTail, bottleneck);
@@ -359,23 +359,23 @@ AuxLossReview review_aux_loss(std::span<const AuxLossSample> samples) {
     review.reason = "the weight was 0" + over;
   } else if (review.excess_cv > kUnbalanced) {
     review.verdict = Verdict::kRaise;
-    review.reason = "excess_cv " + number(review.excess_cv) + over + " is above " + number(kUnbalanced);
+    review.reason = "excess_cv " + brief(review.excess_cv) + over + " is above " + brief(kUnbalanced);
   } else if (sick_share > kUnhealthyShare) {
     review.verdict = Verdict::kKeep;
-    review.reason = "not healthy in " + number(100 * sick_share) + " % of the steps";
+    review.reason = "not healthy in " + brief(100 * sick_share) + " % of the steps";
   } else if (review.excess_cv > kBalanced) {
     review.verdict = Verdict::kKeep;
-    review.reason = "excess_cv " + number(review.excess_cv) + over + " is above " + number(kBalanced);
+    review.reason = "excess_cv " + brief(review.excess_cv) + over + " is above " + brief(kBalanced);
   } else if (review.highest_weight >= kTrialFall * review.lowest_weight &&
              review.excess_cv_at_low <= kBalanced) {
     review.verdict = Verdict::kSwitchOff;
-    review.reason = "excess_cv stayed at " + number(review.excess_cv_at_low) +
-                    " while the weight came down from " + number(review.highest_weight) + " to " +
-                    number(review.lowest_weight);
+    review.reason = "excess_cv stayed at " + brief(review.excess_cv_at_low) +
+                    " while the weight came down from " + brief(review.highest_weight) + " to " +
+                    brief(review.lowest_weight);
   } else {
     review.verdict = Verdict::kLower;
-    review.reason = "excess_cv " + number(review.excess_cv) + over + " at weight " +
-                    number(review.lowest_weight) + ": try half of it, and review again";
+    review.reason = "excess_cv " + brief(review.excess_cv) + over + " at weight " +
+                    brief(review.lowest_weight) + ": try half of it, and review again";
   }
   return review;
 }

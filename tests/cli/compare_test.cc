@@ -52,6 +52,26 @@ TEST(Compare, FiguresOfAMadeRun) {
   EXPECT_NEAR(plain["max_vio"].get<double>(), 0.1, 1e-12);
 }
 
+TEST(Compare, StepsAreWeightedByTheirTokens) {
+  const TempDir dir;
+  // Nine steps in ten route one token, to one expert: MaxVio and CV 1, a floor of CV of √((2/1 - 1)/1) = 1.
+  std::string run;
+  for (int step = 0; step < 200; ++step) {
+    run += step % 10 == 0 ? R"({"step":)" + std::to_string(step) +
+                                R"(,"layer":0,"tokens":9991,"top_k":1,"counts":[4995,4996],"loss":2})" + "\n"
+                          : R"({"step":)" + std::to_string(step) +
+                                R"(,"layer":0,"tokens":1,"top_k":1,"counts":[1,0],"loss":12})" + "\n";
+  }
+  dir.write("a.jsonl", run);
+  const ToolResult json = run_tool(dir, "compare a.jsonl --format json");
+  ASSERT_EQ(json.code, 0) << json.err;
+  const auto figures = nlohmann::json::parse(json.out).at(0);
+  // Ten steps of 9991 tokens and ninety of one: 100,000 tokens.
+  EXPECT_NEAR(figures["max_vio"].get<double>(), (90 + 10 * 9991 * (1.0 / 9991)) / 1e5, 1e-9);
+  EXPECT_NEAR(figures["cv"].get<double>(), (90 + 10 * 9991 * (1.0 / 9991)) / 1e5, 1e-9);
+  EXPECT_NEAR(figures["loss"].get<double>(), (90 * 12 + 10 * 9991 * 2) / 1e5, 1e-9);
+}
+
 TEST(Compare, TheTableComparesRuns) {
   const TempDir dir;
   std::string never, soon;

@@ -57,6 +57,25 @@ TEST(Report, ItsFiguresAreThoseOfCompare) {
   }
 }
 
+TEST(Report, TheWorstStateOfAColumnIsTheOneThatHealthReports) {
+  const TempDir dir;
+  // 1000 steps share 500 columns: two states in each.
+  std::string run =
+      R"({"format":"moectl-run","version":1,"config":{"model":{"layers":1,"experts":2,"top_k":1}}})"
+      "\n";
+  for (int step = 0; step < 1000; ++step) {
+    run +=
+        record(step, "[50,50]", step % 2 == 0 ? R"(,"health":"oscillating")" : R"(,"health":"imbalanced")");
+  }
+  dir.write("a.jsonl", run);
+  ASSERT_EQ(run_tool(dir, "report a.jsonl -o r.html").code, 0);
+  const auto page = data_of(TempDir::read(dir.path("r.html"))).at(0);
+  ASSERT_FALSE(page["layers"][0]["health"].empty());
+  for (const auto& state : page["layers"][0]["health"]) {
+    EXPECT_EQ(page["health_names"].at(state.get<std::size_t>()), "oscillating");
+  }
+}
+
 TEST(Report, DownsamplingKeepsExtremes) {
   const TempDir dir;
   std::string run;

@@ -72,6 +72,18 @@ void run(Watched& watched, const std::vector<double>& share, int steps, std::mt1
 
 // ---- States ----
 
+TEST(Health, StatesAreOrderedBySeverityAndReadBackByName) {
+  // What reports call the worst of several.
+  constexpr std::string_view kNames[] = {"no_data",    "healthy",     "weak_specialization", "stagnant",
+                                         "imbalanced", "oscillating", "collapsing",          "collapsed"};
+  ASSERT_EQ(std::size(kNames), std::size_t{kHealthCount});
+  for (int h = 0; h < kHealthCount; ++h) {
+    EXPECT_EQ(name_of(static_cast<Health>(h)), kNames[h]);
+    EXPECT_EQ(health_of(kNames[h]), static_cast<Health>(h));
+  }
+  EXPECT_EQ(health_of("well"), std::nullopt);
+}
+
 TEST(Health, BalancedIsHealthy) {
   for (std::uint64_t seed = 1; seed <= 20; ++seed) {
     std::mt19937_64 random(seed);

@@ -7,7 +7,7 @@ const ramp = (stops) => (t) => {
 };
 const DIVERGING = ramp([[8, 64, 129], [67, 147, 195], [247, 247, 247], [230, 150, 60], [140, 60, 0]]);
 const SEQUENTIAL = ramp([[0, 32, 76], [60, 77, 110], [124, 123, 120], [186, 174, 108], [255, 233, 69]]);
-const HEALTH = [[200, 200, 200], [0, 158, 115], [86, 180, 233], [0, 114, 178], [204, 121, 167], [230, 159, 0], [213, 94, 0], [60, 0, 0]];
+const HEALTH = [[200, 200, 200], [0, 158, 115], [86, 180, 233], [0, 114, 178], [230, 159, 0], [204, 121, 167], [213, 94, 0], [60, 0, 0]];
 
 // Draws cells and answers to pointer and arrow keys with the words for the cell.
 const drawMap = (canvas, rows, columns, cell, words, out = canvas.parentElement.querySelector('.readout')) => {

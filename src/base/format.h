@@ -1,0 +1,26 @@
+// Numbers as text.
+#pragma once
+
+#include <charconv>
+#include <string>
+
+namespace moectl {
+
+/// The shortest text that reads back exactly.
+inline std::string exact(double value) {
+  char text[32];
+  return {text, std::to_chars(text, text + sizeof text, value).ptr};
+}
+
+/// For people: rounded to so many significant digits.
+inline std::string brief(double value, int digits = 4) {
+  char text[32];
+  return {text, std::to_chars(text, text + sizeof text, value, std::chars_format::general, digits).ptr};
+}
+
+/// What is wrong with the value of a key.
+inline std::string violated(const std::string& key, double value, const std::string& constraint) {
+  return key + ": " + exact(value) + ": " + constraint;
+}
+
+}  // namespace moectl
