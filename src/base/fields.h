@@ -93,7 +93,7 @@ struct FieldInfo {
   Presence presence = Presence::kOptional;
 };
 
-/// A key and the member that holds its value, with range, unit and a sentence as far as there are any; or, where that lies deeper, a function that finds it.
+/// A key and the member (or the function) that finds its value; range and unit where there are any.
 template <class Struct, class Value>
 struct Field : FieldInfo {
   constexpr Field(std::string_view key, Value Struct::*member, Shared shared, Range range,

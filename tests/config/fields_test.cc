@@ -123,7 +123,7 @@ std::vector<Changed> changes() {
     EXPECT_TRUE(found) << path << ": no other value is allowed";
     value = before;
   });
-  EXPECT_GT(all.size(), 100U);
+  EXPECT_GT(all.size(), 90U);
   return all;
 }
 
