@@ -48,8 +48,8 @@ class Payload {
   void reduce(const Reduction& reduction);
   /// After the sum over ranks: throws ReductionError unless all ranks applied the same values.
   void check() const;
-  /// Writes or reads it, where it does not count as zeros. Throws StateError if it is read, counts and no sum over ranks
-  /// that agree.
+  /// Writes or reads it; as zeros if it does not count. Throws StateError if it was read, counts, and would not pass
+  /// check().
   void exchange(StateIo& io, std::string_view name, bool counts);
   std::span<std::int64_t> all() { return sums_; }
   std::span<const std::int64_t> all() const { return sums_; }
