@@ -273,7 +273,7 @@ class AdaptiveBias final : public Policy {
     io.values("adaptive.norms", norms_, StateIo::kNotNegative);
     io.values("adaptive.correlations", correlations_);
     io.values("adaptive.lasting", far_persistence_);
-    io.values("adaptive.shares", gain_shares_, {kOwnMin, kOwnMax});
+    io.values("adaptive.shares", gain_shares_, {kShareMin, kShareMax});
     io.values("adaptive.own_near", near_similarity_);
     io.values("adaptive.own_half", half_period_similarity_);
     io.values("adaptive.trends", trends_);

@@ -111,7 +111,7 @@ Totals total(std::span<const std::int64_t> counts) {
   return t;
 }
 
-// Sums of one pass in floating point, four experts at a time.
+// Sums of one pass in floating point, eight experts at a time.
 struct Sums {
   double root_sq;       // Σ (√q - 1)²
   double q_root_q;      // Σ q √q
