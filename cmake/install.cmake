@@ -46,6 +46,12 @@ if(MOECTL_TORCH)
     list(PREPEND torch_libs -L${torch_folder} -Wl,-rpath,${torch_folder})
   endif()
   list(TRANSFORM TORCH_INCLUDE_DIRS PREPEND -I OUTPUT_VARIABLE torch_cflags)
+  # Its headers leave out process groups unless told what the library was built with.
+  get_target_property(torch_definitions torch_cpu INTERFACE_COMPILE_DEFINITIONS)
+  if(torch_definitions)
+    list(TRANSFORM torch_definitions PREPEND -D)
+    list(APPEND torch_cflags ${torch_definitions})
+  endif()
   install_library(torch REQUIRES "moectl-core = ${PROJECT_VERSION}" CFLAGS ${torch_cflags} ${TORCH_CXX_FLAGS}
     LIBS ${torch_libs})
   install(DIRECTORY include/moectl/torch DESTINATION ${header_dir} COMPONENT torch)
