@@ -61,8 +61,8 @@ void say_faults(const LogReader& log, const std::string& path) {
 void add_salvage(CLI::App& command, FaultPolicy& fault_policy) {
   fault_policy = FaultPolicy::kRepair;
   command.add_flag_callback(
-      "--salvage", [&reading] { reading = Reading::kSalvage; },
-      "Pass over records that are wrong (damaged ones are passed over in any case); both are said");
+      "--salvage", [&fault_policy] { fault_policy = FaultPolicy::kSalvage; },
+      "Skip records that are wrong (damaged ones are skipped in any case); both are listed on standard error");
 }
 
 std::string Table::text() const {
