@@ -7,7 +7,7 @@
 //                   floor of the steady window for 20 steps
 //   excess area     Σ over the 100 steps from a shift on of max(0, MaxVio - its mean over the run's last 100
 //   steps)
-// A mean over steps weighs each step by its tokens. A ratio to a floor is a mean over a mean. The floor is the sampling floor where known, else the noise
+// A mean over steps weighs each step by its tokens; settle and excess area count steps. A ratio to a floor is a mean over a mean. The floor is the sampling floor where known, else the noise
 // floor.
 #pragma once
 
