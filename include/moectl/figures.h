@@ -5,8 +5,8 @@
 //   settle          the first step after which the 5-step median of layer-mean MaxVio stays below 1.6 times the mean
 //                   floor of the steady window for 20 steps
 //   excess area     Σ over the 100 steps after a shift of max(0, MaxVio - its mean over the last 100 steps of the run)
-// A mean over steps weighs each step by its tokens. A ratio to a floor is a ratio of means. The floor is the sampling
-// floor where known, else the noise floor.
+// A mean over steps weighs each step by its tokens; settle and excess area count steps. A ratio to a floor is a ratio of
+// means. The floor is the sampling floor where known, else the noise floor.
 #pragma once
 
 #include <cstdint>

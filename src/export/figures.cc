@@ -13,11 +13,12 @@ constexpr std::size_t kMedian = 5;         // steps of the median that settling 
 constexpr std::size_t kSettledSteps = 20;  // for which it must stay
 constexpr double kSettledRatio = 1.6;      // under this many times the floor
 
-/// Weighted by tokens: a step of one token counts for little. Where no step knows its tokens all weigh the same.
+/// Weighted by tokens: a step of one token counts for little. Where no step knows its tokens all weigh the same, and so
+/// they do where steps are counted (settle, excess_area).
 template <typename Get>
-std::optional<double> mean(std::span<const StepFigures> steps, Get get) {
-  const bool known =
-      std::any_of(steps.begin(), steps.end(), [&](const auto& s) { return get(s) && s.tokens > 0; });
+std::optional<double> mean(std::span<const StepFigures> steps, Get get, bool by_tokens = true) {
+  const bool known = by_tokens && std::any_of(steps.begin(), steps.end(),
+                                              [&](const auto& s) { return get(s) && s.tokens > 0; });
   double sum = 0, weights = 0;
   for (const StepFigures& step : steps) {
     if (const std::optional<double> value = get(step)) {
@@ -90,8 +91,9 @@ Figures compute_figures(std::span<const StepFigures> steps, std::optional<std::i
     if (at != steps.begin()) cut = static_cast<std::size_t>(at - steps.begin());
   }
   const auto max_vio = [](const StepFigures& step) { return step.max_vio; };
+  const auto floor_of_step = [](const StepFigures& step) { return step.floor_max_vio; };
   const std::span<const StepFigures> steady = last(steps.first(cut));
-  const auto floor = mean(steady, [](const StepFigures& step) { return step.floor_max_vio; });
+  const auto floor = mean(steady, floor_of_step);
   out.max_vio = mean(steady, max_vio);
   out.max_vio_over_floor = ratio(out.max_vio, floor);
   out.cv = mean(steady, [](const StepFigures& step) { return step.cv; });
@@ -102,16 +104,17 @@ Figures compute_figures(std::span<const StepFigures> steps, std::optional<std::i
   out.dead_experts =
       mean(last(steps), [](const StepFigures& step) { return std::optional(step.dead_experts); });
   out.drop_rate = mean(last(steps), [](const StepFigures& step) { return step.drop_rate; });
-  if (floor) out.settle = find_settle(steps, kSettledRatio * *floor);
+  if (const auto each = mean(steady, floor_of_step, false)) {
+    out.settle = find_settle(steps, kSettledRatio * *each);
+  }
   if (cut < steps.size()) {
-    if (const auto level = mean(last(steps), max_vio)) {
+    if (const auto level = mean(last(steps), max_vio, false)) {
       double area = 0;
       for (const StepFigures& step : steps.subspan(cut, std::min(kWindow, steps.size() - cut))) {
         if (step.max_vio) area += std::max(0.0, *step.max_vio - *level);
       }
       out.excess_area = area;
-      out.end_over_floor =
-          ratio(level, mean(last(steps), [](const StepFigures& step) { return step.floor_max_vio; }));
+      out.end_over_floor = ratio(mean(last(steps), max_vio), mean(last(steps), floor_of_step));
     }
   }
   for (const StepFigures& step : steps) out.limit_hits += step.limit_hits;

@@ -66,6 +66,8 @@ TEST(Compare, StepsAreWeightedByTheirTokens) {
   const ToolResult json = run_tool(dir, "compare a.jsonl --format json");
   ASSERT_EQ(json.code, 0) << json.err;
   const auto figures = nlohmann::json::parse(json.out).at(0);
+  // Settling counts steps.
+  EXPECT_EQ(figures["settle"], 4);
   // Ten steps of 9991 tokens and ninety of one: 100,000 tokens.
   EXPECT_NEAR(figures["max_vio"].get<double>(), (90 + 10 * 9991 * (1.0 / 9991)) / 1e5, 1e-9);
   EXPECT_NEAR(figures["cv"].get<double>(), (90 + 10 * 9991 * (1.0 / 9991)) / 1e5, 1e-9);

@@ -231,7 +231,8 @@ TEST(Metrics, SamplingFloorByHand) {
   EXPECT_NEAR(*m.sampling_floor_max_vio, *max_vio_of_cv(2, std::sqrt(3.0) / 3), 1e-15);
   EXPECT_EQ(*m.excess_cv, 0);  // load_cv is 0
   EXPECT_NEAR(*signed_excess_cv_sq(m), -1.0 / 3, 1e-15);
-  EXPECT_EQ(floor_max_vio(m), m.sampling_floor_max_vio);
+  EXPECT_EQ(floor_of(m).max_vio, m.sampling_floor_max_vio);
+  EXPECT_TRUE(floor_of(m).sampling);
 }
 
 TEST(Metrics, SamplingFloorNeedsTwoSequences) {
@@ -241,7 +242,8 @@ TEST(Metrics, SamplingFloorNeedsTwoSequences) {
   const Metrics m = measure(stats);
   EXPECT_FALSE(m.sampling_floor_cv || m.sampling_floor_max_vio);
   EXPECT_NEAR(*m.excess_cv, std::sqrt(0.25 - 0.25), 1e-15);  // noise floor √(1/4), load_cv ½
-  EXPECT_EQ(floor_max_vio(m), m.noise_floor_max_vio);
+  EXPECT_EQ(floor_of(m).max_vio, m.noise_floor_max_vio);
+  EXPECT_FALSE(floor_of(m).sampling);
 }
 
 // Copies of whole sequences are perfectly correlated tokens: only the number of sequences counts.
