@@ -20,12 +20,12 @@ namespace {
 
 constexpr std::size_t kFirstBuffer = std::size_t{1} << 18;
 // 4096 experts with every optional array and 20 characters a number take under 2 MB.
-constexpr std::size_t kLongestLine = std::size_t{1} << 28;
+constexpr std::size_t kLongestLine = std::size_t{1} << 25;
 
 }  // namespace
 
 LogLines::LogLines(const std::string& path, std::function<bool()> follow)
-    : name_(path == "-" ? "<stdin>" : path), follow_(std::move(follow)), buffer_(kFirstBuffer) {
+    : name_(path == "-" ? "<stdin>" : path), follow_(std::move(follow)), buffer_(kFirstBuffer + kPadding) {
   std::error_code ignored;
   if (std::filesystem::is_directory(path, ignored))
     throw LogError(name_ + ": cannot be opened: is a directory");
@@ -85,15 +85,15 @@ bool LogLines::fill() {
     end_ -= begin_;
     begin_ = 0;
   }
-  if (end_ == buffer_.size()) {
+  if (end_ == buffer_.size() - kPadding) {
     if (end_ >= kLongestLine) {
       broken_ = true;
       throw LogError(name_ + ':' + std::to_string(number_ + 1) + ": line: longer than " +
                      std::to_string(kLongestLine) + " bytes: must hold one record");
     }
-    buffer_.resize(buffer_.size() * 2);
+    buffer_.resize(end_ * 2 + kPadding);
   }
-  const int got = read_some(buffer_.data() + end_, std::min(buffer_.size() - end_, kFirstBuffer));
+  const int got = read_some(buffer_.data() + end_, std::min(buffer_.size() - kPadding - end_, kFirstBuffer));
   int code = Z_OK;
   const char* message = gzerror(file_, &code);
   if (got < 0 || (got == 0 && code == Z_BUF_ERROR)) {

@@ -13,6 +13,8 @@ namespace moectl {
 
 class LogLines {
  public:
+  static constexpr std::size_t kPadding = 64;
+
   /// `-` is standard input. Throws LogError if the file cannot be opened. With `follow`, the end of a file
   /// that is still being written is waited at until another file stands under its name, it was cut short, or
   /// `follow`, which is called before each wait, says false; standard input ends when its writer does, and
@@ -22,7 +24,8 @@ class LogLines {
   LogLines(const LogLines&) = delete;
   LogLines& operator=(const LogLines&) = delete;
 
-  /// The next line without its end; false at the end of the file. The view holds until the next call. Throws
+  /// The next line without its end; false at the end of the file. The view holds until the next call, and kPadding bytes
+  /// after it can be read, as simdjson wants. Throws
   /// LogError on a damaged gzip file and on lines longer than any record can be.
   bool next(std::string_view& line);
   /// Number of the line that next() returned last, from 1.

@@ -18,62 +18,60 @@ class Line : public LogLine {
  public:
   explicit Line(const LogLine& line) : LogLine(line) {}
 
-  const JsonNode* find(std::string_view field) const { return object.find(field); }
-  const JsonNode& need(const char* field) const {
-    const JsonNode* value = find(field);
+  std::optional<JsonValue> find(std::string_view field) const { return object.find(field); }
+  JsonValue need(const char* field) const {
+    const auto value = find(field);
     if (!value) fail(field, "missing", "required");
     return *value;
   }
 
-  std::int64_t integer(const std::string& field, const JsonNode& value, std::int64_t least = 0,
+  std::int64_t integer(const std::string& field, JsonValue value, std::int64_t least = 0,
                        std::int64_t most = kLargestInteger) const {
     if (!value.is_integer()) reject(field, value, "must be a whole number");
-    if (value.is_unsigned() ? value.as_unsigned() > static_cast<std::uint64_t>(most)
-                            : value.as_integer() > most) {
+    if (value.is_large() || value.as_integer() > most) {
       reject(field, value,
              most == kLargestInteger ? "must be at most 2^53" : "must be at most " + std::to_string(most));
     }
     if (value.as_integer() < least) reject(field, value, "must be at least " + std::to_string(least));
     return value.as_integer();
   }
-  double real(const std::string& field, const JsonNode& value) const {
+  double real(const std::string& field, JsonValue value) const {
     if (!value.is_number()) reject(field, value, "must be a number");
     return value.as_double();
   }
-  std::string text(const std::string& field, const JsonNode& value) const {
+  std::string text(const std::string& field, JsonValue value) const {
     if (!value.is_string() || value.text().empty()) reject(field, value, "must be a word in quotes");
     return std::string(value.text());
   }
   /// Checks that the value is an array of one element an expert.
-  void check_array(const std::string& field, const JsonNode& value, std::size_t experts) const {
+  void check_array(const std::string& field, JsonValue value, std::size_t experts) const {
     if (!value.is_array()) reject(field, value, "must be an array");
     if (value.size() != experts) {
       fail(field, std::to_string(value.size()) + " values",
            "must have " + std::to_string(experts) + ", one for each expert");
     }
   }
-  void integers(const std::string& field, const JsonNode& value, std::span<std::int64_t> out) const {
+  void integers(const std::string& field, JsonValue value, std::span<std::int64_t> out) const {
     check_array(field, value, out.size());
     std::size_t i = 0;
-    for (const JsonNode& element : value) {
+    for (const JsonValue element : value.elements()) {
       // Names of elements cost more than the elements: only those at fault get one.
-      out[i] = element.is_unsigned() && element.as_unsigned() <= static_cast<std::uint64_t>(kLargestInteger)
-                   ? element.as_integer()
-                   : integer(at(field, i), element);
+      const std::int64_t read = element.is_integer() && !element.is_large() ? element.as_integer() : -1;
+      out[i] = read >= 0 && read <= kLargestInteger ? read : integer(at(field, i), element);
       ++i;
     }
   }
   /// Sums in fixed point.
-  std::int64_t fixed(const std::string& field, const JsonNode& value) const {
+  std::int64_t fixed(const std::string& field, JsonValue value) const {
     const double sum = real(field, value);
     if (!(sum >= 0)) reject(field, value, "must be at least 0");
     if (!(sum <= kLargestSum)) reject(field, value, "must be at most 5.4e11");
     return std::llrint(sum / kFixedUnit);
   }
-  void fixed(const std::string& field, const JsonNode& value, std::span<std::int64_t> out) const {
+  void fixed(const std::string& field, JsonValue value, std::span<std::int64_t> out) const {
     check_array(field, value, out.size());
     std::size_t i = 0;
-    for (const JsonNode& element : value) {
+    for (const JsonValue element : value.elements()) {
       const double sum = element.is_number() ? element.as_double() : -1;
       out[i] = sum >= 0 && sum <= kLargestSum ? std::llrint(sum / kFixedUnit) : fixed(at(field, i), element);
       ++i;
@@ -98,11 +96,11 @@ class Line : public LogLine {
 // ---- The sums of a record. ----
 
 /// The domains of a record, by name.
-using Domains = std::vector<std::pair<std::string_view, const JsonNode*>>;
+using Domains = std::vector<std::pair<std::string_view, JsonValue>>;
 
-Domains domains_of(const JsonNode& object) {
+Domains domains_of(JsonValue object) {
   Domains domains;
-  for (const JsonNode& member : object) domains.emplace_back(member.key(), &member);
+  for (const auto member : object.members()) domains.emplace_back(member.key, member.value);
   std::ranges::sort(domains, {}, &Domains::value_type::first);
   return domains;
 }
@@ -127,21 +125,22 @@ void read_probabilities(const Line& line, RoutingStats& stats) {
 
 /// For each expert the number of its first bin that holds a token, and the counts from there on. Every token
 /// has a margin for every expert.
-void read_margins(const Line& line, const JsonNode& margins, RoutingStats& stats) {
+void read_margins(const Line& line, JsonValue margins, RoutingStats& stats) {
   const std::span<std::int64_t> all = stats.mutable_array(RoutingStats::kMargins);
   line.check_array("margins", margins, stats.counts().size());
   std::size_t expert = 0;
-  for (const JsonNode& entry : margins) {
+  for (const JsonValue entry : margins.elements()) {
     const std::string field = Line::at("margins", expert);
-    if (!entry.is_array() || entry.empty()) line.reject(field, entry, "must be an array: first bin, counts");
-    const auto first = static_cast<std::size_t>(
-        line.integer(Line::at(field, 0), *entry.begin(), 0, static_cast<std::int64_t>(kMarginBins)));
+    if (!entry.is_array() || entry.size() == 0)
+      line.reject(field, entry, "must be an array: first bin, counts");
+    const auto first = static_cast<std::size_t>(line.integer(
+        Line::at(field, 0), JsonValue(*entry.elements().begin()), 0, static_cast<std::int64_t>(kMarginBins)));
     if (first + entry.size() - 1 > kMarginBins) {
       line.reject(field, entry, "must end by bin " + std::to_string(kMarginBins - 1));
     }
     std::int64_t left = stats.tokens();
     std::size_t j = 0;
-    for (const JsonNode& element : entry) {
+    for (const JsonValue element : entry.elements()) {
       if (j++ == 0) continue;
       const std::int64_t count = line.integer(Line::at(field, j - 1), element, 0, left);
       all[expert * kMarginBins + first + j - 2] = count;
@@ -154,13 +153,13 @@ void read_margins(const Line& line, const JsonNode& margins, RoutingStats& stats
 }
 
 /// Losses are means over each expert's assignments, null where it had none; the sums weigh them by those.
-void read_losses(const Line& line, const std::string& field, const JsonNode& losses,
+void read_losses(const Line& line, const std::string& field, JsonValue losses,
                  std::span<const std::int64_t> counts, std::span<std::int64_t> sums,
                  std::span<std::int64_t> tokens) {
   constexpr double kMost = kLargestSum / 2;  // of either sign: RoutingStats::valid() wants them under 2^62
   line.check_array(field, losses, sums.size());
   std::size_t next = 0;
-  for (const JsonNode& loss : losses) {
+  for (const JsonValue loss : losses.elements()) {
     const std::size_t i = next++;
     if (loss.is_null()) continue;
     if (!loss.is_number()) line.reject(Line::at(field, i), loss, "must be a number");
@@ -174,15 +173,13 @@ void read_losses(const Line& line, const std::string& field, const JsonNode& los
 }
 
 /// `domain_loss` is the mean over each (domain, expert)'s assignments, null where it had none.
-void read_domain_losses(const Line& line, const JsonNode& losses, const Domains& domains,
-                        RoutingStats& stats) {
+void read_domain_losses(const Line& line, JsonValue losses, const Domains& domains, RoutingStats& stats) {
   if (!losses.is_object()) line.reject("domain_loss", losses, "must be an object of arrays");
   const std::size_t n = stats.counts().size();
-  for (const JsonNode& values : losses) {
-    const std::string field = "domain_loss." + std::string(values.key());
-    const auto it = std::ranges::lower_bound(domains, values.key(), {}, &Domains::value_type::first);
-    if (it == domains.end() || it->first != values.key())
-      line.fail(field, "unknown", "must be in domain_counts");
+  for (const auto [key, values] : losses.members()) {
+    const std::string field = "domain_loss." + std::string(key);
+    const auto it = std::ranges::lower_bound(domains, key, {}, &Domains::value_type::first);
+    if (it == domains.end() || it->first != key) line.fail(field, "unknown", "must be in domain_counts");
     const auto d = static_cast<std::size_t>(std::distance(domains.begin(), it));
     read_losses(line, field, values, stats.domain_counts(static_cast<int>(d)),
                 stats.mutable_array(RoutingStats::kDomainLossSum).subspan(d * n, n),
@@ -199,7 +196,7 @@ void read_domains(const Line& line, const Domains& domains, RoutingStats& stats)
   for (const auto& [name, values] : domains) {
     const std::string field = "domain_counts." + std::string(name);
     const std::span<std::int64_t> out = all.subspan(at++ * counts.size(), counts.size());
-    line.integers(field, *values, out);
+    line.integers(field, values, out);
     for (std::size_t i = 0; i < out.size(); ++i) {
       sums[i] += out[i];
       assignments += out[i];
@@ -228,15 +225,14 @@ void check_sum(const Line& line, std::span<const std::int64_t> counts, std::int6
   }
 }
 
-RoutingStats read_stats(const Line& line, const LogHeader& header, std::int64_t tokens,
-                        const JsonNode& counts) {
-  if (!counts.is_array() || counts.empty())
+RoutingStats read_stats(const Line& line, const LogHeader& header, std::int64_t tokens, JsonValue counts) {
+  if (!counts.is_array() || counts.size() == 0)
     line.reject("counts", counts, "must be an array, one for each expert");
   if (header.experts) line.check_array("counts", counts, static_cast<std::size_t>(*header.experts));
   StatsShape shape;
   shape.experts = static_cast<int>(counts.size());
   shape.top_k = header.top_k.value_or(0);
-  if (const JsonNode* top_k = line.find("top_k")) {
+  if (const auto top_k = line.find("top_k")) {
     shape.top_k = static_cast<int>(line.integer("top_k", *top_k, 1, shape.experts));
     if (header.top_k && shape.top_k != *header.top_k) {
       line.reject("top_k", *top_k, "must be " + std::to_string(*header.top_k) + ", as the first line says");
@@ -244,23 +240,23 @@ RoutingStats read_stats(const Line& line, const LogHeader& header, std::int64_t 
   } else if (!header.top_k) {
     line.fail("top_k", "missing", "required where the first line does not give it");
   }
-  const JsonNode* gap = line.find("gap_sum");
-  const JsonNode* gradients = line.find("grad_norm");
-  const JsonNode* losses = line.find("expert_loss");
-  const JsonNode* latencies = line.find("latency");
-  const JsonNode* margins = line.find("margins");
-  const JsonNode* domains = line.find("domain_counts");
-  const JsonNode* domain_losses = line.find("domain_loss");
+  const auto gap = line.find("gap_sum");
+  const auto gradients = line.find("grad_norm");
+  const auto losses = line.find("expert_loss");
+  const auto latencies = line.find("latency");
+  const auto margins = line.find("margins");
+  const auto domains = line.find("domain_counts");
+  const auto domain_losses = line.find("domain_loss");
   if (domain_losses && !domains) line.fail("domain_counts", "missing", "required with domain_loss");
   if (domains && !domains->is_object()) line.reject("domain_counts", *domains, "must be an object of arrays");
-  shape.needs = {.gap = gap != nullptr,
+  shape.needs = {.gap = gap.has_value(),
                  .sequences = line.has_all({"sequences", "sequence_sq", "sequence_cross", "sequence_len_sq"}),
                  .probabilities = line.has_all({"prob_sum", "sqrt_prob_sum", "token_entropy_sum"}),
-                 .gradients = gradients != nullptr,
-                 .losses = losses != nullptr,
-                 .domain_losses = domain_losses != nullptr,
-                 .latencies = latencies != nullptr,
-                 .margins = margins != nullptr,
+                 .gradients = gradients.has_value(),
+                 .losses = losses.has_value(),
+                 .domain_losses = domain_losses.has_value(),
+                 .latencies = latencies.has_value(),
+                 .margins = margins.has_value(),
                  .domains = domains ? static_cast<int>(domains->size()) : 0};
   RoutingStats stats(shape);
   stats.set_scalar(RoutingStats::kTokens, tokens);
@@ -272,7 +268,7 @@ RoutingStats read_stats(const Line& line, const LogHeader& header, std::int64_t 
   }
   if (shape.needs.sequences) read_sequences(line, stats);
   if (shape.needs.probabilities) read_probabilities(line, stats);
-  if (const JsonNode* dropped = line.find("dropped"); dropped && !dropped->is_null()) {
+  if (const auto dropped = line.find("dropped"); dropped && !dropped->is_null()) {
     stats.set_scalar(RoutingStats::kDropped, line.integer("dropped", *dropped, 0, stats.assignments()));
     stats.set_scalar(RoutingStats::kDropTokens, tokens);
   }
@@ -300,13 +296,13 @@ RoutingStats read_stats(const Line& line, const LogHeader& header, std::int64_t 
 
 // ---- What only run logs have. ----
 
-void read_values(const Line& line, const std::string& field, const JsonNode& entry, const char* key,
+void read_values(const Line& line, const std::string& field, JsonValue entry, const char* key,
                  std::vector<double>& out) {
-  const JsonNode* it = entry.find(key);
+  const auto it = entry.find(key);
   if (!it || it->is_null()) return;
   if (!it->is_array()) line.reject(field + '.' + key, *it, "must be an array");
   out.reserve(it->size());
-  for (const JsonNode& value : *it) {
+  for (const JsonValue value : it->elements()) {
     if (value.is_number()) {
       out.push_back(value.as_double());
     } else {
@@ -316,8 +312,7 @@ void read_values(const Line& line, const std::string& field, const JsonNode& ent
   }
 }
 
-void read_extent(const Line& line, const std::string& field, const JsonNode& entry,
-                 LoggedActuator& actuator) {
+void read_extent(const Line& line, const std::string& field, JsonValue entry, LoggedActuator& actuator) {
   if (!actuator.applied.empty()) {
     const auto [min, max] = std::minmax_element(actuator.applied.begin(), actuator.applied.end());
     actuator.min = *min;
@@ -325,40 +320,41 @@ void read_extent(const Line& line, const std::string& field, const JsonNode& ent
     return;
   }
   for (const auto& [key, out] : {std::pair{"min", &actuator.min}, std::pair{"max", &actuator.max}}) {
-    const JsonNode* value = entry.find(key);
+    const auto value = entry.find(key);
     if (value && !value->is_null()) *out = line.real(field + '.' + key, *value);
   }
 }
 
-void read_words(const Line& line, const std::string& field, const JsonNode& list,
-                std::vector<std::string>& out) {
+void read_words(const Line& line, const std::string& field, JsonValue list, std::vector<std::string>& out) {
   if (!list.is_array()) line.reject(field, list, "must be an array");
-  for (const JsonNode& word : list) out.push_back(line.text(Line::at(field, out.size()), word));
+  for (const JsonValue word : list.elements()) out.push_back(line.text(Line::at(field, out.size()), word));
 }
 
 void read_decisions(const Line& line, LogRecord& record) {
-  if (const JsonNode* metrics = line.find("metrics")) {
+  if (const auto metrics = line.find("metrics")) {
     if (!metrics->is_object()) line.reject("metrics", *metrics, "must be an object");
-    for (const JsonNode& value : *metrics) {
+    for (const auto member : metrics->members()) {
+      const JsonValue value = member.value;
       if (value.is_null() || value.is_array()) continue;
-      const std::string name(value.key());
+      const std::string name(member.key);
       record.metrics.emplace(name,
                              value.is_number() ? value.as_double() : line.real("metrics." + name, value));
     }
   }
-  if (const JsonNode* health = line.find("health")) record.health = line.text("health", *health);
-  if (const JsonNode* alerts = line.find("alerts")) read_words(line, "alerts", *alerts, record.alerts);
-  if (const JsonNode* actuators = line.find("actuators")) {
+  if (const auto health = line.find("health")) record.health = line.text("health", *health);
+  if (const auto alerts = line.find("alerts")) read_words(line, "alerts", *alerts, record.alerts);
+  if (const auto actuators = line.find("actuators")) {
     if (!actuators->is_object()) line.reject("actuators", *actuators, "must be an object");
-    for (const JsonNode& entry : *actuators) {
-      const std::string name(entry.key());
+    for (const auto member : actuators->members()) {
+      const JsonValue entry = member.value;
+      const std::string name(member.key);
       const std::string field = "actuators." + name;
       if (!entry.is_object()) line.reject(field, entry, "must be an object");
       LoggedActuator& actuator = record.actuators[name];
       read_values(line, field, entry, "proposed", actuator.proposed);
       read_values(line, field, entry, "applied", actuator.applied);
       read_extent(line, field, entry, actuator);
-      if (const JsonNode* reasons = entry.find("reasons")) {
+      if (const auto reasons = entry.find("reasons")) {
         read_words(line, field + ".reasons", *reasons, actuator.reasons);
       }
     }
@@ -366,11 +362,12 @@ void read_decisions(const Line& line, LogRecord& record) {
 }
 
 // Null if they are equal.
-std::shared_ptr<const LoadTargets> read_targets(const Line& line, const std::string& field,
-                                                const JsonNode& targets, std::optional<int> experts) {
+std::shared_ptr<const LoadTargets> read_targets(const Line& line, const std::string& field, JsonValue targets,
+                                                std::optional<int> experts) {
   if (!targets.is_array()) line.reject(field, targets, "must be an array");
   std::vector<double> shares;
-  for (const JsonNode& share : targets) shares.push_back(line.real(Line::at(field, shares.size()), share));
+  for (const JsonValue share : targets.elements())
+    shares.push_back(line.real(Line::at(field, shares.size()), share));
   if (shares.empty()) return nullptr;
   try {
     LoadTargets read(experts.value_or(static_cast<int>(shares.size())), shares);
@@ -386,7 +383,7 @@ void LogLine::fail(const std::string& field, const std::string& value, const std
   throw LogError(file + ':' + std::to_string(number) + ": " + field + ": " + value + ": " + constraint);
 }
 
-void LogLine::reject(const std::string& field, const JsonNode& value, const std::string& constraint) const {
+void LogLine::reject(const std::string& field, JsonValue value, const std::string& constraint) const {
   std::string text = value.dump();
   if (text.size() > 60) text = text.substr(0, 60) + "...";
   fail(field, text, constraint);
@@ -404,20 +401,20 @@ LogHeader read_header(const LogLine& at, bool any_version) {
     line.reject("version", line.need("version"), "must be 1, the only version there is");
   }
   constexpr std::int64_t kMost = 1 << 30;
-  const JsonNode* from = &line.object;
+  JsonValue from = line.object;
   std::string prefix;
   if (header.is_run) {
-    const JsonNode& config = line.need("config");
+    const JsonValue config = line.need("config");
     if (!config.is_object()) line.reject("config", config, "must be an object");
     header.config_json = config.dump();
-    const JsonNode* model = config.find("model");
+    const auto model = config.find("model");
     if (!model || !model->is_object()) line.fail("config.model", "missing", "required");
-    from = model;
+    from = *model;
     prefix = "config.model.";
   }
   for (const auto& [key, out] : {std::pair{"layers", &header.layers}, std::pair{"experts", &header.experts},
                                  std::pair{"top_k", &header.top_k}}) {
-    if (const JsonNode* value = from->find(key)) {
+    if (const auto value = from.find(key)) {
       *out = static_cast<int>(line.integer(prefix + key, *value, 1, kMost));
     }
   }
@@ -425,10 +422,10 @@ LogHeader read_header(const LogLine& at, bool any_version) {
     line.fail(prefix + "top_k", std::to_string(*header.top_k),
               "must be at most experts (" + std::to_string(*header.experts) + ")");
   }
-  if (const JsonNode* targets = from->find("targets"); targets && header.is_run)
+  if (const auto targets = from.find("targets"); targets && header.is_run)
     header.targets = read_targets(line, prefix + "targets", *targets, header.experts);
-  if (const JsonNode* shift = line.find("shift")) header.shift = line.integer("shift", *shift);
-  if (const JsonNode* piece = line.find("piece")) header.piece = line.integer("piece", *piece, 1);
+  if (const auto shift = line.find("shift")) header.shift = line.integer("shift", *shift);
+  if (const auto piece = line.find("piece")) header.piece = line.integer("piece", *piece, 1);
   return header;
 }
 
@@ -437,30 +434,29 @@ LogRecord read_record(const LogLine& at, const LogHeader& header) {
   LogRecord record;
   record.line = at.number;
   record.step = line.integer("step", line.need("step"));
-  const JsonNode& layer = line.need("layer");
+  const JsonValue layer = line.need("layer");
   const bool whole_model = header.is_run && layer.is_null();
   if (!whole_model) {
     const std::int64_t last = header.layers ? *header.layers - 1 : std::int64_t{1} << 30;
     record.layer = static_cast<int>(line.integer("layer", layer, 0, last));
   }
-  if (const JsonNode* tag = line.find("tag")) record.tag = line.text("tag", *tag);
-  if (const JsonNode* loss = line.find("loss"); loss && !loss->is_null())
-    record.loss = line.real("loss", *loss);
-  if (const JsonNode* mixture = line.find("next_mixture")) {
+  if (const auto tag = line.find("tag")) record.tag = line.text("tag", *tag);
+  if (const auto loss = line.find("loss"); loss && !loss->is_null()) record.loss = line.real("loss", *loss);
+  if (const auto mixture = line.find("next_mixture")) {
     if (!mixture->is_object()) line.reject("next_mixture", *mixture, "must be an object of token counts");
-    for (const JsonNode& tokens : *mixture) {
-      const std::string name(tokens.key());
+    for (const auto [key, tokens] : mixture->members()) {
+      const std::string name(key);
       record.next_mixture[name] = line.integer("next_mixture." + name, tokens);
     }
   }
   if (!whole_model) {
     record.tokens = line.integer("tokens", line.need("tokens"));
     // A run log with `per_expert: false` has no counts; a trace without them is none.
-    const JsonNode* counts = header.is_run ? line.find("counts") : &line.need("counts");
+    const auto counts = header.is_run ? line.find("counts") : std::optional(line.need("counts"));
     if (counts) record.stats = read_stats(line, header, record.tokens, *counts);
     if (!counts || !header.targets || header.targets->experts() == record.stats.experts())
       record.targets = header.targets;
-    if (const JsonNode* domains = line.find("domain_counts"); domains && counts) {
+    if (const auto domains = line.find("domain_counts"); domains && counts) {
       for (const auto& [name, values] : domains_of(*domains)) record.domains.emplace_back(name);
     }
   }

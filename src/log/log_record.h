@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <string>
 
-#include "log/json_line.h"
+#include "log/json.h"
 #include "moectl/run_log.h"
 
 namespace moectl {
@@ -14,11 +14,10 @@ namespace moectl {
 struct LogLine {
   const std::string& file;
   std::int64_t number;
-  const JsonNode& object;
+  JsonValue object;
 
   /// Throws a LogError that names the line, the field and the value.
-  [[noreturn]] void reject(const std::string& field, const JsonNode& value,
-                           const std::string& constraint) const;
+  [[noreturn]] void reject(const std::string& field, JsonValue value, const std::string& constraint) const;
   [[noreturn]] void fail(const std::string& field, const std::string& value,
                          const std::string& constraint) const;
 };

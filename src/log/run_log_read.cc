@@ -1,10 +1,10 @@
 // Files of lines → one record after another: pieces, damage, what is missing, and what is still being written.
 #include <algorithm>
 #include <filesystem>
+#include <nlohmann/json.hpp>
 #include <set>
 #include <utility>
 
-#include "log/json_line.h"
 #include "log/log_lines.h"
 #include "log/log_record.h"
 #include "moectl/run_log.h"
@@ -77,8 +77,10 @@ std::string range_of(const std::string& word, std::int64_t from, std::int64_t to
   return word + "s " + std::to_string(from) + " to " + std::to_string(to);
 }
 
+static_assert(LogLines::kPadding >= JsonParser::kPadding);
+
 /// Pieces of one log differ in their number alone.
-json without_number(const JsonNode& header) {
+json without_number(JsonValue header) {
   json object = json::parse(header.dump());
   object.erase("piece");
   return object;
@@ -109,11 +111,8 @@ struct LogReader::File {
       parsed.parse(text);
     } catch (const LogError& e) {
       throw Damage(e.what());
-    } catch (const json::exception& e) {
-      const std::string_view what = e.what();
-      const std::size_t said = what.find(": ");
-      throw Damage(lines->name() + ':' + std::to_string(lines->number()) + ": line: not JSON: " +
-                   std::string(what.substr(said == std::string_view::npos ? 0 : said + 2)) +
+    } catch (const JsonError& e) {
+      throw Damage(lines->name() + ':' + std::to_string(lines->number()) + ": line: not JSON: " + e.what() +
                    (lines->complete() ? "" : " (the file ends within this line)"));
     }
     if (!object().is_object()) {
@@ -125,8 +124,8 @@ struct LogReader::File {
     }
     return true;
   }
-  const JsonNode& object() const { return parsed.value(); }
-  bool is_header() const { return object().find("format") != nullptr; }
+  const JsonValue& object() const { return parsed.value(); }
+  bool is_header() const { return object().find("format").has_value(); }
   LogLine line() const { return {lines->name(), lines->number(), object()}; }
 
   /// The first line of the file: a header, or a record of a trace without one.
@@ -278,7 +277,7 @@ struct LogReader::File {
   std::function<bool()> follow;
   std::unique_ptr<LogLines> lines;
   std::vector<std::string> pending;  // pieces still to be read
-  JsonLine parsed;
+  JsonParser parsed;
   json first_line;
   LogHeader header;
   bool first_is_record = false;
