@@ -62,7 +62,6 @@ std::vector<Case> cases() {
   cases.push_back({"quantile_delay", with(bias, "quantile_bias")});
   cases.back().config.model.delay = 2;
   cases.push_back({"quantile_exact", with(bias, "quantile_bias", {{"form", std::string("exact")}})});
-  cases.push_back({"autotune", with(Actuator::kAuxLossWeight, "pi", {{"autotune", true}, {"target", 0.8}})});
   // Everything that a controller can hold beside its policies.
   ControllerConfig full = with(Actuator::kAuxLossWeight, "pi");
   full.aux_loss_weight.scope = Scope::kModel;

@@ -283,12 +283,12 @@ TEST(Json, LineNumbersOfWhatIsNotJson) {
       if (!record.empty() && (!expected || repeated)) wrong.push_back(line);
     }
     const std::string path = dir.write("t", text);
-    LogReader reader(path, Reading::kSalvage);
+    LogReader reader(path, FaultPolicy::kSalvage);
     while (reader.next()) continue;
     std::vector<int> said;
     for (const std::string& fault : reader.faults()) {
       const std::size_t at = fault.find(": line: not JSON"),
-                        start = std::string("passed over: ").size() + path.size() + 1;
+                        start = std::string("skipped: ").size() + path.size() + 1;
       if (at != std::string::npos) said.push_back(std::stoi(fault.substr(start)));
     }
     ASSERT_EQ(said, wrong) << text;
