@@ -154,17 +154,14 @@ void add_replay(CLI::App& app, Tool& tool) {
   CLI::App* command =
       app.add_subcommand("replay", "Show what the controller would have commanded on recorded counts");
   command->footer(
-      "The controller runs active and without lag: what is applied at step t uses step t's counts. Records "
-      "tagged\n"
-      "other than 'train' are passed over; a layer that a step does not mention has no data in it.\n"
-      "A damaged trace (torn or unreadable lines, holes, a second run joined on, another version) is "
-      "replayed "
-      "as far\n"
-      "as it can be read, and the rest is said; a record that is wrong ends the command, unless --salvage is "
-      "given.\n\n"
-      "Examples:\n"
-      "  moectl replay policies/sign_bias.yaml trace.jsonl -o run.jsonl\n"
-      "  zcat trace.jsonl.gz | moectl replay policies/sign_bias.yaml - | head");
+      R"(The controller runs active and without lag: the value applied at step t uses the counts of step t.
+Records with another tag than 'train' are skipped. A layer that a step does not mention has no data in that step.
+A damaged trace (torn or unreadable lines, holes, a second run joined on, another version) is replayed as far as it
+can be read, and the rest is reported. A record that is wrong ends the command, unless --salvage is given.
+
+Examples:
+  moectl replay policies/sign_bias.yaml trace.jsonl -o run.jsonl
+  zcat trace.jsonl.gz | moectl replay policies/sign_bias.yaml - | head)");
   auto options = std::make_shared<Options>();
   command->add_option("CONFIG", options->config, "YAML config")->required();
   command->add_option("TRACE", options->trace, "Trace or run log. A line of a trace: " + kTraceLine)

@@ -62,12 +62,12 @@ int report(const Options& options) {
 void add_report(CLI::App& app, Tool& tool) {
   CLI::App* command = app.add_subcommand("report", "Write one self-contained page about one or several runs");
   command->footer(
-      "The page needs no network. Long runs are downsampled with their extremes kept; lines that cannot be "
-      "read are\n"
-      "passed over and said, here and on the page.\n\n"
-      "Examples:\n"
-      "  moectl report runs/demo/*.jsonl -o report.html\n"
-      "  moectl report before.jsonl after.jsonl --shift 420 -o report.html");
+      R"(The page needs no network. Long runs are downsampled with their extremes kept. Lines that cannot be read are skipped
+and reported, here and on the page.
+
+Examples:
+  moectl report runs/demo/*.jsonl -o report.html
+  moectl report before.jsonl after.jsonl --shift 420 -o report.html)");
   auto options = std::make_shared<Options>();
   command->add_option("RUN", options->runs, "Run logs or traces")->required();
   command->add_option("-o,--output", options->output, "The page to write; - is standard output")->required();

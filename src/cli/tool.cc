@@ -62,7 +62,8 @@ void add_salvage(CLI::App& command, FaultPolicy& fault_policy) {
   fault_policy = FaultPolicy::kRepair;
   command.add_flag_callback(
       "--salvage", [&fault_policy] { fault_policy = FaultPolicy::kSalvage; },
-      "Skip records that are wrong (damaged ones are skipped in any case); both are listed on standard error");
+      "Skip records that are wrong (damaged ones are skipped in any case); both are listed on standard "
+      "error");
 }
 
 std::string Table::text() const {

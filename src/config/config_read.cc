@@ -56,8 +56,7 @@ class Reader {
       if (const auto wrong = check_value(field, value))
         throw map.error(field.key, value, wrong->constraint + did_you_mean(value, field.range.choices()));
     } else if constexpr (std::is_same_v<T, std::int64_t>) {
-      if (is_absent(field, value))
-        throw map.error(field.key, shown(value), violated(field.range, -1));
+      if (is_absent(field, value)) throw map.error(field.key, shown(value), violated(field.range, -1));
     }
   }
 
