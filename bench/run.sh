@@ -34,3 +34,4 @@ awk -F, '
       printf "%-66s %7.2f   linear = 1\n", "step: time per expert at 100 x 4096 / at 58 x 256",
         (time[large] / 409600) / (time[step] / 14848)
   }' "$results"
+"$build/log_bench"

@@ -56,8 +56,6 @@ struct GuardOptions {
   std::int64_t patience = 300;
   std::int64_t cooldown = 100;  ///< Steps after a rollback before the next intervention, ≥ 0.
 };
-/// What is wrong with the options, as "key: value: constraint"; empty if nothing.
-std::string check_guard(const GuardOptions& options);
 
 /// kHandingBack: the scalars return while the guard still sets the biases. kHolding: likewise, but the scalars stay at
 /// the last step at which the layer was balanced.

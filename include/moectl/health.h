@@ -63,8 +63,6 @@ struct HealthOptions {
   std::vector<AlertRule> alerts{};   ///< On the metrics of the step.
 };
 
-/// What is wrong with the options, as "key: value: constraint"; empty if nothing.
-std::string check_health(const HealthOptions& options);
 /// The bands in force at a step.
 Bands bands_at(const HealthOptions& options, std::int64_t step);
 

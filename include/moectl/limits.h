@@ -69,8 +69,6 @@ struct Limits {
 /// temperature: 0.1 to 10, rate 0.1. An auxiliary-loss weight with the initial value 0 (off) has the range 0 to 0.1,
 /// and stays at 0 because its moves are ratios.
 Limits default_limits(Actuator actuator, std::optional<double> initial = {});
-/// What is wrong with the limits and the initial value, as "key: constraint"; empty if nothing.
-std::string check_limits(Actuator actuator, const Limits& limits, double initial);
 
 /// Supervision that acts on every actuator in the same way. Absent = off.
 struct RollbackOptions {

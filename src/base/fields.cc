@@ -1,7 +1,8 @@
 #include "base/fields.h"
 
-#include <charconv>
 #include <cmath>
+
+#include "base/format.h"
 
 namespace moectl {
 
@@ -10,15 +11,12 @@ std::string text_of(const std::optional<ConfigProblem>& problem) {
 }
 
 std::string shown(double value) {
-  char text[32];
-  return {text, std::to_chars(text, text + sizeof text, value).ptr};
+  return exact(value);
 }
 
 std::string shown(std::int64_t value) {
   if (std::abs(static_cast<double>(value)) < 1e15) return std::to_string(value);
-  char text[32];
-  const auto rounded = static_cast<double>(value);
-  return {text, std::to_chars(text, text + sizeof text, rounded, std::chars_format::general, 6).ptr};
+  return brief(static_cast<double>(value), 6);
 }
 
 std::string listed(const std::vector<std::string>& words, const char* last) {

@@ -18,9 +18,4 @@ inline std::string brief(double value, int digits = 4) {
   return {text, std::to_chars(text, text + sizeof text, value, std::chars_format::general, digits).ptr};
 }
 
-/// What is wrong with the value of a key.
-inline std::string violated(const std::string& key, double value, const std::string& constraint) {
-  return key + ": " + exact(value) + ": " + constraint;
-}
-
 }  // namespace moectl

@@ -12,19 +12,16 @@ namespace moectl {
 class NoSigpipe {
  public:
   NoSigpipe() {
-    sigset_t pending;
-    sigpending(&pending);
-    was_pending_ = sigismember(&pending, SIGPIPE) == 1;  // the host's own: left alone
     sigemptyset(&pipe_);
     sigaddset(&pipe_, SIGPIPE);
     pthread_sigmask(SIG_BLOCK, &pipe_, &before_);
   }
   ~NoSigpipe() {
+    // Where the host blocks the signal itself, a pending one is the host's.
+    if (sigismember(&before_, SIGPIPE) == 1) return;
     const int error = errno;  // of the write
     const timespec now{};
-    if (!was_pending_) {
-      while (sigtimedwait(&pipe_, nullptr, &now) == SIGPIPE) {
-      }
+    while (sigtimedwait(&pipe_, nullptr, &now) == SIGPIPE) {
     }
     pthread_sigmask(SIG_SETMASK, &before_, nullptr);
     errno = error;
@@ -34,7 +31,6 @@ class NoSigpipe {
 
  private:
   sigset_t pipe_, before_;
-  bool was_pending_;
 };
 
 }  // namespace moectl

@@ -1,5 +1,4 @@
 #include "control/guard.h"
-#include "base/format.h"
 
 #include <algorithm>
 #include <array>
@@ -49,10 +48,6 @@ constexpr double kExponentRaise = 0.1;
 constexpr double kRestoredTolerance = 1e-9;
 
 }  // namespace
-
-std::string check_guard(const GuardOptions& options) {
-  return text_of(check_fields(options));
-}
 
 std::string_view name_of(GuardState state) {
   constexpr std::array<std::string_view, 6> kNames = {"watching", "intervening",  "handing_back",

@@ -9,7 +9,7 @@
 namespace moectl {
 namespace {
 
-// Reads: config differs: saved with "model.experts: 16", this run has "model.experts: 8"".
+// The message, as: config differs: saved with "model.experts: 16", this run has "model.experts: 8"
 std::string first_difference(std::string_view saved, std::string_view own) {
   while (!saved.empty() || !own.empty()) {
     const std::string_view a = saved.substr(0, saved.find('\n'));

@@ -78,8 +78,8 @@ void check_same_everywhere(const Reduction& reduction, std::span<const std::stri
     if (first_agree(same + more)) same += more;
   }
   throw ReductionError("ranks disagree on the config: this rank has " +
-                       (same < lines.size() ? '"' + lines[same] + '"' : "none of the keys that others have") +
-                       ", another rank has not");
+                       (same < lines.size() ? '"' + lines[same] + "\", another rank another value"
+                                            : "fewer keys than another rank"));
 }
 
 Payload::Payload(std::size_t layers, std::size_t flat_size, std::size_t domains)

@@ -31,7 +31,7 @@ void PendingReduction::launch(const Reduction& reduction, const Exchange* exchan
 }
 
 void PendingReduction::finish(const Reduction& reduction, Payload& total) {
-  // What failed before is complete in the share: sums from elsewhere were added to it.
+  // A payload that failed before is complete: the sums from elsewhere were added to local_sums_.
   if (state_ == State::kLocalSums) launch(reduction, nullptr);
   state_ = State::kLocalSums;
   if (const Reduction::Wait wait = std::exchange(wait_, {})) rethrow_as_reduction_error(wait);
@@ -44,7 +44,7 @@ void PendingReduction::exchange(StateIo& io) {
   bool to_send = loaded();
   io.value("to_send", to_send);
   if (io.reads()) state_ = to_send ? State::kLocalSums : State::kEmpty;
-  local_sums_.exchange(io, "share", to_send);
+  local_sums_.exchange(io, "local_sums", to_send);
 }
 
 }  // namespace moectl

@@ -6,7 +6,6 @@
 #include <limits>
 #include <stdexcept>
 
-#include "base/format.h"
 #include "base/lanes.h"
 #include "control/config_check.h"
 #include "control/config_fields.h"
@@ -171,16 +170,12 @@ std::optional<ConfigProblem> problem_in(Actuator actuator, const Limits& limits,
   return {};
 }
 
-std::string check_limits(Actuator actuator, const Limits& limits, double initial) {
-  return text_of(problem_in(actuator, limits, initial));
-}
-
 SafetyLimiter::SafetyLimiter(Actuator actuator, const Limits& limits, const SafetyOptions& options, int size,
                              double safe_value)
     : actuator_(actuator), limits_(limits), options_(options), safe_value_(safe_value) {
   if (size < 1) throw std::invalid_argument("limiter: size " + std::to_string(size) + " must be at least 1");
-  if (const std::string wrong = check_limits(actuator, limits, safe_value); !wrong.empty()) {
-    throw std::invalid_argument("limits: " + wrong);
+  if (const auto wrong = problem_in(actuator, limits, safe_value)) {
+    throw std::invalid_argument("limits: " + text_of(wrong));
   }
   const auto n = static_cast<std::size_t>(size);
   for (std::vector<double>* v : {&last_good_, &candidate_}) v->assign(n, safe_value);

@@ -100,55 +100,46 @@ RouterActuators TorchController::views(std::int64_t layer) const {
 
 // torch::load and Module::to replace the storage of a registered buffer in place, in the tensor that was handed out: the
 // router would read the old values for ever. What was handed out is our own tensor, so the change can be seen here.
+bool TorchController::is_home(const ::torch::Tensor& tensor, std::int64_t offset, std::int64_t size) const {
+  return tensor.is_alias_of(values_) && tensor.storage_offset() == offset && tensor.numel() == size &&
+         tensor.scalar_type() == ::torch::kFloat;
+}
+
 void TorchController::check_wiring() {
-  const ModelConfig& model = controller_.config().model;
-  const std::int64_t layers = model.layers, experts = model.experts;
-  const auto at_home = [&](const ::torch::Tensor& tensor, std::int64_t offset, std::int64_t size) {
-    return tensor.is_alias_of(values_) && tensor.storage_offset() == offset && tensor.numel() == size &&
-           tensor.scalar_type() == ::torch::kFloat;
-  };
+  const std::int64_t layers = controller_.config().model.layers, experts = controller_.config().model.experts;
   for (std::int64_t layer = 0; layer < layers; ++layer) {
     const RouterActuators& handed_out = actuators_[static_cast<std::size_t>(layer)];
-    if (at_home(handed_out.bias, layer * experts, experts) &&
-        at_home(handed_out.temperature, layers * experts + layer, 1) &&
-        at_home(handed_out.aux_loss_weight, layers * (experts + 1) + layer, 1)) {
-      continue;
-    }
-    rewire(layer);
+    const std::int64_t temperature = layers * experts + layer, weight = temperature + layers;
+    if (!is_home(handed_out.bias, layer * experts, experts)) rewire(layer, "bias", &RouterActuators::bias);
+    if (!is_home(handed_out.temperature, temperature, 1))
+      rewire(layer, "temperature", &RouterActuators::temperature);
+    if (!is_home(handed_out.aux_loss_weight, weight, 1))
+      rewire(layer, "aux_loss_weight", &RouterActuators::aux_loss_weight);
   }
 }
 
-void TorchController::rewire(std::int64_t layer) {
+void TorchController::rewire(std::int64_t layer, const char* name, ::torch::Tensor RouterActuators::*which) {
   const c10::InferenceMode normal(false);
   const ::torch::NoGradGuard no_grad;
-  RouterActuators& handed_out = actuators_[static_cast<std::size_t>(layer)];
-  const RouterActuators home = views(layer);
-  const auto tie = [&](const char* name, ::torch::Tensor& tensor, const ::torch::Tensor& to) {
-    if (tensor.is_alias_of(values_) && tensor.storage_offset() == to.storage_offset() &&
-        tensor.sizes() == to.sizes() && tensor.scalar_type() == to.scalar_type()) {
-      return;
-    }
-    std::ostringstream what;
-    what << "layer " << layer << ": " << name
-         << ": the tensor that the controller handed out now lies elsewhere (" << tensor.scalar_type()
-         << " on " << tensor.device() << ")";
-    if (tensor.device() != to.device()) {
-      what << ": the controller writes on " << to.device()
-           << ". Make the TorchController with TorchOptions::device set to the device of the model, before "
-              "the model "
-              "registers the tensor as a buffer";
-      throw std::invalid_argument(what.str());
-    }
-    tensor.set_data(to);
-    ++rewired_;
-    TORCH_WARN(what.str(),
-               ", as after torch::load or Module::to(dtype). It was tied to the controller again and holds "
-               "the values "
-               "in force (float32). Values that came with a checkpoint are not taken over.");
-  };
-  tie("bias", handed_out.bias, home.bias);
-  tie("temperature", handed_out.temperature, home.temperature);
-  tie("aux_loss_weight", handed_out.aux_loss_weight, home.aux_loss_weight);
+  ::torch::Tensor& tensor = actuators_[static_cast<std::size_t>(layer)].*which;
+  const ::torch::Tensor home = views(layer).*which;
+  std::ostringstream what;
+  what << "layer " << layer << ": " << name
+       << ": the tensor that the controller handed out now lies elsewhere (" << tensor.scalar_type() << " on "
+       << tensor.device() << ")";
+  if (tensor.device() != home.device()) {
+    what << ": the controller writes on " << home.device()
+         << ". Make the TorchController with TorchOptions::device set to the device of the model, before the "
+            "model "
+            "registers the tensor as a buffer";
+    throw std::invalid_argument(what.str());
+  }
+  tensor.set_data(home);
+  ++rewired_;
+  TORCH_WARN(what.str(),
+             ", as after torch::load or Module::to(dtype). It was tied to the controller again and holds the "
+             "values in "
+             "force (float32). Values that came with a checkpoint are not taken over.");
 }
 
 void TorchController::publish() {
@@ -186,6 +177,7 @@ void TorchController::save(::torch::serialize::OutputArchive& archive, const std
 }
 
 void TorchController::load(std::string_view state) {
+  check_wiring();
   controller_.load(state);
   if (sums_) sums_->clear();
   publish();

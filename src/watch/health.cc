@@ -112,10 +112,6 @@ std::optional<ConfigProblem> problem_in(const HealthOptions& options) {
   return {};
 }
 
-std::string check_health(const HealthOptions& options) {
-  return text_of(problem_in(options));
-}
-
 Bands bands_at(const HealthOptions& options, std::int64_t step) {
   Bands bands = options.bands;
   for (const Phase& phase : options.phases) {
@@ -160,7 +156,7 @@ HealthMonitor::HealthMonitor(const StatsShape& shape, HealthOptions options, con
     slowdown_ = on_target.straggler_slowdown.value_or(1);
     wanted_ -= on_target.inactive_experts.value_or(0);
   }
-  if (const std::string fault = check_health(options_); !fault.empty()) throw std::invalid_argument(fault);
+  if (const auto wrong = problem_in(options_)) throw std::invalid_argument(text_of(wrong));
   for (AlertRule& rule : options_.alerts) {
     if (rule.name.empty()) {
       rule.name =

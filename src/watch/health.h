@@ -32,7 +32,7 @@ class Latch {
 
 class HealthMonitor {
  public:
-  /// Throws std::invalid_argument if check_health() finds a fault. `on_target`: metrics_on_target() for unequal
+  /// Throws std::invalid_argument on options out of range. `on_target`: metrics_on_target() for unequal
   /// targets; absent metrics mean the values for equal targets.
   HealthMonitor(const StatsShape& shape, HealthOptions options, const Metrics& on_target = {});
   // Alerts are views of the monitor's own names.

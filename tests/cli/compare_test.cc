@@ -52,7 +52,7 @@ TEST(Compare, FiguresOfAMadeRun) {
   EXPECT_NEAR(plain["max_vio"].get<double>(), 0.1, 1e-12);
 }
 
-TEST(Compare, StepsAreWeightedByTheirTokens) {
+TEST(FieldCases, D4_StepsAreWeightedByTheirTokens) {
   const TempDir dir;
   // Nine steps in ten route one token, to one expert: MaxVio and CV 1, a floor of CV of √((2/1 - 1)/1) = 1.
   std::string run;

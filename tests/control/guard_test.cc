@@ -1,5 +1,7 @@
 #include "control/guard.h"
 
+#include "control/config_fields.h"
+
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -56,11 +58,11 @@ const LayerReport& feed(Controller& controller, const Counts& counts) {
 const Counts kPile = {97, 1, 1, 1}, kEven = {25, 25, 25, 25};
 
 TEST(Guard, OptionsNameKeyValueAndConstraint) {
-  EXPECT_EQ(check_guard({}), "");
+  EXPECT_FALSE(check_fields(GuardOptions()));
   const auto wrong = [](auto&& change) {
     GuardOptions options;
     change(options);
-    return check_guard(options);
+    return text_of(check_fields(options));
   };
   EXPECT_EQ(wrong([](GuardOptions& o) { o.entropy_fall = 0; }), "entropy_fall: 0: must be in (0, 1]");
   EXPECT_EQ(wrong([](GuardOptions& o) { o.confirm = 0; }), "confirm: 0: must be at least 1");

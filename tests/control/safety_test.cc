@@ -1,4 +1,5 @@
 #include "control/safety.h"
+#include "control/config_check.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -13,6 +14,10 @@
 
 namespace moectl {
 namespace {
+
+std::string check_limits(Actuator actuator, const Limits& limits, double initial) {
+  return text_of(problem_in(actuator, limits, initial));
+}
 
 using ::testing::DoubleNear;
 using ::testing::ElementsAre;

@@ -1,4 +1,5 @@
 #include "watch/health.h"
+#include "watch/watch_fields.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -11,6 +12,10 @@
 
 namespace moectl {
 namespace {
+
+std::string check_health(const HealthOptions& options) {
+  return text_of(problem_in(options));
+}
 
 using ::testing::Contains;
 using ::testing::ElementsAre;
@@ -72,7 +77,7 @@ void run(Watched& watched, const std::vector<double>& share, int steps, std::mt1
 
 // ---- States ----
 
-TEST(Health, StatesAreOrderedBySeverityAndReadBackByName) {
+TEST(FieldCases, D3_HealthStatesHaveOneOrderOfSeverity) {
   // What reports call the worst of several.
   constexpr std::string_view kNames[] = {"no_data",    "healthy",     "weak_specialization", "stagnant",
                                          "imbalanced", "oscillating", "collapsing",          "collapsed"};

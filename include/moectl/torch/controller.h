@@ -102,7 +102,7 @@ class TorchController {
   /// Everything the next step depends on, as bytes or as one entry of an archive.
   std::string save();
   void save(::torch::serialize::OutputArchive& archive, const std::string& key = "moectl");
-  /// Throws StateError; the running state and the tensors are then untouched.
+  /// Throws StateError, or std::invalid_argument as `step` does; the running state and the tensors are then untouched.
   void load(std::string_view state);
   void load(::torch::serialize::InputArchive& archive, const std::string& key = "moectl");
 
@@ -115,8 +115,9 @@ class TorchController {
 
  private:
   RouterActuators views(std::int64_t layer) const;
+  bool is_home(const ::torch::Tensor& tensor, std::int64_t offset, std::int64_t size) const;
   void check_wiring();
-  void rewire(std::int64_t layer);
+  void rewire(std::int64_t layer, const char* name, ::torch::Tensor RouterActuators::*which);
   void publish();
 
   TorchOptions options_;
