@@ -17,22 +17,29 @@ namespace moectl {
 
 /// Why an applied value differs from the proposed one. Reports list reasons in this order.
 enum class Reason : std::uint8_t {
-  kInvalid,      ///< The data or the proposal held NaN, Inf or a negative count: held.
-  kNoData,       ///< No token was recorded since the last decision: held.
-  kSkippedStep,  ///< The optimizer skipped the step: held.
-  kFrozen,       ///< The host froze the layer or the actuator: held.
-  kWarmup,       ///< Before `warmup` steps: held.
-  kCadence,      ///< Between two decisions of the cadence: held, while the sums add up.
-  kCooldown,     ///< Too soon after the last move or rollback: held.
-  kDeadband,     ///< The wanted move is too small to make: held.
-  kRate,         ///< The move was shortened to `rate`.
-  kRange,        ///< The value was clipped to [min, max].
-  kGuard,        ///< The guard overrode the proposal.
-  kOscillation,  ///< The move was shortened because moves keep reversing.
-  kRollback,     ///< Loss or drop rate jumped after a move: back to the last good value.
-  kFallback,     ///< Too many invalid steps: the initial value, until data are valid again.
+  kInvalid,       ///< The data or the proposal held NaN, Inf or a negative count: held.
+  kMissingInput,  ///< The policy needs an input that the router did not record: held.
+  kNoData,        ///< No token was recorded since the last decision: held.
+  kPolicyFailed,  ///< The policy threw an exception: held.
+  kSkippedStep,   ///< The optimizer skipped the step: held.
+  kFrozen,        ///< The host froze the layer or the actuator: held.
+  kHostHold,      ///< The host holds the whole controller: held.
+  kShadow,        ///< Mode shadow: nothing is applied.
+  kWarmup,        ///< Before `warmup` steps: held.
+  kCadence,       ///< Between two decisions of the cadence: held, while the sums add up.
+  kCooldown,      ///< Too soon after the last move or rollback: held.
+  kUnresponsive,  ///< The load does not answer the actuator: held until it answers.
+  kProbe,         ///< A small test move asks whether the load answers.
+  kDeadband,      ///< The wanted move is too small to make: held.
+  kRate,          ///< The move was shortened to `rate`.
+  kRange,         ///< The value was clipped to [min, max].
+  kReach,         ///< The bias is as far from the mean as the scores can justify.
+  kGuard,         ///< The guard overrode the proposal.
+  kOscillation,   ///< The move was shortened because moves keep reversing.
+  kRollback,      ///< Loss or drop rate jumped after a move: back to the last good value.
+  kFallback,      ///< Too many invalid steps: the initial value, until data are valid again.
 };
-inline constexpr int kReasonCount = 14;
+inline constexpr int kReasonCount = 21;
 std::string_view name_of(Reason reason);
 /// Nothing for an unknown name.
 std::optional<Reason> reason_of(std::string_view name);
@@ -86,6 +93,9 @@ struct SafetyOptions {
   std::optional<OscillationOptions> oscillation;
   /// Invalid steps in a row after which the initial value is applied; 0 = never.
   std::int64_t fallback_after = 50;
+  /// Whether the controller checks that the load answers its biases, holds them if not, and keeps them within what the
+  /// scores can justify. Off to reproduce a published law.
+  bool responsiveness = true;
 };
 
 }  // namespace moectl

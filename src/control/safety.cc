@@ -14,8 +14,9 @@ namespace moectl {
 namespace {
 
 constexpr std::array<std::string_view, kReasonCount> kReasonNames = {
-    "invalid",  "no_data", "skipped_step", "frozen", "warmup",      "cadence",  "cooldown",
-    "deadband", "rate",    "range",        "guard",  "oscillation", "rollback", "fallback"};
+    "invalid", "missing_input", "no_data", "policy_failed", "skipped_step", "frozen",   "host_hold",
+    "shadow",  "warmup",        "cadence", "cooldown",      "unresponsive", "probe",    "deadband",
+    "rate",    "range",         "reach",   "guard",         "oscillation",  "rollback", "fallback"};
 
 // Weight of the newest loss, drop rate and reversal in their moving averages: a memory of about ten steps,
 // short enough to follow the fall of the loss early in training.
@@ -125,8 +126,10 @@ std::optional<Reason> reason_of(std::string_view name) {
 
 bool LimitReport::held() const {
   if (has(Reason::kRollback) || has(Reason::kFallback)) return false;
-  for (const Reason hold : {Reason::kInvalid, Reason::kNoData, Reason::kSkippedStep, Reason::kFrozen,
-                            Reason::kWarmup, Reason::kCadence, Reason::kCooldown, Reason::kDeadband}) {
+  for (const Reason hold :
+       {Reason::kInvalid, Reason::kMissingInput, Reason::kNoData, Reason::kPolicyFailed, Reason::kSkippedStep,
+        Reason::kFrozen, Reason::kHostHold, Reason::kShadow, Reason::kWarmup, Reason::kCadence,
+        Reason::kCooldown, Reason::kUnresponsive, Reason::kDeadband}) {
     if (has(hold)) return true;
   }
   return false;

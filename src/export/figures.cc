@@ -63,6 +63,7 @@ bool is_limit(Reason reason) {
   switch (reason) {
     case Reason::kRate:
     case Reason::kRange:
+    case Reason::kReach:
     case Reason::kGuard:
     case Reason::kOscillation:
     case Reason::kRollback:
