@@ -104,8 +104,8 @@ class RoutingStats {
   /// The slope at the threshold: the relative load c_i/c̄ (c̄ the mean load) that each expert gains per unit of its bias
   /// [N]. Returns false, and writes nothing, if no gap is near or known.
   bool load_slope(std::span<double> out) const;
-  std::optional<double> dropped() const;   ///< Dropped assignments.
-  bool has_sequences() const;              ///< At least one sequence, and every token belongs to one.
+  std::optional<double> dropped() const;  ///< Dropped assignments.
+  bool has_sequences() const;             ///< At least one sequence, and every token belongs to one.
   bool has_probabilities() const;
   bool has_domains() const;
   bool has_margins() const;

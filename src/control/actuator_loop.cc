@@ -43,9 +43,10 @@ ActuatorLoop::ActuatorLoop(Actuator actuator, const ControllerConfig& config, co
     : policy_(make_policy(actuator, config, registry, layer)),
       limiter_(actuator, config.actuator(actuator).limits, config.safety, size_of(actuator, config),
                config.actuator(actuator).initial),
-      cadence_(config.actuator(actuator).limits.cadence) {
+      cadence_(config.actuator(actuator).limits.cadence),
+      shadow_(config.mode == Mode::kShadow) {
   applied_.assign(static_cast<std::size_t>(size_of(actuator, config)), config.actuator(actuator).initial);
-  proposed_ = guarded_ = applied_;
+  proposed_ = guarded_ = base_ = shadow_applied_ = applied_;
 }
 
 void ActuatorLoop::make_windows(const StatsShape& shape, std::size_t layers) {
@@ -54,25 +55,48 @@ void ActuatorLoop::make_windows(const StatsShape& shape, std::size_t layers) {
   window_metrics_.resize(layers);
 }
 
-void ActuatorLoop::propose(const LayerView& view) {
+void ActuatorLoop::propose(const LayerView& view, std::span<const double> probe) {
   std::copy(applied_.begin(), applied_.end(), proposed_.begin());
+  for (std::size_t i = 0; i < probe.size(); ++i) proposed_[i] -= probe[i];
   asked_ = true;
   policy_->propose(view, proposed_);
 }
 
-void ActuatorLoop::limit(const LimitContext& context) {
+void ActuatorLoop::limit(LimitContext context, ResponseCheck* check) {
   std::span<const double> wanted;
   if (asked_) wanted = guard_took_over_ ? guarded_ : proposed_;
-  reasons_ = limiter_.apply(context, wanted, applied_);
+  LimitReport held;
+  if (check != nullptr) {
+    if (!check->holds()) context.reach = check->reach();
+    if (asked_ && !guard_took_over_) {
+      std::copy(proposed_.begin(), proposed_.end(), guarded_.begin());
+      check->adjust(guarded_, held);
+      wanted = guarded_;
+    }
+  }
+  if (shadow_) {
+    // What was not applied must not be built upon: each step starts from what is in force.
+    std::copy(applied_.begin(), applied_.end(), shadow_applied_.begin());
+    reasons_ = limiter_.apply(context, wanted, shadow_applied_);
+    if (asked_) held.add(Reason::kShadow);
+  } else {
+    reasons_ = limiter_.apply(context, wanted, applied_);
+  }
   if (guard_took_over_) reasons_.add(Reason::kGuard);
+  if (check != nullptr) check->on_applied(reasons_);
+  reasons_.add(held);
   if (!asked_) return;
-  policy_->on_applied(applied_, reasons_);
+  std::copy(applied_.begin(), applied_.end(), base_.begin());
+  if (check != nullptr) {
+    for (std::size_t i = 0; i < base_.size(); ++i) base_[i] -= check->offset()[i];
+  }
+  policy_->on_applied(base_, reasons_);
   for (RoutingStats& window : windows_) window.clear();
 }
 
 ActuatorReport ActuatorLoop::report() const {
   return {.proposed = asked_ ? std::span<const double>(proposed_) : std::span<const double>(),
-          .applied = applied_,
+          .applied = shadow_ ? shadow_applied_ : applied_,
           .reasons = reasons_};
 }
 

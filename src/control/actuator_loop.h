@@ -5,6 +5,7 @@
 #include <span>
 #include <vector>
 
+#include "control/response_check.h"
 #include "control/safety.h"
 #include "moectl/config.h"
 #include "moectl/controller.h"
@@ -30,16 +31,20 @@ class ActuatorLoop {
 
   /// Starts a step in which the policy has not been asked yet.
   void begin() { asked_ = guard_took_over_ = false; }
-  /// Asks the policy for a proposal, starting from the value in force.
-  void propose(const LayerView& view);
+  /// Asks the policy for a proposal, starting from the value in force without `probe`, the part of it that is none of
+  /// the policy's.
+  void propose(const LayerView& view, std::span<const double> probe = {});
   /// Room for what a guard wants instead of the proposal; take_over() makes it so, if a decision is due.
   std::span<double> guarded() { return guarded_; }
   void take_over() { guard_took_over_ = asked_; }
   /// Applies the proposal within the limits, tells the policy, and starts a new window if the policy was asked.
-  void limit(const LimitContext& context);
+  /// `check`, if any, may hold the biases. In mode shadow nothing is applied.
+  void limit(LimitContext context, ResponseCheck* check = nullptr);
 
   StatsNeeds needs() const { return policy_->needs(); }
   std::span<const double> applied() const { return applied_; }
+  /// Of the last step.
+  const LimitReport& reasons() const { return reasons_; }
   ActuatorReport report() const;
 
   void exchange(StateIo& io);
@@ -48,7 +53,10 @@ class ActuatorLoop {
   std::unique_ptr<Policy> policy_;
   SafetyLimiter limiter_;
   std::int64_t cadence_;
+  bool shadow_;
   std::vector<double> applied_, proposed_, guarded_;
+  std::vector<double> base_;            // what the policy is told: applied_ without a probe
+  std::vector<double> shadow_applied_;  // mode shadow: what would be applied
   LimitReport reasons_;
   bool asked_ = false;
   bool guard_took_over_ = false;

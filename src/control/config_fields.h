@@ -102,8 +102,9 @@ inline constexpr auto kFieldsOf<SafetyOptions> = std::tuple{
     Field{"oscillation", &SafetyOptions::oscillation, kRanks, "Shortens moves that keep reversing."},
     Field{"fallback_after", &SafetyOptions::fallback_after, kRanks, at_least(0), "steps",
           "Steps in a row with invalid data after which the initial value is applied; 0: never."},
-    Field{"responsiveness", &SafetyOptions::responsiveness, kRanks,
-          "Whether biases that the load does not answer are held, and biases stay within what the scores justify."},
+    Field{"responsiveness", &SafetyOptions::responsiveness, kState,
+          "Whether biases that the load does not answer are held, and biases stay within what the scores "
+          "justify."},
 };
 
 template <>
