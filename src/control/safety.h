@@ -20,6 +20,7 @@ struct LimitContext {
   bool skipped = false;
   bool frozen = false;
   bool at_cadence = true;
+  bool policy_failed = false;  ///< The policy threw an exception.
   std::optional<double> loss = {};
   std::optional<double> drop_rate = {};
 };
@@ -34,6 +35,9 @@ class SafetyLimiter {
   /// Turns `wanted` into `applied`, which holds the last applied value on entry. `wanted` is ignored when the
   /// context says hold. Both [size].
   LimitReport apply(const LimitContext& context, std::span<const double> wanted, std::span<double> applied);
+
+  /// Invalid decisions since the last valid one.
+  std::int64_t invalid_in_row() const { return invalid_in_row_; }
 
   void exchange(StateIo& io);
 
