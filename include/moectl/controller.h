@@ -128,19 +128,24 @@ class Controller {
 
   // ---- Recording. Thread-safe; different layers run in parallel. ----
   /// Adds one micro-batch. With `micro_batch` ≥ 0, a second record of the same (layer, micro-batch) before the next
-  /// step is ignored, so that activation recomputation does not count twice. Malformed data makes the step invalid for
-  /// the layer (it holds); an unknown layer or sizes that do not fit throw std::invalid_argument.
+  /// step is ignored, so that activation recomputation does not count twice; one with other experts or another mask
+  /// throws std::invalid_argument. Malformed data makes the step invalid for the layer (it holds), and a notice names
+  /// the first offence; an unknown layer or sizes that do not fit throw std::invalid_argument. What throws has recorded
+  /// nothing.
   void record(int layer, const RoutingBatch& batch, std::int64_t micro_batch = -1);
   /// Adds sums that were formed elsewhere. Their shape must be shape().
   void record(int layer, const RoutingStats& stats);
   /// Adds per-expert observations to the layer's sums under its lock (gradient norms, losses, latencies).
-  /// `micro_batch` as above.
+  /// `micro_batch` as above, but a repeat is not compared. If `add` throws, nothing is recorded.
   void record(int layer, const std::function<void(RoutingStats&)>& add, std::int64_t micro_batch = -1);
 
   // ---- Deciding. ----
   /// Once an optimizer step: reduce, measure, decide, limit. With `lag: 1` it starts to reduce this step's sums and
   /// decides on those of the step before; the first step has none and holds. Bad data never throws; a failed collective
-  /// throws ReductionError with nothing changed. Not to be called while another thread records.
+  /// throws ReductionError with nothing changed. Once the sums have arrived, the step completes: a policy that throws is
+  /// held (`policy_failed`) while all else is decided, a log callback that throws is reported once, both as a notice. If
+  /// a policy fails on some ranks only, all ranks go back to the values before it at the next step, and hold until a
+  /// state is loaded. Not to be called while another thread records.
   const StepReport& step(const StepInfo& info = {});
   /// The report of the last step.
   const StepReport& report() const;
@@ -150,7 +155,7 @@ class Controller {
   /// the same layers, shape and config; every reduction checks that all applied the same values (else ReductionError).
   void set_reduction(Reduction reduction);
   void set_exchange(Exchange exchange);
-  /// Called with every report that `log.every` selects, at the end of step().
+  /// Called with every report that `log.every` selects, at the end of step(). An exception of it is a notice.
   void set_log(std::function<void(const StepReport&)> log);
   /// Holds one layer's actuators (a frozen or fine-tuned router) until unfrozen.
   void freeze(int layer, bool frozen = true);

@@ -11,10 +11,10 @@ namespace moectl {
 enum class NoticeKind : std::uint8_t {
   kInvalid,       ///< Data that cannot be used: the first offence, with field, index and value.
   kMissingInput,  ///< An input that a policy needs has not come.
-  kPolicyFailed,  ///< A policy threw an exception: its message.
+  kPolicyFailed,  ///< A policy threw an exception: its message, said when it begins.
   kUnresponsive,  ///< The load does not answer an actuator.
-  kFallback,      ///< Data have been invalid for `safety.fallback_after` decisions.
-  kConfig,        ///< The config says something else than the data.
+  kFallback,      ///< Data have been invalid for `safety.fallback_after` decisions: said when that is reached.
+  kConfig,        ///< The config says something else than the data: said once after construction or load.
   kLog,           ///< The log callback threw an exception: its message.
 };
 inline constexpr int kNoticeKindCount = 7;

@@ -4,10 +4,13 @@
 #include <charconv>
 #include <cmath>
 #include <cstdlib>
+#include <limits>
 #include <stdexcept>
 #include <utility>
 
+#include "base/foreign.h"
 #include "control/config_keys.h"
+#include "measure/offence.h"
 
 namespace moectl {
 namespace {
@@ -130,11 +133,44 @@ void Controller::Loop::reduce(const StepInfo& info) {
   } else if (reduction_) {
     pack(payload_, info);
     payload_.reduce(reduction_);
+    say_offences();
+    hold_if_some_failed();
     unpack(payload_);
     clear_intake();
   } else {
     use_local_sums(info);
   }
+}
+
+void Controller::Loop::record(int layer, std::int64_t micro_batch, const RoutingBatch& batch) {
+  Layer& at = layer_at(layer);
+  record(layer, micro_batch, micro_batch < 0 ? 0 : fingerprint_of(batch), [&](RoutingStats& sums) {
+    sums.add(batch);
+    at.uncollected_sequences |=
+        !shape_.needs.sequences && (batch.sequence_length > 0 || !batch.sequence_ids.empty());
+  });
+}
+
+void Controller::Loop::record_foreign(int layer, std::int64_t micro_batch,
+                                      const std::function<void(RoutingStats&)>& add) {
+  Layer& at = layer_at(layer);
+  record(layer, micro_batch, 0, [&](RoutingStats& sums) {
+    at.backup = sums;
+    try {
+      add(sums);
+    } catch (...) {
+      std::swap(sums, at.backup);
+      throw;
+    }
+  });
+}
+
+void Controller::Loop::refuse_repeat(int layer, std::int64_t micro_batch) {
+  throw std::invalid_argument(
+      "record: layer " + std::to_string(layer) + ", micro_batch " + std::to_string(micro_batch) +
+      ": two records with different experts came under this id since the last step: a "
+      "repeat must be the same record (recomputation); give each micro-batch of a step "
+      "an id of its own");
 }
 
 // With `lag: 1`: starts the reduction of this step's sums, and decides on the sums of the step before.
@@ -143,8 +179,10 @@ void Controller::Loop::use_previous_sums(const StepInfo& info) {
     pending_->finish(reduction_, payload_);
     arrived_ = true;
   }
+  if (arrived_) hold_if_some_failed();
   pack(pending_->local_sums(), info);
   pending_->start(reduction_, exchange_);
+  say_offences();
   if (std::exchange(arrived_, false)) {
     unpack(payload_);
   } else {
@@ -162,28 +200,64 @@ void Controller::Loop::check_ranks() {
 
 void Controller::Loop::pack(Payload& payload, const StepInfo& info) const {
   for (std::size_t l = 0; l < layers_.size(); ++l) {
-    const std::span<const std::int64_t> own = layers_[l]->intake.flat();
-    std::copy(own.begin(), own.end(), payload.layer(l).begin());
+    payload.put(l, layers_[l]->intake.flat());
   }
-  payload.put(info, actuation_hash());
+  bool failed = false;
+  for (const auto& layer : layers_) {
+    for (const auto& loop : layer->loops) failed |= loop && loop->failed();
+  }
+  for (const auto& loop : model_loops_) failed |= loop && loop->failed();
+  payload.put(info, actuation_hash(), failed);
 }
 
 void Controller::Loop::unpack(Payload& payload) {
   for (std::size_t l = 0; l < layers_.size(); ++l) {
     const std::span<const std::int64_t> total = payload.layer(l);
-    std::copy(total.begin(), total.end(), layers_[l]->stats.flat().begin());
+    RoutingStats& stats = layers_[l]->stats;
+    std::copy(total.begin(), total.end(), stats.flat().begin());
+    if (!payload.in_range(l)) {  // a sum may have wrapped around, and back into its range
+      stats.set_scalar(RoutingStats::kInvalidRecords, std::max<std::int64_t>(1, stats.invalid_records()));
+    }
   }
   info_ = payload.info(mixture_);
+}
+
+// Policies' memories may now differ between ranks, so no rank may ask one again until a common state is loaded. All go
+// back to what was in force before the decision that failed: the same values.
+void Controller::Loop::hold_if_some_failed() {
+  if (ranks_differ_ || !payload_.some_failed()) return;
+  ranks_differ_ = true;
+  // What a rank made of a probe is not what the others made of it.
+  for (const auto& layer : layers_) {
+    if (layer->response) layer->response->restart();
+  }
+  const std::size_t decisions = pending_ ? 2 : 1;  // since the hash in these sums
+  for_each_actuator([&](ActuatorLoop& loop, std::size_t, int) { loop.undo(decisions); });
+  notices_.add(
+      NoticeKind::kPolicyFailed, -1, steps_,
+      {"a policy failed on some of the ranks: all ranks hold the values in force before it until one "
+       "state is loaded on all of them"});
+}
+
+void Controller::Loop::say_offences() {
+  for (std::size_t l = 0; l < layers_.size(); ++l) {
+    Layer& layer = *layers_[l];
+    const Offence& offence = layer.intake.offence();
+    layer.told_before = std::exchange(layer.told, !offence.empty());
+    if (layer.told) notices_.add(NoticeKind::kInvalid, static_cast<int>(l), steps_, {offence.words()});
+  }
 }
 
 void Controller::Loop::clear_intake() {
   for (const auto& layer : layers_) {
     layer->intake.clear();
     layer->seen.clear();
+    layer->fingerprints.clear();
   }
 }
 
 void Controller::Loop::use_local_sums(const StepInfo& info) {
+  say_offences();
   for (const auto& layer : layers_) std::swap(layer->stats, layer->intake);
   clear_intake();
   info_ = usable(info);
@@ -209,6 +283,8 @@ void Controller::Loop::measure() {
     }
     layer->intake.set_gap_width(layer->gap_width);
   }
+  say_why_invalid();
+  compare_with_config();
   for_each_actuator([this](ActuatorLoop& loop, std::size_t, int only) {
     if (!loop.has_windows()) return;
     for (std::size_t l = 0; l < layers_.size(); ++l) {
@@ -223,6 +299,106 @@ void Controller::Loop::measure() {
       }
     }
   });
+}
+
+// Names the first offence of sums that cannot be used, as far as this rank knows it and has not said it.
+void Controller::Loop::say_why_invalid() {
+  for (std::size_t l = 0; l < layers_.size(); ++l) {
+    const Layer& layer = *layers_[l];
+    if (layer.valid || (pending_ ? layer.told_before : layer.told)) continue;
+    const Offence offence = first_offence(layer.stats);
+    notices_.add(NoticeKind::kInvalid, static_cast<int>(l), steps_,
+                 {offence.empty() ? "invalid records: the rank that recorded them names the first offence"
+                                  : offence.words()});
+  }
+}
+
+// Says once what the config states and the data contradict. A step can be an odd one, so all but the number of tokens is
+// judged after several.
+void Controller::Loop::compare_with_config() {
+  constexpr std::int64_t kSteps = 10;
+  const auto say = [this](std::initializer_list<std::string_view> parts, int layer = -1) {
+    notices_.add(NoticeKind::kConfig, layer, steps_, parts);
+  };
+  const auto number = [](std::array<char, 24>& text, std::int64_t value) {
+    return std::string_view(
+        text.data(), static_cast<std::size_t>(
+                         std::to_chars(text.data(), text.data() + text.size(), value).ptr - text.data()));
+  };
+  std::array<char, 24> a{}, b{};
+
+  if (!sequences_said_) {
+    for (const auto& layer : layers_) sequences_said_ |= layer->uncollected_sequences;
+    if (sequences_said_) {
+      say(
+          {"records name their sequences, which nothing collects: with collect: {sequences: true} the "
+           "sampling "
+           "floor is known"});
+    }
+  }
+  if (compared_ >= kSteps) return;
+  const Layer* first = nullptr;
+  bool same = layers_.size() > 1;
+  std::int64_t fewest = std::numeric_limits<std::int64_t>::max();
+  for (const auto& layer : layers_) {
+    if (!layer->valid || !layer->has_data) {
+      same = false;
+      continue;
+    }
+    layer->ever_had_data = true;
+    const auto counts = layer->stats.counts();
+    fewest = std::min(fewest, layer->stats.tokens());
+    same =
+        same && (first == nullptr || std::equal(counts.begin(), counts.end(), first->stats.counts().begin()));
+    first = first == nullptr ? layer.get() : first;
+    for (int i = config_.model.experts - 1; i > last_used_expert_; --i) {
+      if (counts[static_cast<std::size_t>(i)] > 0) last_used_expert_ = i;
+    }
+  }
+  if (first == nullptr) return;
+  same_experts_ &= same;
+  fewest_tokens_ += fewest;
+  const std::int64_t stated = config_.model.tokens_per_step, tokens = first->stats.tokens();
+  if (!std::exchange(tokens_compared_, true) && stated > 0 && (tokens > 2 * stated || tokens < stated / 2)) {
+    say({"model.tokens_per_step is ", number(a, stated), ", and ", number(b, tokens),
+         " tokens arrived: noise floors of targets are computed from it"});
+  }
+  if (++compared_ < kSteps) return;
+  for (std::size_t l = 0; l < layers_.size(); ++l) {
+    if (layers_[l]->ever_had_data) continue;
+    say({"layer ", number(a, static_cast<std::int64_t>(l)),
+         " has recorded no token so far and other layers have: "
+         "model.layers is ",
+         number(b, config_.model.layers), ": is every MoE layer recorded, from layer 0 on?"});
+    break;
+  }
+  if (same_experts_) {
+    say(
+        {"all layers have recorded the same experts in every step so far: a layer's record must hold the "
+         "indices of "
+         "that layer alone, [tokens, k] or [B, S, k], not [tokens, layers, k]"});
+  }
+  say_unused_experts();
+}
+
+// The last experts of all layers, without a single token though there were enough for many each.
+void Controller::Loop::say_unused_experts() {
+  const ModelConfig& model = config_.model;
+  const int used = last_used_expert_ + 1;
+  constexpr std::int64_t kEnough = 64;
+  if (used >= model.experts || fewest_tokens_ * model.top_k < kEnough * model.experts) return;
+  for (int i = used; i < model.experts; ++i) {
+    if (targets_[static_cast<std::size_t>(i)] <= 0) return;  // not wanted, not used
+  }
+  std::array<char, 24> a{}, b{};
+  const auto number = [](std::array<char, 24>& text, int value) {
+    return std::string_view(
+        text.data(), static_cast<std::size_t>(
+                         std::to_chars(text.data(), text.data() + text.size(), value).ptr - text.data()));
+  };
+  notices_.add(NoticeKind::kConfig, -1, steps_,
+               {"no layer has selected an expert from ", number(a, used), " on so far: model.experts is ",
+                number(b, model.experts), ": does the router have fewer?"});
 }
 
 // Updates values with history: smoothed loads, trends, health. Windows take them from their last step.
@@ -285,7 +461,7 @@ std::span<const double> Controller::Loop::probe_of(std::size_t actuator, int lay
 void Controller::Loop::propose() {
   for_each_actuator([this](ActuatorLoop& loop, std::size_t actuator, int layer) {
     loop.begin();
-    if (!loop.due(steps_)) return;
+    if (!loop.due(steps_) || ranks_differ_) return;
     const DecisionInputs seen = inputs(loop, actuator, layer);
     if (!seen.valid || !seen.has_data) return;
     loop.propose({.step = steps_,
@@ -296,7 +472,7 @@ void Controller::Loop::propose() {
                   .monitor = *seen.monitor,
                   .targets = targets_,
                   .info = info_},
-                 probe_of(actuator, layer));
+                 probe_of(actuator, layer), notices_);
   });
 }
 
@@ -350,7 +526,10 @@ void Controller::Loop::guard() {
 }
 
 void Controller::Loop::limit() {
-  for_each_actuator([this](ActuatorLoop& loop, std::size_t actuator, int layer) {
+  const bool many_ranks = reduction_ || exchange_;
+  for_each_actuator([&](ActuatorLoop& loop, std::size_t actuator, int layer) {
+    if (many_ranks) loop.remember();
+    if (ranks_differ_) return loop.hold_ranks();
     const DecisionInputs seen = inputs(loop, actuator, layer);
     const bool biases = kActuators[actuator] == Actuator::kExpertBias;
     std::optional<ResponseCheck>* check =
@@ -364,7 +543,7 @@ void Controller::Loop::limit() {
                 .at_cadence = loop.due(steps_),
                 .loss = info_.loss,
                 .drop_rate = seen.drop_rate},
-               check != nullptr && *check ? &**check : nullptr);
+               check != nullptr && *check ? &**check : nullptr, notices_);
   });
 }
 
@@ -393,7 +572,13 @@ void Controller::Loop::log() {
   report_.layers = layer_reports_;
   report_.targets = &*load_targets_;
   report_.notices = notices_.all();
-  if (log_ && config_.mode != Mode::kOff && logs(report_.step)) log_(report_);
+  if (!log_ || config_.mode == Mode::kOff || !logs(report_.step)) return;
+  call_held([this] { log_(report_); },
+            [this](const char* message) {
+              if (std::exchange(log_failed_, true)) return;
+              notices_.add(NoticeKind::kLog, -1, report_.step, {"the log callback threw: ", message});
+              report_.notices = notices_.all();
+            });
 }
 
 Controller::Loop::Layer& Controller::Loop::layer_at(int layer) const {
@@ -434,11 +619,11 @@ std::uint64_t Controller::Loop::actuation_hash() const {
   for (const auto& layer : layers_) {
     hash = hash * 31 + (layer->frozen ? 1 : 0);
     for (const auto& loop : layer->loops) {
-      if (loop) hash = hash_values(loop->applied(), hash);
+      if (loop) hash = hash_values(loop->applied(), hash) + (loop->failed() ? 1 : 0);
     }
   }
   for (const auto& loop : model_loops_) {
-    if (loop) hash = hash_values(loop->applied(), hash);
+    if (loop) hash = hash_values(loop->applied(), hash) + (loop->failed() ? 1 : 0);
   }
   return hash;
 }

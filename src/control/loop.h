@@ -31,8 +31,12 @@ class Controller::Loop {
   std::int64_t steps() const { return steps_; }
 
   /// Runs `add` on the layer's sums under its lock; with `micro_batch` ≥ 0 only the first time before the next step.
+  /// If `add` throws, nothing is recorded. `fingerprint`: of the record; 0 = not known.
   template <class Add>
-  void record(int layer, std::int64_t micro_batch, Add&& add);
+  void record(int layer, std::int64_t micro_batch, std::uint64_t fingerprint, Add&& add);
+  /// The same where `add` is the host's: what it added before it threw is taken back.
+  void record(int layer, std::int64_t micro_batch, const RoutingBatch& batch);
+  void record_foreign(int layer, std::int64_t micro_batch, const std::function<void(RoutingStats&)>& add);
   const StepReport& step(const StepInfo& info);
 
   void set_reduction(Reduction reduction);
@@ -55,13 +59,19 @@ class Controller::Loop {
     // Recording, under the mutex.
     std::mutex mutex;
     RoutingStats intake;
-    std::vector<std::int64_t> seen;  // micro-batches recorded since the last step
+    std::vector<std::int64_t> seen;           // micro-batches recorded since the last step
+    std::vector<std::uint64_t> fingerprints;  // of their records
+    RoutingStats backup;                      // of the sums, while the host adds to them
     // Deciding.
     bool frozen = false;
     double gap_width = 0;   // for what is recorded before the next step
     bool valid = true;      // this step's sums are valid
     bool has_data = false;  // and contain at least one token
-    RoutingStats stats;     // this step's sums, over all ranks
+    bool told = false;      // the first offence of the sums recorded since the last step was said
+    bool told_before = false;
+    bool ever_had_data = false;
+    bool uncollected_sequences = false;  // under the mutex
+    RoutingStats stats;                  // this step's sums, over all ranks
     Metrics metrics;
     std::optional<LayerMonitor> monitor;
     std::optional<LayerGuard> guard;
@@ -100,6 +110,11 @@ class Controller::Loop {
   void pack(Payload& payload, const StepInfo& info) const;
   void unpack(Payload& payload);
   void use_previous_sums(const StepInfo& info);
+  void say_offences();
+  void say_why_invalid();
+  void compare_with_config();
+  void say_unused_experts();
+  void hold_if_some_failed();
   void clear_intake();
   std::uint64_t actuation_hash() const;
   template <class Visit>
@@ -108,6 +123,7 @@ class Controller::Loop {
   DecisionInputs layer_inputs(ActuatorLoop& loop, Layer& layer, std::size_t window);
   DecisionInputs model_inputs(ActuatorLoop& loop, std::size_t actuator);
   bool guard_acts() const;
+  [[noreturn]] static void refuse_repeat(int layer, std::int64_t micro_batch);
 
   void exchange(StateIo& io);
 
@@ -135,24 +151,42 @@ class Controller::Loop {
   Payload payload_;
   std::optional<PendingReduction> pending_;  // with `lag: 1`: the sums of the step before
   bool arrived_ = false;                     // payload_ holds them, reduced
+  bool ranks_differ_ = false;                // a policy failed on some of them: all hold
   Notices notices_{0};
+  bool log_failed_ = false;
+  // What the config states, compared with the first steps that have data.
+  std::int64_t compared_ = 0;
+  bool same_experts_ = true, tokens_compared_ = false, sequences_said_ = false;
+  int last_used_expert_ = -1;
+  std::int64_t fewest_tokens_ = 0;
   std::function<void(const StepReport&)> log_;
   std::vector<LayerReport> layer_reports_;
   StepReport report_;
 };
 
 template <class Add>
-void Controller::Loop::record(int layer, std::int64_t micro_batch, Add&& add) {
+void Controller::Loop::record(int layer, std::int64_t micro_batch, std::uint64_t fingerprint, Add&& add) {
   Layer& at = layer_at(layer);
   if (config_.mode == Mode::kOff) return;
   const std::lock_guard lock(at.mutex);
-  if (micro_batch >= 0) {
-    for (const std::int64_t seen : at.seen) {
-      if (seen == micro_batch) return;
+  if (micro_batch < 0) return add(at.intake);
+  for (std::size_t i = 0; i < at.seen.size(); ++i) {
+    if (at.seen[i] != micro_batch) continue;
+    if (fingerprint != 0 && at.fingerprints[i] != 0 && fingerprint != at.fingerprints[i]) {
+      refuse_repeat(layer, micro_batch);
     }
+    return;
   }
-  add(at.intake);
-  if (micro_batch >= 0) at.seen.push_back(micro_batch);
+  // Room first: once the sums have changed, nothing may throw.
+  at.fingerprints.reserve(at.seen.capacity() + 1);
+  at.seen.push_back(micro_batch);
+  try {
+    add(at.intake);
+  } catch (...) {
+    at.seen.pop_back();
+    throw;
+  }
+  at.fingerprints.push_back(fingerprint);
 }
 
 }  // namespace moectl

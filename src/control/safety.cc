@@ -164,6 +164,15 @@ std::optional<ConfigProblem> problem_in(Actuator actuator, const Limits& limits,
     return wrong("min", limits.min, "must be at least 0 for an auxiliary loss weight");
   if (actuator == Actuator::kRouterTemperature && limits.min <= 0)
     return wrong("min", limits.min, "must be above 0 for a temperature");
+  // Beyond these, sums over experts and factors e^rate would no longer be numbers, and means would lose their digits.
+  constexpr double kFarthest = 1e9, kLargestRatio = 100;
+  for (const auto& [key, value] : {std::pair{"min", limits.min}, std::pair{"max", limits.max}}) {
+    if (std::abs(value) > kFarthest) return wrong(key, value, "must be of magnitude at most 1e9");
+  }
+  if (!is_multiplicative(actuator) && limits.rate > kFarthest)
+    return wrong("rate", limits.rate, "must be at most 1e9");
+  if (is_multiplicative(actuator) && limits.rate > kLargestRatio)
+    return wrong("rate", limits.rate, "must be at most 100: a factor of e^100 in one decision");
   if (limits.center && is_multiplicative(actuator))
     return wrong("center", true, "only expert biases can be centred");
   if (limits.center && (limits.min > 0 || limits.max < 0))
@@ -216,7 +225,8 @@ LimitReport SafetyLimiter::apply(const LimitContext& context, std::span<const do
   }
   if (!valid) {
     report.add(Reason::kInvalid);
-    if (options_.fallback_after > 0 && invalid_in_row_ >= options_.fallback_after) {
+    if (options_.fallback == Fallback::kInitial && options_.fallback_after > 0 &&
+        invalid_in_row_ >= options_.fallback_after) {
       report.add(Reason::kFallback);
       std::fill(applied.begin(), applied.end(), safe_value_);
     }
@@ -246,6 +256,11 @@ LimitReport SafetyLimiter::apply(const LimitContext& context, std::span<const do
   } else {
     clip_scalar(applied[0], report);
   }
+  // The last line before values are in force.
+  if (!all_finite(next_)) {
+    report.add(Reason::kInvalid);
+    return report;
+  }
   if (!all_equal(next_, applied)) last_move_step_ = context.step;
   std::copy(next_.begin(), next_.end(), applied.begin());
   return report;
@@ -253,6 +268,7 @@ LimitReport SafetyLimiter::apply(const LimitContext& context, std::span<const do
 
 std::optional<Reason> SafetyLimiter::hold_reason(const LimitContext& context) const {
   if (!context.has_data) return Reason::kNoData;
+  if (context.policy_failed) return Reason::kPolicyFailed;
   if (context.skipped) return Reason::kSkippedStep;
   if (context.step < limits_.warmup) return Reason::kWarmup;
   if (!context.at_cadence) return Reason::kCadence;
@@ -331,6 +347,10 @@ void SafetyLimiter::clip_biases(std::span<const double> applied, LimitReport& re
     const double shift = take_mean_out(next_);
     // After a large common shift, only its rounding is left.
     if (std::abs(shift) > limits_.rate) take_mean_out(next_);
+    // Proposals that differ by more than this end at a bound; nearer by, the sum keeps the digits that its zero needs.
+    const double far = kFarAway * limits_.rate;
+    for (std::size_t i = 0; i < n; ++i)
+      next_[i] = std::min(std::max(next_[i], applied[i] - far), applied[i] + far);
   }
   for (std::size_t i = 0; i < n; ++i) {
     lo_[i] = std::min(std::max(limits_.min, applied[i] - limits_.rate), limits_.max);

@@ -21,6 +21,7 @@ struct LimitContext {
   bool frozen = false;
   bool host_hold = false;
   bool at_cadence = true;
+  bool policy_failed = false;  ///< The policy threw an exception.
   std::optional<double> loss = {};
   std::optional<double> drop_rate = {};
   std::optional<double> reach = {};  ///< Biases: the farthest from their mean that the scores justify.
@@ -36,6 +37,9 @@ class SafetyLimiter {
   /// Turns `wanted` into `applied`, which holds the last applied value on entry. `wanted` is ignored when the
   /// context says hold. Both [size].
   LimitReport apply(const LimitContext& context, std::span<const double> wanted, std::span<double> applied);
+
+  /// Invalid decisions since the last valid one.
+  std::int64_t invalid_in_row() const { return invalid_in_row_; }
 
   void exchange(StateIo& io);
 
