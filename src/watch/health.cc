@@ -27,8 +27,10 @@ constexpr Threshold kCollapsingEntropy{0.8, 0.85};    // below, for the slope to
 constexpr Threshold kFisherAlarm{0.5, 0.25};          // above, smoothed share of steps with the alarm
 // The same to enter and to leave, so that the state and the other answers agree: dwell alone keeps it from flickering.
 constexpr Threshold kImbalance{kBalancedFloors, kBalancedFloors};  // above, floors
-constexpr Threshold kSwing{0.5, 0.35};                             // above; sampling noise stays below 0.1
-constexpr Threshold kSwingWidth{1.5, 1.25};                        // above, CV of the swing over the floor's
+constexpr double kFewSteps =
+    2;  // of the first step: the threshold is 1 + this over the steps seen times as high
+constexpr Threshold kSwing{0.5, 0.35};            // above; sampling noise stays below 0.1
+constexpr Threshold kSwingWidth{1.5, 1.25};       // above, CV of the swing over the floor's
 constexpr Threshold kStagnant{0.5, 0.25};         // above, smoothed number of stagnant experts
 constexpr Threshold kWeakEntropy{0.95, 0.93};     // above, entropy_normalized; published
 constexpr Threshold kWeakInformation{0.05, 0.1};  // below, nats between expert and token or domain
@@ -198,8 +200,9 @@ void HealthMonitor::observe(std::int64_t step, const Metrics* metrics, const Met
   look(*metrics, smoothed, swing_cv);
   if (const Health now = worst();
       now != state_ && (state_ == Health::kNoData || state_age_ >= options_.dwell)) {
+    // What the first data say is a first guess, which the next may correct at once.
+    state_age_ = state_ == Health::kNoData ? options_.dwell : 0;
     state_ = now;
-    state_age_ = 0;
   }
   active_.clear();
   for (std::size_t m = 0; m < modes_.size(); ++m) {
@@ -227,9 +230,14 @@ void HealthMonitor::look(const Metrics& metrics, const Metrics& smoothed, double
   const auto flag = [&](Health h) -> bool& { return flags_[static_cast<std::size_t>(h)]; };
   const auto mode = [&](FailureMode m) -> bool& { return mode_flags_[static_cast<std::size_t>(m)]; };
 
+  const std::int64_t two_dwells = 2 * std::int64_t{options_.dwell};
+  seen_ = std::min(seen_ + 1, two_dwells);
+
   // Few tokens reach few experts under the most even routing, too, so a collapse is also an imbalance.
   bool& imbalanced = flag(Health::kImbalanced);
-  imbalanced = above(over_floor(smoothed).worst().value_or(std::nan("")), kImbalance, imbalanced);
+  // The first steps are an average of few, which chance alone takes farther.
+  const double few = seen_ < two_dwells ? 1 + kFewSteps / static_cast<double>(seen_) : 1;
+  imbalanced = above(over_floor(smoothed).worst().value_or(std::nan("")) / few, kImbalance, imbalanced);
 
   bool& collapsed = flag(Health::kCollapsed);
   collapsed =
@@ -237,8 +245,6 @@ void HealthMonitor::look(const Metrics& metrics, const Metrics& smoothed, double
 
   bool& collapsing = flag(Health::kCollapsing);
   // A slope over a few points is not reliable, so it counts only after two dwells.
-  const std::int64_t two_dwells = 2 * std::int64_t{options_.dwell};
-  seen_ = std::min(seen_ + 1, two_dwells);
   const bool known = seen_ >= two_dwells && metrics.entropy_slope && scale > 0;
   const double slope = known ? *metrics.entropy_slope / scale : 0;
   const bool falling = below(entropy, kCollapsingEntropy, collapsing) &&
