@@ -170,7 +170,11 @@ void Controller::Loop::measure() {
     layer->valid = layer->stats.valid();
     layer->has_data = layer->stats.tokens() > 0;
     layer->metrics = Metrics{};
-    if (layer->valid && layer->has_data) measurer_->measure(layer->stats, layer->metrics);
+    if (layer->valid && layer->has_data) {
+      measurer_->measure(layer->stats, layer->metrics);
+      layer->gap_width = layer->stats.next_gap_width().value_or(layer->gap_width);
+    }
+    layer->intake.set_gap_width(layer->gap_width);
   }
   for_each_actuator([this](ActuatorLoop& loop, std::size_t, int only) {
     if (!loop.has_windows()) return;

@@ -55,6 +55,7 @@ class Controller::Loop {
     std::vector<std::int64_t> seen;  // micro-batches recorded since the last step
     // Deciding.
     bool frozen = false;
+    double gap_width = 0;   // for what is recorded before the next step
     bool valid = true;      // this step's sums are valid
     bool has_data = false;  // and contain at least one token
     RoutingStats stats;     // this step's sums, over all ranks
