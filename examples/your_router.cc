@@ -120,8 +120,10 @@ struct MoeImpl : torch::nn::Module {
   MoeImpl(moectl::TorchController& controller, int at) : layer(at) {
     // moectl: the controller's tensor is the router's own buffer, and is saved with the model.
     router = register_module("router", Router(controller.bias(layer)));
-    in = register_parameter("in", torch::randn({kExperts, kWidth, kHidden}) / std::sqrt(double{kWidth}));
-    out = register_parameter("out", torch::randn({kExperts, kHidden, kWidth}) / std::sqrt(double{kHidden}));
+    in = register_parameter("expert_in",
+                            torch::randn({kExperts, kWidth, kHidden}) / std::sqrt(double{kWidth}));
+    out = register_parameter("expert_out",
+                             torch::randn({kExperts, kHidden, kWidth}) / std::sqrt(double{kHidden}));
     shared_in = register_module("shared_in", torch::nn::Linear(kWidth, kHidden));
     shared_out = register_module("shared_out", torch::nn::Linear(kHidden, kWidth));
   }
