@@ -24,6 +24,7 @@
 #include "moectl/guard.h"
 #include "moectl/limits.h"
 #include "moectl/metrics.h"
+#include "moectl/notice.h"
 #include "moectl/policy.h"
 #include "moectl/stats.h"
 
@@ -106,6 +107,8 @@ struct StepReport {
   std::span<const LayerReport> layers;
   const LoadTargets* targets = nullptr;  ///< The config's targets; null = equal.
   ActuatorReport model[kActuatorCount];  ///< Actuators of `scope: model`; others are empty.
+  /// What was found in this step; with `log.every` above 1, since the last step that it selects.
+  std::span<const Notice> notices;
 };
 
 class Controller {

@@ -30,6 +30,12 @@ struct LoggedActuator {
   std::vector<std::string> reasons;
 };
 
+/// A notice of a run log.
+struct LoggedNotice {
+  std::string kind, text;
+  std::int64_t step = 0;  ///< When it was found: the record's step, or one before it that was not logged.
+};
+
 /// One line of a trace or a run log.
 struct LogRecord {
   std::int64_t line = 0;
@@ -47,6 +53,7 @@ struct LogRecord {
   std::map<std::string, double> metrics;  ///< The metrics that were present.
   std::string health;
   std::vector<std::string> alerts;
+  std::vector<LoggedNotice> notices;
   std::map<std::string, LoggedActuator> actuators;
 };
 

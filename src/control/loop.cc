@@ -67,6 +67,7 @@ Controller::Loop::Loop(ControllerConfig config, const PolicyRegistry& registry)
   targets_ = model.targets;
   if (targets_.empty()) targets_.assign(experts, 1.0 / static_cast<double>(experts));
   mixture_.assign(model.domains.size(), 0);
+  notices_ = Notices(layers);
   payload_ = Payload(layers, shape_.flat_size(), model.domains.size());
   if (config_.lag == 1) pending_.emplace(payload_);
   if (config_.mode != Mode::kOff) layer_reports_.resize(layers);
@@ -74,6 +75,7 @@ Controller::Loop::Loop(ControllerConfig config, const PolicyRegistry& registry)
 
 const StepReport& Controller::Loop::step(const StepInfo& info) {
   check_mixture(info);
+  if (steps_ == 0 || logs(steps_ - 1)) notices_.clear();
   if (config_.mode == Mode::kOff) {
     info_ = usable(info);
   } else {
@@ -314,7 +316,8 @@ void Controller::Loop::log() {
   report_.info = info_;
   report_.layers = layer_reports_;
   report_.targets = &*load_targets_;
-  if (log_ && config_.mode != Mode::kOff && report_.step % config_.log.every == 0) log_(report_);
+  report_.notices = notices_.all();
+  if (log_ && config_.mode != Mode::kOff && logs(report_.step)) log_(report_);
 }
 
 Controller::Loop::Layer& Controller::Loop::layer_at(int layer) const {

@@ -12,6 +12,7 @@
 
 #include "control/actuator_loop.h"
 #include "control/guard.h"
+#include "control/notices.h"
 #include "control/payload.h"
 #include "control/pending_reduction.h"
 #include "moectl/controller.h"
@@ -85,6 +86,7 @@ class Controller::Loop {
   void limit();
   void log();
 
+  bool logs(std::int64_t step) const { return step % config_.log.every == 0; }
   Layer& layer_at(int layer) const;
   void check_mixture(const StepInfo& info) const;
   void use_local_sums(const StepInfo& info);
@@ -127,6 +129,7 @@ class Controller::Loop {
   Payload payload_;
   std::optional<PendingReduction> pending_;  // with `lag: 1`: the sums of the step before
   bool arrived_ = false;                     // payload_ holds them, reduced
+  Notices notices_{0};
   std::function<void(const StepReport&)> log_;
   std::vector<LayerReport> layer_reports_;
   StepReport report_;

@@ -336,6 +336,22 @@ void read_words(const Line& line, const std::string& field, JsonValue list, std:
   for (const JsonValue word : list.elements()) out.push_back(line.text(Line::at(field, out.size()), word));
 }
 
+void read_notices(const Line& line, JsonValue notices, LogRecord& record) {
+  if (!notices.is_array()) line.reject("notices", notices, "must be an array");
+  for (const JsonValue notice : notices.elements()) {
+    const std::string field = Line::at("notices", record.notices.size());
+    if (!notice.is_object()) line.reject(field, notice, "must be an object");
+    const auto part = [&](const char* name) {
+      const auto value = notice.find(name);
+      if (!value) line.fail(field + '.' + name, "missing", "required");
+      return *value;
+    };
+    record.notices.push_back({.kind = line.text(field + ".kind", part("kind")),
+                              .text = line.text(field + ".text", part("text")),
+                              .step = line.integer(field + ".step", part("step"))});
+  }
+}
+
 void read_decisions(const Line& line, LogRecord& record) {
   if (const auto metrics = line.find("metrics")) {
     if (!metrics->is_object()) line.reject("metrics", *metrics, "must be an object");
@@ -349,6 +365,7 @@ void read_decisions(const Line& line, LogRecord& record) {
   }
   if (const auto health = line.find("health")) record.health = line.text("health", *health);
   if (const auto alerts = line.find("alerts")) read_words(line, "alerts", *alerts, record.alerts);
+  if (const auto notices = line.find("notices")) read_notices(line, *notices, record);
   if (const auto actuators = line.find("actuators")) {
     if (!actuators->is_object()) line.reject("actuators", *actuators, "must be an object");
     for (const auto member : actuators->members()) {

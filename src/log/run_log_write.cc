@@ -298,6 +298,7 @@ struct RunLogWriter::File {
   void means(std::span<const std::int64_t> sums, std::span<const std::int64_t> tokens);
   void metrics(const LayerReport& layer);
   void health(const LayerMonitor& monitor);
+  void notices(const StepReport& report, int layer);
   void actuators(const ActuatorReport (&reports)[kActuatorCount]);
 };
 
@@ -335,6 +336,10 @@ void RunLogWriter::write(const StepReport& report, std::string_view tag) {
 
 namespace {
 
+auto of_layer(int layer) {
+  return [layer](const Notice& notice) { return notice.layer == layer; };
+}
+
 bool decided(const ActuatorReport& report) {
   return !report.applied.empty();
 }
@@ -364,17 +369,20 @@ void RunLogWriter::File::record(const StepReport& report, const LayerReport& lay
     json.raw('}');
   }
   if (layer.monitor) health(*layer.monitor);
+  notices(report, layer.layer);
   if (decided(layer.actuators)) actuators(layer.actuators);
   json.raw("}\n");
 }
 
 void RunLogWriter::File::model_record(const StepReport& report, std::string_view tag) {
-  if (!decided(report.model)) return;
+  const bool any = decided(report.model);
+  if (!any && std::none_of(report.notices.begin(), report.notices.end(), of_layer(-1))) return;
   json.raw("{\"step\":");
   json.value(report.step);
   json.raw(",\"layer\":null");
   info(report, tag);
-  actuators(report.model);
+  notices(report, -1);
+  if (any) actuators(report.model);
   json.raw("}\n");
 }
 
@@ -517,6 +525,25 @@ void RunLogWriter::File::health(const LayerMonitor& monitor) {
     json.value(alert);
   }
   json.raw(']');
+}
+
+void RunLogWriter::File::notices(const StepReport& report, int layer) {
+  bool first = true;
+  for (const Notice& notice : report.notices) {
+    if (notice.layer != layer) continue;
+    if (std::exchange(first, false)) {
+      json.key("notices");
+      json.raw('[');
+    } else {
+      json.raw(',');
+    }
+    json.raw('{');
+    json.field("kind", name_of(notice.kind));
+    json.field("step", notice.step);
+    json.field("text", notice.text);
+    json.raw('}');
+  }
+  if (!first) json.raw(']');
 }
 
 void RunLogWriter::File::actuators(const ActuatorReport (&reports)[kActuatorCount]) {

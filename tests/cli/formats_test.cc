@@ -6,6 +6,7 @@
 #include <regex>
 #include <set>
 
+#include "moectl/notice.h"
 #include "tool.h"
 
 namespace moectl {
@@ -111,6 +112,14 @@ TEST(Formats, TheReaderKnowsEveryFieldOfTheTables) {
     wrong[row.field] = true;
     expect_known(row.field, read(run_header(), wrong));
   }
+  for (const Row& row : table("A notice")) {
+    Json wrong = record;
+    wrong["notices"] = all_of(table(kRunRecord))["notices"];
+    wrong["notices"][0][row.field] = true;
+    expect_known("notices[0]." + row.field, read(run_header(), wrong));
+    wrong["notices"][0].erase(row.field);
+    EXPECT_THAT(read(run_header(), wrong).err, HasSubstr("notices[0]." + row.field + ": missing: required"));
+  }
   for (const Row& row : table("An actuator")) {
     Json wrong = record;
     wrong["actuators"]["expert_bias"][row.field] = true;
@@ -175,10 +184,11 @@ TEST(Formats, TheWriterWritesWhatThePageSaysAndNothingElse) {
     written.insert(unwritten.begin(), unwritten.end());
     EXPECT_EQ(written, documented);
   };
-  // A run log's config says the shape; `replay` has no tag but `train`, which is not written.
+  // A run log's config says the shape; `replay` has no tag but `train`, which is not written. Nothing
+  // is wrong with the example, so it has no notices.
   expect_same(header, {kFirstLine, kRunFirstLine}, {"layers", "experts", "top_k"});
   record.erase("guard");  // has a table of its own
-  expect_same(record, {kRecord, kRunRecord}, {"tag"});
+  expect_same(record, {kRecord, kRunRecord}, {"tag", "notices"});
   expect_same(actuator, {"An actuator"}, {});
   expect_same(guard, {"The guard"}, {});
 }
@@ -186,7 +196,8 @@ TEST(Formats, TheWriterWritesWhatThePageSaysAndNothingElse) {
 // Fields are the first words that the functions of src/log are called with.
 TEST(Formats, EveryFieldThatTheSourcesNameStandsOnThePage) {
   std::set<std::string> documented;
-  for (const char* heading : {kFirstLine, kRecord, kRunFirstLine, kRunRecord, "An actuator", "The guard"}) {
+  for (const char* heading :
+       {kFirstLine, kRecord, kRunFirstLine, kRunRecord, "A notice", "An actuator", "The guard"}) {
     for (const Row& row : table(heading)) documented.insert(row.field);
   }
   documented.insert({"guard", "update_frequency", "model", "targets"});  // described in the text
@@ -202,6 +213,13 @@ TEST(Formats, EveryFieldThatTheSourcesNameStandsOnThePage) {
   EXPECT_GT(named.size(), 30U);
   for (const std::string& field : named) {
     EXPECT_TRUE(documented.count(field) || no_fields.count(field)) << field << " is not on the page";
+  }
+}
+
+TEST(Formats, EveryKindOfNoticeStandsOnThePage) {
+  const std::string text = TempDir::read(kDocs + "formats.md");
+  for (int k = 0; k < kNoticeKindCount; ++k) {
+    EXPECT_THAT(text, HasSubstr('`' + std::string(name_of(static_cast<NoticeKind>(k))) + '`'));
   }
 }
 

@@ -625,6 +625,33 @@ TEST(RunLogWriter, ModelScopeStandsInARecordWithoutLayer) {
   EXPECT_EQ(records[1].actuators.at("aux_loss_weight").applied.at(0), 0.0125);
 }
 
+TEST(RunLogWriter, NoticesStandInTheRecordOfTheirLayer) {
+  const TempDir dir;
+  ControllerConfig config;
+  config.model = {.layers = 2, .experts = 4, .top_k = 2};
+  LayerReport layers[2];
+  layers[1].layer = 1;
+  const std::vector<Notice> notices = {
+      {.kind = NoticeKind::kInvalid, .layer = 1, .step = 6, .text = "experts[17] = 99: \"out\""},
+      {.kind = NoticeKind::kConfig, .layer = -1, .step = 7, .text = "of the model"},
+      {.kind = NoticeKind::kFallback, .layer = 1, .step = 7, .text = "held"}};
+  StepReport report;
+  report.step = 7;
+  report.layers = layers;
+  report.notices = notices;
+  RunLogWriter(dir.path("run.jsonl"), config).write(report);
+  std::istringstream lines(TempDir::read(dir.path("run.jsonl")));
+  std::vector<nlohmann::json> written;
+  for (std::string line; std::getline(lines, line);) written.push_back(nlohmann::json::parse(line));
+  ASSERT_EQ(written.size(), 4U);
+  EXPECT_FALSE(written[1].contains("notices"));
+  EXPECT_EQ(written[2]["notices"][0],
+            nlohmann::json({{"kind", "invalid"}, {"step", 6}, {"text", "experts[17] = 99: \"out\""}}));
+  EXPECT_EQ(written[2]["notices"][1]["kind"], "fallback");
+  EXPECT_TRUE(written[3]["layer"].is_null());
+  EXPECT_EQ(written[3]["notices"][0]["text"], "of the model");
+}
+
 TEST(RunLogWriter, WithoutPerExpertArraysTheRecordIsShort) {
   const TempDir dir;
   const std::string path = dir.path("run.jsonl");
