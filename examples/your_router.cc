@@ -10,7 +10,6 @@
 
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <limits>
 #include <map>
 #include <memory>
@@ -25,48 +24,15 @@
 #include "moectl/run_log.h"
 #include "moectl/torch/controller.h"
 #include "moectl/torch/evaluation.h"
+#include "your_router_parts.h"
 
 namespace {
 
 using torch::Tensor;
 
 constexpr std::int64_t kLayers = 3, kExperts = 16, kGroups = 4, kGroupsKept = 2, kTopK = 2;
-constexpr std::int64_t kVocabulary = 64, kWidth = 32, kHidden = 32;
-constexpr std::int64_t kSequences = 8, kLength = 32, kMicroBatches = 4;
+constexpr std::int64_t kWidth = 32, kHidden = 32, kMicroBatches = 4;
 constexpr std::int64_t kSwitchToActive = 100, kOverflowEvery = 50;
-
-// ---- The data: tokens of a few Markov chains of very different size, in sequences of different length. ----
-
-struct Batch {
-  Tensor tokens, next, mask;  // [B, S]; mask: true = a real token
-};
-
-class Chains {
- public:
-  Chains() {
-    torch::manual_seed(7);  // the chains belong to the task, not to the run
-    for (int chain = 0; chain < 6; ++chain) {
-      followers_.push_back(torch::randint(10 * chain, 10 * chain + 14, {kVocabulary, 4}));
-    }
-  }
-  Batch draw() const {
-    const auto whole = torch::dtype(torch::kLong);
-    const Tensor chain = torch::multinomial(torch::tensor({.5, .25, .12, .07, .04, .02}), kSequences, true);
-    const Tensor length = torch::randint(kLength / 2, kLength + 1, {kSequences, 1}, whole);
-    std::vector<Tensor> tokens = {torch::randint(kVocabulary, {kSequences}, whole)};
-    const Tensor followers = torch::stack(followers_).index_select(0, chain);  // [B, V, 4]
-    const Tensor row = torch::arange(kSequences, whole);
-    while (tokens.size() <= kLength) {
-      const Tensor choice = torch::randint(4, {kSequences}, whole);
-      tokens.push_back(followers.index({row, tokens.back(), choice}));
-    }
-    const Tensor all = torch::stack(tokens, 1);
-    return {all.narrow(1, 0, kLength), all.narrow(1, 1, kLength), torch::arange(kLength, whole).lt(length)};
-  }
-
- private:
-  std::vector<Tensor> followers_;
-};
 
 // ---- The model ----
 
@@ -80,8 +46,9 @@ struct Pass {
 };
 
 struct Routed {
-  Tensor experts, gates;             // [T, k]
-  Tensor top_values, biased_scores;  // [T, k+1], [T, N]
+  Tensor experts, gates;         // [T, k]
+  Tensor scores, biased_scores;  // [T, N]
+  Tensor top_values;             // [T, k+1]
 };
 
 /// Sigmoid scores; a correction bias for the choice alone; the best groups, then the best experts in them.
@@ -96,7 +63,8 @@ struct RouterImpl : torch::nn::Module {
     Routed out;
     {
       const torch::NoGradGuard no_grad;
-      const Tensor biased = scores + correction;
+      out.scores = scores.detach();
+      const Tensor biased = out.scores + correction;
       const Tensor groups = std::get<0>(biased.view({-1, kGroups, kExperts / kGroups}).topk(2, -1)).sum(-1);
       const Tensor kept = std::get<1>(groups.topk(kGroupsKept, -1));
       const Tensor lost = torch::ones_like(groups, torch::kBool).scatter_(1, kept, false);
@@ -139,6 +107,7 @@ struct MoeImpl : torch::nn::Module {
     if (pass.mistake != "no-top-values") {
       details.top_values = routed.top_values;
       details.biased_scores = routed.biased_scores;
+      details.scores = routed.scores;
     }
     if (pass.meter != nullptr) {
       pass.meter->record(layer, routed.experts.view(shape), details);
@@ -212,15 +181,10 @@ TORCH_MODULE(Model);
 
 // ---- The training loop ----
 
-struct Arguments {
-  std::int64_t steps = 300, seed = 1, mend_at = std::numeric_limits<std::int64_t>::max();
-  std::string policy, log, save, resume, mistake;
-};
-
-moectl::ControllerConfig config_of(const Arguments& arguments, moectl::Mode mode) {
+moectl::ControllerConfig config_of(const Options& options, moectl::Mode mode) {
   moectl::ControllerConfig config;
-  if (!arguments.policy.empty()) {
-    config = moectl::load_config(arguments.policy);
+  if (!options.text("--policy").empty()) {
+    config = moectl::load_config(options.text("--policy"));
   } else {
     config.expert_bias.policy = "adaptive_bias";
     config.expert_bias.options.set("form", std::string("gap"));
@@ -239,8 +203,8 @@ moectl::ControllerConfig config_of(const Arguments& arguments, moectl::Mode mode
 /// Model, optimizer and controller: all that a checkpoint holds.
 class Run {
  public:
-  Run(const Arguments& arguments, moectl::Mode mode)
-      : controller_(config_of(arguments, mode)), model_(controller_), meter_(controller_.controller()) {
+  Run(const Options& options, moectl::Mode mode)
+      : controller_(config_of(options, mode)), model_(controller_), meter_(controller_.controller()) {
     optimizer_ = std::make_unique<torch::optim::AdamW>(model_->parameters(),
                                                        torch::optim::AdamWOptions(3e-3).weight_decay(0.01));
   }
@@ -310,114 +274,44 @@ class Run {
   std::unique_ptr<torch::optim::AdamW> optimizer_;
 };
 
-// ---- What the controller says ----
-
-/// Prints each alert and each reason of a layer when it first appears.
-class Listener {
- public:
-  void hear(const moectl::StepReport& report) {
-    for (const moectl::LayerReport& layer : report.layers) {
-      for (const std::string_view alert : layer.monitor->alerts())
-        say(report.step, layer.layer, "alert", alert);
-      const moectl::ActuatorReport& bias = layer.actuators[0];
-      for (int r = 0; r < moectl::kReasonCount; ++r) {
-        const auto reason = static_cast<moectl::Reason>(r);
-        if (bias.reasons.has(reason)) say(report.step, layer.layer, "reason", moectl::name_of(reason));
-      }
-    }
-  }
-
- private:
-  void say(std::int64_t step, int layer, const char* kind, std::string_view what) {
-    const std::string words = std::string(kind) + ": " + std::string(what);
-    if (heard_.emplace(layer, words).second)
-      std::printf("step %3lld  layer %d  %s\n", static_cast<long long>(step), layer, words.c_str());
-  }
-  std::set<std::pair<int, std::string>> heard_;
-};
-
-/// Balance of the last steps against the floor: 1 = as even as chance allows.
-void print_balance(const moectl::StepReport& report) {
-  for (const moectl::LayerReport& layer : report.layers) {
-    const moectl::Metrics& smoothed = layer.monitor->smoothed();
-    const double vio = smoothed.max_vio.value_or(NAN),
-                 floor = moectl::floor_of(smoothed).max_vio.value_or(NAN);
-    double spread = 0;
-    for (const double b : layer.actuators[0].applied) spread = std::max(spread, std::abs(b));
-    std::printf("layer %d: MaxVio %.3f, floor %.3f: %.2f x floor; largest bias %.3f; %s\n", layer.layer, vio,
-                floor, vio / floor, spread, std::string(moectl::name_of(layer.monitor->health())).c_str());
-  }
-}
-
-Arguments parse(int argc, char** argv) {
-  Arguments arguments;
-  const std::map<std::string, std::int64_t*> numbers = {
-      {"--steps", &arguments.steps}, {"--seed", &arguments.seed}, {"--mend-at", &arguments.mend_at}};
-  const std::map<std::string, std::string*> texts = {{"--policy", &arguments.policy},
-                                                     {"--log", &arguments.log},
-                                                     {"--save", &arguments.save},
-                                                     {"--resume", &arguments.resume},
-                                                     {"--mistake", &arguments.mistake}};
-  const std::set<std::string> mistakes = {"",
-                                          "forget-bias",
-                                          "wrong-layer",
-                                          "wrong-sign",
-                                          "swap-storage",
-                                          "no-top-values",
-                                          "shadow-then-active",
-                                          "replayed-routes"};
-  for (int i = 1; i < argc; i += 2) {
-    const std::string key = argv[i];
-    if (i + 1 == argc) throw std::invalid_argument(key + ": wants a value");
-    if (const auto number = numbers.find(key); number != numbers.end()) {
-      *number->second = std::stoll(argv[i + 1]);
-    } else if (const auto text = texts.find(key); text != texts.end()) {
-      *text->second = argv[i + 1];
-    } else {
-      throw std::invalid_argument(key + ": unknown option");
-    }
-  }
-  if (!mistakes.contains(arguments.mistake))
-    throw std::invalid_argument("--mistake: unknown: " + arguments.mistake);
-  return arguments;
-}
-
-void train(const Arguments& arguments) {
+void train(const Options& options) {
+  const std::int64_t steps = options.number("--steps"), seed = options.number("--seed");
+  const std::string& mistake = options.text("--mistake");
   const Chains chains;
-  torch::manual_seed(static_cast<std::uint64_t>(arguments.seed));
-  const bool shadow = arguments.mistake == "shadow-then-active";
-  auto run = std::make_unique<Run>(arguments, shadow ? moectl::Mode::kShadow : moectl::Mode::kActive);
+  torch::manual_seed(static_cast<std::uint64_t>(seed));
+  const bool shadow = mistake == "shadow-then-active";
+  auto run = std::make_unique<Run>(options, shadow ? moectl::Mode::kShadow : moectl::Mode::kActive);
   std::int64_t first = 0;
-  if (!arguments.resume.empty()) {
+  if (!options.text("--resume").empty()) {
     torch::serialize::InputArchive archive;
-    archive.load_from(arguments.resume);
+    archive.load_from(options.text("--resume"));
     first = run->load(archive);
-    torch::manual_seed(static_cast<std::uint64_t>(arguments.seed + 1000 * first));  // other batches
+    torch::manual_seed(static_cast<std::uint64_t>(seed + 1000 * first));  // other batches
   }
   std::unique_ptr<moectl::RunLogWriter> log;
-  if (!arguments.log.empty()) {
-    log = std::make_unique<moectl::RunLogWriter>(arguments.log, run->controller().controller().config(),
-                                                 first > 0);
+  if (!options.text("--log").empty()) {
+    log = std::make_unique<moectl::RunLogWriter>(options.text("--log"),
+                                                 run->controller().controller().config(), first > 0);
   }
 
   Listener listener;
-  for (std::int64_t step = first; step < arguments.steps; ++step) {
+  for (std::int64_t step = first; step < steps; ++step) {
     if (shadow && step == kSwitchToActive) {
       std::stringstream checkpoint;
       torch::serialize::OutputArchive out;
       run->save(out, step);
       out.save_to(checkpoint);
-      run = std::make_unique<Run>(arguments, moectl::Mode::kActive);
+      run = std::make_unique<Run>(options, moectl::Mode::kActive);
       torch::serialize::InputArchive in;
       in.load_from(checkpoint);
       run->load(in);
     }
-    if (arguments.mistake == "swap-storage" && step == 10) {  // the buffers get other storage
+    if (mistake == "swap-storage" && step == 10) {  // the buffers get other storage
       std::stringstream file;
       torch::save(run->model(), file);
       torch::load(run->model(), file);
     }
-    run->step(step, chains, step < arguments.mend_at ? arguments.mistake : "");
+    run->step(step, chains, step < options.number("--mend-at") ? mistake : "");
     const moectl::StepReport& report = run->controller().report();
     listener.hear(report);
     if (log) log->write(report);
@@ -428,10 +322,10 @@ void train(const Arguments& arguments) {
     }
   }
   print_balance(run->controller().report());
-  if (!arguments.save.empty()) {
+  if (!options.text("--save").empty()) {
     torch::serialize::OutputArchive archive;
-    run->save(archive, arguments.steps);
-    archive.save_to(arguments.save);
+    run->save(archive, steps);
+    archive.save_to(options.text("--save"));
   }
 }
 
@@ -439,7 +333,7 @@ void train(const Arguments& arguments) {
 
 int main(int argc, char** argv) {
   try {
-    train(parse(argc, argv));
+    train(Options(argc, argv));
   } catch (const std::exception& error) {
     std::fprintf(stderr, "your_router: %s\n", error.what());
     return 1;

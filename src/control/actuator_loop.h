@@ -38,7 +38,10 @@ class ActuatorLoop {
   /// Applies the proposal within the limits, tells the policy, and starts a new window if the policy was asked.
   void limit(const LimitContext& context);
 
+  bool taken_over() const { return guard_took_over_; }
+
   StatsNeeds needs() const { return policy_->needs(); }
+  StatsNeeds required() const { return policy_->required(); }
   std::span<const double> applied() const { return applied_; }
   ActuatorReport report() const;
 

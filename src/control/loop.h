@@ -11,7 +11,9 @@
 #include <vector>
 
 #include "control/actuator_loop.h"
+#include "control/choice_check.h"
 #include "control/guard.h"
+#include "control/inputs.h"
 #include "control/notices.h"
 #include "control/payload.h"
 #include "control/pending_reduction.h"
@@ -33,6 +35,8 @@ class Controller::Loop {
   /// Runs `add` on the layer's sums under its lock; with `micro_batch` ≥ 0 only the first time before the next step.
   template <class Add>
   void record(int layer, std::int64_t micro_batch, Add&& add);
+  void check_choices(int layer, const ChoiceSample& sample);
+  void say(NoticeKind kind, int layer, std::string_view text);
   const StepReport& step(const StepInfo& info);
 
   void set_reduction(Reduction reduction);
@@ -54,6 +58,7 @@ class Controller::Loop {
     std::mutex mutex;
     RoutingStats intake;
     std::vector<std::int64_t> seen;  // micro-batches recorded since the last step
+    ChoiceCheck choices;
     // Deciding.
     bool frozen = false;
     double gap_width = 0;   // for what is recorded before the next step
@@ -64,6 +69,8 @@ class Controller::Loop {
     std::optional<LayerMonitor> monitor;
     std::optional<LayerGuard> guard;
     std::array<std::optional<ActuatorLoop>, kActuatorCount> loops;  // those of `scope: layer`
+    std::array<InputWatch, kActuatorCount> inputs;
+    std::array<StatsNeeds, kActuatorCount> missing;
   };
   // The inputs of one decision.
   struct DecisionInputs {
@@ -95,6 +102,7 @@ class Controller::Loop {
   void unpack(Payload& payload);
   void use_previous_sums(const StepInfo& info);
   void clear_intake();
+  void take_what_was_said();
   std::uint64_t actuation_hash() const;
   template <class Visit>
   void for_each_actuator(Visit&& visit);
@@ -102,6 +110,7 @@ class Controller::Loop {
   DecisionInputs layer_inputs(ActuatorLoop& loop, Layer& layer, std::size_t window);
   DecisionInputs model_inputs(ActuatorLoop& loop, std::size_t actuator);
   bool guard_acts() const;
+  StatsNeeds missing(ActuatorLoop& loop, std::size_t actuator, int layer);
 
   void exchange(StateIo& io);
 
@@ -111,6 +120,8 @@ class Controller::Loop {
   StatsShape shape_;
   std::vector<std::unique_ptr<Layer>> layers_;
   std::array<std::optional<ActuatorLoop>, kActuatorCount> model_loops_;  // those of `scope: model`
+  std::array<InputWatch, kActuatorCount> model_inputs_watch_;
+  std::array<StatsNeeds, kActuatorCount> model_missing_;
   // Of those, what was in force when no guard acted: where every guard takes its actuator back to, though another may
   // have moved it already.
   std::array<double, kActuatorCount> before_guards_{};
@@ -130,6 +141,13 @@ class Controller::Loop {
   std::optional<PendingReduction> pending_;  // with `lag: 1`: the sums of the step before
   bool arrived_ = false;                     // payload_ holds them, reduced
   Notices notices_{0};
+  struct Said {
+    NoticeKind kind;
+    int layer;
+    std::string text;
+  };
+  std::mutex said_mutex_;
+  std::vector<Said> said_;  // since the last step
   std::function<void(const StepReport&)> log_;
   std::vector<LayerReport> layer_reports_;
   StepReport report_;

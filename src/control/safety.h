@@ -20,6 +20,7 @@ struct LimitContext {
   bool skipped = false;
   bool frozen = false;
   bool at_cadence = true;
+  bool missing_input = false;  ///< The sums lack what the policy requires.
   std::optional<double> loss = {};
   std::optional<double> drop_rate = {};
 };
