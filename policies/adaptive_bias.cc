@@ -222,6 +222,9 @@ class AdaptiveBias final : public Policy {
   }
 
   StatsNeeds needs() const override { return {.gap = options_.form != "counts", .margins = options_.rescue}; }
+  StatsNeeds required() const override {
+    return {.gap = options_.form == "gap" || feedforward_, .margins = options_.rescue};
+  }
 
   void propose(const LayerView& layer, std::span<double> bias) override {
     const std::optional<double> gap = measured_gap(layer.stats);

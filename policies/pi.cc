@@ -108,7 +108,12 @@ class Pi final : public Policy {
         excess_(goal_.metric->name == kExcess),
         scale_(goal_.target != 0 ? std::abs(goal_.target) : 1.0) {}
 
-  StatsNeeds needs() const override { return {.sequences = excess_}; }
+  StatsNeeds needs() const override {
+    StatsNeeds needs = required();
+    needs.sequences = excess_;  // for a better floor
+    return needs;
+  }
+  StatsNeeds required() const override { return goal_.needs(); }
 
   void propose(const LayerView& layer, std::span<double> value) override {
     decided_ = false;

@@ -4,9 +4,14 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 
+#include "base/fields.h"
 #include "cli/tool.h"
 #include "config/config_explain.h"
+#include "control/actuator_loop.h"
+#include "control/guard.h"
+#include "control/inputs.h"
 #include "feasibility/actuators.h"
+#include "feasibility/targets.h"
 #include "moectl/config.h"
 #include "moectl/feasibility.h"
 
@@ -52,6 +57,23 @@ std::vector<Conflict> judge_targets(const ControllerConfig& config) {
   return conflicts;
 }
 
+/// What the policies of a config need from the router beyond counts.
+struct NeededInputs {
+  StatsNeeds required;  ///< Without these a policy is held.
+  StatsNeeds used;      ///< These are used where they are recorded.
+};
+NeededInputs inputs_of(const ControllerConfig& config, const PolicyRegistry& registry) {
+  NeededInputs inputs;
+  inputs.used = config.collect;
+  if (config.guard.enabled) inputs.used |= LayerGuard::needs();
+  for (const Actuator actuator : kActuators) {
+    const ActuatorLoop loop(actuator, config, registry, 0);
+    inputs.required |= loop.required();
+    inputs.used |= loop.needs();
+  }
+  return inputs;
+}
+
 std::string text_of(const Conflict& conflict) {
   return conflict.suggestion.empty() ? conflict.message
                                      : conflict.message + "; nearest feasible: " + conflict.suggestion;
@@ -76,12 +98,17 @@ int check(const Options& options, const PolicyRegistry& registry) {
   const ActuatorJudgement actuators = judge_actuators(config);
   conflicts.insert(conflicts.end(), actuators.conflicts.begin(), actuators.conflicts.end());
   const bool feasible = conflicts.empty();
+  const NeededInputs inputs = inputs_of(config, registry);
   if (json) {
     auto list = nlohmann::ordered_json::array();
     for (const Conflict& conflict : conflicts) {
       list.push_back({{"metrics", conflict.metrics}, {"message", text_of(conflict)}});
     }
-    nlohmann::ordered_json verdict = {{"valid", true}, {"feasible", feasible}, {"conflicts", list}};
+    nlohmann::ordered_json verdict = {
+        {"valid", true},
+        {"feasible", feasible},
+        {"conflicts", list},
+        {"inputs", {{"required", input_names(inputs.required)}, {"used", input_names(inputs.used)}}}};
     if (!actuators.notes.empty()) verdict["notes"] = actuators.notes;
     std::cout << verdict.dump() << '\n';
     return feasible ? 0 : 1;
@@ -92,6 +119,10 @@ int check(const Options& options, const PolicyRegistry& registry) {
   }
   std::cout << to_yaml(config);
   // As comments, so that the output is a valid config.
+  std::vector<std::string> required = input_names(inputs.required), used = input_names(inputs.used);
+  required.insert(required.begin(), "the chosen experts");
+  std::cout << "# the router must record: " << listed(required) << '\n';
+  if (!used.empty()) std::cout << "# used where it is recorded: " << listed(used) << '\n';
   if (config.model.tokens_per_step == 0 && !targets_of(config).empty()) {
     std::cout << "# model.tokens_per_step is not given: no target was compared with a noise floor\n";
   }

@@ -22,6 +22,7 @@ struct LimitContext {
   bool host_hold = false;
   bool at_cadence = true;
   bool policy_failed = false;  ///< The policy threw an exception.
+  bool missing_input = false;  ///< The sums lack what the policy requires.
   std::optional<double> loss = {};
   std::optional<double> drop_rate = {};
   std::optional<double> reach = {};  ///< Biases: the farthest from their mean that the scores justify.
