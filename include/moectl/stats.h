@@ -42,8 +42,8 @@ struct RoutingBatch {
   std::int64_t sequence_length = 0;
   /// [tokens], non-decreasing: the sequence of each token. Empty = not known.
   std::span<const std::int64_t> sequence_ids{};
-  /// [tokens × (k+1)] the k+1 largest biased scores of each token, largest first. Empty = no gap. Requires
-  /// k < N.
+  /// [tokens × (k+1)] the k+1 largest biased scores of each token, largest first; `experts` then lists the experts in
+  /// the same order. Empty = no gap. Requires k < N.
   std::span<const float> top_values{};
   /// [tokens × N] the biased scores v that selection compared, -inf for experts excluded from the choice. Empty = no
   /// margins. Requires top_values.
@@ -116,8 +116,11 @@ class RoutingStats {
 
   // A value is absent unless every counted token contributed to it: partial sums are never returned.
   std::optional<double> mean_gap() const;  ///< mean_t (v_k - v_{k+1}).
-  std::optional<double> dropped() const;   ///< Dropped assignments.
-  bool has_sequences() const;              ///< At least one sequence, and every token belongs to one.
+  /// The slope at the threshold: the relative load c_i/c̄ (c̄ the mean load) that each expert gains per unit of its bias
+  /// [N]. Returns false, and writes nothing, if no gap is near or known.
+  bool load_slope(std::span<double> out) const;
+  std::optional<double> dropped() const;  ///< Dropped assignments.
+  bool has_sequences() const;             ///< At least one sequence, and every token belongs to one.
   bool has_probabilities() const;
   bool has_domains() const;
   bool has_margins() const;
@@ -125,6 +128,12 @@ class RoutingStats {
   std::span<const std::int64_t, kMarginBins> margins(int expert) const;  ///< Counts by margin_bin().
   /// v_{k+1} - v_ti of every counted token [tokens × N], in the order recorded. Not part of the payload.
   std::span<const float> margin_rows() const { return margin_rows_; }
+  /// Gaps below this width, in score units, count as near in add(); 0 (the default) = none. Rounded to kFixedUnit. The
+  /// controller sets it from the last step's sums, the same on every rank. Neither added nor cleared.
+  void set_gap_width(double width);
+  double gap_width() const { return from_fixed(gap_width_); }
+  /// The width for the next records: a fifth of the gaps counted here would be near. Absent without gaps.
+  std::optional<double> next_gap_width() const;
   /// For readers of a saved state.
   void set_margin_rows(std::vector<float> rows) { margin_rows_ = std::move(rows); }
   std::int64_t domain_tokens(int domain) const;  ///< Tokens of the domain (its assignments / k).
@@ -154,6 +163,7 @@ class RoutingStats {
     kInvalidRecords,
     kGapSum,
     kGapTokens,
+    kGapWidthSum,  ///< Σ_t of the width that counts as near, fixed point.
     kSequences,
     kSequenceTokens,
     kSequenceLenSq,
@@ -170,6 +180,7 @@ class RoutingStats {
   /// The arrays that follow the scalars; arrays that StatsNeeds does not ask for are empty.
   enum Array : int {
     kCounts,            ///< c_i. [N]
+    kGapNear,           ///< Tokens whose k-th choice is i and whose gap is below the width. [N]
     kSequenceSq,        ///< Σ_j c_ji². [N]
     kSequenceCross,     ///< Σ_j n_j c_ji. [N]
     kProbSum,           ///< Σ_t p_ti, fixed point. [N]
@@ -215,6 +226,7 @@ class RoutingStats {
   std::span<std::int64_t> delta(Array which);
 
   StatsShape shape_;
+  std::int64_t gap_width_ = 0;  // fixed point
   std::vector<std::int64_t> sums_;
   // Scratch, kept so that adding never allocates: one record's sums, one sequence's counts, one token's probabilities.
   std::vector<std::int64_t> delta_, histogram_;

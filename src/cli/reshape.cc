@@ -18,7 +18,10 @@ RoutingStats reshaped(const RoutingStats& stats, const std::vector<std::string>&
   const StatsNeeds& has = stats.shape().needs;
   copy_scalars({S::kTokens, S::kInvalidRecords, S::kDropped, S::kDropTokens});
   copy_arrays({S::kCounts});
-  if (needs.gap && has.gap) copy_scalars({S::kGapSum, S::kGapTokens});
+  if (needs.gap && has.gap) {
+    copy_scalars({S::kGapSum, S::kGapTokens, S::kGapWidthSum});
+    copy_arrays({S::kGapNear});
+  }
   if (needs.sequences && has.sequences) {
     copy_scalars({S::kSequences, S::kSequenceTokens, S::kSequenceLenSq});
     copy_arrays({S::kSequenceSq, S::kSequenceCross});

@@ -62,6 +62,7 @@ class Controller::Loop {
     RoutingStats backup;                      // of the sums, while the host adds to them
     // Deciding.
     bool frozen = false;
+    double gap_width = 0;   // for what is recorded before the next step
     bool valid = true;      // this step's sums are valid
     bool has_data = false;  // and contain at least one token
     bool told = false;      // the first offence of the sums recorded since the last step was said

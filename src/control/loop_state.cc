@@ -78,6 +78,8 @@ void Controller::Loop::exchange(StateIo& io) {
   io.value("steps", steps_);
   for (const auto& layer : layers_) {
     io.value("frozen", layer->frozen);
+    io.value("gap_width", layer->gap_width, StateIo::kNotNegative);
+    layer->intake.set_gap_width(layer->gap_width);
     exchange_sums(io, "recorded", layer->intake);
     exchange_ids(io, layer->seen, layer->fingerprints);
     layer->monitor->exchange(io);

@@ -258,6 +258,8 @@ RoutingStats read_stats(const Line& line, const LogHeader& header, std::int64_t 
                  .latencies = latencies.has_value(),
                  .margins = margins.has_value(),
                  .domains = domains ? static_cast<int>(domains->size()) : 0};
+  const bool near = line.has_all({"gap_width_sum", "gap_near"});
+  if (near && !gap) line.fail("gap_sum", "missing", "required with gap_near");
   RoutingStats stats(shape);
   stats.set_scalar(RoutingStats::kTokens, tokens);
   line.integers("counts", counts, stats.mutable_array(RoutingStats::kCounts));
@@ -265,6 +267,10 @@ RoutingStats read_stats(const Line& line, const LogHeader& header, std::int64_t 
   if (gap) {
     stats.set_scalar(RoutingStats::kGapSum, line.fixed("gap_sum", *gap));
     stats.set_scalar(RoutingStats::kGapTokens, tokens);
+    if (near) {
+      stats.set_scalar(RoutingStats::kGapWidthSum, line.fixed("gap_width_sum", *line.find("gap_width_sum")));
+      line.integers("gap_near", *line.find("gap_near"), stats.mutable_array(RoutingStats::kGapNear));
+    }
   }
   if (shape.needs.sequences) read_sequences(line, stats);
   if (shape.needs.probabilities) read_probabilities(line, stats);

@@ -432,6 +432,10 @@ void RunLogWriter::File::sums(const RoutingStats& stats) {
   };
   whole("counts", S::kCounts);
   if (stats.mean_gap()) json.field("gap_sum", from_fixed(stats.scalar(S::kGapSum)));
+  if (stats.mean_gap() && stats.scalar(S::kGapWidthSum) > 0) {
+    json.field("gap_width_sum", from_fixed(stats.scalar(S::kGapWidthSum)));
+    whole("gap_near", S::kGapNear);
+  }
   if (stats.has_sequences()) {
     json.field("sequences", stats.scalar(S::kSequences));
     json.field("sequence_len_sq", stats.scalar(S::kSequenceLenSq));

@@ -99,8 +99,13 @@ bool importances(const RoutingStats& stats, std::span<double> out) {
   return true;
 }
 
+bool load_slopes(const RoutingStats& stats, std::span<double> out) {
+  return stats.load_slope(out);
+}
+
 constexpr ExpertField kExpertFields[] = {
     {"load", "", "c / S", loads},
+    {"load_slope", "1/score", "relative load gained per unit of bias, from small gaps", load_slopes},
     {"importance", "", "mean_t p_ti", importances},
     {"grad_norm", "", "mean of the gradient norms recorded", grad_norms},
     {"expert_loss", "nats", "mean loss of the expert's tokens", expert_losses},

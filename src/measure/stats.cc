@@ -38,6 +38,8 @@ std::size_t array_length(const StatsShape& shape, RoutingStats::Array which) {
   switch (which) {
     case RoutingStats::kCounts:
       return experts;
+    case RoutingStats::kGapNear:
+      return shape.needs.gap ? experts : 0;
     case RoutingStats::kSequenceSq:
     case RoutingStats::kSequenceCross:
       return shape.needs.sequences ? experts : 0;
@@ -91,6 +93,9 @@ void check_domain(const StatsShape& shape, int domain) {
 // first-level cache.
 constexpr std::size_t kLanes = 4;
 constexpr std::size_t kMaxLaneSize = 1024;
+
+// The share of the gaps that count as near: many enough to count, near enough to tell the density at zero.
+constexpr double kNearShare = 0.2, kNearPrior = 64;
 
 std::size_t lane_size(int experts) {
   return std::bit_ceil(static_cast<std::size_t>(experts));
@@ -415,6 +420,8 @@ bool RoutingStats::gather_gap(const RoutingBatch& batch) {
   if (!shape_.needs.gap || batch.top_values.empty()) return true;
   const auto k = static_cast<std::size_t>(top_k());
   const std::size_t tokens = batch.top_values.size() / (k + 1);
+  const std::span<std::int64_t> near = delta(kGapNear);
+  const double width = gap_width();
   std::int64_t sum = 0, signs = 0;
   for (std::size_t t = 0; t < tokens; ++t) {
     if (!batch.mask.empty() && batch.mask[t] == 0) continue;
@@ -423,10 +430,12 @@ bool RoutingStats::gather_gap(const RoutingBatch& batch) {
     if (!(gap >= 0 && gap <= kFixedMax)) return false;
     sum = wrapping_add(sum, to_fixed(gap));
     signs |= sum;
+    near[static_cast<std::size_t>(batch.experts[t * k + k - 1])] += gap < width ? 1 : 0;
   }
   delta_[kGapSum] = sum;
   delta_[kGapTokens] = delta_[kTokens];
-  return signs >= 0;
+  delta_[kGapWidthSum] = wrapping_product(delta_[kTokens], gap_width_);
+  return (signs | delta_[kGapWidthSum]) >= 0;
 }
 
 // It also rejects NaN for the rows of margins, so it runs for either.
@@ -620,6 +629,44 @@ bool RoutingStats::add_token_losses(const TokenLosses& batch) {
 std::optional<double> RoutingStats::mean_gap() const {
   if (tokens() <= 0 || scalar(kGapTokens) != tokens()) return std::nullopt;
   return from_fixed(scalar(kGapSum)) / static_cast<double>(tokens());
+}
+
+void RoutingStats::set_gap_width(double width) {
+  gap_width_ = fits_fixed(width) ? std::max<std::int64_t>(to_fixed(width), 0) : 0;
+}
+
+std::optional<double> RoutingStats::next_gap_width() const {
+  const std::optional<double> gap = mean_gap();
+  if (!gap) return std::nullopt;
+  // Exponential gaps again: the share F lies below -ln(1-F) mean gaps.
+  const double wanted = -std::log1p(-kNearShare);
+  if (scalar(kGapWidthSum) <= 0) return wanted * *gap;
+  std::int64_t total = 0;
+  for (const std::int64_t n : array(kGapNear)) total = wrapping_add(total, n);
+  // A few tokens say little, so they are counted together with some at the wanted share.
+  const double seen = static_cast<double>(tokens());
+  const double share = (static_cast<double>(total) + kNearShare * kNearPrior) / (seen + kNearPrior);
+  if (!(share > 0)) return std::nullopt;
+  const double ratio = share < 1 ? wanted / -std::log1p(-share) : 0.5;
+  return std::clamp(ratio, 0.5, 2.0) * from_fixed(scalar(kGapWidthSum)) / seen;
+}
+
+// The gap of a token is how far its k-th choice may fall before it is lost. So the tokens whose k-th choice is i and
+// whose gap is below a small width h, divided by h, tell how many of them a unit of bias moves. Within h the density
+// falls off: where gaps are exponential, as near any threshold, h counts the share F of them and the density at zero is
+// -ln(1-F)/F times the mean density up to h. A mean gap would be the simpler statistic, but far gaps rule it.
+bool RoutingStats::load_slope(std::span<double> out) const {
+  const std::int64_t tokens_seen = tokens();
+  if (tokens_seen <= 0 || scalar(kGapTokens) != tokens_seen || scalar(kGapWidthSum) <= 0) return false;
+  const std::span<const std::int64_t> near = array(kGapNear);
+  std::int64_t total = 0;
+  for (const std::int64_t n : near) total = wrapping_add(total, n);
+  if (total <= 0 || total >= tokens_seen) return false;
+  const double share = static_cast<double>(total) / static_cast<double>(tokens_seen);
+  const double at_zero = -std::log1p(-share) / share;
+  const double scale = at_zero * experts() / (top_k() * from_fixed(scalar(kGapWidthSum)));
+  for (std::size_t i = 0; i < out.size(); ++i) out[i] = scale * static_cast<double>(near[i]);
+  return true;
 }
 
 std::optional<double> RoutingStats::dropped() const {

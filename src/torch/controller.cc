@@ -72,7 +72,8 @@ void TorchController::record(int layer, const ::torch::Tensor& indices, const Re
   }
   check_record(controller_.shape(), indices, options);
   controller_.record(
-      layer, [&](RoutingStats&) { sums_->add(layer, indices, options); }, options.micro_batch);
+      layer, [&](RoutingStats& sums) { sums_->add(layer, indices, options, sums.gap_width()); },
+      options.micro_batch);
 }
 
 const StepReport& TorchController::step(const StepInfo& info) {

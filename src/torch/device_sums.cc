@@ -28,10 +28,11 @@ DeviceSums::DeviceSums(int layers, const StatsShape& shape, ::torch::Device devi
   drained_ = host_buffer(layers * flat, ::torch::kLong, device);
 }
 
-void DeviceSums::add(int layer, const ::torch::Tensor& indices, const RecordOptions& options) {
+void DeviceSums::add(int layer, const ::torch::Tensor& indices, const RecordOptions& options,
+                     double gap_width) {
   if (indices.numel() == 0) return;
   const ::torch::NoGradGuard no_grad;
-  sums_[filling_].select(0, layer).add_(routing_sums(shape_, indices, options, device_));
+  sums_[filling_].select(0, layer).add_(routing_sums(shape_, indices, options, gap_width, device_));
 }
 
 void DeviceSums::drain(Controller& controller) {

@@ -20,7 +20,8 @@ class DeviceSums : public std::enable_shared_from_this<DeviceSums> {
 
   ::torch::Device device() const { return device_; }
   /// Adds a micro-batch to the layer's sums: orders operations and waits for none. Different layers in parallel.
-  void add(int layer, const ::torch::Tensor& indices, const RecordOptions& options);
+  /// `gap_width` as in routing_sums().
+  void add(int layer, const ::torch::Tensor& indices, const RecordOptions& options, double gap_width);
   /// Waits for all that was added and hands it to the controller.
   void drain(Controller& controller);
   /// Forgets all that was added.

@@ -15,9 +15,10 @@ using ::torch::Tensor;
 class Summing {
  public:
   Summing(const StatsShape& shape, const Tensor& indices, const RecordOptions& options,
-          ::torch::Device device)
+          std::int64_t gap_width, ::torch::Device device)
       : shape_(shape),
         options_(options),
+        gap_width_(gap_width),
         device_(device),
         tokens_(indices.numel() / shape.top_k),
         sequence_length_(indices.dim() == 3 ? indices.size(1) : 0),
@@ -165,6 +166,11 @@ class Summing {
     require(good);
     scalar(RoutingStats::kGapSum) = fixed_sum(gap, good);
     scalar(RoutingStats::kGapTokens) = scalar(RoutingStats::kTokens);
+    scalar(RoutingStats::kGapWidthSum) = scalar(RoutingStats::kTokens) * gap_width_;
+    array(RoutingStats::kGapNear) =
+        filled(0, shape_.experts)
+            .scatter_add_(0, chosen_.select(1, shape_.top_k - 1).contiguous(),
+                          weight_ * gap.lt(from_fixed(gap_width_)).to(::torch::kLong));
   }
 
   void margins() {
@@ -224,6 +230,7 @@ class Summing {
 
   const StatsShape& shape_;
   const RecordOptions& options_;
+  std::int64_t gap_width_;  // fixed point
   ::torch::Device device_;
   std::int64_t tokens_, sequence_length_;  // 0 = not known by shape
   Tensor chosen_;                          // [T, k], clamped into range
@@ -237,8 +244,8 @@ class Summing {
 }  // namespace
 
 Tensor routing_sums(const StatsShape& shape, const Tensor& indices, const RecordOptions& options,
-                    ::torch::Device device) {
-  return Summing(shape, indices, options, device).sums();
+                    double gap_width, ::torch::Device device) {
+  return Summing(shape, indices, options, to_fixed(gap_width), device).sums();
 }
 
 }  // namespace moectl
