@@ -153,6 +153,19 @@ void ReportRun::add_alert(const std::string& name, const LogRecord& record, std:
   alert.layers[column].insert(record.layer);
 }
 
+json ReportRun::notices_json() const {
+  nlohmann::json all = nlohmann::json::array();
+  for (const auto& [which, told] : notices_) {
+    const auto& [kind, layer, text] = which;
+    all.push_back({{"kind", kind},
+                   {"layer", layer < 0 ? nlohmann::json(nullptr) : nlohmann::json(layer)},
+                   {"first", told.first},
+                   {"count", told.count},
+                   {"text", told.text}});
+  }
+  return all;
+}
+
 json ReportRun::alerts_json() const {
   nlohmann::json all = nlohmann::json::array();
   for (const auto& [name, alert] : alerts_) {
@@ -226,6 +239,13 @@ void ReportRun::add(const LogRecord& record) {
   }
   for (const std::string& alert : record.alerts) {
     add_alert(alert, record, column);
+  }
+  for (const LoggedNotice& notice : record.notices) {
+    const bool invalid = notice.kind == name_of(NoticeKind::kInvalid);
+    Told& told = notices_[{notice.kind, record.layer, invalid ? "" : notice.text}];
+    if (told.count++ > 0) continue;
+    told.first = notice.step;
+    told.text = notice.text;
   }
   if (record.layer < 0) return;
   Layer& layer = layers_[record.layer];
@@ -336,6 +356,7 @@ json ReportRun::json() const {
       {"columns", columns},     {"records", records_}, {"faults", faults_}, {"fault_count", fault_count_},
       {"alerts", alerts_json()}};
   out["alert_names"] = alerts_.size();
+  out["notices"] = notices_json();
   out["shift"] = shift_ ? nlohmann::json(*shift_) : nlohmann::json(nullptr);
   out["config"] =
       header_.config_json.empty() ? nlohmann::json(nullptr) : nlohmann::json::parse(header_.config_json);

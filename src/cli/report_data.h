@@ -10,6 +10,7 @@
 #include <optional>
 #include <set>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "export/run_figures.h"
@@ -68,10 +69,17 @@ class ReportRun {
     std::int64_t first = 0, last = 0, steps = 0;
   };
 
+  /// How often a notice came.
+  struct Told {
+    std::string text;  // the first
+    std::int64_t first = 0, count = 0;
+  };
+
   void add(const LogRecord& record);
   void add_alert(const std::string& name, const LogRecord& record, std::size_t column);
   nlohmann::json alerts_json() const;
   nlohmann::json now_json() const;
+  nlohmann::json notices_json() const;
   nlohmann::json loss_lines(const Layer& layer, std::size_t columns) const;
   std::size_t column_of(std::int64_t step);
   std::size_t expert_columns() const;
@@ -96,6 +104,8 @@ class ReportRun {
   std::map<std::string, Row> series_;
   std::map<std::int64_t, double> validation_;
   std::map<std::string, Alert> alerts_;
+  // By kind, layer and text; but invalid data name another value each time.
+  std::map<std::tuple<std::string, int, std::string>, Told> notices_;
   std::vector<std::string> faults_;
   std::int64_t fault_count_ = 0;
 };

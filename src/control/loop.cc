@@ -336,9 +336,11 @@ void Controller::Loop::say_why_invalid() {
     const Layer& layer = *layers_[l];
     if (layer.valid || (pending_ ? layer.told_before : layer.told)) continue;
     const Offence offence = first_offence(layer.stats);
-    notices_.add(NoticeKind::kInvalid, static_cast<int>(l), steps_,
-                 {offence.empty() ? "invalid records: the rank that recorded them names the first offence"
-                                  : offence.words()});
+    notices_.add(
+        NoticeKind::kInvalid, static_cast<int>(l), steps_,
+        {offence.empty()
+             ? "invalid records of another rank, which names the first offence, or counted on a device"
+             : offence.words()});
   }
 }
 
@@ -385,7 +387,10 @@ void Controller::Loop::compare_with_config() {
     }
   }
   if (first == nullptr) return;
-  same_experts_ &= same;
+  // A router of zeros sends all tokens of all layers to the same k experts.
+  const auto counts = first->stats.counts();
+  const auto used = std::count_if(counts.begin(), counts.end(), [](std::int64_t n) { return n > 0; });
+  same_experts_ &= same && used > config_.model.top_k;
   fewest_tokens_ += fewest;
   const std::int64_t stated = config_.model.tokens_per_step, tokens = first->stats.tokens();
   if (!std::exchange(tokens_compared_, true) && stated > 0 && (tokens > 2 * stated || tokens < stated / 2)) {

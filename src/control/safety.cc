@@ -169,6 +169,8 @@ std::optional<ConfigProblem> problem_in(Actuator actuator, const Limits& limits,
   for (const auto& [key, value] : {std::pair{"min", limits.min}, std::pair{"max", limits.max}}) {
     if (std::abs(value) > kFarthest) return wrong(key, value, "must be of magnitude at most 1e9");
   }
+  if (actuator == Actuator::kRouterTemperature && limits.min < 1 / kFarthest)
+    return wrong("min", limits.min, "must be at least 1e-9: a float32 that the router divides by");
   if (!is_multiplicative(actuator) && limits.rate > kFarthest)
     return wrong("rate", limits.rate, "must be at most 1e9");
   if (is_multiplicative(actuator) && limits.rate > kLargestRatio)

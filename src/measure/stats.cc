@@ -435,7 +435,7 @@ bool RoutingStats::gather_gap(const RoutingBatch& batch) {
   delta_[kGapSum] = sum;
   delta_[kGapTokens] = delta_[kTokens];
   delta_[kGapWidthSum] = wrapping_product(delta_[kTokens], gap_width_);
-  return signs >= 0;
+  return (signs | delta_[kGapWidthSum]) >= 0;
 }
 
 // It also rejects NaN for the rows of margins, so it runs for either.

@@ -79,6 +79,7 @@ void LayerState::add(const StepSample& sample) {
 /// All of it: copied whole at a scrape.
 struct Totals {
   std::map<int, LayerState> layers;
+  std::map<std::pair<int, std::string>, std::int64_t> notices;  // by layer and kind
   std::int64_t step = 0, steps = 0, log_faults = 0;
   double written_at = 0;
   std::optional<double> loss;
@@ -254,6 +255,13 @@ void add_health(const Totals& all, Families& out) {
   }
 }
 
+void add_notices(const Totals& all, Families& out) {
+  out.counter("moectl_notices_total", "What was found that a user should act on; the run log has the words.");
+  for (const auto& [where, count] : all.notices) {
+    out.add({{"layer", label_of(where.first)}, {"kind", where.second}}, static_cast<double>(count));
+  }
+}
+
 std::vector<MetricFamily> families_of(const Totals& all) {
   Families out;
   add_run(all, out);
@@ -261,6 +269,7 @@ std::vector<MetricFamily> families_of(const Totals& all) {
   add_loads(all, out);
   add_actuators(all, out);
   add_health(all, out);
+  add_notices(all, out);
   return out.take();
 }
 
@@ -295,10 +304,14 @@ class PrometheusFeed::State : public prometheus::Collectable {
     const std::scoped_lock lock(mutex_);
     for (const LayerReport& layer : report.layers) add(sample_of(report, &layer));
     if (has_model_actuators(report)) add(sample_of(report, nullptr));
+    for (const Notice& notice : report.notices) {
+      ++totals_.notices[{notice.layer, std::string(name_of(notice.kind))}];
+    }
   }
   void add(const LogRecord& record, const Metrics& metrics) {
     const std::scoped_lock lock(mutex_);
     add(sample_of(record, metrics, &alerts_));
+    for (const LoggedNotice& notice : record.notices) ++totals_.notices[{record.layer, notice.kind}];
   }
   void set_log_faults(std::int64_t count) {
     const std::scoped_lock lock(mutex_);

@@ -76,6 +76,31 @@ TEST(Report, TheWorstStateOfAColumnIsTheOneThatHealthReports) {
   }
 }
 
+TEST(Report, NoticesStandInTheirOwnWords) {
+  const TempDir dir;
+  std::string run =
+      R"({"format":"moectl-run","version":1,"config":{"model":{"layers":1,"experts":2,"top_k":1}}})"
+      "\n";
+  for (int step = 0; step < 9; ++step) {
+    const std::string value = std::to_string(step);
+    const std::string notice =
+        R"(,"notices":[{"kind":"invalid","step":)" + value + R"(,"text":"experts[)" + value + R"(] = 9"}])";
+    run += record(step, "[50,50]", step < 4 ? "" : notice);
+  }
+  run += R"({"step":8,"layer":null,"notices":[{"kind":"config","step":7,"text":"one"},)"
+         R"({"kind":"config","step":8,"text":"two"}]})"
+         "\n";
+  dir.write("a.jsonl", run);
+  const ToolResult result = run_tool(dir, "report a.jsonl -o r.html");
+  ASSERT_EQ(result.code, 0) << result.err;
+  const auto notices = data_of(TempDir::read(dir.path("r.html"))).at(0)["notices"];
+  const auto expected =
+      nlohmann::json::parse(R"([{"kind":"config","layer":null,"first":7,"count":1,"text":"one"},)"
+                            R"({"kind":"config","layer":null,"first":8,"count":1,"text":"two"},)"
+                            R"({"kind":"invalid","layer":0,"first":4,"count":5,"text":"experts[4] = 9"}])");
+  EXPECT_EQ(notices, expected);
+}
+
 TEST(Report, DownsamplingKeepsExtremes) {
   const TempDir dir;
   std::string run;

@@ -767,6 +767,9 @@ TEST(LooseEnds, LimitsBeyondWhatArithmeticHoldsAreRefused) {
     config = config_of("adaptive_bias");
     config.router_temperature.limits.rate = huge;
     EXPECT_THROW(Controller{config}, ConfigError) << huge;
+    config = config_of("adaptive_bias");
+    config.router_temperature.limits.min = 1 / huge;
+    EXPECT_THROW(Controller{config}, ConfigError) << huge;
   }
 }
 

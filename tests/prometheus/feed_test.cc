@@ -157,6 +157,22 @@ TEST(PrometheusFeed, ARecordOfALogGivesTheSame) {
   EXPECT_TRUE(without_time(read.text()) == without_time(live.text())) << read.text() << live.text();
 }
 
+TEST(PrometheusFeed, CountsNotices) {
+  Controller controller(small_config());
+  PrometheusFeed feed("127.0.0.1:0");
+  controller.set_log([&](const StepReport& report) { feed.write(report); });
+  for (int step = 0; step < 3; ++step) {
+    record(controller, 0, {25, 25, 25, 25});
+    record(controller, 1, {25, 25, -25, 25});
+    controller.step();
+  }
+  EXPECT_EQ(sample(feed.text(), R"(moectl_notices_total{layer="1",kind="invalid"})"), 3);
+  LogRecord logged;
+  logged.notices = {{.kind = "config", .text = "", .step = 0}};
+  feed.write(logged, Metrics());
+  EXPECT_EQ(sample(feed.text(), R"(moectl_notices_total{layer="model",kind="config"})"), 1);
+}
+
 TEST(PrometheusFeed, InvalidAddressesAndUsedPorts) {
   for (const char* address : {"", "9464", "localhost:9464", "127.0.0.1", "127.0.0.1:", "127.0.0.1:70000",
                               "127.0.0.1:9464,9465", "127.0.0.1:443s", "127.0.0.1:-1"}) {

@@ -47,6 +47,19 @@ const alertsOf = (run, r) => {
   if (run.alert_names > run.alerts.length) out.after(element('p', {class: 'note'}, `${run.alert_names - run.alerts.length} more names are not drawn.`));
 };
 runs.forEach(alertsOf);
+
+// What the controller found, in its own words.
+const noticesOf = (run, r) => {
+  if (!run.notices.length) return;
+  const row = (n) => element('tr', {'data-notice': n.kind}, element('th', {scope: 'row'}, n.kind),
+                             ...[n.layer ?? 'model', n.first, n.count, n.text].map((v) => element('td', {}, String(v))));
+  const head = ['notice', 'layer', 'from step', 'times', 'the first'].map((t) => element('th', {scope: 'col'}, t));
+  $('health').append(element('figure', {}, element('figcaption', {}, key(r), `${shortNames[r]}: notices`),
+                             element('div', {class: 'scroll'},
+                                     element('table', {class: 'notices'}, element('thead', {}, element('tr', {}, ...head)),
+                                             element('tbody', {}, ...run.notices.map(row))))));
+};
+runs.forEach(noticesOf);
 if (!$('health').children.length) $('health-section').hidden = true;
 
 const layerOf = (run, select) => run.layers.find((l) => String(l.layer) === $(select).value);
