@@ -6,14 +6,21 @@
 namespace {
 
 thread_local std::int64_t count = 0;
+thread_local int until_failure = 0;  // 0: none fails
+
+bool fails() {
+  return until_failure > 0 && --until_failure == 0;
+}
 
 void* allocate(std::size_t size) {
   ++count;
+  if (fails()) return nullptr;
   return std::malloc(size == 0 ? 1 : size);
 }
 
 void* allocate(std::size_t size, std::align_val_t alignment) {
   ++count;
+  if (fails()) return nullptr;
   const auto align = static_cast<std::size_t>(alignment);
   return std::aligned_alloc(align, (size + align - 1) / align * align);
 }
@@ -28,6 +35,12 @@ void* or_throw(void* memory) {
 namespace moectl::testing {
 std::int64_t allocations() {
   return count;
+}
+FailingAllocation::FailingAllocation(int nth) {
+  until_failure = nth;
+}
+FailingAllocation::~FailingAllocation() {
+  until_failure = 0;
 }
 }  // namespace moectl::testing
 

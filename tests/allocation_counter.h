@@ -17,4 +17,13 @@ std::int64_t allocations_of(const Work& work) {
   return allocations() - before;
 }
 
+/// While it lives, the `nth` call of operator new by this thread fails, counted from 1.
+class FailingAllocation {
+ public:
+  explicit FailingAllocation(int nth);
+  ~FailingAllocation();
+  FailingAllocation(const FailingAllocation&) = delete;
+  FailingAllocation& operator=(const FailingAllocation&) = delete;
+};
+
 }  // namespace moectl::testing

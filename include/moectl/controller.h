@@ -26,6 +26,7 @@
 #include "moectl/metrics.h"
 #include "moectl/notice.h"
 #include "moectl/policy.h"
+#include "moectl/responsiveness.h"
 #include "moectl/stats.h"
 
 namespace moectl {
@@ -86,7 +87,8 @@ using Exchange = std::function<Reduction::Wait(std::span<std::int64_t> payload, 
 /// One actuator in one step. Spans are [N] for biases, [1] for scalars, valid until the next step.
 struct ActuatorReport {
   std::span<const double> proposed;  ///< Empty if the policy was not asked.
-  std::span<const double> applied;   ///< In force from the next step on (mode shadow: would be in force).
+  /// In force from the next step on. Mode shadow: what would be in force if the controller acted in this step.
+  std::span<const double> applied;
   LimitReport reasons;
   StatsNeeds missing{};  ///< What the policy requires and this decision's sums lack (`missing_input`).
 };
@@ -97,6 +99,7 @@ struct LayerReport {
   const Metrics* metrics = nullptr;          ///< This step's metrics.
   const LayerMonitor* monitor = nullptr;     ///< Trends, health and alerts after this step.
   ActuatorReport actuators[kActuatorCount];  ///< In the order of kActuators; empty for `scope: model`.
+  Responsiveness responsiveness;             ///< Of the biases.
   GuardReport guard;                         ///< kWatching without a trigger if the guard is off.
 };
 
@@ -135,13 +138,15 @@ class Controller {
 
   // ---- Recording. Thread-safe; different layers run in parallel. ----
   /// Adds one micro-batch. With `micro_batch` ≥ 0, a second record of the same (layer, micro-batch) before the next
-  /// step is ignored, so that activation recomputation does not count twice. Malformed data makes the step invalid for
-  /// the layer (it holds); an unknown layer or sizes that do not fit throw std::invalid_argument.
+  /// step is ignored, so that activation recomputation does not count twice; one with other experts or another mask
+  /// throws std::invalid_argument. Malformed data makes the step invalid for the layer (it holds), and a notice names
+  /// the first offence; an unknown layer or sizes that do not fit throw std::invalid_argument. What throws has recorded
+  /// nothing.
   void record(int layer, const RoutingBatch& batch, std::int64_t micro_batch = -1);
   /// Adds sums that were formed elsewhere. Their shape must be shape().
   void record(int layer, const RoutingStats& stats);
   /// Adds per-expert observations to the layer's sums under its lock (gradient norms, losses, latencies).
-  /// `micro_batch` as above.
+  /// `micro_batch` as above, but a repeat is not compared. If `add` throws, nothing is recorded.
   void record(int layer, const std::function<void(RoutingStats&)>& add, std::int64_t micro_batch = -1);
 
   /// Checks that the experts are the k largest of the biased scores, and that those are the scores plus the bias in
@@ -153,7 +158,10 @@ class Controller {
   // ---- Deciding. ----
   /// Once an optimizer step: reduce, measure, decide, limit. With `lag: 1` it starts to reduce this step's sums and
   /// decides on those of the step before; the first step has none and holds. Bad data never throws; a failed collective
-  /// throws ReductionError with nothing changed. Not to be called while another thread records.
+  /// throws ReductionError with nothing changed. Once the sums have arrived, the step completes: a policy that throws is
+  /// held (`policy_failed`) while all else is decided, a log callback that throws is reported once, both as a notice. If
+  /// a policy fails on some ranks only, all ranks go back to the values before it at the next step, and hold until a
+  /// state is loaded. Not to be called while another thread records.
   const StepReport& step(const StepInfo& info = {});
   /// The report of the last step.
   const StepReport& report() const;
@@ -163,10 +171,13 @@ class Controller {
   /// the same layers, shape and config; every reduction checks that all applied the same values (else ReductionError).
   void set_reduction(Reduction reduction);
   void set_exchange(Exchange exchange);
-  /// Called with every report that `log.every` selects, at the end of step().
+  /// Called with every report that `log.every` selects, at the end of step(). An exception of it is a notice.
   void set_log(std::function<void(const StepReport&)> log);
   /// Holds one layer's actuators (a frozen or fine-tuned router) until unfrozen.
   void freeze(int layer, bool frozen = true);
+  /// Holds every actuator where it is and keeps measuring, until hold(false): the host's emergency brake. So does the
+  /// environment variable MOECTL_HOLD, if it is set to anything but 0 when the controller is made. Not saved.
+  void hold(bool held = true);
 
   /// Adds a notice of the host's own to the next step's report. Thread-safe.
   void say(NoticeKind kind, int layer, std::string_view text);

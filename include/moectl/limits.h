@@ -1,8 +1,8 @@
 // Limits: what bounds an actuator, and why an applied value is not the proposed one.
 //
 // The invariant, for every input: the applied value is finite, inside [min, max], and within `rate` of the last applied
-// value (except for a rollback or a fallback). Bad data never moves an actuator: the actuator holds its value, and the
-// event is counted and logged. The last applied value can lie outside [min, max] only after a state was loaded under a
+// value (except for a rollback or a fallback to the initial value). Bad data never moves an actuator: the actuator holds
+// its value, and the event is counted and logged. The last applied value can lie outside [min, max] only after a state was loaded under a
 // narrower range. Then range goes before rate: the first decision brings the value inside.
 #pragma once
 
@@ -48,9 +48,10 @@ std::optional<Reason> reason_of(std::string_view name);
 class LimitReport {
  public:
   void add(Reason reason) { bits_ |= bit(reason); }
+  void add(const LimitReport& more) { bits_ |= more.bits_; }
   bool has(Reason reason) const { return (bits_ & bit(reason)) != 0; }
   bool empty() const { return bits_ == 0; }
-  /// True if the last applied value stayed in force, whatever the policy proposed.
+  /// True if the policy's proposal had no part in the applied value.
   bool held() const;
   std::uint32_t bits() const { return bits_; }
   friend bool operator==(const LimitReport&, const LimitReport&) = default;
@@ -77,6 +78,13 @@ struct Limits {
 /// and stays at 0 because its moves are ratios.
 Limits default_limits(Actuator actuator, std::optional<double> initial = {});
 
+/// What too many invalid steps in a row lead to, besides a notice.
+enum class Fallback {
+  kHold,     ///< Nothing more: the last value stays in force.
+  kInitial,  ///< The initial value is applied until data are valid again.
+};
+std::string_view name_of(Fallback fallback);
+
 /// Supervision that acts on every actuator in the same way. Absent = off.
 struct RollbackOptions {
   double loss_jump = 0.5;      ///< Rise of the loss above its moving average that undoes a move, nats; > 0.
@@ -91,8 +99,9 @@ struct OscillationOptions {
 struct SafetyOptions {
   std::optional<RollbackOptions> rollback;
   std::optional<OscillationOptions> oscillation;
-  /// Invalid steps in a row after which the initial value is applied; 0 = never.
+  /// Invalid decisions in a row after which a notice is raised and `fallback` acts; 0 = never.
   std::int64_t fallback_after = 50;
+  Fallback fallback = Fallback::kHold;
   /// Whether the controller checks that the load answers its biases, holds them if not, and keeps them within what the
   /// scores can justify. Off to reproduce a published law.
   bool responsiveness = true;

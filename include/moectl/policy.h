@@ -51,7 +51,8 @@ struct LayerView {
   const StepInfo& info;
 };
 
-/// Controls one actuator of one layer (or of the whole model). Only `propose` is required.
+/// Controls one actuator of one layer (or of the whole model). Only `propose` is required. A policy that throws holds its
+/// actuator: for this decision if `propose` throws, for the next one if `on_applied` does.
 class Policy {
  public:
   virtual ~Policy() = default;

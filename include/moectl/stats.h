@@ -6,10 +6,12 @@
 // int64, which is the payload of a collective.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
 #include <span>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -68,6 +70,15 @@ struct TokenLosses {
   std::span<const std::int64_t> domain_ids{};
 };
 
+/// What was wrong with the first bad record, in words: "experts[17] = 99: must be in [0, 64)".
+struct Offence {
+  std::array<char, 120> text{};
+  std::size_t size = 0;
+
+  bool empty() const { return size == 0; }
+  std::string_view words() const { return {text.data(), size}; }
+};
+
 /// One layer's mergeable sums. Copying allocates; adding and clearing do not.
 class RoutingStats {
  public:
@@ -80,11 +91,13 @@ class RoutingStats {
   int top_k() const { return shape_.top_k; }
 
   /// Adds a micro-batch. Malformed *data* (an index outside [0, N), NaN scores, a decreasing sequence id) adds nothing
-  /// but one to `invalid_records` and returns false. Sizes that do not fit together throw std::invalid_argument.
+  /// but one to `invalid_records` and returns false, as does a record that would take a sum out of its range; offence()
+  /// then says why. Sizes that do not fit together throw std::invalid_argument. What throws has added nothing.
   bool add(const RoutingBatch& batch);
   /// Adds counts already summed elsewhere. Negative values make the record invalid, as above.
   bool add_counts(std::span<const std::int64_t> counts, std::int64_t tokens);
-  /// Adds another layer-step's sums. Throws std::invalid_argument if the shapes differ.
+  /// Adds another layer-step's sums. A sum that leaves its range counts as an invalid record. Throws
+  /// std::invalid_argument if the shapes differ.
   RoutingStats& operator+=(const RoutingStats& other);
   /// Back to zero tokens.
   void clear();
@@ -95,6 +108,8 @@ class RoutingStats {
   std::int64_t assignments() const;
   std::int64_t tokens() const { return scalar(kTokens); }
   std::int64_t invalid_records() const { return scalar(kInvalidRecords); }
+  /// Of the first invalid record since clear(); empty if this object saw none. Not part of the payload.
+  const Offence& offence() const { return offence_; }
   /// False if a record was invalid, a sum is negative (only corrupted input or an overflow can cause that), or a sum of
   /// losses, which may have any sign, is beyond ±2^62.
   bool valid() const;
@@ -104,8 +119,8 @@ class RoutingStats {
   /// The slope at the threshold: the relative load c_i/c̄ (c̄ the mean load) that each expert gains per unit of its bias
   /// [N]. Returns false, and writes nothing, if no gap is near or known.
   bool load_slope(std::span<double> out) const;
-  std::optional<double> dropped() const;   ///< Dropped assignments.
-  bool has_sequences() const;              ///< At least one sequence, and every token belongs to one.
+  std::optional<double> dropped() const;  ///< Dropped assignments.
+  bool has_sequences() const;             ///< At least one sequence, and every token belongs to one.
   bool has_probabilities() const;
   bool has_domains() const;
   bool has_margins() const;
@@ -205,7 +220,9 @@ class RoutingStats {
   bool add_observation(Array which, Scalar records, std::span<const double> values);
   bool add_losses(Array sums, Array tokens, std::size_t at, std::span<const double> loss_sums,
                   std::span<const std::int64_t> covered);
-  bool commit(bool good);
+  bool commit(const Offence& offence = {});
+  bool add_sums(std::span<const std::int64_t> terms);
+  bool reject(const Offence& offence);
   std::span<std::int64_t> delta(Array which);
 
   StatsShape shape_;
@@ -215,6 +232,7 @@ class RoutingStats {
   std::vector<std::int64_t> delta_, histogram_;
   std::vector<double> row_;
   std::vector<float> margin_rows_;
+  Offence offence_;
 };
 
 }  // namespace moectl

@@ -8,7 +8,7 @@ namespace moectl {
 /// The sums that are collected in addition to counts. The payload holds the union of the needs of the policies, the
 /// metrics and the log.
 struct StatsNeeds {
-  bool gap = false;            ///< Of the sorted, biased scores v: Σ_t (v_k - v_{k+1}), and each expert's small ones.
+  bool gap = false;  ///< Of the sorted, biased scores v: Σ_t (v_k - v_{k+1}), and each expert's small ones.
   bool sequences = false;      ///< Per-sequence squares, for the sampling floor.
   bool probabilities = false;  ///< Σ_t p_ti, Σ_t √p_ti, Σ_t H(p_t).
   bool gradients = false;      ///< Gradient norm per expert.

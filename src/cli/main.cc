@@ -4,6 +4,7 @@
 #include <iostream>
 #include <new>
 
+#include "base/foreign.h"
 #include "cli/tool.h"
 #include "moectl/config.h"
 #include "moectl/run_log.h"
@@ -24,7 +25,8 @@ void load_plugin(const std::string& path, PolicyRegistry& registry) {
     throw InputError("plugin: " + path +
                      ": must export extern \"C\" void moectl_register(moectl::PolicyRegistry&)");
   }
-  add(registry);  // the object stays loaded: the registry now holds its code
+  call_foreign("plugin: " + path,
+               [&] { add(registry); });  // the object stays loaded: the registry now holds its code
 }
 
 int run(int argc, char** argv) {
@@ -81,6 +83,10 @@ int main(int argc, char** argv) {
   } catch (const std::exception& e) {
     std::cout.flush();
     std::cerr << "moectl: " << e.what() << '\n';
+    return 1;
+  } catch (...) {
+    std::cout.flush();
+    std::cerr << "moectl: " << moectl::kNoMessage << '\n';
     return 1;
   }
 }

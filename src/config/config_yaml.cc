@@ -9,6 +9,7 @@
 #include <sstream>
 #include <utility>
 
+#include "base/utf8.h"
 #include "control/config_check.h"
 
 namespace moectl {
@@ -144,6 +145,20 @@ class OneDocument : public YAML::EventHandler {
 }  // namespace
 
 YamlFile::YamlFile(std::string_view text, std::string name) : name_(std::move(name)) {
+  if (const std::size_t bad = find_not_utf8(text); bad != std::string_view::npos) {
+    // Columns count characters, as yaml-cpp's do.
+    const std::string_view before = text.substr(0, bad);
+    const std::size_t line = before.rfind('\n') + 1;  // 0 in the first
+    const auto starts = [](char c) { return (c & 0xc0) != 0x80; };
+    const Place place{static_cast<int>(std::count(before.begin(), before.end(), '\n')) + 1,
+                      static_cast<int>(std::count_if(before.begin() + static_cast<std::ptrdiff_t>(line),
+                                                     before.end(), starts)) +
+                          1};
+    constexpr char kDigits[] = "0123456789abcdef";
+    const auto byte = static_cast<unsigned char>(text[bad]);
+    throw error(place, {"encoding", std::string("byte 0x") + kDigits[byte >> 4] + kDigits[byte & 15],
+                        "must be UTF-8"});
+  }
   try {
     std::istringstream stream{std::string(text)};
     YAML::Parser parser(stream);

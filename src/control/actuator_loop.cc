@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "base/foreign.h"
+#include "measure/offence.h"
 #include "measure/saved_sums.h"
 
 namespace moectl {
@@ -29,7 +31,10 @@ std::unique_ptr<Policy> make_policy(Actuator actuator, const ControllerConfig& c
                               .min = own.limits.min,
                               .max = own.limits.max,
                               .cadence = own.limits.cadence};
-  return description->make(context, own.options);
+  const std::string who = std::string(name_of(actuator)) + ".policy: " + own.policy;
+  auto policy = call_foreign(who, [&] { return description->make(context, own.options); });
+  if (policy == nullptr) throw std::invalid_argument(who + ": made no policy: must return one, or throw");
+  return policy;
 }
 
 int size_of(Actuator actuator, const ControllerConfig& config) {
@@ -40,12 +45,17 @@ int size_of(Actuator actuator, const ControllerConfig& config) {
 
 ActuatorLoop::ActuatorLoop(Actuator actuator, const ControllerConfig& config, const PolicyRegistry& registry,
                            int layer)
-    : policy_(make_policy(actuator, config, registry, layer)),
+    : actuator_(actuator),
+      layer_(layer),
+      name_(config.actuator(actuator).policy),
+      policy_(make_policy(actuator, config, registry, layer)),
       limiter_(actuator, config.actuator(actuator).limits, config.safety, size_of(actuator, config),
                config.actuator(actuator).initial),
-      cadence_(config.actuator(actuator).limits.cadence) {
+      safety_(config.safety),
+      cadence_(config.actuator(actuator).limits.cadence),
+      shadow_(config.mode == Mode::kShadow) {
   applied_.assign(static_cast<std::size_t>(size_of(actuator, config)), config.actuator(actuator).initial);
-  proposed_ = guarded_ = applied_;
+  proposed_ = guarded_ = base_ = shadow_applied_ = before_[0] = before_[1] = applied_;
 }
 
 void ActuatorLoop::make_windows(const StatsShape& shape, std::size_t layers) {
@@ -54,30 +64,107 @@ void ActuatorLoop::make_windows(const StatsShape& shape, std::size_t layers) {
   window_metrics_.resize(layers);
 }
 
-void ActuatorLoop::propose(const LayerView& view) {
+void ActuatorLoop::propose(const LayerView& view, std::span<const double> probe, Notices& notices) {
   std::copy(applied_.begin(), applied_.end(), proposed_.begin());
-  asked_ = true;
-  policy_->propose(view, proposed_);
+  for (std::size_t i = 0; i < probe.size(); ++i) proposed_[i] -= probe[i];
+  asked_ = call_held([&] { policy_->propose(view, proposed_); },
+                     [&](const char* message) { fail(view.step, message, notices); });
+  failed_ = !asked_ || owed_;
+  owed_ = false;
 }
 
-void ActuatorLoop::limit(const LimitContext& context) {
+// Said once, when it begins.
+void ActuatorLoop::fail(std::int64_t step, std::string_view message, Notices& notices) {
+  if (!std::exchange(failing_, true)) {
+    notices.add(NoticeKind::kPolicyFailed, layer_, step,
+                {name_of(actuator_), ": policy ", name_, " threw: ", message, ": held"});
+  }
+}
+
+void ActuatorLoop::limit(LimitContext context, ResponseCheck* check, Notices& notices) {
   std::span<const double> wanted;
-  if (asked_) wanted = guard_took_over_ ? guarded_ : proposed_;
-  reasons_ = limiter_.apply(context, wanted, applied_);
+  if (guard_took_over_) {
+    wanted = guarded_;
+  } else if (asked_) {
+    wanted = proposed_;
+  }
+  context.policy_failed = failed_ && !guard_took_over_;
+  LimitReport held;
+  if (check != nullptr) {
+    if (!check->holds()) context.reach = check->reach();
+    if (asked_ && !guard_took_over_) {
+      std::copy(proposed_.begin(), proposed_.end(), guarded_.begin());
+      check->adjust(guarded_, held);
+      wanted = guarded_;
+    }
+  }
+  if (shadow_) {
+    // What was not applied must not be built upon: each step starts from what is in force.
+    std::copy(applied_.begin(), applied_.end(), shadow_applied_.begin());
+    reasons_ = limiter_.apply(context, wanted, shadow_applied_);
+    if (asked_) held.add(Reason::kShadow);
+  } else {
+    reasons_ = limiter_.apply(context, wanted, applied_);
+  }
   if (guard_took_over_) reasons_.add(Reason::kGuard);
-  if (!asked_) return;
-  policy_->on_applied(applied_, reasons_);
-  for (RoutingStats& window : windows_) window.clear();
+  if (check != nullptr) check->on_applied(reasons_);
+  reasons_.add(held);
+  if (reasons_.has(Reason::kInvalid)) say_invalid(context, notices);
+  if (asked_) {
+    std::copy(applied_.begin(), applied_.end(), base_.begin());
+    for (std::size_t i = 0; check != nullptr && i < base_.size(); ++i) base_[i] -= check->offset()[i];
+    const bool good = call_held([&] { policy_->on_applied(base_, reasons_); },
+                                [&](const char* message) { fail(context.step, message, notices); });
+    owed_ = !good;
+    if (good && !failed_) failing_ = false;
+  }
+  const bool spoilt = context.at_cadence && std::any_of(windows_.begin(), windows_.end(),
+                                                        [](const RoutingStats& w) { return !w.valid(); });
+  if (asked_ || failed_ || spoilt) {
+    for (RoutingStats& window : windows_) window.clear();
+  }
+}
+
+// A proposal that is not finite, and the fallback when it is due.
+void ActuatorLoop::say_invalid(const LimitContext& context, Notices& notices) {
+  const auto bad =
+      std::find_if(proposed_.begin(), proposed_.end(), [](double x) { return !std::isfinite(x); });
+  if (context.valid && asked_ && !guard_took_over_ && bad != proposed_.end()) {
+    const Offence offence = offence_at("proposed", bad - proposed_.begin(), *bad, "must be finite");
+    notices.add(NoticeKind::kInvalid, layer_, context.step,
+                {name_of(actuator_), ": policy ", name_, ": ", offence.words(), ": held"});
+  }
+  // A fixed value has nothing to lose.
+  if (name_ == "fixed" || safety_.fallback_after == 0 || limiter_.invalid_in_row() != safety_.fallback_after)
+    return;
+  const std::string_view what =
+      safety_.fallback == Fallback::kInitial
+          ? ": the initial value is applied until data are valid (safety.fallback: initial)"
+          : ": held (safety.fallback: hold)";
+  notices.add(NoticeKind::kFallback, layer_, context.step,
+              {name_of(actuator_),
+               ": as many decisions in a row without valid data as safety.fallback_after says", what});
+}
+
+void ActuatorLoop::hold_ranks() {
+  reasons_ = {};
+  reasons_.add(Reason::kPolicyFailed);
+}
+
+void ActuatorLoop::remember() {
+  std::swap(before_[0], before_[1]);
+  std::copy(applied_.begin(), applied_.end(), before_[0].begin());
 }
 
 ActuatorReport ActuatorLoop::report() const {
   return {.proposed = asked_ ? std::span<const double>(proposed_) : std::span<const double>(),
-          .applied = applied_,
+          .applied = shadow_ ? shadow_applied_ : applied_,
           .reasons = reasons_};
 }
 
 void ActuatorLoop::exchange(StateIo& io) {
   io.values("applied", applied_);
+  before_[0] = before_[1] = applied_;
   limiter_.exchange(io);
   policy_->exchange(io);
   for (RoutingStats& window : windows_) exchange_sums(io, "window", window);

@@ -1,10 +1,17 @@
 // ActuatorLoop: one actuator of one layer (or of the whole model): its policy, its limits, and the value in force.
 #pragma once
 
+#include <array>
+#include <cstdint>
 #include <memory>
 #include <span>
+#include <string>
+#include <string_view>
+#include <utility>
 #include <vector>
 
+#include "control/notices.h"
+#include "control/response_check.h"
 #include "control/safety.h"
 #include "moectl/config.h"
 #include "moectl/controller.h"
@@ -29,31 +36,57 @@ class ActuatorLoop {
   Metrics& window_metrics(std::size_t i) { return window_metrics_[i]; }
 
   /// Starts a step in which the policy has not been asked yet.
-  void begin() { asked_ = guard_took_over_ = false; }
-  /// Asks the policy for a proposal, starting from the value in force.
-  void propose(const LayerView& view);
+  void begin() { asked_ = failed_ = guard_took_over_ = false; }
+  /// Asks the policy for a proposal, starting from the value in force without `probe`, the part of it that is none of
+  /// the policy's. A policy that throws is held.
+  void propose(const LayerView& view, std::span<const double> probe, Notices& notices);
   /// Room for what a guard wants instead of the proposal; take_over() makes it so, if a decision is due.
   std::span<double> guarded() { return guarded_; }
-  void take_over() { guard_took_over_ = asked_; }
-  /// Applies the proposal within the limits, tells the policy, and starts a new window if the policy was asked.
-  void limit(const LimitContext& context);
+  void take_over() { guard_took_over_ = asked_ || failed_; }
+  /// Applies the proposal within the limits, tells the policy, and starts a new window if the old one was used or
+  /// cannot be. `check`, if any, may hold the biases. In mode shadow nothing is applied.
+  void limit(LimitContext context, ResponseCheck* check, Notices& notices);
+  /// Holds, whatever was proposed: ranks differ.
+  void hold_ranks();
+  /// Whether the policy threw in the last decision.
+  bool failed() const { return failed_ || owed_; }
+  /// Keeps the value in force as the newest of those that undo() can go back to.
+  void remember();
+  /// Back to the value that was in force `decisions` calls of remember() ago, 1 or 2.
+  void undo(std::size_t decisions) { applied_ = before_[decisions - 1]; }
 
   bool taken_over() const { return guard_took_over_; }
 
   StatsNeeds needs() const { return policy_->needs(); }
   StatsNeeds required() const { return policy_->required(); }
   std::span<const double> applied() const { return applied_; }
+  /// Of the last step.
+  const LimitReport& reasons() const { return reasons_; }
   ActuatorReport report() const;
 
   void exchange(StateIo& io);
 
  private:
+  void say_invalid(const LimitContext& context, Notices& notices);
+  void fail(std::int64_t step, std::string_view message, Notices& notices);
+
+  Actuator actuator_;
+  int layer_;
+  std::string name_;  // of the policy
   std::unique_ptr<Policy> policy_;
   SafetyLimiter limiter_;
+  SafetyOptions safety_;
   std::int64_t cadence_;
+  bool shadow_;
   std::vector<double> applied_, proposed_, guarded_;
+  std::vector<double> base_;            // what the policy is told: applied_ without a probe
+  std::vector<double> shadow_applied_;  // mode shadow: what would be applied
   LimitReport reasons_;
+  std::array<std::vector<double>, 2> before_;
   bool asked_ = false;
+  bool failed_ = false;
+  bool failing_ = false;  // it threw when it was called last: said once
+  bool owed_ = false;     // it threw when it was told what is applied: the next decision is held
   bool guard_took_over_ = false;
   std::vector<RoutingStats> windows_;
   std::vector<Metrics> window_metrics_;

@@ -17,6 +17,10 @@ std::string_view name_of(Mode mode) {
   return "";
 }
 
+std::string_view name_of(Fallback fallback) {
+  return fallback == Fallback::kInitial ? "initial" : "hold";
+}
+
 std::string_view name_of(Scope scope) {
   return scope == Scope::kModel ? "model" : "layer";
 }

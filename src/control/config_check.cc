@@ -4,6 +4,8 @@
 #include <cmath>
 #include <set>
 
+#include "base/foreign.h"
+#include "base/utf8.h"
 #include "control/config_fields.h"
 #include "control/config_keys.h"
 
@@ -29,6 +31,14 @@ class Checks {
   std::optional<ConfigProblem> problem_;
 };
 
+// A run log holds the config's words, and a reader refuses what is not UTF-8.
+void check_text(const std::string& key, const std::string& text, Checks& checks) {
+  const std::size_t bad = find_not_utf8(text);
+  if (bad == std::string::npos) return;
+  checks.fail(key, text.substr(0, bad) + "?",
+              "must be UTF-8: byte " + shown(static_cast<std::int64_t>(bad)) + " is not");
+}
+
 // What the fields of a section must be together; each alone is checked by its own range.
 
 void check_model(const ModelConfig& model, Checks& checks) {
@@ -38,6 +48,7 @@ void check_model(const ModelConfig& model, Checks& checks) {
   for (std::size_t i = 0; i < model.domains.size(); ++i) {
     const std::string key = "model.domains[" + std::to_string(i) + "]";
     checks.require(!model.domains[i].empty(), key, std::string("\"\""), "must not be empty");
+    check_text(key, model.domains[i], checks);
     checks.require(names.insert(model.domains[i]).second, key, model.domains[i], "given twice");
   }
   if (model.targets.empty()) return;
@@ -130,8 +141,10 @@ void complete_options(const PolicyDescription& policy, const std::string& path, 
     } else if (const auto number = as_number(value)) {
       const std::string wrong = violated(Range{.low = spec.min, .high = spec.max}, *number);
       if (!wrong.empty()) checks.fail(key, shown(value), wrong);
-    } else if (const auto* text = std::get_if<std::string>(&value); text && !spec.choices.empty()) {
-      if (std::find(spec.choices.begin(), spec.choices.end(), *text) == spec.choices.end()) {
+    } else if (const auto* text = std::get_if<std::string>(&value); text) {
+      check_text(key, *text, checks);
+      if (!spec.choices.empty() &&
+          std::find(spec.choices.begin(), spec.choices.end(), *text) == spec.choices.end()) {
         checks.fail(key, *text, "must be one of " + listed(spec.choices) + did_you_mean(*text, spec.choices));
       }
     }
@@ -153,7 +166,7 @@ void complete_actuator(Actuator which, ControllerConfig& config, const PolicyReg
   check_limits_of(which, actuator, path, checks);
   const PolicyDescription& policy = *registry.find(actuator.policy);
   complete_options(policy, path + ".options", actuator.options, checks);
-  if (checks.problem() || !policy.check) return;
+  if (checks.problem()) return;
   const PolicyContext context{.actuator = which,
                               .layer = actuator.scope == Scope::kModel ? -1 : 0,
                               .experts = model.experts,
@@ -165,7 +178,17 @@ void complete_actuator(Actuator which, ControllerConfig& config, const PolicyReg
                               .min = actuator.limits.min,
                               .max = actuator.limits.max,
                               .cadence = actuator.limits.cadence};
-  if (const std::string fault = policy.check(context, actuator.options); !fault.empty()) {
+  const std::string who = path + ".policy: " + policy.name;
+  if (config.lag == 1) {
+    const auto made = call_foreign(who, [&] { return policy.make(context, actuator.options); });
+    checks.require(!made || !made->needs().margin_rows, "lag", config.lag,
+                   "must be 0 with " + policy.name +
+                       ", which wants every token's margins (quantile_bias: form: "
+                       "exact): those are not sums and do not travel; use its histogram form");
+  }
+  if (!policy.check) return;
+  const std::string fault = call_foreign(who, [&] { return policy.check(context, actuator.options); });
+  if (!fault.empty()) {
     checks.fail(path + ".options", policy.name, fault);
   }
 }

@@ -17,6 +17,9 @@ inline constexpr Range kShare = {.low = 0, .high = 1, .above_low = true, .words 
 constexpr std::array<Mode, 3> choices_of(Mode) {
   return {Mode::kActive, Mode::kShadow, Mode::kOff};
 }
+constexpr std::array<Fallback, 2> choices_of(Fallback) {
+  return {Fallback::kHold, Fallback::kInitial};
+}
 constexpr std::array<Scope, 2> choices_of(Scope) {
   return {Scope::kLayer, Scope::kModel};
 }
@@ -101,9 +104,13 @@ inline constexpr auto kFieldsOf<SafetyOptions> = std::tuple{
           "Goes back to the last good value when loss or drop rate jumps after a move."},
     Field{"oscillation", &SafetyOptions::oscillation, kRanks, "Shortens moves that keep reversing."},
     Field{"fallback_after", &SafetyOptions::fallback_after, kRanks, at_least(0), "steps",
-          "Steps in a row with invalid data after which the initial value is applied; 0: never."},
-    Field{"responsiveness", &SafetyOptions::responsiveness, kRanks,
-          "Whether biases that the load does not answer are held, and biases stay within what the scores justify."},
+          "Steps in a row with invalid data after which a notice is raised and fallback acts; 0: never."},
+    Field{"fallback", &SafetyOptions::fallback, kRanks,
+          "hold: invalid data never move a value; initial: after fallback_after, the initial value is "
+          "applied until data are valid again."},
+    Field{"responsiveness", &SafetyOptions::responsiveness, kState,
+          "Whether biases that the load does not answer are held, and biases stay within what the scores "
+          "justify."},
 };
 
 template <>

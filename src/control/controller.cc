@@ -20,15 +20,15 @@ const StatsShape& Controller::shape() const {
 }
 
 void Controller::record(int layer, const RoutingBatch& batch, std::int64_t micro_batch) {
-  loop_->record(layer, micro_batch, [&batch](RoutingStats& sums) { sums.add(batch); });
+  loop_->record(layer, micro_batch, batch);
 }
 
 void Controller::record(int layer, const RoutingStats& stats) {
-  loop_->record(layer, -1, [&stats](RoutingStats& sums) { sums += stats; });
+  loop_->record(layer, -1, 0, [&stats](RoutingStats& sums) { sums += stats; });
 }
 
 void Controller::record(int layer, const std::function<void(RoutingStats&)>& add, std::int64_t micro_batch) {
-  loop_->record(layer, micro_batch, add);
+  loop_->record_foreign(layer, micro_batch, add);
 }
 
 void Controller::check_choices(int layer, const ChoiceSample& sample) {
@@ -56,6 +56,9 @@ void Controller::set_exchange(Exchange exchange) {
 }
 void Controller::set_log(std::function<void(const StepReport&)> log) {
   loop_->set_log(std::move(log));
+}
+void Controller::hold(bool held) {
+  loop_->hold(held);
 }
 void Controller::freeze(int layer, bool frozen) {
   loop_->freeze(layer, frozen);

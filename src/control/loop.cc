@@ -1,11 +1,16 @@
 #include "control/loop.h"
 
 #include <algorithm>
+#include <charconv>
 #include <cmath>
+#include <cstdlib>
+#include <limits>
 #include <stdexcept>
 #include <utility>
 
+#include "base/foreign.h"
 #include "control/config_keys.h"
+#include "measure/offence.h"
 
 namespace moectl {
 namespace {
@@ -26,12 +31,37 @@ bool falls_with_imbalance(const MetricField& field) {
          field.value == &Metrics::effective_experts || field.value == &Metrics::min_load;
 }
 
+// One expert has no other to take tokens from.
+bool checks_response(const ControllerConfig& config) {
+  return config.safety.responsiveness && config.model.experts > 1;
+}
+
+bool environment_holds() {
+  const char* const value = std::getenv("MOECTL_HOLD");
+  return value != nullptr && *value != '\0' && std::string_view(value) != "0";
+}
+
+// A number with two decimals, without allocation and whatever the locale.
+class Decimal {
+ public:
+  explicit Decimal(double value)
+      : end_(std::to_chars(text_, text_ + sizeof text_, std::clamp(value, -1e6, 1e6),
+                           std::chars_format::fixed, 2)
+                 .ptr) {}
+  std::string_view text() const { return {text_, end_}; }
+
+ private:
+  char text_[16];
+  const char* end_;
+};
+
 }  // namespace
 
-Controller::Loop::Layer::Layer(const ControllerConfig& config, const PolicyRegistry& registry, int index) {
+Controller::Loop::Layer::Layer(const ControllerConfig& config, const PolicyRegistry& registry, int which)
+    : index(which) {
   for (std::size_t a = 0; a < kActuatorCount; ++a) {
     if (config.actuator(kActuators[a]).scope == Scope::kLayer) {
-      loops[a].emplace(kActuators[a], config, registry, index);
+      loops[a].emplace(kActuators[a], config, registry, which);
     }
   }
 }
@@ -39,6 +69,7 @@ Controller::Loop::Layer::Layer(const ControllerConfig& config, const PolicyRegis
 Controller::Loop::Loop(ControllerConfig config, const PolicyRegistry& registry)
     : config_(std::move(config)), registry_(registry), payload_(0, 0, 0) {
   validate(config_, registry_);
+  held_ = environment_holds();
   const ModelConfig& model = config_.model;
   const auto layers = static_cast<std::size_t>(model.layers);
   const auto experts = static_cast<std::size_t>(model.experts);
@@ -46,7 +77,6 @@ Controller::Loop::Loop(ControllerConfig config, const PolicyRegistry& registry)
   for (std::size_t a = 0; a < kActuatorCount; ++a) {
     const ActuatorConfig& own = config_.actuator(kActuators[a]);
     if (own.scope == Scope::kModel) model_loops_[a].emplace(kActuators[a], config_, registry_, -1);
-    initial_[a].assign(kActuators[a] == Actuator::kExpertBias ? experts : 1, own.initial);
   }
 
   load_targets_.emplace(model.experts, model.targets);
@@ -56,11 +86,15 @@ Controller::Loop::Loop(ControllerConfig config, const PolicyRegistry& registry)
   if (config_.guard.enabled) shape_.needs |= LayerGuard::needs();
   for_each_actuator(
       [&](ActuatorLoop& loop, std::size_t, int layer) { loop.make_windows(shape_, layer < 0 ? layers : 1); });
-  for (const auto& layer : layers_) {
+  for (std::size_t l = 0; l < layers; ++l) {
+    const auto& layer = layers_[l];
     layer->intake = RoutingStats(shape_);
     layer->stats = RoutingStats(shape_);
     layer->monitor.emplace(shape_, config_.monitor, metrics_options(config_));
     if (config_.guard.enabled) layer->guard.emplace(config_.guard, shape_, *load_targets_);
+    if (checks_response(config_)) {
+      layer->response.emplace(config_, static_cast<int>(l));
+    }
   }
   description_ = describe_for_state(config_, shape_);
   measurer_.emplace(shape_, metrics_options(config_));
@@ -128,11 +162,44 @@ void Controller::Loop::reduce(const StepInfo& info) {
   } else if (reduction_) {
     pack(payload_, info);
     payload_.reduce(reduction_);
+    say_offences();
+    hold_if_some_failed();
     unpack(payload_);
     clear_intake();
   } else {
     use_local_sums(info);
   }
+}
+
+void Controller::Loop::record(int layer, std::int64_t micro_batch, const RoutingBatch& batch) {
+  Layer& at = layer_at(layer);
+  record(layer, micro_batch, micro_batch < 0 ? 0 : fingerprint_of(batch), [&](RoutingStats& sums) {
+    sums.add(batch);
+    at.uncollected_sequences |=
+        !shape_.needs.sequences && (batch.sequence_length > 0 || !batch.sequence_ids.empty());
+  });
+}
+
+void Controller::Loop::record_foreign(int layer, std::int64_t micro_batch,
+                                      const std::function<void(RoutingStats&)>& add) {
+  Layer& at = layer_at(layer);
+  record(layer, micro_batch, 0, [&](RoutingStats& sums) {
+    at.backup = sums;
+    try {
+      add(sums);
+    } catch (...) {
+      std::swap(sums, at.backup);
+      throw;
+    }
+  });
+}
+
+void Controller::Loop::refuse_repeat(int layer, std::int64_t micro_batch) {
+  throw std::invalid_argument(
+      "record: layer " + std::to_string(layer) + ", micro_batch " + std::to_string(micro_batch) +
+      ": two records with different experts came under this id since the last step: a "
+      "repeat must be the same record (recomputation); give each micro-batch of a step "
+      "an id of its own");
 }
 
 // With `lag: 1`: starts the reduction of this step's sums, and decides on the sums of the step before.
@@ -141,8 +208,10 @@ void Controller::Loop::use_previous_sums(const StepInfo& info) {
     pending_->finish(reduction_, payload_);
     arrived_ = true;
   }
+  if (arrived_) hold_if_some_failed();
   pack(pending_->local_sums(), info);
   pending_->start(reduction_, exchange_);
+  say_offences();
   if (std::exchange(arrived_, false)) {
     unpack(payload_);
   } else {
@@ -160,28 +229,64 @@ void Controller::Loop::check_ranks() {
 
 void Controller::Loop::pack(Payload& payload, const StepInfo& info) const {
   for (std::size_t l = 0; l < layers_.size(); ++l) {
-    const std::span<const std::int64_t> own = layers_[l]->intake.flat();
-    std::copy(own.begin(), own.end(), payload.layer(l).begin());
+    payload.put(l, layers_[l]->intake.flat());
   }
-  payload.put(info, actuation_hash());
+  bool failed = false;
+  for (const auto& layer : layers_) {
+    for (const auto& loop : layer->loops) failed |= loop && loop->failed();
+  }
+  for (const auto& loop : model_loops_) failed |= loop && loop->failed();
+  payload.put(info, actuation_hash(), failed);
 }
 
 void Controller::Loop::unpack(Payload& payload) {
   for (std::size_t l = 0; l < layers_.size(); ++l) {
     const std::span<const std::int64_t> total = payload.layer(l);
-    std::copy(total.begin(), total.end(), layers_[l]->stats.flat().begin());
+    RoutingStats& stats = layers_[l]->stats;
+    std::copy(total.begin(), total.end(), stats.flat().begin());
+    if (!payload.in_range(l)) {  // a sum may have wrapped around, and back into its range
+      stats.set_scalar(RoutingStats::kInvalidRecords, std::max<std::int64_t>(1, stats.invalid_records()));
+    }
   }
   info_ = payload.info(mixture_);
+}
+
+// Policies' memories may now differ between ranks, so no rank may ask one again until a common state is loaded. All go
+// back to what was in force before the decision that failed: the same values.
+void Controller::Loop::hold_if_some_failed() {
+  if (ranks_differ_ || !payload_.some_failed()) return;
+  ranks_differ_ = true;
+  // What a rank made of a probe is not what the others made of it.
+  for (const auto& layer : layers_) {
+    if (layer->response) layer->response->restart();
+  }
+  const std::size_t decisions = pending_ ? 2 : 1;  // since the hash in these sums
+  for_each_actuator([&](ActuatorLoop& loop, std::size_t, int) { loop.undo(decisions); });
+  notices_.add(
+      NoticeKind::kPolicyFailed, -1, steps_,
+      {"a policy failed on some of the ranks: all ranks hold the values in force before it until one "
+       "state is loaded on all of them"});
+}
+
+void Controller::Loop::say_offences() {
+  for (std::size_t l = 0; l < layers_.size(); ++l) {
+    Layer& layer = *layers_[l];
+    const Offence& offence = layer.intake.offence();
+    layer.told_before = std::exchange(layer.told, !offence.empty());
+    if (layer.told) notices_.add(NoticeKind::kInvalid, static_cast<int>(l), steps_, {offence.words()});
+  }
 }
 
 void Controller::Loop::clear_intake() {
   for (const auto& layer : layers_) {
     layer->intake.clear();
     layer->seen.clear();
+    layer->fingerprints.clear();
   }
 }
 
 void Controller::Loop::use_local_sums(const StepInfo& info) {
+  say_offences();
   for (const auto& layer : layers_) std::swap(layer->stats, layer->intake);
   clear_intake();
   info_ = usable(info);
@@ -207,6 +312,8 @@ void Controller::Loop::measure() {
     }
     layer->intake.set_gap_width(layer->gap_width);
   }
+  say_why_invalid();
+  compare_with_config();
   for_each_actuator([this](ActuatorLoop& loop, std::size_t, int only) {
     if (!loop.has_windows()) return;
     for (std::size_t l = 0; l < layers_.size(); ++l) {
@@ -223,6 +330,106 @@ void Controller::Loop::measure() {
   });
 }
 
+// Names the first offence of sums that cannot be used, as far as this rank knows it and has not said it.
+void Controller::Loop::say_why_invalid() {
+  for (std::size_t l = 0; l < layers_.size(); ++l) {
+    const Layer& layer = *layers_[l];
+    if (layer.valid || (pending_ ? layer.told_before : layer.told)) continue;
+    const Offence offence = first_offence(layer.stats);
+    notices_.add(NoticeKind::kInvalid, static_cast<int>(l), steps_,
+                 {offence.empty() ? "invalid records: the rank that recorded them names the first offence"
+                                  : offence.words()});
+  }
+}
+
+// Says once what the config states and the data contradict. A step can be an odd one, so all but the number of tokens is
+// judged after several.
+void Controller::Loop::compare_with_config() {
+  constexpr std::int64_t kSteps = 10;
+  const auto say = [this](std::initializer_list<std::string_view> parts, int layer = -1) {
+    notices_.add(NoticeKind::kConfig, layer, steps_, parts);
+  };
+  const auto number = [](std::array<char, 24>& text, std::int64_t value) {
+    return std::string_view(
+        text.data(), static_cast<std::size_t>(
+                         std::to_chars(text.data(), text.data() + text.size(), value).ptr - text.data()));
+  };
+  std::array<char, 24> a{}, b{};
+
+  if (!sequences_said_) {
+    for (const auto& layer : layers_) sequences_said_ |= layer->uncollected_sequences;
+    if (sequences_said_) {
+      say(
+          {"records name their sequences, which nothing collects: with collect: {sequences: true} the "
+           "sampling "
+           "floor is known"});
+    }
+  }
+  if (compared_ >= kSteps) return;
+  const Layer* first = nullptr;
+  bool same = layers_.size() > 1;
+  std::int64_t fewest = std::numeric_limits<std::int64_t>::max();
+  for (const auto& layer : layers_) {
+    if (!layer->valid || !layer->has_data) {
+      same = false;
+      continue;
+    }
+    layer->ever_had_data = true;
+    const auto counts = layer->stats.counts();
+    fewest = std::min(fewest, layer->stats.tokens());
+    same =
+        same && (first == nullptr || std::equal(counts.begin(), counts.end(), first->stats.counts().begin()));
+    first = first == nullptr ? layer.get() : first;
+    for (int i = config_.model.experts - 1; i > last_used_expert_; --i) {
+      if (counts[static_cast<std::size_t>(i)] > 0) last_used_expert_ = i;
+    }
+  }
+  if (first == nullptr) return;
+  same_experts_ &= same;
+  fewest_tokens_ += fewest;
+  const std::int64_t stated = config_.model.tokens_per_step, tokens = first->stats.tokens();
+  if (!std::exchange(tokens_compared_, true) && stated > 0 && (tokens > 2 * stated || tokens < stated / 2)) {
+    say({"model.tokens_per_step is ", number(a, stated), ", and ", number(b, tokens),
+         " tokens arrived: noise floors of targets are computed from it"});
+  }
+  if (++compared_ < kSteps) return;
+  for (std::size_t l = 0; l < layers_.size(); ++l) {
+    if (layers_[l]->ever_had_data) continue;
+    say({"layer ", number(a, static_cast<std::int64_t>(l)),
+         " has recorded no token so far and other layers have: "
+         "model.layers is ",
+         number(b, config_.model.layers), ": is every MoE layer recorded, from layer 0 on?"});
+    break;
+  }
+  if (same_experts_) {
+    say(
+        {"all layers have recorded the same experts in every step so far: a layer's record must hold the "
+         "indices of "
+         "that layer alone, [tokens, k] or [B, S, k], not [tokens, layers, k]"});
+  }
+  say_unused_experts();
+}
+
+// The last experts of all layers, without a single token though there were enough for many each.
+void Controller::Loop::say_unused_experts() {
+  const ModelConfig& model = config_.model;
+  const int used = last_used_expert_ + 1;
+  constexpr std::int64_t kEnough = 64;
+  if (used >= model.experts || fewest_tokens_ * model.top_k < kEnough * model.experts) return;
+  for (int i = used; i < model.experts; ++i) {
+    if (targets_[static_cast<std::size_t>(i)] <= 0) return;  // not wanted, not used
+  }
+  std::array<char, 24> a{}, b{};
+  const auto number = [](std::array<char, 24>& text, int value) {
+    return std::string_view(
+        text.data(), static_cast<std::size_t>(
+                         std::to_chars(text.data(), text.data() + text.size(), value).ptr - text.data()));
+  };
+  notices_.add(NoticeKind::kConfig, -1, steps_,
+               {"no layer has selected an expert from ", number(a, used), " on so far: model.experts is ",
+                number(b, model.experts), ": does the router have fewer?"});
+}
+
 // Updates values with history: smoothed loads, trends, health. Windows take them from their last step.
 void Controller::Loop::watch() {
   for (const auto& layer : layers_) {
@@ -231,6 +438,7 @@ void Controller::Loop::watch() {
     } else {
       layer->monitor->observe_nothing();
     }
+    if (layer->response) watch_response(*layer);
   }
   for_each_actuator([this](ActuatorLoop& loop, std::size_t, int only) {
     if (!loop.has_windows() || !loop.due(steps_)) return;
@@ -241,12 +449,48 @@ void Controller::Loop::watch() {
   });
 }
 
+void Controller::Loop::watch_response(Layer& layer) {
+  ResponseCheck& check = *layer.response;
+  const bool applies = config_.mode == Mode::kActive && !layer.frozen && !held_;
+  check.observe(applies && layer.valid && layer.has_data ? &layer.stats : nullptr,
+                floor_of(layer.metrics).cv.value_or(0),
+                layer.loops[static_cast<std::size_t>(Actuator::kExpertBias)]->applied());
+  if (!applies) return;
+  const Responsiveness now = check.report();
+  const bool silent = now.state == Response::kUnresponsive;
+  if (silent == layer.response_told) return;
+  if (!silent && now.state != Response::kAnswers) return;
+  layer.response_told = silent;
+  const Decimal gain(*now.gain), error(*now.error);
+  if (!silent) {
+    notices_.add(
+        NoticeKind::kUnresponsive, layer.index, steps_,
+        {"the load answers again (gain ", gain.text(), " ± ", error.text(), "): the policy goes on"});
+  } else if (*now.gain + 3 * *now.error < 0) {
+    notices_.add(
+        NoticeKind::kUnresponsive, layer.index, steps_,
+        {"the load goes the other way (gain ", gain.text(), " ± ", error.text(),
+         "): is the bias subtracted from the scores? The biases are held where the load last answered"});
+  } else {
+    notices_.add(NoticeKind::kUnresponsive, layer.index, steps_,
+                 {"the load does not answer (gain ", gain.text(), " ± ", error.text(),
+                  "): does the router add this layer's bias to the scores that top-k compares? Are routes "
+                  "replayed or masked? Held where the load last answered"});
+  }
+}
+
+std::span<const double> Controller::Loop::probe_of(std::size_t actuator, int layer) const {
+  if (kActuators[actuator] != Actuator::kExpertBias) return {};
+  const auto& check = layers_[static_cast<std::size_t>(layer)]->response;
+  return check ? check->offset() : std::span<const double>();
+}
+
 // Asks every policy that has valid data and a decision due, also while its actuator is held, so that its averages stay
 // current.
 void Controller::Loop::propose() {
   for_each_actuator([this](ActuatorLoop& loop, std::size_t actuator, int layer) {
     loop.begin();
-    if (!loop.due(steps_)) return;
+    if (!loop.due(steps_) || ranks_differ_) return;
     const DecisionInputs seen = inputs(loop, actuator, layer);
     if (!seen.valid || !seen.has_data) return;
     loop.propose({.step = steps_,
@@ -256,7 +500,8 @@ void Controller::Loop::propose() {
                   .worst = *seen.worst,
                   .monitor = *seen.monitor,
                   .targets = targets_,
-                  .info = info_});
+                  .info = info_},
+                 probe_of(actuator, layer), notices_);
   });
 }
 
@@ -332,20 +577,28 @@ StatsNeeds Controller::Loop::missing(ActuatorLoop& loop, std::size_t actuator, i
 }
 
 void Controller::Loop::limit() {
-  for_each_actuator([this](ActuatorLoop& loop, std::size_t actuator, int layer) {
+  const bool many_ranks = reduction_ || exchange_;
+  for_each_actuator([&](ActuatorLoop& loop, std::size_t actuator, int layer) {
+    if (many_ranks) loop.remember();
+    if (ranks_differ_) return loop.hold_ranks();
     const DecisionInputs seen = inputs(loop, actuator, layer);
     const bool decides = seen.valid && seen.has_data && loop.due(steps_);
     const StatsNeeds lacking = decides ? missing(loop, actuator, layer) : StatsNeeds{};
     (layer < 0 ? model_missing_ : layers_[static_cast<std::size_t>(layer)]->missing)[actuator] = lacking;
+    const bool biases = kActuators[actuator] == Actuator::kExpertBias;
+    std::optional<ResponseCheck>* check =
+        biases ? &layers_[static_cast<std::size_t>(layer)]->response : nullptr;
     loop.limit({.step = steps_,
                 .valid = seen.valid,
                 .has_data = seen.has_data,
                 .skipped = info_.skipped,
                 .frozen = seen.frozen,
+                .host_hold = held_,
                 .at_cadence = loop.due(steps_),
                 .missing_input = lacking != StatsNeeds{} && !loop.taken_over(),
                 .loss = info_.loss,
-                .drop_rate = seen.drop_rate});
+                .drop_rate = seen.drop_rate},
+               check != nullptr && *check ? &**check : nullptr, notices_);
   });
 }
 
@@ -358,6 +611,8 @@ void Controller::Loop::log() {
     out.metrics = &layer.metrics;
     if (layer.guard) out.guard = layer.guard->report();
     out.monitor = &*layer.monitor;
+    out.responsiveness =
+        layer.response && !layer.frozen && !held_ ? layer.response->report() : Responsiveness{};
     for (std::size_t a = 0; a < kActuatorCount; ++a) {
       if (!layer.loops[a]) continue;
       out.actuators[a] = layer.loops[a]->report();
@@ -376,7 +631,13 @@ void Controller::Loop::log() {
   report_.layers = layer_reports_;
   report_.targets = &*load_targets_;
   report_.notices = notices_.all();
-  if (log_ && config_.mode != Mode::kOff && logs(report_.step)) log_(report_);
+  if (!log_ || config_.mode == Mode::kOff || !logs(report_.step)) return;
+  call_held([this] { log_(report_); },
+            [this](const char* message) {
+              if (std::exchange(log_failed_, true)) return;
+              notices_.add(NoticeKind::kLog, -1, report_.step, {"the log callback threw: ", message});
+              report_.notices = notices_.all();
+            });
 }
 
 Controller::Loop::Layer& Controller::Loop::layer_at(int layer) const {
@@ -408,7 +669,6 @@ void Controller::Loop::set_reduction(Reduction reduction) {
 std::span<const double> Controller::Loop::in_force(Actuator actuator, int layer) const {
   const Layer& own = layer_at(layer);
   const auto a = static_cast<std::size_t>(actuator);
-  if (config_.mode != Mode::kActive) return initial_[a];
   return own.loops[a] ? own.loops[a]->applied() : model_loops_[a]->applied();
 }
 
@@ -418,11 +678,11 @@ std::uint64_t Controller::Loop::actuation_hash() const {
   for (const auto& layer : layers_) {
     hash = hash * 31 + (layer->frozen ? 1 : 0);
     for (const auto& loop : layer->loops) {
-      if (loop) hash = hash_values(loop->applied(), hash);
+      if (loop) hash = hash_values(loop->applied(), hash) + (loop->failed() ? 1 : 0);
     }
   }
   for (const auto& loop : model_loops_) {
-    if (loop) hash = hash_values(loop->applied(), hash);
+    if (loop) hash = hash_values(loop->applied(), hash) + (loop->failed() ? 1 : 0);
   }
   return hash;
 }

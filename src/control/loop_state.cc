@@ -23,16 +23,24 @@ std::string first_difference(std::string_view saved, std::string_view own) {
   return "config differs";
 }
 
-// The ids of micro-batches, -1 in rooms that are free. Hosts say how many there are, the config does not: up to kRoom
-// the state has one length, and beyond it grows by as much.
-void exchange_ids(StateIo& io, std::vector<std::int64_t>& ids) {
+// The ids of micro-batches and the fingerprints of their records, -1 and 0 in rooms that are free. Hosts say how many
+// there are, the config does not: up to kRoom the state has one length, and beyond it grows by as much.
+void exchange_ids(StateIo& io, std::vector<std::int64_t>& ids, std::vector<std::uint64_t>& fingerprints) {
   constexpr std::size_t kRoom = 64;
-  std::vector<std::int64_t> rooms = ids;
+  std::vector<std::int64_t> rooms = ids, prints(fingerprints.begin(), fingerprints.end());
   rooms.resize(std::max<std::size_t>(1, (ids.size() + kRoom - 1) / kRoom) * kRoom, -1);
+  prints.resize(rooms.size(), 0);
   io.list("micro_batches", rooms, {-1, StateIo::kAnyInteger.most});
+  io.list("fingerprints", prints, StateIo::kAnyInteger);
   if (!io.reads()) return;
-  rooms.erase(std::remove(rooms.begin(), rooms.end(), -1), rooms.end());
-  ids = std::move(rooms);
+  io.check(prints.size() == rooms.size(), "fingerprints", "be as many as micro-batches");
+  ids.clear();
+  fingerprints.clear();
+  for (std::size_t i = 0; i < rooms.size(); ++i) {
+    if (rooms[i] < 0) continue;
+    ids.push_back(rooms[i]);
+    fingerprints.push_back(static_cast<std::uint64_t>(prints[i]));
+  }
 }
 
 }  // namespace
@@ -60,6 +68,7 @@ std::unique_ptr<Controller::Loop> Controller::Loop::loaded(std::string_view stat
   fresh->exchange_ = exchange_;
   fresh->ranks_checked_ = ranks_checked_;
   fresh->log_ = log_;
+  fresh->held_ = held_;
   return fresh;
 }
 
@@ -73,9 +82,13 @@ void Controller::Loop::exchange(StateIo& io) {
     io.value("gap_width", layer->gap_width, StateIo::kNotNegative);
     layer->intake.set_gap_width(layer->gap_width);
     exchange_sums(io, "recorded", layer->intake);
-    exchange_ids(io, layer->seen);
+    exchange_ids(io, layer->seen, layer->fingerprints);
     layer->monitor->exchange(io);
     if (layer->guard) layer->guard->exchange(io);
+    if (layer->response) {
+      layer->response->exchange(io);
+      io.value("response_told", layer->response_told);
+    }
     for (auto& loop : layer->loops) {
       if (loop) loop->exchange(io);
     }

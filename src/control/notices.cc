@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <array>
 
+#include "base/utf8.h"
+
 namespace moectl {
 namespace {
 
@@ -32,14 +34,15 @@ void Notices::add(NoticeKind kind, int layer, std::int64_t step,
   }
   char* const text = texts_.data() + count_ * kTextSize;
   std::size_t size = 0;
-  for (const std::string_view part : parts) {
-    const std::size_t most = kTextSize - size;
-    std::size_t fits = std::min(part.size(), most);
-    // Never half a character of UTF-8.
-    while (fits < part.size() && fits > 0 && (static_cast<unsigned char>(part[fits]) & 0xc0) == 0x80) --fits;
-    std::copy_n(part.begin(), fits, text + size);
-    size += fits;
-    if (fits < part.size()) break;
+  for (std::string_view part : parts) {
+    while (!part.empty()) {
+      const std::size_t bytes = utf8_character(part);
+      const std::string_view shown = bytes > 0 ? part.substr(0, bytes) : "?";
+      if (size + shown.size() > kTextSize) break;  // never half a character
+      std::copy(shown.begin(), shown.end(), text + size);
+      size += shown.size();
+      part.remove_prefix(std::max<std::size_t>(bytes, 1));
+    }
   }
   notices_[count_++] = {.kind = kind, .layer = layer, .step = step, .text = {text, size}};
 }

@@ -12,6 +12,8 @@ namespace {
 
 constexpr std::uint64_t kFnvOffset = 0xcbf29ce484222325ULL;
 constexpr std::uint64_t kFnvPrime = 0x100000001b3ULL;
+constexpr int kMagnitudeBits =
+    20;                        // what a magnitude leaves out, so that those of 2^20 ranks add up below 2^63
 constexpr int kHashBits = 20;  // so that R ranks' squares add up far below 2^63
 
 std::uint64_t mix(std::uint64_t hash, std::uint64_t word) {
@@ -64,6 +66,23 @@ std::uint64_t hash_values(std::span<const double> values, std::uint64_t seed) {
   return mix(mix(mix(lanes[0], lanes[1]), lanes[2]), lanes[3]);
 }
 
+std::uint64_t fingerprint_of(const RoutingBatch& batch) {
+  std::array<std::uint64_t, 4> lanes = {kFnvOffset, 1, 2, 3};
+  const auto add = [&](const auto& values) {
+    std::size_t i = 0;
+    for (; i + 4 <= values.size(); i += 4) {
+      for (std::size_t lane = 0; lane < 4; ++lane) {
+        lanes[lane] = mix(lanes[lane], static_cast<std::uint64_t>(values[i + lane]));
+      }
+    }
+    for (; i < values.size(); ++i) lanes[0] = mix(lanes[0], static_cast<std::uint64_t>(values[i]));
+    lanes[0] = mix(lanes[0], values.size());
+  };
+  add(batch.experts);
+  add(batch.mask);
+  return mix(mix(mix(lanes[0], lanes[1]), lanes[2]), lanes[3]) | 1;
+}
+
 void check_same_everywhere(const Reduction& reduction, std::span<const std::string> lines) {
   const auto first_agree = [&](std::size_t count) {
     std::string text;
@@ -83,9 +102,28 @@ void check_same_everywhere(const Reduction& reduction, std::span<const std::stri
 }
 
 Payload::Payload(std::size_t layers, std::size_t flat_size, std::size_t domains)
-    : flat_size_(flat_size), domains_(domains), sums_(layers * flat_size + kWordCount + domains, 0) {}
+    : flat_size_(flat_size),
+      layers_(layers),
+      domains_(domains),
+      sums_(layers * (flat_size + 1) + kWordCount + domains, 0) {}
 
-void Payload::put(const StepInfo& info, std::uint64_t actuation) {
+void Payload::put(std::size_t i, std::span<const std::int64_t> sums) {
+  std::uint64_t bits = 0;  // no magnitude is above the bits that all of them set
+  std::int64_t* const to = sums_.data() + i * flat_size_;
+  for (std::size_t j = 0; j < flat_size_; ++j) {
+    bits |= static_cast<std::uint64_t>(sums[j] ^ (sums[j] >> 63));
+    to[j] = sums[j];
+  }
+  sums_[layers_ * flat_size_ + i] = static_cast<std::int64_t>(bits >> kMagnitudeBits);
+}
+
+bool Payload::in_range(std::size_t i) const {
+  const std::int64_t magnitude = sums_[layers_ * flat_size_ + i];
+  // Each rank left out less than one unit.
+  return magnitude >= 0 && magnitude + word(kRanks) <= std::int64_t{1} << (62 - kMagnitudeBits);
+}
+
+void Payload::put(const StepInfo& info, std::uint64_t actuation, bool failed) {
   std::fill(sums_.end() - static_cast<std::ptrdiff_t>(domains_ + kWordCount), sums_.end(), 0);
   word(kRanks) = 1;
   const auto put_number = [this](std::optional<double> value, Word sum, Word count, Word bad) {
@@ -107,6 +145,7 @@ void Payload::put(const StepInfo& info, std::uint64_t actuation) {
   const std::int64_t h = fold(actuation);
   word(kHash) = h;
   word(kHashSquare) = h * h;
+  word(kFailed) = failed ? 1 : 0;
 }
 
 void Payload::reduce(const Reduction& reduction) {
@@ -114,9 +153,13 @@ void Payload::reduce(const Reduction& reduction) {
   check();
 }
 
+bool Payload::same_values() const {
+  return equal_everywhere(word(kRanks), word(kHash), word(kHashSquare));
+}
+
 void Payload::check() const {
   if (word(kRanks) < 1) throw ReductionError("reduction returned a sum over no ranks");
-  if (!equal_everywhere(word(kRanks), word(kHash), word(kHashSquare))) {
+  if (!same_values() && !some_failed()) {
     throw ReductionError("ranks have applied different values: one of them has diverged");
   }
 }
@@ -124,8 +167,8 @@ void Payload::check() const {
 void Payload::exchange(StateIo& io, std::string_view name, bool counts) {
   if (!counts) std::fill(sums_.begin(), sums_.end(), 0);
   io.values(name, sums_, StateIo::kAnyInteger);
-  io.check(!counts || (word(kRanks) >= 1 && equal_everywhere(word(kRanks), word(kHash), word(kHashSquare))),
-           name, "be a sum over ranks that agree");
+  io.check(!counts || (word(kRanks) >= 1 && (same_values() || some_failed())), name,
+           "be a sum over ranks that agree");
 }
 
 StepInfo Payload::info(std::span<std::int64_t> mixture) const {

@@ -9,6 +9,7 @@
 #include <string_view>
 #include <vector>
 
+#include "base/foreign.h"
 #include "moectl/controller.h"
 #include "moectl/policy.h"
 #include "moectl/state.h"
@@ -19,6 +20,9 @@ namespace moectl {
 std::uint64_t hash_bytes(std::string_view bytes);
 std::uint64_t hash_values(std::span<const double> values, std::uint64_t seed);
 
+/// Of the experts and the mask; never 0.
+std::uint64_t fingerprint_of(const RoutingBatch& batch);
+
 /// Runs `body`; every exception becomes a ReductionError.
 template <class Body>
 void rethrow_as_reduction_error(Body&& body) {
@@ -28,6 +32,8 @@ void rethrow_as_reduction_error(Body&& body) {
     throw;
   } catch (const std::exception& error) {
     throw ReductionError(std::string("reduction failed: ") + error.what());
+  } catch (...) {
+    throw ReductionError(std::string("reduction failed: ") + kNoMessage);
   }
 }
 
@@ -38,16 +44,22 @@ void check_same_everywhere(const Reduction& reduction, std::span<const std::stri
 
 class Payload {
  public:
-  /// `layers` arrays of `flat_size`, then the words of StepInfo.
+  /// `layers` arrays of `flat_size`, then the magnitude of each, then the words of StepInfo.
   Payload(std::size_t layers, std::size_t flat_size, std::size_t domains);
 
   std::span<std::int64_t> layer(std::size_t i) { return {sums_.data() + i * flat_size_, flat_size_}; }
-  /// Writes this rank's part of everything but the layers.
-  void put(const StepInfo& info, std::uint64_t actuation);
+  /// Writes this rank's sums of layer i, and how large they are.
+  void put(std::size_t i, std::span<const std::int64_t> sums);
+  /// Whether the sum over ranks of layer i is surely in range: none of its sums can have wrapped around.
+  bool in_range(std::size_t i) const;
+  /// Writes this rank's part of everything else. `failed`: a policy of this rank threw in its last decision.
+  void put(const StepInfo& info, std::uint64_t actuation, bool failed);
   /// Sums over ranks, then checks. Throws ReductionError.
   void reduce(const Reduction& reduction);
-  /// After the sum over ranks: throws ReductionError unless all ranks applied the same values.
+  /// After the sum over ranks: throws ReductionError unless all ranks applied the same values, or some failed.
   void check() const;
+  /// After the sum over ranks: ranks differ because policies of some of them failed.
+  bool some_failed() const { return word(kFailed) > 0 && !same_values(); }
   /// Writes or reads it; as zeros if it does not count. Throws StateError if it was read, counts, and would not pass
   /// check().
   void exchange(StateIo& io, std::string_view name, bool counts);
@@ -69,12 +81,15 @@ class Payload {
     kMixtures,
     kHash,
     kHashSquare,
+    kFailed,
     kWordCount
   };
   std::int64_t& word(Word which) { return sums_[sums_.size() - domains_ - kWordCount + which]; }
   std::int64_t word(Word which) const { return sums_[sums_.size() - domains_ - kWordCount + which]; }
 
-  std::size_t flat_size_, domains_;
+  bool same_values() const;
+
+  std::size_t flat_size_, layers_, domains_;
   std::vector<std::int64_t> sums_;
 };
 

@@ -9,7 +9,7 @@ PendingReduction::~PendingReduction() {
   if (!in_flight() || !wait_) return;
   try {
     wait_();
-  } catch (const std::exception&) {
+  } catch (...) {
     // The sums are no longer needed, so an error is ignored.
   }
 }

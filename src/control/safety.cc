@@ -164,6 +164,15 @@ std::optional<ConfigProblem> problem_in(Actuator actuator, const Limits& limits,
     return wrong("min", limits.min, "must be at least 0 for an auxiliary loss weight");
   if (actuator == Actuator::kRouterTemperature && limits.min <= 0)
     return wrong("min", limits.min, "must be above 0 for a temperature");
+  // Beyond these, sums over experts and factors e^rate would no longer be numbers, and means would lose their digits.
+  constexpr double kFarthest = 1e9, kLargestRatio = 100;
+  for (const auto& [key, value] : {std::pair{"min", limits.min}, std::pair{"max", limits.max}}) {
+    if (std::abs(value) > kFarthest) return wrong(key, value, "must be of magnitude at most 1e9");
+  }
+  if (!is_multiplicative(actuator) && limits.rate > kFarthest)
+    return wrong("rate", limits.rate, "must be at most 1e9");
+  if (is_multiplicative(actuator) && limits.rate > kLargestRatio)
+    return wrong("rate", limits.rate, "must be at most 100: a factor of e^100 in one decision");
   if (limits.center && is_multiplicative(actuator))
     return wrong("center", true, "only expert biases can be centred");
   if (limits.center && (limits.min > 0 || limits.max < 0))
@@ -199,8 +208,8 @@ LimitReport SafetyLimiter::apply(const LimitContext& context, std::span<const do
   const bool due = context.at_cadence && context.has_data && !wanted.empty();
   const bool valid = context.valid && (!due || all_finite(wanted));
   if (!valid || due) invalid_in_row_ = valid ? 0 : invalid_in_row_ + 1;
-  if (context.frozen) {
-    report.add(valid ? Reason::kFrozen : Reason::kInvalid);
+  if (context.frozen || context.host_hold) {
+    report.add(!valid ? Reason::kInvalid : context.frozen ? Reason::kFrozen : Reason::kHostHold);
     return report;
   }
   if (jumped) {
@@ -216,7 +225,8 @@ LimitReport SafetyLimiter::apply(const LimitContext& context, std::span<const do
   }
   if (!valid) {
     report.add(Reason::kInvalid);
-    if (options_.fallback_after > 0 && invalid_in_row_ >= options_.fallback_after) {
+    if (options_.fallback == Fallback::kInitial && options_.fallback_after > 0 &&
+        invalid_in_row_ >= options_.fallback_after) {
       report.add(Reason::kFallback);
       std::fill(applied.begin(), applied.end(), safe_value_);
     }
@@ -235,6 +245,7 @@ LimitReport SafetyLimiter::apply(const LimitContext& context, std::span<const do
   for (std::size_t i = 0; i < next_.size(); ++i) {
     next_[i] = std::min(std::max(wanted[i], limits_.min - far), limits_.max + far);
   }
+  if (context.reach) stay_within_reach(*context.reach, applied, report);
   if (options_.oscillation && back_off(applied) < 1) report.add(Reason::kOscillation);
   if (limits_.deadband > 0 && largest_move(applied) <= limits_.deadband) {
     report.add(Reason::kDeadband);
@@ -245,6 +256,11 @@ LimitReport SafetyLimiter::apply(const LimitContext& context, std::span<const do
   } else {
     clip_scalar(applied[0], report);
   }
+  // The last line before values are in force.
+  if (!all_finite(next_)) {
+    report.add(Reason::kInvalid);
+    return report;
+  }
   if (!all_equal(next_, applied)) last_move_step_ = context.step;
   std::copy(next_.begin(), next_.end(), applied.begin());
   return report;
@@ -253,6 +269,7 @@ LimitReport SafetyLimiter::apply(const LimitContext& context, std::span<const do
 std::optional<Reason> SafetyLimiter::hold_reason(const LimitContext& context) const {
   if (context.missing_input) return Reason::kMissingInput;
   if (!context.has_data) return Reason::kNoData;
+  if (context.policy_failed) return Reason::kPolicyFailed;
   if (context.skipped) return Reason::kSkippedStep;
   if (context.step < limits_.warmup) return Reason::kWarmup;
   if (!context.at_cadence) return Reason::kCadence;
@@ -331,6 +348,10 @@ void SafetyLimiter::clip_biases(std::span<const double> applied, LimitReport& re
     const double shift = take_mean_out(next_);
     // After a large common shift, only its rounding is left.
     if (std::abs(shift) > limits_.rate) take_mean_out(next_);
+    // Proposals that differ by more than this end at a bound; nearer by, the sum keeps the digits that its zero needs.
+    const double far = kFarAway * limits_.rate;
+    for (std::size_t i = 0; i < n; ++i)
+      next_[i] = std::min(std::max(next_[i], applied[i] - far), applied[i] + far);
   }
   for (std::size_t i = 0; i < n; ++i) {
     lo_[i] = std::min(std::max(limits_.min, applied[i] - limits_.rate), limits_.max);
@@ -352,6 +373,23 @@ void SafetyLimiter::clip_biases(std::span<const double> applied, LimitReport& re
     if (next_[i] > lo_[i] && next_[i] < hi_[i]) {
       next_[i] = std::min(std::max(next_[i] - sum / free, lo_[i]), hi_[i]);
     }
+  }
+}
+
+// Outwards only: a bias that is farther out already, as one that was loaded, may stay or come back.
+void SafetyLimiter::stay_within_reach(double reach, std::span<const double> applied, LimitReport& report) {
+  const double wanted_mean = mean(next_), applied_mean = mean(applied);
+  const double farthest = largest(next_.size(), [&](std::size_t i, auto at) -> Double8 {
+    const Double8 away = at.keep(at.get(&next_[i]) - wanted_mean);
+    return larger(away, -away);
+  });
+  if (farthest <= reach) return;
+  for (std::size_t i = 0; i < next_.size(); ++i) {
+    const double most = std::max(reach, std::abs(applied[i] - applied_mean));
+    const double away = next_[i] - wanted_mean;
+    if (std::abs(away) <= most) continue;
+    next_[i] = wanted_mean + (away > 0 ? most : -most);
+    report.add(Reason::kReach);
   }
 }
 

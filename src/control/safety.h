@@ -19,10 +19,13 @@ struct LimitContext {
   bool has_data = true;  ///< The window holds at least one token.
   bool skipped = false;
   bool frozen = false;
+  bool host_hold = false;
   bool at_cadence = true;
   bool missing_input = false;  ///< The sums lack what the policy requires.
+  bool policy_failed = false;  ///< The policy threw an exception.
   std::optional<double> loss = {};
   std::optional<double> drop_rate = {};
+  std::optional<double> reach = {};  ///< Biases: the farthest from their mean that the scores justify.
 };
 
 /// The limits of one actuator of one layer, and the memory they need. Does not allocate after construction.
@@ -36,6 +39,9 @@ class SafetyLimiter {
   /// context says hold. Both [size].
   LimitReport apply(const LimitContext& context, std::span<const double> wanted, std::span<double> applied);
 
+  /// Invalid decisions since the last valid one.
+  std::int64_t invalid_in_row() const { return invalid_in_row_; }
+
   void exchange(StateIo& io);
 
  private:
@@ -43,6 +49,7 @@ class SafetyLimiter {
   bool must_roll_back(const LimitContext& context);
   void remember_good(std::int64_t step, std::span<const double> applied);
   double largest_move(std::span<const double> applied) const;
+  void stay_within_reach(double reach, std::span<const double> applied, LimitReport& report);
   double back_off(std::span<const double> applied);
   void clip_biases(std::span<const double> applied, LimitReport& report);
   void clip_scalar(double applied, LimitReport& report);

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "base/fast_log.h"
+#include "measure/offence.h"
 
 namespace moectl {
 namespace {
@@ -19,6 +20,11 @@ std::int64_t wrapping_add(std::int64_t a, std::int64_t b) {
 
 std::int64_t wrapping_product(std::int64_t a, std::int64_t b) {
   return static_cast<std::int64_t>(static_cast<std::uint64_t>(a) * static_cast<std::uint64_t>(b));
+}
+
+// Negative if the value is beyond ±2^62, where the two highest bits differ: on the way to an overflow, or back from one.
+std::int64_t beyond_half(std::int64_t value) {
+  return value ^ static_cast<std::int64_t>(static_cast<std::uint64_t>(value) << 1);
 }
 
 // Rounds to the nearest integer, ties to even, for |x| < 2^51, in the default rounding mode.
@@ -166,9 +172,8 @@ bool RoutingStats::valid() const {
   const std::size_t unsigned_sums = array_offset(shape_, kFirstSigned);
   std::int64_t signs = 0;
   for (std::size_t i = 0; i < unsigned_sums; ++i) signs |= sums_[i];
-  // Beyond ±2^62 the two highest bits differ: on the way to an overflow, or back from one.
   for (std::size_t i = unsigned_sums; i < sums_.size(); ++i) {
-    signs |= sums_[i] ^ static_cast<std::int64_t>(static_cast<std::uint64_t>(sums_[i]) << 1);
+    signs |= beyond_half(sums_[i]);
   }
   if (signs < 0 || invalid_records() != 0) return false;
   // No sum of N numbers under 2^63 / N overflows; the bits they set together bound the largest of them.
@@ -191,14 +196,38 @@ RoutingStats& RoutingStats::operator+=(const RoutingStats& other) {
                                 std::to_string(experts()) + ", " + std::to_string(top_k()) + ", " +
                                 std::to_string(sums_.size()) + ", of the same needs");
   }
-  for (std::size_t i = 0; i < sums_.size(); ++i) sums_[i] = wrapping_add(sums_[i], other.sums_[i]);
   margin_rows_.insert(margin_rows_.end(), other.margin_rows_.begin(), other.margin_rows_.end());
+  if (offence_.empty()) offence_ = other.offence_;
+  // Further additions could bring a sum back into its range: what was noticed must stay so.
+  if (!add_sums(other.sums_)) reject(first_offence(*this));
   return *this;
+}
+
+// Returns whether every sum is still in its range. Sums of either sign end at ±2^62, before they wrap around.
+bool RoutingStats::add_sums(std::span<const std::int64_t> terms) {
+  const std::size_t unsigned_sums = array_offset(shape_, kFirstSigned);
+  std::int64_t signs = 0;
+  for (std::size_t i = 0; i < unsigned_sums; ++i) {
+    sums_[i] = wrapping_add(sums_[i], terms[i]);
+    signs |= sums_[i];
+  }
+  for (std::size_t i = unsigned_sums; i < sums_.size(); ++i) {
+    sums_[i] = wrapping_add(sums_[i], terms[i]);
+    signs |= beyond_half(sums_[i]);
+  }
+  return signs >= 0;
+}
+
+bool RoutingStats::reject(const Offence& offence) {
+  if (offence_.empty()) offence_ = offence;
+  sums_[kInvalidRecords] = wrapping_add(sums_[kInvalidRecords], 1);
+  return false;
 }
 
 void RoutingStats::clear() {
   std::fill(sums_.begin(), sums_.end(), 0);
   margin_rows_.clear();
+  offence_ = {};
 }
 
 // ---- Adding a record: first into delta_, and into the sums only if the whole record is valid. ----
@@ -209,17 +238,32 @@ bool RoutingStats::add(const RoutingBatch& batch) {
   std::fill(delta_.begin(), delta_.end(), 0);
   const bool good = gather_counts(batch) && gather_domains(batch) && gather_gap(batch) &&
                     gather_margins(batch) && gather_probabilities(batch) && gather_dropped(batch);
-  if (good) keep_margin_rows(batch);
-  return commit(good);
+  if (!good) {
+    const Offence offence = first_offence(shape_, batch);
+    return reject(offence.empty() ? overflow_of("gap_sum") : offence);
+  }
+  const std::size_t rows = margin_rows_.size();
+  try {
+    keep_margin_rows(batch);
+  } catch (...) {
+    margin_rows_.resize(rows);
+    throw;
+  }
+  if (commit()) return true;
+  margin_rows_.resize(rows);
+  return false;
 }
 
-bool RoutingStats::commit(bool good) {
-  if (!good) {
-    sums_[kInvalidRecords] = wrapping_add(sums_[kInvalidRecords], 1);
-    return false;
+// Adds delta_, or nothing but an invalid record.
+bool RoutingStats::commit(const Offence& offence) {
+  if (!offence.empty()) return reject(offence);
+  if (add_sums(delta_)) return true;
+  const Offence overflow = first_offence(*this);
+  for (std::size_t i = 0; i < sums_.size(); ++i) {
+    sums_[i] = static_cast<std::int64_t>(static_cast<std::uint64_t>(sums_[i]) -
+                                         static_cast<std::uint64_t>(delta_[i]));
   }
-  for (std::size_t i = 0; i < sums_.size(); ++i) sums_[i] = wrapping_add(sums_[i], delta_[i]);
-  return true;
+  return reject(overflow);
 }
 
 void RoutingStats::check_sizes(const RoutingBatch& batch) const {
@@ -378,19 +422,20 @@ bool RoutingStats::gather_gap(const RoutingBatch& batch) {
   const std::size_t tokens = batch.top_values.size() / (k + 1);
   const std::span<std::int64_t> near = delta(kGapNear);
   const double width = gap_width();
-  std::int64_t sum = 0;
+  std::int64_t sum = 0, signs = 0;
   for (std::size_t t = 0; t < tokens; ++t) {
     if (!batch.mask.empty() && batch.mask[t] == 0) continue;
     const double gap = static_cast<double>(batch.top_values[t * (k + 1) + k - 1]) -
                        static_cast<double>(batch.top_values[t * (k + 1) + k]);
     if (!(gap >= 0 && gap <= kFixedMax)) return false;
     sum = wrapping_add(sum, to_fixed(gap));
+    signs |= sum;
     near[static_cast<std::size_t>(batch.experts[t * k + k - 1])] += gap < width ? 1 : 0;
   }
   delta_[kGapSum] = sum;
   delta_[kGapTokens] = delta_[kTokens];
   delta_[kGapWidthSum] = wrapping_product(delta_[kTokens], gap_width_);
-  return true;
+  return signs >= 0;
 }
 
 // It also rejects NaN for the rows of margins, so it runs for either.
@@ -470,34 +515,34 @@ bool RoutingStats::add_counts(std::span<const std::int64_t> counts, std::int64_t
   require_size("counts", counts.size(), static_cast<std::size_t>(experts()));
   std::fill(delta_.begin(), delta_.end(), 0);
   const std::span<std::int64_t> to = delta(kCounts);
-  std::int64_t total = 0, signs = tokens;
+  if (tokens < 0) return reject(offence_at("tokens", -1, tokens, "must be at least 0"));
+  std::int64_t total = 0;
   for (std::size_t i = 0; i < counts.size(); ++i) {
+    if (counts[i] < 0)
+      return reject(offence_at("counts", static_cast<std::int64_t>(i), counts[i], "must be at least 0"));
     to[i] = counts[i];
     total = wrapping_add(total, counts[i]);
-    signs |= counts[i] | total;
+    if (total < 0) return reject(overflow_of("counts"));
   }
   delta_[kTokens] = tokens;
-  return commit(signs >= 0);
+  return commit();
 }
 
 // ---- Optional per-expert inputs ----
 
 bool RoutingStats::add_observation(Array which, Scalar records, std::span<const double> values) {
-  require_size(which == kGradNormSum ? "grad_norms" : "latencies", values.size(),
-               static_cast<std::size_t>(experts()));
+  const char* const name = which == kGradNormSum ? "grad_norms" : "latencies";
+  require_size(name, values.size(), static_cast<std::size_t>(experts()));
   if (array_length(shape_, which) == 0) return true;
   std::fill(delta_.begin(), delta_.end(), 0);
   const std::span<std::int64_t> to = delta(which);
-  bool good = true;
   for (std::size_t i = 0; i < values.size(); ++i) {
-    if (!(values[i] >= 0 && values[i] <= kFixedMax)) {
-      good = false;
-      break;
-    }
+    if (!(values[i] >= 0 && values[i] <= kFixedMax))
+      return reject(offence_at(name, static_cast<std::int64_t>(i), values[i], "must be from 0 to 2^24"));
     to[i] = to_fixed(values[i]);
   }
   delta_[static_cast<std::size_t>(records)] = 1;
-  return commit(good);
+  return commit();
 }
 
 bool RoutingStats::add_grad_norms(std::span<const double> norms) {
@@ -516,11 +561,15 @@ bool RoutingStats::add_losses(Array sums, Array tokens, std::size_t at, std::spa
   std::fill(delta_.begin(), delta_.end(), 0);
   const std::span<std::int64_t> to_sums = delta(sums).subspan(at), to_tokens = delta(tokens).subspan(at);
   for (std::size_t i = 0; i < loss_sums.size(); ++i) {
-    if (!fits_fixed(loss_sums[i]) || covered[i] < 0) return commit(false);
+    const auto at_expert = static_cast<std::int64_t>(i);
+    if (!fits_fixed(loss_sums[i]))
+      return reject(
+          offence_at("loss_sums", at_expert, loss_sums[i], "must be a number of magnitude at most 2^24"));
+    if (covered[i] < 0) return reject(offence_at("tokens", at_expert, covered[i], "must be at least 0"));
     to_sums[i] = to_fixed(loss_sums[i]);
     to_tokens[i] = covered[i];
   }
-  return commit(true);
+  return commit();
 }
 
 bool RoutingStats::add_expert_losses(std::span<const double> loss_sums,
@@ -548,27 +597,31 @@ bool RoutingStats::add_token_losses(const TokenLosses& batch) {
   const std::span<std::int64_t> sums = delta(kExpertLossSum), covered = delta(kExpertLossTokens),
                                 domain_sums = delta(kDomainLossSum),
                                 domain_covered = delta(kDomainLossTokens);
+  std::int64_t signs = 0;
   for (std::size_t t = 0; t < tokens; ++t) {
     if (!batch.mask.empty() && batch.mask[t] == 0) continue;
     const auto loss = static_cast<double>(batch.losses[t]);
-    if (!fits_fixed(loss)) return commit(false);
+    if (!fits_fixed(loss)) return reject(first_offence(shape_, batch));
     const std::int64_t term = to_fixed(loss), domain = by_domain ? batch.domain_ids[t] : 0;
-    if (domain < 0 || (by_domain && domain >= shape_.needs.domains)) return commit(false);
+    if (domain < 0 || (by_domain && domain >= shape_.needs.domains))
+      return reject(first_offence(shape_, batch));
     for (std::size_t j = 0; j < k; ++j) {
       const auto expert = static_cast<std::uint64_t>(batch.experts[t * k + j]);
-      if (expert >= n) return commit(false);
+      if (expert >= n) return reject(first_offence(shape_, batch));
       if (shape_.needs.losses) {
         sums[expert] = wrapping_add(sums[expert], term);
+        signs |= beyond_half(sums[expert]);
         ++covered[expert];
       }
       if (by_domain) {
         const std::size_t at = static_cast<std::size_t>(domain) * n + expert;
         domain_sums[at] = wrapping_add(domain_sums[at], term);
+        signs |= beyond_half(domain_sums[at]);
         ++domain_covered[at];
       }
     }
   }
-  return commit(true);
+  return commit(signs < 0 ? overflow_of("losses") : Offence{});
 }
 
 // ---- Reading ----

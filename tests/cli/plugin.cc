@@ -1,4 +1,5 @@
 // A shared object as a user would build one: what `moectl --plugin` loads in the tests.
+#include <cstdlib>
 #include <memory>
 
 #include "moectl/policy.h"
@@ -35,4 +36,15 @@ extern "C" void moectl_register(moectl::PolicyRegistry& registry) {
     return std::make_unique<Nudge>(options.number("by"));
   };
   registry.add(d);
+  d.name = "absent";
+  d.make = [](const moectl::PolicyContext&, const moectl::PolicyOptions&) {
+    return std::unique_ptr<moectl::Policy>();
+  };
+  registry.add(d);
+  d.name = "seven";
+  d.make = [](const moectl::PolicyContext&, const moectl::PolicyOptions&) -> std::unique_ptr<moectl::Policy> {
+    throw 7;
+  };
+  registry.add(d);
+  if (std::getenv("MOECTL_TEST_PLUGIN_THROWS") != nullptr) throw 7;
 }

@@ -29,10 +29,13 @@ struct ToolResult {
 };
 
 /// Runs `moectl ARGUMENTS` in the directory; `arguments` is shell text.
-inline ToolResult run_tool(const TempDir& dir, const std::string& arguments, const std::string& input = "") {
+/// `environment`: NAME=VALUE.
+inline ToolResult run_tool(const TempDir& dir, const std::string& arguments, const std::string& input = "",
+                           const std::string& environment = "") {
   const std::string in = dir.write(".in", input);
-  const std::string command = "cd '" + dir.path("") + "' && '" MOECTL_TOOL "' " + arguments + " <'" + in +
-                              "' >'" + dir.path(".out") + "' 2>'" + dir.path(".err") + "'";
+  const std::string command = "cd '" + dir.path("") + "' && " + environment + " '" MOECTL_TOOL "' " +
+                              arguments + " <'" + in + "' >'" + dir.path(".out") + "' 2>'" +
+                              dir.path(".err") + "'";
   const int status = std::system(command.c_str());
   return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, TempDir::read(dir.path(".out")),
           TempDir::read(dir.path(".err"))};

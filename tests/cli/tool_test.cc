@@ -113,6 +113,24 @@ TEST(Plugin, AddsPoliciesToEverySubcommand) {
   EXPECT_EQ(bias["reasons"], (std::vector<std::string>{"rate"}));
 }
 
+TEST(LooseEnds, APluginThatFailsIsReportedByName) {
+  const TempDir dir;
+  const std::string plugin = " --plugin '" MOECTL_TEST_PLUGIN "' ";
+  for (const auto& [policy, words] :
+       {std::pair{"absent", "expert_bias.policy: absent: made no policy"},
+        {"seven", "expert_bias.policy: seven: threw an exception that is not"}}) {
+    dir.write("c.yaml", "version: 1\nmodel: {layers: 1, experts: 3, top_k: 1}\nexpert_bias: {policy: " +
+                            std::string(policy) + "}\n");
+    const ToolResult result = run_tool(dir, "replay c.yaml -" + plugin, "");
+    EXPECT_EQ(result.code, 1);
+    EXPECT_THAT(result.err, HasSubstr(words));
+  }
+  const ToolResult result = run_tool(dir, "policies" + plugin, "", "MOECTL_TEST_PLUGIN_THROWS=1");
+  EXPECT_EQ(result.code, 1);
+  EXPECT_THAT(result.err, HasSubstr("moectl: plugin: "));
+  EXPECT_THAT(result.err, HasSubstr("threw an exception that is not a std::exception"));
+}
+
 TEST(Plugin, AnObjectThatIsNoPluginIsReported) {
   const TempDir dir;
   ToolResult result = run_tool(dir, "--plugin no.so policies");

@@ -702,6 +702,7 @@ TEST(ControllerProperty, AppliedValuesObeyTheLimitsForAnyInput) {
     if (chance(0.3)) config.safety.rollback.emplace();
     if (chance(0.3)) config.safety.oscillation.emplace();
     config.safety.fallback_after = chance(0.5) ? 3 : 0;
+    if (chance(0.5)) config.safety.fallback = Fallback::kInitial;
     std::optional<Controller> made;
     try {
       made.emplace(config);

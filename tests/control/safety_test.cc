@@ -224,6 +224,7 @@ TEST(Limiter, DeadbandHoldsSmallMovesAndIgnoresACommonShift) {
 TEST(Limiter, FallsBackAfterTooMuchBadDataUntilDataAreGood) {
   SafetyOptions options;
   options.fallback_after = 3;
+  options.fallback = Fallback::kInitial;
   Rig rig(Actuator::kExpertBias, bias_limits(16, 0.5), {8, -8}, options, 0);
   EXPECT_EQ(rig.step({kNaN, 0}), only(Reason::kInvalid));
   EXPECT_EQ(rig.step({}, {.valid = false}), only(Reason::kInvalid));
@@ -238,6 +239,7 @@ TEST(Limiter, FallsBackAfterTooMuchBadDataUntilDataAreGood) {
 TEST(Limiter, GoodDataBetweenRestartTheCountToTheFallback) {
   SafetyOptions options;
   options.fallback_after = 2;
+  options.fallback = Fallback::kInitial;
   Rig rig(Actuator::kExpertBias, bias_limits(16, 0.5), {8}, options, 0);
   for (int i = 0; i < 10; ++i) {
     EXPECT_FALSE(rig.step({}, {.valid = false}).has(Reason::kFallback));
@@ -336,6 +338,7 @@ TEST(LimiterProperty, WhateverComesInWhatIsAppliedIsFiniteInRangeAndWithinItsRat
     if (chance(0.3)) options.rollback.emplace();
     if (chance(0.3)) options.oscillation.emplace();
     options.fallback_after = chance(0.5) ? 4 : 0;
+    options.fallback = chance(0.5) ? Fallback::kInitial : Fallback::kHold;
     const int n = bias ? 1 + static_cast<int>(random() % 9) : 1;
     const double start = bias ? 0.0 : limits.min;
     SafetyLimiter limiter(actuator, limits, options, n, start);
@@ -384,6 +387,7 @@ TEST(LimiterProperty, SavedAndLoadedItContinuesWithTheSameBits) {
   options.rollback.emplace();
   options.oscillation.emplace();
   options.fallback_after = 3;
+  options.fallback = Fallback::kInitial;
   Limits limits = bias_limits(1, 0.1, true);
   limits.cooldown = 1;
   SafetyLimiter limiter(Actuator::kExpertBias, limits, options, 4, 0);

@@ -235,14 +235,14 @@ TEST(SavedStates, RowsOfMarginsGoWithTheirTokens) {
   }
 }
 
-// More micro-batches than there is room for: longer, and complete.
+// More micro-batches than there is room for: longer by an id and a fingerprint for each, and complete.
 TEST(SavedStates, ManyMicroBatchesAreAllRemembered) {
   Controller controller(plain());
   const std::vector<std::int64_t> experts = {0, 1};
   for (std::int64_t id = 0; id < 100; ++id) controller.record(0, {.experts = experts}, id);
   const std::string state = controller.save();
   Controller other(plain());
-  EXPECT_EQ(state.size(), other.save().size() + 64 * 8);
+  EXPECT_EQ(state.size(), other.save().size() + 64 * 16);
   other.load(state);
   EXPECT_EQ(other.save(), state);
   for (std::int64_t id = 0; id < 100; ++id) other.record(0, {.experts = experts}, id);

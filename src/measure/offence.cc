@@ -1,0 +1,205 @@
+#include "measure/offence.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdio>
+#include <limits>
+
+namespace moectl {
+namespace {
+
+template <class... Values>
+Offence written(const char* format, Values... values) {
+  Offence offence;
+  const int size = std::snprintf(offence.text.data(), offence.text.size(), format, values...);
+  offence.size = std::min(static_cast<std::size_t>(std::max(size, 0)), offence.text.size() - 1);
+  return offence;
+}
+
+Offence offence_of(std::string_view field, std::int64_t index, const char* value,
+                   std::string_view constraint) {
+  const int f = static_cast<int>(field.size()), c = static_cast<int>(constraint.size());
+  if (index < 0) return written("%.*s = %s: %.*s", f, field.data(), value, c, constraint.data());
+  return written("%.*s[%lld] = %s: %.*s", f, field.data(), static_cast<long long>(index), value, c,
+                 constraint.data());
+}
+
+/// "must be in [0, N)".
+class Below {
+ public:
+  explicit Below(int end) { size_ = std::snprintf(text_.data(), text_.size(), "must be in [0, %d)", end); }
+  std::string_view words() const { return {text_.data(), static_cast<std::size_t>(size_)}; }
+
+ private:
+  std::array<char, 40> text_;
+  int size_;
+};
+
+bool is_padding(std::span<const std::uint8_t> mask, std::size_t token) {
+  return !mask.empty() && mask[token] == 0;
+}
+
+// Calls `look(token)` for each real token until it returns an offence.
+template <class Look>
+Offence over_tokens(std::size_t tokens, std::span<const std::uint8_t> mask, const Look& look) {
+  for (std::size_t t = 0; t < tokens; ++t) {
+    if (is_padding(mask, t)) continue;
+    if (const Offence found = look(t); !found.empty()) return found;
+  }
+  return {};
+}
+
+// The first of `width` elements of token t that is not `good`.
+template <class T, class Good>
+Offence in_row(std::string_view field, std::span<const T> values, std::size_t t, std::size_t width,
+               std::string_view constraint, const Good& good) {
+  using Shown = std::conditional_t<std::is_integral_v<T>, std::int64_t, double>;
+  for (std::size_t i = t * width; i < (t + 1) * width; ++i) {
+    if (!good(values[i]))
+      return offence_at(field, static_cast<std::int64_t>(i), static_cast<Shown>(values[i]), constraint);
+  }
+  return {};
+}
+
+auto below(int end) {
+  return [end](std::int64_t index) { return index >= 0 && index < end; };
+}
+
+constexpr std::array<const char*, RoutingStats::kScalarCount> kScalarNames = {
+    "tokens",          "invalid_records", "gap_sum",      "gap_tokens",        "sequences",
+    "sequence_tokens", "sequence_len_sq", "prob_tokens",  "token_entropy_sum", "dropped",
+    "drop_tokens",     "domain_tokens",   "grad_records", "latency_records",   "margin_tokens"};
+constexpr std::array<const char*, RoutingStats::kArrayCount> kArrayNames = {
+    "counts",     "sequence_sq", "sequence_cross", "prob_sum",      "sqrt_prob_sum",      "grad_norm",
+    "latency",    "loss_tokens", "margins",        "domain_counts", "domain_loss_tokens", "expert_loss",
+    "domain_loss"};
+
+constexpr std::int64_t kFar = std::int64_t{1} << 62;
+
+// A negative sum: one that was negative, or that wrapped around.
+Offence negative(const char* field, std::int64_t index, std::int64_t value) {
+  return value < -kFar ? overflow_of(field) : offence_at(field, index, value, "must be at least 0");
+}
+
+}  // namespace
+
+Offence offence_at(std::string_view field, std::int64_t index, std::int64_t value,
+                   std::string_view constraint) {
+  char shown[24];
+  std::snprintf(shown, sizeof shown, "%lld", static_cast<long long>(value));
+  return offence_of(field, index, shown, constraint);
+}
+
+Offence offence_at(std::string_view field, std::int64_t index, double value, std::string_view constraint) {
+  char shown[32];
+  std::snprintf(shown, sizeof shown, "%.6g", value);
+  return offence_of(field, index, std::isnan(value) ? "nan" : shown, constraint);  // not "-nan"
+}
+
+Offence overflow_of(std::string_view field) {
+  return written("%.*s: the sum is beyond its range", static_cast<int>(field.size()), field.data());
+}
+
+// In the order in which RoutingStats::add checks.
+Offence first_offence(const StatsShape& shape, const RoutingBatch& batch) {
+  const StatsNeeds& needs = shape.needs;
+  const auto n = static_cast<std::size_t>(shape.experts), k = static_cast<std::size_t>(shape.top_k);
+  const std::size_t tokens = batch.experts.size() / k;
+  const Below experts(shape.experts), domains(needs.domains);
+  const auto look = [&](const auto& each) { return over_tokens(tokens, batch.mask, each); };
+  constexpr double kMost = std::numeric_limits<float>::max();
+
+  Offence found = look([&](std::size_t t) {
+    return in_row("experts", batch.experts, t, k, experts.words(), below(shape.experts));
+  });
+  if (!found.empty()) return found;
+  if (needs.sequences) {
+    for (std::size_t t = 1; t < batch.sequence_ids.size(); ++t) {
+      if (batch.sequence_ids[t] < batch.sequence_ids[t - 1])
+        return offence_at("sequence_ids", static_cast<std::int64_t>(t), batch.sequence_ids[t],
+                          "must not be below the id before it");
+    }
+  }
+  if (needs.domains > 0 && !batch.domain_ids.empty()) {
+    found = look([&](std::size_t t) {
+      return in_row("domain_ids", batch.domain_ids, t, 1, domains.words(), below(needs.domains));
+    });
+    if (!found.empty()) return found;
+  }
+  const std::span<const float> top = batch.top_values;
+  if (needs.gap && !top.empty()) {
+    found = look([&](std::size_t t) -> Offence {
+      const std::size_t last = t * (k + 1) + k;
+      const double gap = static_cast<double>(top[last - 1]) - static_cast<double>(top[last]);
+      if (gap >= 0 && gap <= kFixedMax) return {};
+      const std::size_t at = std::isfinite(top[last - 1]) ? last : last - 1;
+      return offence_at("top_values", static_cast<std::int64_t>(at), static_cast<double>(top[at]),
+                        "must be finite, largest first, at most 2^24 apart");
+    });
+    if (!found.empty()) return found;
+  }
+  if ((needs.margins || needs.margin_rows) && !batch.biased_scores.empty()) {
+    found = look([&](std::size_t t) -> Offence {
+      const std::size_t last = t * (k + 1) + k;
+      for (const std::size_t at : {last - 1, last}) {
+        if (!std::isfinite(top[at]))
+          return offence_at("top_values", static_cast<std::int64_t>(at), static_cast<double>(top[at]),
+                            "must be finite");
+      }
+      return in_row("biased_scores", batch.biased_scores, t, n, "must be a number below infinity",
+                    [](float score) { return static_cast<double>(score) <= kMost; });
+    });
+    if (!found.empty()) return found;
+  }
+  if (needs.probabilities && !batch.probabilities.empty()) {
+    found = look([&](std::size_t t) -> Offence {
+      const auto bad = in_row("probabilities", batch.probabilities, t, n, "must be finite and at least 0",
+                              [](float p) { return p >= 0 && static_cast<double>(p) <= kMost; });
+      if (!bad.empty()) return bad;
+      const auto row = batch.probabilities.subspan(t * n, n);
+      if (std::any_of(row.begin(), row.end(), [](float p) { return p > 0; })) return {};
+      return offence_at("probabilities", static_cast<std::int64_t>(t * n), 0.0,
+                        "one of the token's must be above 0");
+    });
+    if (!found.empty()) return found;
+  }
+  if (batch.dropped && *batch.dropped < 0)
+    return offence_at("dropped", -1, *batch.dropped, "must be at least 0");
+  return {};
+}
+
+Offence first_offence(const StatsShape& shape, const TokenLosses& batch) {
+  const auto k = static_cast<std::size_t>(shape.top_k);
+  const Below experts(shape.experts), domains(shape.needs.domains);
+  return over_tokens(batch.losses.size(), batch.mask, [&](std::size_t t) {
+    Offence found = in_row("losses", batch.losses, t, 1, "must be a number of magnitude at most 2^24",
+                           [](float loss) { return fits_fixed(static_cast<double>(loss)); });
+    if (found.empty() && shape.needs.domain_losses && !batch.domain_ids.empty())
+      found = in_row("domain_ids", batch.domain_ids, t, 1, domains.words(), below(shape.needs.domains));
+    if (!found.empty()) return found;
+    return in_row("experts", batch.experts, t, k, experts.words(), below(shape.experts));
+  });
+}
+
+Offence first_offence(const RoutingStats& sums) {
+  if (sums.valid()) return {};
+  for (int s = 0; s < RoutingStats::kScalarCount; ++s) {
+    const std::int64_t value = sums.scalar(static_cast<RoutingStats::Scalar>(s));
+    if (value < 0) return negative(kScalarNames[static_cast<std::size_t>(s)], -1, value);
+  }
+  for (int a = 0; a < RoutingStats::kArrayCount; ++a) {
+    const auto values = sums.array(static_cast<RoutingStats::Array>(a));
+    for (std::size_t i = 0; i < values.size(); ++i) {
+      const char* const name = kArrayNames[static_cast<std::size_t>(a)];
+      if (a >= RoutingStats::kFirstSigned) {
+        if (values[i] < -kFar || values[i] >= kFar) return overflow_of(name);
+      } else if (values[i] < 0) {
+        return negative(name, static_cast<std::int64_t>(i), values[i]);
+      }
+    }
+  }
+  return sums.invalid_records() == 0 ? overflow_of("counts") : Offence{};
+}
+
+}  // namespace moectl
