@@ -11,7 +11,6 @@
 #include "control/guard.h"
 #include "control/inputs.h"
 #include "feasibility/actuators.h"
-#include "feasibility/targets.h"
 #include "moectl/config.h"
 #include "moectl/feasibility.h"
 
@@ -59,17 +58,21 @@ std::vector<Conflict> judge_targets(const ControllerConfig& config) {
 
 /// What the policies of a config need from the router beyond counts.
 struct NeededInputs {
-  StatsNeeds required;  ///< Without these a policy is held.
-  StatsNeeds used;      ///< These are used where they are recorded.
+  std::vector<std::string> required;  ///< Without these a policy is held.
+  std::vector<std::string> used;      ///< These are used where they are recorded.
 };
 NeededInputs inputs_of(const ControllerConfig& config, const PolicyRegistry& registry) {
-  NeededInputs inputs;
-  inputs.used = config.collect;
-  if (config.guard.enabled) inputs.used |= LayerGuard::needs();
+  StatsNeeds required, all = config.collect;
+  if (config.guard.enabled) all |= LayerGuard::needs();
   for (const Actuator actuator : kActuators) {
     const ActuatorLoop loop(actuator, config, registry, 0);
-    inputs.required |= loop.required();
-    inputs.used |= loop.needs();
+    required |= loop.required();
+    all |= loop.needs();
+  }
+  NeededInputs inputs{input_names(required), {}};
+  for (std::string& name : input_names(all)) {
+    if (std::find(inputs.required.begin(), inputs.required.end(), name) == inputs.required.end())
+      inputs.used.push_back(std::move(name));
   }
   return inputs;
 }
@@ -104,11 +107,10 @@ int check(const Options& options, const PolicyRegistry& registry) {
     for (const Conflict& conflict : conflicts) {
       list.push_back({{"metrics", conflict.metrics}, {"message", text_of(conflict)}});
     }
-    nlohmann::ordered_json verdict = {
-        {"valid", true},
-        {"feasible", feasible},
-        {"conflicts", list},
-        {"inputs", {{"required", input_names(inputs.required)}, {"used", input_names(inputs.used)}}}};
+    nlohmann::ordered_json verdict = {{"valid", true},
+                                      {"feasible", feasible},
+                                      {"conflicts", list},
+                                      {"inputs", {{"required", inputs.required}, {"used", inputs.used}}}};
     if (!actuators.notes.empty()) verdict["notes"] = actuators.notes;
     std::cout << verdict.dump() << '\n';
     return feasible ? 0 : 1;
@@ -119,10 +121,10 @@ int check(const Options& options, const PolicyRegistry& registry) {
   }
   std::cout << to_yaml(config);
   // As comments, so that the output is a valid config.
-  std::vector<std::string> required = input_names(inputs.required), used = input_names(inputs.used);
-  required.insert(required.begin(), "the chosen experts");
-  std::cout << "# the router must record: " << listed(required) << '\n';
-  if (!used.empty()) std::cout << "# used where it is recorded: " << listed(used) << '\n';
+  std::vector<std::string> recorded = inputs.required;
+  recorded.insert(recorded.begin(), "the chosen experts");
+  std::cout << "# the router must record: " << listed(recorded) << '\n';
+  if (!inputs.used.empty()) std::cout << "# used where it is recorded: " << listed(inputs.used) << '\n';
   if (config.model.tokens_per_step == 0 && !targets_of(config).empty()) {
     std::cout << "# model.tokens_per_step is not given: no target was compared with a noise floor\n";
   }

@@ -33,9 +33,9 @@ bool chooses_largest(std::span<const float> row, std::span<const std::int64_t> c
 struct Squares {
   double dd = 0, db = 0, bb = 0, n = 0, largest = 0;
   double to_bias() const { return dd - 2 * db + bb; }
-  double to_nothing() const { return dd; }
   double to_reverse() const { return dd + 2 * db + bb; }
-  bool exceeds(double part) const { return bb > n * part * part * largest * largest; }
+  double square_of(double part) const { return n * part * part * largest * largest; }
+  bool exceeds(double part) const { return bb > square_of(part); }
 };
 
 Squares compare(const ChoiceSample& sample, std::span<const double> bias) {
@@ -71,7 +71,7 @@ WiringVerdict judge_bias(const ChoiceSample& sample, int layer, int layers, cons
   const Squares own = compare(sample, bias_of(layer));
   if (!std::isfinite(own.dd) || !own.exceeds(kRounding)) return {};
   if (own.to_bias() <= kNear * own.bb) return {Wiring::kGood};
-  if (own.to_nothing() <= kSurely * own.bb) return {Wiring::kNotAdded};
+  if (own.dd <= std::min(kSurely * own.bb, own.square_of(kRounding))) return {Wiring::kNotAdded};
   if (own.to_reverse() <= kSurely * own.bb) return {Wiring::kWrongSign};
   for (int l = 0; l < layers; ++l) {
     const Squares other = compare(sample, bias_of(l));
@@ -86,8 +86,9 @@ std::string words(const WiringVerdict& verdict) {
     case Wiring::kGood:
       return "";
     case Wiring::kNotAdded:
-      return "the router does not add the bias: add bias(layer) to the scores before the choice of the k "
-             "largest";
+      return "the router does not add the bias: add bias(layer), and no copy of it, to the scores before the "
+             "choice "
+             "of the k largest";
     case Wiring::kWrongSign:
       return "the router subtracts the bias: add it to the scores";
     case Wiring::kWrongLayer:

@@ -587,12 +587,12 @@ void Controller::Loop::limit() {
     if (many_ranks) loop.remember();
     if (ranks_differ_) return loop.hold_ranks();
     const DecisionInputs seen = inputs(loop, actuator, layer);
-    const bool biases = kActuators[actuator] == Actuator::kExpertBias;
-    std::optional<ResponseCheck>* check =
-        biases ? &layers_[static_cast<std::size_t>(layer)]->response : nullptr;
     const bool decides = seen.valid && seen.has_data && loop.due(steps_);
     const StatsNeeds lacking = decides ? missing(loop, actuator, layer) : StatsNeeds{};
     (layer < 0 ? model_missing_ : layers_[static_cast<std::size_t>(layer)]->missing)[actuator] = lacking;
+    const bool biases = kActuators[actuator] == Actuator::kExpertBias;
+    std::optional<ResponseCheck>* check =
+        biases ? &layers_[static_cast<std::size_t>(layer)]->response : nullptr;
     loop.limit({.step = steps_,
                 .valid = seen.valid,
                 .has_data = seen.has_data,

@@ -131,8 +131,8 @@ class Controller::Loop {
   DecisionInputs layer_inputs(ActuatorLoop& loop, Layer& layer, std::size_t window);
   DecisionInputs model_inputs(ActuatorLoop& loop, std::size_t actuator);
   bool guard_acts() const;
-  [[noreturn]] static void refuse_repeat(int layer, std::int64_t micro_batch);
   StatsNeeds missing(ActuatorLoop& loop, std::size_t actuator, int layer);
+  [[noreturn]] static void refuse_repeat(int layer, std::int64_t micro_batch);
 
   void exchange(StateIo& io);
 
@@ -164,12 +164,6 @@ class Controller::Loop {
   bool arrived_ = false;                     // payload_ holds them, reduced
   bool ranks_differ_ = false;                // a policy failed on some of them: all hold
   Notices notices_{0};
-  bool log_failed_ = false;
-  // What the config states, compared with the first steps that have data.
-  std::int64_t compared_ = 0;
-  bool same_experts_ = true, tokens_compared_ = false, sequences_said_ = false;
-  int last_used_expert_ = -1;
-  std::int64_t fewest_tokens_ = 0;
   struct Said {
     NoticeKind kind;
     int layer;
@@ -177,6 +171,12 @@ class Controller::Loop {
   };
   std::mutex said_mutex_;
   std::vector<Said> said_;  // since the last step
+  bool log_failed_ = false;
+  // What the config states, compared with the first steps that have data.
+  std::int64_t compared_ = 0;
+  bool same_experts_ = true, tokens_compared_ = false, sequences_said_ = false;
+  int last_used_expert_ = -1;
+  std::int64_t fewest_tokens_ = 0;
   std::function<void(const StepReport&)> log_;
   std::vector<LayerReport> layer_reports_;
   StepReport report_;

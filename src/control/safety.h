@@ -21,8 +21,8 @@ struct LimitContext {
   bool frozen = false;
   bool host_hold = false;
   bool at_cadence = true;
-  bool policy_failed = false;  ///< The policy threw an exception.
   bool missing_input = false;  ///< The sums lack what the policy requires.
+  bool policy_failed = false;  ///< The policy threw an exception.
   std::optional<double> loss = {};
   std::optional<double> drop_rate = {};
   std::optional<double> reach = {};  ///< Biases: the farthest from their mean that the scores justify.
