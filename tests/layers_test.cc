@@ -27,7 +27,7 @@ const std::vector<Row> kOrder = {
     {{"src/measure"}, {"margins.h", "stats_shape.h", "stats.h", "load_targets.h", "metrics.h"}},
     {{"src/watch"}, {"bands.h", "health.h", "monitor.h"}},
     {{"src/control"},
-     {"limits.h", "guard.h", "notice.h", "policy_options.h", "policy.h", "config.h", "controller.h"}},
+     {"limits.h", "guard.h", "responsiveness.h", "notice.h", "policy_options.h", "policy.h", "config.h", "controller.h"}},
     {{"policies"}, {}},
     {{"src/config"}, {}},
     {{"src/feasibility"}, {"feasibility.h"}},

@@ -26,6 +26,7 @@
 #include "moectl/metrics.h"
 #include "moectl/notice.h"
 #include "moectl/policy.h"
+#include "moectl/responsiveness.h"
 #include "moectl/stats.h"
 
 namespace moectl {
@@ -86,7 +87,8 @@ using Exchange = std::function<Reduction::Wait(std::span<std::int64_t> payload, 
 /// One actuator in one step. Spans are [N] for biases, [1] for scalars, valid until the next step.
 struct ActuatorReport {
   std::span<const double> proposed;  ///< Empty if the policy was not asked.
-  std::span<const double> applied;   ///< In force from the next step on (mode shadow: would be in force).
+  /// In force from the next step on. Mode shadow: what would be in force if the controller acted in this step.
+  std::span<const double> applied;
   LimitReport reasons;
 };
 
@@ -96,6 +98,7 @@ struct LayerReport {
   const Metrics* metrics = nullptr;          ///< This step's metrics.
   const LayerMonitor* monitor = nullptr;     ///< Trends, health and alerts after this step.
   ActuatorReport actuators[kActuatorCount];  ///< In the order of kActuators; empty for `scope: model`.
+  Responsiveness responsiveness;             ///< Of the biases.
   GuardReport guard;                         ///< kWatching without a trigger if the guard is off.
 };
 
@@ -156,6 +159,9 @@ class Controller {
   void set_log(std::function<void(const StepReport&)> log);
   /// Holds one layer's actuators (a frozen or fine-tuned router) until unfrozen.
   void freeze(int layer, bool frozen = true);
+  /// Holds every actuator where it is and keeps measuring, until hold(false): the host's emergency brake. So does the
+  /// environment variable MOECTL_HOLD, if it is set to anything but 0 when the controller is made. Not saved.
+  void hold(bool held = true);
 
   // ---- The values in force, which the router reads. ----
   std::span<const double> bias(int layer) const;  ///< [N]

@@ -3,7 +3,7 @@
 // A run is a sequence of steps; each step is averaged over its layers. Terms:
 //   steady window   the last 100 steps before the shift of the data, or of the run if there is no shift
 //   settle          the first step after which the 5-step median of layer-mean MaxVio stays below 1.6 times the mean
-//                   floor of the steady window for 20 steps
+//                   floor (kBalancedFloors, health.h) of the steady window for 20 steps
 //   excess area     Σ over the 100 steps after a shift of max(0, MaxVio - its mean over the last 100 steps of the run)
 // A mean over steps weighs each step by its tokens; settle and excess area count steps. A ratio to a floor is a ratio of
 // means. The floor is the sampling floor where known, else the noise floor.
@@ -13,12 +13,24 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "moectl/controller.h"
+#include "moectl/health.h"
 #include "moectl/metrics.h"
 
 namespace moectl {
+
+/// Which floor a figure is compared with.
+enum class FloorKind {
+  kNone,
+  kNoise,
+  kSampling,
+  kMixed
+};  // mixed: some layers or steps have a sampling floor
+/// "noise floor", "sampling floor", "mixed floors"; empty without a floor.
+std::string_view name_of(FloorKind floor);
 
 /// One step, over all its layers. Absent values: no layer had data.
 struct StepFigures {
@@ -31,6 +43,7 @@ struct StepFigures {
   double dead_experts = 0;                        ///< Sum over layers.
   std::int64_t limit_hits = 0;  ///< Actuators whose proposal a limit changed; see is_limit().
   std::optional<double> loss;
+  FloorKind floor = FloorKind::kNone;  ///< Which floor_max_vio and floor_cv are.
 };
 
 /// True for reasons that shorten, clip or override a move (rate, range, guard, oscillation, rollback, fallback); false
@@ -57,6 +70,9 @@ struct Figures {
   std::int64_t limit_hits = 0;            ///< Over the whole run.
   std::optional<double> loss;             ///< Mean of the last 100 steps that have a loss.
   std::optional<double> validation_loss;  ///< Of the last validation pass; filled in by readers of logs.
+  /// MaxVio of the counts summed over the steady window, mean over layers; filled in by readers of logs.
+  std::optional<double> max_vio_global;
+  FloorKind floor = FloorKind::kNone;  ///< What the steady window is compared with.
 };
 
 /// `steps` in order. `shift`: the first step with changed data.
@@ -65,6 +81,9 @@ Figures compute_figures(std::span<const StepFigures> steps, std::optional<std::i
 /// Reads a run log or a trace (metrics are computed where it has none). `shift` overrides the one in its
 /// header. Throws LogError.
 Figures read_figures(const std::string& path, std::optional<std::int64_t> shift = {});
+
+/// Means over the steps, by their tokens, in units of the mean floor.
+OverFloor over_floor(std::span<const StepFigures> steps);
 
 /// The figures by name, in the order of tables; absent ones are absent.
 std::vector<std::pair<std::string, std::optional<double>>> fields_of(const Figures& figures);

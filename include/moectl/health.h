@@ -2,6 +2,7 @@
 // leave and a minimum number of steps between changes (`dwell`), so that none switches back and forth.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <span>
@@ -10,8 +11,30 @@
 #include <vector>
 
 #include "moectl/bands.h"
+#include "moectl/metrics.h"
 
 namespace moectl {
+
+// ---- What is balanced ----
+//
+// A load is balanced while neither its MaxVio nor its CV is above 1.6 times the floor: the sampling floor where
+// sequences are recorded, else the noise floor. Health, report, watch, compare, guard and monitoring use this one
+// definition. What lies above is imbalanced; collapsing and collapsed are its worse forms.
+
+inline constexpr double kBalancedFloors = 1.6;
+
+/// A load in units of the floor that it is judged by: 1 is as even as chance allows. Infinite where the floor is 0 and the
+/// load is not on target. Absent: no data, or no floor.
+struct OverFloor {
+  std::optional<double> max_vio, cv;
+  bool sampling = false;  ///< Over the sampling floor; else over the noise floor.
+  /// The larger of the two; what balance is judged by.
+  std::optional<double> worst() const {
+    return max_vio && cv ? std::max(*max_vio, *cv) : max_vio ? max_vio : cv;
+  }
+};
+/// Of a single window; or of means, in which case it is a ratio of means.
+OverFloor over_floor(const Metrics& metrics);
 
 /// In order of severity: if several apply, the last of them is reported.
 enum class Health {
@@ -20,10 +43,10 @@ enum class Health {
   kWeakSpecialization,  ///< Load near uniform (or the targets), and routing is uninformative about token and domain.
                         ///< Off by default.
   kStagnant,            ///< Experts get tokens, but neither gradient nor falling loss.
-  kImbalanced,          ///< More imbalance than sampling explains.
-  kOscillating,         ///< The load swings back and forth by more than sampling explains.
-  kCollapsing,          ///< Experts are dying, entropy falls towards collapse, or fhs_alarm holds.
-  kCollapsed,           ///< Few experts carry the load.
+  kImbalanced,   ///< MaxVio or CV, smoothed, above kBalancedFloors floors: more than sampling explains.
+  kOscillating,  ///< The load swings back and forth by more than sampling explains.
+  kCollapsing,   ///< Imbalanced, and experts are dying, entropy falls towards collapse, or fhs_alarm holds.
+  kCollapsed,    ///< Imbalanced, and few experts carry the load.
 };
 inline constexpr int kHealthCount = 8;
 std::string_view name_of(Health health);

@@ -48,9 +48,10 @@ std::optional<Reason> reason_of(std::string_view name);
 class LimitReport {
  public:
   void add(Reason reason) { bits_ |= bit(reason); }
+  void add(const LimitReport& more) { bits_ |= more.bits_; }
   bool has(Reason reason) const { return (bits_ & bit(reason)) != 0; }
   bool empty() const { return bits_ == 0; }
-  /// True if the last applied value stayed in force, whatever the policy proposed.
+  /// True if the policy's proposal had no part in the applied value.
   bool held() const;
   std::uint32_t bits() const { return bits_; }
   friend bool operator==(const LimitReport&, const LimitReport&) = default;

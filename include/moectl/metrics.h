@@ -220,6 +220,7 @@ std::optional<double> signed_excess_cv_sq(const Metrics& metrics);
 struct FloorInForce {
   std::optional<double> cv, max_vio;
   bool sampling = false;  ///< The sampling floor; else the noise floor.
+  std::string_view name() const { return sampling ? "sampling floor" : "noise floor"; }
 };
 /// The sampling floor where known, else the noise floor.
 FloorInForce floor_of(const Metrics& metrics);

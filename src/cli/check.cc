@@ -6,7 +6,7 @@
 
 #include "cli/tool.h"
 #include "config/config_explain.h"
-#include "feasibility/targets.h"
+#include "feasibility/actuators.h"
 #include "moectl/config.h"
 #include "moectl/feasibility.h"
 
@@ -37,7 +37,14 @@ std::vector<Conflict> judge_targets(const ControllerConfig& config) {
     const std::string where =
         std::string(name_of(target.actuator)) + ".options.target: " + exact(target.value) + ": ";
     const std::int64_t tokens = config.model.tokens_per_step * target.cadence;
+    if (auto beyond = judge_bounds(target, {space.experts, space.top_k, tokens, space.targets})) {
+      keep({*beyond}, where);
+    }
     keep(judge({space.experts, space.top_k, tokens, space.targets}, band).conflicts, where);
+    const auto known = [&](const Conflict& c) {
+      return c.metrics == std::vector<std::string>{target.metric};
+    };
+    if (std::any_of(conflicts.begin(), conflicts.end(), known)) continue;
     all.insert(*band.begin());
     space.tokens = std::max(space.tokens, tokens);
   }
@@ -66,13 +73,16 @@ int check(const Options& options, const PolicyRegistry& registry) {
   std::vector<Conflict> conflicts = judge_targets(config);
   const Feasibility bands = judge_bands(config);
   conflicts.insert(conflicts.end(), bands.conflicts.begin(), bands.conflicts.end());
+  const ActuatorJudgement actuators = judge_actuators(config);
+  conflicts.insert(conflicts.end(), actuators.conflicts.begin(), actuators.conflicts.end());
   const bool feasible = conflicts.empty();
   if (json) {
     auto list = nlohmann::ordered_json::array();
     for (const Conflict& conflict : conflicts) {
       list.push_back({{"metrics", conflict.metrics}, {"message", text_of(conflict)}});
     }
-    const nlohmann::ordered_json verdict = {{"valid", true}, {"feasible", feasible}, {"conflicts", list}};
+    nlohmann::ordered_json verdict = {{"valid", true}, {"feasible", feasible}, {"conflicts", list}};
+    if (!actuators.notes.empty()) verdict["notes"] = actuators.notes;
     std::cout << verdict.dump() << '\n';
     return feasible ? 0 : 1;
   }
@@ -109,10 +119,28 @@ int check(const Options& options, const PolicyRegistry& registry) {
     std::cout
         << "# aux_loss_weight: the auxiliary loss pulls towards equal loads, not towards model.targets\n";
   }
+  for (const Target& target : targets_of(config)) {
+    const auto bounds =
+        bounds_of(target.metric, {config.model.experts, config.model.top_k, 0, config.model.targets});
+    if (!bounds) continue;
+    std::cout << "# " << name_of(target.actuator) << ".options.target: at N = " << config.model.experts
+              << ", k = " << config.model.top_k << ' ' << target.metric << " is " << text_of(*bounds) << '\n';
+  }
+  for (const std::string& note : actuators.notes) std::cout << "# " << note << '\n';
+  if (!actuators.conflicts.empty()) {
+    std::cout << "# which policy may hold which variable:\n";
+    for (const std::string& line : actuator_recipe()) std::cout << "#   " << line << '\n';
+  }
   std::cout << (feasible ? "# valid and feasible\n" : "# valid, but infeasible\n");
   std::cout.flush();
   for (const Conflict& conflict : conflicts) std::cerr << "infeasible: " << text_of(conflict) << '\n';
   return feasible ? 0 : 1;
+}
+
+std::string recipe() {
+  std::string text;
+  for (const std::string& line : actuator_recipe()) text += "  " + line + '\n';
+  return text;
 }
 
 }  // namespace
@@ -126,6 +154,12 @@ void add_check(CLI::App& app, Tool& tool) {
       "comment at its end; what contradicts what goes to standard error. With --format json, standard "
       "output\n"
       "is the verdict alone.\n\n"
+      "Judged: bands and set-points against each other, the noise floor and what a metric can be at N and "
+      "k;\n"
+      "and actuators against each other, since two that steer one variable work against each other. Which\n"
+      "policy may hold which variable:\n" +
+      recipe() +
+      "\n"
       "Examples:\n"
       "  moectl check policies/pi.yaml\n"
       "  moectl check - --format json < config.yaml");

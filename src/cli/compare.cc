@@ -14,6 +14,7 @@ struct Options {
   std::vector<std::string> runs;
   std::optional<std::int64_t> shift;
   std::string format;
+  std::size_t summed = kSteadyWindow;
   FaultPolicy fault_policy = FaultPolicy::kRepair;
 };
 
@@ -28,12 +29,14 @@ nlohmann::ordered_json json_of(const std::string& run, const Figures& figures) {
       row[name] = *value;
     }
   }
+  row["floor"] = figures.floor == FloorKind::kNone ? nlohmann::ordered_json(nullptr)
+                                                   : nlohmann::ordered_json(name_of(figures.floor));
   return row;
 }
 
 Figures figures_of_run(const std::string& run, const Options& options) {
   LogReader log(run, options.fault_policy);
-  Figures figures = read_figures(log, options.shift);
+  Figures figures = read_figures(log, options.shift, options.summed);
   if (figures.steps == 0 && log.fault_count() > 0) {
     throw InputError(run + ": holds no record that can be read; " + log.faults().front());
   }
@@ -67,6 +70,10 @@ int compare(const Options& options) {
       rows[i].push_back(name == "settle" && !value ? "never" : brief(value));
     }
   }
+  header.emplace_back("floor");
+  for (std::size_t i = 0; i < figures.size(); ++i) {
+    rows[i].emplace_back(figures[i].floor == FloorKind::kNone ? "-" : name_of(figures[i].floor));
+  }
   Table table(header);
   for (auto& row : rows) table.add(std::move(row));
   std::cout << table.text();
@@ -83,7 +90,13 @@ void add_compare(CLI::App& app, Tool& tool) {
       "20 steps\n"
       "  max_vio, cv         mean over the steady window: the last 100 steps before the shift, else of the "
       "run\n"
-      "  ..._over_floor      that, over the mean floor (sampling floor where logged, else noise floor)\n"
+      "  ..._over_floor      that, over the mean floor; balanced: both at most 1.6\n"
+      "  floor               which one: the sampling floor where it is logged, else the noise floor; mixed "
+      "where\n"
+      "                      some layers or steps have the one and some the other\n"
+      "  max_vio_global      MaxVio of the counts summed over that window, or over --sum-steps: what is left "
+      "of the\n"
+      "                      imbalance of single steps\n"
       "  excess_cv           what of cv control can remove: root of the mean of cv^2 - floor^2, with its "
       "sign\n"
       "  excess_area         sum over the 100 steps from the shift on of MaxVio above its mean over the last "
@@ -108,6 +121,11 @@ void add_compare(CLI::App& app, Tool& tool) {
   command->add_option("RUN", options->runs, "Run logs or traces")->required();
   command->add_option("--shift", options->shift, "Step at which the data changed, for all runs")
       ->check(whole_number(0));
+  command
+      ->add_option("--sum-steps", options->summed,
+                   "Sum counts (max_vio_global) over so many steps before the shift; 0: all of them")
+      ->check(whole_number(0))
+      ->capture_default_str();
   add_salvage(*command, options->fault_policy);
   add_format(*command, options->format, {"table", "json"});
   command->callback([&tool, options] { tool.run = [options] { return compare(*options); }; });

@@ -72,6 +72,7 @@ class Replay {
     ControllerConfig config = load_config(options.config, registry);
     config.mode = Mode::kActive;
     config.lag = 0;
+    config.safety.responsiveness = false;  // recorded loads answer nothing
     return config;
   }
 

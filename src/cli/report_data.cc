@@ -82,6 +82,7 @@ ReportRun::ReportRun(const std::string& path, std::optional<std::int64_t> shift)
   LogReader reader(path, FaultPolicy::kSalvage);
   header_ = reader.header();
   shift_ = shift ? shift : header_.shift;
+  figures_ = RunFigures(shift_);
   // What the page will not show of the experts need not be kept: with hundreds in each of many layers it would be most
   // of the memory. Four times the columns of the load and bias maps are enough to choose from.
   const std::size_t rows = 2U * static_cast<std::size_t>(header_.layers.value_or(1)) *
@@ -220,7 +221,6 @@ void ReportRun::add(const LogRecord& record) {
   };
   if (record.loss) put(series_["loss"], column, *record.loss);
   const FloorInForce floor = floor_of(metrics);
-  sampled_ = sampled_ || floor.sampling;
   put_metric("max_vio", metrics.max_vio);
   put_metric("max_vio_floor", floor.max_vio);
   put_metric("cv", metrics.load_cv);
@@ -249,7 +249,13 @@ void ReportRun::add(const LogRecord& record) {
   }
   if (record.layer < 0) return;
   Layer& layer = layers_[record.layer];
-  if (metrics.max_vio) put(layer.max_vio, column, *metrics.max_vio);
+  if (metrics.max_vio) {
+    put(layer.max_vio, column, *metrics.max_vio);
+    LayerMean mean(record.step);
+    mean.add(sample_of(record, metrics));
+    layer.now.push_back(mean.figures());
+    if (layer.now.size() > kSteadyWindow) layer.now.pop_front();
+  }
   if (!record.health.empty()) {
     if (layer.health.size() <= column) layer.health.resize(column + 1, Health::kNoData);
     Health& worst = layer.health[column];
@@ -260,7 +266,7 @@ void ReportRun::add(const LogRecord& record) {
   const auto n = static_cast<std::size_t>(stats.experts());
   if (n > 0 && stats.assignments() > 0) {
     layer.load.resize(n);
-    relative_loads(stats, record.targets.get(), loads_);
+    relative_loads(stats.counts(), record.targets.get(), loads_);
     for (std::size_t i = 0; i < n; ++i) put(layer.load[i], coarse, loads_[i]);
   }
   if (const auto it = record.actuators.find("expert_bias"); it != record.actuators.end()) {
@@ -310,6 +316,39 @@ json ReportRun::expert_map(const std::vector<Row>& rows, std::size_t columns, do
   return {{"rows", rows.size()}, {"each", each * expert_each_}, {"scale", scale}, {"data", base64(bytes)}};
 }
 
+/// The last hundred steps, shift or not, by the definition of balance: the mean over layers, and the worst layer.
+json ReportRun::now_json() const {
+  nlohmann::json now = {{"bound", kBalancedFloors}};
+  std::vector<StepFigures> all;
+  double worst = -1;
+  std::int64_t above = 0;
+  for (const auto& [number, layer] : layers_) {
+    if (layer.now.empty()) continue;
+    const std::vector<StepFigures> steps(layer.now.begin(), layer.now.end());
+    all.insert(all.end(), steps.begin(), steps.end());
+    const auto over = over_floor(steps).worst();
+    if (!over) continue;
+    above += *over > kBalancedFloors ? 1 : 0;
+    if (*over <= worst) continue;
+    worst = *over;
+    now["worst_layer"] = number;
+    now["worst"] = rounded(*over);
+  }
+  const OverFloor mean = over_floor(all);
+  const auto put_value = [&](const char* name, std::optional<double> value) {
+    now[name] = value ? rounded(*value) : nlohmann::json(nullptr);
+  };
+  put_value("max_vio_over_floor", mean.max_vio);
+  put_value("cv_over_floor", mean.cv);
+  now["known"] = mean.worst().has_value();
+  now["layers_above"] = above;
+  now["balanced"] = mean.worst().has_value() && *mean.worst() <= kBalancedFloors && above == 0;
+  FloorKind floor = FloorKind::kNone;
+  for (const StepFigures& step : all) floor = joined(floor, step.floor);
+  now["floor"] = name_of(floor);
+  return now;
+}
+
 json ReportRun::json() const {
   const std::size_t columns = static_cast<std::size_t>((last_ - *first_) / width_) + 1;
   nlohmann::json out = {
@@ -322,10 +361,12 @@ json ReportRun::json() const {
   out["config"] =
       header_.config_json.empty() ? nlohmann::json(nullptr) : nlohmann::json::parse(header_.config_json);
   if (header_.targets) out["targets"] = header_.targets->shares();
-  for (const auto& [name, value] : fields_of(figures_.figures(shift_))) {
+  const Figures figures = figures_.figures();
+  for (const auto& [name, value] : fields_of(figures)) {
     out["figures"][name] = value ? nlohmann::json(*value) : nlohmann::json(nullptr);
   }
-  out["sampled"] = sampled_;
+  out["floor"] = name_of(figures.floor);
+  out["now"] = now_json();
   out["validation"] = nlohmann::json::array();
   for (const auto& [step, loss] : validation_) out["validation"].push_back({step, rounded(loss)});
   out["series"] = nlohmann::json::object();

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <deque>
 #include <map>
 #include <optional>
 #include <set>
@@ -51,6 +52,7 @@ class ReportRun {
  private:
   struct Layer {
     Row max_vio;
+    std::deque<StepFigures> now;                         // the last steps, of this layer
     std::vector<Row> load, bias, loss;                   // [N]
     std::vector<Health> health;                          // worst in each column
     std::map<std::string, std::vector<double>> domains;  // counts of the whole run, [N]
@@ -77,6 +79,7 @@ class ReportRun {
   void add_alert(const std::string& name, const LogRecord& record, std::size_t column);
   nlohmann::json alerts_json() const;
   nlohmann::json notices_json() const;
+  nlohmann::json now_json() const;
   nlohmann::json loss_lines(const Layer& layer, std::size_t columns) const;
   std::size_t column_of(std::int64_t step);
   std::size_t expert_columns() const;
@@ -91,9 +94,8 @@ class ReportRun {
   std::optional<std::int64_t> shift_;
   RecordMetrics metrics_;
   std::vector<double> loads_;  // scratch space
-  RunFigures figures_;
+  RunFigures figures_{std::nullopt};
   std::int64_t records_ = 0;
-  bool sampled_ = false;  // the sampling floor is known
   std::optional<std::int64_t> first_;
   std::int64_t last_ = 0, width_ = 1;
   std::size_t expert_each_ = 1;  // columns that a row of one expert keeps as one

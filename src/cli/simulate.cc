@@ -186,6 +186,8 @@ int simulate_all(const Options& options, const PolicyRegistry& registry) {
           row[column] = *value;
         }
       }
+      row["floor"] = figures[i].floor == FloorKind::kNone ? nlohmann::ordered_json(nullptr)
+                                                          : nlohmann::ordered_json(name_of(figures[i].floor));
       all.push_back(std::move(row));
     }
     std::cout << all.dump(2) << '\n';
@@ -198,6 +200,7 @@ int simulate_all(const Options& options, const PolicyRegistry& registry) {
                [&](const std::string& column) { return drops || column != "drop_rate"; });
   std::vector<std::string> header = {"config"};
   header.insert(header.end(), columns.begin(), columns.end());
+  header.emplace_back("floor");
   Table table(header);
   for (std::size_t i = 0; i < figures.size(); ++i) {
     std::vector<std::string> row = {options.configs[i]};
@@ -206,6 +209,7 @@ int simulate_all(const Options& options, const PolicyRegistry& registry) {
       // Without measurements, settling is unknown.
       row.push_back(column == "settle" && !value && figures[i].max_vio ? "never" : brief(value));
     }
+    row.emplace_back(figures[i].floor == FloorKind::kNone ? "-" : name_of(figures[i].floor));
     table.add(std::move(row));
   }
   std::cout << table.text();

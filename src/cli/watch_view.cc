@@ -12,9 +12,9 @@
 namespace moectl::cli {
 namespace {
 
-std::string times(const std::optional<double>& value, const std::optional<double>& floor) {
+std::string times(const std::optional<double>& value, const std::optional<double>& floor, FloorKind kind) {
   if (!value || !floor || !(*floor > 0)) return "";
-  return " (" + brief(*value / *floor) + "x floor)";
+  return " (" + brief(*value / *floor) + "x " + std::string(name_of(kind)) + ")";
 }
 
 std::string decisions(const WatchedStep::Track& track) {
@@ -58,7 +58,7 @@ std::string padded(std::string text, std::size_t width) {
 std::string bars(const RoutingStats& stats, const LoadTargets* targets, std::size_t width) {
   static const char* const kBlocks[] = {" ", "▁", "▂", "▃", "▄", "▅", "▆", "▇", "█"};
   std::vector<double> loads;
-  relative_loads(stats, targets, loads);
+  relative_loads(stats.counts(), targets, loads);
   loads.resize(static_cast<std::size_t>(stats.experts()), 0);
   const std::size_t each = (loads.size() + width - 1) / width;
   const std::size_t wide = std::clamp<std::size_t>(width / loads.size(), 1, 3);
@@ -94,8 +94,9 @@ std::string plain_line(const WatchedStep& step) {
   const StepFigures figures = step.mean.figures();
   std::string text = "step " + std::to_string(step.number);
   if (figures.loss) text += "  loss " + brief(figures.loss);
-  text += "  max_vio " + brief(figures.max_vio) + times(figures.max_vio, figures.floor_max_vio);
-  text += "  cv " + brief(figures.cv) + times(figures.cv, figures.floor_cv);
+  text +=
+      "  max_vio " + brief(figures.max_vio) + times(figures.max_vio, figures.floor_max_vio, figures.floor);
+  text += "  cv " + brief(figures.cv) + times(figures.cv, figures.floor_cv, figures.floor);
   text += "  dead " + brief(figures.dead_experts);
   for (const auto& [name, track] : step.tracks) text += "  " + name + ' ' + decisions(track);
   return printable(std::move(text));
@@ -106,8 +107,8 @@ std::vector<std::string> view_of(const WatchedStep& step, const std::string& tit
   const StepFigures f = step.mean.figures();
   std::vector<std::string> lines = {title + "  step " + std::to_string(step.number),
                                     "loss " + brief(f.loss) + "  MaxVio " + brief(f.max_vio) +
-                                        times(f.max_vio, f.floor_max_vio) + "  CV " + brief(f.cv) +
-                                        times(f.cv, f.floor_cv) + "  dead " + brief(f.dead_experts)};
+                                        times(f.max_vio, f.floor_max_vio, f.floor) + "  CV " + brief(f.cv) +
+                                        times(f.cv, f.floor_cv, f.floor) + "  dead " + brief(f.dead_experts)};
   std::vector<std::string> last;
   for (const auto& [name, track] : step.tracks) last.push_back(name + ' ' + decisions(track));
   if (faults > 0) last.push_back(std::to_string(faults) + " lines skipped");

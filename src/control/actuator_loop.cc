@@ -52,9 +52,10 @@ ActuatorLoop::ActuatorLoop(Actuator actuator, const ControllerConfig& config, co
       limiter_(actuator, config.actuator(actuator).limits, config.safety, size_of(actuator, config),
                config.actuator(actuator).initial),
       safety_(config.safety),
-      cadence_(config.actuator(actuator).limits.cadence) {
+      cadence_(config.actuator(actuator).limits.cadence),
+      shadow_(config.mode == Mode::kShadow) {
   applied_.assign(static_cast<std::size_t>(size_of(actuator, config)), config.actuator(actuator).initial);
-  proposed_ = guarded_ = before_[0] = before_[1] = applied_;
+  proposed_ = guarded_ = base_ = shadow_applied_ = before_[0] = before_[1] = applied_;
 }
 
 void ActuatorLoop::make_windows(const StatsShape& shape, std::size_t layers) {
@@ -63,8 +64,9 @@ void ActuatorLoop::make_windows(const StatsShape& shape, std::size_t layers) {
   window_metrics_.resize(layers);
 }
 
-void ActuatorLoop::propose(const LayerView& view, Notices& notices) {
+void ActuatorLoop::propose(const LayerView& view, std::span<const double> probe, Notices& notices) {
   std::copy(applied_.begin(), applied_.end(), proposed_.begin());
+  for (std::size_t i = 0; i < probe.size(); ++i) proposed_[i] -= probe[i];
   asked_ = call_held([&] { policy_->propose(view, proposed_); },
                      [&](const char* message) { fail(view.step, message, notices); });
   failed_ = !asked_ || owed_;
@@ -79,20 +81,39 @@ void ActuatorLoop::fail(std::int64_t step, std::string_view message, Notices& no
   }
 }
 
-void ActuatorLoop::limit(const LimitContext& context, Notices& notices) {
+void ActuatorLoop::limit(LimitContext context, ResponseCheck* check, Notices& notices) {
   std::span<const double> wanted;
   if (guard_took_over_) {
     wanted = guarded_;
   } else if (asked_) {
     wanted = proposed_;
   }
-  LimitContext own = context;
-  own.policy_failed = failed_ && !guard_took_over_;
-  reasons_ = limiter_.apply(own, wanted, applied_);
+  context.policy_failed = failed_ && !guard_took_over_;
+  LimitReport held;
+  if (check != nullptr) {
+    if (!check->holds()) context.reach = check->reach();
+    if (asked_ && !guard_took_over_) {
+      std::copy(proposed_.begin(), proposed_.end(), guarded_.begin());
+      check->adjust(guarded_, held);
+      wanted = guarded_;
+    }
+  }
+  if (shadow_) {
+    // What was not applied must not be built upon: each step starts from what is in force.
+    std::copy(applied_.begin(), applied_.end(), shadow_applied_.begin());
+    reasons_ = limiter_.apply(context, wanted, shadow_applied_);
+    if (asked_) held.add(Reason::kShadow);
+  } else {
+    reasons_ = limiter_.apply(context, wanted, applied_);
+  }
   if (guard_took_over_) reasons_.add(Reason::kGuard);
+  if (check != nullptr) check->on_applied(reasons_);
+  reasons_.add(held);
   if (reasons_.has(Reason::kInvalid)) say_invalid(context, notices);
   if (asked_) {
-    const bool good = call_held([&] { policy_->on_applied(applied_, reasons_); },
+    std::copy(applied_.begin(), applied_.end(), base_.begin());
+    for (std::size_t i = 0; check != nullptr && i < base_.size(); ++i) base_[i] -= check->offset()[i];
+    const bool good = call_held([&] { policy_->on_applied(base_, reasons_); },
                                 [&](const char* message) { fail(context.step, message, notices); });
     owed_ = !good;
     if (good && !failed_) failing_ = false;
@@ -137,7 +158,7 @@ void ActuatorLoop::remember() {
 
 ActuatorReport ActuatorLoop::report() const {
   return {.proposed = asked_ ? std::span<const double>(proposed_) : std::span<const double>(),
-          .applied = applied_,
+          .applied = shadow_ ? shadow_applied_ : applied_,
           .reasons = reasons_};
 }
 

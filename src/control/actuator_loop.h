@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "control/notices.h"
+#include "control/response_check.h"
 #include "control/safety.h"
 #include "moectl/config.h"
 #include "moectl/controller.h"
@@ -36,14 +37,15 @@ class ActuatorLoop {
 
   /// Starts a step in which the policy has not been asked yet.
   void begin() { asked_ = failed_ = guard_took_over_ = false; }
-  /// Asks the policy for a proposal, starting from the value in force. A policy that throws is held.
-  void propose(const LayerView& view, Notices& notices);
+  /// Asks the policy for a proposal, starting from the value in force without `probe`, the part of it that is none of
+  /// the policy's. A policy that throws is held.
+  void propose(const LayerView& view, std::span<const double> probe, Notices& notices);
   /// Room for what a guard wants instead of the proposal; take_over() makes it so, if a decision is due.
   std::span<double> guarded() { return guarded_; }
   void take_over() { guard_took_over_ = asked_ || failed_; }
   /// Applies the proposal within the limits, tells the policy, and starts a new window if the old one was used or
-  /// cannot be.
-  void limit(const LimitContext& context, Notices& notices);
+  /// cannot be. `check`, if any, may hold the biases. In mode shadow nothing is applied.
+  void limit(LimitContext context, ResponseCheck* check, Notices& notices);
   /// Holds, whatever was proposed: ranks differ.
   void hold_ranks();
   /// Whether the policy threw in the last decision.
@@ -55,6 +57,8 @@ class ActuatorLoop {
 
   StatsNeeds needs() const { return policy_->needs(); }
   std::span<const double> applied() const { return applied_; }
+  /// Of the last step.
+  const LimitReport& reasons() const { return reasons_; }
   ActuatorReport report() const;
 
   void exchange(StateIo& io);
@@ -70,7 +74,10 @@ class ActuatorLoop {
   SafetyLimiter limiter_;
   SafetyOptions safety_;
   std::int64_t cadence_;
+  bool shadow_;
   std::vector<double> applied_, proposed_, guarded_;
+  std::vector<double> base_;            // what the policy is told: applied_ without a probe
+  std::vector<double> shadow_applied_;  // mode shadow: what would be applied
   LimitReport reasons_;
   std::array<std::vector<double>, 2> before_;
   bool asked_ = false;

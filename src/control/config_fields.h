@@ -107,9 +107,8 @@ inline constexpr auto kFieldsOf<SafetyOptions> = std::tuple{
           "Steps in a row with invalid data after which a notice is raised and fallback acts; 0: never."},
     Field{"fallback", &SafetyOptions::fallback, kRanks,
           "hold: invalid data never move a value; initial: after fallback_after, the initial value is "
-          "applied until "
-          "data are valid again."},
-    Field{"responsiveness", &SafetyOptions::responsiveness, kRanks,
+          "applied until data are valid again."},
+    Field{"responsiveness", &SafetyOptions::responsiveness, kState,
           "Whether biases that the load does not answer are held, and biases stay within what the scores "
           "justify."},
 };

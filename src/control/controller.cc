@@ -50,6 +50,9 @@ void Controller::set_exchange(Exchange exchange) {
 void Controller::set_log(std::function<void(const StepReport&)> log) {
   loop_->set_log(std::move(log));
 }
+void Controller::hold(bool held) {
+  loop_->hold(held);
+}
 void Controller::freeze(int layer, bool frozen) {
   loop_->freeze(layer, frozen);
 }

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "control/config_fields.h"
+#include "moectl/health.h"
 
 namespace moectl {
 namespace {
@@ -23,8 +24,9 @@ constexpr double kWellBalanced = 0.25;
 // smoothed MaxVio of single steps counts as imbalance, too. It is not 1, because varying data also raise the MaxVio of
 // single steps.
 constexpr double kAlternationWeight = 0.5;
-// A MaxVio of at most this many floors always counts as balanced.
-constexpr double kFloors = 2;
+// A MaxVio of at most this many floors always counts as balanced: the bound of balance (health.h), and a quarter more
+// since single steps scatter about their mean.
+constexpr double kFloors = 1.25 * kBalancedFloors;
 // An intervention that did not restore balance has helped if MaxVio fell to this share of its value at the start. Then
 // it is kept, else rolled back.
 constexpr double kPartialSuccess = 0.7;

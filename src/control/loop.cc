@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <charconv>
 #include <cmath>
+#include <cstdlib>
 #include <limits>
 #include <stdexcept>
 #include <utility>
@@ -30,12 +31,37 @@ bool falls_with_imbalance(const MetricField& field) {
          field.value == &Metrics::effective_experts || field.value == &Metrics::min_load;
 }
 
+// One expert has no other to take tokens from.
+bool checks_response(const ControllerConfig& config) {
+  return config.safety.responsiveness && config.model.experts > 1;
+}
+
+bool environment_holds() {
+  const char* const value = std::getenv("MOECTL_HOLD");
+  return value != nullptr && *value != '\0' && std::string_view(value) != "0";
+}
+
+// A number with two decimals, without allocation and whatever the locale.
+class Decimal {
+ public:
+  explicit Decimal(double value)
+      : end_(std::to_chars(text_, text_ + sizeof text_, std::clamp(value, -1e6, 1e6),
+                           std::chars_format::fixed, 2)
+                 .ptr) {}
+  std::string_view text() const { return {text_, end_}; }
+
+ private:
+  char text_[16];
+  const char* end_;
+};
+
 }  // namespace
 
-Controller::Loop::Layer::Layer(const ControllerConfig& config, const PolicyRegistry& registry, int index) {
+Controller::Loop::Layer::Layer(const ControllerConfig& config, const PolicyRegistry& registry, int which)
+    : index(which) {
   for (std::size_t a = 0; a < kActuatorCount; ++a) {
     if (config.actuator(kActuators[a]).scope == Scope::kLayer) {
-      loops[a].emplace(kActuators[a], config, registry, index);
+      loops[a].emplace(kActuators[a], config, registry, which);
     }
   }
 }
@@ -43,6 +69,7 @@ Controller::Loop::Layer::Layer(const ControllerConfig& config, const PolicyRegis
 Controller::Loop::Loop(ControllerConfig config, const PolicyRegistry& registry)
     : config_(std::move(config)), registry_(registry), payload_(0, 0, 0) {
   validate(config_, registry_);
+  held_ = environment_holds();
   const ModelConfig& model = config_.model;
   const auto layers = static_cast<std::size_t>(model.layers);
   const auto experts = static_cast<std::size_t>(model.experts);
@@ -50,7 +77,6 @@ Controller::Loop::Loop(ControllerConfig config, const PolicyRegistry& registry)
   for (std::size_t a = 0; a < kActuatorCount; ++a) {
     const ActuatorConfig& own = config_.actuator(kActuators[a]);
     if (own.scope == Scope::kModel) model_loops_[a].emplace(kActuators[a], config_, registry_, -1);
-    initial_[a].assign(kActuators[a] == Actuator::kExpertBias ? experts : 1, own.initial);
   }
 
   load_targets_.emplace(model.experts, model.targets);
@@ -60,11 +86,15 @@ Controller::Loop::Loop(ControllerConfig config, const PolicyRegistry& registry)
   if (config_.guard.enabled) shape_.needs |= LayerGuard::needs();
   for_each_actuator(
       [&](ActuatorLoop& loop, std::size_t, int layer) { loop.make_windows(shape_, layer < 0 ? layers : 1); });
-  for (const auto& layer : layers_) {
+  for (std::size_t l = 0; l < layers; ++l) {
+    const auto& layer = layers_[l];
     layer->intake = RoutingStats(shape_);
     layer->stats = RoutingStats(shape_);
     layer->monitor.emplace(shape_, config_.monitor, metrics_options(config_));
     if (config_.guard.enabled) layer->guard.emplace(config_.guard, shape_, *load_targets_);
+    if (checks_response(config_)) {
+      layer->response.emplace(config_, static_cast<int>(l));
+    }
   }
   description_ = describe_for_state(config_, shape_);
   measurer_.emplace(shape_, metrics_options(config_));
@@ -197,6 +227,10 @@ void Controller::Loop::unpack(Payload& payload) {
 void Controller::Loop::hold_if_some_failed() {
   if (ranks_differ_ || !payload_.some_failed()) return;
   ranks_differ_ = true;
+  // What a rank made of a probe is not what the others made of it.
+  for (const auto& layer : layers_) {
+    if (layer->response) layer->response->restart();
+  }
   const std::size_t decisions = pending_ ? 2 : 1;  // since the hash in these sums
   for_each_actuator([&](ActuatorLoop& loop, std::size_t, int) { loop.undo(decisions); });
   notices_.add(
@@ -380,6 +414,7 @@ void Controller::Loop::watch() {
     } else {
       layer->monitor->observe_nothing();
     }
+    if (layer->response) watch_response(*layer);
   }
   for_each_actuator([this](ActuatorLoop& loop, std::size_t, int only) {
     if (!loop.has_windows() || !loop.due(steps_)) return;
@@ -388,6 +423,42 @@ void Controller::Loop::watch() {
       copy_history(layers_[l]->metrics, loop.window_metrics(only < 0 ? l : 0));
     }
   });
+}
+
+void Controller::Loop::watch_response(Layer& layer) {
+  ResponseCheck& check = *layer.response;
+  const bool applies = config_.mode == Mode::kActive && !layer.frozen && !held_;
+  check.observe(applies && layer.valid && layer.has_data ? &layer.stats : nullptr,
+                floor_of(layer.metrics).cv.value_or(0),
+                layer.loops[static_cast<std::size_t>(Actuator::kExpertBias)]->applied());
+  if (!applies) return;
+  const Responsiveness now = check.report();
+  const bool silent = now.state == Response::kUnresponsive;
+  if (silent == layer.response_told) return;
+  if (!silent && now.state != Response::kAnswers) return;
+  layer.response_told = silent;
+  const Decimal gain(*now.gain), error(*now.error);
+  if (!silent) {
+    notices_.add(
+        NoticeKind::kUnresponsive, layer.index, steps_,
+        {"the load answers again (gain ", gain.text(), " ± ", error.text(), "): the policy goes on"});
+  } else if (*now.gain + 3 * *now.error < 0) {
+    notices_.add(
+        NoticeKind::kUnresponsive, layer.index, steps_,
+        {"the load goes the other way (gain ", gain.text(), " ± ", error.text(),
+         "): is the bias subtracted from the scores? The biases are held where the load last answered"});
+  } else {
+    notices_.add(NoticeKind::kUnresponsive, layer.index, steps_,
+                 {"the load does not answer (gain ", gain.text(), " ± ", error.text(),
+                  "): does the router add this layer's bias to the scores that top-k compares? Are routes "
+                  "replayed or masked? Held where the load last answered"});
+  }
+}
+
+std::span<const double> Controller::Loop::probe_of(std::size_t actuator, int layer) const {
+  if (kActuators[actuator] != Actuator::kExpertBias) return {};
+  const auto& check = layers_[static_cast<std::size_t>(layer)]->response;
+  return check ? check->offset() : std::span<const double>();
 }
 
 // Asks every policy that has valid data and a decision due, also while its actuator is held, so that its averages stay
@@ -406,7 +477,7 @@ void Controller::Loop::propose() {
                   .monitor = *seen.monitor,
                   .targets = targets_,
                   .info = info_},
-                 notices_);
+                 probe_of(actuator, layer), notices_);
   });
 }
 
@@ -465,15 +536,19 @@ void Controller::Loop::limit() {
     if (many_ranks) loop.remember();
     if (ranks_differ_) return loop.hold_ranks();
     const DecisionInputs seen = inputs(loop, actuator, layer);
+    const bool biases = kActuators[actuator] == Actuator::kExpertBias;
+    std::optional<ResponseCheck>* check =
+        biases ? &layers_[static_cast<std::size_t>(layer)]->response : nullptr;
     loop.limit({.step = steps_,
                 .valid = seen.valid,
                 .has_data = seen.has_data,
                 .skipped = info_.skipped,
                 .frozen = seen.frozen,
+                .host_hold = held_,
                 .at_cadence = loop.due(steps_),
                 .loss = info_.loss,
                 .drop_rate = seen.drop_rate},
-               notices_);
+               check != nullptr && *check ? &**check : nullptr, notices_);
   });
 }
 
@@ -486,6 +561,8 @@ void Controller::Loop::log() {
     out.metrics = &layer.metrics;
     if (layer.guard) out.guard = layer.guard->report();
     out.monitor = &*layer.monitor;
+    out.responsiveness =
+        layer.response && !layer.frozen && !held_ ? layer.response->report() : Responsiveness{};
     for (std::size_t a = 0; a < kActuatorCount; ++a) {
       if (layer.loops[a]) out.actuators[a] = layer.loops[a]->report();
     }
@@ -538,7 +615,6 @@ void Controller::Loop::set_reduction(Reduction reduction) {
 std::span<const double> Controller::Loop::in_force(Actuator actuator, int layer) const {
   const Layer& own = layer_at(layer);
   const auto a = static_cast<std::size_t>(actuator);
-  if (config_.mode != Mode::kActive) return initial_[a];
   return own.loops[a] ? own.loops[a]->applied() : model_loops_[a]->applied();
 }
 

@@ -42,8 +42,9 @@ class Controller::Loop {
   void set_reduction(Reduction reduction);
   void set_exchange(Exchange exchange) { exchange_ = std::move(exchange); }
   void set_log(std::function<void(const StepReport&)> log) { log_ = std::move(log); }
+  void hold(bool held) { held_ = held; }
   void freeze(int layer, bool frozen) { layer_at(layer).frozen = frozen; }
-  /// The value that the training loop reads: the applied one, or the initial one in modes shadow and off.
+  /// The value that the training loop reads. In modes shadow and off it stays as it was made or loaded.
   std::span<const double> in_force(Actuator actuator, int layer) const;
 
   std::string save();
@@ -52,8 +53,9 @@ class Controller::Loop {
 
  private:
   struct Layer {
-    Layer(const ControllerConfig& config, const PolicyRegistry& registry, int index);
+    Layer(const ControllerConfig& config, const PolicyRegistry& registry, int which);
 
+    int index;
     // Recording, under the mutex.
     std::mutex mutex;
     RoutingStats intake;
@@ -73,6 +75,8 @@ class Controller::Loop {
     Metrics metrics;
     std::optional<LayerMonitor> monitor;
     std::optional<LayerGuard> guard;
+    std::optional<ResponseCheck> response;
+    bool response_told = false;                                     // that the load does not answer
     std::array<std::optional<ActuatorLoop>, kActuatorCount> loops;  // those of `scope: layer`
   };
   // The inputs of one decision.
@@ -91,6 +95,8 @@ class Controller::Loop {
   void reduce(const StepInfo& info);
   void measure();
   void watch();
+  void watch_response(Layer& layer);
+  std::span<const double> probe_of(std::size_t actuator, int layer) const;
   void propose();
   void guard();
   void limit();
@@ -130,12 +136,12 @@ class Controller::Loop {
   // Of those, what was in force when no guard acted: where every guard takes its actuator back to, though another may
   // have moved it already.
   std::array<double, kActuatorCount> before_guards_{};
-  std::array<std::vector<double>, kActuatorCount> initial_;
   std::optional<LoadTargets> load_targets_;
   std::vector<double> targets_;  // the same, [N]
   std::optional<Measurer> measurer_;
   std::array<Metrics, kActuatorCount> model_mean_, model_worst_;
 
+  bool held_ = false;  // by the host
   std::int64_t steps_ = 0;
   StepInfo info_;                      // of this step, over all ranks
   std::vector<std::int64_t> mixture_;  // storage of info_.next_mixture

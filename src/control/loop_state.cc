@@ -68,6 +68,7 @@ std::unique_ptr<Controller::Loop> Controller::Loop::loaded(std::string_view stat
   fresh->exchange_ = exchange_;
   fresh->ranks_checked_ = ranks_checked_;
   fresh->log_ = log_;
+  fresh->held_ = held_;
   return fresh;
 }
 
@@ -84,6 +85,10 @@ void Controller::Loop::exchange(StateIo& io) {
     exchange_ids(io, layer->seen, layer->fingerprints);
     layer->monitor->exchange(io);
     if (layer->guard) layer->guard->exchange(io);
+    if (layer->response) {
+      layer->response->exchange(io);
+      io.value("response_told", layer->response_told);
+    }
     for (auto& loop : layer->loops) {
       if (loop) loop->exchange(io);
     }

@@ -210,8 +210,8 @@ LimitReport SafetyLimiter::apply(const LimitContext& context, std::span<const do
   const bool due = context.at_cadence && context.has_data && !wanted.empty();
   const bool valid = context.valid && (!due || all_finite(wanted));
   if (!valid || due) invalid_in_row_ = valid ? 0 : invalid_in_row_ + 1;
-  if (context.frozen) {
-    report.add(valid ? Reason::kFrozen : Reason::kInvalid);
+  if (context.frozen || context.host_hold) {
+    report.add(!valid ? Reason::kInvalid : context.frozen ? Reason::kFrozen : Reason::kHostHold);
     return report;
   }
   if (jumped) {
@@ -247,6 +247,7 @@ LimitReport SafetyLimiter::apply(const LimitContext& context, std::span<const do
   for (std::size_t i = 0; i < next_.size(); ++i) {
     next_[i] = std::min(std::max(wanted[i], limits_.min - far), limits_.max + far);
   }
+  if (context.reach) stay_within_reach(*context.reach, applied, report);
   if (options_.oscillation && back_off(applied) < 1) report.add(Reason::kOscillation);
   if (limits_.deadband > 0 && largest_move(applied) <= limits_.deadband) {
     report.add(Reason::kDeadband);
@@ -373,6 +374,23 @@ void SafetyLimiter::clip_biases(std::span<const double> applied, LimitReport& re
     if (next_[i] > lo_[i] && next_[i] < hi_[i]) {
       next_[i] = std::min(std::max(next_[i] - sum / free, lo_[i]), hi_[i]);
     }
+  }
+}
+
+// Outwards only: a bias that is farther out already, as one that was loaded, may stay or come back.
+void SafetyLimiter::stay_within_reach(double reach, std::span<const double> applied, LimitReport& report) {
+  const double wanted_mean = mean(next_), applied_mean = mean(applied);
+  const double farthest = largest(next_.size(), [&](std::size_t i, auto at) -> Double8 {
+    const Double8 away = at.keep(at.get(&next_[i]) - wanted_mean);
+    return larger(away, -away);
+  });
+  if (farthest <= reach) return;
+  for (std::size_t i = 0; i < next_.size(); ++i) {
+    const double most = std::max(reach, std::abs(applied[i] - applied_mean));
+    const double away = next_[i] - wanted_mean;
+    if (std::abs(away) <= most) continue;
+    next_[i] = wanted_mean + (away > 0 ? most : -most);
+    report.add(Reason::kReach);
   }
 }
 

@@ -19,10 +19,12 @@ struct LimitContext {
   bool has_data = true;  ///< The window holds at least one token.
   bool skipped = false;
   bool frozen = false;
+  bool host_hold = false;
   bool at_cadence = true;
   bool policy_failed = false;  ///< The policy threw an exception.
   std::optional<double> loss = {};
   std::optional<double> drop_rate = {};
+  std::optional<double> reach = {};  ///< Biases: the farthest from their mean that the scores justify.
 };
 
 /// The limits of one actuator of one layer, and the memory they need. Does not allocate after construction.
@@ -46,6 +48,7 @@ class SafetyLimiter {
   bool must_roll_back(const LimitContext& context);
   void remember_good(std::int64_t step, std::span<const double> applied);
   double largest_move(std::span<const double> applied) const;
+  void stay_within_reach(double reach, std::span<const double> applied, LimitReport& report);
   double back_off(std::span<const double> applied);
   void clip_biases(std::span<const double> applied, LimitReport& report);
   void clip_scalar(double applied, LimitReport& report);

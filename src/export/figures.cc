@@ -1,5 +1,6 @@
 #include "moectl/figures.h"
 #include "export/step_sample.h"
+#include "moectl/health.h"
 
 #include <algorithm>
 #include <array>
@@ -11,7 +12,6 @@ namespace {
 constexpr std::size_t kWindow = 100;       // steps of the steady window and of the excess area
 constexpr std::size_t kMedian = 5;         // steps of the median that settling looks at
 constexpr std::size_t kSettledSteps = 20;  // for which it must stay
-constexpr double kSettledRatio = 1.6;      // under this many times the floor
 
 /// Weighted by tokens: a step of one token counts for little. Where no step knows its tokens all weigh the same, and so
 /// they do where steps are counted (settle, excess_area).
@@ -59,6 +59,16 @@ std::optional<std::int64_t> find_settle(std::span<const StepFigures> steps, doub
 
 }  // namespace
 
+std::string_view name_of(FloorKind floor) {
+  constexpr std::string_view kNames[] = {"", "noise floor", "sampling floor", "mixed floors"};
+  return kNames[static_cast<std::size_t>(floor)];
+}
+
+FloorKind joined(FloorKind a, FloorKind b) {
+  if (a == FloorKind::kNone || a == b) return b;
+  return b == FloorKind::kNone ? a : FloorKind::kMixed;
+}
+
 bool is_limit(Reason reason) {
   switch (reason) {
     case Reason::kRate:
@@ -81,6 +91,18 @@ StepFigures figures_of(const StepReport& report) {
   return step.figures();
 }
 
+OverFloor over_floor(std::span<const StepFigures> steps) {
+  Metrics means;
+  means.max_vio = mean(steps, [](const StepFigures& step) { return step.max_vio; });
+  means.load_cv = mean(steps, [](const StepFigures& step) { return step.cv; });
+  means.noise_floor_max_vio = mean(steps, [](const StepFigures& step) { return step.floor_max_vio; });
+  means.noise_floor_cv = mean(steps, [](const StepFigures& step) { return step.floor_cv; });
+  OverFloor over = over_floor(means);
+  over.sampling =
+      std::all_of(steps.begin(), steps.end(), [](const auto& s) { return s.floor == FloorKind::kSampling; });
+  return over;
+}
+
 Figures compute_figures(std::span<const StepFigures> steps, std::optional<std::int64_t> shift) {
   Figures out;
   out.steps = static_cast<std::int64_t>(steps.size());
@@ -95,6 +117,7 @@ Figures compute_figures(std::span<const StepFigures> steps, std::optional<std::i
   const auto floor_of_step = [](const StepFigures& step) { return step.floor_max_vio; };
   const std::span<const StepFigures> steady = last(steps.first(cut));
   const auto floor = mean(steady, floor_of_step);
+  for (const StepFigures& step : steady) out.floor = joined(out.floor, step.floor);
   out.max_vio = mean(steady, max_vio);
   out.max_vio_over_floor = ratio(out.max_vio, floor);
   out.cv = mean(steady, [](const StepFigures& step) { return step.cv; });
@@ -106,7 +129,7 @@ Figures compute_figures(std::span<const StepFigures> steps, std::optional<std::i
       mean(last(steps), [](const StepFigures& step) { return std::optional(step.dead_experts); });
   out.drop_rate = mean(last(steps), [](const StepFigures& step) { return step.drop_rate; });
   if (const auto each = mean(steady, floor_of_step, false)) {
-    out.settle = find_settle(steps, kSettledRatio * *each);
+    out.settle = find_settle(steps, kBalancedFloors * *each);
   }
   if (cut < steps.size()) {
     if (const auto level = mean(last(steps), max_vio, false)) {
@@ -135,6 +158,7 @@ std::vector<std::pair<std::string, std::optional<double>>> fields_of(const Figur
           {"settle", whole(figures.settle)},
           {"max_vio", figures.max_vio},
           {"max_vio_over_floor", figures.max_vio_over_floor},
+          {"max_vio_global", figures.max_vio_global},
           {"cv", figures.cv},
           {"cv_over_floor", figures.cv_over_floor},
           {"excess_cv", figures.excess_cv},

@@ -1,5 +1,7 @@
 #include "export/run_figures.h"
 
+#include <algorithm>
+
 namespace moectl {
 
 Metrics RecordMetrics::of(const LogRecord& record) {
@@ -32,17 +34,48 @@ LimitReport reasons_of(const LoggedActuator& actuator) {
   return report;
 }
 
+void SummedCounts::add(const LogRecord& record) {
+  if (record.layer < 0 || record.stats.experts() == 0 || record.stats.assignments() == 0) return;
+  Layer& layer = layers_[record.layer];
+  const auto counts = record.stats.counts();
+  if (layer.sum.size() != counts.size()) layer = {std::vector<std::int64_t>(counts.size()), {}, 0, {}};
+  layer.targets = record.targets;
+  for (std::size_t i = 0; i < counts.size(); ++i) layer.sum[i] += counts[i];
+  if (window_ == 0) return;
+  if (layer.ring.size() < window_) {
+    layer.ring.emplace_back(counts.begin(), counts.end());
+    return;
+  }
+  std::vector<std::int64_t>& oldest = layer.ring[layer.oldest];
+  for (std::size_t i = 0; i < counts.size(); ++i) layer.sum[i] -= oldest[i];
+  std::copy(counts.begin(), counts.end(), oldest.begin());
+  layer.oldest = (layer.oldest + 1) % window_;
+}
+
+std::optional<double> SummedCounts::max_vio() const {
+  double mean = 0;
+  std::vector<double> loads;
+  for (const auto& [number, layer] : layers_) {
+    relative_loads(layer.sum, layer.targets.get(), loads);
+    mean += (*std::max_element(loads.begin(), loads.end()) - 1) / static_cast<double>(layers_.size());
+  }
+  return layers_.empty() ? std::nullopt : std::optional(mean);
+}
+
 void RunFigures::add(const LogRecord& record, const Metrics& metrics) {
   if (record.tag == "validation" && record.loss) validation_[record.step] = *record.loss;
   if (record.tag != "train") return;
   steps_.try_emplace(record.step, record.step).first->second.add(sample_of(record, metrics));
+  // A shift at the first step divides nothing.
+  if (!shift_ || record.step < *shift_ || steps_.begin()->first >= *shift_) summed_.add(record);
 }
 
-Figures RunFigures::figures(std::optional<std::int64_t> shift) const {
+Figures RunFigures::figures() const {
   std::vector<StepFigures> row;
   row.reserve(steps_.size());
   for (const auto& [number, step] : steps_) row.push_back(step.figures());
-  Figures figures = compute_figures(row, shift);
+  Figures figures = compute_figures(row, shift_);
+  figures.max_vio_global = summed_.max_vio();
   if (!validation_.empty()) figures.validation_loss = validation_.rbegin()->second;
   return figures;
 }
@@ -52,12 +85,11 @@ Figures read_figures(const std::string& path, std::optional<std::int64_t> shift)
   return read_figures(reader, shift);
 }
 
-Figures read_figures(LogReader& reader, std::optional<std::int64_t> shift) {
-  if (!shift) shift = reader.header().shift;
+Figures read_figures(LogReader& reader, std::optional<std::int64_t> shift, std::size_t summed) {
   RecordMetrics metrics;
-  RunFigures run;
+  RunFigures run(shift ? shift : reader.header().shift, summed);
   while (const auto record = reader.next()) run.add(*record, metrics.of(*record));
-  return run.figures(shift);
+  return run.figures();
 }
 
 }  // namespace moectl

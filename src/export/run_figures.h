@@ -4,6 +4,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <vector>
 
 #include "export/step_sample.h"
 #include "measure/cached_measurer.h"
@@ -11,6 +12,8 @@
 #include "moectl/run_log.h"
 
 namespace moectl {
+
+inline constexpr std::size_t kSteadyWindow = 100;  // steps
 
 /// The metrics of training records: those they carry, else those of their counts against their targets (with the default
 /// options). Other records, and those of whole-model actuators, have none.
@@ -29,16 +32,40 @@ std::vector<double> targets_of(const LogRecord& record);
 /// The reasons of a logged actuator; names that this version does not know are skipped.
 LimitReport reasons_of(const LoggedActuator& actuator);
 
-/// The figures of a log that is open; see read_figures().
-Figures read_figures(LogReader& log, std::optional<std::int64_t> shift);
+/// The figures of a log that is open; see read_figures(). `summed`: see RunFigures.
+Figures read_figures(LogReader& log, std::optional<std::int64_t> shift, std::size_t summed = kSteadyWindow);
+
+/// MaxVio of counts summed over steps, mean over layers: what alternates or is small in single steps, and stays.
+class SummedCounts {
+ public:
+  /// The last `window` records of each layer; 0: all.
+  explicit SummedCounts(std::size_t window) : window_(window) {}
+  void add(const LogRecord& record);
+  std::optional<double> max_vio() const;
+
+ private:
+  struct Layer {
+    std::vector<std::int64_t> sum;
+    std::vector<std::vector<std::int64_t>> ring;  // the records in the sum
+    std::size_t oldest = 0;
+    std::shared_ptr<const LoadTargets> targets;
+  };
+  std::size_t window_;
+  std::map<int, Layer> layers_;
+};
 
 /// Takes in a run record by record.
 class RunFigures {
  public:
+  /// `shift` as in compute_figures(); `summed`: the steps before it whose counts are summed, 0 for all.
+  explicit RunFigures(std::optional<std::int64_t> shift, std::size_t summed = kSteadyWindow)
+      : shift_(shift), summed_(summed) {}
   void add(const LogRecord& record, const Metrics& metrics);
-  Figures figures(std::optional<std::int64_t> shift) const;
+  Figures figures() const;
 
  private:
+  std::optional<std::int64_t> shift_;
+  SummedCounts summed_;
   std::map<std::int64_t, LayerMean> steps_;
   std::map<std::int64_t, double> validation_;
 };

@@ -1,6 +1,7 @@
 #include "export/step_sample.h"
 
 #include <algorithm>
+#include <numeric>
 
 #include "export/run_figures.h"
 #include "moectl/monitor.h"
@@ -20,10 +21,10 @@ ActuatorSample sample_of(const ActuatorReport& report) {
 
 }  // namespace
 
-void relative_loads(const RoutingStats& stats, const LoadTargets* targets, std::vector<double>& out) {
+void relative_loads(std::span<const std::int64_t> counts, const LoadTargets* targets,
+                    std::vector<double>& out) {
   out.clear();
-  const auto counts = stats.counts();
-  const auto sum = static_cast<double>(stats.assignments());
+  const auto sum = static_cast<double>(std::accumulate(counts.begin(), counts.end(), std::int64_t{0}));
   const double mean = sum / static_cast<double>(counts.size());
   if (!(mean > 0)) return;
   for (std::size_t i = 0; i < counts.size(); ++i) {
@@ -106,6 +107,9 @@ void LayerMean::add(const StepSample& sample) {
   const FloorInForce floor = floor_of(metrics);
   max_vio_.add(metrics.max_vio);
   cv_.add(metrics.load_cv);
+  if (floor.cv) {
+    figures_.floor = joined(figures_.floor, floor.sampling ? FloorKind::kSampling : FloorKind::kNoise);
+  }
   floor_max_vio_.add(floor.max_vio);
   floor_cv_.add(floor.cv);
   excess_cv_sq_.add(signed_excess_cv_sq(metrics));

@@ -35,8 +35,11 @@ struct StepSample {
   ActuatorSample actuators[kActuatorCount];
 };
 
+/// What figures of both kinds are compared with.
+FloorKind joined(FloorKind a, FloorKind b);
 /// Relative load of each expert (load_targets.h) in `out`; none without a token.
-void relative_loads(const RoutingStats& stats, const LoadTargets* targets, std::vector<double>& out);
+void relative_loads(std::span<const std::int64_t> counts, const LoadTargets* targets,
+                    std::vector<double>& out);
 
 /// The sample of a report's layer, or of its whole-model actuators where `layer` is null.
 StepSample sample_of(const StepReport& report, const LayerReport* layer);

@@ -194,7 +194,7 @@ class TensorBoardWriter::File {
       }
     }
     if (sample.stats && with_histograms()) {
-      relative_loads(*sample.stats, sample.targets, values_);
+      relative_loads(sample.stats->counts(), sample.targets, values_);
       histogram(tags.load);
     }
   }

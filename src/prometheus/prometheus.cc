@@ -50,7 +50,7 @@ void LayerState::add(const StepSample& sample) {
   if (sample.stats) {
     const RoutingStats& stats = *sample.stats;
     const auto counts = stats.counts();
-    relative_loads(stats, sample.targets, loads);
+    relative_loads(stats.counts(), sample.targets, loads);
     assigned.resize(counts.size(), 0);
     for (std::size_t i = 0; i < counts.size(); ++i) assigned[i] += counts[i];
     tokens += stats.tokens();

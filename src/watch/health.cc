@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <stdexcept>
 #include <utility>
 
@@ -24,12 +25,15 @@ constexpr Threshold kCollapsingDead{0.125, 0.0625};   // above; published as hea
 constexpr double kCollapsingHorizon = 100;            // steps over which the entropy's slope is extrapolated
 constexpr Threshold kCollapsingEntropy{0.8, 0.85};    // below, for the slope to count
 constexpr Threshold kFisherAlarm{0.5, 0.25};          // above, smoothed share of steps with the alarm
-constexpr Threshold kImbalance{1.0, 0.8};             // above, excess_cv; published: CV > 1 acts, > .8 severe
-constexpr Threshold kSwing{0.5, 0.35};                // above; sampling noise stays below 0.1
-constexpr Threshold kSwingWidth{1.5, 1.25};           // above, CV of the swing over the floor's
-constexpr Threshold kStagnant{0.5, 0.25};             // above, smoothed number of stagnant experts
-constexpr Threshold kWeakEntropy{0.95, 0.93};         // above, entropy_normalized; published
-constexpr Threshold kWeakInformation{0.05, 0.1};      // below, nats between expert and token or domain
+// The same to enter and to leave, so that the state and the other answers agree: dwell alone keeps it from flickering.
+constexpr Threshold kImbalance{kBalancedFloors, kBalancedFloors};  // above, floors
+constexpr double kFewSteps =
+    2;  // of the first step: the threshold is 1 + this over the steps seen times as high
+constexpr Threshold kSwing{0.5, 0.35};            // above; sampling noise stays below 0.1
+constexpr Threshold kSwingWidth{1.5, 1.25};       // above, CV of the swing over the floor's
+constexpr Threshold kStagnant{0.5, 0.25};         // above, smoothed number of stagnant experts
+constexpr Threshold kWeakEntropy{0.95, 0.93};     // above, entropy_normalized; published
+constexpr Threshold kWeakInformation{0.05, 0.1};  // below, nats between expert and token or domain
 // above, domain_exclusivity. Mean plus 5 (to leave: 3) standard deviations of the largest smoothed value of a run,
 // 0.227 + 5 · 0.031, over 60 runs of healthy simulated routers (seeds 101–120 of three plants), so healthy runs do not
 // reach it. The failure_modes tests measure it again, and check it on other seeds and routers.
@@ -52,6 +56,18 @@ std::size_t index_of(std::string_view metric) {
 }
 
 }  // namespace
+
+OverFloor over_floor(const Metrics& metrics) {
+  const FloorInForce floor = floor_of(metrics);
+  const auto over = [](const Metrics::Value& value,
+                       const std::optional<double>& least) -> std::optional<double> {
+    if (!value || !least) return std::nullopt;
+    if (*least > 0) return *value / *least;
+    // Where routing leaves no choice the floor is 0, and so is the imbalance.
+    return *value > 0 ? std::numeric_limits<double>::infinity() : 0;
+  };
+  return {over(metrics.max_vio, floor.max_vio), over(metrics.load_cv, floor.cv), floor.sampling};
+}
 
 std::string_view name_of(Health health) {
   constexpr std::string_view kNames[kHealthCount] = {"no_data",    "healthy",    "weak_specialization",
@@ -184,8 +200,9 @@ void HealthMonitor::observe(std::int64_t step, const Metrics* metrics, const Met
   look(*metrics, smoothed, swing_cv);
   if (const Health now = worst();
       now != state_ && (state_ == Health::kNoData || state_age_ >= options_.dwell)) {
+    // What the first data say is a first guess, which the next may correct at once.
+    state_age_ = state_ == Health::kNoData ? options_.dwell : 0;
     state_ = now;
-    state_age_ = 0;
   }
   active_.clear();
   for (std::size_t m = 0; m < modes_.size(); ++m) {
@@ -213,27 +230,32 @@ void HealthMonitor::look(const Metrics& metrics, const Metrics& smoothed, double
   const auto flag = [&](Health h) -> bool& { return flags_[static_cast<std::size_t>(h)]; };
   const auto mode = [&](FailureMode m) -> bool& { return mode_flags_[static_cast<std::size_t>(m)]; };
 
+  const std::int64_t two_dwells = 2 * std::int64_t{options_.dwell};
+  seen_ = std::min(seen_ + 1, two_dwells);
+
+  // Few tokens reach few experts under the most even routing, too, so a collapse is also an imbalance.
+  bool& imbalanced = flag(Health::kImbalanced);
+  // The first steps are an average of few, which chance alone takes farther.
+  const double few = seen_ < two_dwells ? 1 + kFewSteps / static_cast<double>(seen_) : 1;
+  imbalanced = above(over_floor(smoothed).worst().value_or(std::nan("")) / few, kImbalance, imbalanced);
+
   bool& collapsed = flag(Health::kCollapsed);
-  collapsed = below(entropy, kCollapsedEntropy, collapsed) || above(dead, kCollapsedDead, collapsed);
+  collapsed =
+      imbalanced && (below(entropy, kCollapsedEntropy, collapsed) || above(dead, kCollapsedDead, collapsed));
 
   bool& collapsing = flag(Health::kCollapsing);
   // A slope over a few points is not reliable, so it counts only after two dwells.
-  const std::int64_t two_dwells = 2 * std::int64_t{options_.dwell};
-  seen_ = std::min(seen_ + 1, two_dwells);
   const bool known = seen_ >= two_dwells && metrics.entropy_slope && scale > 0;
   const double slope = known ? *metrics.entropy_slope / scale : 0;
   const bool falling = below(entropy, kCollapsingEntropy, collapsing) &&
                        below(entropy + kCollapsingHorizon * slope, kCollapsedEntropy, collapsing);
-  collapsing = falling || above(dead, kCollapsingDead, collapsing) ||
-               above(value(&Metrics::fhs_alarm), kFisherAlarm, collapsing);
+  collapsing = imbalanced && (falling || above(dead, kCollapsingDead, collapsing) ||
+                              above(value(&Metrics::fhs_alarm), kFisherAlarm, collapsing));
 
   const FloorInForce floor = floor_of(smoothed);
   bool& oscillating = flag(Health::kOscillating);
   oscillating = above(value(&Metrics::swing), kSwing, oscillating) &&
                 above(swing_cv / floor.cv.value_or(std::nan("")), kSwingWidth, oscillating);
-
-  bool& imbalanced = flag(Health::kImbalanced);
-  imbalanced = above(value(&Metrics::excess_cv), kImbalance, imbalanced);
 
   bool& stagnant = flag(Health::kStagnant);
   stagnant = above(value(&Metrics::stagnant_experts), kStagnant, stagnant);

@@ -89,11 +89,12 @@ TEST(Compare, TheTableComparesRuns) {
   ASSERT_EQ(lines.size(), 3U);
   // Excess CV: √(1² - 0.1²), and -√(0.1² - 0.04²).
   EXPECT_THAT(lines[0],
-              ::testing::MatchesRegex("run +steps +settle +max_vio +max_vio_over_floor +cv +cv_over_floor "
-                                      "+excess_cv +dead_experts +limit_hits"));
-  EXPECT_THAT(lines[1],
-              ::testing::MatchesRegex("never.jsonl +60 +never +1 +12.15 +1 +10 +0.995 +[0-9.]+ +0"));
-  EXPECT_THAT(lines[2], ::testing::MatchesRegex("b.jsonl +60 +4 +0.04 +0.4862 +0.04 +0.4 +-0.09165 +0 +0"));
+              ::testing::MatchesRegex("run +steps +settle +max_vio +max_vio_over_floor +max_vio_global +cv "
+                                      "+cv_over_floor +excess_cv +dead_experts +limit_hits +floor"));
+  EXPECT_THAT(lines[1], ::testing::MatchesRegex(
+                            "never.jsonl +60 +never +1 +12.15 +1 +1 +10 +0.995 +[0-9.]+ +0 +noise floor"));
+  EXPECT_THAT(lines[2], ::testing::MatchesRegex(
+                            "b.jsonl +60 +4 +0.04 +0.4862 +0.04 +0.04 +0.4 +-0.09165 +0 +0 +noise floor"));
   EXPECT_EQ(lines[0].size(), lines[1].size());
   EXPECT_EQ(lines[1].size(), lines[2].size());
 }

@@ -58,7 +58,7 @@ TEST_F(SimulateTool, PrintsATable) {
   EXPECT_THAT(
       result.lines()[0],
       ::testing::MatchesRegex("config +settle +max_vio +max_vio_over_floor +cv_over_floor +excess_area "
-                              "+end_over_floor +dead_experts +limit_hits"));
+                              "+end_over_floor +dead_experts +limit_hits +floor"));
   EXPECT_THAT(result.lines()[1], ::testing::StartsWith("adaptive.yaml"));
 }
 

@@ -24,8 +24,8 @@ TEST(Watch, PrintsALineAStep) {
   ASSERT_EQ(result.code, 0) << result.err;
   ASSERT_EQ(result.lines().size(), 2U);
   // MaxVio 0.2 and 0.6; the floor of 100 tokens on 2 experts is 0.0823, that of the CV 0.1.
-  EXPECT_EQ(result.lines()[0], "step 3  loss 2.5  max_vio 0.4 (4.862x floor)  cv 0.4 (4x floor)  dead 0");
-  EXPECT_EQ(result.lines()[1], "step 4  loss 2.5  max_vio 0 (0x floor)  cv 0 (0x floor)  dead 0");
+  EXPECT_EQ(result.lines()[0], "step 3  loss 2.5  max_vio 0.4 (4.862x noise floor)  cv 0.4 (4x noise floor)  dead 0");
+  EXPECT_EQ(result.lines()[1], "step 4  loss 2.5  max_vio 0 (0x noise floor)  cv 0 (0x noise floor)  dead 0");
   EXPECT_THAT(result.err, HasSubstr("skipped: <stdin>:3: line: not JSON"));
 }
 
@@ -151,7 +151,7 @@ TEST(Watch, DrawsAViewInATerminal) {
   dir.write("run.jsonl", header + line(0, "[50,50]", "healthy") + line(1, "[100,0]", "collapsed") + "torn");
   const std::string wide = drawn(dir, 24, 80);
   // MaxVio is 0 and 1; an even load is half a block, all of the load a whole one. Three columns an expert.
-  EXPECT_THAT(wide, HasSubstr("run.jsonl  step 7\x1b[K\nloss 2.5  MaxVio 0.5 (6.077x floor)"));
+  EXPECT_THAT(wide, HasSubstr("run.jsonl  step 7\x1b[K\nloss 2.5  MaxVio 0.5 (6.077x noise floor)"));
   EXPECT_THAT(wide, HasSubstr("\nlayer 0  MaxVio 0        ▄▄▄▄▄▄  healthy\x1b[K\n"));
   EXPECT_THAT(wide, HasSubstr("\nlayer 1  MaxVio 1        ███     collapsed\x1b[K\n"));
   EXPECT_THAT(wide, HasSubstr("\nexpert_bias -0.25..0.1 [rate x2]\x1b[K\n"));
@@ -170,7 +170,7 @@ TEST(Watch, DrawsAViewInATerminal) {
   dir.write("run.jsonl", header + line(0, "[50,50]", "healthy") + line(1, "[100,0]", "collapsed") + "torn");
   // No line is wider than the terminal, and no view higher.
   const std::string narrow = drawn(dir, 6, 41);
-  EXPECT_THAT(narrow, HasSubstr("\nloss 2.5  MaxVio 0.5 (6.077x floor)  CV 0\x1b[K\n"));
+  EXPECT_THAT(narrow, HasSubstr("\nloss 2.5  MaxVio 0.5 (6.077x noise floor)\x1b[K\n"));
   EXPECT_THAT(narrow, HasSubstr("\n… 2 more layers\x1b[K\nexpert_bias"));
   // Of five rows one is the cursor's: with three lines of the model and the layers, one is left for what comes last.
   const std::string low = drawn(dir, 5, 80);

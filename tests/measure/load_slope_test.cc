@@ -135,7 +135,7 @@ TEST_P(LoadSlopeOf, IsWithinAQuarterOfTheFiniteDifference) {
   for (std::size_t i = 0; i < n; ++i) {
     all_found += found[i];
     all_truth += truth[i];
-    if (moved[i] >= 40) ratios.push_back(found[i] / truth[i]);
+    if (moved[i] >= 20) ratios.push_back(found[i] / truth[i]);
   }
   EXPECT_NEAR(all_found / all_truth, 1, 0.25);
   ASSERT_FALSE(ratios.empty());

@@ -53,31 +53,21 @@ const answer = (id, r, ...parts) => {
 };
 const verdict = (good, text) => element('span', {class: good ? 'good' : 'bad'}, text);
 
-const BALANCED = 1.6;  // times the floor; where moectl compare says that a run has settled
-const endRatio = (run) => {
-  // The last hundred steps, shift or not: "now".
-  const vio = run.series.max_vio?.mean, floor = run.series.max_vio_floor?.mean;
-  if (!vio || !floor) return null;
-  const columns = Math.max(1, Math.ceil(100 / run.width));
-  const mean = (row) => {
-    const known = row.slice(-columns).filter((v) => v !== null);
-    return known.length ? known.reduce((a, b) => a + b, 0) / known.length : null;
-  };
-  const v = mean(vio), f = mean(floor);
-  // Where routing leaves no choice the floor is 0, and so is MaxVio.
-  return v !== null && f !== null ? {vio: v, floor: f, ratio: v > 0 ? v / f : 0} : null;
-};
-const floorName = (run) => (run.sampled ? 'sampling floor' : 'floor');
+// The definition of balance is the tool's (health.h); so is the judgement of the last hundred steps.
+const BALANCED = runs[0].now.bound;
+const imbalanced = (run) => run.now.known && !run.now.balanced;
 
 const answerBalanced = (run, r) => {
-  const now = endRatio(run);
-  if (!now) return answer('balanced', r, 'No data.');
-  const good = now.ratio < BALANCED;
-  answer('balanced', r, verdict(good, good ? 'Yes' : 'No'),
-         ` – MaxVio ${number(now.vio)} is ${number(now.ratio)}× its ${floorName(run)} (${number(now.floor)}).`);
+  const {now} = run;
+  if (!now.known) return answer('balanced', r, 'No data.');
+  const times = (v) => (v === null ? '∞' : number(v)) + '×';
+  const floor = now.floor === 'mixed floors' ? 'its floors (of some layers the sampling floor, of others the noise floor)' : `the ${now.floor}`;
+  answer('balanced', r, verdict(now.balanced, now.balanced ? 'Yes' : 'No'),
+         ` – MaxVio is ${times(now.max_vio_over_floor)} ${floor}, CV ${times(now.cv_over_floor)}` +
+         (run.layers.length > 1 ? `; worst: layer ${now.worst_layer}, ${times(now.worst)}` : '') + '.');
 };
 
-// Stretches of columns in which the mean MaxVio was not.
+// Stretches of columns in which the mean over layers of MaxVio or of CV was not.
 // Single steps leave the floor by chance, where few experts or one with a small target decide it: the median of five says
 // more, as it does of settling. Columns of three steps and more are means as they are.
 const medians = (row) => row.map((v, c) => {
@@ -85,23 +75,25 @@ const medians = (row) => row.map((v, c) => {
   return v === null ? null : known[Math.floor((known.length - 1) / 2)];
 });
 const stretches = (run) => {
-  const means = run.series.max_vio?.mean ?? [], floor = run.series.max_vio_floor?.mean ?? [];
-  const vio = run.width < 3 ? medians(means) : means;
+  const pairs = ['max_vio', 'cv'].map((name) => {
+    const means = run.series[name]?.mean ?? [];
+    return [run.width < 3 ? medians(means) : means, run.series[`${name}_floor`]?.mean ?? []];
+  });
   const out = [];
   let open = null;
-  vio.forEach((v, c) => {
-    const above = v !== null && floor[c] > 0 && v > BALANCED * floor[c];
+  for (let c = 0; c < run.columns; ++c) {
+    const above = pairs.some(([row, floor]) => row[c] > 0 && floor[c] !== null && row[c] > BALANCED * floor[c]);
     if (above && open === null) open = c;
     if (!above && open !== null) { out.push([open, c - 1]); open = null; }
-  });
-  if (open !== null) out.push([open, vio.length - 1]);
+  }
+  if (open !== null) out.push([open, run.columns - 1]);
   return out;
 };
 const answerWhen = (run, r) => {
   const parts = stretches(run).map(([a, b]) => ({from: stepOf(run, a), to: Math.min(run.last, stepOf(run, b + 1) - 1)}));
   const total = parts.reduce((sum, s) => sum + s.to - s.from + 1, 0);
   const all = run.last - run.first + 1;
-  if (total === 0) return answer('unbalanced', r, verdict(true, 'Never'), ` above ${BALANCED} floors.`);
+  if (total === 0) return answer('unbalanced', r, verdict(true, 'Never'), `, in the mean over layers, above ${BALANCED} times the ${run.floor}.`);
   const longest = [...parts].sort((a, b) => b.to - b.from - (a.to - a.from)).slice(0, 2).sort((a, b) => a.from - b.from);
   const settle = run.figures.settle;
   answer('unbalanced', r, `${number(100 * total / all, 2)} % of steps, longest ` +
@@ -178,7 +170,7 @@ runs.forEach((run, r) => {
 
 // ---- Summary. ----
 
-const FIGURES = {steps: 'steps', settle: 'settle', max_vio: 'MaxVio', max_vio_over_floor: 'MaxVio / floor', cv: 'CV',
+const FIGURES = {steps: 'steps', settle: 'settle', max_vio: 'MaxVio', max_vio_over_floor: 'MaxVio / floor', max_vio_global: 'MaxVio of summed counts', cv: 'CV',
                  cv_over_floor: 'CV / floor', excess_cv: 'excess CV', excess_area: 'excess area',
                  end_over_floor: 'MaxVio / floor, end', dead_experts: 'dead experts',
                  limit_hits: 'limit hits', loss: 'loss', validation_loss: 'validation loss'};
@@ -200,18 +192,17 @@ const summarise = () => {
 };
 const advise = (run) => {
   const says = [];
-  const now = endRatio(run);
   const hits = (a, reason) => run.actuators[a].marks.reduce((n, [, reasons]) => n + (reasons[reason] ? 1 : 0), 0) /
                               Math.max(1, run.columns);
   const noPolicy = !Object.keys(run.actuators).some((a) => decides(run, a));
-  if (now && now.ratio >= BALANCED && noPolicy) says.push('no policy controls this run: try policies/adaptive_bias.yaml');
+  if (imbalanced(run) && noPolicy) says.push('no policy controls this run: try policies/adaptive_bias.yaml');
   for (const a of moves(run)) {
     if (hits(a, 'range') > 0.2) says.push(`${a} sat on its range for long: widen limits.min/max, or set a target that can be reached`);
-    if (hits(a, 'rate') > 0.5 && now && now.ratio >= BALANCED) says.push(`${a} was held back by limits.rate most of the time: raise it`);
+    if (hits(a, 'rate') > 0.5 && imbalanced(run)) says.push(`${a} was held back by limits.rate most of the time: raise it`);
     if (hits(a, 'no_data') + hits(a, 'invalid') > 0.05) says.push(`${a} was often held for lack of usable data: look at the host's records`);
   }
   if ((run.figures.dead_experts ?? 0) > 0.5) says.push(`about ${number(run.figures.dead_experts, 2)} experts are dead: a bias policy brings them back`);
-  if (now && !run.sampled) says.push('only the noise floor is known: collect sequences for the sampling floor of real text');
+  if (run.now.floor === 'noise floor') says.push('only the noise floor is known: collect sequences for the sampling floor of real text');
   return says.length ? says : ['nothing to change'];
 };
 // One line for what is said of several runs.

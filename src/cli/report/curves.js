@@ -118,7 +118,7 @@ const named = (r, what) => (runs.length > 1 ? `${shortNames[r]}, ${what}` : what
 const balanceChart = (id, series, floor, label) => {
   const datasets = runs.flatMap((run, r) => [
     ...withBand(run, r, run.series[series], named(r, label)),
-    {data: points(run, run.series[floor]?.mean), label: named(r, 'floor'), borderColor: colour(r), borderDash: [5, 4], borderWidth: 1, run},
+    {data: points(run, run.series[floor]?.mean), label: named(r, run.floor || 'floor'), borderColor: colour(r), borderDash: [5, 4], borderWidth: 1, run},
   ]);
   // A logarithm has no zero: a balance far under the floor is drawn at the lower edge, and said as it is.
   const floors = runs.flatMap((run) => run.series[floor]?.mean ?? []).filter((v) => v > 0);

@@ -1,0 +1,465 @@
+#include "control/response_check.h"
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <utility>
+
+#include "base/lanes.h"
+
+namespace moectl {
+namespace {
+
+constexpr std::array<std::string_view, kResponseCount> kNames = {"not_applicable", "unknown", "answers",
+                                                                 "probing", "unresponsive"};
+
+// Slopes assumed without a measured one.
+constexpr double kSlopeOfProbability = 1, kSlopeOfLogit = 0.1;
+constexpr double kSlopeEma = 0.1, kNoiseEma = 0.1, kMoveEma = 0.1;
+constexpr double kMemory = 0.98;  // of the regression on moves: fifty steps
+constexpr double kSure = 3;       // standard errors
+constexpr double kVerySure = 4;
+constexpr double kSharp = 0.3;  // the largest standard error of a gain that counts as known
+// A layer answers if its gain is surely above kAnswers, and does not if it is very surely below kSilent.
+constexpr double kAnswers = 0.25, kSilent = 0.5;
+constexpr std::array<double, 8> kSigns = {1, 1, -1, 1, -1, -1, -1, 1};
+constexpr double kProbeError = 0.06;   // standard error of the gain after one block
+constexpr double kLargestProbe = 0.5;  // relative load
+constexpr double kSmallestSize = 0.25;
+constexpr std::int64_t kPause = 8;  // decisions between the probes of a held layer
+constexpr std::int64_t kMaxBlocks = 6;
+constexpr std::int64_t kFirstBackoff = 32, kLastBackoff = 128;
+constexpr double kReach = 4;
+
+double weighted_mean(std::span<const double> values, std::span<const double> weight,
+                     std::span<const double> slope, double total) {
+  const double sum = sum_over(values.size(), [&](std::size_t i, auto at) -> Double8 {
+    return at.get(&values[i]) * at.get(&weight[i]) * at.get(&slope[i]);
+  });
+  return sum / total;
+}
+
+}  // namespace
+
+std::string_view name_of(Response response) {
+  return kNames[static_cast<std::size_t>(response)];
+}
+
+ResponseCheck::ResponseCheck(const ControllerConfig& config, int layer)
+    : experts_(static_cast<std::size_t>(config.model.experts)),
+      delay_(static_cast<std::size_t>(config.delay())),
+      token_range_(static_cast<double>(config.model.experts) / config.model.top_k),
+      rate_(config.expert_bias.limits.rate),
+      assumed_slope_(config.model.score_space == ScoreSpace::kLogit ? kSlopeOfLogit : kSlopeOfProbability),
+      in_probabilities_(config.model.score_space == ScoreSpace::kProbability),
+      weight_(experts_, 1.0),
+      per_weight_(experts_, 1.0),
+      slope_(experts_, assumed_slope_),
+      slope_now_(experts_, 0.0),
+      history_((delay_ + 3) * experts_, 0.0),
+      move_mean_(experts_, 0.0),
+      reference_load_(experts_, 0.0),
+      reference_bias_(experts_, 0.0),
+      backoff_(kFirstBackoff),
+      base_(experts_, 0.0),
+      pattern_(experts_, 0.0),
+      // Codes of different layers are orthogonal where N is a power of two, so that a layer is not taken for another.
+      code_(1 + static_cast<std::size_t>(layer) % (std::max<std::size_t>(std::bit_floor(experts_), 2) - 1)),
+      offset_(experts_, 0.0),
+      signs_(delay_ + 3, 0.0),
+      sign_seen_((kSigns.size() + 1) * static_cast<std::size_t>(config.expert_bias.limits.cadence) + delay_ +
+                     kLags + 1,
+                 0.0),
+      bias_along_(sign_seen_.size(), 0.0),
+      load_along_(sign_seen_.size(), 0.0) {
+  for (std::vector<double>& load : load_) load.assign(experts_, 0.0);
+  for (std::size_t i = 0; i < config.model.targets.size(); ++i) {
+    weight_[i] = config.model.targets[i] * static_cast<double>(experts_);
+    per_weight_[i] = weight_[i] > 0 ? 1 / weight_[i] : 0;
+  }
+}
+
+void ResponseCheck::Sums::add(const Sums& more, double keep) {
+  zy = keep * zy + more.zy;
+  zx = keep * zx + more.zx;
+  zz = keep * zz + more.zz;
+}
+
+std::optional<ResponseCheck::Estimate> ResponseCheck::Sums::estimate(double noise_sq) const {
+  if (!(zx > 0) || !(zz > 0)) return std::nullopt;
+  return Estimate{zy / zx, std::sqrt(noise_sq * zz) / zx};
+}
+
+std::span<const double> ResponseCheck::bias(std::size_t ago) const {
+  const std::size_t slots = delay_ + 3, at = (newest_ + slots - ago) % slots;
+  return std::span(history_).subspan(at * experts_, experts_);
+}
+
+void ResponseCheck::remember(std::span<const double> in_force) {
+  newest_ = (newest_ + 1) % (delay_ + 3);
+  signs_[newest_] = sign_;
+  std::copy(in_force.begin(), in_force.end(),
+            history_.begin() + static_cast<std::ptrdiff_t>(newest_ * experts_));
+}
+
+void ResponseCheck::observe(const RoutingStats* stats, double floor_cv, std::span<const double> in_force) {
+  remember(in_force);
+  if (stats == nullptr) {
+    restart();
+    return;
+  }
+  floor_sq_ = floor_cv * floor_cv;
+  follow_slope(*stats);
+  follow_load(*stats);
+  if (++filled_ <= static_cast<std::int64_t>(delay_) + 3) {
+    if (filled_ == static_cast<std::int64_t>(delay_) + 3) {
+      set_reference();
+      moves_ = {};
+      std::fill(move_mean_.begin(), move_mean_.end(), 0.0);
+    }
+    return;
+  }
+  compare();
+  judge();
+}
+
+void ResponseCheck::follow_slope(const RoutingStats& stats) {
+  if (!stats.load_slope(slope_now_)) return;
+  const double weight = scaled_ ? kSlopeEma : 1;
+  if (!scaled_) moves_ = {};
+  scaled_ = true;
+  for_each_eight(experts_, [&](std::size_t i, auto at) {
+    const Double8 slope = at.get(&slope_[i]);
+    at.put(&slope_[i], slope + weight * (at.get(&slope_now_[i]) * at.get(&per_weight_[i]) - slope));
+  });
+}
+
+void ResponseCheck::follow_load(const RoutingStats& stats) {
+  std::swap(load_[2], load_[1]);
+  std::swap(load_[1], load_[0]);
+  const double scale = static_cast<double>(experts_) / static_cast<double>(stats.assignments());
+  const std::span<const std::int64_t> counts = stats.counts();
+  double change_sq = sum_over(experts_, [&](std::size_t i, auto at) -> Double8 {
+    const Double8 load = at.get(&counts[i]) * scale * at.get(&per_weight_[i]);
+    at.put(&load_[0][i], load);
+    const Double8 change = at.keep(load - at.get(&load_[1][i]));
+    return change * change;
+  });
+  if (filled_ == 0) return;
+  change_sq /= 2 * static_cast<double>(experts_);
+  noise_sq_ += (noise_sq_ > 0 ? kNoiseEma : 1) * (change_sq - noise_sq_);
+}
+
+// The regressions. Only differences between experts count: a bias that all have in common does nothing, so each
+// expected change is taken less the mean that leaves the sum of all loads as it is.
+void ResponseCheck::compare() {
+  const std::size_t back = delay_ == 0 ? 2 : 1;
+  const std::span<const double> now = bias(delay_), last = bias(delay_ + 1), before = bias(delay_ + back);
+  const std::span<const double> load = load_[0], load_before = load_[back];
+  const double total = sum_over(
+      experts_, [&](std::size_t i, auto at) -> Double8 { return at.get(&weight_[i]) * at.get(&slope_[i]); });
+  moves_.add({}, kMemory);
+  travel_ = {};
+  if (!(total > 0)) return;
+  const double mean_now = weighted_mean(now, weight_, slope_, total);
+  const double mean_last = weighted_mean(last, weight_, slope_, total);
+  const double mean_before = back == 1 ? mean_last : weighted_mean(before, weight_, slope_, total);
+  const double mean_reference = weighted_mean(reference_bias_, weight_, slope_, total);
+  Double8 zy = splat(0), zx = splat(0), zz = splat(0), wy = splat(0), ww = splat(0), noise = splat(0);
+  const auto body = [&](std::size_t i, auto at) {
+    const Double8 slope = at.get(&slope_[i]), b = at.get(&now[i]) - mean_now, y = at.get(&load[i]);
+    const Double8 move = at.keep(b - (at.get(&last[i]) - mean_last)), mean = at.get(&move_mean_[i]);
+    const Double8 z = slope * (move - mean);
+    at.put(&move_mean_[i], mean + kMoveEma * (move - mean));
+    zy += at.keep(z * (y - at.get(&load_before[i])));
+    zx += at.keep(z * slope * (b - (at.get(&before[i]) - mean_before)));
+    zz += at.keep(z * z * y);
+    const Double8 w = at.keep(slope * (b - (at.get(&reference_bias_[i]) - mean_reference)));
+    wy += w * (y - at.get(&reference_load_[i]));
+    ww += w * w;
+    noise += w * w * y;
+  };
+  for_each_eight(experts_, body);
+  moves_.add({sum_of(zy), sum_of(zx), sum_of(zz)}, 1);
+  travel_ = {sum_of(wy), sum_of(ww), sum_of(noise)};
+  if (probes()) follow_probe(total);
+}
+
+// The load changes expected of the pattern are σ(pattern - mean) =: q. What is seen along q, in patterns: <q, y> / <q, q>,
+// and likewise the biases, which hold the probe and what the policy does meanwhile.
+void ResponseCheck::follow_probe(double total) {
+  if (seen_ == load_along_.size()) return;
+  const std::span<const double> now = bias(delay_);
+  const double mean = weighted_mean(pattern_, weight_, slope_, total);
+  const double mean_now = weighted_mean(now, weight_, slope_, total);
+  Double8 qy = splat(0), qb = splat(0), qq = splat(0), noise = splat(0);
+  const auto body = [&](std::size_t i, auto at) {
+    const Double8 slope = at.get(&slope_[i]), q = at.keep(slope * (at.get(&pattern_[i]) - mean));
+    const Double8 load = at.get(&load_[0][i]);
+    qy += q * load;
+    qb += q * slope * (at.get(&now[i]) - mean_now);
+    qq += q * q;
+    noise += q * q * load;
+  };
+  for_each_eight(experts_, body);
+  pattern_sq_ = sum_of(qq);
+  if (!(pattern_sq_ > 0)) return;
+  pattern_noise_ = sum_of(noise);
+  load_along_[seen_] = sum_of(qy) / pattern_sq_;
+  bias_along_[seen_] = sum_of(qb) / pattern_sq_;
+  sign_seen_[seen_] = signs_[(newest_ + signs_.size() - delay_) % signs_.size()];
+  ++seen_;
+}
+
+void ResponseCheck::judge() {
+  if (probes()) {
+    const bool all_made = decision_ > static_cast<std::int64_t>(kSigns.size());
+    if (!all_made) return;
+    // An answer in time is looked for first, then one that is late.
+    const std::int64_t in_time = static_cast<std::int64_t>(delay_) + 1;
+    if (++waited_ == in_time && finds_answer(1)) return;
+    const std::int64_t latest = size_ < 1 ? 0 : static_cast<std::int64_t>(kLags) - 1;
+    if (waited_ == in_time + latest) finish_block();
+    return;
+  }
+  if (held_) return;
+  quiet_ = std::max<std::int64_t>(quiet_ - 1, 0);
+  // An instrument that hardly moved says nothing, however large its gain.
+  const auto answered = [](const std::optional<Estimate>& found) {
+    return found && found->gain - kSure * found->error > kAnswers &&
+           found->error < std::max(kSharp, kSharp * found->gain / 2);
+  };
+  const std::optional<Estimate> travel = travel_.estimate(2 * noise()), moves = moves_.estimate(2 * noise());
+  if (answered(travel)) {
+    state_ = Response::kAnswers;
+    found_ = travel;
+    set_reference();
+  } else if (travel && travel->gain + kSure * travel->error < 1) {
+    if (answered(moves)) {
+      set_reference();
+    } else if (quiet_ == 0) {
+      start_probe();
+    }
+  }
+  if (state_ != Response::kProbing && answered(moves)) {
+    state_ = Response::kAnswers;
+    found_ = moves;
+  }
+}
+
+void ResponseCheck::set_reference() {
+  const std::span<const double> now = bias(delay_);
+  std::copy(now.begin(), now.end(), reference_bias_.begin());
+  std::copy(load_[0].begin(), load_[0].end(), reference_load_.begin());
+}
+
+void ResponseCheck::start_probe() {
+  state_ = Response::kProbing;
+  blocks_ = 0;
+  probe_ = {};
+  held_ = false;
+  size_ = scaled_ ? 1 : kSmallestSize;
+  start_block();
+}
+
+void ResponseCheck::start_block() {
+  decision_ = 0;
+  waited_ = 0;
+  seen_ = 0;
+  const double n = static_cast<double>(experts_);
+  const double load = std::min(std::sqrt(noise() / (kSigns.size() * n)) / kProbeError, kLargestProbe) * size_;
+  const double mean_slope = sum_of(slope_) / n;
+  for (std::size_t i = 0; i < experts_; ++i) {
+    const double size = mean_slope > 0 ? load / std::max(slope_[i], mean_slope / 4) : 0;
+    pattern_[i] = std::min(size, rate_ / 2) * (std::popcount(i & code_) % 2 == 0 ? 1 : -1);
+  }
+  const double mean = sum_of(pattern_) / n;
+  for (double& part : pattern_) part -= mean;
+}
+
+// The regression over this block and those before it, for an answer that is `late` steps late.
+ResponseCheck::Sums ResponseCheck::answer(std::size_t late) const {
+  // A line is taken out of the pattern, which takes it out of the product too.
+  const double n = static_cast<double>(seen_), middle = (n - 1) / 2;
+  const auto in_force = [&](std::size_t t) { return t < late ? 0 : sign_seen_[t - late]; };
+  double mean = 0, slope = 0;
+  for (std::size_t t = 0; t < seen_; ++t) {
+    mean += in_force(t) / n;
+    slope += in_force(t) * (static_cast<double>(t) - middle) / (n * (n * n - 1) / 12);
+  }
+  Sums sums = probe_[late];
+  for (std::size_t t = 0; t < seen_ && seen_ > 2; ++t) {
+    const double z = in_force(t) - mean - slope * (static_cast<double>(t) - middle);
+    const double biases = bias_along_[t < late ? 0 : t - late];
+    sums.add({pattern_sq_ * z * load_along_[t], pattern_sq_ * z * biases, pattern_noise_ * z * z}, 1);
+  }
+  return sums;
+}
+
+bool ResponseCheck::finds_answer(std::size_t lags) {
+  for (std::size_t late = 0; late < lags; ++late) {
+    const std::optional<Estimate> found = answer(late).estimate(noise());
+    const double sure = held_ || late > 0 ? kVerySure : kSure;
+    if (!found || found->gain - sure * found->error <= 0 || found->gain <= kAnswers) continue;
+    if (late > 0 && found->gain <= 2 * std::abs(answer(0).estimate(noise())->gain)) continue;
+    state_ = Response::kAnswers;
+    found_ = found;
+    late_ = static_cast<int>(late);
+    backoff_ = held_ ? kFirstBackoff : std::min(2 * backoff_, kLastBackoff);
+    quiet_ = backoff_;
+    held_ = false;
+    moves_ = {};
+    set_reference();
+    return true;
+  }
+  return false;
+}
+
+void ResponseCheck::finish_block() {
+  if (size_ == 1 && finds_answer(kLags)) return;
+  ++blocks_;
+  const std::optional<Estimate> found = answer(0).estimate(noise());
+  if (size_ == 1 && found && found->gain + kVerySure * found->error < kSilent) {
+    state_ = Response::kUnresponsive;
+    found_ = found;
+    late_ = 0;
+    held_ = true;
+    std::copy(reference_bias_.begin(), reference_bias_.end(), base_.begin());
+    pause();
+    return;
+  }
+  if (blocks_ >= kMaxBlocks) {
+    if (held_) return pause();
+    // The limits leave no room for a probe that tells.
+    state_ = Response::kUnknown;
+    found_.reset();
+    quiet_ = kLastBackoff;
+    set_reference();
+    return;
+  }
+  // Blocks of one size add up.
+  for (std::size_t late = 0; late < kLags; ++late) probe_[late] = size_ < 1 ? Sums{} : answer(late);
+  size_ = 1;
+  start_block();
+}
+
+void ResponseCheck::pause() {
+  decision_ = -kPause;
+  blocks_ = 0;
+  probe_ = {};
+}
+
+void ResponseCheck::restart() {
+  filled_ = 0;
+  sign_ = 0;
+  std::fill(offset_.begin(), offset_.end(), 0.0);
+  if (held_) {
+    pause();
+  } else {
+    state_ = Response::kUnknown;
+    found_.reset();
+  }
+}
+
+double ResponseCheck::next_sign() const {
+  const bool moves = probes() && decision_ < static_cast<std::int64_t>(kSigns.size());
+  return moves ? kSigns[static_cast<std::size_t>(decision_)] : 0;
+}
+
+void ResponseCheck::adjust(std::span<double> wanted, LimitReport& why) const {
+  if (held_) {
+    std::copy(base_.begin(), base_.end(), wanted.begin());
+    why.add(Reason::kUnresponsive);
+  }
+  if (!probes()) return;
+  const double sign = next_sign();
+  for (std::size_t i = 0; i < experts_; ++i) wanted[i] += sign * pattern_[i];
+  why.add(Reason::kProbe);
+}
+
+void ResponseCheck::on_applied(const LimitReport& why) {
+  if (!probes() && !held_) return;
+  if (why.has(Reason::kGuard) || why.has(Reason::kRollback) || why.has(Reason::kFallback)) {
+    restart();
+  } else if (!why.held() || why.has(Reason::kDeadband)) {
+    sign_ = next_sign();
+    for (std::size_t i = 0; i < experts_; ++i) offset_[i] = sign_ * pattern_[i];
+    decision_ = std::min<std::int64_t>(decision_ + 1, kSigns.size() + 1);
+    if (decision_ != 0) return;
+    size_ = scaled_ ? 1 : kSmallestSize;
+    start_block();
+  }
+}
+
+Responsiveness ResponseCheck::report() const {
+  Responsiveness out{.state = state_, .late = late_, .scaled = scaled_};
+  if (found_) {
+    out.gain = found_->gain;
+    out.error = found_->error;
+  }
+  return out;
+}
+
+std::optional<double> ResponseCheck::reach() const {
+  if (!scaled_) return in_probabilities_ ? std::optional<double>(1.0) : std::nullopt;
+  const double mean_slope = sum_of(slope_) / static_cast<double>(experts_);
+  if (!(mean_slope > 0)) return std::nullopt;
+  return kReach * token_range_ / mean_slope;
+}
+
+void ResponseCheck::exchange(StateIo& io) {
+  const auto sums = [&](Sums& of) {
+    io.value("response.zy", of.zy);
+    io.value("response.zx", of.zx);
+    io.value("response.zz", of.zz);
+  };
+  io.values("response.slope", slope_, StateIo::kNotNegative);
+  io.value("response.scaled", scaled_);
+  io.values("response.history", history_);
+  std::int64_t newest = static_cast<std::int64_t>(newest_), seen = static_cast<std::int64_t>(seen_);
+  io.value("response.newest", newest, {0, static_cast<std::int64_t>(delay_) + 2});
+  newest_ = static_cast<std::size_t>(newest);
+  io.value("response.steps", filled_);
+  for (std::vector<double>& load : load_) io.values("response.load", load, StateIo::kNotNegative);
+  io.values("response.move_mean", move_mean_);
+  io.values("response.reference_load", reference_load_);
+  io.values("response.reference_bias", reference_bias_);
+  io.value("response.floor_sq", floor_sq_, StateIo::kNotNegative);
+  io.value("response.noise_sq", noise_sq_, StateIo::kNotNegative);
+  sums(moves_);
+  std::int64_t state = static_cast<std::int64_t>(state_), late = late_;
+  io.value("response.state", state, {0, kResponseCount - 1});
+  state_ = static_cast<Response>(state);
+  io.value("response.quiet", quiet_);
+  io.value("response.backoff", backoff_);
+  io.values("response.base", base_);
+  io.values("response.pattern", pattern_);
+  constexpr auto kDecisions = static_cast<std::int64_t>(kSigns.size());
+  io.value("response.decision", decision_, {-kPause, kDecisions + (std::int64_t{1} << 40)});
+  io.value("response.waited", waited_);
+  io.value("response.blocks", blocks_);
+  io.value("response.size", size_, {0, 1});
+  io.values("response.offset", offset_);
+  io.value("response.sign", sign_, {-1, 1});
+  io.values("response.signs", signs_, {-1, 1});
+  io.values("response.sign_seen", sign_seen_, {-1, 1});
+  io.values("response.bias_along", bias_along_);
+  io.values("response.load_along", load_along_);
+  io.value("response.seen", seen, {0, static_cast<std::int64_t>(load_along_.size())});
+  seen_ = static_cast<std::size_t>(seen);
+  io.value("response.pattern_sq", pattern_sq_, StateIo::kNotNegative);
+  io.value("response.pattern_noise", pattern_noise_, StateIo::kNotNegative);
+  for (Sums& probe : probe_) sums(probe);
+  io.value("response.late", late, {0, static_cast<std::int64_t>(kLags) - 1});
+  late_ = static_cast<int>(late);
+  io.value("response.held", held_);
+  bool found = found_.has_value();
+  Estimate estimate = found_.value_or(Estimate{});
+  io.value("response.found", found);
+  io.value("response.gain", estimate.gain);
+  io.value("response.error", estimate.error, StateIo::kNotNegative);
+  found_ = found ? std::optional(estimate) : std::nullopt;
+}
+
+}  // namespace moectl
