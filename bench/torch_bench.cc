@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "moectl/controller.h"
+#include "moectl/torch/controller.h"
 
 namespace {
 
@@ -89,6 +90,41 @@ void step_moectl(benchmark::State& state) {
   state.SetItemsProcessed(state.iterations() * layers * experts);
 }
 BENCHMARK(step_moectl)->Args({kLayers, kExperts})->Args({100, 4096})->Unit(benchmark::kMicrosecond);
+
+// What is there at every step beside the controller's own: are the handed-out tensors (three a layer) still the
+// controller's, and what do they hold now. Two experts, so that few values are written.
+void step_wiring(benchmark::State& state) {
+  moectl::ControllerConfig config;
+  config.mode = moectl::Mode::kOff;
+  config.model.layers = kLayers;
+  config.model.experts = 2;
+  config.model.top_k = 1;
+  moectl::TorchController controller(config);
+  for (auto _ : state) benchmark::DoNotOptimize(&controller.step());
+  state.SetItemsProcessed(state.iterations() * kLayers);
+}
+BENCHMARK(step_wiring)->Unit(benchmark::kNanosecond);
+
+// One record of all scores, with the check of four tokens' choices and without.
+void record_scores(benchmark::State& state) {
+  const torch::NoGradGuard no_grad;
+  torch::manual_seed(1);
+  const torch::Tensor scores = torch::rand({kTokens, kExperts});
+  const auto best = scores.topk(kTopK + 1, 1);
+  moectl::RecordOptions details{.top_values = std::get<0>(best).contiguous()};
+  if (state.range(0) > 0) details.biased_scores = scores;
+  if (state.range(0) > 1) details.scores = scores;
+  const torch::Tensor indices = std::get<1>(best).narrow(1, 0, kTopK).contiguous();
+  moectl::ControllerConfig config;
+  config.model.layers = kLayers;
+  config.model.experts = kExperts;
+  config.model.top_k = kTopK;
+  config.expert_bias.policy = "adaptive_bias";
+  moectl::TorchController controller(config);
+  const torch::AutoGradMode grad(true);
+  for (auto _ : state) controller.record(0, indices, details);
+}
+BENCHMARK(record_scores)->DenseRange(0, 2)->Unit(benchmark::kMicrosecond);
 
 torch::Tensor stacked_loads() {
   std::vector<torch::Tensor> rows;

@@ -222,6 +222,9 @@ class AdaptiveBias final : public Policy {
   }
 
   StatsNeeds needs() const override { return {.gap = options_.form != "counts", .margins = options_.rescue}; }
+  StatsNeeds required() const override {
+    return {.gap = options_.form == "gap" || feedforward_, .margins = options_.rescue};
+  }
 
   void propose(const LayerView& layer, std::span<double> bias) override {
     const std::optional<double> gap = measured_gap(layer.stats);
@@ -400,10 +403,16 @@ class AdaptiveBias final : public Policy {
     double base, far_extra, trend_rate;
   };
   Step step_now() const {
-    const double unit = uses_gap_ ? gap_ : 1.0;
+    const double unit = !uses_gap_ ? 1.0 : gap_ > 0 ? gap_ : tie_unit();
     const bool learns = !limited_ && far_gain_ > 0;
     const double rate = learns ? kTrendRate * gain_ / (far_gain_ * static_cast<double>(first_lag_)) : 0;
     return {gain_ * unit, (far_gain_ - gain_) * unit, rate * gain_ * unit};
+  }
+  // Where all scores are equal, as in a router that starts at zero, the gap is no unit. The first step of the form
+  // `counts` parts them.
+  double tie_unit() const {
+    const bool logits = score_space_ == ScoreSpace::kLogit;
+    return (logits ? kCountsLogitGains : kCountsGains).first / kGapGains.first;
   }
   double integral_step(const Step& step, std::size_t i) const {
     return gain_shares_[i] * (step.base + step.far_extra * far_persistence_[i]) * clip_error(errors_[i]);

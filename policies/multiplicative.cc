@@ -42,6 +42,8 @@ class Multiplicative final : public Policy {
  public:
   explicit Multiplicative(const Options& options) : options_(options) {}
 
+  StatsNeeds needs() const override { return options_.set_point.needs(); }
+
   void propose(const LayerView& layer, std::span<double> value) override {
     const SetPoint& goal = options_.set_point;
     const Metrics::Value seen = goal.metrics(layer).*(goal.metric->value);

@@ -108,7 +108,12 @@ class Pi final : public Policy {
         excess_(goal_.metric->name == kExcess),
         scale_(goal_.target != 0 ? std::abs(goal_.target) : 1.0) {}
 
-  StatsNeeds needs() const override { return {.sequences = excess_}; }
+  StatsNeeds needs() const override {
+    StatsNeeds needs = required();
+    needs.sequences = excess_;  // for a better floor
+    return needs;
+  }
+  StatsNeeds required() const override { return goal_.needs(); }
 
   void propose(const LayerView& layer, std::span<double> value) override {
     decided_ = false;
@@ -243,6 +248,11 @@ PolicyDescription pi() {
                        .description = "move at every decision for a relative error of 1",
                        .min = 0,
                        .max = 100});
+  d.details =
+      "On aux_loss_weight: the weight multiplies Switch's loss N sum f P, where f sums to 1. The same number "
+      "as\n"
+      "Hugging Face's router_aux_loss_coef counts k times as much there, since its f sums to k.\n"
+      "Which target to give: docs/targets.md.\n";
   d.make = [](const PolicyContext&, const PolicyOptions& options) {
     return std::make_unique<Pi>(Options::from(options));
   };

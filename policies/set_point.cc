@@ -1,5 +1,8 @@
 #include "policies/set_point.h"
 
+#include <algorithm>
+#include <initializer_list>
+
 namespace moectl::policies {
 
 SetPoint SetPoint::from(const PolicyOptions& options) {
@@ -9,6 +12,19 @@ SetPoint SetPoint::from(const PolicyOptions& options) {
           .worst = options.text("over_layers") == "worst",
           .ema = options.number("ema"),
           .error_tolerance = options.number("error_tolerance")};
+}
+
+StatsNeeds SetPoint::needs() const {
+  const auto is_one_of = [this](std::initializer_list<Metrics::Value Metrics::*> fields) {
+    return std::find(fields.begin(), fields.end(), metric->value) != fields.end();
+  };
+  return {.probabilities = is_one_of({&Metrics::token_entropy, &Metrics::router_entropy,
+                                      &Metrics::expert_token_information, &Metrics::token_entropy_slope,
+                                      &Metrics::importance_cv, &Metrics::routing_variance,
+                                      &Metrics::router_fsi, &Metrics::router_fhs}),
+          .gradients = is_one_of({&Metrics::grad_norm_variance}),
+          .latencies = is_one_of({&Metrics::latency_p50, &Metrics::latency_p95, &Metrics::latency_p99,
+                                  &Metrics::tail_sensitivity, &Metrics::tail_correlation})};
 }
 
 std::vector<OptionSpec> SetPoint::options(std::string_view metric, double target, double ema,

@@ -25,6 +25,8 @@ struct SetPoint {
   static std::vector<OptionSpec> options(std::string_view metric, double target, double ema,
                                          double error_tolerance);
 
+  /// The sums without which the metric is absent.
+  StatsNeeds needs() const;
   const Metrics& metrics(const LayerView& layer) const { return worst ? layer.worst : layer.metrics; }
   /// Measured value minus target, with the sign reversed if `raises`: a positive error asks for more of the actuator.
   double error(double measured) const { return raises ? target - measured : measured - target; }

@@ -90,6 +90,7 @@ struct ActuatorReport {
   /// In force from the next step on. Mode shadow: what would be in force if the controller acted in this step.
   std::span<const double> applied;
   LimitReport reasons;
+  StatsNeeds missing{};  ///< What the policy requires and this decision's sums lack (`missing_input`).
 };
 
 struct LayerReport {
@@ -112,6 +113,15 @@ struct StepReport {
   ActuatorReport model[kActuatorCount];  ///< Actuators of `scope: model`; others are empty.
   /// What was found in this step; with `log.every` above 1, since the last step that it selects.
   std::span<const Notice> notices;
+};
+
+/// A few tokens of one layer's forward pass, to see whether its router chooses by its bias.
+struct ChoiceSample {
+  std::span<const std::int64_t> experts{};  ///< [tokens × k]
+  /// [tokens × N] the biased scores that selection compared, -inf for experts excluded from the choice. Required.
+  std::span<const float> biased_scores{};
+  /// [tokens × N] the same before the bias was added. Empty = not known: then only the choice itself is checked.
+  std::span<const float> scores{};
 };
 
 class Controller {
@@ -139,6 +149,12 @@ class Controller {
   /// `micro_batch` as above, but a repeat is not compared. If `add` throws, nothing is recorded.
   void record(int layer, const std::function<void(RoutingStats&)>& add, std::int64_t micro_batch = -1);
 
+  /// Checks that the experts are the k largest of the biased scores, and that those are the scores plus the bias in
+  /// force. What is wrong in three steps is a notice of kind `wiring` on this rank: not added, wrong sign, another
+  /// layer's bias, something else, or replayed routes. Not with `model.delay`: the bias was another one then. Throws
+  /// std::invalid_argument as `record`.
+  void check_choices(int layer, const ChoiceSample& sample);
+
   // ---- Deciding. ----
   /// Once an optimizer step: reduce, measure, decide, limit. With `lag: 1` it starts to reduce this step's sums and
   /// decides on those of the step before; the first step has none and holds. Bad data never throws; a failed collective
@@ -162,6 +178,9 @@ class Controller {
   /// Holds every actuator where it is and keeps measuring, until hold(false): the host's emergency brake. So does the
   /// environment variable MOECTL_HOLD, if it is set to anything but 0 when the controller is made. Not saved.
   void hold(bool held = true);
+
+  /// Adds a notice of the host's own to the next step's report. Thread-safe.
+  void say(NoticeKind kind, int layer, std::string_view text);
 
   // ---- The values in force, which the router reads. ----
   std::span<const double> bias(int layer) const;  ///< [N]

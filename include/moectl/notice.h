@@ -12,12 +12,13 @@ enum class NoticeKind : std::uint8_t {
   kInvalid,       ///< Data that cannot be used: the first offence, with field, index and value.
   kMissingInput,  ///< An input that a policy needs has not come.
   kPolicyFailed,  ///< A policy threw an exception: its message, said when it begins.
+  kWiring,        ///< The router does not choose by its layer's bias, or a handed-out tensor was tied again.
   kUnresponsive,  ///< The load does not answer an actuator.
-  kFallback,      ///< Data have been invalid for `safety.fallback_after` decisions: said when that is reached.
-  kConfig,        ///< The config says something else than the data: said once after construction or load.
-  kLog,           ///< The log callback threw an exception: its message.
+  kFallback,  ///< Data have been invalid for `safety.fallback_after` decisions: said when that is reached.
+  kConfig,    ///< The config says something else than the data: said once after construction or load.
+  kLog,       ///< The log callback threw an exception: its message.
 };
-inline constexpr int kNoticeKindCount = 7;
+inline constexpr int kNoticeKindCount = 8;
 std::string_view name_of(NoticeKind kind);
 /// Nothing for an unknown name.
 std::optional<NoticeKind> notice_kind_of(std::string_view name);

@@ -64,6 +64,9 @@ class Policy {
   virtual void on_applied(std::span<const double> /*applied*/, const LimitReport& /*why*/) {}
   /// Optional: the sums that the policy needs beyond counts. Must not change during the policy's life.
   virtual StatsNeeds needs() const { return {}; }
+  /// Optional: those of needs() without which the policy cannot decide; by default all. A decision on tokens that came
+  /// without one of them is held (`missing_input`). Must not change during the policy's life.
+  virtual StatsNeeds required() const { return needs(); }
   /// Optional, required if the policy has memory: writes or reads everything that the next proposal depends on, in
   /// the same entries whatever it has seen, so that a state has one length.
   virtual void exchange(StateIo& /*io*/) {}

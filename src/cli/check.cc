@@ -4,8 +4,12 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 
+#include "base/fields.h"
 #include "cli/tool.h"
 #include "config/config_explain.h"
+#include "control/actuator_loop.h"
+#include "control/guard.h"
+#include "control/inputs.h"
 #include "feasibility/actuators.h"
 #include "moectl/config.h"
 #include "moectl/feasibility.h"
@@ -52,6 +56,27 @@ std::vector<Conflict> judge_targets(const ControllerConfig& config) {
   return conflicts;
 }
 
+/// What the policies of a config need from the router beyond counts.
+struct NeededInputs {
+  std::vector<std::string> required;  ///< Without these a policy is held.
+  std::vector<std::string> used;      ///< These are used where they are recorded.
+};
+NeededInputs inputs_of(const ControllerConfig& config, const PolicyRegistry& registry) {
+  StatsNeeds required, all = config.collect;
+  if (config.guard.enabled) all |= LayerGuard::needs();
+  for (const Actuator actuator : kActuators) {
+    const ActuatorLoop loop(actuator, config, registry, 0);
+    required |= loop.required();
+    all |= loop.needs();
+  }
+  NeededInputs inputs{input_names(required), {}};
+  for (std::string& name : input_names(all)) {
+    if (std::find(inputs.required.begin(), inputs.required.end(), name) == inputs.required.end())
+      inputs.used.push_back(std::move(name));
+  }
+  return inputs;
+}
+
 std::string text_of(const Conflict& conflict) {
   return conflict.suggestion.empty() ? conflict.message
                                      : conflict.message + "; nearest feasible: " + conflict.suggestion;
@@ -76,12 +101,16 @@ int check(const Options& options, const PolicyRegistry& registry) {
   const ActuatorJudgement actuators = judge_actuators(config);
   conflicts.insert(conflicts.end(), actuators.conflicts.begin(), actuators.conflicts.end());
   const bool feasible = conflicts.empty();
+  const NeededInputs inputs = inputs_of(config, registry);
   if (json) {
     auto list = nlohmann::ordered_json::array();
     for (const Conflict& conflict : conflicts) {
       list.push_back({{"metrics", conflict.metrics}, {"message", text_of(conflict)}});
     }
-    nlohmann::ordered_json verdict = {{"valid", true}, {"feasible", feasible}, {"conflicts", list}};
+    nlohmann::ordered_json verdict = {{"valid", true},
+                                      {"feasible", feasible},
+                                      {"conflicts", list},
+                                      {"inputs", {{"required", inputs.required}, {"used", inputs.used}}}};
     if (!actuators.notes.empty()) verdict["notes"] = actuators.notes;
     std::cout << verdict.dump() << '\n';
     return feasible ? 0 : 1;
@@ -92,6 +121,10 @@ int check(const Options& options, const PolicyRegistry& registry) {
   }
   std::cout << to_yaml(config);
   // As comments, so that the output is a valid config.
+  std::vector<std::string> recorded = inputs.required;
+  recorded.insert(recorded.begin(), "the chosen experts");
+  std::cout << "# the router must record: " << listed(recorded) << '\n';
+  if (!inputs.used.empty()) std::cout << "# used where it is recorded: " << listed(inputs.used) << '\n';
   if (config.model.tokens_per_step == 0 && !targets_of(config).empty()) {
     std::cout << "# model.tokens_per_step is not given: no target was compared with a noise floor\n";
   }

@@ -438,6 +438,7 @@ void add_metrics(CLI::App& app, Tool& tool) {
   footer += "Per domain and expert, in json only, as {domain: [...]}:\n";
   for (const DomainField& field : domain_fields()) add_line(field);
   command->footer(footer +
+                  "\nCVs divide by N. NeMo AutoModel's divides by N - 1: sqrt(N/(N-1)) times as large.\n"
                   "\nExamples:\n"
                   "  moectl metrics trace.jsonl\n"
                   "  moectl metrics trace.jsonl.gz --format csv > metrics.csv\n"

@@ -83,6 +83,7 @@ ReportRun::ReportRun(const std::string& path, std::optional<std::int64_t> shift)
   header_ = reader.header();
   shift_ = shift ? shift : header_.shift;
   figures_ = RunFigures(shift_);
+  if (!header_.config_json.empty()) advice_ = Advice(nlohmann::json::parse(header_.config_json));
   // What the page will not show of the experts need not be kept: with hundreds in each of many layers it would be most
   // of the memory. Four times the columns of the load and bias maps are enough to choose from.
   const std::size_t rows = 2U * static_cast<std::size_t>(header_.layers.value_or(1)) *
@@ -215,6 +216,7 @@ void ReportRun::add(const LogRecord& record) {
   const Metrics metrics = metrics_.of(record);
   figures_.add(record, metrics);
   if (record.tag != "train") return;
+  advice_.add(record, metrics);
   const std::size_t column = column_of(record.step);
   const auto put_metric = [&](const char* name, const Metrics::Value& value) {
     if (value) put(series_[name], column, *value);
@@ -367,6 +369,7 @@ json ReportRun::json() const {
   }
   out["floor"] = name_of(figures.floor);
   out["now"] = now_json();
+  out["advice"] = advice_.sentences(out["now"], figures.dead_experts.value_or(0));
   out["validation"] = nlohmann::json::array();
   for (const auto& [step, loss] : validation_) out["validation"].push_back({step, rounded(loss)});
   out["series"] = nlohmann::json::object();

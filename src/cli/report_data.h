@@ -13,6 +13,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cli/advice.h"
 #include "export/run_figures.h"
 #include "moectl/health.h"
 #include "moectl/run_log.h"
@@ -78,8 +79,8 @@ class ReportRun {
   void add(const LogRecord& record);
   void add_alert(const std::string& name, const LogRecord& record, std::size_t column);
   nlohmann::json alerts_json() const;
-  nlohmann::json notices_json() const;
   nlohmann::json now_json() const;
+  nlohmann::json notices_json() const;
   nlohmann::json loss_lines(const Layer& layer, std::size_t columns) const;
   std::size_t column_of(std::int64_t step);
   std::size_t expert_columns() const;
@@ -95,6 +96,7 @@ class ReportRun {
   RecordMetrics metrics_;
   std::vector<double> loads_;  // scratch space
   RunFigures figures_{std::nullopt};
+  Advice advice_{nlohmann::json::object()};
   std::int64_t records_ = 0;
   std::optional<std::int64_t> first_;
   std::int64_t last_ = 0, width_ = 1;

@@ -91,7 +91,7 @@ void ActuatorLoop::limit(LimitContext context, ResponseCheck* check, Notices& no
   context.policy_failed = failed_ && !guard_took_over_;
   LimitReport held;
   if (check != nullptr) {
-    if (!check->holds()) context.reach = check->reach();
+    if (!check->holds() && !guard_took_over_) context.reach = check->reach();
     if (asked_ && !guard_took_over_) {
       std::copy(proposed_.begin(), proposed_.end(), guarded_.begin());
       check->adjust(guarded_, held);

@@ -55,7 +55,10 @@ class ActuatorLoop {
   /// Back to the value that was in force `decisions` calls of remember() ago, 1 or 2.
   void undo(std::size_t decisions) { applied_ = before_[decisions - 1]; }
 
+  bool taken_over() const { return guard_took_over_; }
+
   StatsNeeds needs() const { return policy_->needs(); }
+  StatsNeeds required() const { return policy_->required(); }
   std::span<const double> applied() const { return applied_; }
   /// Of the last step.
   const LimitReport& reasons() const { return reasons_; }

@@ -31,6 +31,13 @@ void Controller::record(int layer, const std::function<void(RoutingStats&)>& add
   loop_->record_foreign(layer, micro_batch, add);
 }
 
+void Controller::check_choices(int layer, const ChoiceSample& sample) {
+  loop_->check_choices(layer, sample);
+}
+void Controller::say(NoticeKind kind, int layer, std::string_view text) {
+  loop_->say(kind, layer, text);
+}
+
 const StepReport& Controller::step(const StepInfo& info) {
   return loop_->step(info);
 }

@@ -120,8 +120,37 @@ const StepReport& Controller::Loop::step(const StepInfo& info) {
     guard();
     limit();
   }
+  take_what_was_said();
   log();
   return report_;
+}
+
+void Controller::Loop::check_choices(int layer, const ChoiceSample& sample) {
+  Layer& at = layer_at(layer);
+  const auto n = static_cast<std::size_t>(shape_.experts), k = static_cast<std::size_t>(shape_.top_k);
+  const std::size_t tokens = sample.experts.size() / k;
+  if (sample.experts.size() != tokens * k || sample.biased_scores.size() != tokens * n ||
+      (!sample.scores.empty() && sample.scores.size() != tokens * n)) {
+    throw std::invalid_argument(
+        "choice sample: must hold tokens × top_k experts and tokens × experts scores");
+  }
+  if (config_.mode == Mode::kOff || config_.model.delay > 0) return;
+  const auto bias_of = [this](int l) { return in_force(Actuator::kExpertBias, l); };
+  const std::lock_guard lock(at.mutex);
+  const std::string text =
+      at.choices.observe(judge_choices(sample, shape_.top_k, layer, config_.model.layers, bias_of), steps_);
+  if (!text.empty()) say(NoticeKind::kWiring, layer, text);
+}
+
+void Controller::Loop::say(NoticeKind kind, int layer, std::string_view text) {
+  const std::lock_guard lock(said_mutex_);
+  said_.push_back({kind, layer, std::string(text)});
+}
+
+void Controller::Loop::take_what_was_said() {
+  const std::lock_guard lock(said_mutex_);
+  for (const Said& said : said_) notices_.add(said.kind, said.layer, steps_, {said.text});
+  said_.clear();
 }
 
 // Replaces this rank's sums by the sums over all ranks. Nothing else changes until the collective has succeeded, so a
@@ -530,12 +559,37 @@ void Controller::Loop::guard() {
   });
 }
 
+// What the policy requires and the sums of its decision lack: said once it has lasted.
+StatsNeeds Controller::Loop::missing(ActuatorLoop& loop, std::size_t actuator, int layer) {
+  const StatsNeeds required = loop.required();
+  StatsNeeds missing;
+  for (std::size_t l = 0; l < layers_.size(); ++l) {
+    if (layer >= 0 && l != static_cast<std::size_t>(layer)) continue;
+    const RoutingStats& stats = *layer_inputs(loop, *layers_[l], layer < 0 ? l : 0).stats;
+    if (stats.tokens() > 0) missing |= missing_in(stats, required);
+  }
+  const ActuatorConfig& own = config_.actuator(kActuators[actuator]);
+  InputWatch& watch =
+      layer < 0 ? model_inputs_watch_[actuator] : layers_[static_cast<std::size_t>(layer)]->inputs[actuator];
+  if (watch.observe(missing, own.limits.cadence, config_.monitor.health.dwell)) {
+    notices_.add(
+        NoticeKind::kMissingInput, layer, steps_,
+        {name_of(kActuators[actuator]), ": policy ", own.policy, " needs ", input_name(missing),
+         ", which are not recorded for all tokens: held. `moectl check` lists what a config needs from the "
+         "router"});
+  }
+  return missing;
+}
+
 void Controller::Loop::limit() {
   const bool many_ranks = reduction_ || exchange_;
   for_each_actuator([&](ActuatorLoop& loop, std::size_t actuator, int layer) {
     if (many_ranks) loop.remember();
     if (ranks_differ_) return loop.hold_ranks();
     const DecisionInputs seen = inputs(loop, actuator, layer);
+    const bool decides = seen.valid && seen.has_data && loop.due(steps_);
+    const StatsNeeds lacking = decides ? missing(loop, actuator, layer) : StatsNeeds{};
+    (layer < 0 ? model_missing_ : layers_[static_cast<std::size_t>(layer)]->missing)[actuator] = lacking;
     const bool biases = kActuators[actuator] == Actuator::kExpertBias;
     std::optional<ResponseCheck>* check =
         biases ? &layers_[static_cast<std::size_t>(layer)]->response : nullptr;
@@ -546,6 +600,7 @@ void Controller::Loop::limit() {
                 .frozen = seen.frozen,
                 .host_hold = held_,
                 .at_cadence = loop.due(steps_),
+                .missing_input = lacking != StatsNeeds{} && !loop.taken_over(),
                 .loss = info_.loss,
                 .drop_rate = seen.drop_rate},
                check != nullptr && *check ? &**check : nullptr, notices_);
@@ -564,12 +619,16 @@ void Controller::Loop::log() {
     out.responsiveness =
         layer.response && !layer.frozen && !held_ ? layer.response->report() : Responsiveness{};
     for (std::size_t a = 0; a < kActuatorCount; ++a) {
-      if (layer.loops[a]) out.actuators[a] = layer.loops[a]->report();
+      if (!layer.loops[a]) continue;
+      out.actuators[a] = layer.loops[a]->report();
+      out.actuators[a].missing = layer.missing[a];
     }
   }
   if (config_.mode != Mode::kOff) {
     for (std::size_t a = 0; a < kActuatorCount; ++a) {
-      if (model_loops_[a]) report_.model[a] = model_loops_[a]->report();
+      if (!model_loops_[a]) continue;
+      report_.model[a] = model_loops_[a]->report();
+      report_.model[a].missing = model_missing_[a];
     }
   }
   report_.step = steps_++;

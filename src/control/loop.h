@@ -11,7 +11,9 @@
 #include <vector>
 
 #include "control/actuator_loop.h"
+#include "control/choice_check.h"
 #include "control/guard.h"
+#include "control/inputs.h"
 #include "control/notices.h"
 #include "control/payload.h"
 #include "control/pending_reduction.h"
@@ -37,6 +39,8 @@ class Controller::Loop {
   /// The same where `add` is the host's: what it added before it threw is taken back.
   void record(int layer, std::int64_t micro_batch, const RoutingBatch& batch);
   void record_foreign(int layer, std::int64_t micro_batch, const std::function<void(RoutingStats&)>& add);
+  void check_choices(int layer, const ChoiceSample& sample);
+  void say(NoticeKind kind, int layer, std::string_view text);
   const StepReport& step(const StepInfo& info);
 
   void set_reduction(Reduction reduction);
@@ -62,6 +66,7 @@ class Controller::Loop {
     std::vector<std::int64_t> seen;           // micro-batches recorded since the last step
     std::vector<std::uint64_t> fingerprints;  // of their records
     RoutingStats backup;                      // of the sums, while the host adds to them
+    ChoiceCheck choices;
     // Deciding.
     bool frozen = false;
     double gap_width = 0;   // for what is recorded before the next step
@@ -78,6 +83,8 @@ class Controller::Loop {
     std::optional<ResponseCheck> response;
     bool response_told = false;                                     // that the load does not answer
     std::array<std::optional<ActuatorLoop>, kActuatorCount> loops;  // those of `scope: layer`
+    std::array<InputWatch, kActuatorCount> inputs;
+    std::array<StatsNeeds, kActuatorCount> missing;
   };
   // The inputs of one decision.
   struct DecisionInputs {
@@ -116,6 +123,7 @@ class Controller::Loop {
   void say_unused_experts();
   void hold_if_some_failed();
   void clear_intake();
+  void take_what_was_said();
   std::uint64_t actuation_hash() const;
   template <class Visit>
   void for_each_actuator(Visit&& visit);
@@ -123,6 +131,7 @@ class Controller::Loop {
   DecisionInputs layer_inputs(ActuatorLoop& loop, Layer& layer, std::size_t window);
   DecisionInputs model_inputs(ActuatorLoop& loop, std::size_t actuator);
   bool guard_acts() const;
+  StatsNeeds missing(ActuatorLoop& loop, std::size_t actuator, int layer);
   [[noreturn]] static void refuse_repeat(int layer, std::int64_t micro_batch);
 
   void exchange(StateIo& io);
@@ -133,6 +142,8 @@ class Controller::Loop {
   StatsShape shape_;
   std::vector<std::unique_ptr<Layer>> layers_;
   std::array<std::optional<ActuatorLoop>, kActuatorCount> model_loops_;  // those of `scope: model`
+  std::array<InputWatch, kActuatorCount> model_inputs_watch_;
+  std::array<StatsNeeds, kActuatorCount> model_missing_;
   // Of those, what was in force when no guard acted: where every guard takes its actuator back to, though another may
   // have moved it already.
   std::array<double, kActuatorCount> before_guards_{};
@@ -153,6 +164,13 @@ class Controller::Loop {
   bool arrived_ = false;                     // payload_ holds them, reduced
   bool ranks_differ_ = false;                // a policy failed on some of them: all hold
   Notices notices_{0};
+  struct Said {
+    NoticeKind kind;
+    int layer;
+    std::string text;
+  };
+  std::mutex said_mutex_;
+  std::vector<Said> said_;  // since the last step
   bool log_failed_ = false;
   // What the config states, compared with the first steps that have data.
   std::int64_t compared_ = 0;

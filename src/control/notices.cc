@@ -9,7 +9,7 @@ namespace moectl {
 namespace {
 
 constexpr std::array<std::string_view, kNoticeKindCount> kNames = {
-    "invalid", "missing_input", "policy_failed", "unresponsive", "fallback", "config", "log"};
+    "invalid", "missing_input", "policy_failed", "wiring", "unresponsive", "fallback", "config", "log"};
 constexpr std::size_t kTextSize = 240;
 
 }  // namespace

@@ -26,7 +26,7 @@ constexpr double kAnswers = 0.25, kSilent = 0.5;
 constexpr std::array<double, 8> kSigns = {1, 1, -1, 1, -1, -1, -1, 1};
 constexpr double kProbeError = 0.06;   // standard error of the gain after one block
 constexpr double kLargestProbe = 0.5;  // relative load
-constexpr double kSmallestSize = 0.25;
+constexpr double kSmallestSize = 1.0 / 64, kSizeStep = 8;
 constexpr std::int64_t kPause = 8;  // decisions between the probes of a held layer
 constexpr std::int64_t kMaxBlocks = 6;
 constexpr std::int64_t kFirstBackoff = 32, kLastBackoff = 128;
@@ -270,9 +270,16 @@ void ResponseCheck::start_block() {
   const double n = static_cast<double>(experts_);
   const double load = std::min(std::sqrt(noise() / (kSigns.size() * n)) / kProbeError, kLargestProbe) * size_;
   const double mean_slope = sum_of(slope_) / n;
+  std::size_t cut = 0;
   for (std::size_t i = 0; i < experts_; ++i) {
     const double size = mean_slope > 0 ? load / std::max(slope_[i], mean_slope / 4) : 0;
     pattern_[i] = std::min(size, rate_ / 2) * (std::popcount(i & code_) % 2 == 0 ? 1 : -1);
+    cut += std::min(size, rate_ / 2) < size / 2 ? 1 : 0;
+  }
+  // A rate that leaves no room for a probe that tells is not fought.
+  if (2 * cut > experts_ && !held_) {
+    give_up();
+    return;
   }
   const double mean = sum_of(pattern_) / n;
   for (double& part : pattern_) part -= mean;
@@ -331,17 +338,20 @@ void ResponseCheck::finish_block() {
   }
   if (blocks_ >= kMaxBlocks) {
     if (held_) return pause();
-    // The limits leave no room for a probe that tells.
-    state_ = Response::kUnknown;
-    found_.reset();
-    quiet_ = kLastBackoff;
-    set_reference();
+    give_up();
     return;
   }
   // Blocks of one size add up.
   for (std::size_t late = 0; late < kLags; ++late) probe_[late] = size_ < 1 ? Sums{} : answer(late);
-  size_ = 1;
+  size_ = std::min(size_ * kSizeStep, 1.0);
   start_block();
+}
+
+void ResponseCheck::give_up() {
+  state_ = Response::kUnknown;
+  found_.reset();
+  quiet_ = kLastBackoff;
+  set_reference();
 }
 
 void ResponseCheck::pause() {

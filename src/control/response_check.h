@@ -20,7 +20,7 @@
 //
 // Without a measured slope (counts only) a low one is assumed: 1 a unit of probability, because scores within [0, 1]
 // cannot lie farther apart; 0.1 a logit. A healthy layer shows a multiple of it, so the gain then says no more than
-// the sign. The probe starts at a quarter of its size, so that it stays small where the slope is large.
+// the sign. The probe starts at 1/64 of its size, so that it stays small where the slope is large.
 #pragma once
 
 #include <array>
@@ -88,6 +88,7 @@ class ResponseCheck {
   Sums answer(std::size_t late) const;
   bool finds_answer(std::size_t lags);
   void finish_block();
+  void give_up();
   void pause();
   void follow_probe(double total);
   double noise() const { return floor_sq_ > noise_sq_ ? floor_sq_ : noise_sq_; }
@@ -118,7 +119,7 @@ class ResponseCheck {
   std::vector<double> base_, pattern_;
   std::int64_t decision_ = 0;  // of the block; negative: before it
   std::int64_t waited_ = 0, blocks_ = 0;
-  double size_ = 0;   // 1/4 to 1
+  double size_ = 0;   // 1/64 to 1
   std::size_t code_;  // of the pattern
   double sign_ = 0;
   std::vector<double> offset_, signs_;  // in force; the sign in force at each place of history_

@@ -269,6 +269,7 @@ LimitReport SafetyLimiter::apply(const LimitContext& context, std::span<const do
 }
 
 std::optional<Reason> SafetyLimiter::hold_reason(const LimitContext& context) const {
+  if (context.missing_input) return Reason::kMissingInput;
   if (!context.has_data) return Reason::kNoData;
   if (context.policy_failed) return Reason::kPolicyFailed;
   if (context.skipped) return Reason::kSkippedStep;

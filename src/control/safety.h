@@ -21,6 +21,7 @@ struct LimitContext {
   bool frozen = false;
   bool host_hold = false;
   bool at_cadence = true;
+  bool missing_input = false;  ///< The sums lack what the policy requires.
   bool policy_failed = false;  ///< The policy threw an exception.
   std::optional<double> loss = {};
   std::optional<double> drop_rate = {};

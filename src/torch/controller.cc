@@ -1,11 +1,14 @@
 #include "moectl/torch/controller.h"
 
+#include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <span>
 #include <sstream>
 #include <stdexcept>
 #include <utility>
 
+#include "control/inputs.h"
 #include "torch/device_sums.h"
 #include "torch/host_batch.h"
 #include "torch/side_stream.h"
@@ -27,6 +30,25 @@ bool RecordingGuard::active() {
   return recording_guards > 0;
 }
 
+/// Inputs that some call of record came without, on this rank.
+struct TorchController::NotGiven {
+  std::atomic<bool> top_values{false}, biased_scores{false}, probabilities{false}, domain_ids{false};
+
+  void note(const RecordOptions& options) {
+    const auto set = [](std::atomic<bool>& flag, const ::torch::Tensor& tensor) {
+      if (!tensor.defined()) flag.store(true, std::memory_order_relaxed);
+    };
+    set(top_values, options.top_values);
+    set(biased_scores, options.biased_scores);
+    set(probabilities, options.probabilities);
+    set(domain_ids, options.domain_ids);
+  }
+  bool any_of(const StatsNeeds& needs) const {
+    return (needs.gap && top_values) || ((needs.margins || needs.margin_rows) && biased_scores) ||
+           (needs.probabilities && probabilities) || (needs.domains > 0 && domain_ids);
+  }
+};
+
 struct TorchController::Outbox {
   explicit Outbox(const ::torch::Tensor& values)
       : floats(host_buffer(values.numel(), ::torch::kFloat, values.device())),
@@ -40,7 +62,7 @@ struct TorchController::Outbox {
 
 TorchController::TorchController(ControllerConfig config, const TorchOptions& options,
                                  const PolicyRegistry& registry)
-    : options_(options), controller_(std::move(config), registry) {
+    : options_(options), controller_(std::move(config), registry), not_given_(std::make_shared<NotGiven>()) {
   const ModelConfig& model = controller_.config().model;
   // Plain tensors even when the host builds its model in inference mode: their versions must count (see publish).
   const c10::InferenceMode normal(false);
@@ -66,8 +88,10 @@ bool TorchController::recording() {
 
 void TorchController::record(int layer, const ::torch::Tensor& indices, const RecordOptions& options) {
   if (!recording() || controller_.config().mode == Mode::kOff) return;
+  if (!inputs_came_) not_given_->note(options);
   if (!sums_ || !indices.defined() || indices.device().type() != sums_->device().type()) {
     controller_.record(layer, HostBatch(controller_.shape(), indices, options).batch(), options.micro_batch);
+    check_choices(layer, indices, options);
     return;
   }
   check_record(controller_.shape(), indices, options);
@@ -77,11 +101,63 @@ void TorchController::record(int layer, const ::torch::Tensor& indices, const Re
 }
 
 const StepReport& TorchController::step(const StepInfo& info) {
-  check_wiring();
+  check_wiring(/*loading=*/false);
   if (sums_ && controller_.config().lag == 0) sums_->drain(controller_);
   const StepReport& report = controller_.step(info);
   publish();
+  if (!inputs_came_) check_inputs(report);
   return report;
+}
+
+// A few tokens in a row, each time others. Nothing of an accelerator is read: that would wait for it.
+void TorchController::check_choices(int layer, const ::torch::Tensor& indices, const RecordOptions& options) {
+  constexpr std::int64_t kTokens = 4;
+  const ::torch::Tensor &biased = options.biased_scores, &scores = options.scores;
+  if (!biased.defined() || !biased.is_cpu() || indices.numel() == 0) return;
+  const ::torch::NoGradGuard no_grad;
+  const StatsShape& shape = controller_.shape();
+  const std::int64_t tokens = indices.numel() / shape.top_k, count = std::min(kTokens, tokens);
+  const std::int64_t from = 7 * controller_.steps() % (tokens - count + 1);
+  if (options.mask.defined() && !options.mask.reshape(-1).narrow(0, from, count).ne(0).all().item<bool>())
+    return;
+  const auto rows = [&](const ::torch::Tensor& tensor, ::torch::ScalarType type) {
+    return tensor.detach().reshape({tokens, -1}).narrow(0, from, count).to(::torch::kCPU, type).contiguous();
+  };
+  const auto floats = [](const ::torch::Tensor& tensor) {
+    return std::span<const float>(tensor.data_ptr<float>(), static_cast<std::size_t>(tensor.numel()));
+  };
+  const ::torch::Tensor chosen = rows(indices, ::torch::kLong), v = rows(biased, ::torch::kFloat);
+  ChoiceSample sample{.experts = {chosen.data_ptr<std::int64_t>(), static_cast<std::size_t>(chosen.numel())},
+                      .biased_scores = floats(v)};
+  ::torch::Tensor s;
+  if (scores.defined() && scores.is_cpu()) {
+    s = rows(scores, ::torch::kFloat);
+    sample.scores = floats(s);
+  }
+  controller_.check_choices(layer, sample);
+}
+
+void TorchController::check_inputs(const StepReport& report) {
+  bool all_asked = true;
+  const auto check = [&](const std::string& where, const ActuatorReport& actuator, Actuator which) {
+    if (actuator.applied.empty()) return;
+    all_asked &= !actuator.proposed.empty();
+    if (!actuator.reasons.has(Reason::kMissingInput)) return;
+    std::string names;
+    for (const std::string& name : input_names(actuator.missing)) names += (names.empty() ? "" : ", ") + name;
+    throw std::invalid_argument(where + std::string(name_of(which)) + ": policy " +
+                                controller_.config().actuator(which).policy + " needs " + names +
+                                (not_given_->any_of(actuator.missing)
+                                     ? ": not given to record() on this rank"
+                                     : ": given on this rank, not on another one") +
+                                ". RecordOptions has a field for each");
+  };
+  for (const LayerReport& layer : report.layers) {
+    for (std::size_t a = 0; a < kActuatorCount; ++a)
+      check("layer " + std::to_string(layer.layer) + ": ", layer.actuators[a], kActuators[a]);
+  }
+  for (std::size_t a = 0; a < kActuatorCount; ++a) check("", report.model[a], kActuators[a]);
+  inputs_came_ = all_asked;
 }
 
 const RouterActuators& TorchController::actuators(int layer) const {
@@ -106,20 +182,22 @@ bool TorchController::is_home(const ::torch::Tensor& tensor, std::int64_t offset
          tensor.scalar_type() == ::torch::kFloat;
 }
 
-void TorchController::check_wiring() {
+void TorchController::check_wiring(bool loading) {
   const std::int64_t layers = controller_.config().model.layers, experts = controller_.config().model.experts;
   for (std::int64_t layer = 0; layer < layers; ++layer) {
     const RouterActuators& handed_out = actuators_[static_cast<std::size_t>(layer)];
     const std::int64_t temperature = layers * experts + layer, weight = temperature + layers;
-    if (!is_home(handed_out.bias, layer * experts, experts)) rewire(layer, "bias", &RouterActuators::bias);
+    if (!is_home(handed_out.bias, layer * experts, experts))
+      rewire(layer, "bias", &RouterActuators::bias, loading);
     if (!is_home(handed_out.temperature, temperature, 1))
-      rewire(layer, "temperature", &RouterActuators::temperature);
+      rewire(layer, "temperature", &RouterActuators::temperature, loading);
     if (!is_home(handed_out.aux_loss_weight, weight, 1))
-      rewire(layer, "aux_loss_weight", &RouterActuators::aux_loss_weight);
+      rewire(layer, "aux_loss_weight", &RouterActuators::aux_loss_weight, loading);
   }
 }
 
-void TorchController::rewire(std::int64_t layer, const char* name, ::torch::Tensor RouterActuators::*which) {
+void TorchController::rewire(std::int64_t layer, const char* name, ::torch::Tensor RouterActuators::*which,
+                             bool loading) {
   const c10::InferenceMode normal(false);
   const ::torch::NoGradGuard no_grad;
   ::torch::Tensor& tensor = actuators_[static_cast<std::size_t>(layer)].*which;
@@ -137,10 +215,12 @@ void TorchController::rewire(std::int64_t layer, const char* name, ::torch::Tens
   }
   tensor.set_data(home);
   ++rewired_;
-  TORCH_WARN(what.str(),
-             ", as after torch::load or Module::to(dtype). It was tied to the controller again and holds the "
-             "values in "
-             "force (float32). Values that came with a checkpoint are not taken over.");
+  if (loading) return;  // the usual way: the model's checkpoint first, then the controller's state
+  what << ", as after torch::load or Module::to(dtype). It was tied to the controller again and holds the "
+          "values in "
+          "force (float32). Values that came with a checkpoint are not taken over.";
+  TORCH_WARN(what.str());
+  controller_.say(NoticeKind::kWiring, static_cast<int>(layer), what.str());
 }
 
 void TorchController::publish() {
@@ -178,7 +258,7 @@ void TorchController::save(::torch::serialize::OutputArchive& archive, const std
 }
 
 void TorchController::load(std::string_view state) {
-  check_wiring();
+  check_wiring(/*loading=*/true);
   controller_.load(state);
   if (sums_) sums_->clear();
   publish();

@@ -58,6 +58,8 @@ void check_record(const StatsShape& shape, const ::torch::Tensor& indices, const
     require(values.numel() == tokens * shape.experts, "biased_scores", values, "must be [T, N]");
     require(options.top_values.defined(), "biased_scores", values, "must come with top_values");
   }
+  if (const auto& values = options.scores; values.defined())
+    require(values.numel() == tokens * shape.experts, "scores", values, "must be [T, N]");
   if (const auto& values = options.probabilities; values.defined())
     require(values.numel() == tokens * shape.experts, "probabilities", values, "must be [T, N]");
   if (const auto& ids = options.domain_ids; ids.defined())

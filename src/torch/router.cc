@@ -154,6 +154,7 @@ void TopKRouterImpl::select(const Tensor& scores, const Tensor& bias, RouterOutp
   if (choices > k) {
     out.top_values = values.to(::torch::kFloat32).contiguous();
     out.biased_scores = selection.to(::torch::kFloat32);
+    out.scores = scores.to(::torch::kFloat32);
   }
 }
 

@@ -81,9 +81,28 @@ TEST(Check, ATargetBelowTheNoiseFloorIsInfeasible) {
   dir.write("over.yaml", with_target("load_cv", "0.06"));
   const ToolResult over = run_tool(dir, "check over.yaml --format json");
   EXPECT_EQ(over.code, 0);
-  EXPECT_EQ(over.out, "{\"valid\":true,\"feasible\":true,\"conflicts\":[]}\n");
+  EXPECT_EQ(over.out,
+            "{\"valid\":true,\"feasible\":true,\"conflicts\":[],\"inputs\":{\"required\":[],\"used\":[]}}\n");
   dir.write("vio.yaml", with_target("max_vio", "0.05"));
   EXPECT_EQ(run_tool(dir, "check vio.yaml").code, 1);
+}
+
+TEST(FieldCases, A4_CheckListsWhatAConfigNeedsFromTheRouter) {
+  const TempDir dir;
+  const std::string model = "version: 1\nmodel: {layers: 1, experts: 8, top_k: 2}\n";
+  dir.write("gap.yaml", model +
+                            "expert_bias: {policy: adaptive_bias, options: {form: gap, rescue: true}}\n"
+                            "router_temperature: {policy: entropy_temperature}\n");
+  EXPECT_THAT(
+      run_tool(dir, "check gap.yaml").out,
+      HasSubstr("# the router must record: the chosen experts, top_values, probabilities, biased_scores\n"));
+  dir.write("auto.yaml", model + "expert_bias: {policy: adaptive_bias}\n");
+  const ToolResult uses = run_tool(dir, "check auto.yaml");
+  EXPECT_THAT(uses.out, HasSubstr("# the router must record: the chosen experts\n"));
+  EXPECT_THAT(uses.out, HasSubstr("# used where it is recorded: top_values\n"));
+  const ToolResult json = run_tool(dir, "check gap.yaml --format json");
+  EXPECT_EQ(json.json()["inputs"]["required"].get<std::vector<std::string>>(),
+            (std::vector<std::string>{"top_values", "probabilities", "biased_scores"}));
 }
 
 TEST(Check, WithoutTokensItReportsThatTheFloorIsNotJudged) {

@@ -101,6 +101,27 @@ TEST(Docs, TheReadmesProgramCompiles) {
   EXPECT_EQ(std::system(command.c_str()), 0) << TempDir::read(dir.path("err"));
 }
 
+// Without regard to indentation and line breaks.
+std::string squeezed(const std::string& text) {
+  std::istringstream words(text);
+  std::string out;
+  for (std::string word; words >> word;) out += word + ' ';
+  return out;
+}
+
+TEST(Docs, TheCodeOfYourOwnLoopIsThatOfTheExample) {
+  const std::string text = page("docs/your-loop.md"), code = squeezed(page("examples/your_router.cc"));
+  int blocks = 0;
+  const std::string begin = "```cpp\n", end = "```";
+  for (std::size_t at = text.find(begin); at != std::string::npos; at = text.find(begin, at)) {
+    at += begin.size();
+    const std::string block = text.substr(at, text.find(end, at) - at);
+    EXPECT_THAT(code, HasSubstr(squeezed(block)));
+    ++blocks;
+  }
+  EXPECT_GT(blocks, 8);
+}
+
 TEST(Docs, EveryReasonAndHealthStateIsExplained) {
   const std::string limits = page("docs/limits.md"), formats = page("docs/formats.md");
   for (int r = 0; r < kReasonCount; ++r) {

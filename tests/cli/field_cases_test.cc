@@ -308,5 +308,128 @@ TEST(FieldCases, D5_TheShippedConfigsAreFeasible) {
   }
 }
 
+// ---- A8: advice follows the cause ----
+
+// What the page says to change of a run whose expert_bias carries this reason at every second step.
+std::string advice_on(const TempDir& dir, const std::string& reason,
+                      const std::string& actuator = "expert_bias", const std::string& policy = "sign_bias") {
+  std::string run =
+      R"({"format":"moectl-run","version":1,"config":{"model":{"layers":1,"experts":2,"top_k":1},")" +
+      actuator + R"(":{"policy":")" + policy +
+      R"("}}})"
+      "\n";
+  for (int step = 0; step < 200; ++step) {
+    const std::string reasons = reason.empty() || step % 3 == 0 ? "" : '"' + reason + '"';
+    run +=
+        line_of(step, {90, 10},
+                R"(,"actuators":{")" + actuator + R"(":{"applied":[0.5,-0.5],"reasons":[)" + reasons + "]}}");
+  }
+  dir.write("run.jsonl", run);
+  const ToolResult result = run_tool(dir, "report run.jsonl -o r.html");
+  EXPECT_EQ(result.code, 0) << result.err;
+  std::string all;
+  const nlohmann::json advice = data_of(TempDir::read(dir.path("r.html"))).at(0)["advice"];
+  for (const auto& says : advice) {
+    all += says.get<std::string>() + '\n';
+  }
+  return all;
+}
+
+TEST(FieldCases, A8_AdviceFollowsTheCauseAndNotTheLimits) {
+  const TempDir dir;
+  const std::vector<std::pair<std::string, std::string>> causes = {
+      {"unresponsive", "look whether the router adds the bias of this layer"},
+      {"missing_input", "give the missing tensor when recording"},
+      {"policy_failed", "its policy threw an exception"},
+      {"fallback", "fell back after too many invalid records"},
+      {"invalid", "was held for invalid records"},
+      {"no_data", "look whether every step records tokens"},
+      {"host_hold", "release it with hold(false)"},
+      {"frozen", "was frozen by the host"},
+      {"shadow", "set mode: active"},
+      {"rollback", "was rolled back"},
+      {"oscillation", "declare model.delay"},
+      {"reach", "wider limits would change nothing"},
+      {"guard", "was taken over by the guard"},
+      {"range", "widen limits.min/max"},
+      {"rate", "was held back by limits.rate most of the time: raise it"}};
+  for (const auto& [reason, sentence] : causes) {
+    const std::string says = advice_on(dir, reason);
+    EXPECT_THAT(says, HasSubstr("expert_bias (sign_bias) "));
+    for (const auto& [other, theirs] : causes) {
+      EXPECT_EQ(says.find(theirs) != std::string::npos, other == reason) << reason << ": " << says;
+    }
+    if (reason != "range") {
+      EXPECT_THAT(says, Not(HasSubstr("widen"))) << reason;
+    }
+  }
+  EXPECT_THAT(advice_on(dir, ""), Not(HasSubstr("expert_bias")));
+  EXPECT_THAT(advice_on(dir, "unresponsive", "aux_loss_weight", "pi"),
+              HasSubstr("added to the loss that is trained"));
+  EXPECT_THAT(advice_on(dir, "unresponsive", "router_temperature", "pi"), HasSubstr("divides its logits"));
+}
+
+TEST(FieldCases, A8_ARunWithoutAPolicyIsAdvisedToHaveOne) {
+  const TempDir dir;
+  EXPECT_THAT(advice_on(dir, "", "expert_bias", "fixed"), HasSubstr("no policy controls this run"));
+  EXPECT_THAT(advice_on(dir, "", "expert_bias", "sign_bias"), Not(HasSubstr("no policy controls this run")));
+}
+
+TEST(FieldCases, A8_DeadExpertsAndTheFloorAreAdvisedOnlyWhereItHelps) {
+  const TempDir dir;
+  const auto says_of = [&](const std::vector<std::int64_t>& counts, const std::string& policy,
+                           bool sequences) {
+    std::string run =
+        R"({"format":"moectl-run","version":1,"config":{"model":{"layers":1,"experts":2,"top_k":1},)"
+        R"("expert_bias":{"policy":")" +
+        policy +
+        R"("}}})"
+        "\n";
+    for (int step = 0; step < 200; ++step) {
+      run += line_of(
+          step, counts,
+          sequences
+              ? R"(,"sequences":2,"sequence_sq":[5000,0],"sequence_cross":[5000,0],"sequence_len_sq":5000)"
+              : "");
+    }
+    dir.write("run.jsonl", run);
+    EXPECT_EQ(run_tool(dir, "report run.jsonl -o r.html").code, 0);
+    return data_of(TempDir::read(dir.path("r.html"))).at(0)["advice"].dump();
+  };
+  EXPECT_THAT(says_of({100, 0}, "fixed", false),
+              HasSubstr("about 1 experts are dead: a bias policy brings them back"));
+  EXPECT_THAT(says_of({100, 0}, "sign_bias", false), Not(HasSubstr("dead")));
+  EXPECT_THAT(says_of({50, 50}, "fixed", false), Not(HasSubstr("dead")));
+  EXPECT_THAT(says_of({50, 50}, "fixed", false), HasSubstr("only the noise floor is known"));
+  EXPECT_THAT(says_of({100, 0}, "sign_bias", true), Not(HasSubstr("only the noise floor is known")));
+}
+
+// ---- D6: a set-point out of reach is said ----
+
+TEST(FieldCases, D6_ATargetOutOfReachIsSaid) {
+  const TempDir dir;
+  const auto says_of = [&](const char* target, const char* reasons) {
+    std::string run =
+        R"({"format":"moectl-run","version":1,"config":{"model":{"layers":1,"experts":2,"top_k":1},)"
+        R"("aux_loss_weight":{"policy":"pi","options":{"metric":"load_cv","target":)" +
+        std::string(target) + "}}}}\n";
+    for (int step = 0; step < 200; ++step) {  // load_cv .4
+      run += line_of(
+          step, {70, 30},
+          R"(,"actuators":{"aux_loss_weight":{"applied":[0.1],"reasons":[)" + std::string(reasons) + "]}}");
+    }
+    dir.write("run.jsonl", run);
+    EXPECT_EQ(run_tool(dir, "report run.jsonl -o r.html").code, 0);
+    return data_of(TempDir::read(dir.path("r.html"))).at(0)["advice"].dump();
+  };
+  EXPECT_THAT(
+      says_of("0.2", R"("range")"),
+      HasSubstr(
+          "aux_loss_weight (pi) is at its limit (0.1) and load_cv stays at 0.4: the target of 0.2 lies out "
+          "of reach"));
+  EXPECT_THAT(says_of("0.41", R"("range")"), Not(HasSubstr("out of reach")));
+  EXPECT_THAT(says_of("0.2", ""), Not(HasSubstr("out of reach")));
+}
+
 }  // namespace
 }  // namespace moectl

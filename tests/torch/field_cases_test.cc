@@ -1,11 +1,19 @@
-// Cases from loops that others wrote, by their numbers in the project's list. A2: a handed-out tensor that a module has as
-// its own buffer loses its storage. A6: masks that mean something else.
+// Cases from loops that others wrote, by their numbers in the project's list. A1: a router that does not choose by its
+// layer's bias. A2: a handed-out tensor that a module has as its own buffer loses its storage. A4: inputs that never come.
+// A6: masks that mean something else.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 
+#include <algorithm>
+#include <condition_variable>
+#include <mutex>
+#include <span>
 #include <sstream>
 #include <string>
+#include <thread>
+#include <utility>
+#include <vector>
 
 #include "moectl/torch/controller.h"
 #include "moectl/torch/router.h"
@@ -136,6 +144,151 @@ TEST(FieldCases, A2_AHealthyLoopIsNeverTiedAgain) {
   router->train();
   for (int step = 0; step < 20; ++step) unbalanced_step(controller);
   EXPECT_EQ(controller.rewired(), 0);
+}
+
+TEST(FieldCases, A2_ATensorThatWasTiedAgainIsANotice) {
+  TorchController controller(sign_config());
+  ForeignRouter router(controller.bias(1));
+  router->to(::torch::kBFloat16);
+  unbalanced_step(controller);
+  ASSERT_EQ(controller.report().notices.size(), 1U);
+  const Notice& notice = controller.report().notices[0];
+  EXPECT_EQ(notice.kind, NoticeKind::kWiring);
+  EXPECT_EQ(notice.layer, 1);
+  EXPECT_THAT(std::string(notice.text),
+              HasSubstr("layer 1: bias: the tensor that the controller handed out"));
+}
+
+TEST(FieldCases, A2_TheModelsCheckpointBeforeTheControllersIsNoNotice) {
+  TorchController controller(sign_config());
+  ForeignRouter router(controller.bias(1));
+  std::stringstream file;
+  ::torch::save(router, file);
+  const std::string state = controller.save();
+  ::torch::load(router, file);
+  controller.load(state);
+  unbalanced_step(controller);
+  EXPECT_TRUE(controller.report().notices.empty());
+}
+
+// ---- A router that does not choose by its bias ----
+
+TEST(FieldCases, A1_ARouterWithAnotherLayersBiasIsNamed) {
+  ::torch::manual_seed(1);
+  ControllerConfig config = sign_config();
+  config.expert_bias.options.set("step", 0.05);
+  for (const bool crossed : {false, true}) {
+    TorchController controller(config);
+    std::vector<TopKRouter> routers;
+    for (int layer = 0; layer < 2; ++layer)
+      routers.emplace_back(TopKRouterOptions(8, 4, 1).score_space(ScoreSpace::kProbability));
+    std::string said;
+    for (int step = 0; step < 12; ++step) {
+      const Tensor x = ::torch::randn({2, 64, 8}) + 0.3;
+      for (int layer = 0; layer < 2; ++layer) {
+        const RouterOutput routed = routers[static_cast<std::size_t>(layer)]->forward(
+            x, {.actuators = controller.actuators(crossed ? 1 - layer : layer)});
+        controller.record(layer, routed.indices, routed.record_options());
+      }
+      for (const Notice& notice : controller.step().notices) said += std::string(notice.text) + '\n';
+    }
+    if (crossed) {
+      EXPECT_THAT(said, HasSubstr("the router adds the bias of layer 1: give it the bias of its own layer"));
+    } else {
+      EXPECT_EQ(said, "");
+    }
+  }
+}
+
+// ---- Missing inputs ----
+
+ControllerConfig gap_config() {
+  ControllerConfig config = sign_config();
+  config.expert_bias.policy = "adaptive_bias";
+  config.expert_bias.options.set("form", std::string("gap"));
+  return config;
+}
+
+const StepReport& step_with(TorchController& controller, const Tensor& top_values) {
+  for (int layer = 0; layer < 2; ++layer)
+    controller.record(layer, ::torch::zeros({8, 1}, ::torch::kLong), {.top_values = top_values});
+  return controller.step();
+}
+
+std::string step_error(TorchController& controller, const Tensor& top_values) {
+  try {
+    step_with(controller, top_values);
+  } catch (const std::invalid_argument& error) {
+    return error.what();
+  }
+  return "nothing was thrown";
+}
+
+Tensor some_top_values() {
+  return ::torch::tensor({0.9F, 0.4F}).expand({8, 2}).contiguous();
+}
+
+TEST(FieldCases, A4_ARequiredTensorThatWasNeverGivenIsAnErrorAtTheFirstStep) {
+  for (const bool by_operators : {false, true}) {
+    TorchController controller(gap_config(), {.count_by_operators = by_operators});
+    for (int again = 0; again < 2; ++again)
+      EXPECT_EQ(
+          step_error(controller, {}),
+          "layer 0: expert_bias: policy adaptive_bias needs top_values: not given to record() on this rank. "
+          "RecordOptions has a field for each");
+    EXPECT_EQ(controller.controller().bias(0)[0], 0);
+    EXPECT_EQ(step_error(controller, some_top_values()), "nothing was thrown");
+    EXPECT_LT(controller.controller().bias(0)[0], 0);
+  }
+}
+
+TEST(FieldCases, A4_ATensorThatStaysAwayLaterIsAReason) {
+  TorchController controller(gap_config());
+  step_with(controller, some_top_values());
+  const StepReport& report = step_with(controller, {});
+  EXPECT_TRUE(report.layers[1].actuators[0].reasons.has(Reason::kMissingInput));
+}
+
+// Two ranks in two threads: a sum that waits for both.
+class TwoRanks {
+ public:
+  void sum(std::span<std::int64_t> payload) {
+    std::unique_lock lock(mutex_);
+    const int round = round_;
+    if (sums_.size() < payload.size()) sums_.resize(payload.size());
+    for (std::size_t i = 0; i < payload.size(); ++i) sums_[i] += payload[i];
+    if (++arrived_ == 2) {
+      total_ = std::exchange(sums_, {});
+      arrived_ = 0;
+      ++round_;
+      all_here_.notify_all();
+    } else {
+      all_here_.wait(lock, [&] { return round_ != round; });
+    }
+    std::copy_n(total_.begin(), payload.size(), payload.begin());
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable all_here_;
+  int arrived_ = 0, round_ = 0;
+  std::vector<std::int64_t> sums_, total_;
+};
+
+TEST(FieldCases, A4_TheErrorComesOnEveryRankAndNamesTheOne) {
+  TwoRanks ranks;
+  std::string errors[2];
+  std::vector<std::thread> threads;
+  for (int rank = 0; rank < 2; ++rank) {
+    threads.emplace_back([&, rank] {
+      TorchController controller(gap_config());
+      controller.controller().set_reduction([&](std::span<std::int64_t> payload) { ranks.sum(payload); });
+      errors[rank] = step_error(controller, rank == 0 ? some_top_values() : Tensor());
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_THAT(errors[0], HasSubstr("needs top_values: given on this rank, not on another one"));
+  EXPECT_THAT(errors[1], HasSubstr("needs top_values: not given to record() on this rank"));
 }
 
 // ---- Masks ----

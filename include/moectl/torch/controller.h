@@ -35,6 +35,9 @@ struct RecordOptions {
   ::torch::Tensor probabilities{};  ///< [T, N] router probabilities. float32.
   /// [T, N] all biased scores, -inf for experts excluded from the choice. Requires top_values. float32.
   ::torch::Tensor biased_scores{};
+  /// [T, N] the same scores before the bias was added. With them, a few tokens of each record on the CPU tell whether
+  /// the router adds the bias of its layer (Controller::check_choices). Not summed. float32.
+  ::torch::Tensor scores{};
   /// [T], or [B, S] as the indices: non-zero = a real token, 0 = padding. bool or an integer type; an additive float
   /// mask (0 / -inf) means the opposite and is refused.
   ::torch::Tensor mask{};
@@ -86,7 +89,9 @@ class TorchController {
   /// Once an optimizer step; see Controller::step. The tensors then hold what is in force: on an accelerator,
   /// for all that its current stream is given from then on. With `lag: 1` no sum of this step is waited for.
   /// Handed-out tensors that no longer share the controller's memory are tied to it again, with a warning that names
-  /// the layer. A tensor that was moved to another device cannot be: std::invalid_argument, before anything is decided.
+  /// the layer and a notice. A tensor that was moved to another device cannot be: std::invalid_argument, before anything
+  /// is decided. An input that a policy requires and that was not recorded at the first decision is an
+  /// std::invalid_argument, too, on every rank, after the step; a later one is a reason and a notice.
   const StepReport& step(const StepInfo& info = {});
   const StepReport& report() const { return controller_.report(); }
 
@@ -116,8 +121,10 @@ class TorchController {
  private:
   RouterActuators views(std::int64_t layer) const;
   bool is_home(const ::torch::Tensor& tensor, std::int64_t offset, std::int64_t size) const;
-  void check_wiring();
-  void rewire(std::int64_t layer, const char* name, ::torch::Tensor RouterActuators::*which);
+  void check_choices(int layer, const ::torch::Tensor& indices, const RecordOptions& options);
+  void check_inputs(const StepReport& report);
+  void check_wiring(bool loading);
+  void rewire(std::int64_t layer, const char* name, ::torch::Tensor RouterActuators::*which, bool loading);
   void publish();
 
   TorchOptions options_;
@@ -127,6 +134,9 @@ class TorchController {
   ::torch::Tensor values_;
   std::vector<RouterActuators> actuators_;
   std::int64_t rewired_ = 0;
+  bool inputs_came_ = false;  // to the first decision of every policy
+  struct NotGiven;
+  std::shared_ptr<NotGiven> not_given_;  // to record on this rank
   // Values on their way to the device, whose memory must not be written before they have left.
   struct Outbox;
   std::shared_ptr<Outbox> outbox_;

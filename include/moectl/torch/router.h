@@ -69,6 +69,7 @@ struct RouterOutput {
   /// float32 [..., N], all biased scores that selection compared, -inf in groups that lost, detached;
   /// undefined where top_values is.
   ::torch::Tensor biased_scores;
+  ::torch::Tensor scores;  ///< float32 [..., N], the same before the bias was added; undefined likewise.
   ::torch::Tensor probabilities;  ///< [..., N], normalised to sum 1 for every gate. Differentiable.
   ::torch::Tensor logits;         ///< z [..., N]. Differentiable.
   ::torch::Tensor kept;           ///< bool [..., k], false = dropped; undefined if dropless.
@@ -85,6 +86,7 @@ struct RouterOutput {
     return {.top_values = top_values,
             .probabilities = probabilities,
             .biased_scores = biased_scores,
+            .scores = scores,
             .dropped = dropped};
   }
 };

@@ -190,25 +190,10 @@ const summarise = () => {
   });
   $('summary').append(body);
 };
-const advise = (run) => {
-  const says = [];
-  const hits = (a, reason) => run.actuators[a].marks.reduce((n, [, reasons]) => n + (reasons[reason] ? 1 : 0), 0) /
-                              Math.max(1, run.columns);
-  const noPolicy = !Object.keys(run.actuators).some((a) => decides(run, a));
-  if (imbalanced(run) && noPolicy) says.push('no policy controls this run: try policies/adaptive_bias.yaml');
-  for (const a of moves(run)) {
-    if (hits(a, 'range') > 0.2) says.push(`${a} sat on its range for long: widen limits.min/max, or set a target that can be reached`);
-    if (hits(a, 'rate') > 0.5 && imbalanced(run)) says.push(`${a} was held back by limits.rate most of the time: raise it`);
-    if (hits(a, 'no_data') + hits(a, 'invalid') > 0.05) says.push(`${a} was often held for lack of usable data: look at the host's records`);
-  }
-  if ((run.figures.dead_experts ?? 0) > 0.5) says.push(`about ${number(run.figures.dead_experts, 2)} experts are dead: a bias policy brings them back`);
-  if (run.now.floor === 'noise floor') says.push('only the noise floor is known: collect sequences for the sampling floor of real text');
-  return says.length ? says : ['nothing to change'];
-};
 // One line for what is said of several runs.
 const advice = () => {
   const said = new Map();
-  runs.forEach((run, r) => advise(run).forEach((text) => said.set(text, [...(said.get(text) ?? []), r])));
+  runs.forEach((run, r) => run.advice.forEach((text) => said.set(text, [...(said.get(text) ?? []), r])));
   for (const [text, who] of said) {
     const names = runs.length > 1 && who.length === runs.length ? ['All runs'] : who.flatMap((r, i) => [i ? ', ' : '', key(r), shortNames[r]]);
     $('advice').append(element('li', {}, ...names, `: ${text}.`));

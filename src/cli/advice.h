@@ -1,0 +1,42 @@
+// What should be changed, from what a run log says: one sentence for each cause that was found.
+#pragma once
+
+#include <deque>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "moectl/metrics.h"
+#include "moectl/run_log.h"
+
+namespace moectl::cli {
+
+/// Takes in the training records of one run, in order.
+class Advice {
+ public:
+  explicit Advice(nlohmann::json config) : config_(std::move(config)) {}
+  void add(const LogRecord& record, const Metrics& metrics);
+  /// `now`: as ReportRun::now_json() gives it. `dead`: dead experts at the end of the run.
+  std::vector<std::string> sentences(const nlohmann::json& now, double dead) const;
+
+ private:
+  struct Actuator {
+    std::int64_t decisions = 0;                   // records that are not between two decisions
+    std::map<std::string, std::int64_t> reasons;  // of those
+    std::deque<bool> clipped;                     // by its range, of the last of those
+    double applied = 0;                           // the last largest value
+  };
+  std::string policy_of(const std::string& actuator) const;
+  void say_actuator(const std::string& name, const Actuator& actuator, bool imbalanced,
+                    std::vector<std::string>& says) const;
+  std::optional<std::string> out_of_reach(const std::string& name, const Actuator& actuator) const;
+
+  nlohmann::json config_;
+  std::map<std::string, Actuator> actuators_;
+  std::map<std::string, std::deque<double>>
+      metrics_;  // of set-points, in the last records; excess_cv signed, in squares
+};
+
+}  // namespace moectl::cli

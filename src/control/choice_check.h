@@ -1,0 +1,47 @@
+// ChoiceCheck: whether a router chooses by the bias of its own layer, judged exactly on a few tokens.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <string>
+
+#include "moectl/controller.h"
+
+namespace moectl {
+
+enum class Wiring {
+  kUnknown,      ///< The bias is too small to tell.
+  kGood,         ///< The experts are the k largest of scores + bias.
+  kNotAdded,     ///< Chosen on the scores alone.
+  kWrongSign,    ///< Chosen on scores - bias.
+  kWrongLayer,   ///< Chosen on scores + the bias of another layer.
+  kOtherBias,    ///< Chosen on scores + something else, as an old copy of the bias.
+  kOtherChoice,  ///< Not the k largest of what was compared: replayed or masked routes.
+};
+
+struct WiringVerdict {
+  Wiring what = Wiring::kUnknown;
+  int other_layer = -1;  ///< Of kWrongLayer.
+};
+
+/// The bias of a layer that is in force.
+using BiasOf = std::function<std::span<const double>(int layer)>;
+
+/// Without `scores` in the sample the bias is not judged.
+WiringVerdict judge_choices(const ChoiceSample& sample, int top_k, int layer, int layers,
+                            const BiasOf& bias_of);
+
+/// The verdicts on one layer, over steps.
+class ChoiceCheck {
+ public:
+  /// Returns what to say, once: a verdict that stood in three steps without a good one between them; else empty.
+  std::string observe(const WiringVerdict& verdict, std::int64_t step);
+
+ private:
+  Wiring last_ = Wiring::kUnknown;
+  int steps_ = 0;
+  std::int64_t last_step_ = -1;
+};
+
+}  // namespace moectl

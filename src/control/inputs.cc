@@ -1,0 +1,69 @@
+#include "control/inputs.h"
+
+#include <algorithm>
+#include <array>
+
+namespace moectl {
+namespace {
+
+using S = RoutingStats;
+
+bool any(const RoutingStats& stats, S::Array which) {
+  const std::span<const std::int64_t> values = stats.array(which);
+  return std::any_of(values.begin(), values.end(), [](std::int64_t v) { return v != 0; });
+}
+
+struct Input {
+  bool StatsNeeds::*need;
+  const char* name;
+  bool (*given)(const RoutingStats& stats);
+};
+
+// Margins last: their two forms have one name.
+constexpr std::array kInputs = {
+    Input{&StatsNeeds::gap, "top_values", [](const S& s) { return s.mean_gap().has_value(); }},
+    Input{&StatsNeeds::sequences, "sequence_length or sequence_ids",
+          [](const S& s) { return s.has_sequences(); }},
+    Input{&StatsNeeds::probabilities, "probabilities", [](const S& s) { return s.has_probabilities(); }},
+    Input{&StatsNeeds::gradients, "gradient norms", [](const S& s) { return s.scalar(S::kGradRecords) > 0; }},
+    Input{&StatsNeeds::losses, "losses", [](const S& s) { return any(s, S::kExpertLossTokens); }},
+    Input{&StatsNeeds::domain_losses, "losses by domain",
+          [](const S& s) { return any(s, S::kDomainLossTokens); }},
+    Input{&StatsNeeds::latencies, "latencies", [](const S& s) { return s.scalar(S::kLatencyRecords) > 0; }},
+    Input{&StatsNeeds::margins, "biased_scores", [](const S& s) { return s.has_margins(); }},
+    Input{&StatsNeeds::margin_rows, "biased_scores", [](const S& s) { return s.has_margin_rows(); }},
+};
+
+}  // namespace
+
+StatsNeeds missing_in(const RoutingStats& stats, const StatsNeeds& required) {
+  StatsNeeds missing;
+  if (required == StatsNeeds{}) return missing;
+  for (const Input& input : kInputs) missing.*input.need = required.*input.need && !input.given(stats);
+  if (required.domains > 0 && !stats.has_domains()) missing.domains = required.domains;
+  return missing;
+}
+
+std::string_view input_name(const StatsNeeds& needs) {
+  for (const Input& input : kInputs) {
+    if (needs.*input.need) return input.name;
+  }
+  return "domain_ids";
+}
+
+std::vector<std::string> input_names(const StatsNeeds& needs) {
+  std::vector<std::string> names;
+  for (const Input& input : kInputs) {
+    if (needs.*input.need && (names.empty() || names.back() != input.name)) names.emplace_back(input.name);
+  }
+  if (needs.domains > 0) names.emplace_back("domain_ids");
+  return names;
+}
+
+bool InputWatch::observe(const StatsNeeds& missing, std::int64_t steps, std::int64_t dwell) {
+  const std::int64_t before = missing_for_;
+  missing_for_ = missing == StatsNeeds{} ? 0 : before + steps;
+  return before < dwell && missing_for_ >= dwell;
+}
+
+}  // namespace moectl

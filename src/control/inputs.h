@@ -1,0 +1,32 @@
+// Inputs: what a policy needs from the router beyond counts, under the names by which it is recorded.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "moectl/stats.h"
+
+namespace moectl {
+
+/// Those of `required` that the sums of some tokens do not have.
+StatsNeeds missing_in(const RoutingStats& stats, const StatsNeeds& required);
+
+/// One of the inputs of `needs`, at least one of which is set, by the name of its field.
+std::string_view input_name(const StatsNeeds& needs);
+/// All of them.
+std::vector<std::string> input_names(const StatsNeeds& needs);
+
+/// How long the required inputs of one actuator have been missing.
+class InputWatch {
+ public:
+  /// At each decision with data; `steps`: between two of them. Returns whether inputs have now been missing for `dwell`
+  /// steps.
+  bool observe(const StatsNeeds& missing, std::int64_t steps, std::int64_t dwell);
+
+ private:
+  std::int64_t missing_for_ = 0;  // steps in a row
+};
+
+}  // namespace moectl

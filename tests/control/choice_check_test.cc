@@ -1,0 +1,184 @@
+// Whether the router chooses by its layer's bias, judged on a few tokens: each cause by its name.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "moectl/controller.h"
+
+namespace moectl {
+namespace {
+
+using ::testing::HasSubstr;
+
+constexpr int kExperts = 8, kTopK = 2, kTokens = 64;
+
+// A router of two layers that prefers low experts; `bias_of(layer)` is what it adds.
+class Plant {
+ public:
+  explicit Plant(bool in_bfloat16 = false) : in_bfloat16_(in_bfloat16), controller_(config()) {}
+
+  static ControllerConfig config() {
+    ControllerConfig config;
+    config.model = {.layers = 2, .experts = kExperts, .top_k = kTopK};
+    config.expert_bias.policy = "sign_bias";
+    config.expert_bias.options.set("step", 0.01);
+    return config;
+  }
+  Controller& controller() { return controller_; }
+
+  // The text of the notices of `steps` steps.
+  std::vector<std::string> run(int steps, const std::function<std::vector<double>(int layer)>& bias_of,
+                               bool with_scores = true, bool replayed = false, bool grouped = false) {
+    std::vector<std::string> notices;
+    for (int step = 0; step < steps; ++step) {
+      for (int layer = 0; layer < 2; ++layer) route(layer, bias_of(layer), with_scores, replayed, grouped);
+      for (const Notice& notice : controller_.step().notices) {
+        EXPECT_EQ(notice.kind, NoticeKind::kWiring);
+        notices.push_back("layer " + std::to_string(notice.layer) + ": " + std::string(notice.text));
+      }
+    }
+    return notices;
+  }
+  std::vector<double> in_force(int layer, double factor = 1) const {
+    std::vector<double> bias(controller_.bias(layer).begin(), controller_.bias(layer).end());
+    for (double& b : bias) b *= factor;
+    return bias;
+  }
+
+ private:
+  float rounded(double x) const {
+    const auto narrow = static_cast<float>(x);
+    if (!in_bfloat16_) return narrow;
+    const float unit = std::ldexp(1.0F, std::ilogb(narrow) - 7);
+    return std::nearbyint(narrow / unit) * unit;
+  }
+  void route(int layer, const std::vector<double>& bias, bool with_scores, bool replayed, bool grouped) {
+    std::uniform_real_distribution<double> uniform(0, 0.3);
+    std::vector<float> scores, biased;
+    std::vector<std::int64_t> chosen;
+    for (int t = 0; t < kTokens; ++t) {
+      std::vector<float> row;
+      for (int i = 0; i < kExperts; ++i) {
+        const int rank = (i + 3 * layer) % kExperts;  // the layers prefer different experts
+        scores.push_back(rounded(0.3 + 0.04 * rank + uniform(random_)));
+        row.push_back(rounded(static_cast<double>(scores.back()) + bias[static_cast<std::size_t>(i)]));
+      }
+      if (grouped) std::fill_n(row.begin() + (t % 2) * 4, 4, -std::numeric_limits<float>::infinity());
+      biased.insert(biased.end(), row.begin(), row.end());
+      std::vector<std::int64_t> order(kExperts);
+      std::iota(order.begin(), order.end(), 0);
+      std::stable_sort(order.begin(), order.end(), [&](auto a, auto b) {
+        return row[static_cast<std::size_t>(a)] > row[static_cast<std::size_t>(b)];
+      });
+      for (int j = 0; j < kTopK; ++j)
+        chosen.push_back(replayed ? (t + j) % kExperts : order[static_cast<std::size_t>(j)]);
+    }
+    controller_.record(layer, {.experts = chosen});
+    const std::size_t n = 4 * kExperts;
+    controller_.check_choices(layer,
+                              {.experts = std::span(chosen).first(4 * kTopK),
+                               .biased_scores = std::span(biased).first(n),
+                               .scores = with_scores ? std::span(scores).first(n) : std::span<float>()});
+  }
+
+  bool in_bfloat16_;
+  Controller controller_;
+  std::mt19937 random_{1};
+};
+
+TEST(FieldCases, A1_ARouterThatAddsTheBiasIsNeverBlamed) {
+  for (const bool in_bfloat16 : {false, true}) {
+    for (const bool grouped : {false, true}) {
+      Plant plant(in_bfloat16);
+      EXPECT_TRUE(plant
+                      .run(
+                          200, [&](int l) { return plant.in_force(l); }, true, false, grouped)
+                      .empty())
+          << in_bfloat16 << grouped;
+      EXPECT_GT(*std::max_element(plant.controller().bias(0).begin(), plant.controller().bias(0).end()),
+                0.02);
+    }
+  }
+}
+
+TEST(FieldCases, A1_ACommonShiftOfTheBiasIsNoFault) {
+  Plant plant;
+  const auto shifted = [&](int layer) {
+    std::vector<double> bias = plant.in_force(layer);
+    for (double& b : bias) b += 3;
+    return bias;
+  };
+  EXPECT_TRUE(plant.run(50, shifted).empty());
+}
+
+void expect_said(const std::vector<std::string>& notices, const std::string& first,
+                 const std::string& second) {
+  ASSERT_EQ(notices.size(), 2U);
+  EXPECT_THAT(notices[0], HasSubstr(first));
+  EXPECT_THAT(notices[1], HasSubstr(second));
+}
+
+TEST(FieldCases, A1_ABiasThatIsNotAddedIsNamed) {
+  for (const bool in_bfloat16 : {false, true}) {
+    Plant plant(in_bfloat16);
+    expect_said(plant.run(20, [](int) { return std::vector<double>(kExperts); }),
+                "layer 0: the router does not add the bias", "layer 1: the router does not add the bias");
+  }
+}
+
+TEST(FieldCases, A1_AWrongSignIsNamed) {
+  Plant plant;
+  expect_said(plant.run(20, [&](int l) { return plant.in_force(l, -1); }),
+              "layer 0: the router subtracts the bias", "layer 1: the router subtracts the bias");
+}
+
+TEST(FieldCases, A1_AnotherLayersBiasIsNamed) {
+  Plant plant;
+  expect_said(plant.run(8, [&](int l) { return plant.in_force(1 - l); }),
+              "layer 0: the router adds the bias of layer 1", "layer 1: the router adds the bias of layer 0");
+}
+
+TEST(FieldCases, A1_AStaleCopyOfTheBiasIsNamed) {
+  Plant plant;
+  plant.run(5, [&](int l) { return plant.in_force(l); });
+  const std::vector<double> copy[] = {plant.in_force(0, 0.4), plant.in_force(1, 0.4)};
+  expect_said(plant.run(8, [&](int l) { return copy[l]; }), "something else than the bias in force",
+              "something else than the bias in force");
+}
+
+TEST(FieldCases, A1_ReplayedRoutesAreNamed) {
+  for (const bool with_scores : {false, true}) {
+    Plant plant;
+    expect_said(plant.run(
+                    20, [&](int l) { return plant.in_force(l); }, with_scores, true),
+                "replayed or masked routes", "replayed or masked routes");
+  }
+}
+
+TEST(FieldCases, A1_AFaultThatWasMendedIsForgotten) {
+  Plant plant;
+  const auto none = [](int) { return std::vector<double>(kExperts); };
+  EXPECT_EQ(plant.run(10, none).size(), 2U);
+  EXPECT_TRUE(plant.run(10, [&](int l) { return plant.in_force(l); }).empty());
+  EXPECT_EQ(plant.run(10, none).size(), 2U);
+}
+
+TEST(ChoiceCheck, SizesThatDoNotFitAreRefused) {
+  Plant plant;
+  const std::vector<std::int64_t> chosen(2 * kTopK);
+  const std::vector<float> scores(kExperts);
+  EXPECT_THROW(plant.controller().check_choices(0, {.experts = chosen, .biased_scores = scores}),
+               std::invalid_argument);
+  EXPECT_THROW(plant.controller().check_choices(2, {}), std::invalid_argument);
+}
+
+}  // namespace
+}  // namespace moectl

@@ -1,0 +1,307 @@
+// Loops in which the load does not answer, or something else stands between the controller and the router.
+#include "moectl/responsiveness.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "moectl/config.h"
+#include "moectl/controller.h"
+#include "moectl/simulation.h"
+
+namespace moectl {
+namespace {
+
+using ::testing::Each;
+using ::testing::HasSubstr;
+
+ControllerConfig config_of(const SimulationOptions& model, const std::string& policy = "adaptive_bias") {
+  ControllerConfig config;
+  config.model = {.layers = 1,
+                  .experts = model.experts,
+                  .top_k = model.top_k,
+                  .tokens_per_step = model.tokens,
+                  .score_space = model.score_space,
+                  .delay = model.delay};
+  config.expert_bias.policy = policy;
+  config.expert_bias.limits.min = -1000;
+  config.expert_bias.limits.max = 1000;
+  config.expert_bias.limits.rate = 100;
+  return config;
+}
+
+// One layer, and what the router makes of the controller's biases.
+class Loop {
+ public:
+  using Use = std::function<std::vector<double>(std::span<const double>)>;
+
+  explicit Loop(const SimulationOptions& model, const std::string& policy = "adaptive_bias")
+      : router(model), controller(config_of(model, policy)) {}
+
+  static std::vector<double> as_told(std::span<const double> bias) { return {bias.begin(), bias.end()}; }
+  static std::vector<double> ignored(std::span<const double> bias) {
+    return std::vector<double>(bias.size(), 0.0);
+  }
+  static std::vector<double> flipped(std::span<const double> bias) {
+    std::vector<double> out(bias.begin(), bias.end());
+    for (double& b : out) b = -b;
+    return out;
+  }
+
+  void run(int steps, const Use& use) {
+    for (int i = 0; i < steps; ++i) {
+      controller.record(0, router.route(use(controller.bias(0))));
+      take(controller.step());
+    }
+  }
+  void take(const StepReport& report) {
+    const LayerReport& layer = report.layers[0];
+    for (const Notice& notice : report.notices) notices += std::string(notice.text) + '\n';
+    last = layer.responsiveness;
+    held += last.state == Response::kUnresponsive ? 1 : 0;
+    if (last.state == Response::kUnresponsive && noticed < 0) noticed = report.step;
+    max_vio_over_floor = *layer.metrics->max_vio / *floor_of(*layer.metrics).max_vio;
+  }
+  double largest_bias() const {
+    double largest = 0;
+    for (const double b : controller.bias(0)) largest = std::max(largest, std::abs(b));
+    return largest;
+  }
+
+  SimulatedRouter router;
+  Controller controller;
+  std::string notices;
+  Responsiveness last;
+  int held = 0;
+  std::int64_t noticed = -1;
+  double max_vio_over_floor = 0;
+};
+
+TEST(FieldCases, A1_ARouterThatForgetsTheBiasIsNoticedAndRecovers) {
+  Loop loop({.seed = 40111});
+  loop.run(200, Loop::ignored);
+  EXPECT_EQ(loop.last.state, Response::kUnresponsive);
+  EXPECT_GE(loop.noticed, 0);
+  EXPECT_LE(loop.noticed, 40);
+  EXPECT_NEAR(*loop.last.gain, 0, 5 * *loop.last.error);
+  EXPECT_TRUE(loop.controller.report().layers[0].actuators[0].reasons.has(Reason::kUnresponsive));
+  EXPECT_THAT(loop.notices, HasSubstr("does not answer"));
+  EXPECT_LT(loop.largest_bias(), 0.3);
+  loop.run(50, Loop::as_told);
+  EXPECT_EQ(loop.last.state, Response::kAnswers);
+  EXPECT_THAT(loop.notices, HasSubstr("answers again"));
+  EXPECT_LT(loop.max_vio_over_floor, 2);
+}
+
+TEST(FieldCases, A1_AFlippedSignIsToldFromSilence) {
+  Loop loop({.seed = 40112});
+  loop.run(60, Loop::flipped);
+  EXPECT_EQ(loop.last.state, Response::kUnresponsive);
+  EXPECT_LT(*loop.last.gain + 3 * *loop.last.error, 0);
+  EXPECT_THAT(loop.notices, HasSubstr("the other way"));
+  EXPECT_LT(loop.largest_bias(), 0.5);
+  loop.run(60, Loop::as_told);
+  EXPECT_EQ(loop.last.state, Response::kAnswers);
+  EXPECT_LT(loop.max_vio_over_floor, 2);
+}
+
+// The instance of the report: counts alone, four experts, the same load at every step.
+TEST(FieldCases, A1_CountsOfAReplayDoNotWindUp) {
+  const SimulationOptions model{.experts = 4, .top_k = 1, .tokens = 1000, .seed = 40113};
+  for (const std::string policy : {"adaptive_bias", "sign_bias", "proportional_bias", "tanh_momentum_bias"}) {
+    SCOPED_TRACE(policy);
+    Controller controller(config_of(model, policy));
+    RoutingStats stats(controller.shape());
+    double largest = 0;
+    for (int step = 0; step < 500; ++step) {
+      stats.clear();
+      const std::int64_t shake = step * 7 % 11 - 5;
+      ASSERT_TRUE(stats.add_counts(std::vector<std::int64_t>{300 + shake, 260 - shake, 240, 200}, 1000));
+      controller.record(0, stats);
+      controller.step();
+      for (const double b : controller.bias(0)) largest = std::max(largest, std::abs(b));
+    }
+    EXPECT_EQ(controller.report().layers[0].responsiveness.state, Response::kUnresponsive);
+    EXPECT_LE(largest, 1.2);  // in probabilities
+  }
+}
+
+TEST(FieldCases, A1_HealthyLoopsAreNotHeld) {
+  int steps = 0, probes = 0;
+  std::uint64_t seed = 40200;
+  for (const SimulatedGate gate : {SimulatedGate::kSoftmax, SimulatedGate::kSigmoid}) {
+    for (const ScoreSpace space : {ScoreSpace::kProbability, ScoreSpace::kLogit}) {
+      for (const auto& [experts, top_k] : {std::pair{8, 1}, {16, 2}, {64, 6}}) {
+        for (const std::string policy : {"adaptive_bias", "sign_bias"}) {
+          Loop loop({.experts = experts,
+                     .top_k = top_k,
+                     .gate = gate,
+                     .score_space = space,
+                     .seed = ++seed,
+                     .scenario = Scenario::kShift,
+                     .event_step = 120},
+                    policy);
+          loop.run(200, [&](std::span<const double> bias) {
+            probes += loop.last.state == Response::kProbing ? 1 : 0;
+            return Loop::as_told(bias);
+          });
+          steps += 200;
+          EXPECT_EQ(loop.held, 0) << policy << ' ' << seed << ": " << loop.notices;
+        }
+      }
+    }
+  }
+  EXPECT_LT(probes, steps / 10);
+}
+
+TEST(FieldCases, A1_WithoutMovesNothingIsKnown) {
+  Loop loop({.seed = 40114}, "fixed");
+  loop.run(60, Loop::ignored);
+  EXPECT_EQ(loop.last.state, Response::kUnknown);
+  EXPECT_FALSE(loop.last.gain.has_value());
+  EXPECT_EQ(loop.held, 0);
+}
+
+TEST(Responsiveness, ADeclaredDelayIsTakenIntoAccount) {
+  const SimulationOptions model{.seed = 40115, .delay = 3};
+  Controller controller(config_of(model));
+  int held = 0;
+  simulate(controller, model, 150, [&](const StepReport& report) {
+    held += report.layers[0].responsiveness.state == Response::kUnresponsive ? 1 : 0;
+  });
+  EXPECT_EQ(held, 0);
+  EXPECT_EQ(controller.report().layers[0].responsiveness.state, Response::kAnswers);
+}
+
+TEST(Responsiveness, ContinuesFromASavedStateToTheBit) {
+  const SimulationOptions model{.seed = 40116};
+  Loop loop(model);
+  loop.run(20, Loop::ignored);  // in the middle of a probe, or held
+  const std::string state = loop.controller.save();
+  SimulatedRouter router = loop.router;
+  loop.run(60, Loop::ignored);
+  Loop other(model);
+  other.controller.load(state);
+  other.router = router;
+  other.run(60, Loop::ignored);
+  EXPECT_EQ(other.controller.save(), loop.controller.save());
+}
+
+TEST(Responsiveness, IsNotApplicableWhereNothingIsApplied) {
+  const SimulationOptions model{.seed = 40117};
+  for (const Mode mode : {Mode::kShadow, Mode::kActive}) {
+    ControllerConfig config = config_of(model);
+    config.mode = mode;
+    Controller controller(config);
+    if (mode == Mode::kActive) controller.freeze(0);
+    SimulatedRouter router(model);
+    for (int i = 0; i < 40; ++i) {
+      controller.record(0, router.route(controller.bias(0)));
+      controller.step();
+      EXPECT_EQ(controller.report().layers[0].responsiveness.state, Response::kNotApplicable);
+    }
+    EXPECT_THAT(controller.bias(0), Each(0));
+  }
+}
+
+TEST(FieldCases, A3_ShadowDoesNotWindUpAndStartsActiveFromWhatWasInForce) {
+  const SimulationOptions model{.seed = 40118};
+  ControllerConfig config = config_of(model);
+  config.mode = Mode::kShadow;
+  Controller shadow(config);
+  SimulatedRouter router(model);
+  for (int i = 0; i < 150; ++i) {
+    shadow.record(0, router.route(shadow.bias(0)));
+    const StepReport& report = shadow.step();
+    EXPECT_TRUE(report.layers[0].actuators[0].reasons.has(Reason::kShadow)) << i;
+    for (const double b : report.layers[0].actuators[0].applied) EXPECT_LT(std::abs(b), 0.2) << i;
+  }
+  EXPECT_THAT(shadow.bias(0), Each(0));
+  config.mode = Mode::kActive;
+  Controller active(config);
+  active.load(shadow.save());
+  EXPECT_THAT(active.bias(0), Each(0));
+  double worst = 0, ratio = 0;
+  for (int i = 0; i < 60; ++i) {
+    active.record(0, router.route(active.bias(0)));
+    const Metrics& metrics = *active.step().layers[0].metrics;
+    ratio = *metrics.max_vio / *floor_of(metrics).max_vio;
+    if (i > 0) worst = std::max(worst, *metrics.max_vio);
+  }
+  EXPECT_LT(ratio, 2);
+  EXPECT_LT(worst, 5);  // as without control; 7 is all tokens on two experts
+}
+
+TEST(FieldCases, A3_ShadowKeepsTheLearnedBiasesInForce) {
+  const SimulationOptions model{.seed = 40119};
+  Loop loop(model);
+  loop.run(60, Loop::as_told);
+  const std::vector<double> learned = Loop::as_told(loop.controller.bias(0));
+  ControllerConfig config = config_of(model);
+  config.mode = Mode::kShadow;
+  Controller shadow(config);
+  shadow.load(loop.controller.save());
+  for (int i = 0; i < 20; ++i) {
+    shadow.record(0, loop.router.route(shadow.bias(0)));
+    shadow.step();
+  }
+  EXPECT_EQ(Loop::as_told(shadow.bias(0)), learned);
+}
+
+// A router that starts at zero: every score equals every other, and the first experts get everything.
+TEST(FieldCases, A9_EveryLawLeavesATie) {
+  for (const std::string policy : {"adaptive_bias", "sign_bias", "proportional_bias", "tanh_momentum_bias"}) {
+    SCOPED_TRACE(policy);
+    const SimulationOptions model{.experts = 8, .tokens = 512};
+    Controller controller(config_of(model, policy));
+    for (int step = 0; step < 7; ++step) {
+      const std::span<const double> bias = controller.bias(0);
+      std::vector<std::int64_t> order = {0, 1, 2, 3, 4, 5, 6, 7}, experts;
+      std::stable_sort(order.begin(), order.end(), [&](std::int64_t a, std::int64_t b) {
+        return bias[static_cast<std::size_t>(a)] > bias[static_cast<std::size_t>(b)];
+      });
+      std::vector<float> top;
+      for (int t = 0; t < 512; ++t) {
+        experts.insert(experts.end(), order.begin(), order.begin() + 2);
+        for (std::size_t j = 0; j < 3; ++j) {
+          top.push_back(static_cast<float>(0.5 + bias[static_cast<std::size_t>(order[j])]));
+        }
+      }
+      controller.record(0, {.experts = experts, .top_values = top});
+      controller.step();
+    }
+    const std::span<const double> bias = controller.bias(0);
+    EXPECT_GT(*std::max_element(bias.begin(), bias.end()), *std::min_element(bias.begin(), bias.end()));
+  }
+}
+
+TEST(Hold, FreezesEverythingAndKeepsMeasuring) {
+  Loop loop({.seed = 40120});
+  loop.run(20, Loop::as_told);
+  const std::vector<double> before = Loop::as_told(loop.controller.bias(0));
+  loop.controller.hold();
+  loop.run(20, Loop::as_told);
+  EXPECT_EQ(Loop::as_told(loop.controller.bias(0)), before);
+  EXPECT_TRUE(loop.controller.report().layers[0].actuators[0].reasons.has(Reason::kHostHold));
+  EXPECT_TRUE(loop.controller.report().layers[0].metrics->max_vio.has_value());
+  loop.controller.hold(false);
+  loop.run(5, Loop::as_told);
+  EXPECT_NE(Loop::as_told(loop.controller.bias(0)), before);
+}
+
+TEST(Hold, ComesFromTheEnvironment) {
+  ASSERT_EQ(setenv("MOECTL_HOLD", "1", 1), 0);
+  Loop loop({.seed = 40121});
+  ASSERT_EQ(unsetenv("MOECTL_HOLD"), 0);
+  loop.run(10, Loop::as_told);
+  EXPECT_THAT(loop.controller.bias(0), Each(0));
+}
+
+}  // namespace
+}  // namespace moectl

@@ -1,0 +1,96 @@
+// examples/your_router.cc as a user runs it: a healthy run, a resumed one, and each classic mistake.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <array>
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <regex>
+#include <string>
+
+namespace {
+
+using ::testing::HasSubstr;
+using ::testing::Not;
+
+struct Outcome {
+  int code;
+  std::string output;
+};
+
+Outcome run(const std::string& arguments) {
+  FILE* pipe = popen((std::string(MOECTL_YOUR_ROUTER) + ' ' + arguments + " 2>&1").c_str(), "r");
+  std::string output;
+  std::array<char, 4096> chunk;
+  while (const std::size_t size = std::fread(chunk.data(), 1, chunk.size(), pipe))
+    output.append(chunk.data(), size);
+  const int status = pclose(pipe);
+  return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, output};
+}
+
+std::string output_with(const std::string& mistake, int steps = 25) {
+  const Outcome outcome = run("--steps " + std::to_string(steps) + " --mistake " + mistake);
+  EXPECT_EQ(outcome.code, 0) << outcome.output;
+  return outcome.output;
+}
+
+TEST(YourRouter, AHealthyRunIsBalancedAndHearsNothing) {
+  const Outcome outcome = run("--steps 60");
+  ASSERT_EQ(outcome.code, 0) << outcome.output;
+  EXPECT_THAT(outcome.output, Not(HasSubstr("NOTICE")));
+  EXPECT_THAT(outcome.output, HasSubstr("reason: skipped_step"));
+  const std::regex ratio(R"(: ([0-9.]+) x floor)");
+  int layers = 0;
+  for (std::sregex_iterator it(outcome.output.begin(), outcome.output.end(), ratio), end; it != end;
+       ++it, ++layers)
+    EXPECT_LT(std::stod((*it)[1]), 2) << outcome.output;
+  EXPECT_EQ(layers, 3);
+}
+
+TEST(YourRouter, ItGoesOnFromACheckpoint) {
+  const auto folder =
+      std::filesystem::temp_directory_path() / ("moectl_your_router_" + std::to_string(getpid()));
+  std::filesystem::create_directories(folder);
+  const std::string state = (folder / "run.pt").string(), log = (folder / "run.jsonl").string();
+  ASSERT_EQ(run("--steps 12 --save " + state + " --log " + log).code, 0);
+  const Outcome resumed = run("--steps 20 --resume " + state + " --log " + log);
+  EXPECT_EQ(resumed.code, 0) << resumed.output;
+  EXPECT_THAT(resumed.output, Not(HasSubstr("NOTICE")));
+  std::ifstream in(log);
+  const std::string text{std::istreambuf_iterator<char>(in), {}};
+  EXPECT_THAT(text, HasSubstr("\"step\":19,"));
+  std::filesystem::remove_all(folder);
+}
+
+TEST(YourRouter, EachMistakeIsNamed) {
+  EXPECT_THAT(output_with("forget-bias"), HasSubstr("NOTICE: the router does not add the bias"));
+  EXPECT_THAT(output_with("wrong-layer"), HasSubstr("layer 0  NOTICE: the router adds the bias of layer 1"));
+  EXPECT_THAT(output_with("wrong-sign"), HasSubstr("NOTICE: the router subtracts the bias"));
+  EXPECT_THAT(output_with("swap-storage"),
+              HasSubstr("the tensor that the controller handed out now lies elsewhere"));
+  EXPECT_THAT(output_with("replayed-routes"),
+              HasSubstr("NOTICE: the recorded experts are not the k largest"));
+}
+
+TEST(YourRouter, MissingTopValuesAreAnErrorAtTheFirstStep) {
+  const Outcome outcome = run("--steps 5 --mistake no-top-values");
+  EXPECT_EQ(outcome.code, 1);
+  EXPECT_THAT(outcome.output, HasSubstr("needs top_values: not given to record() on this rank"));
+}
+
+TEST(YourRouter, AMistakeThatWasMendedLeavesBalance) {
+  const std::string output = output_with("forget-bias --mend-at 10", 60);
+  EXPECT_THAT(output, HasSubstr("NOTICE"));
+  EXPECT_THAT(output, HasSubstr("healthy"));
+}
+
+TEST(YourRouter, UnknownOptionsAreRefused) {
+  EXPECT_EQ(run("--stepz 5").code, 1);
+  EXPECT_THAT(run("--mistake none").output, HasSubstr("one of forget-bias"));
+}
+
+}  // namespace
