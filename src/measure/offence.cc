@@ -66,15 +66,16 @@ auto below(int end) {
   return [end](std::int64_t index) { return index >= 0 && index < end; };
 }
 
-constexpr std::array<const char*, RoutingStats::kScalarCount> kScalarNames = {
-    "tokens",        "invalid_records",   "gap_sum",         "gap_tokens",
-    "gap_width_sum", "sequences",         "sequence_tokens", "sequence_len_sq",
-    "prob_tokens",   "token_entropy_sum", "dropped",         "drop_tokens",
-    "domain_tokens", "grad_records",      "latency_records", "margin_tokens"};
-constexpr std::array<const char*, RoutingStats::kArrayCount> kArrayNames = {
-    "counts",        "gap_near",           "sequence_sq", "sequence_cross", "prob_sum",
-    "sqrt_prob_sum", "grad_norm",          "latency",     "loss_tokens",    "margins",
-    "domain_counts", "domain_loss_tokens", "expert_loss", "domain_loss"};
+constexpr auto kScalarNames = std::to_array<const char*>(
+    {"tokens", "invalid_records", "gap_sum", "gap_tokens", "gap_width_sum", "sequences", "sequence_tokens",
+     "sequence_len_sq", "prob_tokens", "token_entropy_sum", "dropped", "drop_tokens", "domain_tokens",
+     "grad_records", "latency_records", "margin_tokens"});
+static_assert(kScalarNames.size() == RoutingStats::kScalarCount);
+constexpr auto kArrayNames =
+    std::to_array<const char*>({"counts", "gap_near", "sequence_sq", "sequence_cross", "prob_sum",
+                                "sqrt_prob_sum", "grad_norm", "latency", "loss_tokens", "margins",
+                                "domain_counts", "domain_loss_tokens", "expert_loss", "domain_loss"});
+static_assert(kArrayNames.size() == RoutingStats::kArrayCount);
 
 constexpr std::int64_t kFar = std::int64_t{1} << 62;
 

@@ -537,27 +537,6 @@ TEST(LooseEnds, AReductionThatThrowsAnythingLeavesAllSums) {
   }
 }
 
-// Nothing of ours allocates once the sums over ranks have arrived: so nothing can fail for want of memory between the
-// collective and the end of the step.
-TEST(LooseEnds, NothingAllocatesAfterTheReductionNotEvenInTheFirstStep) {
-  ControllerConfig config = config_of("sign_bias", 4, 16, 2);
-  config.aux_loss_weight.policy = "pi";
-  config.aux_loss_weight.initial = 0.01;
-  config.aux_loss_weight.limits = {.min = 1e-4, .max = 0.1, .rate = 0.1};
-  config.guard.enabled = true;
-  config.model.tokens_per_step = 1000000;  // notices, too, have their room
-  Controller controller(config);
-  std::int64_t at_reduction = 0;
-  controller.set_reduction([&](std::span<std::int64_t>) { at_reduction = ::moectl::testing::allocations(); });
-  const Indices counts = {64, 0, 10, 10, 20, 20, 4, 128, 16, 16, 16, 16, 16, 16, 16, 16};
-  for (int step = 0; step < 30; ++step) {
-    for (int layer = 0; layer < 4; ++layer) record_counts(controller, layer, counts);
-    if (step % 7 == 3) record_counts(controller, 1, {-1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0});
-    controller.step();
-    EXPECT_EQ(::moectl::testing::allocations(), at_reduction) << step;
-  }
-}
-
 // ---- Recording is all or nothing. ----
 
 TEST(LooseEnds, ARecordThatThrowsHasAddedNothingAndCountsOnceOnRetry) {
