@@ -24,13 +24,13 @@ constexpr double kSharp = 0.3;  // the largest standard error of a gain that cou
 // A layer answers if its gain is surely above kAnswers, and does not if it is very surely below kSilent.
 constexpr double kAnswers = 0.25, kSilent = 0.5;
 constexpr std::array<double, 8> kSigns = {1, 1, -1, 1, -1, -1, -1, 1};
-constexpr double kProbeError = 0.06;   // standard error of the gain after one block
+constexpr double kProbeError = 0.075;  // standard error of the gain after one block
 constexpr double kLargestProbe = 0.5;  // relative load
 constexpr double kSmallestSize = 1.0 / 64, kSizeStep = 8;
 constexpr std::int64_t kPause = 8;  // decisions between the probes of a held layer
 constexpr std::int64_t kMaxBlocks = 6;
 constexpr std::int64_t kFirstBackoff = 32, kLastBackoff = 128;
-constexpr double kReach = 4;
+constexpr double kReach = 16;
 
 double weighted_mean(std::span<const double> values, std::span<const double> weight,
                      std::span<const double> slope, double total) {
@@ -254,12 +254,18 @@ void ResponseCheck::set_reference() {
   std::copy(load_[0].begin(), load_[0].end(), reference_load_.begin());
 }
 
+// Without a measured slope: as large as the last answer says that it must be.
+double ResponseCheck::first_size() const {
+  if (scaled_) return 1;
+  return found_ && found_->gain > 1 ? std::max(1 / found_->gain, kSmallestSize) : kSmallestSize;
+}
+
 void ResponseCheck::start_probe() {
   state_ = Response::kProbing;
   blocks_ = 0;
   probe_ = {};
   held_ = false;
-  size_ = scaled_ ? 1 : kSmallestSize;
+  size_ = first_size();
   start_block();
 }
 
@@ -397,7 +403,7 @@ void ResponseCheck::on_applied(const LimitReport& why) {
     for (std::size_t i = 0; i < experts_; ++i) offset_[i] = sign_ * pattern_[i];
     decision_ = std::min<std::int64_t>(decision_ + 1, kSigns.size() + 1);
     if (decision_ != 0) return;
-    size_ = scaled_ ? 1 : kSmallestSize;
+    size_ = first_size();
     start_block();
   }
 }
@@ -415,7 +421,9 @@ std::optional<double> ResponseCheck::reach() const {
   if (!scaled_) return in_probabilities_ ? std::optional<double>(1.0) : std::nullopt;
   const double mean_slope = sum_of(slope_) / static_cast<double>(experts_);
   if (!(mean_slope > 0)) return std::nullopt;
-  return kReach * token_range_ / mean_slope;
+  // Probabilities lie within [0, 1]; scores that are farther apart than that are none.
+  const double range = token_range_ / mean_slope;
+  return in_probabilities_ && range < 1 ? std::min(kReach * range, 1.0) : kReach * range;
 }
 
 void ResponseCheck::exchange(StateIo& io) {

@@ -12,7 +12,7 @@
 //             + + - + - - - + over eight decisions, and serves as the instrument. A line is taken out of what is seen, so neither noise nor a steady
 //             drift correlates with the pattern, and the regression on it is sure. The signs hardly correlate with
 //             themselves some steps later, so an answer that is late is told from a wrong sign. The size is chosen so
-//             that eight decisions give the gain a standard error of 0.06: 1.5 floors at 16 experts, .4 at 256.
+//             that eight decisions give the gain a standard error of 0.075: 1.2 floors at 16 experts, .3 at 256.
 //
 // If the probe gets no answer, the biases go back to where they were when the load last answered, and are held there.
 // The probe is repeated from time to time. At the first answer the policy goes on. An answer that comes up to four steps
@@ -20,7 +20,7 @@
 //
 // Without a measured slope (counts only) a low one is assumed: 1 a unit of probability, because scores within [0, 1]
 // cannot lie farther apart; 0.1 a logit. A healthy layer shows a multiple of it, so the gain then says no more than
-// the sign. The probe starts at 1/64 of its size, so that it stays small where the slope is large.
+// the sign. The probe starts small, at most as large as the last answer says that it must be.
 #pragma once
 
 #include <array>
@@ -59,8 +59,9 @@ class ResponseCheck {
   void on_applied(const LimitReport& why);
 
   Responsiveness report() const;
-  /// How far a bias may be from the mean: four times the distance over which, at the measured slope, an expert's load
-  /// goes from nothing to all tokens. Absent if no slope is known.
+  /// How far a bias may be from the mean: sixteen times the distance over which, at the measured slope, an expert's load
+  /// goes from nothing to all tokens, because scores may lie in lumps; in probabilities at most 1. Absent if no slope is
+  /// known.
   std::optional<double> reach() const;
 
   void exchange(StateIo& io);
@@ -83,6 +84,7 @@ class ResponseCheck {
   void compare();
   void judge();
   void set_reference();
+  double first_size() const;
   void start_probe();
   void start_block();
   Sums answer(std::size_t late) const;
