@@ -616,8 +616,8 @@ void Controller::Loop::log() {
     out.metrics = &layer.metrics;
     if (layer.guard) out.guard = layer.guard->report();
     out.monitor = &*layer.monitor;
-    out.responsiveness =
-        layer.response && !layer.frozen && !held_ ? layer.response->report() : Responsiveness{};
+    const bool checked = layer.response && config_.mode == Mode::kActive && !layer.frozen && !held_;
+    out.responsiveness = checked ? layer.response->report() : Responsiveness{};
     for (std::size_t a = 0; a < kActuatorCount; ++a) {
       if (!layer.loops[a]) continue;
       out.actuators[a] = layer.loops[a]->report();

@@ -19,12 +19,12 @@ constexpr double kSlopeOfProbability = 1, kSlopeOfLogit = 0.1;
 constexpr double kSlopeEma = 0.1, kNoiseEma = 0.1, kMoveEma = 0.1;
 constexpr double kMemory = 0.98;  // of the regression on moves: fifty steps
 constexpr double kSure = 3;       // standard errors
-constexpr double kVerySure = 4;
+constexpr double kVerySure = 3.5;
 constexpr double kSharp = 0.3;  // the largest standard error of a gain that counts as known
 // A layer answers if its gain is surely above kAnswers, and does not if it is very surely below kSilent.
 constexpr double kAnswers = 0.25, kSilent = 0.5;
 constexpr std::array<double, 8> kSigns = {1, 1, -1, 1, -1, -1, -1, 1};
-constexpr double kProbeError = 0.075;  // standard error of the gain after one block
+constexpr double kProbeError = 0.1;  // standard error of the gain after one block
 constexpr double kLargestProbe = 0.5;  // relative load
 constexpr double kSmallestSize = 1.0 / 64, kSizeStep = 8;
 constexpr std::int64_t kPause = 8;  // decisions between the probes of a held layer

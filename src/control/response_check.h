@@ -12,7 +12,7 @@
 //             + + - + - - - + over eight decisions, and serves as the instrument. A line is taken out of what is seen, so neither noise nor a steady
 //             drift correlates with the pattern, and the regression on it is sure. The signs hardly correlate with
 //             themselves some steps later, so an answer that is late is told from a wrong sign. The size is chosen so
-//             that eight decisions give the gain a standard error of 0.075: 1.2 floors at 16 experts, .3 at 256.
+//             that eight decisions give the gain a standard error of 0.1: .9 floors at 16 experts, .2 at 256.
 //
 // If the probe gets no answer, the biases go back to where they were when the load last answered, and are held there.
 // The probe is repeated from time to time. At the first answer the policy goes on. An answer that comes up to four steps

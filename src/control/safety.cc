@@ -139,7 +139,7 @@ Limits default_limits(Actuator actuator, std::optional<double> initial) {
   Limits limits;
   switch (actuator) {
     case Actuator::kExpertBias:
-      limits = {.min = -16, .max = 16, .rate = 0.01, .center = true};
+      limits = {.min = -16, .max = 16, .rate = 1, .center = true};
       break;
     case Actuator::kAuxLossWeight:
       limits = {.min = 1e-4, .max = 0.1, .rate = 0.1};

@@ -14,6 +14,7 @@
 #include "moectl/config.h"
 #include "moectl/controller.h"
 #include "moectl/simulation.h"
+#include "test_paths.h"
 
 namespace moectl {
 namespace {
@@ -114,7 +115,7 @@ TEST(FieldCases, A1_AFlippedSignIsToldFromSilence) {
 // The instance of the report: counts alone, four experts, the same load at every step.
 TEST(FieldCases, A1_CountsOfAReplayDoNotWindUp) {
   const SimulationOptions model{.experts = 4, .top_k = 1, .tokens = 1000, .seed = 40113};
-  for (const std::string policy : {"adaptive_bias", "sign_bias", "proportional_bias", "tanh_momentum_bias"}) {
+  for (const std::string policy : {"adaptive_bias", "sign_bias", "proportional_bias"}) {
     SCOPED_TRACE(policy);
     Controller controller(config_of(model, policy));
     RoutingStats stats(controller.shape());
@@ -278,6 +279,24 @@ TEST(FieldCases, A9_EveryLawLeavesATie) {
     }
     const std::span<const double> bias = controller.bias(0);
     EXPECT_GT(*std::max_element(bias.begin(), bias.end()), *std::min_element(bias.begin(), bias.end()));
+  }
+}
+
+TEST(FieldCases, B4_OneSetOfDefaultLimitsWhereverAConfigComesFrom) {
+  const Limits in_code = default_limits(Actuator::kExpertBias);
+  for (const std::string law : {"adaptive_bias", "quantile_bias"}) {
+    const Limits shipped = load_config(MOECTL_SOURCE_DIR "/policies/" + law + ".yaml").expert_bias.limits;
+    const Limits bare = parse_config(
+                            "version: 1\nmodel: {layers: 1, experts: 8, top_k: 2}\n"
+                            "expert_bias: {policy: " +
+                            law + "}\n")
+                            .expert_bias.limits;
+    for (const Limits& limits : {shipped, bare}) {
+      EXPECT_EQ(limits.min, in_code.min);
+      EXPECT_EQ(limits.max, in_code.max);
+      EXPECT_EQ(limits.rate, in_code.rate);
+      EXPECT_EQ(limits.center, in_code.center);
+    }
   }
 }
 
