@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "base/lanes.h"
+#include "moectl/health.h"
 
 namespace moectl {
 namespace {
@@ -24,12 +25,14 @@ constexpr double kSharp = 0.3;  // the largest standard error of a gain that cou
 // A layer answers if its gain is surely above kAnswers, and does not if it is very surely below kSilent.
 constexpr double kAnswers = 0.25, kSilent = 0.5;
 constexpr std::array<double, 8> kSigns = {1, 1, -1, 1, -1, -1, -1, 1};
-constexpr double kProbeError = 0.1;  // standard error of the gain after one block
+constexpr double kProbeError = 0.08;   // standard error of the gain after one block
 constexpr double kLargestProbe = 0.5;  // relative load
 constexpr double kSmallestSize = 1.0 / 64, kSizeStep = 8;
 constexpr std::int64_t kPause = 8;  // decisions between the probes of a held layer
 constexpr std::int64_t kMaxBlocks = 6;
 constexpr std::int64_t kFirstBackoff = 32, kLastBackoff = 128;
+// A layer that is balanced has nothing to answer.
+constexpr double kImbalance = kBalancedFloors * kBalancedFloors;
 constexpr double kReach = 16;
 
 double weighted_mean(std::span<const double> values, std::span<const double> weight,
@@ -140,6 +143,14 @@ void ResponseCheck::follow_load(const RoutingStats& stats) {
   std::swap(load_[1], load_[0]);
   const double scale = static_cast<double>(experts_) / static_cast<double>(stats.assignments());
   const std::span<const std::int64_t> counts = stats.counts();
+  double error_sq = sum_over(experts_, [&](std::size_t i, auto at) -> Double8 {
+    const Double8 share = at.get(&per_weight_[i]);
+    const Double8 error = share * (at.get(&counts[i]) * scale - at.get(&weight_[i]));
+    return error * error;
+  });
+  error_sq /= static_cast<double>(experts_);
+  const double ratio = std::min(error_sq / std::max(floor_sq_, 1e-12), 1e6);
+  error_over_floor_ += (filled_ > 0 ? kNoiseEma : 1) * (ratio - error_over_floor_);
   double change_sq = sum_over(experts_, [&](std::size_t i, auto at) -> Double8 {
     const Double8 load = at.get(&counts[i]) * scale * at.get(&per_weight_[i]);
     at.put(&load_[0][i], load);
@@ -238,7 +249,7 @@ void ResponseCheck::judge() {
   } else if (travel && travel->gain + kSure * travel->error < 1) {
     if (answered(moves)) {
       set_reference();
-    } else if (quiet_ == 0) {
+    } else if (quiet_ == 0 && error_over_floor_ > kImbalance) {
       start_probe();
     }
   }
@@ -293,29 +304,41 @@ void ResponseCheck::start_block() {
 
 // The regression over this block and those before it, for an answer that is `late` steps late.
 ResponseCheck::Sums ResponseCheck::answer(std::size_t late) const {
-  // A line is taken out of the pattern, which takes it out of the product too.
-  const double n = static_cast<double>(seen_), middle = (n - 1) / 2;
-  const auto in_force = [&](std::size_t t) { return t < late ? 0 : sign_seen_[t - late]; };
-  double mean = 0, slope = 0;
-  for (std::size_t t = 0; t < seen_; ++t) {
-    mean += in_force(t) / n;
-    slope += in_force(t) * (static_cast<double>(t) - middle) / (n * (n * n - 1) / 12);
-  }
   Sums sums = probe_[late];
-  for (std::size_t t = 0; t < seen_ && seen_ > 2; ++t) {
-    const double z = in_force(t) - mean - slope * (static_cast<double>(t) - middle);
-    const double biases = bias_along_[t < late ? 0 : t - late];
-    sums.add({pattern_sq_ * z * load_along_[t], pattern_sq_ * z * biases, pattern_noise_ * z * z}, 1);
+  if (seen_ < 5) return sums;
+  // A line is taken out of the signs and of what is seen.
+  const double n = static_cast<double>(seen_), middle = (n - 1) / 2;
+  const auto sign = [&](std::size_t t) { return t < late ? 0 : sign_seen_[t - late]; };
+  Line signs, loads;
+  for (std::size_t t = 0; t < seen_; ++t) {
+    const double from_middle = (static_cast<double>(t) - middle) / (n * (n * n - 1) / 12);
+    signs.mean += sign(t) / n;
+    signs.slope += sign(t) * from_middle;
+    loads.mean += load_along_[t] / n;
+    loads.slope += load_along_[t] * from_middle;
   }
+  double zy = 0, zx = 0, zz = 0, yy = 0;
+  for (std::size_t t = 0; t < seen_; ++t) {
+    const double from_middle = static_cast<double>(t) - middle;
+    const double z = sign(t) - signs.mean - signs.slope * from_middle;
+    const double y = load_along_[t] - loads.mean - loads.slope * from_middle;
+    zy += z * y;
+    zx += z * bias_along_[t < late ? 0 : t - late];
+    zz += z * z;
+    yy += y * y;
+  }
+  // What the regression leaves over counts as noise if it exceeds what sampling explains: tokens come in lumps.
+  const double left = zz > 0 ? std::max(0.0, yy - zy * zy / zz) / (n - 3) : 0;
+  const double noise_along = std::max(noise() * pattern_noise_ / pattern_sq_, pattern_sq_ * left);
+  sums.add({pattern_sq_ * zy, pattern_sq_ * zx, pattern_sq_ * noise_along * zz}, 1);
   return sums;
 }
 
 bool ResponseCheck::finds_answer(std::size_t lags) {
   for (std::size_t late = 0; late < lags; ++late) {
-    const std::optional<Estimate> found = answer(late).estimate(noise());
-    const double sure = held_ || late > 0 ? kVerySure : kSure;
-    if (!found || found->gain - sure * found->error <= 0 || found->gain <= kAnswers) continue;
-    if (late > 0 && found->gain <= 2 * std::abs(answer(0).estimate(noise())->gain)) continue;
+    const std::optional<Estimate> found = answer(late).estimate(1);
+    if (!found || found->gain - kVerySure * found->error <= 0 || found->gain <= kAnswers) continue;
+    if (late > 0 && found->gain <= 2 * std::abs(answer(0).estimate(1)->gain)) continue;
     state_ = Response::kAnswers;
     found_ = found;
     late_ = static_cast<int>(late);
@@ -332,7 +355,7 @@ bool ResponseCheck::finds_answer(std::size_t lags) {
 void ResponseCheck::finish_block() {
   if (size_ == 1 && finds_answer(kLags)) return;
   ++blocks_;
-  const std::optional<Estimate> found = answer(0).estimate(noise());
+  const std::optional<Estimate> found = answer(0).estimate(1);
   if (size_ == 1 && found && found->gain + kVerySure * found->error < kSilent) {
     state_ = Response::kUnresponsive;
     found_ = found;
@@ -445,6 +468,7 @@ void ResponseCheck::exchange(StateIo& io) {
   io.values("response.reference_bias", reference_bias_);
   io.value("response.floor_sq", floor_sq_, StateIo::kNotNegative);
   io.value("response.noise_sq", noise_sq_, StateIo::kNotNegative);
+  io.value("response.error_over_floor", error_over_floor_, StateIo::kNotNegative);
   sums(moves_);
   std::int64_t state = static_cast<std::int64_t>(state_), late = late_;
   io.value("response.state", state, {0, kResponseCount - 1});

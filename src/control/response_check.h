@@ -7,12 +7,13 @@
 //             instrument. What made the policy move at a step cannot have caused the noise of the steps after it, and
 //             a steady drift of the router, which the policy follows, is taken out with the average.
 //   travel    the load should have changed along the way that the biases went since they last were answered. If what is
-//             missing exceeds three standard deviations, and the moves do not show an answer, the check asks:
+//             missing exceeds three standard deviations, the layer is not balanced, and the moves do not show an answer,
+//             the check asks:
 //   probe     a small known pattern is added to the biases, half of the experts up, half down, with the signs
-//             + + - + - - - + over eight decisions, and serves as the instrument. A line is taken out of what is seen, so neither noise nor a steady
-//             drift correlates with the pattern, and the regression on it is sure. The signs hardly correlate with
-//             themselves some steps later, so an answer that is late is told from a wrong sign. The size is chosen so
-//             that eight decisions give the gain a standard error of 0.1: .9 floors at 16 experts, .2 at 256.
+//             + + - + - - - + over eight decisions, and serves as the instrument. A line is taken out of what is seen,
+//             so neither noise nor a steady drift correlates with the pattern, and the regression on it is sure. The
+//             signs hardly correlate with themselves some steps later, so an answer that is late is told from a wrong
+//             sign. The size is chosen so that eight decisions give the gain a standard error of 0.08: 1.1 floors at 16 experts, .3 at 256.
 //
 // If the probe gets no answer, the biases go back to where they were when the load last answered, and are held there.
 // The probe is repeated from time to time. At the first answer the policy goes on. An answer that comes up to four steps
@@ -70,6 +71,9 @@ class ResponseCheck {
   struct Estimate {
     double gain = 0, error = 0;
   };
+  struct Line {
+    double mean = 0, slope = 0;
+  };
   struct Sums {  // of a regression through an instrument
     double zy = 0, zx = 0;
     double zz = 0;  // Σ z² times the relative load: counts scatter in proportion to what is counted
@@ -113,6 +117,7 @@ class ResponseCheck {
   std::vector<double> move_mean_;
   std::vector<double> reference_load_, reference_bias_;
   double floor_sq_ = 0, noise_sq_ = 0;
+  double error_over_floor_ = 0;  // of their squares, smoothed
   Sums moves_, travel_;
   Response state_ = Response::kUnknown;
   std::int64_t quiet_ = 0;  // steps until the next probe may start
