@@ -101,6 +101,16 @@ void check_same_everywhere(const Reduction& reduction, std::span<const std::stri
                                             : "fewer keys than another rank"));
 }
 
+namespace {
+
+std::int64_t magnitude_of(std::span<const std::int64_t> sums) {
+  std::uint64_t bits = 0;  // no magnitude is above the bits that all of them set
+  for (const std::int64_t sum : sums) bits |= static_cast<std::uint64_t>(sum ^ (sum >> 63));
+  return static_cast<std::int64_t>(bits >> kMagnitudeBits);
+}
+
+}  // namespace
+
 Payload::Payload(std::size_t layers, std::size_t flat_size, std::size_t domains)
     : flat_size_(flat_size),
       layers_(layers),
@@ -108,13 +118,8 @@ Payload::Payload(std::size_t layers, std::size_t flat_size, std::size_t domains)
       sums_(layers * (flat_size + 1) + kWordCount + domains, 0) {}
 
 void Payload::put(std::size_t i, std::span<const std::int64_t> sums) {
-  std::uint64_t bits = 0;  // no magnitude is above the bits that all of them set
-  std::int64_t* const to = sums_.data() + i * flat_size_;
-  for (std::size_t j = 0; j < flat_size_; ++j) {
-    bits |= static_cast<std::uint64_t>(sums[j] ^ (sums[j] >> 63));
-    to[j] = sums[j];
-  }
-  sums_[layers_ * flat_size_ + i] = static_cast<std::int64_t>(bits >> kMagnitudeBits);
+  std::copy(sums.begin(), sums.end(), layer(i).begin());
+  sums_[layers_ * flat_size_ + i] = magnitude_of(sums);
 }
 
 bool Payload::in_range(std::size_t i) const {
@@ -166,7 +171,15 @@ void Payload::check() const {
 
 void Payload::exchange(StateIo& io, std::string_view name, bool counts) {
   if (!counts) std::fill(sums_.begin(), sums_.end(), 0);
-  io.values(name, sums_, StateIo::kAnyInteger);
+  // Magnitudes are formed anew: sums that were formed on a device have none yet, and the state is the same.
+  const auto magnitudes = std::span(sums_).subspan(layers_ * flat_size_, layers_);
+  std::vector<std::int64_t> saved = sums_;
+  std::fill_n(saved.begin() + static_cast<std::ptrdiff_t>(layers_ * flat_size_), layers_, 0);
+  io.values(name, saved, StateIo::kAnyInteger);
+  if (io.reads()) {
+    sums_ = saved;
+    for (std::size_t i = 0; i < layers_; ++i) magnitudes[i] = magnitude_of(layer(i));
+  }
   io.check(!counts || (word(kRanks) >= 1 && (same_values() || some_failed())), name,
            "be a sum over ranks that agree");
 }
