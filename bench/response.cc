@@ -1,0 +1,171 @@
+// response_table: how often healthy loops are held, and how soon a wrong wiring is noticed, on simulated routers.
+//
+//   response_table [--first-seed S] [--runs R] [--steps N]
+//
+// Healthy: R runs of N steps over three gates, four sizes and two policies, with and without a shift; none should be
+// held. Mistakes: the router ignores the bias, subtracts it, or replays the routes of the first step, for 150 steps; then
+// it is mended. The table says when the controller held the biases, and when the load was balanced after that.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "moectl/config.h"
+#include "moectl/controller.h"
+#include "moectl/health.h"
+#include "moectl/simulation.h"
+
+namespace moectl {
+namespace {
+
+enum class Mistake { kNone, kForgotten, kFlipped, kReplayed };
+constexpr const char* kMistakes[] = {"none", "forgotten", "flipped", "replayed"};
+constexpr int kMended = 150;
+
+struct Router {
+  SimulatedGate gate;
+  ScoreSpace space;
+  int experts, top_k;
+  std::int64_t tokens;
+};
+
+std::vector<Router> routers() {
+  std::vector<Router> out;
+  for (const auto& [experts, top_k, tokens] :
+       {std::tuple{8, 1, 1024}, {16, 2, 2048}, {64, 6, 4096}, {256, 8, 8192}}) {
+    out.push_back({SimulatedGate::kSoftmax, ScoreSpace::kProbability, experts, top_k, tokens});
+    out.push_back({SimulatedGate::kSigmoid, ScoreSpace::kProbability, experts, top_k, tokens});
+    out.push_back({SimulatedGate::kSigmoid, ScoreSpace::kLogit, experts, top_k, tokens});
+  }
+  return out;
+}
+
+struct Outcome {
+  int held = 0, probing = 0;  // steps
+  int noticed = -1, balanced = -1;
+};
+
+Outcome run(const Router& router, const std::string& policy, Mistake mistake, bool shift, std::uint64_t seed,
+            int steps) {
+  ControllerConfig config;
+  config.model = {.layers = 1,
+                  .experts = router.experts,
+                  .top_k = router.top_k,
+                  .tokens_per_step = router.tokens,
+                  .score_space = router.space};
+  config.expert_bias.policy = policy;
+  Controller controller(config);
+  SimulatedRouter simulated({.experts = router.experts,
+                             .top_k = router.top_k,
+                             .tokens = router.tokens,
+                             .gate = router.gate,
+                             .score_space = router.space,
+                             .seed = seed,
+                             .scenario = shift ? Scenario::kShift : Scenario::kSteady,
+                             .event_step = steps / 2});
+  RoutingStats first(controller.shape());
+  std::vector<double> bias;
+  Outcome out;
+  for (int step = 0; step < steps; ++step) {
+    const bool wrong = mistake != Mistake::kNone && step < kMended;
+    bias.assign(controller.bias(0).begin(), controller.bias(0).end());
+    const double factor = !wrong                           ? 1
+                          : mistake == Mistake::kForgotten ? 0
+                          : mistake == Mistake::kFlipped   ? -1
+                                                           : 1;
+    for (double& b : bias) b *= factor;
+    const RoutingBatch batch = simulated.route(bias);
+    if (wrong && mistake == Mistake::kReplayed) {
+      if (step == 0) first.add(batch);
+      controller.record(0, first);
+    } else {
+      controller.record(0, batch);
+    }
+    const LayerReport& layer = controller.step().layers[0];
+    const bool held = layer.responsiveness.state == Response::kUnresponsive;
+    out.held += held ? 1 : 0;
+    out.probing += layer.responsiveness.state == Response::kProbing ? 1 : 0;
+    if (held && out.noticed < 0) out.noticed = step;
+    const double floors = *layer.metrics->max_vio / *floor_of(*layer.metrics).max_vio;
+    if (step >= kMended && out.balanced < 0 && floors < kBalancedFloors) out.balanced = step - kMended;
+  }
+  return out;
+}
+
+void healthy(std::uint64_t seed, int runs, int steps) {
+  const std::vector<Router> all = routers();
+  int held_runs = 0, probing = 0;
+  for (int i = 0; i < runs; ++i) {
+    const Router& router = all[static_cast<std::size_t>(i) % all.size()];
+    const bool second = static_cast<std::size_t>(i) / all.size() % 2 == 1;
+    const bool shift = static_cast<std::size_t>(i) / all.size() / 2 % 2 == 1;
+    const Outcome out = run(router, second ? "sign_bias" : "adaptive_bias", Mistake::kNone, shift,
+                            seed + static_cast<std::uint64_t>(i), steps);
+    held_runs += out.held > 0 ? 1 : 0;
+    probing += out.probing;
+  }
+  std::printf("healthy: %d runs of %d steps: %d held; probing in %.2f %% of the steps\n\n", runs, steps,
+              held_runs, 100.0 * probing / (static_cast<double>(runs) * steps));
+}
+
+void mistakes(std::uint64_t seed) {
+  std::printf(
+      "| policy | mistake | runs | noticed (median step) | latest | never | balanced after mending (median) "
+      "| "
+      "latest | never |\n|---|---|---|---|---|---|---|---|---|\n");
+  for (const std::string policy : {"adaptive_bias", "proportional_bias", "sign_bias"}) {
+    for (const Mistake mistake : {Mistake::kForgotten, Mistake::kFlipped, Mistake::kReplayed}) {
+      std::vector<int> noticed, balanced;
+      int runs = 0;
+      for (const Router& router : routers()) {
+        const Outcome out = run(router, policy, mistake, false, ++seed, kMended + 150);
+        ++runs;
+        if (out.noticed >= 0) noticed.push_back(out.noticed);
+        if (out.balanced >= 0) balanced.push_back(out.balanced);
+      }
+      std::sort(noticed.begin(), noticed.end());
+      std::sort(balanced.begin(), balanced.end());
+      const auto row = [&](const std::vector<int>& steps) {
+        if (steps.empty()) {
+          std::printf(" - | - | %d |", runs);
+        } else {
+          std::printf(" %d | %d | %d |", steps[steps.size() / 2], steps.back(),
+                      runs - static_cast<int>(steps.size()));
+        }
+      };
+      std::printf("| `%s` | %s | %d |", policy.c_str(), kMistakes[static_cast<int>(mistake)], runs);
+      row(noticed);
+      row(balanced);
+      std::printf("\n");
+    }
+  }
+}
+
+}  // namespace
+}  // namespace moectl
+
+int main(int argc, char** argv) {
+  std::uint64_t seed = 1;
+  int runs = 200, steps = 300;
+  for (int i = 1; i + 1 < argc; i += 2) {
+    const std::string name = argv[i];
+    const long value = std::strtol(argv[i + 1], nullptr, 10);
+    if (name == "--first-seed") {
+      seed = static_cast<std::uint64_t>(value);
+    } else if (name == "--runs") {
+      runs = static_cast<int>(value);
+    } else if (name == "--steps") {
+      steps = static_cast<int>(value);
+    } else {
+      std::fprintf(stderr, "usage: response_table [--first-seed S] [--runs R] [--steps N]\n");
+      return 2;
+    }
+  }
+  moectl::healthy(seed, runs, steps);
+  moectl::mistakes(seed + 100000);
+  return 0;
+}
