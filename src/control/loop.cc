@@ -41,17 +41,18 @@ bool environment_holds() {
   return value != nullptr && *value != '\0' && std::string_view(value) != "0";
 }
 
-// A number with two decimals, without allocation and whatever the locale.
-class Decimal {
+// A number in a notice, decimals with two places: without allocation and whatever the locale.
+class Number {
  public:
-  explicit Decimal(double value)
+  explicit Number(double value)
       : end_(std::to_chars(text_, text_ + sizeof text_, std::clamp(value, -1e6, 1e6),
                            std::chars_format::fixed, 2)
                  .ptr) {}
+  explicit Number(std::int64_t value) : end_(std::to_chars(text_, text_ + sizeof text_, value).ptr) {}
   std::string_view text() const { return {text_, end_}; }
 
  private:
-  char text_[16];
+  char text_[24];
   const char* end_;
 };
 
@@ -351,13 +352,6 @@ void Controller::Loop::compare_with_config() {
   const auto say = [this](std::initializer_list<std::string_view> parts, int layer = -1) {
     notices_.add(NoticeKind::kConfig, layer, steps_, parts);
   };
-  const auto number = [](std::array<char, 24>& text, std::int64_t value) {
-    return std::string_view(
-        text.data(), static_cast<std::size_t>(
-                         std::to_chars(text.data(), text.data() + text.size(), value).ptr - text.data()));
-  };
-  std::array<char, 24> a{}, b{};
-
   if (!sequences_said_) {
     for (const auto& layer : layers_) sequences_said_ |= layer->uncollected_sequences;
     if (sequences_said_) {
@@ -394,16 +388,17 @@ void Controller::Loop::compare_with_config() {
   fewest_tokens_ += fewest;
   const std::int64_t stated = config_.model.tokens_per_step, tokens = first->stats.tokens();
   if (!std::exchange(tokens_compared_, true) && stated > 0 && (tokens > 2 * stated || tokens < stated / 2)) {
-    say({"model.tokens_per_step is ", number(a, stated), ", and ", number(b, tokens),
+    say({"model.tokens_per_step is ", Number(stated).text(), ", and ", Number(tokens).text(),
          " tokens arrived: noise floors of targets are computed from it"});
   }
   if (++compared_ < kSteps) return;
   for (std::size_t l = 0; l < layers_.size(); ++l) {
     if (layers_[l]->ever_had_data) continue;
-    say({"layer ", number(a, static_cast<std::int64_t>(l)),
+    say({"layer ", Number(static_cast<std::int64_t>(l)).text(),
          " has recorded no token so far and other layers have: "
          "model.layers is ",
-         number(b, config_.model.layers), ": is every MoE layer recorded, from layer 0 on?"});
+         Number(std::int64_t{config_.model.layers}).text(),
+         ": is every MoE layer recorded, from layer 0 on?"});
     break;
   }
   if (same_experts_) {
@@ -424,15 +419,10 @@ void Controller::Loop::say_unused_experts() {
   for (int i = used; i < model.experts; ++i) {
     if (targets_[static_cast<std::size_t>(i)] <= 0) return;  // not wanted, not used
   }
-  std::array<char, 24> a{}, b{};
-  const auto number = [](std::array<char, 24>& text, int value) {
-    return std::string_view(
-        text.data(), static_cast<std::size_t>(
-                         std::to_chars(text.data(), text.data() + text.size(), value).ptr - text.data()));
-  };
   notices_.add(NoticeKind::kConfig, -1, steps_,
-               {"no layer has selected an expert from ", number(a, used), " on so far: model.experts is ",
-                number(b, model.experts), ": does the router have fewer?"});
+               {"no layer has selected an expert from ", Number(std::int64_t{used}).text(),
+                " on so far: model.experts is ", Number(std::int64_t{model.experts}).text(),
+                ": does the router have fewer?"});
 }
 
 // Updates values with history: smoothed loads, trends, health. Windows take them from their last step.
@@ -457,7 +447,8 @@ void Controller::Loop::watch() {
 void Controller::Loop::watch_response(Layer& layer) {
   ResponseCheck& check = *layer.response;
   const bool applies = config_.mode == Mode::kActive && !layer.frozen && !held_;
-  check.observe(applies && layer.valid && layer.has_data ? &layer.stats : nullptr,
+  // Without assignments no load is known: a record may hold tokens that chose no expert.
+  check.observe(applies && layer.metrics.max_load ? &layer.stats : nullptr,
                 floor_of(layer.metrics).cv.value_or(0),
                 layer.loops[static_cast<std::size_t>(Actuator::kExpertBias)]->applied());
   if (!applies) return;
@@ -466,7 +457,7 @@ void Controller::Loop::watch_response(Layer& layer) {
   if (silent == layer.response_told) return;
   if (!silent && now.state != Response::kAnswers) return;
   layer.response_told = silent;
-  const Decimal gain(*now.gain), error(*now.error);
+  const Number gain(*now.gain), error(*now.error);
   if (!silent) {
     notices_.add(
         NoticeKind::kUnresponsive, layer.index, steps_,

@@ -91,7 +91,8 @@ void ResponseCheck::Sums::add(const Sums& more, double keep) {
 
 std::optional<ResponseCheck::Estimate> ResponseCheck::Sums::estimate(double noise_sq) const {
   if (!(zx > 0) || !(zz > 0)) return std::nullopt;
-  return Estimate{zy / zx, std::sqrt(noise_sq * zz) / zx};
+  const Estimate found{zy / zx, std::sqrt(noise_sq * zz) / zx};
+  return std::isfinite(found.gain) && std::isfinite(found.error) ? std::optional(found) : std::nullopt;
 }
 
 std::span<const double> ResponseCheck::bias(std::size_t ago) const {
@@ -214,8 +215,8 @@ void ResponseCheck::follow_probe(double total) {
     noise += q * q * load;
   };
   for_each_eight(experts_, body);
+  if (!(sum_of(qq) > 0)) return;
   pattern_sq_ = sum_of(qq);
-  if (!(pattern_sq_ > 0)) return;
   pattern_noise_ = sum_of(noise);
   load_along_[seen_] = sum_of(qy) / pattern_sq_;
   bias_along_[seen_] = sum_of(qb) / pattern_sq_;
@@ -338,7 +339,8 @@ bool ResponseCheck::finds_answer(std::size_t lags) {
   for (std::size_t late = 0; late < lags; ++late) {
     const std::optional<Estimate> found = answer(late).estimate(1);
     if (!found || found->gain - kVerySure * found->error <= 0 || found->gain <= kAnswers) continue;
-    if (late > 0 && found->gain <= 2 * std::abs(answer(0).estimate(1)->gain)) continue;
+    const double in_time = answer(0).estimate(1).value_or(Estimate{}).gain;
+    if (late > 0 && found->gain <= 2 * std::abs(in_time)) continue;
     state_ = Response::kAnswers;
     found_ = found;
     late_ = static_cast<int>(late);
@@ -478,7 +480,7 @@ void ResponseCheck::exchange(StateIo& io) {
   io.values("response.base", base_);
   io.values("response.pattern", pattern_);
   constexpr auto kDecisions = static_cast<std::int64_t>(kSigns.size());
-  io.value("response.decision", decision_, {-kPause, kDecisions + (std::int64_t{1} << 40)});
+  io.value("response.decision", decision_, {-kPause, kDecisions + 1});
   io.value("response.waited", waited_);
   io.value("response.blocks", blocks_);
   io.value("response.size", size_, {0, 1});
@@ -502,6 +504,10 @@ void ResponseCheck::exchange(StateIo& io) {
   io.value("response.gain", estimate.gain);
   io.value("response.error", estimate.error, StateIo::kNotNegative);
   found_ = found ? std::optional(estimate) : std::nullopt;
+  io.check(held_ == (state_ == Response::kUnresponsive), "response.held", "agree with the state");
+  io.check(found || (state_ != Response::kAnswers && !held_), "response.found",
+           "be there if the load was judged");
+  io.check(state_ != Response::kProbing || decision_ >= 0, "response.decision", "not be negative in a probe");
 }
 
 }  // namespace moectl

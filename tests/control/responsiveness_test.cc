@@ -194,6 +194,23 @@ TEST(Responsiveness, ContinuesFromASavedStateToTheBit) {
   EXPECT_EQ(other.controller.save(), loop.controller.save());
 }
 
+// Tokens that chose no expert at all, between steps of a healthy loop, and in a probe.
+TEST(Responsiveness, RecordsWithoutAnyAssignmentDoNoHarm) {
+  Loop loop({.seed = 40122});
+  RoutingStats empty(loop.controller.shape());
+  ASSERT_TRUE(empty.add_counts(std::vector<std::int64_t>(16, 0), 100));
+  for (int i = 0; i < 30; ++i) {
+    loop.run(i % 7, i < 15 ? Loop::ignored : Loop::as_told);
+    loop.controller.record(0, empty);
+    loop.controller.step();
+    for (const double b : loop.controller.bias(0)) ASSERT_TRUE(std::isfinite(b)) << i;
+    Controller other(loop.controller.config());
+    other.load(loop.controller.save());
+  }
+  loop.run(40, Loop::as_told);
+  EXPECT_LT(loop.max_vio_over_floor, 2);
+}
+
 TEST(Responsiveness, IsNotApplicableWhereNothingIsApplied) {
   const SimulationOptions model{.seed = 40117};
   for (const Mode mode : {Mode::kShadow, Mode::kActive}) {
