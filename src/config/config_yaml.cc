@@ -234,6 +234,20 @@ bool YamlMap::has(std::string_view key) const {
   return entries_.find(key) != entries_.end();
 }
 
+bool YamlMap::is_list(std::string_view key) const {
+  const auto it = entries_.find(key);
+  return it != entries_.end() && it->second.value.IsSequence();
+}
+
+bool YamlMap::is_word(std::string_view key) const {
+  const auto it = entries_.find(key);
+  if (it == entries_.end() || !it->second.value.IsScalar() || it->second.value.Scalar().empty()) return false;
+  // What looks like a number is a wrong one, and no name of a file.
+  const char first = it->second.value.Scalar().front();
+  return std::string_view("+-.0123456789").find(first) == std::string_view::npos ||
+         it->second.value.Scalar().find('/') != std::string::npos;
+}
+
 ConfigError YamlMap::error(std::string_view key, std::string value, std::string constraint) const {
   return file_.error({path_to(key), std::move(value), std::move(constraint)});
 }
