@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <filesystem>
 #include <random>
 
 #include "tool.h"
@@ -280,6 +281,51 @@ TEST(PlacementCommand, MaxMovesAndWrongOptions) {
   EXPECT_THAT(run_tool(dir, "placement - --devices 4", steady(1, 4, 1)).err, HasSubstr("at least 2"));
   EXPECT_THAT(run_tool(dir, "placement - --devices 4", line(0, 0, 4, 1, {4, 0}, "other")).err,
               HasSubstr("no record tagged 'train'"));
+}
+
+// ---- simulate --set ----
+
+TEST(SimulateSet, RunsTheGridAndSaysWhatEachRunHad) {
+  const TempDir dir;
+  const std::string config = MOECTL_SOURCE_DIR "/policies/sign_bias.yaml";
+  const std::string common = "simulate " + config + " --steps 60 --format json";
+  const ToolResult grid =
+      run_tool(dir, common + " --set expert_bias.options.step=1e-4,1e-2 --set model.top_k=2,4 -o run.jsonl");
+  ASSERT_EQ(grid.code, 0) << grid.err;
+  const json runs = json::parse(grid.out);
+  ASSERT_EQ(runs.size(), 4U);
+  EXPECT_EQ(runs[0]["set"], json({{"expert_bias.options.step", "1e-4"}, {"model.top_k", "2"}}));
+  EXPECT_EQ(runs[3]["set"], json({{"expert_bias.options.step", "1e-2"}, {"model.top_k", "4"}}));
+  EXPECT_LT(runs[2]["max_vio"].get<double>(), runs[0]["max_vio"].get<double>());
+  // The same as a run on its own, whichever thread took it; and a log for each.
+  const json alone =
+      json::parse(run_tool(dir, common + " --set expert_bias.options.step=1e-2 --set model.top_k=4").out);
+  EXPECT_EQ(alone[0]["max_vio"], runs[3]["max_vio"]);
+  EXPECT_EQ(run_tool(dir, "compare run-*.jsonl --format json").code, 0);
+  EXPECT_TRUE(std::filesystem::exists(dir.path("run-expert_bias.options.step=1e-4-model.top_k=2.jsonl")));
+  const ToolResult table =
+      run_tool(dir, "simulate " + config + " --steps 60 --set expert_bias.options.step=1e-4,1e-2");
+  EXPECT_THAT(table.lines().at(0), HasSubstr("expert_bias.options.step"));
+  // A list is one value.
+  EXPECT_EQ(json::parse(run_tool(dir, common + " --set 'health.bands.max_vio=[0,1]'").out).size(), 1U);
+}
+
+TEST(SimulateSet, WrongKeysAndValuesAreNamed) {
+  const TempDir dir;
+  const std::string common = "simulate " MOECTL_SOURCE_DIR "/policies/sign_bias.yaml --steps 20 --set ";
+  const struct {
+    std::string set, message;
+  } cases[] = {{"expert_bias.options.stepp=1", "did you mean 'step'"},
+               {"expert_bias.options.step=-1", "expert_bias.options.step"},
+               {"mode.x=1", "stands in no map"},
+               {"step", "must be KEY=VALUE"},
+               {"model.top_k=", "must be KEY=VALUE"},
+               {"'model.top_k=[1'", "must be a value of YAML"}};
+  for (const auto& c : cases) {
+    const ToolResult result = run_tool(dir, common + c.set);
+    EXPECT_EQ(result.code, 1) << c.set;
+    EXPECT_THAT(result.err, HasSubstr(c.message)) << c.set;
+  }
 }
 
 }  // namespace
