@@ -449,7 +449,7 @@ void Controller::Loop::watch_response(Layer& layer) {
   const bool applies = config_.mode == Mode::kActive && !layer.frozen && !held_;
   // Without assignments no load is known: a record may hold tokens that chose no expert.
   check.observe(applies && layer.metrics.max_load ? &layer.stats : nullptr,
-                floor_of(layer.metrics).cv.value_or(0),
+                layer.metrics.load_cv.value_or(0), floor_of(layer.metrics).cv.value_or(0),
                 layer.loops[static_cast<std::size_t>(Actuator::kExpertBias)]->applied());
   if (!applies) return;
   const Responsiveness now = check.report();

@@ -244,10 +244,14 @@ LimitReport SafetyLimiter::apply(const LimitContext& context, std::span<const do
   }
 
   const double far = kFarAway * (limits_.max - limits_.min + limits_.rate);
-  for (std::size_t i = 0; i < next_.size(); ++i) {
-    next_[i] = std::min(std::max(wanted[i], limits_.min - far), limits_.max + far);
-  }
-  if (context.reach) stay_within_reach(*context.reach, applied, report);
+  const double farthest = largest(next_.size(), [&](std::size_t i, auto at) -> Double8 {
+    const Double8 next =
+        at.keep(smaller(larger(at.get(&wanted[i]), splat(limits_.min - far)), splat(limits_.max + far)));
+    at.put(&next_[i], next);
+    return larger(next, -next);
+  });
+  // No value is farther from the mean than twice that.
+  if (context.reach && 2 * farthest > *context.reach) stay_within_reach(*context.reach, applied, report);
   if (options_.oscillation && back_off(applied) < 1) report.add(Reason::kOscillation);
   if (limits_.deadband > 0 && largest_move(applied) <= limits_.deadband) {
     report.add(Reason::kDeadband);
