@@ -115,7 +115,7 @@ Payload::Payload(std::size_t layers, std::size_t flat_size, std::size_t domains)
     : flat_size_(flat_size),
       layers_(layers),
       domains_(domains),
-      sums_(layers * (flat_size + 1) + kWordCount + domains, 0) {}
+      sums_(layers * (flat_size + 2) + kWordCount + domains, 0) {}
 
 void Payload::put(std::size_t i, std::span<const std::int64_t> sums) {
   std::copy(sums.begin(), sums.end(), layer(i).begin());
@@ -128,7 +128,7 @@ bool Payload::in_range(std::size_t i) const {
   return magnitude >= 0 && magnitude + word(kRanks) <= std::int64_t{1} << (62 - kMagnitudeBits);
 }
 
-void Payload::put(const StepInfo& info, std::uint64_t actuation, bool failed) {
+void Payload::put(const StepInfo& info, std::uint64_t actuation, bool failed, bool held) {
   std::fill(sums_.end() - static_cast<std::ptrdiff_t>(domains_ + kWordCount), sums_.end(), 0);
   word(kRanks) = 1;
   const auto put_number = [this](std::optional<double> value, Word sum, Word count, Word bad) {
@@ -151,6 +151,7 @@ void Payload::put(const StepInfo& info, std::uint64_t actuation, bool failed) {
   word(kHash) = h;
   word(kHashSquare) = h * h;
   word(kFailed) = failed ? 1 : 0;
+  word(kHeld) = held ? 1 : 0;
 }
 
 void Payload::reduce(const Reduction& reduction) {

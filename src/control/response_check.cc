@@ -34,8 +34,9 @@ constexpr std::int64_t kFirstBackoff = 32, kLastBackoff = 128;
 // A layer that is balanced has nothing to answer.
 constexpr double kImbalance = kBalancedFloors * kBalancedFloors;
 constexpr double kReach = 16;
-// The check of a balanced layer is awake for kAwake steps, and those that fill its memory, in each kPeriod.
-constexpr std::int64_t kPeriod = 128, kAwake = 16;
+// The check of a balanced layer is awake for kAwake steps in each kPeriod, and for those that fill its memory.
+constexpr std::int64_t kPeriod = 256, kAwake = 16;
+constexpr std::int64_t kNap = 8;  // steps without a comparison after an answer
 
 }  // namespace
 
@@ -43,20 +44,25 @@ std::string_view name_of(Response response) {
   return kNames[static_cast<std::size_t>(response)];
 }
 
+std::optional<Response> response_of(std::string_view name) {
+  const auto it = std::find(kNames.begin(), kNames.end(), name);
+  if (it == kNames.end()) return std::nullopt;
+  return static_cast<Response>(it - kNames.begin());
+}
+
 ResponseCheck::ResponseCheck(const ControllerConfig& config, int layer)
-    : experts_(static_cast<std::size_t>(config.model.experts)),
+    : in_probabilities_(config.model.score_space == ScoreSpace::kProbability),
+      experts_(static_cast<std::size_t>(config.model.experts)),
       delay_(static_cast<std::size_t>(config.delay())),
       token_range_(static_cast<double>(config.model.experts) / config.model.top_k),
+      clock_(37 * layer % kPeriod),
       rate_(config.expert_bias.limits.rate),
       assumed_slope_(config.model.score_space == ScoreSpace::kLogit ? kSlopeOfLogit : kSlopeOfProbability),
-      in_probabilities_(config.model.score_space == ScoreSpace::kProbability),
       weight_(experts_, 1.0),
       per_weight_(experts_, 1.0),
       slope_(experts_, assumed_slope_),
       slope_now_(experts_, 0.0),
-      slope_sum_(sum_of(slope_)),
       history_((delay_ + 3) * experts_, 0.0),
-      clock_(37 * layer % kPeriod),
       move_mean_(experts_, 0.0),
       reference_load_(experts_, 0.0),
       reference_bias_(experts_, 0.0),
@@ -72,6 +78,7 @@ ResponseCheck::ResponseCheck(const ControllerConfig& config, int layer)
                  0.0),
       bias_along_(sign_seen_.size(), 0.0),
       load_along_(sign_seen_.size(), 0.0) {
+  slope_sum_ = sum_of(slope_);
   for (std::vector<double>& load : load_) load.assign(experts_, 0.0);
   for (std::size_t i = 0; i < config.model.targets.size(); ++i) {
     weight_[i] = config.model.targets[i] * static_cast<double>(experts_);
@@ -116,14 +123,17 @@ void ResponseCheck::observe(const RoutingStats* stats, double load_cv, double fl
   if (rests(load_cv)) return;
   remember(in_force);
   follow(*stats);
-  const auto full = static_cast<std::int64_t>(delay_) + 3;
-  if (++filled_ > full) {
-    compare();
-    judge();
-  } else if (filled_ == full) {
+  ++filled_;
+  if (filled_ <= static_cast<std::int64_t>(delay_)) return;
+  if (!referenced_) {
+    if (!full()) return;
     set_reference();
     std::fill(move_mean_.begin(), move_mean_.end(), 0.0);
+    return;
   }
+  if (held_ && !probes()) return;
+  compare();
+  judge();
 }
 
 // Follows how far the layer is from balance, and decides whether there is anything to compare at this step.
@@ -131,10 +141,15 @@ bool ResponseCheck::rests(double load_cv) {
   const double ratio = std::min(load_cv * load_cv / std::max(floor_sq_, 1e-12), 1e6);
   error_over_floor_ += (error_over_floor_ > 0 ? kNoiseEma : 1) * (ratio - error_over_floor_);
   const bool balanced = error_over_floor_ <= kImbalance && !adjusts();
+  if (nap_ > 0) {
+    --nap_;
+    return true;
+  }
   if (!resting_) {
-    resting_ = balanced && filled_ >= static_cast<std::int64_t>(delay_) + 3 + kAwake;
+    resting_ = balanced && full() && compared_ >= kAwake;
   } else if (!balanced || clock_ == 0) {
-    resting_ = false;
+    resting_ = referenced_ = false;
+    compared_ = 0;
     if (!balanced) moves_ = {};  // what answered long ago may not answer now
   }
   if (resting_) filled_ = 0;
@@ -178,11 +193,14 @@ void ResponseCheck::follow(const RoutingStats& stats) {
   noise_sq_ += (noise_sq_ > 0 ? kNoiseEma : 1) * (change_sq - noise_sq_);
 }
 
-// The regressions.
+// The regressions. After a pause the travel is known first; the moves need the steps before.
 void ResponseCheck::compare() {
+  const bool known = full();
+  const double follow_moves = known ? kMoveEma : 0;
+  ++compared_;
   const std::span<const double> now = bias(delay_), last = bias(delay_ + 1), before = bias(delay_ + back());
   const std::span<const double> load = load_[0], load_before = load_[back()];
-  moves_.add({}, kMemory);
+  if (known) moves_.add({}, kMemory);
   travel_ = {};
   if (!(weighted_.all > 0)) return;
   const double mean_now = weighted_.now / weighted_.all, mean_last = weighted_.last / weighted_.all,
@@ -193,7 +211,7 @@ void ResponseCheck::compare() {
     const Double8 slope = at.get(&slope_[i]), b = at.get(&now[i]) - mean_now, y = at.get(&load[i]);
     const Double8 move = at.keep(b - (at.get(&last[i]) - mean_last)), mean = at.get(&move_mean_[i]);
     const Double8 z = slope * (move - mean);
-    at.put(&move_mean_[i], mean + kMoveEma * (move - mean));
+    at.put(&move_mean_[i], mean + follow_moves * (move - mean));
     zy += at.keep(z * (y - at.get(&load_before[i])));
     zx += at.keep(z * slope * (b - (at.get(&before[i]) - mean_before)));
     zz += at.keep(z * z * y);
@@ -203,7 +221,7 @@ void ResponseCheck::compare() {
     noise += w * w * y;
   };
   for_each_eight(experts_, body);
-  moves_.add({sum_of(zy), sum_of(zx), sum_of(zz)}, 1);
+  if (known) moves_.add({sum_of(zy), sum_of(zx), sum_of(zz)}, 1);
   travel_ = {sum_of(wy), sum_of(ww), sum_of(noise)};
   if (probes()) follow_probe();
 }
@@ -255,21 +273,18 @@ void ResponseCheck::judge() {
     return found && found->gain - kSure * found->error > kAnswers &&
            found->error < std::max(kSharp, kSharp * found->gain / 2);
   };
-  const std::optional<Estimate> travel = travel_.estimate(2 * noise()), moves = moves_.estimate(2 * noise());
-  if (answered(travel)) {
+  const std::optional<Estimate> travel = travel_.estimate(2 * noise()),
+                                moves = full() ? moves_.estimate(2 * noise()) : std::nullopt;
+  const bool by_travel = answered(travel), by_moves = answered(moves);
+  const bool falls_short = travel && travel->gain + kSure * travel->error < 1;
+  if (by_travel || (falls_short && by_moves)) set_reference();
+  if (by_travel || by_moves) {
     state_ = Response::kAnswers;
-    found_ = travel;
-    set_reference();
-  } else if (travel && travel->gain + kSure * travel->error < 1) {
-    if (answered(moves)) {
-      set_reference();
-    } else if (quiet_ == 0 && error_over_floor_ > kImbalance) {
-      start_probe();
-    }
-  }
-  if (state_ != Response::kProbing && answered(moves)) {
-    state_ = Response::kAnswers;
-    found_ = moves;
+    found_ = by_moves ? moves : travel;
+    nap_ = kNap;
+    filled_ = 0;
+  } else if (falls_short && full() && quiet_ == 0 && error_over_floor_ > kImbalance) {
+    start_probe();
   }
 }
 
@@ -277,6 +292,7 @@ void ResponseCheck::set_reference() {
   const std::span<const double> now = bias(delay_);
   std::copy(now.begin(), now.end(), reference_bias_.begin());
   std::copy(load_[0].begin(), load_[0].end(), reference_load_.begin());
+  referenced_ = true;
 }
 
 // Without a measured slope: as large as the last answer says that it must be.
@@ -405,8 +421,8 @@ void ResponseCheck::pause() {
 }
 
 void ResponseCheck::restart() {
-  filled_ = 0;
-  resting_ = false;
+  filled_ = nap_ = compared_ = 0;
+  resting_ = referenced_ = false;
   error_over_floor_ = 0;
   sign_ = 0;
   std::fill(offset_.begin(), offset_.end(), 0.0);
@@ -416,6 +432,13 @@ void ResponseCheck::restart() {
     state_ = Response::kUnknown;
     found_.reset();
   }
+}
+
+void ResponseCheck::forget() {
+  held_ = false;
+  decision_ = 0;
+  quiet_ = 0;
+  restart();
 }
 
 double ResponseCheck::next_sign() const {
@@ -482,6 +505,9 @@ void ResponseCheck::exchange(StateIo& io) {
   io.value("response.steps", filled_);
   io.value("response.clock", clock_, {0, kPeriod - 1});
   io.value("response.resting", resting_);
+  io.value("response.referenced", referenced_);
+  io.value("response.nap", nap_, {0, kNap});
+  io.value("response.compared", compared_);
   for (std::vector<double>& load : load_) io.values("response.load", load, StateIo::kNotNegative);
   io.values("response.move_mean", move_mean_);
   io.values("response.reference_load", reference_load_);

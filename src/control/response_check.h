@@ -20,7 +20,8 @@
 // later than the declared delay is one too, and is reported as late.
 //
 // A check costs several passes over the experts, and a balanced layer has nothing to answer. So the check of a balanced
-// layer rests, and wakes for some steps in a hundred, or when the layer is no longer balanced.
+// layer rests, and wakes for some steps in a hundred, or when the layer is no longer balanced. After each answer it pauses
+// for eight steps.
 //
 // Without a measured slope (counts only) a low one is assumed: 1 a unit of probability, because scores within [0, 1]
 // cannot lie farther apart; 0.1 a logit. A healthy layer shows a multiple of it, so the gain then says no more than
@@ -52,6 +53,8 @@ class ResponseCheck {
   void observe(const RoutingStats* stats, double load_cv, double floor_cv, std::span<const double> in_force);
   /// Forgets what it knows, because the biases moved for another reason (the guard, a rollback, a frozen layer).
   void restart();
+  /// The same, and the biases are not held any longer.
+  void forget();
 
   /// Whether the biases are held, whatever the policy proposes.
   bool holds() const { return held_; }
@@ -108,43 +111,52 @@ class ResponseCheck {
   void give_up();
   void pause();
   void follow_probe();
+  bool full() const { return filled_ >= static_cast<std::int64_t>(delay_) + 3; }
   std::size_t back() const { return delay_ == 0 ? 2 : 1; }
   double noise() const { return floor_sq_ > noise_sq_ ? floor_sq_ : noise_sq_; }
   bool probes() const { return state_ == Response::kProbing || (held_ && decision_ >= 0); }
   double next_sign() const;
   static constexpr std::size_t kLags = 5;
 
+  // What a resting check reads lies together, since a step finds little of it in the caches.
+  Response state_ = Response::kUnknown;
+  int late_ = 0;
+  bool held_ = false;    // the last probe had no answer
+  bool scaled_ = false;  // slope_ was measured
+  bool resting_ = false, referenced_ = false;
+  bool in_probabilities_;
   std::size_t experts_, delay_;
   double token_range_;  // N/k: the relative load of an expert that gets every token
+  double slope_sum_ = 0;
+  double floor_sq_ = 0;
+  double error_over_floor_ = 0;  // of their squares, smoothed
+  std::int64_t clock_;           // wakes a resting check; other layers at other steps
+  std::int64_t filled_ = 0;      // steps in a row that were seen
+  std::int64_t compared_ = 0;    // steps since it woke
+  std::int64_t nap_ = 0;         // steps until the next comparison, after an answer
+  std::int64_t quiet_ = 0;       // steps until the next probe may start
+  std::int64_t decision_ = 0;    // of the block of a probe; negative: before it
+  double sign_ = 0;
+  std::optional<Estimate> found_;  // by the last probe, or the last answer
+
   double rate_, assumed_slope_;
-  bool in_probabilities_;
   std::vector<double> weight_;      // target share times N; 1 if equal
   std::vector<double> per_weight_;  // its inverse; 0 for experts that should get no tokens
   std::vector<double> slope_, slope_now_;
-  double slope_sum_ = 0;
-  bool scaled_ = false;          // slope_ was measured
   std::vector<double> history_;  // [delay + 3, N] biases, a ring
   std::size_t newest_ = 0;
-  std::int64_t filled_ = 0;  // steps in a row that were seen
-  std::int64_t clock_;       // wakes a resting check; other layers at other steps
-  bool resting_ = false;
-  std::vector<double> load_[3];  // relative load less 1, newest first
+  std::vector<double> load_[3];  // relative load, newest first
   Weighted weighted_;
   std::vector<double> move_mean_;
   std::vector<double> reference_load_, reference_bias_;
-  double floor_sq_ = 0, noise_sq_ = 0;
-  double error_over_floor_ = 0;  // of their squares, smoothed
+  double noise_sq_ = 0;
   Sums moves_, travel_;
-  Response state_ = Response::kUnknown;
-  std::int64_t quiet_ = 0;  // steps until the next probe may start
-  std::int64_t backoff_;    // and after it
+  std::int64_t backoff_;  // steps without a probe after the next one
   // Of a probe.
   std::vector<double> base_, pattern_;
-  std::int64_t decision_ = 0;  // of the block; negative: before it
   std::int64_t waited_ = 0, blocks_ = 0;
-  double size_ = 0;   // 1/64 to 1
-  std::size_t code_;  // of the pattern
-  double sign_ = 0;
+  double size_ = 0;                     // 1/64 to 1
+  std::size_t code_;                    // of the pattern
   std::vector<double> offset_, signs_;  // in force; the sign in force at each place of history_
   // Each step of the block: the sign in force, the biases and the load along the pattern. Then the regressions on them,
   // one for each lateness, over the blocks of the probe.
@@ -152,9 +164,6 @@ class ResponseCheck {
   std::size_t seen_ = 0;
   double pattern_sq_ = 0, pattern_noise_ = 0;  // Σ q², and Σ q² times the relative load
   std::array<Sums, kLags> probe_{};
-  int late_ = 0;
-  bool held_ = false;              // the last probe had no answer
-  std::optional<Estimate> found_;  // by the last probe
 };
 
 }  // namespace moectl
