@@ -54,6 +54,7 @@ struct LogRecord {
   std::string health;
   std::vector<std::string> alerts;
   std::vector<LoggedNotice> notices;
+  Responsiveness responsiveness;  ///< Not applicable if the record has none.
   std::map<std::string, LoggedActuator> actuators;
 };
 

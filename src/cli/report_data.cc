@@ -295,6 +295,9 @@ void ReportRun::add(const LogRecord& record) {
     Health& worst = layer.health[column];
     worst = std::max(worst, health_of(record.health).value_or(Health::kNoData));
   }
+  if (record.responsiveness.state != Response::kNotApplicable) layer.response = record.responsiveness;
+  if (record.responsiveness.state == Response::kUnresponsive && layer.held++ == 0)
+    layer.first_held = record.step;
   const std::size_t coarse = column / expert_each_;
   const RoutingStats& stats = record.stats;
   const auto n = static_cast<std::size_t>(stats.experts());
@@ -436,6 +439,16 @@ json ReportRun::json() const {
     if (!layer.load.empty()) one["load"] = expert_map(layer.load, for_maps, 3, true);
     if (!layer.bias.empty()) one["bias"] = expert_map(layer.bias, for_maps, widest, false);
     if (!layer.health.empty()) one["health"] = layer.health;
+    if (const Responsiveness& found = layer.response; found.state != Response::kNotApplicable) {
+      json& out_of = one["response"];
+      out_of = {{"state", name_of(found.state)}, {"late", found.late}, {"held", layer.held}};
+      if (found.gain && found.error) {
+        out_of["gain"] = rounded(*found.gain);
+        out_of["error"] = rounded(*found.error);
+        out_of["slope"] = found.scaled ? "measured" : "assumed";
+      }
+      if (layer.held > 0) out_of["first_held"] = layer.first_held;
+    }
     if (!layer.domains.empty()) one["domains"] = layer.domains;
     if (!layer.loss.empty()) one["loss"] = loss_lines(layer, loss_columns);
     out["layers"].push_back(one);

@@ -110,7 +110,7 @@ void ActuatorLoop::limit(LimitContext context, ResponseCheck* check, Notices& no
   LimitReport held;
   if (check != nullptr) {
     if (!check->holds() && !guard_took_over_) context.reach = check->reach();
-    if (asked_ && !guard_took_over_) {
+    if (asked_ && !guard_took_over_ && check->adjusts()) {
       std::copy(proposed_.begin(), proposed_.end(), guarded_.begin());
       check->adjust(guarded_, held);
       wanted = guarded_;
@@ -129,9 +129,13 @@ void ActuatorLoop::limit(LimitContext context, ResponseCheck* check, Notices& no
   reasons_.add(held);
   if (reasons_.has(Reason::kInvalid)) say_invalid(context, notices);
   if (asked_) {
-    std::copy(applied_.begin(), applied_.end(), base_.begin());
-    for (std::size_t i = 0; check != nullptr && i < base_.size(); ++i) base_[i] -= check->offset()[i];
-    const bool good = call_held([&] { policy_->on_applied(base_, reasons_); },
+    std::span<const double> told = applied_;
+    const std::span<const double> probe = check != nullptr ? check->offset() : std::span<const double>();
+    if (!probe.empty()) {
+      for (std::size_t i = 0; i < base_.size(); ++i) base_[i] = applied_[i] - probe[i];
+      told = base_;
+    }
+    const bool good = call_held([&] { policy_->on_applied(told, reasons_); },
                                 [&](const char* message) { fail(context.step, message, notices); });
     owed_ = !good;
     if (good && !failed_) failing_ = false;

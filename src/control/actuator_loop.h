@@ -87,7 +87,7 @@ class ActuatorLoop {
   std::int64_t cadence_;
   bool shadow_;
   std::vector<double> applied_, proposed_, guarded_;
-  std::vector<double> base_;            // what the policy is told: applied_ without a probe
+  std::vector<double> base_;            // applied_ without a probe
   std::vector<double> shadow_applied_;  // mode shadow: what would be applied
   LimitReport reasons_;
   std::array<std::vector<double>, 2> before_;

@@ -6,7 +6,6 @@
 namespace moectl {
 namespace {
 
-constexpr int kSteps = 3;
 constexpr double kNear =
     0.25;  // of the bias, in squares: what differs by less is the bias, rounded or a step old
 constexpr double kSurely = 0.0625;  // what differs by less is another cause, surely

@@ -274,6 +274,7 @@ void Controller::Loop::reduce(const StepInfo& info) {
   } else {
     use_local_sums(info);
   }
+  if (!reduction_) host_holds_ = held_;
 }
 
 void Controller::Loop::record(int layer, std::int64_t micro_batch, const RoutingBatch& batch) {
@@ -335,13 +336,14 @@ void Controller::Loop::check_ranks() {
 void Controller::Loop::pack(Payload& payload, const StepInfo& info) const {
   for (std::size_t l = 0; l < layers_.size(); ++l) {
     payload.put(l, layers_[l]->intake.flat());
+    payload.put_miswired(l, layers_[l]->choices.miswired(steps_));
   }
   bool failed = false;
   for (const auto& layer : layers_) {
     for (const auto& loop : layer->loops) failed |= loop && loop->failed();
   }
   for (const auto& loop : model_loops_) failed |= loop && loop->failed();
-  payload.put(info, actuation_hash(), failed);
+  payload.put(info, actuation_hash(), failed, held_);
 }
 
 void Controller::Loop::unpack(Payload& payload) {
@@ -352,8 +354,21 @@ void Controller::Loop::unpack(Payload& payload) {
     if (!payload.in_range(l)) {  // a sum may have wrapped around, and back into its range
       stats.set_scalar(RoutingStats::kInvalidRecords, std::max<std::int64_t>(1, stats.invalid_records()));
     }
+    layers_[l]->miswired = payload.miswired(l);
   }
+  say_who_holds(payload);
   info_ = payload.info(mixture_);
+}
+
+// Ranks must do the same, so all hold where one does.
+void Controller::Loop::say_who_holds(const Payload& payload) {
+  const bool some = payload.held() > 0;
+  if (some && !host_holds_ && payload.held() < payload.ranks()) {
+    notices_.add(NoticeKind::kHold, -1, steps_,
+                 {Number(payload.held()).text(), " of ", Number(payload.ranks()).text(),
+                  " ranks are held by hold() or by MOECTL_HOLD in their environment: all ranks hold"});
+  }
+  host_holds_ = some;
 }
 
 // Policies' memories may now differ between ranks, so no rank may ask one again until a common state is loaded. All go
@@ -392,7 +407,10 @@ void Controller::Loop::clear_intake() {
 
 void Controller::Loop::use_local_sums(const StepInfo& info) {
   say_offences();
-  for (const auto& layer : layers_) std::swap(layer->stats, layer->intake);
+  for (const auto& layer : layers_) {
+    std::swap(layer->stats, layer->intake);
+    layer->miswired = layer->choices.miswired(steps_);
+  }
   clear_intake();
   info_ = usable(info);
   const bool negative =
@@ -496,9 +514,14 @@ void Controller::Loop::watch() {
 
 void Controller::Loop::watch_response(Layer& layer) {
   ResponseCheck& check = *layer.response;
-  const bool applies = config_.mode == Mode::kActive && !layer.frozen && !held_;
+  const bool applies = config_.mode == Mode::kActive && !layer.frozen && !host_holds_;
+  if (applies && layer.miswired) {
+    check.forget();
+    layer.response_told = false;
+    return;
+  }
   // Without assignments no load is known: a record may hold tokens that chose no expert.
-  check.observe(applies && layer.metrics.max_load ? &layer.stats : nullptr,
+  check.observe(applies && layer.metrics.max_load ? &layer.stats : nullptr, layer.metrics.load_cv.value_or(0),
                 floor_of(layer.metrics).cv.value_or(0),
                 layer.loops[static_cast<std::size_t>(Actuator::kExpertBias)]->applied());
   if (!applies) return;
@@ -649,7 +672,8 @@ void Controller::Loop::limit() {
                 .has_data = seen.has_data,
                 .skipped = info_.skipped,
                 .frozen = seen.frozen,
-                .host_hold = held_,
+                .host_hold = host_holds_,
+                .miswired = check != nullptr && *check && layers_[static_cast<std::size_t>(layer)]->miswired,
                 .at_cadence = loop.due(steps_),
                 .missing_input = lacking != StatsNeeds{} && !loop.taken_over(),
                 .loss = info_.loss,
@@ -668,8 +692,10 @@ void Controller::Loop::log() {
     out.metrics = &layer.metrics;
     if (layer.guard) out.guard = layer.guard->report();
     out.monitor = &*layer.monitor;
-    const bool checked = layer.response && config_.mode == Mode::kActive && !layer.frozen && !held_;
-    out.responsiveness = checked ? layer.response->report() : Responsiveness{};
+    const bool checked = layer.response && config_.mode == Mode::kActive && !layer.frozen && !host_holds_;
+    out.responsiveness = !checked         ? Responsiveness{}
+                         : layer.miswired ? Responsiveness{.state = Response::kUnresponsive}
+                                          : layer.response->report();
     for (std::size_t a = 0; a < kActuatorCount; ++a) {
       if (!layer.loops[a]) continue;
       out.actuators[a] = layer.loops[a]->report();

@@ -105,7 +105,8 @@ class Controller::Loop {
     std::optional<LayerMonitor> monitor;
     std::optional<LayerGuard> guard;
     std::optional<ResponseCheck> response;
-    bool response_told = false;                                     // that the load does not answer
+    bool response_told = false;  // that the load does not answer
+    bool miswired = false;       // some rank found that the router does not use this layer's bias
     std::array<std::optional<ActuatorLoop>, kActuatorCount> loops;  // those of `scope: layer`
     std::array<InputWatch, kActuatorCount> inputs;
     std::array<StatsNeeds, kActuatorCount> missing;
@@ -140,6 +141,7 @@ class Controller::Loop {
   void check_ranks();
   void pack(Payload& payload, const StepInfo& info) const;
   void unpack(Payload& payload);
+  void say_who_holds(const Payload& payload);
   void use_previous_sums(const StepInfo& info);
   void say_offences();
   void say_why_invalid();
@@ -189,7 +191,8 @@ class Controller::Loop {
   std::array<double, kActuatorCount> before_guards_{};
   std::array<Metrics, kActuatorCount> model_mean_, model_worst_;
 
-  bool held_ = false;  // by the host
+  bool held_ = false;        // by the host of this rank
+  bool host_holds_ = false;  // in this step, by the host of some rank
   std::int64_t steps_ = 0;
   StepInfo info_;                      // of this step, over all ranks
   std::vector<std::int64_t> mixture_;  // storage of info_.next_mixture

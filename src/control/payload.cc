@@ -113,7 +113,7 @@ std::int64_t magnitude_of(std::span<const std::int64_t> sums) {
 
 Payload::Payload(std::span<const std::size_t> sizes, std::size_t domains) : begins_{0}, domains_(domains) {
   for (const std::size_t size : sizes) begins_.push_back(begins_.back() + size);
-  sums_.assign(begins_.back() + layers() + kWordCount + domains, 0);
+  sums_.assign(begins_.back() + 2 * layers() + kWordCount + domains, 0);
 }
 
 void Payload::put(std::size_t i, std::span<const std::int64_t> sums) {
@@ -127,7 +127,7 @@ bool Payload::in_range(std::size_t i) const {
   return magnitude >= 0 && magnitude + word(kRanks) <= std::int64_t{1} << (62 - kMagnitudeBits);
 }
 
-void Payload::put(const StepInfo& info, std::uint64_t actuation, bool failed) {
+void Payload::put(const StepInfo& info, std::uint64_t actuation, bool failed, bool held) {
   std::fill(sums_.end() - static_cast<std::ptrdiff_t>(domains_ + kWordCount), sums_.end(), 0);
   word(kRanks) = 1;
   const auto put_number = [this](std::optional<double> value, Word sum, Word count, Word bad) {
@@ -150,6 +150,7 @@ void Payload::put(const StepInfo& info, std::uint64_t actuation, bool failed) {
   word(kHash) = h;
   word(kHashSquare) = h * h;
   word(kFailed) = failed ? 1 : 0;
+  word(kHeld) = held ? 1 : 0;
 }
 
 void Payload::reduce(const Reduction& reduction) {

@@ -44,7 +44,8 @@ void check_same_everywhere(const Reduction& reduction, std::span<const std::stri
 
 class Payload {
  public:
-  /// One array of sums a layer, of these sizes; then the magnitude of each; then the words of StepInfo.
+  /// One array of sums a layer, of these sizes; then the magnitude of each; then whether its wiring is wrong; then the
+  /// words of StepInfo.
   Payload(std::span<const std::size_t> sizes, std::size_t domains);
 
   std::span<std::int64_t> layer(std::size_t i) {
@@ -54,8 +55,18 @@ class Payload {
   void put(std::size_t i, std::span<const std::int64_t> sums);
   /// Whether the sum over ranks of layer i is surely in range: none of its sums can have wrapped around.
   bool in_range(std::size_t i) const;
-  /// Writes this rank's part of everything else. `failed`: a policy of this rank threw in its last decision.
-  void put(const StepInfo& info, std::uint64_t actuation, bool failed);
+  /// Writes whether this rank found that the router of layer i does not use its bias.
+  void put_miswired(std::size_t i, bool miswired) {
+    sums_[begins_.back() + layers() + i] = miswired ? 1 : 0;
+  }
+  /// Whether some rank found that.
+  bool miswired(std::size_t i) const { return sums_[begins_.back() + layers() + i] > 0; }
+  /// Writes this rank's part of everything else. `failed`: a policy of this rank threw in its last decision. `held`: by
+  /// the host.
+  void put(const StepInfo& info, std::uint64_t actuation, bool failed, bool held);
+  /// Ranks that are held by their hosts, of all.
+  std::int64_t held() const { return word(kHeld); }
+  std::int64_t ranks() const { return word(kRanks); }
   /// Sums over ranks, then checks. Throws ReductionError.
   void reduce(const Reduction& reduction);
   /// After the sum over ranks: throws ReductionError unless all ranks applied the same values, or some failed.
@@ -86,6 +97,7 @@ class Payload {
     kHash,
     kHashSquare,
     kFailed,
+    kHeld,
     kWordCount
   };
   std::int64_t& word(Word which) { return sums_[sums_.size() - domains_ - kWordCount + which]; }

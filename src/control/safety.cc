@@ -244,10 +244,21 @@ LimitReport SafetyLimiter::apply(const LimitContext& context, std::span<const do
   }
 
   const double far = kFarAway * (limits_.max - limits_.min + limits_.rate);
-  for (std::size_t i = 0; i < next_.size(); ++i) {
-    next_[i] = std::min(std::max(wanted[i], limits_.min - far), limits_.max + far);
+  Double8 sum = splat(0), most = splat(limits_.min - far), least = splat(limits_.max + far);
+  for_each_eight(next_.size(), [&](std::size_t i, auto at) {
+    const Double8 next =
+        smaller(larger(at.get(&wanted[i]), splat(limits_.min - far)), splat(limits_.max + far));
+    at.put(&next_[i], next);
+    sum += at.keep(next);
+    most = larger(most, next);
+    least = smaller(least, next);
+  });
+  if (context.reach) {
+    const double mean = sum_of(sum) / static_cast<double>(next_.size());
+    // Rarely so, and then looked at exactly.
+    if (std::max(largest_of(most) - mean, mean + largest_of(-least)) > *context.reach)
+      stay_within_reach(*context.reach, applied, report);
   }
-  if (context.reach) stay_within_reach(*context.reach, applied, report);
   if (options_.oscillation && back_off(applied) < 1) report.add(Reason::kOscillation);
   if (limits_.deadband > 0 && largest_move(applied) <= limits_.deadband) {
     report.add(Reason::kDeadband);
@@ -274,6 +285,7 @@ LimitReport SafetyLimiter::apply(const LimitContext& context, std::span<const do
 std::optional<Reason> SafetyLimiter::hold_reason(const LimitContext& context) const {
   if (context.missing_input) return Reason::kMissingInput;
   if (!context.has_data) return Reason::kNoData;
+  if (context.miswired) return Reason::kUnresponsive;
   if (context.policy_failed) return Reason::kPolicyFailed;
   if (context.skipped) return Reason::kSkippedStep;
   if (context.step < limits_.warmup) return Reason::kWarmup;

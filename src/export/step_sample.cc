@@ -43,6 +43,7 @@ StepSample sample_of(const StepReport& report, const LayerReport* layer) {
     sample.metrics = layer->metrics;
     if (layer->stats && layer->stats->valid()) sample.stats = layer->stats;
     if (sample.stats) sample.tokens = sample.stats->tokens();
+    sample.responsiveness = layer->responsiveness;
     if (layer->monitor) {
       sample.health = name_of(layer->monitor->health());
       sample.alerts = layer->monitor->alerts();
@@ -63,6 +64,7 @@ StepSample sample_of(const LogRecord& record, const Metrics& metrics, std::vecto
   if (record.stats.experts() > 0) sample.stats = &record.stats;
   sample.tokens = sample.stats ? sample.stats->tokens() : record.tokens;
   sample.health = record.health;
+  sample.responsiveness = record.responsiveness;
   if (alerts) {
     alerts->assign(record.alerts.begin(), record.alerts.end());
     sample.alerts = *alerts;

@@ -352,6 +352,22 @@ void read_notices(const Line& line, JsonValue notices, LogRecord& record) {
   }
 }
 
+void read_responsiveness(const Line& line, JsonValue found, Responsiveness& out) {
+  const std::string field = "responsiveness";
+  if (!found.is_object()) line.reject(field, found, "must be an object");
+  const auto state = found.find("state");
+  if (!state) line.fail(field + ".state", "missing", "required");
+  // A name that is not known yet is none that can be judged.
+  out.state = response_of(line.text(field + ".state", *state)).value_or(Response::kNotApplicable);
+  for (const auto& [key, value] : {std::pair{"gain", &out.gain}, std::pair{"error", &out.error}}) {
+    if (const auto number = found.find(key)) *value = line.real(field + '.' + key, *number);
+  }
+  if (const auto late = found.find("late")) {
+    out.late = static_cast<int>(std::min<std::int64_t>(line.integer(field + ".late", *late), 1000));
+  }
+  if (const auto slope = found.find("slope")) out.scaled = line.text(field + ".slope", *slope) == "measured";
+}
+
 void read_decisions(const Line& line, LogRecord& record) {
   if (const auto metrics = line.find("metrics")) {
     if (!metrics->is_object()) line.reject("metrics", *metrics, "must be an object");
@@ -365,6 +381,8 @@ void read_decisions(const Line& line, LogRecord& record) {
   }
   if (const auto health = line.find("health")) record.health = line.text("health", *health);
   if (const auto alerts = line.find("alerts")) read_words(line, "alerts", *alerts, record.alerts);
+  if (const auto found = line.find("responsiveness"))
+    read_responsiveness(line, *found, record.responsiveness);
   if (const auto notices = line.find("notices")) read_notices(line, *notices, record);
   if (const auto actuators = line.find("actuators")) {
     if (!actuators->is_object()) line.reject("actuators", *actuators, "must be an object");

@@ -332,6 +332,7 @@ struct RunLogWriter::File {
   void means(std::span<const std::int64_t> sums, std::span<const std::int64_t> tokens);
   void metrics(const LayerReport& layer);
   void health(const LayerMonitor& monitor);
+  void responsiveness(const Responsiveness& found);
   void notices(const StepReport& report, int layer);
   void actuators(const ActuatorReport (&reports)[kActuatorCount]);
 };
@@ -404,6 +405,7 @@ void RunLogWriter::File::record(const StepReport& report, const LayerReport& lay
     json.raw('}');
   }
   if (layer.monitor) health(*layer.monitor);
+  if (layer.responsiveness.state != Response::kNotApplicable) responsiveness(layer.responsiveness);
   notices(report, layer.layer);
   if (decided(layer.actuators)) actuators(layer.actuators);
   json.raw("}\n");
@@ -560,6 +562,19 @@ void RunLogWriter::File::health(const LayerMonitor& monitor) {
     json.value(alert);
   }
   json.raw(']');
+}
+
+void RunLogWriter::File::responsiveness(const Responsiveness& found) {
+  json.key("responsiveness");
+  json.raw('{');
+  json.field("state", name_of(found.state));
+  if (found.gain && found.error) {
+    json.field("gain", *found.gain);
+    json.field("error", *found.error);
+    json.field("slope", found.scaled ? "measured" : "assumed");
+    if (found.late > 0) json.field("late", std::int64_t{found.late});
+  }
+  json.raw('}');
 }
 
 void RunLogWriter::File::notices(const StepReport& report, int layer) {
