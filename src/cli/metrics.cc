@@ -410,9 +410,12 @@ int metrics(const Options& options, const PolicyRegistry& registry) {
     how.model = config.model;
   }
   LogReader reader(options.trace);
-  if (options.trends) return print_trends(reader, how, options.format);
-  return options.compare.empty() ? print_records(reader, how, options.format)
-                                 : print_comparison(reader, how, options);
+  if (how.model) reader.set_defaults(defaults_of(*how.model));
+  const int code = options.trends            ? print_trends(reader, how, options.format)
+                   : options.compare.empty() ? print_records(reader, how, options.format)
+                                             : print_comparison(reader, how, options);
+  say_faults(reader, options.trace);
+  return code;
 }
 
 }  // namespace

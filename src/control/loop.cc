@@ -83,6 +83,8 @@ Controller::Loop::Loop(ControllerConfig config, const PolicyRegistry& registry)
   load_targets_.emplace(model.experts, model.targets);
   shape_ = {.experts = model.experts, .top_k = model.top_k, .needs = config_.collect};
   shape_.needs.domains = static_cast<int>(model.domains.size());
+  shape_.needs.split_sequences = model.split_sequences;
+  shape_.needs.sequences |= model.split_sequences > 0;
   for_each_actuator([this](ActuatorLoop& loop, std::size_t, int) { shape_.needs |= loop.needs(); });
   if (config_.guard.enabled) shape_.needs |= LayerGuard::needs();
   for_each_actuator(
@@ -175,6 +177,7 @@ void Controller::Loop::reduce(const StepInfo& info) {
 void Controller::Loop::record(int layer, std::int64_t micro_batch, const RoutingBatch& batch) {
   Layer& at = layer_at(layer);
   record(layer, micro_batch, micro_batch < 0 ? 0 : fingerprint_of(batch), [&](RoutingStats& sums) {
+    if (micro_batch < 0) at.repeats.observe(batch, shape_.top_k);
     sums.add(batch);
     at.uncollected_sequences |=
         !shape_.needs.sequences && (batch.sequence_length > 0 || !batch.sequence_ids.empty());
@@ -283,6 +286,7 @@ void Controller::Loop::clear_intake() {
     layer->intake.clear();
     layer->seen.clear();
     layer->fingerprints.clear();
+    layer->repeats.end_step();
   }
 }
 
@@ -305,6 +309,10 @@ void Controller::Loop::use_local_sums(const StepInfo& info) {
 void Controller::Loop::measure() {
   for (const auto& layer : layers_) {
     layer->valid = layer->stats.valid();
+    if (layer->valid && shape_.needs.split_sequences > 0) {
+      layer->stats.join_sequences();
+      layer->valid = layer->stats.valid();
+    }
     layer->has_data = layer->stats.tokens() > 0;
     layer->metrics = Metrics{};
     if (layer->valid && layer->has_data) {
@@ -360,6 +368,18 @@ void Controller::Loop::compare_with_config() {
            "sampling "
            "floor is known"});
     }
+  }
+  for (std::size_t l = 0; l < layers_.size(); ++l) {
+    if (!split_said_ && layers_[l]->stats.tokens_beyond_split() > 0) {
+      split_said_ = true;
+      say({"model.split_sequences is ", Number(std::int64_t{config_.model.split_sequences}).text(),
+           ", and a sequence came with an id that is not below it: the sampling floor is not known"});
+    }
+    if (!layers_[l]->repeats.is_news()) continue;
+    say({"the same experts were recorded twice in several steps, without a micro_batch: a forward pass that "
+         "activation "
+         "checkpointing repeats counts once only if record() is given the micro_batch"},
+        static_cast<int>(l));
   }
   if (compared_ >= kSteps) return;
   const Layer* first = nullptr;

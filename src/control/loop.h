@@ -67,6 +67,7 @@ class Controller::Loop {
     std::vector<std::uint64_t> fingerprints;  // of their records
     RoutingStats backup;                      // of the sums, while the host adds to them
     ChoiceCheck choices;
+    RepeatWatch repeats;
     // Deciding.
     bool frozen = false;
     double gap_width = 0;   // for what is recorded before the next step
@@ -174,7 +175,7 @@ class Controller::Loop {
   bool log_failed_ = false;
   // What the config states, compared with the first steps that have data.
   std::int64_t compared_ = 0;
-  bool same_experts_ = true, tokens_compared_ = false, sequences_said_ = false;
+  bool same_experts_ = true, tokens_compared_ = false, sequences_said_ = false, split_said_ = false;
   int last_used_expert_ = -1;
   std::int64_t fewest_tokens_ = 0;
   std::function<void(const StepReport&)> log_;

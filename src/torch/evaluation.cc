@@ -21,6 +21,7 @@ void EvaluationMeter::record(int layer, const ::torch::Tensor& indices, const Re
   }
   RoutingStats& stats = stats_[static_cast<std::size_t>(layer)];
   stats.add(HostBatch(stats.shape(), indices, options).batch());
+  stats.join_sequences();  // the next batch has other sequences under the same ids
 }
 
 const StepReport& EvaluationMeter::report(std::int64_t step, const StepInfo& info) {
