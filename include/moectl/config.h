@@ -44,6 +44,8 @@ struct ModelConfig {
   ScoreSpace score_space = ScoreSpace::kProbability;
   int delay = 0;  ///< Steps by which records arrive late, beyond the loop's own step; ≥ 0.
   std::vector<std::string> domains{};  ///< Names of the domains whose tokens are counted separately.
+  /// Sequences of a step, by ids from 0 on, whose pieces join over records and ranks; 0 = ids hold within a record.
+  int split_sequences = 0;
   /// Wanted share of the load of each expert [N], 0 to 1/k, summing to 1; empty = equal.
   std::vector<double> targets{};
 };

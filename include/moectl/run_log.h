@@ -83,6 +83,12 @@ struct LogHeader {
   std::int64_t piece = 0;  ///< The piece of a rotated log that is being read, from 1; else 0.
 };
 
+/// What stands for what a trace does not say.
+struct LogDefaults {
+  std::optional<int> top_k;
+  std::optional<std::int64_t> tokens;  ///< Of a step, where a trace has load shares instead of counts.
+};
+
 /// How a reader treats faults. Damage happens to a file: a torn or unreadable line, missing records, a second run
 /// appended, another version. A wrong record is complete but cannot be true, such as counts that sum above tokens ·
 /// top_k.
@@ -111,10 +117,14 @@ class LogReader {
   ~LogReader();
   const LogHeader& header() const;
   /// The next record, or nothing at the end. Throws LogError with the line on anything that is not a record:
-  /// counts that sum above tokens · top_k, a repeated (step, layer, tag), a negative or non-integer count.
+  /// counts that sum above tokens · top_k, a repeated (step, layer, tag), a negative count or one that is not whole.
   std::optional<LogRecord> next();
   /// The changes of the config that were read so far.
   const std::vector<ConfigChange>& config_changes() const;
+  /// Takes these where the file says nothing, and lists that among the assumptions.
+  void set_defaults(const LogDefaults& defaults);
+  /// What was assumed so far, each kind once: "assumed: t.jsonl:2: tokens: missing: the sum of counts / top_k".
+  const std::vector<std::string>& assumptions() const;
   /// The faults so far: the first 20 complete messages ("skipped: run.jsonl:7: line: not JSON"), and the number of
   /// all faults.
   const std::vector<std::string>& faults() const;

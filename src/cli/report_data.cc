@@ -440,7 +440,7 @@ json ReportRun::json() const {
     if (!layer.bias.empty()) one["bias"] = expert_map(layer.bias, for_maps, widest, false);
     if (!layer.health.empty()) one["health"] = layer.health;
     if (const Responsiveness& found = layer.response; found.state != Response::kNotApplicable) {
-      json& out_of = one["response"];
+      nlohmann::json& out_of = one["response"];
       out_of = {{"state", name_of(found.state)}, {"late", found.late}, {"held", layer.held}};
       if (found.gain && found.error) {
         out_of["gain"] = rounded(*found.gain);

@@ -113,6 +113,8 @@ WiringVerdict judge_choices(const ChoiceSample& sample, int top_k, int layer, in
   const std::size_t n = bias_of(layer).size(), tokens = sample.experts.size() / k;
   const auto nan = [](float x) { return std::isnan(x); };
   if (tokens == 0 || std::any_of(sample.biased_scores.begin(), sample.biased_scores.end(), nan)) return {};
+  // A token with a slot that is not routed was not given its k largest.
+  if (std::find(sample.experts.begin(), sample.experts.end(), -1) != sample.experts.end()) return {};
   for (std::size_t t = 0; t < tokens; ++t) {
     if (!chooses_largest(sample.biased_scores.subspan(t * n, n), sample.experts.subspan(t * k, k)))
       return {Wiring::kOtherChoice};

@@ -56,6 +56,13 @@ inline constexpr auto kFieldsOf<ModelConfig> = std::tuple{
     Field{"delay", &ModelConfig::delay, kState, at_least(0), "steps",
           "Steps by which the recorded routing is late, beyond the loop's own one."},
     Field{"domains", &ModelConfig::domains, kState, "Names of the domains whose tokens are counted apart."},
+    Field{
+        "split_sequences", &ModelConfig::split_sequences, kState, at_least(0), "sequences",
+        "Sequences of a step that may be split over ranks or records: pieces with the same id, from 0 to one "
+        "below this, "
+        "count as one sequence. Adds as many integers an expert and layer to the collective; 0: ids hold "
+        "within a "
+        "record."},
     Field{"targets", &ModelConfig::targets, kState, at_least(0),
           "Wanted share of the load of each expert, at most 1/top_k each, summing to 1; without it equal "
           "shares."},

@@ -46,6 +46,8 @@ bool environment_holds() {
 StatsShape shape_of(const ControllerConfig& config, const PolicyRegistry& registry) {
   StatsShape shape{.experts = config.model.experts, .top_k = config.model.top_k, .needs = config.collect};
   shape.needs.domains = static_cast<int>(config.model.domains.size());
+  shape.needs.split_sequences = config.model.split_sequences;
+  shape.needs.sequences |= config.model.split_sequences > 0;
   for (const Actuator which : kActuators) {
     const int layer = config.actuator(which).scope == Scope::kModel ? -1 : 0;
     shape.needs |= ActuatorLoop(which, config, registry, layer).needs();
@@ -280,6 +282,7 @@ void Controller::Loop::reduce(const StepInfo& info) {
 void Controller::Loop::record(int layer, std::int64_t micro_batch, const RoutingBatch& batch) {
   Layer& at = layer_at(layer);
   record(layer, micro_batch, micro_batch < 0 ? 0 : fingerprint_of(batch), [&](RoutingStats& sums) {
+    if (micro_batch < 0) at.repeats.observe(batch, at.group->shape.top_k);
     sums.add(batch);
     at.uncollected_sequences |=
         !at.group->shape.needs.sequences && (batch.sequence_length > 0 || !batch.sequence_ids.empty());
@@ -402,6 +405,7 @@ void Controller::Loop::clear_intake() {
     layer->intake.clear();
     layer->seen.clear();
     layer->fingerprints.clear();
+    layer->repeats.end_step();
   }
 }
 
@@ -427,6 +431,10 @@ void Controller::Loop::use_local_sums(const StepInfo& info) {
 void Controller::Loop::measure() {
   for (const auto& layer : layers_) {
     layer->valid = layer->stats.valid();
+    if (layer->valid && layer->group->shape.needs.split_sequences > 0) {
+      layer->stats.join_sequences();
+      layer->valid = layer->stats.valid();
+    }
     layer->has_data = layer->stats.tokens() > 0;
     layer->metrics = Metrics{};
     if (layer->valid && layer->has_data) {
@@ -477,6 +485,18 @@ void Controller::Loop::compare_with_config() {
           {"records name their sequences, which nothing collects: with collect: {sequences: true} the "
            "sampling floor is known"});
     }
+  }
+  for (const auto& layer : layers_) {
+    if (!split_said_ && layer->stats.tokens_beyond_split() > 0) {
+      split_said_ = true;
+      notices_.add(NoticeKind::kConfig, -1, steps_,
+                   {"model.split_sequences is ", Number(std::int64_t{config_.model.split_sequences}).text(),
+                    ", and a sequence came with an id that is not below it: the sampling floor is not known"});
+    }
+    if (!layer->repeats.is_news()) continue;
+    notices_.add(NoticeKind::kConfig, layer->id, steps_,
+                 {"the same experts were recorded twice in several steps, without a micro_batch: a forward pass "
+                  "that activation checkpointing repeats counts once only if record() is given the micro_batch"});
   }
   std::size_t begin = 0;
   for (std::size_t g = 0; g < groups_.size(); ++g) {

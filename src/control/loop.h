@@ -92,6 +92,7 @@ class Controller::Loop {
     std::vector<std::uint64_t> fingerprints;  // of their records
     RoutingStats backup;                      // of the sums, while the host adds to them
     ChoiceCheck choices;
+    RepeatWatch repeats;
     // Deciding.
     bool frozen = false;
     double gap_width = 0;   // for what is recorded before the next step
@@ -213,7 +214,7 @@ class Controller::Loop {
   std::vector<Said> said_;  // since the last step
   bool log_failed_ = false;
   std::vector<ConfigComparison> comparisons_;  // one a group
-  bool sequences_said_ = false;
+  bool sequences_said_ = false, split_said_ = false;
   std::function<void(const StepReport&)> log_;
   std::vector<LayerReport> layer_reports_;
   StepReport report_;

@@ -215,6 +215,7 @@ struct LogReader::File {
       header = read_header(line(), true);
       first_line = without_number(object());
       seen = Seen();
+      layers.clear();
       holes = Holes();
       note("skipped: " + fault + "; a new run begins");
     } else if (without_number(object()) == first_line) {
@@ -251,7 +252,8 @@ struct LogReader::File {
       changes.push_back(read_config_change(line()));
     }
     const LogLine here = line();
-    LogRecord record = read_record(here, header);
+    LogRecord record = read_record(here, header, defaults, assumptions);
+    if (record.layer >= 0 && header.layers && !header.is_run) count_layer(here, record.layer);
     if (!seen.add(record)) {
       here.fail("step", std::to_string(record.step),
                 "repeated for layer " + (record.layer < 0 ? "null" : std::to_string(record.layer)) +
@@ -259,6 +261,16 @@ struct LogReader::File {
     }
     if (fault_policy != FaultPolicy::kStrict && record.tag == "train") look_for_hole(record.step);
     return record;
+  }
+
+  /// A trace names its layers as it likes, and has as many as its first line says.
+  void count_layer(const LogLine& here, int layer) {
+    if (layers.count(layer) > 0) return;
+    if (std::ssize(layers) == *header.layers) {
+      here.fail("layer", std::to_string(layer),
+                "must be one of " + std::to_string(*header.layers) + ", as many as the first line says");
+    }
+    layers.insert(layer);
   }
 
   void look_for_hole(std::int64_t step) {
@@ -289,6 +301,9 @@ struct LogReader::File {
   JsonParser parsed;
   json first_line;
   LogHeader header;
+  LogDefaults defaults;
+  Assumptions assumptions;
+  std::set<int> layers;
   bool first_is_record = false;
   bool other_version = false, joined = false;
   std::vector<ConfigChange> changes;
@@ -306,6 +321,12 @@ const LogHeader& LogReader::header() const {
 }
 const std::vector<ConfigChange>& LogReader::config_changes() const {
   return file_->changes;
+}
+void LogReader::set_defaults(const LogDefaults& defaults) {
+  file_->defaults = defaults;
+}
+const std::vector<std::string>& LogReader::assumptions() const {
+  return file_->assumptions.said();
 }
 const std::vector<std::string>& LogReader::faults() const {
   return file_->faults;

@@ -468,6 +468,8 @@ void RunLogWriter::File::sums(const RoutingStats& stats) {
     json.array(stats.array(which), [&](std::int64_t sum) { return from_fixed(sum) * factor; });
   };
   whole("counts", S::kCounts);
+  if (stats.choices_sq() > 0 && stats.choices_sq() != stats.tokens() * stats.top_k() * stats.top_k())
+    json.field("choices_sq", stats.choices_sq());
   if (stats.mean_gap()) json.field("gap_sum", from_fixed(stats.scalar(S::kGapSum)));
   if (stats.mean_gap() && stats.scalar(S::kGapWidthSum) > 0) {
     json.field("gap_width_sum", from_fixed(stats.scalar(S::kGapWidthSum)));

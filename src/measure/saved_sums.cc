@@ -16,6 +16,7 @@ void exchange_sums(StateIo& io, std::string_view name, RoutingStats& stats) {
                             n.latencies, n.margins, n.margin_rows}) {
     own.append(needed ? " 1" : " 0");
   }
+  own += ", domains " + std::to_string(n.domains) + ", split_sequences " + std::to_string(n.split_sequences);
   std::string saved = own;
   io.text("shape", saved);
   io.check(saved == own, "shape", "be \"" + own + "\", not \"" + saved + '"');

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <numeric>
 #include <span>
 #include <sstream>
 #include <stdexcept>
@@ -107,6 +108,22 @@ void TorchController::record(int layer, const ::torch::Tensor& indices, const Re
   controller_.record(
       layer, [&](RoutingStats& sums) { sums_->add(at, indices, options, sums.gap_width()); },
       options.micro_batch);
+}
+
+void TorchController::record_counts(int layer, const ::torch::Tensor& counts,
+                                    std::optional<std::int64_t> tokens, std::int64_t micro_batch) {
+  if (!recording() || controller_.config().mode == Mode::kOff) return;
+  const StatsShape& shape = controller_.shape();
+  const ::torch::Tensor whole = whole_counts(counts, shape.experts);
+  const std::span<const std::int64_t> values{whole.data_ptr<std::int64_t>(),
+                                             static_cast<std::size_t>(shape.experts)};
+  const std::int64_t sum = std::accumulate(values.begin(), values.end(), std::int64_t{0});
+  controller_.record(
+      layer,
+      [&](RoutingStats& sums) {
+        sums.add_counts(values, tokens.value_or((sum + shape.top_k - 1) / shape.top_k));
+      },
+      micro_batch);
 }
 
 const StepReport& TorchController::step(const StepInfo& info) {

@@ -28,6 +28,7 @@ void EvaluationMeter::record(int layer, const ::torch::Tensor& indices, const Re
                                 std::to_string(ids_.front()) + " to " + std::to_string(ids_.back()));
   }
   stats_[at].add(HostBatch(stats_[at].shape(), indices, options).batch());
+  stats_[at].join_sequences();  // the next batch has other sequences under the same ids
 }
 
 const StepReport& EvaluationMeter::report(std::int64_t step, const StepInfo& info) {

@@ -57,6 +57,7 @@ Rows table(const std::string& heading) {
 
 const char* const kFirstLine = "Trace: the first line";
 const char* const kRecord = "Trace: a record";
+const char* const kForeign = "Numbers from elsewhere";
 const char* const kRunFirstLine = "Run log: the first line";
 const char* const kRunRecord = "Run log: a record";
 
@@ -131,7 +132,7 @@ TEST(Formats, WhatIsNeededIsNeededAndTheRestIsNot) {
   Rows needed_rows = table(kRecord);
   std::erase_if(needed_rows, [](const Row& row) { return row.needed != "yes"; });
   const Json header = all_of(table(kFirstLine)), least = all_of(needed_rows);
-  EXPECT_EQ(needed_rows.size(), 4U);
+  EXPECT_EQ(needed_rows.size(), 3U);
   EXPECT_EQ(read(header, least).code, 0) << read(header, least).err;
   for (const Row& row : needed_rows) {
     Json less = least;
@@ -185,10 +186,10 @@ TEST(Formats, TheWriterWritesWhatThePageSaysAndNothingElse) {
     EXPECT_EQ(written, documented);
   };
   // A run log's config says the shape; `replay` has no tag but `train`, which is not written. Nothing
-  // is wrong with the example, so it has no notices.
+  // is wrong with the example, so it has no notices; each of its tokens selects k experts.
   expect_same(header, {kFirstLine, kRunFirstLine}, {"layers", "experts", "top_k"});
   record.erase("guard");  // has a table of its own
-  expect_same(record, {kRecord, kRunRecord}, {"tag", "notices"});
+  expect_same(record, {kRecord, kRunRecord}, {"tag", "notices", "choices_sq"});
   expect_same(actuator, {"An actuator"}, {});
   expect_same(guard, {"The guard"}, {});
 }
@@ -197,7 +198,7 @@ TEST(Formats, TheWriterWritesWhatThePageSaysAndNothingElse) {
 TEST(Formats, EveryFieldThatTheSourcesNameStandsOnThePage) {
   std::set<std::string> documented;
   for (const char* heading :
-       {kFirstLine, kRecord, kRunFirstLine, kRunRecord, "A notice", "An actuator", "The guard"}) {
+       {kFirstLine, kRecord, kForeign, kRunFirstLine, kRunRecord, "A notice", "An actuator", "The guard"}) {
     for (const Row& row : table(heading)) documented.insert(row.field);
   }
   documented.insert({"guard", "update_frequency", "model", "targets"});  // described in the text

@@ -35,7 +35,8 @@ ControllerConfig small_config(const std::string& policy = "sign_bias", int layer
 
 void record_counts(Controller& controller, int layer, const Counts& counts) {
   const std::int64_t total = std::accumulate(counts.begin(), counts.end(), std::int64_t{0});
-  controller.record(layer, [&](RoutingStats& sums) { sums.add_counts(counts, total / sums.top_k()); });
+  controller.record(
+      layer, [&](RoutingStats& sums) { sums.add_counts(counts, (total + sums.top_k() - 1) / sums.top_k()); });
 }
 
 void record_all(Controller& controller, const Counts& counts) {

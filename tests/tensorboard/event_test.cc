@@ -120,8 +120,7 @@ void train(Controller& controller, int steps) {
       RoutingStats stats(controller.shape(0));
       const std::int64_t first = layer == 0 && step < 3 ? 70 : 25;
       const std::int64_t counts[] = {first, 25, 25, 25};
-      std::ranges::copy(counts, stats.mutable_array(RoutingStats::kCounts).begin());
-      stats.set_scalar(RoutingStats::kTokens, first + 75);
+      stats.add_counts(counts, first + 75);
       controller.record(layer, stats);
     }
     controller.step({.loss = 3.0 - 0.25 * step});
@@ -197,8 +196,7 @@ TEST(TensorBoard, DoesNotAllocateInTheSteadyState) {
     for (int layer = 0; layer < 2; ++layer) {
       RoutingStats stats(controller.shape(0));
       const std::int64_t counts[] = {layer == 0 && step % 50 < 20 ? 90 : 25, 25, 25, step % 40 < 30 ? 0 : 25};
-      std::ranges::copy(counts, stats.mutable_array(RoutingStats::kCounts).begin());
-      stats.set_scalar(RoutingStats::kTokens, counts[0] + counts[1] + counts[2] + counts[3]);
+      stats.add_counts(counts, counts[0] + counts[1] + counts[2] + counts[3]);
       controller.record(layer, stats);
     }
     controller.step({.loss = 2.5});

@@ -19,7 +19,7 @@ class EvaluationMeter {
   /// Collects what `controller` collects.
   explicit EvaluationMeter(const Controller& controller);
 
-  /// As TorchController::record, but always.
+  /// As TorchController::record, but always. Pieces of a sequence (`model.split_sequences`) join within a record.
   void record(int layer, const ::torch::Tensor& indices, const RecordOptions& options = {});
   /// Measures all records since the last clear(). Valid until the next record or clear; RunLogWriter writes it under a
   /// tag.
