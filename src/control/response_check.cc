@@ -127,7 +127,7 @@ void ResponseCheck::observe(const RoutingStats* stats, double load_cv, double fl
   if (filled_ <= static_cast<std::int64_t>(delay_)) return;
   if (!referenced_) {
     if (!full()) return;
-    set_reference();
+    set_reference(/*answered=*/false);
     std::fill(move_mean_.begin(), move_mean_.end(), 0.0);
     return;
   }
@@ -277,7 +277,7 @@ void ResponseCheck::judge() {
                                 moves = full() ? moves_.estimate(2 * noise()) : std::nullopt;
   const bool by_travel = answered(travel), by_moves = answered(moves);
   const bool falls_short = travel && travel->gain + kSure * travel->error < 1;
-  if (by_travel || (falls_short && by_moves)) set_reference();
+  if (by_travel || (falls_short && by_moves)) set_reference(/*answered=*/true);
   if (by_travel || by_moves) {
     state_ = Response::kAnswers;
     found_ = by_moves ? moves : travel;
@@ -285,14 +285,22 @@ void ResponseCheck::judge() {
     filled_ = 0;
   } else if (falls_short && full() && quiet_ == 0 && error_over_floor_ > kImbalance) {
     start_probe();
+    // Where the load seems to go the other way, the policy waits for the answer: it would run away.
+    const auto reversed = [](const std::optional<Estimate>& found) {
+      return found && found->gain + kVerySure * found->error < 0;
+    };
+    pinned_ = state_ == Response::kProbing && (reversed(travel) || reversed(moves));
   }
 }
 
-void ResponseCheck::set_reference() {
+void ResponseCheck::set_reference(bool answered) {
   const std::span<const double> now = bias(delay_);
   std::copy(now.begin(), now.end(), reference_bias_.begin());
   std::copy(load_[0].begin(), load_[0].end(), reference_load_.begin());
   referenced_ = true;
+  if (held_ || (based_ && !answered && error_over_floor_ > kImbalance)) return;
+  std::copy(now.begin(), now.end(), base_.begin());
+  based_ = true;
 }
 
 // Without a measured slope: as large as the last answer says that it must be.
@@ -377,7 +385,7 @@ bool ResponseCheck::finds_answer(std::size_t lags) {
     quiet_ = backoff_;
     held_ = false;
     moves_ = {};
-    set_reference();
+    set_reference(/*answered=*/true);
     return true;
   }
   return false;
@@ -392,7 +400,6 @@ void ResponseCheck::finish_block() {
     found_ = found;
     late_ = 0;
     held_ = true;
-    std::copy(reference_bias_.begin(), reference_bias_.end(), base_.begin());
     pause();
     return;
   }
@@ -411,7 +418,7 @@ void ResponseCheck::give_up() {
   state_ = Response::kUnknown;
   found_.reset();
   quiet_ = kLastBackoff;
-  set_reference();
+  set_reference(/*answered=*/true);
 }
 
 void ResponseCheck::pause() {
@@ -431,6 +438,7 @@ void ResponseCheck::restart() {
   } else {
     state_ = Response::kUnknown;
     found_.reset();
+    based_ = false;
   }
 }
 
@@ -447,10 +455,8 @@ double ResponseCheck::next_sign() const {
 }
 
 void ResponseCheck::adjust(std::span<double> wanted, LimitReport& why) const {
-  if (held_) {
-    std::copy(base_.begin(), base_.end(), wanted.begin());
-    why.add(Reason::kUnresponsive);
-  }
+  if (held_) why.add(Reason::kUnresponsive);
+  if (held_ || (probes() && pinned_)) std::copy(base_.begin(), base_.end(), wanted.begin());
   if (!probes()) return;
   const double sign = next_sign();
   for (std::size_t i = 0; i < experts_; ++i) wanted[i] += sign * pattern_[i];
@@ -542,6 +548,8 @@ void ResponseCheck::exchange(StateIo& io) {
   io.value("response.late", late, {0, static_cast<std::int64_t>(kLags) - 1});
   late_ = static_cast<int>(late);
   io.value("response.held", held_);
+  io.value("response.pinned", pinned_);
+  io.value("response.based", based_);
   bool found = found_.has_value();
   Estimate estimate = found_.value_or(Estimate{});
   io.value("response.found", found);

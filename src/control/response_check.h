@@ -15,7 +15,7 @@
 //             signs hardly correlate with themselves some steps later, so an answer that is late is told from a wrong
 //             sign. The size is chosen so that eight decisions give the gain a standard error of 0.08: 1.1 floors at 16 experts, .3 at 256.
 //
-// If the probe gets no answer, the biases go back to where they were when the load last answered, and are held there.
+// If the load seems to go the other way, the policy is not followed during the probe. If the probe gets no answer, the biases go back to where they were when the load last answered, and are held there.
 // The probe is repeated from time to time. At the first answer the policy goes on. An answer that comes up to four steps
 // later than the declared delay is one too, and is reported as late.
 //
@@ -101,7 +101,7 @@ class ResponseCheck {
   void follow(const RoutingStats& stats);
   void compare();
   void judge();
-  void set_reference();
+  void set_reference(bool answered);
   double first_size() const;
   void start_probe();
   void start_block();
@@ -122,6 +122,8 @@ class ResponseCheck {
   Response state_ = Response::kUnknown;
   int late_ = 0;
   bool held_ = false;    // the last probe had no answer
+  bool pinned_ = false;  // they stay at base_ during this probe
+  bool based_ = false;   // base_ is known
   bool scaled_ = false;  // slope_ was measured
   bool resting_ = false, referenced_ = false;
   bool in_probabilities_;
@@ -153,7 +155,8 @@ class ResponseCheck {
   Sums moves_, travel_;
   std::int64_t backoff_;  // steps without a probe after the next one
   // Of a probe.
-  std::vector<double> base_, pattern_;
+  std::vector<double> base_;  // the biases when the load last answered, or was balanced
+  std::vector<double> pattern_;
   std::int64_t waited_ = 0, blocks_ = 0;
   double size_ = 0;                     // 1/64 to 1
   std::size_t code_;                    // of the pattern

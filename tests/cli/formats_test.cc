@@ -121,6 +121,13 @@ TEST(Formats, TheReaderKnowsEveryFieldOfTheTables) {
     wrong["notices"][0].erase(row.field);
     EXPECT_THAT(read(run_header(), wrong).err, HasSubstr("notices[0]." + row.field + ": missing: required"));
   }
+  for (const Row& row : table("The response of the load")) {
+    Json wrong = record;
+    wrong["responsiveness"] = all_of(table("The response of the load"));
+    EXPECT_EQ(read(run_header(), wrong).code, 0);
+    wrong["responsiveness"][row.field] = true;
+    expect_known("responsiveness." + row.field, read(run_header(), wrong));
+  }
   for (const Row& row : table("An actuator")) {
     Json wrong = record;
     wrong["actuators"]["expert_bias"][row.field] = true;
@@ -186,10 +193,11 @@ TEST(Formats, TheWriterWritesWhatThePageSaysAndNothingElse) {
     EXPECT_EQ(written, documented);
   };
   // A run log's config says the shape; `replay` has no tag but `train`, which is not written. Nothing
-  // is wrong with the example, so it has no notices; each of its tokens selects k experts.
+  // is wrong with the example, so it has no notices; its recorded loads answer nothing, so the response is not checked;
+  // each of its tokens selects k experts.
   expect_same(header, {kFirstLine, kRunFirstLine}, {"layers", "experts", "top_k"});
   record.erase("guard");  // has a table of its own
-  expect_same(record, {kRecord, kRunRecord}, {"tag", "notices", "choices_sq"});
+  expect_same(record, {kRecord, kRunRecord}, {"tag", "notices", "choices_sq", "responsiveness"});
   expect_same(actuator, {"An actuator"}, {});
   expect_same(guard, {"The guard"}, {});
 }
@@ -197,8 +205,8 @@ TEST(Formats, TheWriterWritesWhatThePageSaysAndNothingElse) {
 // Fields are the first words that the functions of src/log are called with.
 TEST(Formats, EveryFieldThatTheSourcesNameStandsOnThePage) {
   std::set<std::string> documented;
-  for (const char* heading :
-       {kFirstLine, kRecord, kForeign, kRunFirstLine, kRunRecord, "A notice", "An actuator", "The guard"}) {
+  for (const char* heading : {kFirstLine, kRecord, kForeign, kRunFirstLine, kRunRecord, "A notice",
+                              "The response of the load", "An actuator", "The guard"}) {
     for (const Row& row : table(heading)) documented.insert(row.field);
   }
   documented.insert({"guard", "update_frequency", "model", "targets"});  // described in the text

@@ -185,7 +185,7 @@ TEST_P(EveryPolicyWithFaults, BrokenBatchesMoveNothing) {
     RoutingBatch batch = loop_.route();
     std::vector<std::int64_t> choices(batch.experts.begin(), batch.experts.end());
     std::vector<float> values(batch.top_values.begin(), batch.top_values.end());
-    choices[static_cast<std::size_t>(i)] = i % 2 == 0 ? 16 : -1;
+    choices[static_cast<std::size_t>(i)] = i % 2 == 0 ? 16 : -2;
     values[static_cast<std::size_t>(3 * i + 1)] = std::numeric_limits<float>::quiet_NaN();
     batch.experts = choices;
     batch.top_values = values;

@@ -221,6 +221,18 @@ TEST(SavedStates, NumbersThatNoRunCanHaveAreRefusedByName) {
   EXPECT_TRUE(refused("health.state", std::int64_t{8}));
   EXPECT_TRUE(refused("micro_batches", std::int64_t{-2}));
   EXPECT_TRUE(refused("applied", HUGE_VAL));
+  EXPECT_TRUE(refused("response.newest", std::int64_t{3}));
+  EXPECT_TRUE(refused("response.state", std::int64_t{kResponseCount}));
+  EXPECT_TRUE(refused("response.decision", most));
+  EXPECT_TRUE(refused("response.seen", most));
+  EXPECT_TRUE(refused("response.nap", most));
+  EXPECT_TRUE(refused("response.clock", std::int64_t{-1}));
+  EXPECT_TRUE(refused("response.slope", -1.0));
+  EXPECT_TRUE(refused("response.load", std::nan("")));
+  EXPECT_TRUE(refused("response.held", std::int64_t{1}));
+  EXPECT_THROW(
+      controller.load(with_number(state, "response.state", 0, static_cast<std::int64_t>(Response::kAnswers))),
+      StateError);
   EXPECT_FALSE(refused("adaptive.past", std::int64_t{5}));
 }
 

@@ -627,6 +627,31 @@ TEST(RunLogWriter, ModelScopeStandsInARecordWithoutLayer) {
   EXPECT_EQ(records[1].actuators.at("aux_loss_weight").applied.at(0), 0.0125);
 }
 
+TEST(RunLogWriter, TheResponseOfTheLoadComesBack) {
+  const TempDir dir;
+  MadeStep made(4, {.experts = 4, .top_k = 2, .needs = {}}, 3);
+  made.reports[1].responsiveness = {.state = Response::kUnknown};
+  made.reports[2].responsiveness = {.state = Response::kAnswers, .gain = 0.75, .error = 0.125, .scaled = true};
+  made.reports[3].responsiveness = {.state = Response::kUnresponsive, .gain = -40, .error = 2, .late = 3};
+  RunLogWriter(dir.path("run.jsonl"), config_of(4, 4, 2)).write(made.report);
+  const std::string text = TempDir::read(dir.path("run.jsonl"));
+  EXPECT_THAT(text, HasSubstr(R"("responsiveness":{"state":"unknown"})"));
+  EXPECT_THAT(
+      text,
+      HasSubstr(R"("responsiveness":{"state":"answers","gain":0.75,"error":0.125,"slope":"measured"})"));
+  EXPECT_THAT(text, HasSubstr(R"("gain":-40,"error":2,"slope":"assumed","late":3})"));
+  const auto records = read_all(dir.path("run.jsonl"));
+  ASSERT_EQ(records.size(), 4U);
+  for (std::size_t l = 0; l < 4; ++l) {
+    const Responsiveness &back = records[l].responsiveness, &sent = made.reports[l].responsiveness;
+    EXPECT_EQ(back.state, sent.state);
+    EXPECT_EQ(back.gain, sent.gain);
+    EXPECT_EQ(back.error, sent.error);
+    EXPECT_EQ(back.late, sent.late);
+    EXPECT_EQ(back.scaled, sent.scaled);
+  }
+}
+
 TEST(RunLogWriter, NoticesStandInTheRecordOfTheirLayer) {
   const TempDir dir;
   ControllerConfig config;

@@ -156,6 +156,25 @@ TEST(PrometheusFeed, ARecordOfALogGivesTheSame) {
   EXPECT_TRUE(without_time(read.text()) == without_time(live.text())) << read.text() << live.text();
 }
 
+TEST(PrometheusFeed, ShowsTheResponseOfTheLoad) {
+  PrometheusFeed feed("127.0.0.1:0");
+  LogRecord logged;
+  logged.layer = 0;
+  feed.write(logged, Metrics());
+  EXPECT_THAT(feed.text(), Not(HasSubstr("moectl_response")));
+  logged.responsiveness = {.state = Response::kUnknown};
+  feed.write(logged, Metrics());
+  EXPECT_EQ(sample(feed.text(), R"(moectl_response{layer="0",state="unknown"})"), 1);
+  EXPECT_THAT(feed.text(), Not(HasSubstr("moectl_response_gain_ratio")));
+  logged.responsiveness = {.state = Response::kAnswers, .gain = 0.75, .error = 0.125, .scaled = true};
+  feed.write(logged, Metrics());
+  const std::string text = feed.text();
+  EXPECT_EQ(sample(text, R"(moectl_response{layer="0",state="unknown"})"), 0);
+  EXPECT_EQ(sample(text, R"(moectl_response{layer="0",state="answers"})"), 1);
+  EXPECT_EQ(sample(text, R"(moectl_response_gain_ratio{layer="0"})"), 0.75);
+  EXPECT_EQ(sample(text, R"(moectl_response_gain_error_ratio{layer="0"})"), 0.125);
+}
+
 TEST(PrometheusFeed, CountsNotices) {
   Controller controller(small_config());
   PrometheusFeed feed("127.0.0.1:0");

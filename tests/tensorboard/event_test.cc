@@ -160,6 +160,8 @@ TEST(TensorBoard, ScalarsAndHistogramsReadBack) {
   // The policy wants 0.5 a step and gets 0.25: in one layer of two, while it is uneven.
   EXPECT_EQ(scalars["reasons/expert_bias_rate"][0], 1);
   EXPECT_EQ(scalars["reasons/expert_bias_rate"][4], 0);
+  EXPECT_EQ(scalars["response/unknown"][0], 2);
+  EXPECT_FALSE(scalars.contains("response_gain/layer_0"));
   EXPECT_FALSE(scalars.contains("drop_rate/layer_0"));  // not measured: not there
 
   std::map<std::string, nlohmann::json> histograms;
@@ -242,6 +244,20 @@ TEST(TensorBoard, ASecondWriterContinuesTheRun) {
   const auto second = read_events(dir.path("run/events.out.tfevents.0000000001.moectl"));
   ASSERT_EQ(second.size(), 5U);
   EXPECT_EQ(second[1]["sessionLog"]["status"], "START");
+}
+
+TEST(TensorBoard, TheGainOfTheResponseIsACurveOfEachLayer) {
+  const TempDir dir;
+  {
+    TensorBoardWriter board(dir.path("run"));
+    LogRecord record;
+    record.layer = 3;
+    record.responsiveness = {.state = Response::kAnswers, .gain = 0.75, .error = 0.125};
+    board.write(record, Metrics());
+  }
+  auto scalars = scalars_of(read_events(only_file(dir.path("run"))));
+  EXPECT_EQ(scalars["response_gain/layer_3"][0], 0.75);
+  EXPECT_EQ(scalars["response/answers"][0], 1);
 }
 
 TEST(TensorBoard, ValidationLossesStandApart) {
