@@ -23,8 +23,8 @@ function(install_library name)
 endfunction()
 
 # A static library leaves what it calls to whoever links it; a shared one brings it along.
-set(core_requires yaml-cpp zlib simdjson)
-set(core_debian "libyaml-cpp-dev, zlib1g-dev, libsimdjson-dev")
+set(core_requires yaml-0.1 zlib simdjson)
+set(core_debian "libyaml-dev, zlib1g-dev, libsimdjson-dev")
 if(BUILD_SHARED_LIBS)
   set(core_requires "")
 endif()
