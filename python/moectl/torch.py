@@ -250,7 +250,8 @@ class Balancer:
         for index in changed.nonzero().flatten().tolist():
             self.controller.say("wiring", index, f"the bias {self._bias} was changed by something else since the last "
                                 "step: is the trainer's own update switched off? It has been written again")
-        self.controller.record_counts(counts)
+        if counts.any():  # a single process may also record by the controller itself, more than counts
+            self.controller.record_counts(counts)
         return self.controller.step(loss=loss / _UNIT / losses if losses else None, gradient_norm=gradient_norm,
                                     skipped=skipped > 0)
 
