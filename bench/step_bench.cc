@@ -39,7 +39,7 @@ void run(benchmark::State& state, const char* policy, double skew, double rate) 
   config.expert_bias.limits = {.min = -1000, .max = 1000, .rate = rate, .center = true};
   Controller controller(config);
   const int layers = config.model.layers;
-  const std::vector<RoutingStats> steps = make_steps(controller.shape(), layers, skew);
+  const std::vector<RoutingStats> steps = make_steps(controller.shape(0), layers, skew);
   std::size_t next = 0;
   for (auto _ : state) {
     state.PauseTiming();

@@ -79,7 +79,7 @@ void step_moectl(benchmark::State& state) {
   for (const auto& counts : random_loads(layers, experts)) {
     std::int64_t assignments = 0;
     for (const std::int64_t count : counts) assignments += count;
-    moectl::RoutingStats& layer = stats.emplace_back(controller.shape());
+    moectl::RoutingStats& layer = stats.emplace_back(controller.shape(0));
     layer.add_counts(counts, assignments / kTopK);
   }
   for (auto _ : state) {

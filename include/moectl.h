@@ -167,11 +167,30 @@ int moectl_set_log(moectl_controller* c, int (*log)(void* user, const char* text
  * moectl_set_log(). A file that cannot be written is reported on standard error and never stops training. */
 int moectl_log_to_file(moectl_controller* c, const char* path, int append);
 
+/* ---- Values from elsewhere: a checkpoint of another trainer, an older run ---- */
+
+/* Puts biases [N] of one layer, or of MOECTL_ALL_LAYERS, in force at once; the policy goes on from there. On every rank
+ * alike, between two steps. MOECTL_INVALID if one lies outside the limits; layers before it are then adopted. */
+int moectl_adopt(moectl_controller* c, int layer, const double* bias, size_t size);
+int moectl_adopt_aux_loss_weight(moectl_controller* c, int layer, double weight);
+int moectl_adopt_temperature(moectl_controller* c, int layer, double temperature);
+
 /* ---- State: everything that the next step depends on, to the bit ---- */
+
+enum moectl_keep {
+  MOECTL_EVERYTHING = 0, /* The state must be of the same config. */
+  MOECTL_WHAT_FITS = 1   /* Of another config: values in force in any case, memories where they fit. */
+};
 
 /* *state is the caller's: *size bytes, to be given to moectl_free_text(). */
 int moectl_save(const moectl_controller* c, char** state, size_t* size);
-int moectl_load(moectl_controller* c, const char* state, size_t size);
+/* `kept`, unless NULL, receives what became of each part, as a JSON array of {"layer", "key", "fate", "why"}, where fate
+ * is "kept", "adapted" or "dropped". *kept is the caller's. */
+int moectl_load(moectl_controller* c, const char* state, size_t size, int keep, char** kept);
+/* The same of one layer, to be loaded under the same id, also into a controller of other layers: another split of the
+ * model over pipelines. All layers of a checkpoint must be of one step. */
+int moectl_save_layer(const moectl_controller* c, int layer, char** state, size_t* size);
+int moectl_load_layer(moectl_controller* c, int layer, const char* state, size_t size, int keep, char** kept);
 
 #ifdef __cplusplus
 }

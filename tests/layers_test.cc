@@ -28,7 +28,7 @@ const std::vector<Row> kOrder = {
     {{"src/watch"}, {"bands.h", "health.h", "monitor.h"}},
     {{"src/control"},
      {"limits.h", "guard.h", "responsiveness.h", "notice.h", "policy_options.h", "policy.h", "config.h",
-      "controller.h"}},
+      "bias_file.h", "controller.h"}},
     {{"policies"}, {}},
     {{"src/config"}, {}},
     {{"src/feasibility"}, {"feasibility.h"}},

@@ -57,10 +57,25 @@ struct LogRecord {
   std::map<std::string, LoggedActuator> actuators;
 };
 
+/// Equal layers of a file whose layers differ.
+struct LogGroup {
+  std::vector<int> layers;  ///< Their ids.
+  std::optional<int> experts, top_k;
+  std::shared_ptr<const LoadTargets> targets{};  ///< Null = equal.
+};
+
+/// A config that took the place of the one before it in the middle of a run.
+struct ConfigChange {
+  std::int64_t step = 0;    ///< The first step that it holds for.
+  std::string config_json;  ///< All of it.
+};
+
 /// The first line of a file.
 struct LogHeader {
   bool is_run = false;
   std::optional<int> layers, experts, top_k;
+  std::vector<LogGroup>
+      groups{};  ///< Empty if all layers are equal; else experts, top_k and targets are theirs.
   std::optional<std::int64_t> shift;  ///< The step at which the data changed, if the training loop says so.
   std::string config_json;            ///< The config object of a run log, else empty.
   std::shared_ptr<const LoadTargets> targets{};  ///< Of a run log with unequal targets, else null.
@@ -79,7 +94,8 @@ enum class FaultPolicy {
 /// Name of a finished piece of the rotated log at `path`: "run.jsonl.000003".
 std::string piece_path(const std::string& path, std::int64_t piece);
 
-/// Reads one record after another. `-` is standard input; gzip is recognised by its content. The remaining pieces of a
+/// Reads one record after another. A config in the middle of a log (`{"step":…,"config":{…}}`) is no record: it is
+/// listed in config_changes(). `-` is standard input; gzip is recognised by its content. The remaining pieces of a
 /// rotated log are read first, oldest first, as one log.
 ///
 /// A second header in a file means that two runs were joined. If both headers are equal, the run was resumed: reading
@@ -96,6 +112,8 @@ class LogReader {
   /// The next record, or nothing at the end. Throws LogError with the line on anything that is not a record:
   /// counts that sum above tokens · top_k, a repeated (step, layer, tag), a negative or non-integer count.
   std::optional<LogRecord> next();
+  /// The changes of the config that were read so far.
+  const std::vector<ConfigChange>& config_changes() const;
   /// The faults so far: the first 20 complete messages ("skipped: run.jsonl:7: line: not JSON"), and the number of
   /// all faults.
   const std::vector<std::string>& faults() const;

@@ -11,9 +11,10 @@ With PyTorch, `moectl.torch.Balancer` does this for the modules of a model. docs
 from ._controller import Controller, Report
 from ._errors import ConfigError, MoectlError, ReductionError, StateError
 from ._library import version as _version
-from ._tool import compare, metrics, report
+from ._tool import compare, metrics, report, simulate
 
 __version__ = _version()
 __all__ = [
-    "Controller", "Report", "MoectlError", "ConfigError", "StateError", "ReductionError", "metrics", "compare", "report",
+    "Controller", "Report", "MoectlError", "ConfigError", "StateError", "ReductionError", "metrics", "compare",
+    "report", "simulate",
 ]

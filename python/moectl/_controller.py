@@ -213,8 +213,8 @@ class Controller:
         check(lib.moectl_record(self._handle, layer, byref(batch), -1 if micro_batch is None else micro_batch))
 
     def record_counts(self, counts: Any, *, layer: Optional[int] = None, tokens: Any = None) -> None:
-        """Adds counts that were summed elsewhere: [N] int64 of one layer, or of all layers in the order of `layers`,
-        [L, N]. tokens: of the layer, or [L]; None = as many as the counts need, their sum over k."""
+        """Adds counts that were summed elsewhere: [N] int64 of one layer, or of all layers one after another in the order
+        of `layers`, [L, N] where they are equal. tokens: of the layer, or [L]; None = as many as the counts need, their sum over k."""
         where = ALL_LAYERS if layer is None else layer
         given = view("counts", counts, "int64")
         length = view("tokens", [tokens] if isinstance(tokens, int) else tokens, "int64") if tokens is not None else None
@@ -362,6 +362,22 @@ class Controller:
             lib.moectl_set_error(f"{type(error).__name__}: {error}".encode("utf-8", "replace"))
             return 1
 
+    # ---- Values from elsewhere ----
+
+    def adopt(self, layer: int, bias: Any) -> None:
+        """Puts biases [N] of another trainer or an older run in force at once; the policy goes on from there. On every
+        rank alike, between two steps. Raises ValueError if one lies outside the limits."""
+        given = view("bias", bias, "float64")
+        check(lib.moectl_adopt(self._handle, layer, given.address, given.size))
+
+    def adopt_aux_loss_weight(self, layer: int, weight: float) -> None:
+        """Likewise; with `scope: model` for all layers."""
+        check(lib.moectl_adopt_aux_loss_weight(self._handle, layer, weight))
+
+    def adopt_temperature(self, layer: int, temperature: float) -> None:
+        """Likewise."""
+        check(lib.moectl_adopt_temperature(self._handle, layer, temperature))
+
     # ---- State ----
 
     def save(self) -> bytes:
@@ -370,6 +386,28 @@ class Controller:
         check(lib.moectl_save(self._handle, byref(state), byref(size)))
         return taken(state, size.value)
 
-    def load(self, state: bytes) -> None:
-        """Raises StateError; the running state is then untouched."""
-        check(lib.moectl_load(self._handle, bytes(state), len(state)))
+    def load(self, state: bytes, keep: str = "everything") -> List[dict]:
+        """keep: "everything", for a state of the same config; or "what_fits", for one of another config: values in force
+        in any case, memories where they fit. Returns what became of each part: dicts of layer, key, fate ("kept",
+        "adapted", "dropped") and why. Raises StateError; the running state is then untouched."""
+        kept = c_void_p()
+        check(lib.moectl_load(self._handle, bytes(state), len(state), _keep(keep), byref(kept)))
+        return json.loads(taken(kept))
+
+    def save_layer(self, layer: int) -> bytes:
+        """The state of one layer, to be loaded under the same id, also into a controller of other layers."""
+        state, size = c_void_p(), c_size_t()
+        check(lib.moectl_save_layer(self._handle, layer, byref(state), byref(size)))
+        return taken(state, size.value)
+
+    def load_layer(self, layer: int, state: bytes, keep: str = "everything") -> List[dict]:
+        """As load(), of one layer. All layers of a checkpoint must be of one step."""
+        kept = c_void_p()
+        check(lib.moectl_load_layer(self._handle, layer, bytes(state), len(state), _keep(keep), byref(kept)))
+        return json.loads(taken(kept))
+
+
+def _keep(keep: str) -> int:
+    if keep not in ("everything", "what_fits"):
+        raise ArgumentError(f"keep: {keep}: must be everything or what_fits")
+    return int(keep == "what_fits")

@@ -68,8 +68,13 @@ _FUNCTIONS = {
     "moectl_set_reduction": [_HANDLE, Sum, c_void_p],
     "moectl_set_log": [_HANDLE, Log, c_void_p],
     "moectl_log_to_file": [_HANDLE, c_char_p, c_int],
+    "moectl_adopt": [_HANDLE, c_int, c_void_p, c_size_t],
+    "moectl_adopt_aux_loss_weight": [_HANDLE, c_int, c_double],
+    "moectl_adopt_temperature": [_HANDLE, c_int, c_double],
     "moectl_save": [_HANDLE, POINTER(c_void_p), POINTER(c_size_t)],
-    "moectl_load": [_HANDLE, c_char_p, c_size_t],
+    "moectl_load": [_HANDLE, c_char_p, c_size_t, c_int, POINTER(c_void_p)],
+    "moectl_save_layer": [_HANDLE, c_int, POINTER(c_void_p), POINTER(c_size_t)],
+    "moectl_load_layer": [_HANDLE, c_int, c_char_p, c_size_t, c_int, POINTER(c_void_p)],
 }
 
 

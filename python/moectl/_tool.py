@@ -39,6 +39,13 @@ def metrics(trace: PathLike, *, pandas: bool = False) -> Any:
     return pd.json_normalize(records)
 
 
+def simulate(*configs: PathLike, **options: Any) -> List[dict]:
+    """The loop closed on the simulated router: one dict of figures a config. Options as those of `moectl simulate`, as
+    steps=300, scenario="shift"."""
+    given = [word for name, value in options.items() for word in ("--" + name.replace("_", "-"), str(value))]
+    return json.loads(_ask("simulate", *map(os.fspath, configs), *given, "--format", "json"))
+
+
 def compare(*runs: PathLike) -> List[dict]:
     """The figures of runs, side by side: one dict a run."""
     return json.loads(_ask("compare", *map(os.fspath, runs), "--format", "json"))

@@ -10,13 +10,14 @@ step, so that trainers may swap or re-create the tensors behind them."""
 
 import hashlib
 import warnings
+from itertools import groupby
 from typing import Any, Callable, Dict, Iterable, Optional, Sequence, Union
 
 import torch
 import torch.distributed as dist
 
 from ._controller import Controller, Report
-from ._errors import ArgumentError, ReductionError
+from ._errors import ArgumentError, ReductionError, StateError
 
 _EXACT = 1 << 24  # float32 holds every whole number below
 _UNIT = 1 << 24  # of the loss in fixed point
@@ -40,7 +41,8 @@ def _write(target: torch.Tensor, values: torch.Tensor) -> None:
 class Balancer:
     """Reads what the routers counted, and gives them their biases.
 
-    config     as for moectl.Controller. `model.layers` and `model.experts` are taken from the sites.
+    config     as for moectl.Controller. Unless it has layer groups, `model.layers` and `model.experts` are taken from the
+               sites. Biases that the model comes with are adopted.
     sites      the L modules that hold the counts and the bias, in the order of their layers
     group      the process group whose ranks share these layers and have different tokens; None = all ranks where
                torch.distributed is initialised, else this process alone. With pipeline stages: the group of the stage.
@@ -48,7 +50,8 @@ class Balancer:
                takes the module; None = what record_indices() counted. An attribute that is None counts nothing.
     bias       the name of the attribute with the bias [N], or None for a model without one
     reset      called with each module after its counts were read; by default they are set to zero in place
-    layer_ids  the L ids by which the other calls and the state name the layers; by default 0 … L-1
+    layer_ids  the model's own ids of the L layers, by which the other calls and the state name them; by default 0 … L-1.
+               With pipeline stages: those of the whole model
     top_k      instead of the config's `model.top_k`
     overlap    the copy to the host is read one step later, so that no step waits for the device; the controller is told
                of the delay
@@ -67,23 +70,29 @@ class Balancer:
             raise ArgumentError("sites, layer_ids: must be one module and one id a layer")
         with Controller(config) as given:
             full = given.config
-        experts = [self._experts_of(site) for site in self._sites]
-        known = [n for n in experts if n is not None]
-        if len(set(known)) > 1:
-            raise ArgumentError(f"sites: {sorted(set(known))} experts: must be the same number in every layer")
-        full["model"].update(layers=len(self._sites), experts=known[0] if known else full["model"]["experts"],
-                             top_k=top_k or full["model"]["top_k"])
-        full["model"]["delay"] = full["model"].get("delay", 0) + (1 if overlap else 0)
+        model = full["model"]
+        model["delay"] = model.get("delay", 0) + (1 if overlap else 0)
+        model["top_k"] = top_k or model["top_k"]
+        own = [self._experts_of(site) or model["experts"] for site in self._sites]
+        if not full.get("layers"):  # else the config says itself which layers there are
+            model.update(layers=len(own), experts=own[0])
+            if self._ids != list(range(len(own))) or len(set(own)) > 1:
+                full["layers"] = [{"ids": [layer for layer, _ in equal], "experts": n}
+                                  for n, equal in groupby(zip(self._ids, own), key=lambda one: one[1])]
         self.controller = Controller(full)
-        self._experts = full["model"]["experts"]
+        if self.controller.layers != tuple(self._ids):
+            raise ArgumentError(f"layer_ids: {self._ids}: the config has the layers {list(self.controller.layers)}")
+        self._sizes = [self.controller.experts(layer) for layer in self._ids]
         self._moves_bias = bias is not None and full["expert_bias"]["policy"] != "fixed"
-        self._sums: Optional[torch.Tensor] = None  # of this rank since the last step, int64 [L, N]
-        self._indices: Optional[torch.Tensor] = None  # what record_indices() counted, int64 [L * N]
+        # All layers one after another, int64 [ΣN]: of this rank since the last step, and what record_indices() counted.
+        self._sums: Optional[torch.Tensor] = None
+        self._indices: Optional[torch.Tensor] = None
         self._written: Dict[int, torch.Tensor] = {}  # by layer, what the bias should still be
         self._inexact: Optional[torch.Tensor] = None
         self._late = None  # (payload on the host, event) of the step before
         self._warned = False
         self._ranks_checked = False
+        self._adopt()
         self._publish()
 
     # ---- What the sites hold ----
@@ -129,8 +138,8 @@ class Balancer:
             raise ArgumentError(f"layer {self._ids[index]}: counts in {found.dtype} are not exact: keep them in int64 or "
                                 "float32")
         whole = _whole(found.detach())
-        if whole.numel() != self._experts:
-            raise ArgumentError(f"layer {self._ids[index]}: {whole.numel()} counts: must be {self._experts}")
+        if whole.numel() != self._sizes[index]:
+            raise ArgumentError(f"layer {self._ids[index]}: {whole.numel()} counts: must be {self._sizes[index]}")
         if whole.dtype == torch.float32:
             inexact = (whole.max() >= _EXACT).to(torch.int64)
             self._inexact = inexact if self._inexact is None else self._inexact + inexact
@@ -144,18 +153,19 @@ class Balancer:
         before its step ends. Enqueues work on the device and does not wait."""
         device = self._device()
         if self._sums is None:
-            self._sums = torch.zeros(len(self._sites), self._experts, dtype=torch.int64, device=device)
+            self._sums = torch.zeros(sum(self._sizes), dtype=torch.int64, device=device)
+        sums = self._sums.split(self._sizes)
         for index, site in enumerate(self._sites):
             counted = self._counted(index)
             if counted is None:
                 continue
-            self._sums[index] += counted
+            sums[index].add_(counted.to(device))
             if self._reset is not None:
                 self._reset(site)
             elif isinstance(self._counts, str):
                 getattr(site, self._counts).zero_()
         if self._indices is not None:
-            self._sums += self._indices.view_as(self._sums)
+            self._sums += self._indices
             self._indices.zero_()
 
     def record_indices(self, layer: int, experts: torch.Tensor) -> None:
@@ -163,8 +173,8 @@ class Balancer:
         integer type. Adds to a buffer in place, which torch.compile keeps."""
         index = self._index(layer)
         if self._indices is None:
-            self._indices = torch.zeros(len(self._sites) * self._experts, dtype=torch.int64, device=experts.device)
-        chosen = experts.detach().flatten().to(torch.int64) + index * self._experts
+            self._indices = torch.zeros(sum(self._sizes), dtype=torch.int64, device=experts.device)
+        chosen = experts.detach().flatten().to(torch.int64) + sum(self._sizes[:index])
         self._indices.scatter_add_(0, chosen, torch.ones_like(chosen))
 
     @torch.no_grad()
@@ -186,7 +196,7 @@ class Balancer:
         return report
 
     def _payload(self, loss: Any, skipped: bool) -> torch.Tensor:
-        """int64: counts [L, N], layers whose bias was changed [L], then ranks with inexact counts, with a loss, the sum
+        """int64: counts [ΣN], layers whose bias was changed [L], then ranks with inexact counts, with a loss, the sum
         of the losses in fixed point, ranks that skipped, ranks."""
         device = self._sums.device
         changed = [torch.ne(_whole(self._bias_of(i)), self._written[i].to(device)).any() if i in self._written
@@ -196,7 +206,7 @@ class Balancer:
         inexact = torch.zeros((), dtype=torch.int64, device=device) if self._inexact is None else self._inexact
         fixed = torch.where(known, value * _UNIT, torch.zeros_like(value)).round()
         rest = [inexact, known, fixed, torch.tensor(int(bool(skipped)), device=device), torch.ones((), device=device)]
-        return torch.cat([self._sums.flatten(), torch.stack(changed).to(torch.int64),
+        return torch.cat([self._sums, torch.stack(changed).to(torch.int64),
                           torch.stack([x.to(torch.int64) for x in rest])])
 
     def _ranks(self) -> int:
@@ -241,14 +251,14 @@ class Balancer:
 
     def _decide(self, payload: torch.Tensor, gradient_norm: Optional[float]) -> Report:
         layers = len(self._sites)
-        counts, changed, rest = payload.split([layers * self._experts, layers, 5])
+        counts, changed, rest = payload.split([sum(self._sizes), layers, 5])
         inexact, losses, loss, skipped, _ = rest.tolist()
         if inexact and not self._warned:
             self._warned = True
             warnings.warn("moectl: counts in float32 have reached 2^24, from where on they lose tokens: reset them more "
                           "often, or keep them in int64", stacklevel=3)
         for index in changed.nonzero().flatten().tolist():
-            self.controller.say("wiring", index, f"the bias {self._bias} was changed by something else since the last "
+            self.controller.say("wiring", self._ids[index], f"the bias {self._bias} was changed by something else since the last "
                                 "step: is the trainer's own update switched off? It has been written again")
         if counts.any():  # a single process may also record by the controller itself, more than counts
             self.controller.record_counts(counts)
@@ -264,28 +274,36 @@ class Balancer:
         return found
 
     @torch.no_grad()
+    def _adopt(self) -> None:
+        """Goes on from the biases that the model came with."""
+        if self._moves_bias:
+            for index, layer in enumerate(self._ids):
+                found = _whole(self._bias_of(index).detach()).double().flatten().cpu()
+                if found.any():
+                    self.controller.adopt(layer, found)
+
+    @torch.no_grad()
     def _publish(self) -> None:
         """Writes the biases in force into the tensors that the sites hold now."""
         if not self._moves_bias:
             return
-        values = torch.frombuffer(self.controller.biases(), dtype=torch.float64).view(len(self._sites), -1)
-        values = values.to(torch.float32).to(self._bias_of(0).device)
-        for index in range(len(self._sites)):
+        values = torch.frombuffer(self.controller.biases(), dtype=torch.float64).to(torch.float32)
+        for index, own in enumerate(values.to(self._bias_of(0).device).split(self._sizes)):
             target = self._bias_of(index)
-            _write(target, values[index].view(target.shape))
+            _write(target, own.view(target.shape))
             self._written[index] = _whole(target.detach()).clone()
 
     def aux_loss_weight(self, layer: int) -> float:
         """The weight of the auxiliary loss of one layer."""
-        return self.controller.aux_loss_weight(self._index(layer))
+        return self.controller.aux_loss_weight(layer)
 
     def temperature(self, layer: int) -> float:
         """The temperature of one layer's router."""
-        return self.controller.temperature(self._index(layer))
+        return self.controller.temperature(layer)
 
     def freeze(self, layer: int, on: bool = True) -> None:
         """Holds one layer: a frozen router, or routes that are replayed and do not answer the bias."""
-        self.controller.freeze(self._index(layer), on)
+        self.controller.freeze(layer, on)
 
     def hold(self, on: bool = True) -> None:
         """Holds all layers, and keeps measuring."""
@@ -297,20 +315,33 @@ class Balancer:
 
     def report(self, arrays: bool = False) -> Dict[int, dict]:
         """The last step's records by layer id, as in a run log; with `arrays`, values for each expert too."""
-        return {self._ids[record["layer"]]: dict(record, layer=self._ids[record["layer"]])
-                for record in self.controller.report().records(arrays) if record["layer"] is not None}
+        return {record["layer"]: record for record in self.controller.report().records(arrays)
+                if record["layer"] is not None}
 
     # ---- State ----
 
-    def state_dict(self) -> Dict[str, Any]:
-        """All that the next step depends on: the same on every rank. With `overlap`, counts on their way are not part
-        of it."""
-        return {"layers": list(self._ids), "controller": self.controller.save()}
+    def state_dict(self) -> Dict[str, bytes]:
+        """All that the next step depends on, by layer: {"layer.17": bytes}, the same on every rank of the group. Pipeline
+        stages join theirs into one dict. With `overlap`, counts on their way are not part of it."""
+        return {f"layer.{layer}": self.controller.save_layer(layer) for layer in self._ids}
 
-    def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """After the model's own. Raises moectl.StateError; the running state is then untouched."""
-        if list(state["layers"]) != self._ids:
-            raise ArgumentError(f"state: of the layers {list(state['layers'])}: must be of {self._ids}")
-        self.controller.load(state["controller"])
+    def load_state_dict(self, state: Dict[str, bytes]) -> None:
+        """After the model's own state, of the same or another split of the layers, whose entries are passed over. A
+        layer that is missing, or does not fit, goes on from the bias that the model holds, with a warning."""
+        restored, problems = [], []
+        for layer in self._ids:
+            try:
+                self.controller.load_layer(layer, state[f"layer.{layer}"], "what_fits")
+                restored.append(layer)
+            except KeyError:
+                problems.append(f"layer {layer}: not in the state")
+            except StateError as error:
+                problems.append(f"layer {layer}: {error}")
         self._late = None
+        if self._moves_bias:
+            for index, layer in enumerate(self._ids):
+                if layer not in restored:
+                    self.controller.adopt(layer, _whole(self._bias_of(index).detach()).double().flatten().cpu())
+        if problems:
+            warnings.warn("moectl: these layers go on from the model's own bias: " + "; ".join(problems), stacklevel=2)
         self._publish()

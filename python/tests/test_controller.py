@@ -157,6 +157,45 @@ def test_a_saved_state_goes_on_to_the_bit(trace):
     assert run(second, trace[20:]) == whole
 
 
+def test_biases_from_elsewhere_are_in_force_at_once(trace):
+    controller = moectl.Controller(config())
+    controller.adopt(1, [0.25, -0.25, 0.5, -0.5, 0, 0, 0, 0])
+    assert list(controller.bias(1)) == [0.25, -0.25, 0.5, -0.5, 0, 0, 0, 0] and not any(controller.bias(0))
+    with pytest.raises(ValueError):
+        controller.adopt(1, [1e9] * 8)
+    with pytest.raises(ValueError, match="7 values: must be 8"):
+        controller.adopt(1, [0.0] * 7)
+
+
+def test_layers_have_the_models_ids_and_their_own_sizes():
+    settings = config(layers=2, experts=4, top_k=1, policy="sign_bias")
+    settings["layers"] = [{"ids": [3]}, {"ids": [7], "experts": 2}]
+    controller = moectl.Controller(settings)
+    assert controller.layers == (3, 7) and controller.experts(7) == 2
+    controller.record_counts([4, 2, 1, 1, 5, 3])
+    assert [n["layer"] for n in controller.step().records()] == [3, 7]
+    assert len(controller.biases()) == 6 and controller.bias(7)[0] < controller.bias(7)[1]
+
+
+def test_a_layers_state_goes_to_another_split(trace):
+    whole = moectl.Controller(config())
+    run(whole, trace[:10])
+    settings = config(layers=1)
+    settings["layers"] = [{"ids": [1]}]
+    part = moectl.Controller(settings)
+    fates = part.load_layer(1, whole.save_layer(1))
+    assert {f["fate"] for f in fates} <= {"kept"}
+    assert part.bias(1) == whole.bias(1) and any(part.bias(1)) and part.steps == 10
+    other = moectl.Controller(config(policy="sign_bias"))
+    with pytest.raises(moectl.StateError):
+        other.load(whole.save())
+    fates = other.load(whole.save(), keep="what_fits")
+    assert "dropped" in {f["fate"] for f in fates}
+    assert other.biases() == whole.biases()
+    with pytest.raises(ValueError, match="must be everything or what_fits"):
+        other.load(whole.save(), keep="all")
+
+
 def test_a_reduction_is_any_callable(trace):
     alone = moectl.Controller(config())
     alone.set_reduction(lambda values: None)

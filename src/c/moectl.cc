@@ -8,6 +8,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <nlohmann/json.hpp>
 #include <optional>
 #include <span>
 #include <stdexcept>
@@ -99,29 +100,65 @@ std::span<const T> array(const T* values, std::size_t size) {
   return values ? std::span(values, size) : std::span<const T>();
 }
 
-std::size_t layers_of(const moectl_controller& c) {
-  return static_cast<std::size_t>(c.controller.config().model.layers);
+std::size_t experts_of(const moectl_controller& c, int layer) {
+  return static_cast<std::size_t>(c.controller.shape(layer).experts);
 }
 
-std::size_t experts_of(const moectl_controller& c) {
-  return static_cast<std::size_t>(c.controller.shape().experts);
+std::size_t top_k_of(const moectl_controller& c, int layer) {
+  return static_cast<std::size_t>(c.controller.shape(layer).top_k);
 }
 
-std::size_t top_k_of(const moectl_controller& c) {
-  return static_cast<std::size_t>(c.controller.shape().top_k);
-}
-
-/// Calls `visit` with every layer that is meant and its place in the arrays.
+/// Calls `visit` with every layer that is meant, its place among them, and the place of its first expert in the arrays.
 template <class Visit>
 void for_layers(const moectl_controller& c, int layer, Visit visit) {
-  if (layer != MOECTL_ALL_LAYERS) return visit(layer, std::size_t{0});
-  for (std::size_t l = 0; l < layers_of(c); ++l) visit(static_cast<int>(l), l);
+  if (layer != MOECTL_ALL_LAYERS) return visit(layer, std::size_t{0}, std::size_t{0});
+  std::size_t number = 0, at = 0;
+  for (const int id : c.controller.layers()) {
+    visit(id, number++, at);
+    at += experts_of(c, id);
+  }
 }
 
 void require_size(const moectl_controller& c, int layer, std::size_t size, const char* name) {
-  const std::size_t wanted = experts_of(c) * (layer == MOECTL_ALL_LAYERS ? layers_of(c) : 1);
+  std::size_t wanted = 0;
+  for_layers(c, layer, [&](int id, std::size_t, std::size_t) { wanted += experts_of(c, id); });
   require(size == wanted,
           std::string(name) + ": " + std::to_string(size) + " values: must be " + std::to_string(wanted));
+}
+
+/// What became of the parts of a state, as JSON.
+std::string json_of(const std::vector<moectl::KeptPart>& parts) {
+  auto list = nlohmann::ordered_json::array();
+  for (const moectl::KeptPart& part : parts) {
+    auto& one = list.emplace_back(
+        nlohmann::ordered_json{{"layer", part.layer}, {"key", part.key}, {"fate", name_of(part.fate)}});
+    if (part.layer < 0) one["layer"] = nullptr;
+    if (!part.why.empty()) one["why"] = part.why;
+  }
+  return list.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace);
+}
+
+moectl::Keep keep_of(int keep) {
+  require(keep == MOECTL_EVERYTHING || keep == MOECTL_WHAT_FITS,
+          "keep: " + std::to_string(keep) + ": must be MOECTL_EVERYTHING or MOECTL_WHAT_FITS");
+  return keep == MOECTL_WHAT_FITS ? moectl::Keep::what_fits : moectl::Keep::everything;
+}
+
+int give_state(char** state, size_t* size, const auto& save) {
+  return guarded([&] {
+    require(state && size, "state, size: must not be NULL");
+    const std::string bytes = save();
+    *state = copied(bytes);
+    *size = bytes.size();
+  });
+}
+
+int take_state(const char* state, char** kept, int keep, const auto& load) {
+  return guarded([&] {
+    require(state != nullptr, "state: is NULL");
+    const std::string parts = json_of(load(keep_of(keep)));
+    if (kept) *kept = copied(parts);
+  });
 }
 
 int make(moectl_controller** made, const char* source,
@@ -175,19 +212,19 @@ void moectl_free(moectl_controller* c) {
 
 int moectl_layers(const moectl_controller* c, int* ids, size_t size, size_t* layers) {
   return guarded([&] {
-    const std::size_t all = layers_of(deref(c));
+    const std::size_t all = deref(c).controller.layers().size();
     if (layers) *layers = all;
     if (!ids) return;
     require(size == all, "ids: " + std::to_string(size) + " values: must be " + std::to_string(all));
-    for_layers(*c, MOECTL_ALL_LAYERS, [&](int layer, std::size_t at) { ids[at] = layer; });
+    std::ranges::copy(c->controller.layers(), ids);
   });
 }
 
 int moectl_shape(const moectl_controller* c, int layer, size_t* experts, size_t* top_k) {
   return guarded([&] {
-    deref(c).controller.bias(layer);  // throws for an unknown layer
-    if (experts) *experts = experts_of(*c);
-    if (top_k) *top_k = top_k_of(*c);
+    const moectl::StatsShape& shape = deref(c).controller.shape(layer);
+    if (experts) *experts = static_cast<std::size_t>(shape.experts);
+    if (top_k) *top_k = static_cast<std::size_t>(shape.top_k);
   });
 }
 
@@ -201,7 +238,7 @@ int moectl_config(const moectl_controller* c, char** text) {
 int moectl_record(moectl_controller* c, int layer, const moectl_batch* batch, int64_t micro_batch) {
   return guarded([&] {
     const moectl_batch b = sized(batch, "batch");
-    const std::size_t k = top_k_of(deref(c)), n = experts_of(*c);
+    const std::size_t k = top_k_of(deref(c), layer), n = experts_of(*c, layer);
     require((b.experts != nullptr) + (b.experts32 != nullptr) <= 1,
             "batch: experts and experts32 exclude each other");
     require(b.experts || b.experts32 || b.tokens == 0, "batch.experts: is NULL");
@@ -227,18 +264,17 @@ int moectl_record_counts(moectl_controller* c, int layer, const int64_t* counts,
   return guarded([&] {
     require_size(deref(c), layer, size, "counts");
     require(counts != nullptr, "counts: is NULL");
-    const std::size_t n = experts_of(*c);
-    for_layers(*c, layer, [&](int id, std::size_t at) {
-      const std::span own(counts + at * n, n);
+    for_layers(*c, layer, [&](int id, std::size_t number, std::size_t at) {
+      const std::span own(counts + at, experts_of(*c, id));
       c->controller.record(id, [&](moectl::RoutingStats& stats) {
         if (tokens) {
-          stats.add_counts(own, tokens[at]);
+          stats.add_counts(own, tokens[number]);
           return;
         }
         // Unsigned, so that counts that cannot be are left to the library to reject.
         std::uint64_t sum = 0;
         for (const std::int64_t count : own) sum += static_cast<std::uint64_t>(count);
-        const std::uint64_t k = top_k_of(*c);
+        const std::uint64_t k = top_k_of(*c, id);
         stats.add_counts(own, static_cast<std::int64_t>(sum / k + (sum % k > 0)));
       });
     });
@@ -248,8 +284,9 @@ int moectl_record_counts(moectl_controller* c, int layer, const int64_t* counts,
 int moectl_check_choices(moectl_controller* c, int layer, size_t tokens, const int64_t* experts,
                          const float* biased_scores, const float* scores) {
   return guarded([&] {
-    const std::size_t n = experts_of(deref(c));
-    c->controller.check_choices(layer, {.experts = array(experts, tokens * top_k_of(*c)),
+    const std::size_t n = experts_of(deref(c), layer);
+    require((experts && biased_scores) || tokens == 0, "experts, biased_scores: must not be NULL");
+    c->controller.check_choices(layer, {.experts = array(experts, tokens * top_k_of(*c, layer)),
                                         .biased_scores = array(biased_scores, tokens * n),
                                         .scores = array(scores, tokens * n)});
   });
@@ -313,6 +350,7 @@ int moectl_report_json(const moectl_controller* c, int arrays, char** text) {
     require(text != nullptr, "text: is NULL");
     moectl::ControllerConfig config = deref(c).controller.config();
     config.log.per_expert = arrays != 0;
+    config.timeline.clear();  // whose changes are the log's to say
     std::string lines;
     moectl::RunLogWriter writer([&](std::string_view more) { lines = more; }, config);
     lines.clear();  // of the header
@@ -327,9 +365,9 @@ int moectl_biases(const moectl_controller* c, int layer, double* bias, size_t si
   return guarded([&] {
     require_size(deref(c), layer, size, "bias");
     require(bias != nullptr, "bias: is NULL");
-    const std::size_t n = experts_of(*c);
-    for_layers(*c, layer,
-               [&](int id, std::size_t at) { std::ranges::copy(c->controller.bias(id), bias + at * n); });
+    for_layers(*c, layer, [&](int id, std::size_t, std::size_t at) {
+      std::ranges::copy(c->controller.bias(id), bias + at);
+    });
   });
 }
 
@@ -384,18 +422,41 @@ int moectl_log_to_file(moectl_controller* c, const char* path, int append) {
   });
 }
 
-int moectl_save(const moectl_controller* c, char** state, size_t* size) {
+int moectl_adopt(moectl_controller* c, int layer, const double* bias, size_t size) {
   return guarded([&] {
-    require(state && size, "state, size: must not be NULL");
-    const std::string bytes = deref(c).controller.save();
-    *state = copied(bytes);
-    *size = bytes.size();
+    require_size(deref(c), layer, size, "bias");
+    require(bias != nullptr, "bias: is NULL");
+    for_layers(*c, layer, [&](int id, std::size_t, std::size_t at) {
+      c->controller.adopt(id, {bias + at, experts_of(*c, id)});
+    });
   });
 }
 
-int moectl_load(moectl_controller* c, const char* state, size_t size) {
-  return guarded([&] {
-    require(state != nullptr, "state: is NULL");
-    deref(c).controller.load({state, size});
+int moectl_adopt_aux_loss_weight(moectl_controller* c, int layer, double weight) {
+  return guarded([&] { deref(c).controller.adopt_aux_loss_weight(layer, weight); });
+}
+
+int moectl_adopt_temperature(moectl_controller* c, int layer, double temperature) {
+  return guarded([&] { deref(c).controller.adopt_temperature(layer, temperature); });
+}
+
+int moectl_save(const moectl_controller* c, char** state, size_t* size) {
+  return give_state(state, size, [&] { return deref(c).controller.save(); });
+}
+
+int moectl_load(moectl_controller* c, const char* state, size_t size, int keep, char** kept) {
+  return take_state(state, kept, keep, [&](moectl::Keep what) {
+    return deref(c).controller.load({state, size}, what);
+  });
+}
+
+int moectl_save_layer(const moectl_controller* c, int layer, char** state, size_t* size) {
+  return give_state(state, size, [&] { return deref(c).controller.save_layer(layer); });
+}
+
+int moectl_load_layer(moectl_controller* c, int layer, const char* state, size_t size, int keep,
+                      char** kept) {
+  return take_state(state, kept, keep, [&](moectl::Keep what) {
+    return deref(c).controller.load_layer(layer, {state, size}, what);
   });
 }

@@ -2,6 +2,7 @@
 //
 // Active and without lag, whatever the config says: `applied` at step t uses step t's counts and is in force from the
 // next step on; the first proposal starts at `initial`. The routing does not respond, because it was recorded.
+#include <algorithm>
 #include <cstdio>
 #include <iostream>
 #include <memory>
@@ -25,10 +26,12 @@ class Replay {
   Replay(const Options& options, const PolicyRegistry& registry)
       : options_(options), config_(active(options, registry)), trace_(options.trace, options.fault_policy) {
     const LogHeader& header = trace_.header();
-    const ModelConfig& model = config_.model;
-    must_agree("layers", header.layers, model.layers, 1);
-    must_agree("experts", header.experts, model.experts, 1);
-    must_agree("top_k", header.top_k, model.top_k, 1);
+    if (config_.layers.empty()) {
+      const ModelConfig& model = config_.model;
+      must_agree("layers", header.layers, model.layers, 1);
+      must_agree("experts", header.experts, model.experts, 1);
+      must_agree("top_k", header.top_k, model.top_k, 1);
+    }
     // Only now: a log that exists is not overwritten for inputs that do not fit together.
     controller_.emplace(config_, registry);
     writer_.emplace(options.run, config_, false, header.shift);
@@ -72,7 +75,14 @@ class Replay {
     ControllerConfig config = load_config(options.config, registry);
     config.mode = Mode::kActive;
     config.lag = 0;
-    config.safety.responsiveness = false;  // recorded loads answer nothing
+    // Recorded loads answer nothing.
+    config.safety.responsiveness = false;
+    for (LayerGroup& group : config.layers) {
+      if (group.safety) group.safety->responsiveness = false;
+    }
+    for (TimelineEntry& entry : config.timeline) {
+      if (entry.safety) entry.safety->responsiveness = false;
+    }
     return config;
   }
 
@@ -99,21 +109,25 @@ class Replay {
       fail(record, "step", std::to_string(record.step),
            "must not be below the step before it (" + std::to_string(step_) + "): sort the records by step");
     }
-    if (record.layer >= model.layers) {
+    const std::vector<int>& ids = controller_->layers();
+    if (std::find(ids.begin(), ids.end(), record.layer) == ids.end()) {
       fail(record, "layer", std::to_string(record.layer),
-           "must be below model.layers (" + std::to_string(model.layers) + ") of " + options_.config);
+           config_.layers.empty()
+               ? "must be below model.layers (" + std::to_string(model.layers) + ") of " + options_.config
+               : "must be an id of the layer groups of " + options_.config);
     }
     if (record.stats.experts() == 0) {
       fail(record, "counts", "missing", "required: this log was written with per_expert off");
     }
-    must_agree("experts", record.stats.experts(), model.experts, record.line);
-    must_agree("top_k", record.stats.top_k(), model.top_k, record.line);
+    const StatsShape& shape = controller_->shape(record.layer);
+    must_agree("experts", record.stats.experts(), shape.experts, record.line);
+    must_agree("top_k", record.stats.top_k(), shape.top_k, record.line);
   }
 
   void take(const LogRecord& record) {
     const ModelConfig& model = config_.model;
-    controller_->record(record.layer,
-                        reshaped(record.stats, record.domains, controller_->shape().needs, model.domains));
+    controller_->record(record.layer, reshaped(record.stats, record.domains,
+                                               controller_->shape(record.layer).needs, model.domains));
     any_ = true;
     if (record.loss) loss_ = record.loss;
     if (!record.next_mixture.empty()) {

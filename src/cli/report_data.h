@@ -78,6 +78,7 @@ class ReportRun {
 
   void add(const LogRecord& record);
   void add_alert(const std::string& name, const LogRecord& record, std::size_t column);
+  void tell_config_changes(const std::vector<ConfigChange>& changes);
   nlohmann::json alerts_json() const;
   nlohmann::json now_json() const;
   nlohmann::json notices_json() const;

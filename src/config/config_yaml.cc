@@ -301,6 +301,21 @@ bool YamlMap::has(std::string_view key) const {
   return entries_.find(key) != entries_.end();
 }
 
+bool YamlMap::is_list(std::string_view key) const {
+  const auto it = entries_.find(key);
+  return it != entries_.end() && it->second.value->kind == Kind::kList;
+}
+
+bool YamlMap::is_word(std::string_view key) const {
+  const auto it = entries_.find(key);
+  if (it == entries_.end() || it->second.value->kind != Kind::kScalar) return false;
+  const std::string& text = it->second.value->text;
+  if (text.empty()) return false;
+  // What looks like a number is a wrong one, and no name of a file.
+  return std::string_view("+-.0123456789").find(text.front()) == std::string_view::npos ||
+         text.find('/') != std::string::npos;
+}
+
 ConfigError YamlMap::error(std::string_view key, std::string value, std::string constraint) const {
   return file_.error({path_to(key), std::move(value), std::move(constraint)});
 }

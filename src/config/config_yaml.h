@@ -80,6 +80,9 @@ class YamlMap {
   /// one that is absent; in this map and in those inside.
   void finish() const;
   bool has(std::string_view key) const;
+  /// Whether the key's value is a list; a word that is no number.
+  bool is_list(std::string_view key) const;
+  bool is_word(std::string_view key) const;
   /// Where the map stands in the file's tree, as "health.phases[0]".
   const std::string& path() const { return path_; }
   /// The error for one of this map's keys.

@@ -74,7 +74,9 @@ WiringVerdict judge_bias(const ChoiceSample& sample, int layer, int layers, cons
   if (own.dd <= std::min(kSurely * own.bb, own.square_of(kRounding))) return {Wiring::kNotAdded};
   if (own.to_reverse() <= kSurely * own.bb) return {Wiring::kWrongSign};
   for (int l = 0; l < layers; ++l) {
-    const Squares other = compare(sample, bias_of(l));
+    const std::span<const double> bias = bias_of(l);
+    if (bias.size() != bias_of(layer).size()) continue;  // of a layer with other experts
+    const Squares other = compare(sample, bias);
     if (other.exceeds(kRounding) && other.to_bias() <= kSurely * other.bb) return {Wiring::kWrongLayer, l};
   }
   return own.exceeds(kWellAbove) ? WiringVerdict{Wiring::kOtherBias} : WiringVerdict{};

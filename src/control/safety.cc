@@ -254,6 +254,9 @@ LimitReport SafetyLimiter::apply(const LimitContext& context, std::span<const do
     return report;
   }
   if (actuator_ == Actuator::kExpertBias) {
+    // The mean of values that came from elsewhere goes at once: it changes no choice, so no rate applies.
+    for (double& value : applied) value -= common_;
+    common_ = 0;
     clip_biases(applied, report);
   } else {
     clip_scalar(applied[0], report);
@@ -405,6 +408,19 @@ void SafetyLimiter::clip_scalar(double applied, LimitReport& report) {
   if (wanted > hi) report.add(hi == limits_.max ? Reason::kRange : Reason::kRate);
 }
 
+void SafetyLimiter::start_from(std::span<const double> applied) {
+  *this = SafetyLimiter(actuator_, limits_, options_, static_cast<int>(applied.size()), safe_value_);
+  std::copy(applied.begin(), applied.end(), last_good_.begin());
+  std::copy(applied.begin(), applied.end(), candidate_.begin());
+  if (limits_.center) common_ = mean(applied);
+}
+
+bool SafetyLimiter::fits() const {
+  const auto inside = [this](double x) { return x >= limits_.min && x <= limits_.max; };
+  return std::all_of(last_good_.begin(), last_good_.end(), inside) &&
+         std::all_of(candidate_.begin(), candidate_.end(), inside);
+}
+
 void SafetyLimiter::exchange(StateIo& io) {
   constexpr IntegerRange kStep{kNever, -kNever};
   io.values("limiter.last_good", last_good_);
@@ -420,6 +436,7 @@ void SafetyLimiter::exchange(StateIo& io) {
   io.value("limiter.drop_seen", drop_seen_);
   io.value("limiter.reversal", reversal_ema_);
   io.value("limiter.gain", gain_, {0, 1});
+  io.value("limiter.common", common_);
 }
 
 }  // namespace moectl

@@ -39,6 +39,12 @@ class SafetyLimiter {
   /// context says hold. Both [size].
   LimitReport apply(const LimitContext& context, std::span<const double> wanted, std::span<double> applied);
 
+  /// Forgets what came before: `applied` is in force, and good.
+  void start_from(std::span<const double> applied);
+
+  /// Whether the values that a rollback would go back to lie within the limits.
+  bool fits() const;
+
   /// Invalid decisions since the last valid one.
   std::int64_t invalid_in_row() const { return invalid_in_row_; }
 
@@ -71,6 +77,7 @@ class SafetyLimiter {
   bool loss_seen_ = false, drop_seen_ = false;
   double reversal_ema_ = 0;
   double gain_ = 1;
+  double common_ = 0;  // the mean of what start_from() put in force, until it is taken out
   static constexpr std::int64_t kNever = -(std::int64_t{1} << 62);
 };
 

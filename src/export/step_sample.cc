@@ -45,8 +45,8 @@ StepSample sample_of(const StepReport& report, const LayerReport* layer) {
   StepSample sample;
   sample.step = report.step;
   sample.loss = report.info.loss;
-  sample.targets = report.targets;
   if (layer) {
+    sample.targets = layer->targets;
     sample.layer = layer->layer;
     sample.metrics = layer->metrics;
     if (layer->stats && layer->stats->valid()) sample.stats = layer->stats;

@@ -225,7 +225,7 @@ void check_sum(const Line& line, std::span<const std::int64_t> counts, std::int6
   }
 }
 
-RoutingStats read_stats(const Line& line, const LogHeader& header, std::int64_t tokens, JsonValue counts) {
+RoutingStats read_stats(const Line& line, const LogGroup& header, std::int64_t tokens, JsonValue counts) {
   if (!counts.is_array() || counts.size() == 0)
     line.reject("counts", counts, "must be an array, one for each expert");
   if (header.experts) line.check_array("counts", counts, static_cast<std::size_t>(*header.experts));
@@ -400,6 +400,47 @@ std::shared_ptr<const LoadTargets> read_targets(const Line& line, const std::str
   }
 }
 
+/// Groups of layers: those of a trace, or of a run's config.
+void read_groups(const Line& line, JsonValue from, const std::string& key, LogHeader& header) {
+  const auto groups = from.find(key);
+  if (!groups) return;
+  if (!groups->is_array()) line.reject(key, *groups, "must be an array of groups");
+  const std::optional<int> experts = std::exchange(header.experts, std::nullopt);
+  const std::optional<int> top_k = std::exchange(header.top_k, std::nullopt);
+  std::int64_t layers = 0;
+  std::size_t g = 0;
+  for (const JsonValue value : groups->elements()) {
+    const std::string path = Line::at(key, g++) + '.';
+    if (!value.is_object()) line.reject(path, value, "must be an object");
+    LogGroup group{{}, experts, top_k, header.targets};
+    const std::string ids_key = header.is_run ? "ids" : "layers";
+    const auto ids = value.find(ids_key);
+    if (!ids || !ids->is_array()) line.fail(path + ids_key, "missing", "required: an array of layer ids");
+    for (const JsonValue id : ids->elements()) {
+      group.layers.push_back(static_cast<int>(line.integer(path + ids_key, id, 0, 1 << 30)));
+    }
+    for (const auto& [name, out] : {std::pair{"experts", &group.experts}, std::pair{"top_k", &group.top_k}}) {
+      if (const auto number = value.find(name))
+        *out = static_cast<int>(line.integer(path + name, *number, 1, 1 << 30));
+    }
+    if (!group.experts) line.fail(path + "experts", "missing", "required");
+    if (!group.top_k) line.fail(path + "top_k", "missing", "required");
+    if (*group.top_k > *group.experts) {
+      line.fail(path + "top_k", std::to_string(*group.top_k),
+                "must be at most experts (" + std::to_string(*group.experts) + ")");
+    }
+    if (const auto targets = value.find("targets")) {
+      group.targets = read_targets(line, path + "targets", *targets, group.experts);
+    } else if (group.experts != experts) {
+      group.targets = nullptr;
+    }
+    layers += static_cast<std::int64_t>(group.layers.size());
+    header.groups.push_back(std::move(group));
+  }
+  header.layers = static_cast<int>(layers);
+  header.targets = nullptr;
+}
+
 }  // namespace
 
 void LogLine::fail(const std::string& field, const std::string& value, const std::string& constraint) const {
@@ -447,9 +488,22 @@ LogHeader read_header(const LogLine& at, bool any_version) {
   }
   if (const auto targets = from.find("targets"); targets && header.is_run)
     header.targets = read_targets(line, prefix + "targets", *targets, header.experts);
+  const JsonValue groups_of = header.is_run ? line.need("config") : line.object;
+  read_groups(line, groups_of, header.is_run ? "layers" : "groups", header);
   if (const auto shift = line.find("shift")) header.shift = line.integer("shift", *shift);
   if (const auto piece = line.find("piece")) header.piece = line.integer("piece", *piece, 1);
   return header;
+}
+
+bool is_config_change(const LogLine& line, const LogHeader& header) {
+  return header.is_run && line.object.find("config") && !line.object.find("layer");
+}
+
+ConfigChange read_config_change(const LogLine& at) {
+  const Line line(at);
+  const JsonValue config = line.need("config");
+  if (!config.is_object()) line.reject("config", config, "must be an object");
+  return {line.integer("step", line.need("step")), config.dump()};
 }
 
 LogRecord read_record(const LogLine& at, const LogHeader& header) {
@@ -460,7 +514,8 @@ LogRecord read_record(const LogLine& at, const LogHeader& header) {
   const JsonValue layer = line.need("layer");
   const bool whole_model = header.is_run && layer.is_null();
   if (!whole_model) {
-    const std::int64_t last = header.layers ? *header.layers - 1 : std::int64_t{1} << 30;
+    const bool numbered = header.layers && header.groups.empty();
+    const std::int64_t last = numbered ? *header.layers - 1 : std::int64_t{1} << 30;
     record.layer = static_cast<int>(line.integer("layer", layer, 0, last));
   }
   if (const auto tag = line.find("tag")) record.tag = line.text("tag", *tag);
@@ -474,11 +529,22 @@ LogRecord read_record(const LogLine& at, const LogHeader& header) {
   }
   if (!whole_model) {
     record.tokens = line.integer("tokens", line.need("tokens"));
+    const LogGroup equal{{}, header.experts, header.top_k, header.targets};
+    const LogGroup* group = &equal;
+    if (!header.groups.empty()) {
+      const auto has = [&](const LogGroup& one) {
+        return std::ranges::find(one.layers, record.layer) != one.layers.end();
+      };
+      const auto found = std::ranges::find_if(header.groups, has);
+      if (found == header.groups.end())
+        line.reject("layer", layer, "must be in one of the groups of the first line");
+      group = &*found;
+    }
     // A run log with `per_expert: false` has no counts; a trace without them is none.
     const auto counts = header.is_run ? line.find("counts") : std::optional(line.need("counts"));
-    if (counts) record.stats = read_stats(line, header, record.tokens, *counts);
-    if (!counts || !header.targets || header.targets->experts() == record.stats.experts())
-      record.targets = header.targets;
+    if (counts) record.stats = read_stats(line, *group, record.tokens, *counts);
+    if (!counts || !group->targets || group->targets->experts() == record.stats.experts())
+      record.targets = group->targets;
     if (const auto domains = line.find("domain_counts"); domains && counts) {
       for (const auto& [name, values] : domains_of(*domains)) record.domains.emplace_back(name);
     }

@@ -25,6 +25,11 @@ struct LogLine {
 /// Throws LogError. With `any_version`, of another version what is named and formed as in this one is read.
 LogHeader read_header(const LogLine& line, bool any_version = false);
 
+/// Whether the line is a config in the middle of a run log.
+bool is_config_change(const LogLine& line, const LogHeader& header);
+/// Throws LogError.
+ConfigChange read_config_change(const LogLine& line);
+
 /// Throws LogError.
 LogRecord read_record(const LogLine& line, const LogHeader& header);
 

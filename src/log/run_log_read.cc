@@ -229,17 +229,26 @@ struct LogReader::File {
     }
   }
 
+  /// Goes to the next line that is no header. False at the end.
+  bool advance() {
+    if (std::exchange(first_is_record, false)) return true;
+    while (!next_object()) {
+      if (!next_piece()) return false;
+      if (std::exchange(first_is_record, false)) return true;
+    }
+    while (is_header()) {
+      join();
+      if (!next_object()) return false;
+    }
+    return true;
+  }
+
   /// The next record, or nothing at the end.
   std::optional<LogRecord> read_next() {
-    if (!std::exchange(first_is_record, false)) {
-      while (!next_object()) {
-        if (!next_piece()) return std::nullopt;
-        if (std::exchange(first_is_record, false)) break;
-      }
-      while (is_header()) {
-        join();
-        if (!next_object()) return std::nullopt;
-      }
+    for (;;) {
+      if (!advance()) return std::nullopt;
+      if (!is_config_change(line(), header)) break;
+      changes.push_back(read_config_change(line()));
     }
     const LogLine here = line();
     LogRecord record = read_record(here, header);
@@ -282,6 +291,7 @@ struct LogReader::File {
   LogHeader header;
   bool first_is_record = false;
   bool other_version = false, joined = false;
+  std::vector<ConfigChange> changes;
   Seen seen;
   Holes holes;
   std::vector<std::string> faults;
@@ -293,6 +303,9 @@ LogReader::LogReader(const std::string& path, FaultPolicy fault_policy, std::fun
 LogReader::~LogReader() = default;
 const LogHeader& LogReader::header() const {
   return file_->header;
+}
+const std::vector<ConfigChange>& LogReader::config_changes() const {
+  return file_->changes;
 }
 const std::vector<std::string>& LogReader::faults() const {
   return file_->faults;

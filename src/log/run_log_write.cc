@@ -154,9 +154,20 @@ bool is_zipped(const std::string& path) {
 
 /// What is left of a log that was cut.
 struct Kept {
-  std::int64_t bytes = 0;   // before compression
-  std::int64_t header = 0;  // of which are the first line
+  std::int64_t bytes = 0;                     // before compression
+  std::int64_t header = 0;                    // of which are the first line
+  std::string first_config{}, last_config{};  // of the header, and of the last line that changes it
 };
+
+/// The config of a header or of a line that changes it, else empty.
+std::string config_of(std::string_view line) {
+  constexpr std::string_view kKey = ",\"config\":{";
+  if (!line.starts_with("{\"format\"") && line.substr(0, 64).find(kKey) == std::string_view::npos) return "";
+  const std::size_t at = line.find(kKey);
+  return at == std::string_view::npos
+             ? ""
+             : std::string(line.substr(at + kKey.size() - 1, line.size() - at - kKey.size()));
+}
 
 /// Cuts off a log what stands in it from `step` on, and a last line that was torn. Throws on files that
 /// cannot be read or rewritten.
@@ -171,6 +182,10 @@ Kept keep_before(const std::string& path, std::int64_t step) {
     while (lines.next(line) && lines.complete() && step_of(line) < step) {
       keep = lines.offset();
       if (lines.number() == 1 && step_of(line) < 0) result.header = keep;
+      if (std::string config = config_of(line); !config.empty()) {
+        if (lines.number() == 1) result.first_config = config;
+        result.last_config = std::move(config);
+      }
       if (zipped) kept.append(line).push_back('\n');
     }
   } catch (const LogError&) {
@@ -197,7 +212,8 @@ std::string piece_path(const std::string& path, std::int64_t piece) {
 }
 
 struct RunLogWriter::File {
-  File(const std::string& name, const ControllerConfig& c) : path(name), config(c) {}
+  File(const std::string& name, const ControllerConfig& c)
+      : path(name), config(c), first_config(to_json(c)), last_config(first_config) {}
 
   void open(bool append) {
     sink = std::make_unique<Sink>(path, append, is_zipped(path));
@@ -226,11 +242,24 @@ struct RunLogWriter::File {
     json.text().clear();
   }
 
+  /// All pieces of a log begin with the config that its first one began with.
   std::string header() const {
     std::string text = "{\"format\":\"moectl-run\",\"version\":1";
     if (rotates()) text += ",\"piece\":" + std::to_string(piece);
     if (shift) text += ",\"shift\":" + std::to_string(*shift);
-    return text + ",\"config\":" + to_json(config) + "}\n";
+    return text + ",\"config\":" + first_config + "}\n";
+  }
+
+  /// Writes the config of step `step`, unless the log says already that it holds.
+  void config_change(std::int64_t step) {
+    while (next_entry < config.timeline.size() && config.timeline[next_entry].from <= step) ++next_entry;
+    const std::string now = to_json(config_from(config, step));
+    if (now == last_config) return;
+    last_config = now;
+    json.text() += "{\"step\":" + std::to_string(step) + ",\"config\":" + now + "}\n";
+  }
+  bool config_changes_at(std::int64_t step) const {
+    return next_entry < config.timeline.size() && config.timeline[next_entry].from <= step;
   }
 
   void start() {
@@ -279,11 +308,14 @@ struct RunLogWriter::File {
       }
       written = kept.bytes;
       header_size = kept.header;
+      if (!kept.first_config.empty()) first_config = kept.first_config;
+      if (!kept.last_config.empty()) last_config = kept.last_config;
     } catch (const std::exception& e) {
       return give_up(e.what());
     }
     open(true);
     if (good && written == 0) begin(header());  // not even the first line was whole
+    config_change(step);
   }
 
   std::string path;
@@ -291,6 +323,8 @@ struct RunLogWriter::File {
   std::unique_ptr<Sink> sink;
   bool good = true;
   bool resuming = false;
+  std::string first_config, last_config;  // in the header, and the one that holds as far as the log says
+  std::size_t next_entry = 0;             // of the config's timeline
   Json json;
   std::optional<std::int64_t> shift;
   std::int64_t piece = 1;
@@ -342,6 +376,7 @@ void RunLogWriter::write(const StepReport& report, std::string_view tag) {
   if (!file.good) return;
   file.json.text().clear();  // what could not be handed over
   if (std::exchange(file.resuming, false)) file.resume(report.step);
+  if (file.config_changes_at(report.step)) file.config_change(report.step);
   for (const LayerReport& layer : report.layers) file.record(report, layer, tag);
   file.model_record(report, tag);
   file.put();

@@ -78,7 +78,7 @@ TEST_F(C, NoNullIsFollowed) {
   EXPECT_EQ(moectl_set_log(nullptr, nullptr, nullptr), MOECTL_INVALID);
   EXPECT_EQ(moectl_log_to_file(c_, nullptr, 0), MOECTL_INVALID);
   EXPECT_EQ(moectl_save(c_, nullptr, nullptr), MOECTL_INVALID);
-  EXPECT_EQ(moectl_load(c_, nullptr, 0), MOECTL_INVALID);
+  EXPECT_EQ(moectl_load(c_, nullptr, 0, 0, nullptr), MOECTL_INVALID);
   moectl_set_error(nullptr);
   moectl_free_text(nullptr);
   moectl_free(nullptr);
@@ -155,7 +155,7 @@ TEST_F(C, AReductionThatFailsChangesNothing) {
                 &calls_),
             MOECTL_OK);
   EXPECT_EQ(moectl_step(c_, nullptr), MOECTL_OK);
-  EXPECT_EQ(calls_, 1);
+  EXPECT_EQ(calls_, 2);  // the first step also asks whether ranks have the same config
 }
 
 TEST_F(C, MessagesBelongToTheirThread) {
@@ -172,10 +172,69 @@ TEST_F(C, AStateThatCannotBeLoadedChangesNothing) {
   record();
   ASSERT_EQ(moectl_step(c_, nullptr), MOECTL_OK);
   const std::string saved = state();
-  EXPECT_EQ(moectl_load(c_, saved.data(), saved.size() - 1), MOECTL_STATE);
+  EXPECT_EQ(moectl_load(c_, saved.data(), saved.size() - 1, MOECTL_EVERYTHING, nullptr), MOECTL_STATE);
   EXPECT_EQ(state(), saved);
-  EXPECT_EQ(moectl_load(c_, saved.data(), saved.size()), MOECTL_OK);
+  EXPECT_EQ(moectl_load(c_, saved.data(), saved.size(), MOECTL_EVERYTHING, nullptr), MOECTL_OK);
   EXPECT_EQ(state(), saved);
+}
+
+TEST_F(C, LayersThatDifferHaveTheModelsIds) {
+  moectl_controller* c = nullptr;
+  ASSERT_EQ(moectl_new("version: 1\nmodel: {layers: 2, experts: 4, top_k: 1}\n"
+                       "layers: [{ids: [3]}, {ids: [7], experts: 2}]\nexpert_bias: {policy: sign_bias}\n",
+                       nullptr, &c),
+            MOECTL_OK)
+      << moectl_error();
+  int ids[2] = {};
+  ASSERT_EQ(moectl_layers(c, ids, 2, nullptr), MOECTL_OK);
+  EXPECT_THAT(ids, testing::ElementsAre(3, 7));
+  const std::int64_t counts[] = {4, 2, 1, 1, 5, 3};
+  EXPECT_EQ(moectl_record_counts(c, MOECTL_ALL_LAYERS, counts, 8, nullptr), MOECTL_INVALID);
+  ASSERT_EQ(moectl_record_counts(c, MOECTL_ALL_LAYERS, counts, 6, nullptr), MOECTL_OK);
+  ASSERT_EQ(moectl_step(c, nullptr), MOECTL_OK);
+  double all[6] = {}, seven[2] = {};
+  ASSERT_EQ(moectl_biases(c, MOECTL_ALL_LAYERS, all, 6), MOECTL_OK);
+  ASSERT_EQ(moectl_biases(c, 7, seven, 2), MOECTL_OK);
+  EXPECT_LT(seven[0], seven[1]);
+  EXPECT_EQ(all[4], seven[0]);
+  EXPECT_EQ(moectl_freeze(c, 0, 1), MOECTL_INVALID);
+  moectl_free(c);
+}
+
+TEST_F(C, BiasesFromElsewhereAreInForceAtOnce) {
+  const double foreign[] = {0.25, -0.5, 0.125, 0.125};
+  ASSERT_EQ(moectl_adopt(c_, 1, foreign, 4), MOECTL_OK) << moectl_error();
+  std::array<double, 8> all{};
+  ASSERT_EQ(moectl_biases(c_, MOECTL_ALL_LAYERS, all.data(), 8), MOECTL_OK);
+  EXPECT_THAT(all, testing::ElementsAre(0, 0, 0, 0, 0.25, -0.5, 0.125, 0.125));
+  EXPECT_EQ(moectl_adopt(c_, 1, foreign, 3), MOECTL_INVALID);
+  const double far[] = {1e9, 0, 0, 0};
+  EXPECT_EQ(moectl_adopt(c_, 1, far, 4), MOECTL_INVALID);
+}
+
+TEST_F(C, ALayersStateGoesToAnotherSplit) {
+  record(1);
+  ASSERT_EQ(moectl_step(c_, nullptr), MOECTL_OK);
+  char* bytes = nullptr;
+  std::size_t size = 0;
+  ASSERT_EQ(moectl_save_layer(c_, 1, &bytes, &size), MOECTL_OK) << moectl_error();
+  moectl_controller* other = nullptr;
+  ASSERT_EQ(moectl_new("version: 1\nmodel: {layers: 1, experts: 4, top_k: 2}\nlayers: [{ids: [1]}]\n"
+                       "expert_bias: {policy: sign_bias}\n",
+                       nullptr, &other),
+            MOECTL_OK);
+  char* kept = nullptr;
+  ASSERT_EQ(moectl_load_layer(other, 1, bytes, size, MOECTL_WHAT_FITS, &kept), MOECTL_OK) << moectl_error();
+  EXPECT_THAT(kept, HasSubstr("\"fate\":\"kept\""));
+  std::array<double, 4> here{}, there{};
+  ASSERT_EQ(moectl_biases(c_, 1, here.data(), 4), MOECTL_OK);
+  ASSERT_EQ(moectl_biases(other, 1, there.data(), 4), MOECTL_OK);
+  EXPECT_NE(here[0], 0);
+  EXPECT_EQ(here, there);
+  EXPECT_EQ(moectl_load_layer(other, 1, bytes, size, 5, nullptr), MOECTL_INVALID);
+  moectl_free_text(kept);
+  moectl_free_text(bytes);
+  moectl_free(other);
 }
 
 TEST_F(C, ALogReceivesItsHeaderAndThenEachStep) {

@@ -275,7 +275,7 @@ INSTANTIATE_TEST_SUITE_P(
               "c.yaml:3:1: supervisor: {...}: unknown key; known are version, mode, lag, model, metrics, "
               "health, "
               "expert_bias, "
-              "aux_loss_weight, router_temperature, safety, guard, log, collect"},
+              "aux_loss_weight, router_temperature, safety, guard, log, collect, layers, timeline"},
         Wrong{"NearKey", with("expert_bais: {policy: stepper}\n"),
               "c.yaml:3:1: expert_bais: {...}: unknown key; did you mean 'expert_bias'?"},
         Wrong{"ShortKey", with("aux_weight: {}\n"),

@@ -604,7 +604,7 @@ TEST(LooseEnds, ExactQuantilesWithLagAreRefusedInWordsAndOtherSavesLoad) {
     SimulatedRouter router(plant);
     for (int step = 0; step < 20; ++step) {
       controller.record(0, router.route(controller.bias(0)));
-      if (step % 3 == 0) controller.record(0, RoutingStats(controller.shape()));
+      if (step % 3 == 0) controller.record(0, RoutingStats(controller.shape(0)));
       controller.step();
       Controller resumed(own);
       EXPECT_NO_THROW(resumed.load(controller.save())) << "lag " << lag << ", " << form << ", step " << step;

@@ -81,7 +81,7 @@ class FaultyLoop {
 
   static SimulationOptions plant_for(const Controller& controller) {
     SimulationOptions plant;
-    plant.biased_scores = controller.shape().needs.margins || controller.shape().needs.margin_rows;
+    plant.biased_scores = controller.shape(0).needs.margins || controller.shape(0).needs.margin_rows;
     return plant;
   }
 };
@@ -127,7 +127,7 @@ TEST(LoopFaults, StaleStatistics) {
   loop.good_steps(100);
   std::deque<RoutingStats> queue;
   for (int i = 0; i < 200; ++i) {
-    queue.emplace_back(loop.controller().shape()).add(loop.route());
+    queue.emplace_back(loop.controller().shape(0)).add(loop.route());
     if (queue.size() > 5) {
       loop.controller().record(0, queue.front());
       queue.pop_front();
@@ -211,7 +211,7 @@ TEST_P(EveryPolicyWithFaults, MissingSteps) {
 TEST_P(EveryPolicyWithFaults, StaleStatistics) {
   std::deque<RoutingStats> queue;
   for (int i = 0; i < 100; ++i) {
-    queue.emplace_back(loop_.controller().shape()).add(loop_.route());
+    queue.emplace_back(loop_.controller().shape(0)).add(loop_.route());
     if (queue.size() > 5) {
       loop_.controller().record(0, queue.front());
       queue.pop_front();

@@ -118,7 +118,7 @@ TEST(FieldCases, A1_CountsOfAReplayDoNotWindUp) {
   for (const std::string policy : {"adaptive_bias", "sign_bias", "proportional_bias"}) {
     SCOPED_TRACE(policy);
     Controller controller(config_of(model, policy));
-    RoutingStats stats(controller.shape());
+    RoutingStats stats(controller.shape(0));
     double largest = 0;
     for (int step = 0; step < 500; ++step) {
       stats.clear();
@@ -197,7 +197,7 @@ TEST(Responsiveness, ContinuesFromASavedStateToTheBit) {
 // Tokens that chose no expert at all, between steps of a healthy loop, and in a probe.
 TEST(Responsiveness, RecordsWithoutAnyAssignmentDoNoHarm) {
   Loop loop({.seed = 40122});
-  RoutingStats empty(loop.controller.shape());
+  RoutingStats empty(loop.controller.shape(0));
   ASSERT_TRUE(empty.add_counts(std::vector<std::int64_t>(16, 0), 100));
   for (int i = 0; i < 30; ++i) {
     loop.run(i % 7, i < 15 ? Loop::ignored : Loop::as_told);

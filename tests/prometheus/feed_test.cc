@@ -33,7 +33,7 @@ ControllerConfig small_config() {
 }
 
 void record(Controller& controller, int layer, std::vector<std::int64_t> counts) {
-  RoutingStats stats(controller.shape());
+  RoutingStats stats(controller.shape(0));
   std::int64_t sum = 0;
   for (const std::int64_t count : counts) sum += count;
   std::ranges::copy(counts, stats.mutable_array(RoutingStats::kCounts).begin());

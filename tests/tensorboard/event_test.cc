@@ -117,7 +117,7 @@ ControllerConfig small_config() {
 void train(Controller& controller, int steps) {
   for (int step = 0; step < steps; ++step) {
     for (int layer = 0; layer < 2; ++layer) {
-      RoutingStats stats(controller.shape());
+      RoutingStats stats(controller.shape(0));
       const std::int64_t first = layer == 0 && step < 3 ? 70 : 25;
       const std::int64_t counts[] = {first, 25, 25, 25};
       std::ranges::copy(counts, stats.mutable_array(RoutingStats::kCounts).begin());
@@ -195,7 +195,7 @@ TEST(TensorBoard, DoesNotAllocateInTheSteadyState) {
   for (int step = 0; step < 400; ++step) {
     if (step == 200) before = allocated;
     for (int layer = 0; layer < 2; ++layer) {
-      RoutingStats stats(controller.shape());
+      RoutingStats stats(controller.shape(0));
       const std::int64_t counts[] = {layer == 0 && step % 50 < 20 ? 90 : 25, 25, 25, step % 40 < 30 ? 0 : 25};
       std::ranges::copy(counts, stats.mutable_array(RoutingStats::kCounts).begin());
       stats.set_scalar(RoutingStats::kTokens, counts[0] + counts[1] + counts[2] + counts[3]);

@@ -109,6 +109,12 @@ class TorchController {
   void save(::torch::serialize::OutputArchive& archive, const std::string& key = "moectl");
   /// Throws StateError, or std::invalid_argument as `step` does; the running state and the tensors are then untouched.
   void load(std::string_view state);
+  /// As those of Controller.
+  std::vector<KeptPart> load(std::string_view state, Keep keep);
+  std::string save_layer(int layer);
+  std::vector<KeptPart> load_layer(int layer, std::string_view state, Keep keep = Keep::everything);
+  /// Controller::adopt from a tensor [N] of any floating type and device.
+  void adopt(int layer, const ::torch::Tensor& biases);
   void load(::torch::serialize::InputArchive& archive, const std::string& key = "moectl");
 
   /// How often a handed-out tensor had lost the controller's memory and was tied to it again, since the start.
@@ -119,19 +125,21 @@ class TorchController {
   const Controller& controller() const { return controller_; }
 
  private:
-  RouterActuators views(std::int64_t layer) const;
+  std::size_t place_of(int layer) const;
+  RouterActuators views(std::size_t at) const;
   bool is_home(const ::torch::Tensor& tensor, std::int64_t offset, std::int64_t size) const;
   void check_choices(int layer, const ::torch::Tensor& indices, const RecordOptions& options);
   void check_inputs(const StepReport& report);
   void check_wiring(bool loading);
-  void rewire(std::int64_t layer, const char* name, ::torch::Tensor RouterActuators::*which, bool loading);
+  void rewire(std::size_t at, const char* name, ::torch::Tensor RouterActuators::*which, bool loading);
   void publish();
 
   TorchOptions options_;
   Controller controller_;
   std::shared_ptr<DeviceSums> sums_;  // of what is counted by operators, or null
-  // All layers' biases [L·N], temperatures [L] and weights [L] in one tensor. What is handed out are views.
+  // All layers' biases, temperatures [L] and weights [L] in one tensor. What is handed out are views.
   ::torch::Tensor values_;
+  std::vector<std::int64_t> begins_;  // of each layer's biases; then the end of the last one's
   std::vector<RouterActuators> actuators_;
   std::int64_t rewired_ = 0;
   bool inputs_came_ = false;  // to the first decision of every policy

@@ -30,8 +30,10 @@ class EvaluationMeter {
   std::vector<RoutingStats> stats_;
   std::vector<Metrics> metrics_;
   std::vector<LayerReport> layers_;
-  LoadTargets targets_;
-  Measurer measurer_;
+  std::vector<int> ids_;
+  std::vector<std::size_t> group_of_;  // of each layer
+  std::vector<LoadTargets> targets_;   // of each group
+  std::vector<Measurer> measurers_;
   StepReport report_;
 };
 
