@@ -44,9 +44,12 @@ int run(int argc, char** argv) {
       ->type_name("FILE")
       ->expected(1)
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
+  add_capacity(app, tool);
   add_check(app, tool);
   add_compare(app, tool);
+  add_import(app, tool);
   add_metrics(app, tool);
+  add_placement(app, tool);
   add_policies(app, tool);
   add_replay(app, tool);
   add_report(app, tool);

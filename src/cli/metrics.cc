@@ -1,4 +1,6 @@
 // moectl metrics TRACE: every metric of every record, or of two tagged windows.
+#include <unistd.h>
+
 #include <algorithm>
 #include <charconv>
 #include <iostream>
@@ -8,6 +10,7 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 
+#include "cli/metrics_screen.h"
 #include "cli/reshape.h"
 #include "cli/tool.h"
 #include "export/run_figures.h"
@@ -25,7 +28,8 @@ using Json = nlohmann::ordered_json;
 struct Options {
   std::string trace, config, format;
   std::vector<std::string> compare;
-  bool trends = false;
+  bool trends = false, format_given = false;
+  ScreenOptions screen;
 };
 
 /// Measures with the options of the config, on records that fit it; without a config, with the targets of the run.
@@ -410,6 +414,21 @@ int metrics(const Options& options, const PolicyRegistry& registry) {
     how.model = config.model;
   }
   LogReader reader(options.trace);
+  const bool summary = options.screen.sum || !options.screen.by.empty();
+  const bool terminal = !options.format_given && isatty(STDOUT_FILENO) == 1;
+  if (options.format == "screen" || (options.compare.empty() && !options.trends && (summary || terminal))) {
+    ScreenOptions screen = options.screen;
+    screen.json = options.format_given && options.format == "json";
+    if (summary && options.format_given && options.format != "json" && options.format != "screen")
+      throw InputError("--format: " + options.format + ": must be screen or json with --sum or --by");
+    return print_screen(
+        reader,
+        [&how](const LogRecord& record) {
+          how.check(record);
+          return how.options(record);
+        },
+        screen);
+  }
   if (options.trends) return print_trends(reader, how, options.format);
   return options.compare.empty() ? print_records(reader, how, options.format)
                                  : print_comparison(reader, how, options);
@@ -440,7 +459,8 @@ void add_metrics(CLI::App& app, Tool& tool) {
   command->footer(footer +
                   "\nCVs divide by N. NeMo AutoModel's divides by N - 1: sqrt(N/(N-1)) times as large.\n"
                   "\nExamples:\n"
-                  "  moectl metrics trace.jsonl\n"
+                  "  moectl metrics trace.jsonl --format screen   # what a terminal shows: is it balanced?\n"
+                  "  moectl metrics trace.jsonl --sum\n"
                   "  moectl metrics trace.jsonl.gz --format csv > metrics.csv\n"
                   "  moectl metrics run.jsonl --compare train validation --format table\n"
                   "  moectl metrics run.jsonl --compare train@0:360 train@360: --format table\n"
@@ -466,9 +486,24 @@ void add_metrics(CLI::App& app, Tool& tool) {
           "How each metric of each layer moved over the trend window at the end, its correlation with the "
           "loss, health, and a review of the auxiliary loss")
       ->excludes("--compare");
-  add_format(*command, options->format, {"json", "csv", "table"});
-  command->callback(
-      [&tool, options] { tool.run = [&tool, options] { return metrics(*options, tool.registry); }; });
+  command
+      ->add_flag("--sum", options->screen.sum,
+                 "The screen for the counts summed over all steps: is there an imbalance that stays?")
+      ->excludes("--compare")
+      ->excludes("--trends");
+  command
+      ->add_option("--by", options->screen.by,
+                   "The screen with a row for each tag, domain or rank (tags that `import --by rank` writes)")
+      ->check(CLI::IsMember({"tag", "domain", "rank"}))
+      ->excludes("--compare")
+      ->excludes("--trends");
+  CLI::Option* format = add_format(*command, options->format, {"json", "csv", "table", "screen"});
+  format->description(
+      "How to print; screen, which a terminal gets by default, says whether each layer is balanced");
+  command->callback([&tool, options, format] {
+    options->format_given = format->count() > 0;
+    tool.run = [&tool, options] { return metrics(*options, tool.registry); };
+  });
 }
 
 }  // namespace moectl::cli

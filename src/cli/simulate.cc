@@ -1,15 +1,24 @@
 // moectl simulate CONFIG…: closes the loop on the simulated router, one run a config on the same tokens.
+#include <unistd.h>
+
 #include <algorithm>
+#include <atomic>
+#include <exception>
 #include <filesystem>
+#include <fstream>
 #include <iostream>
 #include <iterator>
 #include <limits>
+#include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <set>
+#include <sstream>
+#include <thread>
 
 #include "cli/tool.h"
+#include "config/config_yaml.h"
 #include "moectl/config.h"
 #include "moectl/controller.h"
 #include "moectl/figures.h"
@@ -20,8 +29,20 @@
 namespace moectl::cli {
 namespace {
 
+/// One run: a config, and what --set changes in it.
+struct Variant {
+  std::string config;
+  std::vector<std::pair<std::string, std::string>> changes;  // key, value
+
+  std::string name() const {
+    std::string text = config;
+    for (const auto& [key, value] : changes) text += ' ' + key + '=' + value;
+    return text;
+  }
+};
+
 struct Options {
-  std::vector<std::string> configs;
+  std::vector<std::string> configs, sets;
   std::string scenario = "steady", gate = "sigmoid", format, output;
   std::optional<std::string> collapse, score_space;
   std::int64_t steps = 600;
@@ -38,8 +59,105 @@ const std::vector<std::string> kColumns = {"settle",        "max_vio",     "max_
                                            "cv_over_floor", "excess_area", "end_over_floor",
                                            "dead_experts",  "drop_rate",   "limit_hits"};
 
-ControllerConfig config_of(const Options& options, const std::string& path, const PolicyRegistry& registry) {
-  ControllerConfig config = load_config(path, registry);
+/// The runs: every config with every combination of the values of --set.
+std::vector<Variant> variants_of(const Options& options) {
+  std::vector<Variant> variants;
+  for (const std::string& config : options.configs) variants.push_back({config, {}});
+  for (const std::string& set : options.sets) {
+    const std::size_t equals = set.find('=');
+    if (equals == 0 || equals == std::string::npos || equals + 1 == set.size())
+      throw InputError("--set: " + set + ": must be KEY=VALUE or KEY=VALUE,VALUE,...");
+    // Commas inside brackets belong to a value.
+    std::vector<std::string> values(1);
+    int depth = 0;
+    for (const char c : set.substr(equals + 1)) {
+      depth += c == '[' || c == '{' ? 1 : c == ']' || c == '}' ? -1 : 0;
+      if (c == ',' && depth == 0) {
+        values.emplace_back();
+      } else {
+        values.back() += c;
+      }
+    }
+    std::vector<Variant> more;
+    for (const Variant& variant : variants) {
+      for (const std::string& value : values) {
+        more.push_back(variant);
+        more.back().changes.emplace_back(set.substr(0, equals), value);
+      }
+    }
+    variants = std::move(more);
+    constexpr std::size_t kMost = 10000;
+    if (variants.size() > kMost) throw InputError("--set: more than 10000 runs");
+  }
+  return variants;
+}
+
+/// A tree of YAML in which keys can be set: scalars are texts behind '"' if they stood in quotes, else behind '='.
+nlohmann::ordered_json tree_of(const YamlNode& node) {
+  using Tree = nlohmann::ordered_json;
+  if (node.kind == YamlNode::Kind::kScalar) return (node.quoted ? '"' : '=') + node.text;
+  if (node.kind == YamlNode::Kind::kNull) return nullptr;
+  Tree tree = node.kind == YamlNode::Kind::kList ? Tree::array() : Tree::object();
+  if (tree.is_array()) {
+    for (const YamlNode* item : node.items) tree.push_back(tree_of(*item));
+  } else {
+    for (std::size_t i = 0; i + 1 < node.items.size(); i += 2)
+      tree[node.items[i]->text] = tree_of(*node.items[i + 1]);
+  }
+  return tree;
+}
+
+/// The tree as YAML in one line. In it, plain words with signs of YAML need quotes; numbers have none.
+std::string flow_of(const nlohmann::ordered_json& tree) {
+  if (tree.is_string()) {
+    const std::string text = tree.get<std::string>().substr(1);
+    const bool quoted =
+        tree.get<std::string>().front() == '"' || text.find_first_of(",[]{}:#\"' ") != std::string::npos;
+    return quoted ? nlohmann::json(text).dump() : text;
+  }
+  if (!tree.is_structured()) return tree.dump();
+  std::string text;
+  for (const auto& [key, item] : tree.items()) {
+    text += (text.empty() ? "" : ", ") + (tree.is_object() ? nlohmann::json(key).dump() + ": " : "") +
+            flow_of(item);
+  }
+  return tree.is_object() ? '{' + text + '}' : '[' + text + ']';
+}
+
+/// Sets a key, as "expert_bias.options.step".
+void set_key(nlohmann::ordered_json& node, std::string_view key, const nlohmann::ordered_json& value) {
+  const std::size_t dot = key.find('.');
+  const std::string name(key.substr(0, dot));
+  if (!node.is_null() && !node.is_object())
+    throw InputError("--set: " + name + ": stands in no map of the config");
+  if (dot == std::string_view::npos) {
+    node[name] = value;
+  } else {
+    set_key(node[name], key.substr(dot + 1), value);
+  }
+}
+
+ControllerConfig load_variant(const Variant& variant, const PolicyRegistry& registry) {
+  if (variant.changes.empty()) return load_config(variant.config, registry);
+  std::ifstream file(variant.config);
+  if (!file) throw InputError(variant.config + ": cannot be opened; with --set a config must be a file");
+  std::ostringstream text;
+  text << file.rdbuf();
+  // A text that is no YAML is reported by the reader, with its place.
+  parse_config(text.str(), variant.config, registry);
+  nlohmann::ordered_json root = tree_of(YamlFile(text.str(), variant.config).node());
+  for (const auto& [key, value] : variant.changes) {
+    try {
+      set_key(root, key, tree_of(*YamlFile("value: " + value, "--set").node().items[1]));
+    } catch (const ConfigError&) {
+      throw InputError("--set: " + key + ": " + value + ": must be a value of YAML");
+    }
+  }
+  return parse_config(flow_of(root), variant.name(), registry);
+}
+
+ControllerConfig config_of(const Options& options, const Variant& variant, const PolicyRegistry& registry) {
+  ControllerConfig config = load_variant(variant, registry);
   ModelConfig& model = config.model;
   if (options.layers) model.layers = *options.layers;
   if (options.experts) model.experts = *options.experts;
@@ -114,27 +232,31 @@ SimulationOptions plant_of(const Options& options, const ControllerConfig& confi
   return plant;
 }
 
-// With several configs each has a run log of its own: RUN with the config's name put before its extension.
-std::string output_of(const Options& options, const std::string& config) {
-  if (options.output.empty() || options.output == "-" || options.configs.size() == 1) return options.output;
+// With several runs each has a log of its own: RUN with the names of config and changes put before its extension.
+std::string output_of(const Options& options, const Variant& variant, bool several) {
+  if (options.output.empty() || options.output == "-" || !several) return options.output;
   const std::filesystem::path run(options.output);
   std::filesystem::path stem = run.stem(), extension = run.extension();
   if (extension == ".gz") {
     extension = stem.extension().string() + ".gz";
     stem = stem.stem();
   }
-  const std::string name =
-      stem.string() + '-' + std::filesystem::path(config).stem().string() + extension.string();
+  std::string name = stem.string();
+  if (options.configs.size() > 1) name += '-' + std::filesystem::path(variant.config).stem().string();
+  for (const auto& [key, value] : variant.changes) name += '-' + key + '=' + value;
+  std::replace(name.begin(), name.end(), '/', '_');
+  name += extension.string();
   return (run.parent_path() / name).string();
 }
 
-Figures simulate_one(const Options& options, const std::string& path, const PolicyRegistry& registry) {
-  const ControllerConfig config = config_of(options, path, registry);
+Figures simulate_one(const Options& options, const Variant& variant, const std::string& run,
+                     const PolicyRegistry& registry) {
+  const ControllerConfig config = config_of(options, variant, registry);
   const SimulationOptions plant = plant_of(options, config);
   Controller controller(config, registry);
   const std::optional<std::int64_t> event = event_of(plant);
   std::optional<RunLogWriter> writer;
-  if (const std::string run = output_of(options, path); !run.empty()) {
+  if (!run.empty()) {
     writer.emplace(run, controller.config(), false, event);
     if (!writer->ok()) throw InputError("output: " + run + ": cannot be written");
     controller.set_log([&](const StepReport& report) { writer->write(report); });
@@ -144,7 +266,7 @@ Figures simulate_one(const Options& options, const std::string& path, const Poli
            [&](const StepReport& report) { steps.push_back(figures_of(report)); });
   if (writer) {
     writer->flush();
-    if (!writer->ok()) throw InputError("output: " + output_of(options, path) + ": cannot be written");
+    if (!writer->ok()) throw InputError("output: " + run + ": cannot be written");
   }
   return compute_figures(steps, event);
 }
@@ -156,26 +278,61 @@ std::optional<double> value_of(const Figures& figures, const std::string& column
   return std::nullopt;
 }
 
+/// All runs, on all processors; each depends on its own options alone. With a terminal on standard error, says how far.
+std::vector<Figures> simulate_variants(const Options& options, const std::vector<Variant>& variants,
+                                       const std::vector<std::string>& outputs,
+                                       const PolicyRegistry& registry) {
+  std::vector<Figures> figures(variants.size());
+  std::vector<std::exception_ptr> errors(variants.size());
+  std::atomic<std::size_t> next = 0, done = 0;
+  const bool progress = variants.size() > 1 && isatty(STDERR_FILENO) == 1;
+  const auto work = [&] {
+    for (std::size_t i = next++; i < variants.size(); i = next++) {
+      try {
+        figures[i] = simulate_one(options, variants[i], outputs[i], registry);
+      } catch (...) {
+        errors[i] = std::current_exception();
+        next = variants.size();
+      }
+      const std::string text =
+          "\r" + std::to_string(++done) + " of " + std::to_string(variants.size()) + " runs";
+      if (progress) std::cerr << text << std::flush;
+    }
+  };
+  std::vector<std::thread> threads;
+  const std::size_t most =
+      std::min<std::size_t>(variants.size(), std::max(1U, std::thread::hardware_concurrency()));
+  for (std::size_t t = 1; t < most; ++t) threads.emplace_back(work);
+  work();
+  for (std::thread& thread : threads) thread.join();
+  if (progress) std::cerr << '\n';
+  for (const std::exception_ptr& error : errors) {
+    if (error) std::rethrow_exception(error);
+  }
+  return figures;
+}
+
 int simulate_all(const Options& options, const PolicyRegistry& registry) {
-  if (options.output == "-" && options.configs.size() > 1) {
+  const std::vector<Variant> variants = variants_of(options);
+  if (options.output == "-" && variants.size() > 1) {
     throw InputError("output: -: standard output can hold one run; name a file for several configs");
   }
-  std::set<std::string> outputs;
-  for (const std::string& config : options.configs) {
-    const std::string output = output_of(options, config);
-    if (!output.empty() && !outputs.insert(output).second) {
-      throw InputError("output: " + output + ": two configs of the same name would both write it");
+  std::vector<std::string> outputs;
+  for (const Variant& variant : variants) {
+    outputs.push_back(output_of(options, variant, variants.size() > 1));
+    if (!outputs.back().empty() && std::count(outputs.begin(), outputs.end(), outputs.back()) > 1) {
+      throw InputError("output: " + outputs.back() + ": two configs of the same name would both write it");
     }
   }
-  std::vector<Figures> figures;
-  for (const std::string& config : options.configs) {
-    figures.push_back(simulate_one(options, config, registry));
-  }
+  const std::vector<Figures> figures = simulate_variants(options, variants, outputs, registry);
   if (options.output == "-") return 0;  // the run log went there
   if (options.format == "json") {
     auto all = nlohmann::ordered_json::array();
     for (std::size_t i = 0; i < figures.size(); ++i) {
-      nlohmann::ordered_json row = {{"config", options.configs[i]}};
+      nlohmann::ordered_json row = {{"config", variants[i].config}};
+      if (!variants[i].changes.empty())
+        row["set"] =
+            std::map<std::string, std::string>(variants[i].changes.begin(), variants[i].changes.end());
       for (const std::string& column : kColumns) {
         const std::optional<double> value = value_of(figures[i], column);
         if (!value) {
@@ -199,11 +356,13 @@ int simulate_all(const Options& options, const PolicyRegistry& registry) {
   std::copy_if(kColumns.begin(), kColumns.end(), std::back_inserter(columns),
                [&](const std::string& column) { return drops || column != "drop_rate"; });
   std::vector<std::string> header = {"config"};
+  for (const auto& [key, value] : variants[0].changes) header.push_back(key);
   header.insert(header.end(), columns.begin(), columns.end());
   header.emplace_back("floor");
   Table table(header);
   for (std::size_t i = 0; i < figures.size(); ++i) {
-    std::vector<std::string> row = {options.configs[i]};
+    std::vector<std::string> row = {variants[i].config};
+    for (const auto& [key, value] : variants[i].changes) row.push_back(value);
     for (const std::string& column : columns) {
       const std::optional<double> value = value_of(figures[i], column);
       // Without measurements, settling is unknown.
@@ -245,6 +404,8 @@ void add_simulate(CLI::App& app, Tool& tool) {
       "  moectl simulate policies/adaptive_bias.yaml policies/sign_bias.yaml --scenario shift\n"
       "  moectl simulate policies/adaptive_bias.yaml --experts 64 --top-k 6 --tokens 4096 -o run.jsonl\n"
       "  moectl simulate policies/pi.yaml --scenario collapse --collapse cold_start --gate softmax\n"
+      "  moectl simulate policies/sign_bias.yaml --set expert_bias.options.step=1e-4,1e-3,1e-2 --scenario "
+      "shift\n"
       "  moectl simulate policies/adaptive_bias.yaml --clusters 12 --token-spread 0.02 --capacity-factor "
       "1.25");
   auto options = std::make_shared<Options>();
@@ -268,6 +429,15 @@ void add_simulate(CLI::App& app, Tool& tool) {
                    "Run log to write; with several configs, one a config: RUN-NAME")
       ->group(run);
   add_format(*command, options->format, {"table", "json"})->group(run);
+
+  command
+      ->add_option("--set", options->sets,
+                   "KEY=VALUE of the config instead of what stands in it, or KEY=A,B,C for a run with each; "
+                   "several make a grid")
+      ->type_name("KEY=VALUES")
+      ->expected(1)
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)
+      ->group(run);
 
   const char* const scenario = "Scenario";
   command->add_option("--scenario", options->scenario, "See below")

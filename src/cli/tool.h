@@ -33,9 +33,12 @@ class InputError : public std::runtime_error {
 /// A line of a trace, for the help of commands that read one.
 inline const std::string kTraceLine = R"({"step":0,"layer":0,"tokens":8,"top_k":2,"counts":[5,4,4,3]})";
 
+void add_capacity(CLI::App& app, Tool& tool);
 void add_check(CLI::App& app, Tool& tool);
 void add_compare(CLI::App& app, Tool& tool);
+void add_import(CLI::App& app, Tool& tool);
 void add_metrics(CLI::App& app, Tool& tool);
+void add_placement(CLI::App& app, Tool& tool);
 void add_policies(CLI::App& app, Tool& tool);
 void add_replay(CLI::App& app, Tool& tool);
 void add_report(CLI::App& app, Tool& tool);

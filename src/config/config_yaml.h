@@ -41,6 +41,7 @@ class YamlFile {
   YamlFile(std::string_view text, std::string name);
 
   YamlMap root();
+  const YamlNode& node() const { return *root_; }
   /// The error for a problem found after reading: at the place of its key, or of the innermost part of it
   /// that stands in the file.
   ConfigError error(const ConfigProblem& problem) const;

@@ -1,0 +1,235 @@
+// moectl capacity TRACE: how many assignments a capacity factor would drop, and the factor for a wanted drop rate.
+#include <algorithm>
+#include <cmath>
+#include <iostream>
+#include <map>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <set>
+
+#include "cli/intervals.h"
+#include "cli/tool.h"
+
+namespace moectl::cli {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+struct Options {
+  std::string trace, format, tag = "train";
+  std::vector<double> factors = {1, 1.1, 1.25, 1.5, 2, 3};
+  double drop = 0.01;
+  std::int64_t parts = 1;
+  FaultPolicy fault_policy = FaultPolicy::kRepair;
+};
+
+// The factors that are tried for a wanted rate: in hundredths from 0.5 to 16, then no further.
+constexpr double kFirst = 0.5, kStep = 0.01;
+constexpr std::size_t kGrid = 1551;
+
+double grid_factor(std::size_t i) {
+  return kFirst + kStep * static_cast<double>(i);
+}
+
+/// Φ(x) and φ(x).
+double normal_below(double x) {
+  return 0.5 * std::erfc(-x / std::sqrt(2.0));
+}
+double normal_density(double x) {
+  return std::exp(-x * x / 2) / std::sqrt(2 * std::acos(-1.0));
+}
+
+/// One record: expected drops at a factor, in assignments.
+class Drops {
+ public:
+  /// Of `counts` that are split over `parts` equal micro-batches or ranks, each with a capacity of its own.
+  Drops(std::span<const std::int64_t> counts, std::int64_t parts)
+      : parts_(static_cast<double>(parts)), experts_(static_cast<double>(counts.size())) {
+    counts_.assign(counts.begin(), counts.end());
+    std::ranges::sort(counts_, std::greater<>());
+    for (const double c : counts_) sum_ += c;
+  }
+  double assignments() const { return sum_; }
+  double at(double factor) const {
+    const double capacity = std::ceil(factor * sum_ / parts_ / experts_ - 1e-9);
+    double dropped = 0;
+    for (const double count : counts_) {
+      const double mean = count / parts_;
+      if (parts_ == 1) {
+        if (mean <= capacity) break;
+        dropped += mean - capacity;
+        continue;
+      }
+      // Tokens that are independent fall into a part with probability 1/parts: E max(0, X - capacity) of a normal X.
+      const double sigma = std::sqrt(mean * (1 - 1 / parts_)), over = mean - capacity;
+      if (over < -6 * sigma) break;
+      dropped +=
+          parts_ * (sigma > 0 ? over * normal_below(over / sigma) + sigma * normal_density(over / sigma)
+                              : std::max(0.0, over));
+    }
+    return dropped;
+  }
+
+ private:
+  std::vector<double> counts_;  // largest first
+  double sum_ = 0, parts_, experts_;
+};
+
+struct Layer {
+  std::vector<BlockMeans> at_factor;
+  std::vector<double> at_grid = std::vector<double>(kGrid, 0.0);
+  double assignments = 0;
+  BlockMeans measured;  ///< Drops that the router reports.
+
+  /// The smallest factor of the grid whose rate is at most `rate`; infinite if none is.
+  double factor_for(double rate) const {
+    for (std::size_t i = 0; i < kGrid; ++i) {
+      if (at_grid[i] <= rate * assignments) return grid_factor(i);
+    }
+    return HUGE_VAL;
+  }
+};
+
+std::string percent(double rate) {
+  char text[32];
+  std::snprintf(text, sizeof text, rate < 0.0995 ? "%.2f %%" : "%.1f %%", 100 * rate);
+  return text;
+}
+std::string factor_text(double factor) {
+  char text[32];
+  if (!std::isfinite(factor)) return "> 16";
+  std::snprintf(text, sizeof text, "%.2f", factor);
+  return text;
+}
+
+int capacity(const Options& options) {
+  LogReader reader(options.trace, options.fault_policy);
+  std::map<int, Layer> layers;
+  std::set<std::string> ranks;
+  bool of_whole = false;
+  while (const auto record = reader.next()) {
+    if (record->layer < 0 || record->stats.experts() == 0 || record->stats.assignments() == 0) continue;
+    // Records of single ranks, as `import --by rank` writes them, are what capacity acts on.
+    const bool of_rank = options.tag == "train" && record->tag.starts_with("rank");
+    if (record->tag != options.tag && !of_rank) continue;
+    of_rank ? void(ranks.insert(record->tag)) : void(of_whole = true);
+    Layer& layer = layers[record->layer];
+    layer.at_factor.resize(options.factors.size());
+    const Drops drops(record->stats.counts(), options.parts);
+    const double all = drops.assignments();
+    for (std::size_t f = 0; f < options.factors.size(); ++f)
+      layer.at_factor[f].add(drops.at(options.factors[f]) / all, all);
+    for (std::size_t i = 0; i < kGrid; ++i) {
+      const double dropped = drops.at(grid_factor(i));
+      if (dropped <= 0) break;
+      layer.at_grid[i] += dropped;
+    }
+    layer.assignments += all;
+    if (const auto dropped = record->stats.dropped()) layer.measured.add(*dropped / all, all);
+  }
+  say_faults(reader, options.trace);
+  if (layers.empty()) throw InputError(options.trace + ": no record tagged '" + options.tag + "' has counts");
+  if (of_whole && !ranks.empty())
+    throw InputError(options.trace + ": holds records of ranks and of all ranks together: --tag chooses");
+  const bool bound = of_whole && options.parts == 1;
+  // The model's factor is one number: the worst layer decides.
+  double worst = 0;
+  for (const auto& [id, layer] : layers) worst = std::max(worst, layer.factor_for(options.drop));
+  const auto json = [](double factor) { return std::isfinite(factor) ? Json(factor) : Json(); };
+  if (options.format == "json") {
+    Json list = Json::array();
+    for (const auto& [id, layer] : layers) {
+      Json rates = Json::array();
+      for (std::size_t f = 0; f < options.factors.size(); ++f) {
+        const Estimate e = layer.at_factor[f].estimate();
+        rates.push_back({{"factor", options.factors[f]},
+                         {"drop_rate", e.mean},
+                         {"low", e.low ? Json(*e.low) : Json()},
+                         {"high", e.high ? Json(*e.high) : Json()}});
+      }
+      list.push_back({{"layer", id},
+                      {"rates", rates},
+                      {"factor", json(layer.factor_for(options.drop))},
+                      {"measured", layer.measured.empty() ? Json() : Json(layer.measured.estimate().mean)}});
+    }
+    std::cout << Json{{"wanted_drop_rate", options.drop},
+                      {"factor", json(worst)},
+                      {"lower_bound", bound},
+                      {"layers", list}}
+                     .dump(2)
+              << '\n';
+    return 0;
+  }
+  std::vector<std::string> header = {"layer"};
+  for (const double factor : options.factors) header.push_back("at " + brief(factor));
+  header.push_back("factor for " + percent(options.drop));
+  Table table(header);
+  for (const auto& [id, layer] : layers) {
+    std::vector<std::string> row = {std::to_string(id)};
+    for (const BlockMeans& rate : layer.at_factor) {
+      const Estimate e = rate.estimate();
+      row.push_back(percent(e.mean) + (e.low && e.mean > 0 ? " +- " + percent(*e.high - e.mean) : ""));
+    }
+    row.push_back(factor_text(layer.factor_for(options.drop)));
+    table.add(std::move(row));
+  }
+  std::cout << table.text()
+            << "\nShare of the assignments that a capacity of ceil(factor x assignments / experts) drops, "
+               "mean over steps, with 95 % interval.\n";
+  if (bound) {
+    std::cout << "These are LOWER BOUNDS: the counts are those of whole steps. Capacity acts in each rank "
+                 "and micro-batch, whose loads scatter "
+                 "more.\n--parts N adds what N independent parts of a step would scatter; `import --by rank` "
+                 "keeps the counts of ranks.\n";
+  } else if (!ranks.empty()) {
+    std::cout << "From the counts of " << ranks.size()
+              << " ranks; with micro-batches in a step it is still a lower bound.\n";
+  } else {
+    std::cout << "As if each step were split into " << options.parts
+              << " parts of independent tokens; tokens that are alike scatter more.\n";
+  }
+  std::cout << "At most " << percent(options.drop) << " in every layer: capacity factor "
+            << (bound ? "at least " : "") << factor_text(worst) << ".\n";
+  for (const auto& [id, layer] : layers) {
+    if (layer.measured.empty()) continue;
+    std::cout << "layer " << id << ": the router reports " << percent(layer.measured.estimate().mean)
+              << " dropped.\n";
+  }
+  return 0;
+}
+
+}  // namespace
+
+void add_capacity(CLI::App& app, Tool& tool) {
+  CLI::App* command =
+      app.add_subcommand("capacity", "Drop rates by capacity factor, and the factor for a wanted drop rate");
+  command->footer(
+      "Examples:\n"
+      "  moectl capacity trace.jsonl --drop 0.01\n"
+      "  moectl capacity trace.jsonl --factors 1 1.25 2 --parts 64   # 8 ranks x 8 micro-batches\n"
+      "  moectl import megatron router_trace_rank*.jsonl --by rank -o - | moectl capacity -");
+  auto options = std::make_shared<Options>();
+  command
+      ->add_option(
+          "TRACE", options->trace,
+          "Trace or run log, plain or gzip; - reads standard input. A line of a trace: " + kTraceLine)
+      ->required();
+  command->add_option("--factors", options->factors, "Capacity factors of the table")
+      ->check(positive_number())
+      ->capture_default_str();
+  command->add_option("--drop", options->drop, "Wanted drop rate")
+      ->check(CLI::Range(0.0, 1.0))
+      ->capture_default_str();
+  command
+      ->add_option("--parts", options->parts,
+                   "Ranks x micro-batches that a step is split into, each with a capacity of its own")
+      ->check(whole_number(1, 1 << 24))
+      ->capture_default_str();
+  command->add_option("--tag", options->tag, "Which records; train takes those of ranks as well")
+      ->capture_default_str();
+  add_salvage(*command, options->fault_policy);
+  add_format(*command, options->format, {"table", "json"});
+  command->callback([&tool, options] { tool.run = [options] { return capacity(*options); }; });
+}
+
+}  // namespace moectl::cli

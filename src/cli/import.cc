@@ -1,0 +1,95 @@
+// moectl import FORMAT FILE…: dumps of other systems become a trace.
+#include "import/import.h"
+
+#include <iostream>
+#include <memory>
+
+#include "cli/tool.h"
+
+namespace moectl::cli {
+
+void add_import(CLI::App& app, Tool& tool) {
+  struct Options {
+    std::string format, output, by;
+    std::vector<std::string> files;
+    ImportOptions import;
+  };
+  CLI::App* command = app.add_subcommand("import", "Turn the dumps of other systems into a trace");
+  std::vector<std::string> names;
+  std::string footer = "Formats:\n";
+  for (const ImportFormat& format : import_formats()) {
+    names.emplace_back(format.name);
+    footer +=
+        "  " + names.back() + std::string(13 - names.back().size(), ' ') + std::string(format.expects) + '\n';
+  }
+  command->footer(footer +
+                  "The command of each system that writes its dump: docs/import.md. What was assumed is said "
+                  "on standard error.\n\n"
+                  "Examples:\n"
+                  "  moectl import sglang expert_distribution_rank*.csv --top-k 8 -o trace.jsonl\n"
+                  "  moectl import vllm routed_experts.npy -o trace.jsonl.gz\n"
+                  "  moectl import wandb export.csv --top-k 2 -o trace.jsonl && moectl report trace.jsonl -o "
+                  "report.html\n"
+                  "  zcat dump.jsonl.gz | moectl import megatron - -o - | moectl metrics -");
+  auto options = std::make_shared<Options>();
+  ImportOptions& import = options->import;
+  command->add_option("FORMAT", options->format, "See below")->required()->check(CLI::IsMember(names));
+  command
+      ->add_option("FILE", options->files,
+                   "Dumps, plain or gzip; - reads standard input. Files of ranks are told apart by 'rankN' "
+                   "in their names")
+      ->required();
+  command
+      ->add_option("-o,--output", options->output,
+                   "Trace to write; - is standard output, a name in .gz is compressed")
+      ->required();
+  command
+      ->add_option("--top-k", import.top_k, "Experts that each token selects, where the dump does not say it")
+      ->check(whole_number(1, 1024));
+  command
+      ->add_option("--experts", import.experts,
+                   "Experts of a layer; default: the largest number in the dump + 1")
+      ->check(whole_number(1, 65535));
+  command->add_option("--tokens", import.tokens, "Tokens of a step, for dumps of shares")
+      ->check(whole_number(1, std::int64_t{1} << 40));
+  command
+      ->add_option("--tokens-per-step", import.tokens_per_step,
+                   "Tokens that make a step, for vllm and llama.cpp, which know none")
+      ->check(whole_number(1))
+      ->capture_default_str();
+  command->add_option("--metric", import.metric,
+                      "Part of the name of the wanted columns or tags, for wandb and tensorboard");
+  command->add_option("--values", import.values, "What the numbers are; auto looks at their sum")
+      ->check(CLI::IsMember({"auto", "counts", "share", "percent", "ratio"}))
+      ->capture_default_str();
+  command->add_option("--scores", import.scores, "The model's function on router logits")
+      ->check(CLI::IsMember({"softmax", "sigmoid"}))
+      ->capture_default_str();
+  command->add_option(
+      "--mask", import.mask,
+      "Attention mask [batch, sequence] of router logits, as .npy; gives the sequences as well");
+  command
+      ->add_option("--sequence-length", import.sequence_length,
+                   "Tokens of a sequence, for router logits without mask")
+      ->check(whole_number(1));
+  command->add_option("--tag", import.tag, "Tag of the records")->capture_default_str();
+  command
+      ->add_option("--by", options->by,
+                   "rank: keep ranks apart, under the tags rank0, rank1, ...; else they are summed")
+      ->check(CLI::IsMember({"rank"}));
+  command->callback([&tool, options] {
+    tool.run = [options] {
+      options->import.by_rank = options->by == "rank";
+      if (options->import.tag.find_first_of("\"\\\n") != std::string::npos)
+        throw InputError("--tag: must hold no quote, backslash or line break");
+      const ImportReport report =
+          import_trace(options->format, options->files, options->output, options->import);
+      for (const std::string& note : report.notes) std::cerr << "import: " << note << '\n';
+      std::cerr << options->output << ": " << report.steps << " steps, " << report.records << " records, "
+                << report.experts << " experts\n";
+      return 0;
+    };
+  });
+}
+
+}  // namespace moectl::cli

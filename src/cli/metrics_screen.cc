@@ -1,0 +1,324 @@
+#include "cli/metrics_screen.h"
+
+#include <algorithm>
+#include <cmath>
+#include <iostream>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <set>
+
+#include "cli/intervals.h"
+#include "cli/reshape.h"
+#include "measure/cached_measurer.h"
+#include "moectl/figures.h"
+#include "moectl/health.h"
+
+namespace moectl::cli {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+constexpr double kSure = 1.959964;  // standard errors of a 95 % interval
+
+/// A value over its floor, with the interval of the quotient.
+struct OverFloor {
+  double value = 0, floor = 0;
+  std::optional<double> low, high;  ///< In floors.
+  double ratio() const { return value / floor; }
+};
+
+/// One layer of one group.
+struct Row {
+  RoutingStats sum;
+  MetricsOptions options;
+  std::int64_t steps = 0;
+  BlockMeans cv, max_vio, floor_cv, floor_max_vio;
+  std::set<bool> sampling;
+};
+
+enum class Verdict { kNoData, kBalanced, kUnsure, kImbalanced };
+const char* name_of(Verdict verdict) {
+  const char* const names[] = {"no data", "balanced", "unsure", "imbalanced"};
+  return names[static_cast<int>(verdict)];
+}
+
+struct Judgement {
+  OverFloor cv, max_vio;
+  std::string floor;
+  Verdict verdict = Verdict::kNoData;
+  std::optional<double>
+      tokens_to_be_sure;  ///< In all, where it is not sure yet; in a sum: from where on 1.6 floors are passed.
+  std::vector<std::string> dead, cold, hot;
+};
+
+bool has_counts(const LogRecord& record) {
+  return record.layer >= 0 && record.stats.experts() > 0;
+}
+
+/// Experts of the summed counts that are out of line by more than chance.
+void name_experts(const Row& row, double floor_cv, Judgement& out) {
+  const auto counts = row.sum.counts();
+  const auto n = static_cast<double>(counts.size()), sum = static_cast<double>(row.sum.assignments());
+  std::vector<std::pair<double, std::size_t>> relative;
+  for (std::size_t i = 0; i < counts.size(); ++i) {
+    const double target = row.options.targets.empty() ? 1 / n : row.options.targets[i];
+    if (target > 0) relative.emplace_back(static_cast<double>(counts[i]) / sum / target, i);
+  }
+  std::ranges::sort(relative);
+  // Single experts scatter by the floor's CV about 1.
+  const double chance = 3 * floor_cv, dead = 0.01;
+  const auto name = [](const auto& entry) {
+    return "e" + std::to_string(entry.second) + " x" + moectl::brief(entry.first, 2);
+  };
+  for (const auto& entry : relative) {
+    if (entry.first >= 1 - chance) break;
+    if (entry.first < dead) {
+      out.dead.push_back("e" + std::to_string(entry.second));
+    } else if (entry.first < row.options.cold_fraction) {
+      out.cold.push_back(name(entry));
+    }
+  }
+  for (auto entry = relative.rbegin();
+       entry != relative.rend() && entry->first > std::max(row.options.capacity_factor, 1 + chance); ++entry)
+    out.hot.push_back(name(*entry));
+}
+
+Judgement judge(const Row& row, bool sum) {
+  Judgement out;
+  if (row.sum.assignments() <= 0 || row.floor_cv.empty()) return out;
+  const Metrics of_sum = measure(row.sum, row.options);
+  const FloorInForce sum_floor = floor_of(of_sum);
+  if (!of_sum.load_cv || !of_sum.max_vio || !sum_floor.cv || !sum_floor.max_vio || !(*sum_floor.cv > 0))
+    return out;
+  const auto tokens = static_cast<double>(row.sum.tokens());
+  const double n = row.sum.experts();
+  out.floor = row.sampling.size() == 2 ? "mixed floors"
+              : *row.sampling.begin()  ? "sampling floor"
+                                       : "noise floor";
+  name_experts(row, *sum_floor.cv, out);
+  if (sum || row.steps == 1) {
+    out.floor = std::string(sum_floor.name());
+    out.cv = {*of_sum.load_cv, *sum_floor.cv, {}, {}};
+    out.max_vio = {*of_sum.max_vio, *sum_floor.max_vio, {}, {}};
+    // (N-1) CV²/floor² is a χ² with N-1 degrees of freedom, with an offset where there is imbalance.
+    const double square = out.cv.ratio() * out.cv.ratio();
+    const double half = kSure * std::sqrt((2 + 4 * std::max(0.0, square - 1)) / (n - 1));
+    out.cv.low = std::sqrt(std::max(0.0, square - half));
+    out.cv.high = std::sqrt(square + half);
+  } else {
+    const auto over = [](const BlockMeans& value, const BlockMeans& floor) {
+      const Estimate v = value.estimate();
+      OverFloor result{v.mean, floor.estimate().mean, {}, {}};
+      if (v.low) result.low = std::max(0.0, *v.low / result.floor);
+      if (v.high) result.high = *v.high / result.floor;
+      return result;
+    };
+    out.cv = over(row.cv, row.floor_cv);
+    out.max_vio = over(row.max_vio, row.floor_max_vio);
+  }
+  // MaxVio of a sum has no interval of its own; it counts by its value.
+  const auto low = [](const OverFloor& x) { return x.low.value_or(x.ratio()); };
+  const auto high = [](const OverFloor& x) { return x.high.value_or(x.ratio()); };
+  if (low(out.cv) > kBalancedFloors || low(out.max_vio) > kBalancedFloors) {
+    out.verdict = Verdict::kImbalanced;
+  } else if (high(out.cv) <= kBalancedFloors && high(out.max_vio) <= kBalancedFloors) {
+    out.verdict = Verdict::kBalanced;
+  } else {
+    out.verdict = Verdict::kUnsure;
+  }
+  if (sum) {
+    // The floor falls with the root of the tokens, this CV would stay.
+    if (out.cv.ratio() <= kBalancedFloors && out.cv.value > 0)
+      out.tokens_to_be_sure = tokens * std::pow(kBalancedFloors / out.cv.ratio(), 2);
+  } else if (out.verdict == Verdict::kUnsure) {
+    double times = 1;
+    for (const OverFloor& x : {out.cv, out.max_vio}) {
+      const double away = std::max(0.02, std::abs(x.ratio() - kBalancedFloors));
+      if (x.high) times = std::max(times, std::pow((*x.high - x.ratio()) / away, 2));
+    }
+    out.tokens_to_be_sure = times * tokens;
+  }
+  return out;
+}
+
+std::string joined(const std::vector<std::string>& names) {
+  constexpr std::size_t kMost = 4;
+  if (names.empty()) return "-";
+  std::string text;
+  for (std::size_t i = 0; i < std::min(kMost, names.size()); ++i) text += (i ? " " : "") + names[i];
+  return text + (names.size() > kMost ? " +" + std::to_string(names.size() - kMost) : "");
+}
+
+std::string percent(double value) {
+  return moectl::brief(100 * value, 3) + " %";
+}
+std::string floors_text(const OverFloor& x) {
+  std::string text = moectl::brief(x.ratio(), 3);
+  if (x.low && x.high) text += " [" + moectl::brief(*x.low, 3) + ", " + moectl::brief(*x.high, 3) + "]";
+  return text;
+}
+
+Json json_of(const OverFloor& x) {
+  const auto json = [](const std::optional<double>& value) { return value ? Json(*value) : Json(); };
+  return {{"value", x.value},
+          {"floor", x.floor},
+          {"over_floor", x.ratio()},
+          {"low", json(x.low)},
+          {"high", json(x.high)}};
+}
+
+std::string rounded(double tokens) {
+  const double unit = std::pow(10, std::max(0.0, std::floor(std::log10(std::max(1.0, tokens))) - 1));
+  return std::to_string(static_cast<std::int64_t>(std::ceil(tokens / unit) * unit));
+}
+
+}  // namespace
+
+int print_screen(LogReader& reader, const std::function<MetricsOptions(const LogRecord&)>& options_of,
+                 const ScreenOptions& options) {
+  std::map<std::pair<int, std::string>, Row> rows;
+  CachedMeasurer measurer;
+  std::set<std::string> other_tags;
+  const auto add = [&](int layer, const std::string& group, const RoutingStats& stats,
+                       const MetricsOptions& how) {
+    Row& row = rows[{layer, group}];
+    const bool is_new = row.sum.experts() == 0;
+    StatsNeeds needs;
+    needs.sequences = stats.has_sequences() && (is_new || row.sum.shape().needs.sequences);
+    if (is_new) row.options = how;
+    if (is_new) {
+      row.sum = reshaped(stats, {}, needs, {});
+    } else {
+      if (row.sum.experts() != stats.experts() || row.sum.top_k() != stats.top_k())
+        throw InputError("layer " + std::to_string(layer) +
+                         ": experts and top_k must not change within a trace");
+      row.sum = reshaped(row.sum, {}, needs, {});
+      row.sum += reshaped(stats, {}, needs, {});
+    }
+    const Metrics metrics = measurer.measure(stats, how);
+    const FloorInForce floor = floor_of(metrics);
+    if (!metrics.load_cv || !metrics.max_vio || !floor.cv || !floor.max_vio) return;
+    ++row.steps;
+    const auto tokens = static_cast<double>(stats.tokens());
+    row.cv.add(*metrics.load_cv, tokens);
+    row.max_vio.add(*metrics.max_vio, tokens);
+    row.floor_cv.add(*floor.cv, tokens);
+    row.floor_max_vio.add(*floor.max_vio, tokens);
+    row.sampling.insert(floor.sampling);
+  };
+  while (const auto record = reader.next()) {
+    if (!has_counts(*record)) continue;
+    const MetricsOptions how = options_of(*record);
+    if (options.by == "domain") {
+      for (std::size_t d = 0; d < record->domains.size() && record->tag == "train"; ++d) {
+        const auto domain = static_cast<int>(d);
+        RoutingStats stats({.experts = record->stats.experts(), .top_k = record->stats.top_k(), .needs = {}});
+        stats.add_counts(record->stats.domain_counts(domain), record->stats.domain_tokens(domain));
+        add(record->layer, record->domains[d], stats, how);
+      }
+      continue;
+    }
+    const bool of_rank = record->tag.starts_with("rank");
+    if (options.by == "rank" && !of_rank) continue;
+    if (options.by.empty() && record->tag != "train") other_tags.insert(record->tag);
+    // Without --by: the training records.
+    if (options.by.empty() && record->tag != "train") continue;
+    add(record->layer, options.by.empty() ? "" : record->tag, record->stats, how);
+  }
+  if (rows.empty()) {
+    std::string why = options.by == "domain" ? "no record has domain_counts"
+                      : options.by == "rank"
+                          ? "no record has a tag rank0, rank1, ...: `moectl import --by rank` writes them"
+                          : "no record tagged 'train' has counts";
+    if (!other_tags.empty()) why += "; there are others: --by tag";
+    throw InputError(why);
+  }
+  const std::string group = options.by.empty() ? "" : options.by;
+  std::vector<std::string> header = {"layer"};
+  if (!group.empty()) header.push_back(group);
+  for (const char* name : {"CV", "x floor", "MaxVio", "x floor", "dead", "cold", "hot", "verdict"})
+    header.emplace_back(name);
+  header.emplace_back(options.sum ? "1.6 floors from" : "sure at");
+  Table table(header);
+  Json list = Json::array();
+  std::map<Verdict, std::vector<std::string>> by_verdict;
+  std::set<std::string> floors;
+  std::int64_t steps = 0;
+  double tokens = 0;
+  int experts = 0, top_k = 0;
+  for (const auto& [key, row] : rows) {
+    const Judgement j = judge(row, options.sum);
+    steps = std::max(steps, row.steps);
+    tokens = std::max(tokens, static_cast<double>(row.sum.tokens()));
+    experts = row.sum.experts();
+    top_k = row.sum.top_k();
+    const std::string name = std::to_string(key.first) + (group.empty() ? "" : " " + key.second);
+    by_verdict[j.verdict].push_back(name);
+    if (j.verdict != Verdict::kNoData) floors.insert(j.floor);
+    const bool known = j.verdict != Verdict::kNoData;
+    std::vector<std::string> cells = {std::to_string(key.first)};
+    if (!group.empty()) cells.push_back(key.second);
+    for (const std::string& cell :
+         {known ? percent(j.cv.value) : "-", known ? floors_text(j.cv) : "-",
+          known ? moectl::brief(j.max_vio.value, 3) : "-", known ? floors_text(j.max_vio) : "-",
+          joined(j.dead), joined(j.cold), joined(j.hot), std::string(name_of(j.verdict)),
+          j.tokens_to_be_sure ? rounded(*j.tokens_to_be_sure) + " tokens"
+                              : std::string(options.sum ? "-" : "now")}) {
+      cells.push_back(cell);
+    }
+    table.add(std::move(cells));
+    Json entry = {{"layer", key.first}};
+    if (!group.empty()) entry[group] = key.second;
+    entry["steps"] = row.steps;
+    entry["tokens"] = row.sum.tokens();
+    entry["verdict"] = name_of(j.verdict);
+    entry["floor"] = known ? Json(j.floor) : Json();
+    entry["load_cv"] = known ? json_of(j.cv) : Json();
+    entry["max_vio"] = known ? json_of(j.max_vio) : Json();
+    entry["dead"] = j.dead;
+    entry["cold"] = j.cold;
+    entry["hot"] = j.hot;
+    entry["tokens_to_be_sure"] = j.tokens_to_be_sure ? Json(std::ceil(*j.tokens_to_be_sure)) : Json();
+    list.push_back(entry);
+  }
+  if (options.json) {
+    for (const Json& entry : list) std::cout << entry.dump() << '\n';
+    return 0;
+  }
+  const auto names = [&](Verdict verdict) { return joined(by_verdict[verdict]); };
+  std::cout << rows.size() << (group.empty() ? " layers" : " rows") << ", " << experts << " experts, top-"
+            << top_k << ", " << steps << " steps, " << std::to_string(static_cast<std::int64_t>(tokens))
+            << " tokens a layer; "
+            << (options.sum ? "counts summed over the steps" : "means over steps, with 95 % intervals")
+            << "\n\n"
+            << table.text() << '\n';
+  const bool noise = floors.count("noise floor") > 0;
+  if (!by_verdict[Verdict::kImbalanced].empty()) {
+    std::cout << "IMBALANCED: layers " << names(Verdict::kImbalanced) << " stand beyond " << kBalancedFloors
+              << " floors. ";
+    std::cout << "`moectl check` and policies/adaptive_bias.yaml show how a controller is set up.\n";
+  }
+  if (!by_verdict[Verdict::kUnsure].empty()) {
+    std::cout << "UNSURE: layers " << names(Verdict::kUnsure) << ": the interval holds " << kBalancedFloors
+              << " floors; more tokens decide (sure at).\n";
+  }
+  if (!by_verdict[Verdict::kBalanced].empty()) {
+    std::cout << (by_verdict[Verdict::kImbalanced].empty() && by_verdict[Verdict::kUnsure].empty()
+                      ? "BALANCED: "
+                      : "Balanced: ")
+              << "layers " << names(Verdict::kBalanced) << " are as even as chance allows (at most "
+              << kBalancedFloors << " floors).\n";
+  }
+  if (!by_verdict[Verdict::kNoData].empty())
+    std::cout << "No data: layers " << names(Verdict::kNoData) << ".\n";
+  for (const std::string& floor : floors)
+    std::cout << "x floor: over the " << floor << ", what balanced routing of as many tokens shows. ";
+  std::cout << '\n';
+  if (noise)
+    std::cout << "The noise floor takes tokens as independent. Tokens of a text are alike: with sequences in "
+                 "the trace the higher sampling floor is known.\n";
+  if (!other_tags.empty()) std::cout << "Records of other tags are left out: --by tag.\n";
+  return 0;
+}
+
+}  // namespace moectl::cli

@@ -1,0 +1,23 @@
+// What `moectl metrics` shows on a terminal: one screen that says whether a trace is balanced.
+#pragma once
+
+#include <functional>
+#include <string>
+
+#include "cli/tool.h"
+#include "moectl/metrics.h"
+
+namespace moectl::cli {
+
+struct ScreenOptions {
+  bool sum = false;  ///< The counts of all steps as one window, instead of the mean over steps.
+  std::string
+      by;  ///< tag, domain or rank: a row for each; empty = tag train alone, or all records if it has none.
+  bool json = false;
+};
+
+/// `options_of`: how a record is measured; it throws on a record that does not fit the config.
+int print_screen(LogReader& reader, const std::function<MetricsOptions(const LogRecord&)>& options_of,
+                 const ScreenOptions& options);
+
+}  // namespace moectl::cli

@@ -1,0 +1,356 @@
+// moectl placement TRACE: copies of experts on devices, planned on the first part of a trace and judged on the rest.
+#include "moectl/placement.h"
+
+#include <algorithm>
+#include <iostream>
+#include <map>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <optional>
+
+#include "cli/intervals.h"
+#include "cli/tool.h"
+
+namespace moectl::cli {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+struct Options {
+  std::string trace, format, tag = "train";
+  PlacementOptions placement;
+  double train = 0.5, min_gain = 0.02;
+  FaultPolicy fault_policy = FaultPolicy::kRepair;
+};
+
+/// Rows of N loads by step. Long traces are kept at half the resolution, again and again: memory stays bounded.
+struct History {
+  int experts = 0;
+  std::vector<float> rows;
+  std::size_t steps() const { return experts > 0 ? rows.size() / static_cast<std::size_t>(experts) : 0; }
+  std::vector<double> step(std::size_t s) const {
+    const auto n = static_cast<std::size_t>(experts);
+    return {rows.begin() + static_cast<std::ptrdiff_t>(s * n),
+            rows.begin() + static_cast<std::ptrdiff_t>((s + 1) * n)};
+  }
+};
+
+constexpr std::size_t kMostSteps = 4096;
+
+class Histories {
+ public:
+  void add(const LogRecord& record) {
+    History& history = layers_[record.layer];
+    const auto counts = record.stats.counts();
+    if (history.experts == 0) history.experts = record.stats.experts();
+    if (history.experts != record.stats.experts()) {
+      throw InputError("layer " + std::to_string(record.layer) + ": " +
+                       std::to_string(record.stats.experts()) + " experts after " +
+                       std::to_string(history.experts) + ": a layer must keep its number");
+    }
+    std::vector<double>& joined = joined_[record.layer];
+    joined.resize(counts.size());
+    for (std::size_t i = 0; i < counts.size(); ++i) joined[i] += static_cast<double>(counts[i]);
+    int& held = held_[record.layer];
+    if (++held < step_) return;
+    history.rows.insert(history.rows.end(), joined.begin(), joined.end());
+    std::ranges::fill(joined, 0.0);
+    held = 0;
+    if (history.steps() == kMostSteps) halve();
+  }
+  const std::map<int, History>& layers() const { return layers_; }
+  int joined_steps() const { return step_; }
+
+ private:
+  void halve() {
+    step_ *= 2;
+    for (auto& [layer, history] : layers_) {
+      const auto n = static_cast<std::size_t>(history.experts);
+      const std::size_t half = history.steps() / 2;
+      for (std::size_t s = 0; s < half; ++s) {
+        for (std::size_t i = 0; i < n; ++i)
+          history.rows[s * n + i] = history.rows[2 * s * n + i] + history.rows[(2 * s + 1) * n + i];
+      }
+      history.rows.resize(half * n);
+    }
+  }
+  std::map<int, History> layers_;
+  std::map<int, std::vector<double>> joined_;
+  std::map<int, int> held_;
+  int step_ = 1;
+};
+
+/// Sums of steps [from, to) in at most 32 rows.
+std::vector<double> rows_of(const History& history, std::size_t from, std::size_t to) {
+  const auto n = static_cast<std::size_t>(history.experts);
+  const std::size_t rows = std::min<std::size_t>(32, to - from);
+  std::vector<double> sums(rows * n, 0.0);
+  for (std::size_t s = from; s < to; ++s) {
+    const std::size_t r = (s - from) * rows / (to - from);
+    for (std::size_t i = 0; i < n; ++i) sums[r * n + i] += static_cast<double>(history.rows[s * n + i]);
+  }
+  return sums;
+}
+
+struct Judged {
+  int layer = 0, moves = 0;
+  Placement plan;
+  BlockMeans linear, planned, told, gain;
+};
+
+/// Plans on the first part, judges on the rest.
+Judged judge(int layer, const History& history, const Options& options) {
+  const std::size_t steps = history.steps();
+  const auto split = std::clamp<std::size_t>(
+      static_cast<std::size_t>(options.train * static_cast<double>(steps)), 1, steps - 1);
+  const Placement linear = linear_placement(history.experts, options.placement);
+  // Free slots are no reason to fill them with the first experts: what the plan has to beat has one copy of each, if it can.
+  PlacementOptions single = options.placement;
+  if (history.experts % single.devices == 0) single.slots = history.experts;
+  const Placement today = linear_placement(history.experts, single);
+  const auto plan_on = [&](std::size_t from, std::size_t to) {
+    return plan_placement(forecast_loads(rows_of(history, from, to), history.experts), options.placement);
+  };
+  Judged judged;
+  judged.layer = layer;
+  const bool free = options.placement.max_moves < 0;
+  judged.plan = plan_on(0, split);
+  if (free) judged.plan = renamed_for(judged.plan, linear, options.placement.nodes);
+  judged.moves = moves_between(linear, judged.plan);
+  // The same planner, told what came: its mean, without any forecast.
+  std::vector<double> later(static_cast<std::size_t>(history.experts), 0.0);
+  const auto rows = rows_of(history, split, steps);
+  for (std::size_t i = 0; i < rows.size(); ++i) later[i % later.size()] += rows[i];
+  const Placement told = plan_placement(later, options.placement);
+  for (std::size_t s = split; s < steps; ++s) {
+    const std::vector<double> loads = history.step(s);
+    double tokens = 0;
+    for (const double load : loads) tokens += load;
+    const double before = balancedness(today, loads), after = balancedness(judged.plan, loads);
+    judged.linear.add(before, tokens);
+    judged.planned.add(after, tokens);
+    judged.told.add(balancedness(told, loads), tokens);
+    judged.gain.add(after - before, tokens);
+  }
+  return judged;
+}
+
+enum class Verdict { kWorth, kNotWorth };
+/// A gain that may be chance is none.
+Verdict verdict_of(const Estimate& gain, double least) {
+  return gain.mean >= least && gain.low && *gain.low > 0 ? Verdict::kWorth : Verdict::kNotWorth;
+}
+const char* name_of(Verdict verdict) {
+  return verdict == Verdict::kWorth ? "worth" : "not worth";
+}
+
+std::string digits(double value) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.3f", value);
+  return text;
+}
+std::string range(const Estimate& e) {
+  return e.low ? '[' + digits(*e.low) + ", " + digits(*e.high) + ']' : "-";
+}
+
+Json json_of(const Estimate& e) {
+  return {
+      {"mean", e.mean}, {"low", e.low ? Json(*e.low) : Json()}, {"high", e.high ? Json(*e.high) : Json()}};
+}
+
+/// The file that vLLM-Ascend's expert_map_path takes: layers are numbered over MoE layers.
+Json ascend_map(const std::vector<Judged>& layers) {
+  Json list = Json::array();
+  for (std::size_t l = 0; l < layers.size(); ++l) {
+    const Placement& plan = layers[l].plan;
+    const auto room = plan.experts.size() / static_cast<std::size_t>(plan.devices);
+    Json devices = Json::array();
+    for (int d = 0; d < plan.devices; ++d) {
+      const auto from = plan.experts.begin() + static_cast<std::ptrdiff_t>(room) * d;
+      devices.push_back(
+          {{"device_id", d},
+           {"device_expert", std::vector<int>(from, from + static_cast<std::ptrdiff_t>(room))}});
+    }
+    list.push_back({{"layer_id", l}, {"device_count", plan.devices}, {"device_list", devices}});
+  }
+  return {{"moe_layer_count", layers.size()}, {"layer_list", list}};
+}
+
+int placement(const Options& options) {
+  LogReader reader(options.trace, options.fault_policy);
+  Histories histories;
+  while (const auto record = reader.next()) {
+    if (record->layer < 0 || record->stats.experts() == 0 || record->tag != options.tag ||
+        record->stats.assignments() == 0)
+      continue;
+    histories.add(*record);
+  }
+  say_faults(reader, options.trace);
+  if (histories.layers().empty())
+    throw InputError(options.trace + ": no record tagged '" + options.tag + "' has counts");
+  if (histories.joined_steps() > 1) {
+    std::cerr << "placement: " << histories.joined_steps()
+              << " steps are joined to one: balancedness of single steps is lower\n";
+  }
+  std::vector<Judged> layers;
+  for (const auto& [layer, history] : histories.layers()) {
+    if (history.steps() < 2)
+      throw InputError("layer " + std::to_string(layer) +
+                       ": one step: needs at least 2, to plan on and to judge on");
+    try {
+      layers.push_back(judge(layer, history, options));
+    } catch (const std::invalid_argument& e) {
+      std::string text = e.what();
+      std::replace(text.begin(), text.begin() + static_cast<std::ptrdiff_t>(text.find(':')), '_', '-');
+      throw InputError("--" + text);
+    }
+  }
+  // Layers are judged on the same steps: the total is the mean over layers, its interval that of their mean gain.
+  Estimate linear, planned, told, gain;
+  double low = 0, high = 0;
+  bool ranged = true;
+  int moves = 0;
+  const auto n = static_cast<double>(layers.size());
+  for (const Judged& layer : layers) {
+    const Estimate g = layer.gain.estimate();
+    linear.mean += layer.linear.estimate().mean / n;
+    planned.mean += layer.planned.estimate().mean / n;
+    told.mean += layer.told.estimate().mean / n;
+    gain.mean += g.mean / n;
+    ranged = ranged && g.low;
+    // As if layers moved together: an interval that is wide enough whatever they have in common.
+    low += g.low.value_or(0) / n;
+    high += g.high.value_or(0) / n;
+    moves += layer.moves;
+  }
+  if (ranged) {
+    gain.low = low;
+    gain.high = high;
+  }
+  const Verdict verdict = verdict_of(gain, options.min_gain);
+  if (options.format == "ascend") {
+    std::cout << ascend_map(layers).dump() << '\n';
+  } else if (options.format == "phy2log") {
+    Json maps = Json::array(), ids = Json::array();
+    for (const Judged& layer : layers) {
+      maps.push_back(layer.plan.experts);
+      ids.push_back(layer.layer);
+    }
+    std::cout << Json{{"layers", ids}, {"physical_to_logical_map", maps}}.dump() << '\n';
+  } else if (options.format == "json") {
+    Json list = Json::array();
+    for (const Judged& layer : layers) {
+      const Estimate g = layer.gain.estimate();
+      list.push_back({{"layer", layer.layer},
+                      {"linear", json_of(layer.linear.estimate())},
+                      {"planned", json_of(layer.planned.estimate())},
+                      {"told", json_of(layer.told.estimate())},
+                      {"gain", json_of(g)},
+                      {"moves", layer.moves},
+                      {"verdict", name_of(verdict_of(g, options.min_gain))},
+                      {"phy2log", layer.plan.experts}});
+    }
+    std::cout << Json{{"devices", options.placement.devices},
+                      {"nodes", options.placement.nodes},
+                      {"slots", layers[0].plan.experts.size()},
+                      {"linear", linear.mean},
+                      {"planned", planned.mean},
+                      {"told", told.mean},
+                      {"gain", json_of(gain)},
+                      {"moves", moves},
+                      {"verdict", name_of(verdict)},
+                      {"layers", list}}
+                     .dump(2)
+              << '\n';
+  } else {
+    Table table({"layer", "linear", "planned", "told", "gain", "95 %", "moves", "verdict"});
+    for (const Judged& layer : layers) {
+      const Estimate g = layer.gain.estimate();
+      table.add({std::to_string(layer.layer), digits(layer.linear.estimate().mean),
+                 digits(layer.planned.estimate().mean), digits(layer.told.estimate().mean), digits(g.mean),
+                 range(g), std::to_string(layer.moves), name_of(verdict_of(g, options.min_gain))});
+    }
+    table.add({"mean", digits(linear.mean), digits(planned.mean), digits(told.mean), digits(gain.mean),
+               range(gain), std::to_string(moves), name_of(verdict)});
+    std::cout << table.text()
+              << "\nBalancedness (mean over largest device load) of the steps after the first "
+              << brief(100 * options.train)
+              << " %, on which the plan was made. told: the same planner told those steps.\n";
+  }
+  std::ostream& say = options.format == "table" ? std::cout : std::cerr;
+  const std::string change = digits(linear.mean) + " -> " + digits(planned.mean);
+  say << (verdict == Verdict::kWorth ? "Worth its " : "Not worth its ") << moves << " moves: " << change
+      << " on steps that the plan has not seen";
+  if (verdict == Verdict::kWorth) {
+    say << ".\n";
+  } else if (gain.mean < options.min_gain) {
+    say << ", less than --min-gain " << brief(options.min_gain) << ". Leave the experts where they are.\n";
+  } else {
+    say << ", which may be chance: the interval " << (gain.low ? range(gain) + " reaches 0" : "is not known")
+        << ". A longer trace decides.\n";
+  }
+  return 0;
+}
+
+}  // namespace
+
+void add_placement(CLI::App& app, Tool& tool) {
+  CLI::App* command =
+      app.add_subcommand("placement", "Plan copies of experts on devices, and say whether moving them pays");
+  command->footer(
+      "The plan follows the rules of DeepSeek's EPLB, on loads that are forecast from the first part of the "
+      "trace:\n"
+      "recent steps count as far as they predict better, and what is noise is shrunk. It is judged on the "
+      "rest, against\n"
+      "the experts in order (linear), one copy each where the devices divide them. Moves are counted from "
+      "slot s holding\n"
+      "expert s mod N; devices are renamed so that there are few. A plan is worth its moves if its gain is "
+      "at least\n"
+      "--min-gain and no chance.\n\n"
+      "Formats: table, json; phy2log: {\"layers\", \"physical_to_logical_map\"}, rows as EPLB and SGLang "
+      "name them; ascend: the file of\n"
+      "vLLM-Ascend's expert_map_path. With the last two the verdict goes to standard error.\n\n"
+      "Examples:\n"
+      "  moectl placement trace.jsonl --devices 8\n"
+      "  moectl placement trace.jsonl --devices 32 --nodes 4 --groups 8 --slots 288\n"
+      "  moectl placement trace.jsonl --devices 8 --slots 72 --max-moves 8 --format ascend > "
+      "expert_map.json");
+  auto options = std::make_shared<Options>();
+  PlacementOptions& plan = options->placement;
+  constexpr int kMost = 65536;
+  command
+      ->add_option(
+          "TRACE", options->trace,
+          "Trace or run log, plain or gzip; - reads standard input. A line of a trace: " + kTraceLine)
+      ->required();
+  command->add_option("--devices", plan.devices, "Devices that share the experts of a layer")
+      ->required()
+      ->check(whole_number(1, 4096));
+  command->add_option("--nodes", plan.nodes, "Nodes of the devices; copies of an expert stay on one node")
+      ->check(whole_number(1, 4096))
+      ->capture_default_str();
+  command
+      ->add_option("--groups", plan.groups,
+                   "Groups of experts that stay on one node (n_group); default: every expert for itself")
+      ->check(whole_number(1, kMost));
+  command
+      ->add_option("--slots", plan.slots,
+                   "Copies of experts on all devices together; default: one of each expert")
+      ->check(whole_number(1, kMost));
+  command
+      ->add_option("--max-moves", plan.max_moves, "Copies that may be moved in a layer; default: any number")
+      ->check(whole_number(0, kMost));
+  command->add_option("--train", options->train, "Share of the steps on which the plan is made")
+      ->check(CLI::Range(0.05, 0.95))
+      ->capture_default_str();
+  command
+      ->add_option("--min-gain", options->min_gain, "Balancedness that a plan must add to be worth its moves")
+      ->check(number_from_zero())
+      ->capture_default_str();
+  command->add_option("--tag", options->tag, "Which records")->capture_default_str();
+  add_salvage(*command, options->fault_policy);
+  add_format(*command, options->format, {"table", "json", "phy2log", "ascend"});
+  command->callback([&tool, options] { tool.run = [options] { return placement(*options); }; });
+}
+
+}  // namespace moectl::cli

@@ -1,0 +1,151 @@
+// Router logits, as Hugging Face's output_router_logits returns them: a tuple of [batch · sequence, experts], one a layer,
+// stacked. The selection follows from them by the model's own rule: softmax or sigmoid, then the k largest.
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "import/steps.h"
+
+namespace moectl {
+namespace {
+
+constexpr std::int64_t kMostTokens = std::int64_t{1} << 28;  // a mask takes a byte a token
+
+class RouterLogitsReader : public StepReader {
+ public:
+  RouterLogitsReader(Bytes& file, const ImportOptions& options)
+      : file_(file),
+        array_(file, file.name()),
+        top_k_(needed_top_k(file, options)),
+        sigmoid_(options.scores == "sigmoid"),
+        sequence_length_(options.sequence_length) {
+    const auto& shape = array_.shape();
+    const std::size_t n = shape.size();
+    if (!array_.is_float() || n < 2 || n > 4 || shape[n - 1] < 2 || shape[n - 1] > kMostExperts ||
+        shape[n - 2] > kMostTokens || (n > 2 && shape[n - 3] > kMostLayers)) {
+      throw ImportError(file.name() + ": expected router logits [layers, tokens, experts] as floats: found " +
+                        array_.description());
+    }
+    experts_ = shape[n - 1];
+    tokens_ = shape[n - 2];
+    layers_ = n > 2 ? shape[n - 3] : 1;
+    steps_ = n > 3 ? shape[0] : 1;
+    if (top_k_ > experts_)
+      throw ImportError("--top-k: " + std::to_string(top_k_) + ": must be at most the experts of " +
+                        file.name() + " (" + std::to_string(experts_) + ")");
+    if (!options.mask.empty()) read_mask(options.mask);
+    if (sequence_length_ > 0 && tokens_ % sequence_length_ != 0)
+      throw ImportError("--sequence-length: " + std::to_string(sequence_length_) +
+                        ": must divide the tokens of " + file.name() + " (" + std::to_string(tokens_) + ")");
+  }
+
+  bool next(ImportedStep& step) override {
+    if (step_ == steps_) return false;
+    step.step = step_++;
+    step.layers.clear();
+    for (std::int64_t l = 0; l < layers_; ++l) read_layer(l, step.layers[{static_cast<int>(l), ""}]);
+    return true;
+  }
+
+ private:
+  /// [batch, sequence] or [tokens]: whole numbers or booleans, 0 = padding.
+  void read_mask(const std::string& path) {
+    Bytes file(path);
+    NpyReader mask(file, path);
+    const auto& shape = mask.shape();
+    if (mask.is_float() || shape.empty() || shape.size() > 2 ||
+        std::accumulate(shape.begin(), shape.end(), std::int64_t{1}, std::multiplies<>()) != tokens_) {
+      throw ImportError("--mask: " + path + ": expected [batch, sequence] of booleans or whole numbers, " +
+                        std::to_string(tokens_) + " in all: found " + mask.description());
+    }
+    std::vector<std::int64_t> row(static_cast<std::size_t>(tokens_));
+    mask.read(row);
+    for (const std::int64_t real : row) {
+      if (real != 0 && real != 1)
+        throw ImportError("--mask: " + path + ": " + std::to_string(real) + ": must be 0 (padding) or 1");
+    }
+    mask_.assign(row.begin(), row.end());
+    if (shape.size() == 2 && sequence_length_ == 0) sequence_length_ = shape[1];
+  }
+
+  void read_layer(std::int64_t l, ImportedLayer& layer) {
+    const auto n = static_cast<std::size_t>(experts_);
+    const auto k = static_cast<std::size_t>(top_k_);
+    layer.top_k = top_k_;
+    layer.tokens = 0;
+    layer.counts.resize(n);
+    layer.prob_sum.resize(n);
+    layer.sqrt_prob_sum.resize(n);
+    layer.has_probabilities = true;
+    if (k < n) layer.gap_sum = 0;
+    std::vector<double> row(n);
+    std::vector<std::int64_t> of_sequence(n);
+    std::vector<std::size_t> order(n);
+    std::int64_t in_sequence = 0;
+    const auto close = [&] {
+      if (in_sequence > 0) layer.add_sequence(of_sequence, in_sequence);
+      std::ranges::fill(of_sequence, 0);
+      in_sequence = 0;
+    };
+    for (std::int64_t t = 0; t < tokens_; ++t) {
+      if (sequence_length_ > 0 && t % sequence_length_ == 0) close();
+      array_.read(row);
+      if (!mask_.empty() && mask_[static_cast<std::size_t>(t)] == 0) continue;
+      for (const double z : row) {
+        if (std::isnan(z))
+          throw ImportError(file_.name() + ": layer " + std::to_string(l) + ", token " + std::to_string(t) +
+                            ": NaN among the logits");
+      }
+      scores(row);
+      std::iota(order.begin(), order.end(), std::size_t{0});
+      // Of equal scores the first expert, as torch.topk mostly takes them.
+      std::partial_sort(
+          order.begin(), order.begin() + static_cast<std::ptrdiff_t>(std::min(k + 1, n)), order.end(),
+          [&](std::size_t a, std::size_t b) { return row[a] != row[b] ? row[a] > row[b] : a < b; });
+      if (layer.gap_sum) *layer.gap_sum += row[order[k - 1]] - row[order[k]];
+      const double sum = sigmoid_ ? std::accumulate(row.begin(), row.end(), 0.0) : 1;
+      double entropy = 0;
+      for (std::size_t i = 0; i < n; ++i) {
+        const double p = sum > 0 ? row[i] / sum : 1.0 / static_cast<double>(n);
+        layer.prob_sum[i] += p;
+        layer.sqrt_prob_sum[i] += std::sqrt(p);
+        if (p > 0) entropy -= p * std::log(p);
+      }
+      layer.token_entropy_sum += std::max(0.0, entropy);
+      for (std::size_t j = 0; j < k; ++j) ++(sequence_length_ > 0 ? of_sequence : layer.counts)[order[j]];
+      if (sequence_length_ > 0) {
+        ++in_sequence;
+      } else {
+        ++*layer.tokens;
+      }
+    }
+    close();
+  }
+
+  void scores(std::vector<double>& row) const {
+    if (sigmoid_) {
+      for (double& z : row) z = 1 / (1 + std::exp(-z));
+      return;
+    }
+    const double largest = *std::ranges::max_element(row);
+    double sum = 0;
+    for (double& z : row) sum += z = std::exp(z - largest);
+    for (double& z : row) z /= sum;
+  }
+
+  Bytes& file_;
+  NpyReader array_;
+  int top_k_;
+  bool sigmoid_;
+  std::int64_t sequence_length_;
+  std::int64_t experts_ = 0, tokens_ = 0, layers_ = 0, steps_ = 0, step_ = 0;
+  std::vector<std::uint8_t> mask_;
+};
+
+}  // namespace
+
+std::unique_ptr<StepReader> open_router_logits(Bytes& file, const ImportOptions& options, ImportNotes&) {
+  return std::make_unique<RouterLogitsReader>(file, options);
+}
+
+}  // namespace moectl

@@ -1,0 +1,402 @@
+// Dumps of the experts that each token chose: vLLM, Megatron-LM, llama.cpp.
+#include <algorithm>
+#include <array>
+#include <charconv>
+#include <set>
+
+#include "import/steps.h"
+#include "import/table.h"
+#include "log/json.h"
+
+namespace moectl {
+namespace {
+
+static_assert(JsonParser::kPadding <= 64);
+
+/// The choices of one sequence, layer by layer, in the order [tokens, layers, k].
+class Sequence {
+ public:
+  Sequence(ImportedStep& step, std::int64_t layers, int top_k) : step_(step), top_k_(top_k) {
+    layers_.resize(static_cast<std::size_t>(layers));
+  }
+  /// One token of one layer; -1 = a slot that was not routed.
+  void add(std::size_t layer, std::span<const std::int64_t> experts, const std::string& place) {
+    Layer& of = layers_[layer];
+    bool routed = false;
+    // vLLM gives dense layers a row as well, filled with one number; a router never chooses an expert twice.
+    const bool same =
+        experts.size() > 1 && std::ranges::all_of(experts, [&](auto e) { return e == experts[0]; });
+    for (const std::int64_t expert : experts) {
+      if (expert < -1 || expert >= kMostExperts)
+        throw ImportError(place + ": expert " + std::to_string(expert) + ": must be from 0 to " +
+                          std::to_string(kMostExperts - 1) + ", or -1 for a slot that was not routed");
+      if (expert < 0 || same) continue;
+      if (static_cast<std::size_t>(expert) >= of.counts.size())
+        of.counts.resize(static_cast<std::size_t>(expert) + 1);
+      ++of.counts[static_cast<std::size_t>(expert)];
+      routed = true;
+    }
+    of.tokens += routed;
+    of.dense += same;
+  }
+  void close(ImportNotes& notes) {
+    for (std::size_t l = 0; l < layers_.size(); ++l) {
+      if (layers_[l].dense > 0 && layers_[l].tokens == 0) {
+        notes.say("layer " + std::to_string(l) +
+                  " chooses one expert k times for every token: taken for a dense layer, left out");
+      }
+      if (layers_[l].tokens == 0) continue;
+      ImportedLayer& layer = step_.layers[{static_cast<int>(l), ""}];
+      layer.top_k = top_k_;
+      layer.add_sequence(layers_[l].counts, layers_[l].tokens);
+    }
+  }
+
+ private:
+  struct Layer {
+    std::vector<std::int64_t> counts;
+    std::int64_t tokens = 0, dense = 0;
+  };
+  ImportedStep& step_;
+  int top_k_;
+  std::vector<Layer> layers_;
+};
+
+/// Adds an array [tokens, layers, k] as one sequence; returns its tokens.
+std::int64_t add_array(NpyReader& array, const std::string& place, ImportedStep& step, ImportNotes& notes) {
+  const auto& shape = array.shape();
+  if (shape.size() != 3 || array.is_float() || shape[1] > kMostLayers || shape[2] < 1 || shape[2] > 1024) {
+    throw ImportError(
+        place +
+        ": expected an array [tokens, layers, k] of whole numbers, the experts of each token: found " +
+        array.description());
+  }
+  Sequence sequence(step, shape[1], static_cast<int>(shape[2]));
+  std::vector<std::int64_t> experts(static_cast<std::size_t>(shape[2]));
+  for (std::int64_t t = 0; t < shape[0]; ++t) {
+    for (std::int64_t l = 0; l < shape[1]; ++l) {
+      array.read(experts);
+      sequence.add(static_cast<std::size_t>(l), experts, place);
+    }
+  }
+  sequence.close(notes);
+  return shape[0];
+}
+
+// ---- vLLM: docs/features/routed_experts.md of vllm-project/vllm, pull request 28284. ----
+
+class VllmReader : public StepReader {
+ public:
+  VllmReader(Bytes& file, const ImportOptions& options, ImportNotes& notes)
+      : file_(file), options_(options), notes_(notes) {
+    const std::string_view start = file.peek(6);
+    kind_ = start.starts_with("\x93NUMPY") ? Kind::kArray
+            : start.starts_with("PK")      ? Kind::kArchive
+                                           : Kind::kLines;
+    if (kind_ == Kind::kArchive) archive_ = std::make_unique<NpzReader>(file);
+  }
+
+  bool next(ImportedStep& step) override {
+    step.step = step_;
+    step.layers.clear();
+    std::int64_t tokens = 0;
+    while (tokens < options_.tokens_per_step) {
+      const std::int64_t more = add_request(step);
+      if (more < 0) break;
+      tokens += more;
+    }
+    ++step_;
+    return tokens > 0;
+  }
+
+ private:
+  enum class Kind { kArray, kArchive, kLines };
+
+  /// The tokens of the next request, -1 at the end.
+  std::int64_t add_request(ImportedStep& step) {
+    if (kind_ == Kind::kArray) {
+      if (file_.peek(1).empty()) return -1;  // arrays may stand one after another in a stream
+      NpyReader array(file_, file_.name());
+      return add_array(array, file_.name(), step, notes_);
+    }
+    if (kind_ == Kind::kArchive) {
+      std::string name;
+      ByteStream* const entry = archive_->next(name);
+      if (!entry) return -1;
+      NpyReader array(*entry, file_.name() + ": " + name);
+      return add_array(array, file_.name() + ": " + name, step, notes_);
+    }
+    std::string_view line;
+    do {
+      if (!file_.line(line)) return -1;
+    } while (line.find_first_not_of(" \t") == std::string_view::npos);
+    try {
+      parser_.parse(line);
+    } catch (const JsonError& e) {
+      throw ImportError(file_.place() +
+                        ": expected a JSON object with routed_experts: not JSON: " + e.what());
+    }
+    std::int64_t tokens = 0;
+    bool found = add_field(parser_.value(), step, tokens);
+    if (const auto choices = parser_.value().find("choices"); choices && choices->is_array()) {
+      for (const JsonValue choice : choices->elements()) found = add_field(choice, step, tokens) || found;
+    }
+    if (!found)
+      throw ImportError(
+          file_.place() +
+          ": expected routed_experts, as [tokens, layers, k] or base64 of a .npy array: not there");
+    return tokens;
+  }
+
+  bool add_field(JsonValue object, ImportedStep& step, std::int64_t& tokens) {
+    const auto field = object.find("routed_experts");
+    if (!field || field->is_null()) return false;
+    const std::string place = file_.place() + ": routed_experts";
+    if (field->is_string()) {
+      const std::string bytes = decode_base64(field->text(), place);
+      MemoryStream stream(bytes);
+      NpyReader array(stream, place);
+      tokens += add_array(array, place, step, notes_);
+      return true;
+    }
+    const auto wrong = [&] { return ImportError(place + ": expected whole numbers as [tokens, layers, k]"); };
+    if (!field->is_array()) throw wrong();
+    std::optional<Sequence> sequence;
+    std::size_t layers = 0, top_k = 0;
+    std::vector<std::int64_t> experts;
+    for (const JsonValue token : field->elements()) {
+      if (!token.is_array() || (sequence && token.size() != layers) || token.size() > kMostLayers)
+        throw wrong();
+      std::size_t l = 0;
+      for (const JsonValue choice : token.elements()) {
+        if (!choice.is_array()) throw wrong();
+        experts.clear();
+        for (const JsonValue expert : choice.elements()) {
+          if (!expert.is_integer() || expert.is_large()) throw wrong();
+          experts.push_back(expert.as_integer());
+        }
+        if (!sequence) {
+          layers = token.size();
+          top_k = experts.size();
+          if (top_k < 1 || top_k > 1024) throw wrong();
+          sequence.emplace(step, static_cast<std::int64_t>(layers), static_cast<int>(top_k));
+        }
+        if (experts.size() != top_k) throw wrong();
+        sequence->add(l++, experts, place);
+      }
+      ++tokens;
+    }
+    if (sequence) sequence->close(notes_);
+    return true;
+  }
+
+  Bytes& file_;
+  const ImportOptions& options_;
+  ImportNotes& notes_;
+  Kind kind_;
+  std::unique_ptr<NpzReader> archive_;
+  JsonParser parser_;
+  std::int64_t step_ = 0;
+};
+
+// ---- Megatron-LM: RouterTracer of megatron/core/transformer/moe/router_trace.py (pull request 5220), and the counts of
+// ActivationLogger, megatron/training/activation_logging.py. ----
+
+class MegatronReader : public StepReader {
+ public:
+  MegatronReader(Bytes& file, const ImportOptions& options, ImportNotes& notes)
+      : file_(file), options_(options), notes_(notes) {
+    advance();
+    if (!more_)
+      throw ImportError(file_.name() + ": expected JSON lines with top_indices or tpe: the file is empty");
+  }
+
+  bool next(ImportedStep& step) override {
+    if (!more_) return false;
+    step.layers.clear();
+    step.step = step_;
+    while (more_ && step_ == step.step) {
+      add(step);
+      advance();
+    }
+    if (more_ && step_ < step.step) {
+      throw ImportError(file_.place() + ": step " + std::to_string(step_) + " after step " +
+                        std::to_string(step.step) +
+                        ": steps must ascend; give the files of ranks one by one");
+    }
+    return true;
+  }
+
+ private:
+  ImportError wrong(const std::string& what) const { return ImportError(file_.place() + ": " + what); }
+
+  std::int64_t whole(const char* field, std::int64_t most, std::optional<std::int64_t> otherwise = {}) const {
+    const auto value = parser_.value().find(field);
+    if (!value && otherwise) return *otherwise;
+    if (!value || !value->is_integer() || value->is_large() || value->as_integer() < 0 ||
+        value->as_integer() > most)
+      throw wrong(std::string(field) + ": expected a whole number from 0 to " + std::to_string(most));
+    return value->as_integer();
+  }
+
+  void advance() {
+    std::string_view line;
+    do {
+      more_ = file_.line(line);
+    } while (more_ && line.find_first_not_of(" \t") == std::string_view::npos);
+    if (!more_) return;
+    try {
+      parser_.parse(line);
+    } catch (const JsonError& e) {
+      throw wrong(std::string("expected JSON lines with top_indices or tpe: not JSON: ") + e.what());
+    }
+    const JsonValue object = parser_.value();
+    if (!object.find("top_indices") && !object.find("tpe"))
+      throw wrong("expected top_indices (a router trace) or tpe (tokens per expert): found " +
+                  object.dump().substr(0, 60));
+    step_ = object.find("step") ? whole("step", kLargestWhole) : whole("iter", kLargestWhole);
+  }
+
+  void add(ImportedStep& step) {
+    const JsonValue object = parser_.value();
+    std::string tag;
+    // Layers of multi-token prediction are numbered from 0 again.
+    if (const auto block = object.find("block"); block && block->is_string() && block->text() == "mtp")
+      tag = "mtp" + std::to_string(whole("mtp_idx", 1000, 0));
+    ImportedLayer& layer = step.layers[{static_cast<int>(whole("layer", kMostLayers - 1)), tag}];
+    const auto indices = object.find("top_indices");
+    if (!indices) return add_counts(*object.find("tpe"), layer);
+    if (!indices->is_array()) throw wrong("top_indices: expected [tokens, k]");
+    layer.tokens = layer.tokens.value_or(0);
+    for (const JsonValue token : indices->elements()) {
+      if (!token.is_array() || token.size() < 1 || token.size() > 1024)
+        throw wrong("top_indices: expected [tokens, k]");
+      const auto k = static_cast<int>(token.size());
+      if (layer.top_k != 0 && layer.top_k != k)
+        throw wrong("top_indices: " + std::to_string(k) + " experts: expected " +
+                    std::to_string(layer.top_k));
+      layer.top_k = k;
+      bool routed = false;
+      for (const JsonValue expert : token.elements()) {
+        if (!expert.is_integer() || expert.is_large() || expert.as_integer() < -1 ||
+            expert.as_integer() >= kMostExperts)
+          throw wrong("top_indices: " + expert.dump() + ": expected an expert from 0 to " +
+                      std::to_string(kMostExperts - 1));
+        if (expert.as_integer() < 0) continue;
+        layer.choose(static_cast<int>(expert.as_integer()));
+        routed = true;
+      }
+      *layer.tokens += routed;
+    }
+  }
+
+  void add_counts(JsonValue tpe, ImportedLayer& layer) {
+    layer.top_k = needed_top_k(file_, options_);
+    notes_.say("tpe holds the experts that live on the rank: right for a rank that has them all");
+    if (!tpe.is_array()) throw wrong("tpe: expected [micro-batches, experts]");
+    for (const JsonValue counts : tpe.elements()) {
+      if (!counts.is_array() || counts.size() > kMostExperts)
+        throw wrong("tpe: expected [micro-batches, experts]");
+      if (layer.counts.size() < counts.size()) layer.counts.resize(counts.size());
+      std::size_t i = 0;
+      for (const JsonValue count : counts.elements()) {
+        if (!count.is_number()) throw wrong("tpe: expected whole numbers");
+        layer.counts[i++] += whole_of(count.as_double(), file_.place() + ": tpe");
+      }
+    }
+  }
+
+  Bytes& file_;
+  const ImportOptions& options_;
+  ImportNotes& notes_;
+  JsonParser parser_;
+  std::int64_t step_ = 0;
+  bool more_ = false;
+};
+
+// ---- llama.cpp: examples/moe-trace (pull request 28544): a row "layer,expert" for each choice, layer by layer within a
+// forward pass. ----
+
+class LlamaCppReader : public StepReader {
+ public:
+  LlamaCppReader(Bytes& file, const ImportOptions& options)
+      : file_(file), options_(options), top_k_(needed_top_k(file, options)) {
+    advance();
+    if (!more_) throw wrong();
+    const auto column = [&](std::string_view name) {
+      for (std::size_t i = 0; i < fields_.size(); ++i) {
+        if (fields_[i] == name) return static_cast<int>(i);
+      }
+      return -1;
+    };
+    if (column("layer") >= 0 && column("expert") >= 0) {
+      layer_ = static_cast<std::size_t>(column("layer"));
+      expert_ = static_cast<std::size_t>(column("expert"));
+      advance();
+    } else if (fields_.size() != 2 || !number_of(fields_[0]) || !number_of(fields_[1])) {
+      throw wrong();
+    }
+  }
+
+  bool next(ImportedStep& step) override {
+    step.step = step_++;
+    step.layers.clear();
+    std::int64_t last_layer = -1;
+    std::int64_t chosen = 0;  // in the first layer
+    std::int64_t first_layer = -1;
+    for (; more_; advance()) {
+      const std::int64_t layer = whole(layer_, kMostLayers - 1), expert = whole(expert_, kMostExperts - 1);
+      if (first_layer < 0) first_layer = layer;
+      // A lower layer: the next forward pass.
+      if (layer < last_layer && chosen >= options_.tokens_per_step * top_k_) break;
+      last_layer = layer;
+      chosen += layer == first_layer;
+      ImportedLayer& of = step.layers[{static_cast<int>(layer), ""}];
+      of.top_k = top_k_;
+      of.choose(static_cast<int>(expert));
+    }
+    return !step.layers.empty();
+  }
+
+ private:
+  ImportError wrong() const {
+    return ImportError(file_.name() +
+                       ": expected CSV with the columns layer,expert, a row for each choice: found " +
+                       (fields_.empty() ? "nothing" : '"' + join(fields_).substr(0, 60) + '"'));
+  }
+  void advance() {
+    std::string_view line;
+    do {
+      more_ = file_.line(line);
+    } while (more_ && line.empty());
+    if (more_) split(line, ',', fields_);
+  }
+  std::int64_t whole(std::size_t column, std::int64_t most) const {
+    const std::string place = file_.place() + (column == layer_ ? ": layer" : ": expert");
+    if (column >= fields_.size() || !number_of(fields_[column]))
+      throw ImportError(place + ": expected a whole number");
+    return whole_of(*number_of(fields_[column]), place, most);
+  }
+
+  Bytes& file_;
+  const ImportOptions& options_;
+  int top_k_;
+  std::vector<std::string> fields_;
+  std::size_t layer_ = 0, expert_ = 1;
+  bool more_ = false;
+  std::int64_t step_ = 0;
+};
+
+}  // namespace
+
+std::unique_ptr<StepReader> open_vllm(Bytes& file, const ImportOptions& options, ImportNotes& notes) {
+  return std::make_unique<VllmReader>(file, options, notes);
+}
+std::unique_ptr<StepReader> open_megatron(Bytes& file, const ImportOptions& options, ImportNotes& notes) {
+  return std::make_unique<MegatronReader>(file, options, notes);
+}
+std::unique_ptr<StepReader> open_llama_cpp(Bytes& file, const ImportOptions& options, ImportNotes&) {
+  return std::make_unique<LlamaCppReader>(file, options);
+}
+
+}  // namespace moectl

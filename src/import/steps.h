@@ -1,0 +1,86 @@
+// What a reader of a dump hands on: one step after another, each layer with its sums.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "import/bytes.h"
+#include "import/import.h"
+
+namespace moectl {
+
+constexpr int kMostExperts = 65535, kMostLayers = 4096;
+constexpr std::int64_t kLargestWhole = std::int64_t{1} << 53;
+
+/// The sums of one layer in one step. Arrays grow with the largest expert that was seen.
+struct ImportedLayer {
+  int top_k = 0;
+  std::optional<std::int64_t> tokens;  ///< Absent where the dump holds counts alone: then assignments / k.
+  std::vector<std::int64_t> counts;
+  // The groups S and P of docs/formats.md; absent unless all tokens are in them.
+  bool has_sequences = false, has_probabilities = false;
+  std::int64_t sequences = 0, sequence_len_sq = 0;
+  std::vector<std::int64_t> sequence_sq, sequence_cross;
+  std::vector<double> prob_sum, sqrt_prob_sum;
+  double token_entropy_sum = 0;
+  std::optional<double> gap_sum;
+
+  /// Counts one choice; grows the arrays.
+  void choose(int expert) {
+    if (static_cast<std::size_t>(expert) >= counts.size())
+      counts.resize(static_cast<std::size_t>(expert) + 1);
+    ++counts[static_cast<std::size_t>(expert)];
+  }
+  /// Takes the counts of one whole sequence and its tokens.
+  void add_sequence(const std::vector<std::int64_t>& of_sequence, std::int64_t sequence_tokens);
+  ImportedLayer& operator+=(const ImportedLayer& other);
+  friend bool operator==(const ImportedLayer&, const ImportedLayer&) = default;
+};
+
+/// Layers by id and tag; the empty tag is that of the whole trace.
+struct ImportedStep {
+  std::int64_t step = 0;
+  std::map<std::pair<int, std::string>, ImportedLayer> layers;
+};
+
+/// Messages that are said once.
+class ImportNotes {
+ public:
+  void say(const std::string& text);
+  const std::vector<std::string>& all() const { return notes_; }
+
+ private:
+  std::vector<std::string> notes_;
+};
+
+/// Reads one file.
+class StepReader {
+ public:
+  virtual ~StepReader() = default;
+  /// The next step, or false at the end. Steps ascend.
+  virtual bool next(ImportedStep& step) = 0;
+};
+
+using OpenReader = std::unique_ptr<StepReader> (*)(Bytes& file, const ImportOptions& options,
+                                                   ImportNotes& notes);
+
+std::unique_ptr<StepReader> open_sglang(Bytes& file, const ImportOptions& options, ImportNotes& notes);
+std::unique_ptr<StepReader> open_vllm(Bytes& file, const ImportOptions& options, ImportNotes& notes);
+std::unique_ptr<StepReader> open_megatron(Bytes& file, const ImportOptions& options, ImportNotes& notes);
+std::unique_ptr<StepReader> open_router_logits(Bytes& file, const ImportOptions& options, ImportNotes& notes);
+std::unique_ptr<StepReader> open_llama_cpp(Bytes& file, const ImportOptions& options, ImportNotes& notes);
+std::unique_ptr<StepReader> open_wandb(Bytes& file, const ImportOptions& options, ImportNotes& notes);
+std::unique_ptr<StepReader> open_tensorboard(Bytes& file, const ImportOptions& options, ImportNotes& notes);
+std::unique_ptr<StepReader> open_matrix(Bytes& file, const ImportOptions& options, ImportNotes& notes);
+
+/// k of a dump that does not say it. Throws if it was not given.
+int needed_top_k(const Bytes& file, const ImportOptions& options);
+/// `text` as a whole number in [0, most], also "16384.0"; throws with its place, "file:line: column".
+std::int64_t whole_of(double value, const std::string& place, std::int64_t most = kLargestWhole);
+
+}  // namespace moectl

@@ -1,0 +1,56 @@
+// Lines of CSV.
+#pragma once
+
+#include <charconv>
+#include <cmath>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace moectl {
+
+/// The fields of a line (RFC 4180: quotes may stand around a field and twice inside it), without blanks around them.
+inline void split(std::string_view line, char separator, std::vector<std::string>& fields) {
+  std::size_t n = 0;
+  const auto field = [&]() -> std::string& {
+    if (n == fields.size()) fields.emplace_back();
+    fields[n].clear();
+    return fields[n++];
+  };
+  std::string* text = &field();
+  bool quoted = false;
+  for (std::size_t i = 0; i < line.size(); ++i) {
+    const char c = line[i];
+    if (c == '"' && quoted && i + 1 < line.size() && line[i + 1] == '"') {
+      text->push_back(line[++i]);
+    } else if (c == '"') {
+      quoted = !quoted;
+    } else if (c == separator && !quoted) {
+      text = &field();
+    } else {
+      text->push_back(c);
+    }
+  }
+  fields.resize(n);
+  for (std::string& f : fields) {
+    f.erase(f.find_last_not_of(" \t") + 1);
+    f.erase(0, f.find_first_not_of(" \t"));
+  }
+}
+
+inline std::string join(const std::vector<std::string>& fields) {
+  std::string text;
+  for (const std::string& field : fields) text += (text.empty() ? "" : ",") + field;
+  return text;
+}
+
+/// A finite number, or nothing.
+inline std::optional<double> number_of(std::string_view text) {
+  double value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error != std::errc() || end != text.data() + text.size() || !std::isfinite(value)) return std::nullopt;
+  return value;
+}
+
+}  // namespace moectl

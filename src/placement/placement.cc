@@ -1,0 +1,409 @@
+#include "moectl/placement.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+
+namespace moectl {
+namespace {
+
+using Index = std::size_t;
+Index at(int i) {
+  return static_cast<Index>(i);
+}
+
+[[noreturn]] void refuse(const char* name, int value, const std::string& constraint) {
+  throw std::invalid_argument(std::string(name) + ": " + std::to_string(value) + ": must be " + constraint);
+}
+
+/// The options with their defaults filled in, checked.
+PlacementOptions resolved(int experts, PlacementOptions o) {
+  if (experts < 1) refuse("experts", experts, "at least 1");
+  if (o.devices < 1) refuse("devices", o.devices, "at least 1");
+  if (o.nodes < 1 || o.devices % o.nodes != 0)
+    refuse("nodes", o.nodes, "at least 1 and divide the devices (" + std::to_string(o.devices) + ")");
+  if (o.slots == 0) o.slots = (experts + o.devices - 1) / o.devices * o.devices;
+  if (o.slots < experts || o.slots % o.devices != 0) {
+    refuse("slots", o.slots,
+           "at least the experts (" + std::to_string(experts) + ") and a multiple of the devices (" +
+               std::to_string(o.devices) + ")");
+  }
+  if (o.groups == 0) o.groups = experts;
+  if (o.groups < 1 || experts % o.groups != 0)
+    refuse("groups", o.groups, "at least 1 and divide the experts (" + std::to_string(experts) + ")");
+  // EPLB's global policy.
+  if (o.groups % o.nodes != 0) o.nodes = 1;
+  if (o.nodes == 1) o.groups = 1;
+  if (o.max_moves >= 0 && o.nodes > 1) refuse("max_moves", o.max_moves, "-1 where there are several nodes");
+  return o;
+}
+
+/// Fills packs of equal size, the heaviest item first, each into the lightest pack with room. Writes the items of pack p
+/// in the order in which they came. `same`: items with one number, such as copies of one expert, avoid each other's pack.
+void pack(std::span<const double> weights, int packs, std::span<const int> same,
+          std::vector<std::vector<int>>& out) {
+  const Index n = weights.size(), room = n / at(packs);
+  out.assign(at(packs), {});
+  if (room == 1 && same.empty()) {  // as EPLB: item i to pack i
+    for (Index i = 0; i < n; ++i) out[i].push_back(static_cast<int>(i));
+    return;
+  }
+  std::vector<int> order(n);
+  std::iota(order.begin(), order.end(), 0);
+  std::ranges::stable_sort(order, [&](int a, int b) { return weights[at(a)] > weights[at(b)]; });
+  std::vector<double> sums(at(packs), 0.0);
+  for (const int item : order) {
+    int best = -1, lightest = -1;
+    for (int p = 0; p < packs; ++p) {
+      const auto& items = out[at(p)];
+      if (items.size() == room) continue;
+      if (lightest < 0 || sums[at(p)] < sums[at(lightest)]) lightest = p;
+      if (same.empty() || (best >= 0 && sums[at(p)] >= sums[at(best)])) continue;
+      if (std::ranges::none_of(items, [&](int other) { return same[at(other)] == same[at(item)]; })) best = p;
+    }
+    if (best < 0) best = lightest;
+    out[at(best)].push_back(item);
+    sums[at(best)] += weights[at(item)];
+  }
+}
+
+bool holds(const std::vector<int>& items, int of, std::span<const int> expert) {
+  return std::ranges::any_of(items, [&](int other) { return expert[at(other)] == of; });
+}
+
+/// The last copies may have found no other room: exchanges a second copy on a device for the closest load elsewhere.
+void separate(std::span<const double> weights, std::vector<std::vector<int>>& devices,
+              std::span<const int> expert) {
+  for (auto& items : devices) {
+    for (Index a = 1; a < items.size(); ++a) {
+      const int same = expert[at(items[a])];
+      if (std::none_of(items.begin(), items.begin() + static_cast<std::ptrdiff_t>(a),
+                       [&](int other) { return expert[at(other)] == same; })) {
+        continue;
+      }
+      int* best = nullptr;
+      double least = HUGE_VAL;
+      for (auto& others : devices) {
+        if (&others == &items || holds(others, same, expert)) continue;
+        for (int& other : others) {
+          const double change = std::abs(weights[at(other)] - weights[at(items[a])]);
+          if (change >= least || holds(items, expert[at(other)], expert)) continue;
+          least = change;
+          best = &other;
+        }
+      }
+      if (best) std::swap(items[a], *best);
+    }
+  }
+}
+
+/// Exchanges copies between the device with the largest load and others while that lowers its load, at most kRounds times.
+void exchange(std::span<const double> weights, std::vector<std::vector<int>>& devices,
+              std::span<const int> expert) {
+  constexpr int kRounds = 12;
+  std::vector<double> sums(devices.size(), 0.0);
+  for (Index d = 0; d < devices.size(); ++d) {
+    for (const int item : devices[d]) sums[d] += weights[at(item)];
+  }
+  for (int round = 0; round < kRounds; ++round) {
+    const auto h = static_cast<Index>(std::ranges::max_element(sums) - sums.begin());
+    double best = sums[h] * (1 - 1e-9);
+    Index best_a = 0, best_b = 0, best_d = h;
+    for (Index d = 0; d < devices.size(); ++d) {
+      if (sums[d] >= best) continue;
+      for (Index a = 0; a < devices[h].size(); ++a) {
+        const double wa = weights[at(devices[h][a])];
+        for (Index b = 0; b < devices[d].size(); ++b) {
+          const double less = wa - weights[at(devices[d][b])];
+          const double larger = std::max(sums[h] - less, sums[d] + less);
+          if (larger >= best) continue;
+          if (holds(devices[d], expert[at(devices[h][a])], expert) ||
+              holds(devices[h], expert[at(devices[d][b])], expert)) {
+            continue;
+          }
+          best = larger;
+          best_a = a;
+          best_b = b;
+          best_d = d;
+        }
+      }
+    }
+    if (best_d == h) return;
+    const double less = weights[at(devices[h][best_a])] - weights[at(devices[best_d][best_b])];
+    std::swap(devices[h][best_a], devices[best_d][best_b]);
+    sums[h] -= less;
+    sums[best_d] += less;
+  }
+}
+
+/// From the linear placement, the best single move or exchange again and again, as long as moves are left.
+Placement plan_few_moves(std::span<const double> loads, const PlacementOptions& o) {
+  Placement plan = linear_placement(static_cast<int>(loads.size()), o);
+  const Index room = plan.experts.size() / at(o.devices);
+  std::vector<int> copies(loads.size(), 0);
+  for (const int e : plan.experts) ++copies[at(e)];
+  const auto device_of = [&](Index slot) { return slot / room; };
+  const auto holds = [&](Index device, int expert) {
+    const auto from = plan.experts.begin() + static_cast<std::ptrdiff_t>(device * room);
+    return std::find(from, from + static_cast<std::ptrdiff_t>(room), expert) !=
+           from + static_cast<std::ptrdiff_t>(room);
+  };
+  // The largest load, and a little of the squares: where two devices carry the largest load, a move may help one first.
+  const auto cost = [&] {
+    double largest = 0, squares = 0;
+    for (const double load : device_loads(plan, loads)) {
+      largest = std::max(largest, load);
+      squares += load * load;
+    }
+    return largest + 1e-3 * std::sqrt(squares);
+  };
+  const Placement start = plan;
+  double now = cost();
+  for (;;) {
+    const auto sums = device_loads(plan, loads);
+    const auto h = static_cast<Index>(std::ranges::max_element(sums) - sums.begin());
+    double best = now * (1 - 1e-9);
+    Placement best_plan;
+    const auto keep = [&] {
+      const double value = cost();
+      if (value >= best || moves_between(start, plan) > o.max_moves) return;
+      best = value;
+      best_plan = plan;
+    };
+    for (Index a = h * room; a < (h + 1) * room; ++a) {
+      const int hot = plan.experts[a];
+      for (Index b = 0; b < plan.experts.size(); ++b) {
+        const int other = plan.experts[b];
+        if (device_of(b) == h || holds(device_of(b), hot)) continue;
+        if (loads[at(other)] / copies[at(other)] < loads[at(hot)] / copies[at(hot)] && !holds(h, other)) {
+          std::swap(plan.experts[a], plan.experts[b]);
+          keep();
+          std::swap(plan.experts[a], plan.experts[b]);
+        }
+        if (copies[at(other)] > 1) {
+          plan.experts[b] = hot;
+          keep();
+          plan.experts[b] = other;
+        }
+      }
+    }
+    if (best_plan.experts.empty()) return plan;
+    plan = best_plan;
+    now = best;
+    std::ranges::fill(copies, 0);
+    for (const int e : plan.experts) ++copies[at(e)];
+  }
+}
+
+}  // namespace
+
+Placement linear_placement(int experts, const PlacementOptions& options) {
+  const PlacementOptions o = resolved(experts, options);
+  Placement placement{o.devices, std::vector<int>(at(o.slots))};
+  for (int s = 0; s < o.slots; ++s) placement.experts[at(s)] = s % experts;
+  return placement;
+}
+
+Placement plan_placement(std::span<const double> loads, const PlacementOptions& options) {
+  const auto n = static_cast<int>(loads.size());
+  const PlacementOptions o = resolved(n, options);
+  for (const double load : loads) {
+    if (!(load >= 0 && std::isfinite(load)))
+      throw std::invalid_argument("loads: must be finite and at least 0");
+  }
+  if (o.max_moves >= 0) return plan_few_moves(loads, o);
+  // 1. Groups to nodes.
+  const int group_size = n / o.groups, node_experts = n / o.nodes, node_slots = o.slots / o.nodes;
+  std::vector<double> group_loads(at(o.groups), 0.0);
+  for (int e = 0; e < n; ++e) group_loads[at(e / group_size)] += loads[at(e)];
+  std::vector<std::vector<int>> groups_of_node, items_of_device;
+  pack(group_loads, o.nodes, {}, groups_of_node);
+  Placement placement{o.devices, {}};
+  placement.experts.reserve(at(o.slots));
+  std::vector<int> local, copies, expert_of_copy;
+  std::vector<double> weights;
+  std::vector<std::pair<double, int>> heap;
+  for (const auto& groups : groups_of_node) {
+    local.clear();
+    for (const int g : groups) {
+      for (int e = g * group_size; e < (g + 1) * group_size; ++e) local.push_back(e);
+    }
+    // 2. Copies. The heap's top has the largest load per copy; of equal ones the first.
+    copies.assign(at(node_experts), 1);
+    expert_of_copy.resize(at(node_experts));
+    std::iota(expert_of_copy.begin(), expert_of_copy.end(), 0);
+    heap.clear();
+    for (int i = 0; i < node_experts; ++i) heap.emplace_back(loads[at(local[at(i)])], -i);
+    std::ranges::make_heap(heap);
+    for (int s = node_experts; s < node_slots; ++s) {
+      std::ranges::pop_heap(heap);
+      const int i = -heap.back().second;
+      ++copies[at(i)];
+      expert_of_copy.push_back(i);
+      heap.back().first = loads[at(local[at(i)])] / copies[at(i)];
+      std::ranges::push_heap(heap);
+    }
+    // 3. Copies to devices.
+    weights.clear();
+    for (const int i : expert_of_copy) weights.push_back(loads[at(local[at(i)])] / copies[at(i)]);
+    const int node_devices = o.devices / o.nodes;
+    const bool refine = o.refine && node_devices > 1;
+    pack(weights, node_devices, refine ? std::span<const int>(expert_of_copy) : std::span<const int>(),
+         items_of_device);
+    if (refine) {
+      separate(weights, items_of_device, expert_of_copy);
+      exchange(weights, items_of_device, expert_of_copy);
+    }
+    for (const auto& items : items_of_device) {
+      for (const int item : items) placement.experts.push_back(local[at(expert_of_copy[at(item)])]);
+    }
+  }
+  return placement;
+}
+
+int moves_between(const Placement& from, const Placement& to) {
+  const Index room = to.experts.size() / at(to.devices), room_before = from.experts.size() / at(from.devices);
+  int moves = 0;
+  for (int d = 0; d < to.devices; ++d) {
+    std::vector<int> before;
+    if (d < from.devices) {
+      const auto start = from.experts.begin() + static_cast<std::ptrdiff_t>(at(d) * room_before);
+      before.assign(start, start + static_cast<std::ptrdiff_t>(room_before));
+    }
+    for (Index s = at(d) * room; s < (at(d) + 1) * room; ++s) {
+      const auto found = std::ranges::find(before, to.experts[s]);
+      if (found == before.end()) {
+        ++moves;
+      } else {
+        before.erase(found);
+      }
+    }
+  }
+  return moves;
+}
+
+Placement renamed_for(const Placement& plan, const Placement& current, int nodes) {
+  if (nodes < 1 || plan.devices % nodes != 0 || plan.devices != current.devices ||
+      plan.experts.size() != current.experts.size())
+    throw std::invalid_argument("renamed_for: the placements must have the same devices and slots");
+  const Index room = plan.experts.size() / at(plan.devices), per_node = at(plan.devices / nodes),
+              devices = at(plan.devices);
+  // What device b of the plan has in common with device a of today.
+  std::vector<int> common(devices * devices, 0);
+  for (Index a = 0; a < devices; ++a) {
+    for (Index b = 0; b < devices; ++b) {
+      for (Index s = 0; s < room; ++s) {
+        const auto from = current.experts.begin() + static_cast<std::ptrdiff_t>(a * room);
+        common[a * devices + b] += static_cast<int>(
+            std::count(from, from + static_cast<std::ptrdiff_t>(room), plan.experts[b * room + s]) > 0);
+      }
+    }
+  }
+  /// Pairs rows and columns, those with the most in common first.
+  const auto match = [](Index n, auto value) {
+    std::vector<std::pair<int, std::pair<Index, Index>>> pairs;
+    for (Index a = 0; a < n; ++a) {
+      for (Index b = 0; b < n; ++b) pairs.push_back({-value(a, b), {a, b}});
+    }
+    std::ranges::sort(pairs);
+    std::vector<Index> of(n, n);
+    std::vector<bool> taken(n, false);
+    for (const auto& [negative, pair] : pairs) {
+      if (of[pair.first] != n || taken[pair.second]) continue;
+      of[pair.first] = pair.second;
+      taken[pair.second] = true;
+    }
+    return of;
+  };
+  const auto node_value = [&](Index a, Index b) {
+    int sum = 0;
+    for (Index i = 0; i < per_node; ++i) {
+      for (Index j = 0; j < per_node; ++j) sum += common[(a * per_node + i) * devices + b * per_node + j];
+    }
+    return sum;
+  };
+  const auto node_of = match(at(nodes), node_value);
+  Placement renamed{plan.devices, {}};
+  for (Index a = 0; a < at(nodes); ++a) {
+    const Index b = node_of[a];
+    const auto device_of = match(
+        per_node, [&](Index i, Index j) { return common[(a * per_node + i) * devices + b * per_node + j]; });
+    for (const Index j : device_of) {
+      const auto from = plan.experts.begin() + static_cast<std::ptrdiff_t>((b * per_node + j) * room);
+      renamed.experts.insert(renamed.experts.end(), from, from + static_cast<std::ptrdiff_t>(room));
+    }
+  }
+  return renamed;
+}
+
+std::vector<double> device_loads(const Placement& placement, std::span<const double> loads) {
+  std::vector<int> copies(loads.size(), 0);
+  for (const int expert : placement.experts) ++copies[at(expert)];
+  std::vector<double> sums(at(placement.devices), 0.0);
+  const Index room = placement.experts.size() / sums.size();
+  for (Index s = 0; s < placement.experts.size(); ++s) {
+    const Index expert = at(placement.experts[s]);
+    sums[s / room] += loads[expert] / copies[expert];
+  }
+  return sums;
+}
+
+double balancedness(const Placement& placement, std::span<const double> loads) {
+  const auto sums = device_loads(placement, loads);
+  const double largest = *std::ranges::max_element(sums);
+  return largest > 0
+             ? std::accumulate(sums.begin(), sums.end(), 0.0) / static_cast<double>(sums.size()) / largest
+             : 1;
+}
+
+std::vector<double> forecast_loads(std::span<const double> history, int experts) {
+  constexpr double kClearly = 0.9;
+  if (experts < 1 || history.size() % at(experts) != 0)
+    throw std::invalid_argument("history: must hold rows of one load for each expert");
+  const Index n = at(experts), rows = history.size() / n;
+  // Mean share over rows [from, to).
+  const auto shares = [&](Index from, Index to) {
+    std::vector<double> mean(n, 0.0);
+    for (Index r = from; r < to; ++r) {
+      for (Index i = 0; i < n; ++i) mean[i] += history[r * n + i];
+    }
+    const double sum = std::accumulate(mean.begin(), mean.end(), 0.0);
+    for (double& m : mean) m = sum > 0 ? m / sum : 0;
+    return mean;
+  };
+  if (rows < 4) return shares(0, rows);
+  // Each window is tried from several points of the past, on all that came after: plans are used for long.
+  const double even = 1.0 / static_cast<double>(n);
+  const Index origins[] = {rows / 2, rows * 5 / 8, rows * 3 / 4, rows * 7 / 8};
+  double least = HUGE_VAL, shrink = 1;
+  Index window = rows;
+  for (Index w = rows; w >= 2; w /= 2) {
+    double cross = 0, square = 0, later_square = 0;
+    for (const Index origin : origins) {
+      const std::vector<double> earlier = shares(origin - std::min(w, origin), origin);
+      const std::vector<double> later = shares(origin, rows);
+      for (Index i = 0; i < n; ++i) {
+        const double x = earlier[i] - even, y = later[i] - even;
+        cross += x * y;
+        square += x * x;
+        later_square += y * y;
+      }
+    }
+    const double slope = square > 0 ? std::clamp(cross / square, 0.0, 1.0) : 0;
+    const double error = later_square - 2 * slope * cross + slope * slope * square;
+    // A shorter window has to be clearly better: the one that is best by chance is not.
+    if (error < least * (w == rows ? 1 : kClearly)) {
+      least = error;
+      shrink = slope;
+      window = w;
+    }
+  }
+  std::vector<double> forecast = shares(rows - window, rows);
+  // A little is kept, so that the order of the loads decides between plans that are otherwise equal.
+  for (double& f : forecast) f = even + std::max(shrink, 1e-3) * (f - even);
+  return forecast;
+}
+
+}  // namespace moectl

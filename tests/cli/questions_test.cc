@@ -1,0 +1,332 @@
+// Questions that people ask with their counts, answered by `metrics`, `capacity` and `placement` as they would be typed.
+#include <gmock/gmock.h>
+
+#include <algorithm>
+#include <cmath>
+#include <filesystem>
+#include <random>
+
+#include "tool.h"
+
+namespace moectl {
+namespace {
+
+using nlohmann::json;
+using ::testing::HasSubstr;
+using ::testing::Not;
+
+/// T tokens of balanced routing: each chooses k of N experts, by `weights` if there are any. [N]
+std::vector<std::int64_t> routed(std::mt19937_64& random, int experts, int top_k, int tokens,
+                                 const std::vector<double>& weights = {}) {
+  std::vector<std::int64_t> counts(static_cast<std::size_t>(experts), 0);
+  std::uniform_real_distribution<double> uniform(1e-12, 1);
+  std::vector<std::pair<double, std::size_t>> keys(counts.size());
+  for (int t = 0; t < tokens; ++t) {
+    // The k smallest of exponential times with these rates.
+    for (std::size_t i = 0; i < keys.size(); ++i)
+      keys[i] = {-std::log(uniform(random)) / (weights.empty() ? 1 : weights[i]), i};
+    std::nth_element(keys.begin(), keys.begin() + top_k, keys.end());
+    for (int j = 0; j < top_k; ++j) ++counts[keys[static_cast<std::size_t>(j)].second];
+  }
+  return counts;
+}
+
+std::string line(std::int64_t step, int layer, int tokens, int top_k, const std::vector<std::int64_t>& counts,
+                 const std::string& tag = "train") {
+  return json({{"step", step},
+               {"layer", layer},
+               {"tokens", tokens},
+               {"top_k", top_k},
+               {"counts", counts},
+               {"tag", tag}})
+             .dump() +
+         '\n';
+}
+
+// "Is a CV of 9.4 % imbalanced?", asked with 6 experts, top-3, 43 decode steps of one token. Two layers whose summed counts have
+// CVs of 9.2 and 9.6 %.
+std::string cv_of_9_4_percent() {
+  std::string text;
+  std::vector<std::int64_t> left[] = {{24, 24, 22, 20, 20, 19}, {25, 22, 22, 21, 21, 18}};
+  for (int step = 0; step < 43; ++step) {
+    for (int layer = 0; layer < 2; ++layer) {
+      // The three experts with the most tokens still to place.
+      std::vector<std::size_t> order = {0, 1, 2, 3, 4, 5};
+      std::ranges::stable_sort(order,
+                               [&](std::size_t a, std::size_t b) { return left[layer][a] > left[layer][b]; });
+      std::vector<std::int64_t> counts(6, 0);
+      for (std::size_t j = 0; j < 3; ++j) {
+        ++counts[order[j]];
+        --left[layer][order[j]];
+      }
+      text += line(step, layer, 1, 3, counts);
+    }
+  }
+  return text;
+}
+
+TEST(UserReports, Item30_ACvOf9Point4PercentOn43TokensIsChance) {
+  const TempDir dir;
+  const ToolResult sum = run_tool(dir, "metrics - --sum --format json", cv_of_9_4_percent());
+  ASSERT_EQ(sum.code, 0) << sum.err;
+  ASSERT_EQ(sum.lines().size(), 2U);
+  double mean = 0;
+  for (std::size_t layer = 0; layer < 2; ++layer) {
+    const json row = sum.json(layer);
+    const double cv = row["load_cv"]["value"];
+    mean += cv / 2;
+    // √((6/3 - 1)/43) = 15.2 %: balanced routing of so few tokens is less even than that.
+    EXPECT_NEAR(row["load_cv"]["floor"].get<double>(), std::sqrt(1.0 / 43), 1e-12);
+    EXPECT_EQ(row["floor"], "noise floor");
+    EXPECT_EQ(row["verdict"], "balanced");
+    EXPECT_TRUE(row["hot"].empty());
+    // From T with 1.6 √(1/T) < CV on it would be more than 1.6 floors: some 290 tokens.
+    EXPECT_NEAR(row["tokens_to_be_sure"].get<double>(), 2.56 / (cv * cv), 1.5);
+  }
+  EXPECT_NEAR(mean, 0.094, 0.0005);
+  const ToolResult screen = run_tool(dir, "metrics - --sum", cv_of_9_4_percent());
+  EXPECT_THAT(screen.out, HasSubstr("6 experts, top-3, 43 steps"));
+  EXPECT_THAT(screen.out, HasSubstr("BALANCED"));
+  EXPECT_THAT(screen.out, HasSubstr("noise floor"));
+  // The same shares of a thousand times as many tokens are another matter.
+  const ToolResult many = run_tool(dir, "metrics - --sum --format json",
+                                   line(0, 0, 43000, 3, {24000, 24000, 22000, 20000, 20000, 19000}));
+  EXPECT_EQ(many.json()["verdict"], "imbalanced");
+}
+
+TEST(Screen, SaysWhichLayersAndExpertsAreOutOfLine) {
+  std::mt19937_64 random(1);
+  std::string text;
+  for (int step = 0; step < 60; ++step) {
+    text += line(step, 0, 256, 2, routed(random, 8, 2, 256));
+    text += line(step, 1, 256, 2, routed(random, 8, 2, 256, {6, 1, 1, 1, 1, 1, 0.02, 1e-9}));
+    text += line(step, 0, 256, 2, routed(random, 8, 2, 256), "validation");
+  }
+  const TempDir dir;
+  dir.write("t.jsonl", text);
+  const ToolResult screen = run_tool(dir, "metrics t.jsonl --format screen");
+  ASSERT_EQ(screen.code, 0) << screen.err;
+  EXPECT_THAT(screen.out, HasSubstr("IMBALANCED: layers 1 "));
+  EXPECT_THAT(screen.out, HasSubstr("Balanced: layers 0 "));
+  EXPECT_THAT(screen.out, HasSubstr("--by tag"));
+  EXPECT_LE(screen.lines().size(), 24U) << "one screen";
+  const ToolResult rows = run_tool(dir, "metrics t.jsonl --by tag --format json");
+  ASSERT_EQ(rows.lines().size(), 3U);
+  EXPECT_EQ(rows.json(0)["tag"], "train");
+  EXPECT_EQ(rows.json(1)["tag"], "validation");
+  EXPECT_EQ(rows.json(1)["verdict"], "balanced");
+  const json one = rows.json(2);
+  EXPECT_EQ(one["verdict"], "imbalanced");
+  EXPECT_EQ(one["dead"], json({"e7"}));
+  ASSERT_EQ(one["cold"].size(), 1U);
+  EXPECT_THAT(one["cold"][0].get<std::string>(), HasSubstr("e6 x"));
+  ASSERT_EQ(one["hot"].size(), 1U);
+  EXPECT_THAT(one["hot"][0].get<std::string>(), HasSubstr("e0 x"));
+  EXPECT_GT(one["load_cv"]["low"].get<double>(), 1.6);
+  EXPECT_EQ(run_tool(dir, "metrics t.jsonl --by rank").code, 1);
+  // In a pipe the default stays one JSON object a record.
+  EXPECT_EQ(run_tool(dir, "metrics t.jsonl").lines().size(), 180U);
+}
+
+TEST(Screen, AnImbalanceThatAlternatesIsGoneInTheSum) {
+  std::string text;
+  for (int step = 0; step < 40; ++step) {
+    text += step % 2 ? line(step, 0, 400, 1, {80, 80, 80, 80, 20, 20, 20, 20})
+                     : line(step, 0, 400, 1, {20, 20, 20, 20, 80, 80, 80, 80});
+  }
+  const TempDir dir;
+  EXPECT_THAT(run_tool(dir, "metrics - --format screen", text).out, HasSubstr("IMBALANCED"));
+  EXPECT_EQ(run_tool(dir, "metrics - --sum --format json", text).json()["verdict"], "balanced");
+}
+
+TEST(Screen, ByDomain) {
+  const std::string text =
+      R"({"step":0,"layer":0,"tokens":400,"top_k":1,"counts":[200,200],"domain_counts":{"code":[200,0],"prose":[0,200]}})"
+      "\n";
+  const TempDir dir;
+  const ToolResult rows = run_tool(dir, "metrics - --by domain --format json", text);
+  ASSERT_EQ(rows.lines().size(), 2U) << rows.err;
+  EXPECT_EQ(rows.json(0)["domain"], "code");
+  EXPECT_EQ(rows.json(0)["verdict"], "imbalanced");
+  EXPECT_EQ(rows.json(0)["tokens"], 200);
+}
+
+// ---- capacity ----
+
+TEST(Capacity, RatesByHand) {
+  // N = 4, S = 16: capacity 4 · factor, rounded up. [8, 4, 3, 1]: factor 1 drops 4, 1.25 drops 3, 2 none.
+  const TempDir dir;
+  const ToolResult result = run_tool(dir, "capacity - --factors 1 1.25 2 --drop 0.13 --format json",
+                                     line(0, 0, 8, 2, {8, 4, 3, 1}));
+  ASSERT_EQ(result.code, 0) << result.err;
+  const json all = json::parse(result.out);
+  EXPECT_TRUE(all["lower_bound"]);
+  const json& rates = all["layers"][0]["rates"];
+  EXPECT_DOUBLE_EQ(rates[0]["drop_rate"].get<double>(), 4.0 / 16);
+  EXPECT_DOUBLE_EQ(rates[1]["drop_rate"].get<double>(), 3.0 / 16);
+  EXPECT_DOUBLE_EQ(rates[2]["drop_rate"].get<double>(), 0);
+  // 2 of 16 = 12.5 % at a capacity of 6: the first hundredth above 5/4.
+  EXPECT_NEAR(all["factor"].get<double>(), 1.26, 1e-9);
+}
+
+// The question: which capacity factor for at most 1 % drops, 128 experts, top-8? Balanced routing, 4096 tokens in each of 8
+// micro-batches: 256 assignments an expert, which scatter by √(256 · 15/16) = 6 %.
+TEST(Capacity, Of128ExpertsTop8ForOnePercentDrops) {
+  std::mt19937_64 random(2);
+  std::string parts, whole;
+  for (int step = 0; step < 6; ++step) {
+    std::vector<std::int64_t> sum(128, 0);
+    for (int r = 0; r < 8; ++r) {
+      const auto counts = routed(random, 128, 8, 512);
+      for (std::size_t i = 0; i < sum.size(); ++i) sum[i] += counts[i];
+      parts += line(step, 0, 512, 8, counts, "rank" + std::to_string(r));
+    }
+    whole += line(step, 0, 4096, 8, sum);
+  }
+  const TempDir dir;
+  const auto factor = [&](const std::string& text, const std::string& more) {
+    const ToolResult result = run_tool(dir, "capacity - --drop 0.01 --format json" + more, text);
+    EXPECT_EQ(result.code, 0) << result.err;
+    return json::parse(result.out);
+  };
+  // 32 assignments an expert and part, standard deviation √(32 · 15/16) = 5.5, 17 % of them. E max(0, X - c) = 0.32 of a
+  // normal X, which is 1 % of the mean, at c = 32 + 1.19 · 5.5 = 38.5; capacities are whole: 39 of 32 from factor 1.19 on.
+  const json of_ranks = factor(parts, "");
+  EXPECT_FALSE(of_ranks["lower_bound"]);
+  EXPECT_NEAR(of_ranks["factor"].get<double>(), 1.2, 0.03);
+  // Of whole steps it is a lower bound, and far too low; split into 8 parts it is right again.
+  const json bound = factor(whole, "");
+  EXPECT_TRUE(bound["lower_bound"]);
+  EXPECT_LT(bound["factor"].get<double>(), 1.1);
+  EXPECT_NEAR(factor(whole, " --parts 8")["factor"].get<double>(), of_ranks["factor"].get<double>(), 0.035);
+  const ToolResult table = run_tool(dir, "capacity - --drop 0.01", whole);
+  EXPECT_THAT(table.out, HasSubstr("LOWER BOUND"));
+  EXPECT_THAT(table.out, HasSubstr("capacity factor at least 1.0"));
+  EXPECT_THAT(run_tool(dir, "capacity -", parts).out, HasSubstr("8 ranks"));
+  EXPECT_EQ(run_tool(dir, "capacity -", parts + whole).code, 1) << "steps and their ranks would count twice";
+}
+
+TEST(Capacity, TheIntervalHoldsTheMean) {
+  std::mt19937_64 random(3);
+  std::string text;
+  for (int step = 0; step < 64; ++step)
+    text +=
+        line(step, 0, 256, 2, routed(random, 16, 2, 256, {3, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1}));
+  const TempDir dir;
+  const json all = json::parse(run_tool(dir, "capacity - --factors 1.25 --format json", text).out);
+  const json& rate = all["layers"][0]["rates"][0];
+  EXPECT_LT(rate["low"].get<double>(), rate["drop_rate"].get<double>());
+  EXPECT_GT(rate["high"].get<double>(), rate["drop_rate"].get<double>());
+  EXPECT_LT(rate["high"].get<double>() - rate["low"].get<double>(), 0.03);
+}
+
+// ---- placement ----
+
+std::string steady(double spread, std::uint64_t seed, int steps = 80) {
+  std::mt19937_64 random(seed);
+  std::normal_distribution<double> normal;
+  std::vector<double> weights(16);
+  for (double& w : weights) w = std::exp(spread * normal(random));
+  std::string text;
+  for (int step = 0; step < steps; ++step) text += line(step, 3, 512, 2, routed(random, 16, 2, 512, weights));
+  return text;
+}
+
+TEST(PlacementCommand, MovesPayWhereLoadsAreUnevenAndNotWhereTheyAreNoise) {
+  const TempDir dir;
+  const ToolResult uneven = run_tool(dir, "placement - --devices 4 --slots 20 --format json", steady(1, 1));
+  ASSERT_EQ(uneven.code, 0) << uneven.err;
+  const json plan = json::parse(uneven.out);
+  EXPECT_EQ(plan["verdict"], "worth");
+  EXPECT_GT(plan["planned"].get<double>(), plan["linear"].get<double>() + 0.1);
+  EXPECT_GT(plan["gain"]["low"].get<double>(), 0);
+  EXPECT_LE(plan["planned"].get<double>(), plan["told"].get<double>() + 0.02);
+  EXPECT_EQ(plan["layers"][0]["phy2log"].size(), 20U);
+  EXPECT_THAT(uneven.err, HasSubstr("Worth its"));
+  const ToolResult even = run_tool(dir, "placement - --devices 4", steady(0, 2));
+  EXPECT_THAT(even.out, HasSubstr("Not worth its"));
+  EXPECT_THAT(even.out, HasSubstr("Leave the experts where they are"));
+}
+
+TEST(PlacementCommand, FilesForEngines) {
+  const TempDir dir;
+  const std::string text = steady(1, 3);
+  const json maps =
+      json::parse(run_tool(dir, "placement - --devices 4 --slots 20 --format phy2log", text).out);
+  EXPECT_EQ(maps["layers"], json({3}));
+  ASSERT_EQ(maps["physical_to_logical_map"][0].size(), 20U);
+  const json ascend =
+      json::parse(run_tool(dir, "placement - --devices 4 --slots 20 --format ascend", text).out);
+  EXPECT_EQ(ascend["moe_layer_count"], 1);
+  const json& layer = ascend["layer_list"][0];
+  EXPECT_EQ(layer["layer_id"], 0) << "numbered over MoE layers";
+  EXPECT_EQ(layer["device_count"], 4);
+  std::vector<int> joined;
+  for (const json& device : layer["device_list"]) {
+    for (const int expert : device["device_expert"]) joined.push_back(expert);
+  }
+  EXPECT_EQ(json(joined), maps["physical_to_logical_map"][0]);
+}
+
+TEST(PlacementCommand, MaxMovesAndWrongOptions) {
+  const TempDir dir;
+  const std::string text = steady(1, 4);
+  const json few =
+      json::parse(run_tool(dir, "placement - --devices 4 --max-moves 2 --format json", text).out);
+  EXPECT_LE(few["moves"].get<int>(), 2);
+  EXPECT_GT(few["planned"].get<double>(), few["linear"].get<double>());
+  EXPECT_THAT(run_tool(dir, "placement - --devices 4 --slots 18", text).err, HasSubstr("--slots: 18"));
+  EXPECT_THAT(run_tool(dir, "placement - --devices 4 --nodes 2 --max-moves 2", text).err,
+              HasSubstr("--max-moves"));
+  EXPECT_THAT(run_tool(dir, "placement - --devices 4", steady(1, 4, 1)).err, HasSubstr("at least 2"));
+  EXPECT_THAT(run_tool(dir, "placement - --devices 4", line(0, 0, 4, 1, {4, 0}, "other")).err,
+              HasSubstr("no record tagged 'train'"));
+}
+
+// ---- simulate --set ----
+
+TEST(SimulateSet, RunsTheGridAndSaysWhatEachRunHad) {
+  const TempDir dir;
+  const std::string config = MOECTL_SOURCE_DIR "/policies/sign_bias.yaml";
+  const std::string common = "simulate " + config + " --steps 60 --format json";
+  const ToolResult grid =
+      run_tool(dir, common + " --set expert_bias.options.step=1e-4,1e-2 --set model.top_k=2,4 -o run.jsonl");
+  ASSERT_EQ(grid.code, 0) << grid.err;
+  const json runs = json::parse(grid.out);
+  ASSERT_EQ(runs.size(), 4U);
+  EXPECT_EQ(runs[0]["set"], json({{"expert_bias.options.step", "1e-4"}, {"model.top_k", "2"}}));
+  EXPECT_EQ(runs[3]["set"], json({{"expert_bias.options.step", "1e-2"}, {"model.top_k", "4"}}));
+  EXPECT_LT(runs[2]["max_vio"].get<double>(), runs[0]["max_vio"].get<double>());
+  // The same as a run on its own, whichever thread took it; and a log for each.
+  const json alone =
+      json::parse(run_tool(dir, common + " --set expert_bias.options.step=1e-2 --set model.top_k=4").out);
+  EXPECT_EQ(alone[0]["max_vio"], runs[3]["max_vio"]);
+  EXPECT_EQ(run_tool(dir, "compare run-*.jsonl --format json").code, 0);
+  EXPECT_TRUE(std::filesystem::exists(dir.path("run-expert_bias.options.step=1e-4-model.top_k=2.jsonl")));
+  const ToolResult table =
+      run_tool(dir, "simulate " + config + " --steps 60 --set expert_bias.options.step=1e-4,1e-2");
+  EXPECT_THAT(table.lines().at(0), HasSubstr("expert_bias.options.step"));
+  // A list is one value.
+  EXPECT_EQ(json::parse(run_tool(dir, common + " --set 'health.bands.max_vio=[0,1]'").out).size(), 1U);
+}
+
+TEST(SimulateSet, WrongKeysAndValuesAreNamed) {
+  const TempDir dir;
+  const std::string common = "simulate " MOECTL_SOURCE_DIR "/policies/sign_bias.yaml --steps 20 --set ";
+  const struct {
+    std::string set, message;
+  } cases[] = {{"expert_bias.options.stepp=1", "did you mean 'step'"},
+               {"expert_bias.options.step=-1", "expert_bias.options.step"},
+               {"mode.x=1", "stands in no map"},
+               {"step", "must be KEY=VALUE"},
+               {"model.top_k=", "must be KEY=VALUE"},
+               {"'model.top_k=[1'", "must be a value of YAML"}};
+  for (const auto& c : cases) {
+    const ToolResult result = run_tool(dir, common + c.set);
+    EXPECT_EQ(result.code, 1) << c.set;
+    EXPECT_THAT(result.err, HasSubstr(c.message)) << c.set;
+  }
+}
+
+}  // namespace
+}  // namespace moectl

@@ -1,0 +1,376 @@
+// Each format from a small file in its exact shape to a trace, by the tool: counts by hand.
+#include <gmock/gmock.h>
+#include <zlib.h>
+
+#include <cstring>
+
+#include "cli/tool.h"
+
+namespace moectl {
+namespace {
+
+using nlohmann::json;
+using ::testing::HasSubstr;
+using ::testing::Not;
+
+const std::string kFiles = MOECTL_SOURCE_DIR "/tests/import/files/";
+
+/// The records of a trace, its first line left out.
+std::vector<json> records(const std::string& text) {
+  std::vector<json> found;
+  std::istringstream lines(text);
+  std::string line;
+  std::getline(lines, line);
+  EXPECT_EQ(json::parse(line)["format"], "moectl-trace");
+  while (std::getline(lines, line)) found.push_back(json::parse(line));
+  return found;
+}
+
+/// Imports to standard output, and reads the trace with `metrics`, which refuses what is no trace.
+std::vector<json> imported(const std::string& arguments, std::string* notes = nullptr) {
+  const TempDir dir;
+  const ToolResult result = run_tool(dir, "import " + arguments + " -o t.jsonl");
+  EXPECT_EQ(result.code, 0) << arguments << ": " << result.err;
+  if (notes) *notes = result.err;
+  const ToolResult read = run_tool(dir, "metrics t.jsonl --format json");
+  EXPECT_EQ(read.code, 0) << arguments << ": " << read.err;
+  return records(TempDir::read(dir.path("t.jsonl")));
+}
+
+std::string refused(const std::string& arguments, const std::string& input = "") {
+  const TempDir dir;
+  const ToolResult result = run_tool(dir, "import " + arguments + " -o t.jsonl", input);
+  EXPECT_EQ(result.code, 1) << arguments;
+  EXPECT_FALSE(std::filesystem::exists(dir.path("t.jsonl"))) << arguments;
+  EXPECT_FALSE(std::filesystem::exists(dir.path("t.jsonl.part"))) << arguments;
+  return result.err;
+}
+
+const json& at(const std::vector<json>& all, std::int64_t step, int layer, const std::string& tag = "train") {
+  for (const json& record : all) {
+    if (record["step"] == step && record["layer"] == layer && record.value("tag", "train") == tag)
+      return record;
+  }
+  ADD_FAILURE() << "no record of step " << step << ", layer " << layer << ", " << tag;
+  static const json kNone = {{"counts", nullptr}, {"tokens", nullptr}};
+  return kNone;
+}
+
+TEST(Import, SglangCsvOfRanksIsSummedOrKeptApart) {
+  const std::string files = kFiles + "expert_distribution_rank*.csv";
+  const auto sum = imported("sglang " + files + " --top-k 2");
+  ASSERT_EQ(sum.size(), 2U);
+  EXPECT_EQ(at(sum, 0, 3)["counts"], json({18, 14, 2, 6}));
+  EXPECT_EQ(at(sum, 0, 3)["tokens"], 20);
+  EXPECT_EQ(at(sum, 0, 4)["counts"], json({9, 2, 20, 9}));
+  const auto apart = imported("sglang " + files + " --top-k 2 --by rank");
+  ASSERT_EQ(apart.size(), 4U);
+  EXPECT_EQ(at(apart, 0, 3, "rank0")["counts"], json({10, 6, 2, 2}));
+  EXPECT_EQ(at(apart, 0, 3, "rank1")["counts"], json({8, 8, 0, 4}));
+  EXPECT_THAT(refused("sglang " + files), HasSubstr("--top-k"));
+}
+
+TEST(Import, RanksThatHoldTheSameCountsAreTakenOnce) {
+  const TempDir dir;
+  dir.write("expert_distribution_rank0_timestamp1.csv", "layer_id,expert_id,count\n0,0,3\n0,1,1\n");
+  dir.write("expert_distribution_rank1_timestamp2.csv", "layer_id,expert_id,count\n0,0,3\n0,1,1\n");
+  const ToolResult result = run_tool(dir, "import sglang expert_distribution_rank*.csv --top-k 1 -o -");
+  ASSERT_EQ(result.code, 0) << result.err;
+  EXPECT_EQ(records(result.out)[0]["counts"], json({3, 1}));
+  EXPECT_THAT(result.err, HasSubstr("taken once"));
+}
+
+// Dumps of one rank follow each other by their time stamps, whatever the order of the arguments.
+TEST(Import, SglangDumpsAreStepsInTheOrderOfTheirTimeStamps) {
+  const TempDir dir;
+  dir.write("expert_distribution_rank0_timestamp100.5.csv", "layer_id,expert_id,count\n0,0,3\n0,1,1\n");
+  dir.write("expert_distribution_rank0_timestamp99.5.csv", "layer_id,expert_id,count\n0,0,2\n0,1,2\n");
+  const ToolResult result = run_tool(dir, "import sglang expert_distribution_rank*.csv --top-k 1 -o -");
+  ASSERT_EQ(result.code, 0) << result.err;
+  EXPECT_EQ(at(records(result.out), 0, 0)["counts"], json({2, 2}));
+  EXPECT_EQ(at(records(result.out), 1, 0)["counts"], json({3, 1}));
+}
+
+TEST(Import, SglangLogicalCount) {
+  std::string notes;
+  const auto all = imported("sglang " + kFiles + "logical_count.npy --top-k 2", &notes);
+  ASSERT_EQ(all.size(), 4U);
+  EXPECT_EQ(at(all, 0, 1)["counts"], json({5, 3, 1, 1}));
+  EXPECT_EQ(at(all, 1, 2)["counts"], json({2, 2, 2, 4}));
+  EXPECT_EQ(at(all, 1, 2)["tokens"], 5);
+  EXPECT_THAT(notes, HasSubstr("dense"));
+}
+
+TEST(Import, VllmRoutedExpertsAsArrayArchiveAndJsonLines) {
+  std::string notes;
+  const auto one = imported("vllm " + kFiles + "routed_experts.npy", &notes);
+  ASSERT_EQ(one.size(), 2U) << "layer 0 is dense";
+  EXPECT_THAT(notes, HasSubstr("dense"));
+  EXPECT_THAT(notes, HasSubstr("6 experts"));
+  const json& record = at(one, 0, 1);
+  EXPECT_EQ(record["counts"], json({1, 2, 1, 4, 0, 0}));
+  EXPECT_EQ(record["tokens"], 4);
+  EXPECT_EQ(record["top_k"], 2);
+  EXPECT_EQ(record["sequences"], 1);
+  EXPECT_EQ(record["sequence_len_sq"], 64);
+  EXPECT_EQ(record["sequence_sq"], json({1, 4, 1, 16, 0, 0}));
+  EXPECT_EQ(record["sequence_cross"], json({8, 16, 8, 32, 0, 0}));
+  EXPECT_EQ(at(one, 0, 2)["counts"], json({1, 1, 3, 0, 1, 2}));
+  const auto archive = imported("vllm " + kFiles + "routed_experts.npz");
+  EXPECT_EQ(archive, imported("vllm " + kFiles + "routed_experts.jsonl"));
+  EXPECT_EQ(at(archive, 0, 1)["counts"], json({2, 3, 1, 4, 1, 1}));
+  EXPECT_EQ(at(archive, 0, 1)["sequence_len_sq"], 80);
+  // Requests make steps of at least so many tokens.
+  EXPECT_EQ(imported("vllm " + kFiles + "routed_experts.npz --tokens-per-step 3").size(), 4U);
+  EXPECT_EQ(imported("vllm " + kFiles + "routed_experts.npy --experts 64")[0]["counts"].size(), 64U);
+  EXPECT_THAT(refused("vllm " + kFiles + "routed_experts.npy --experts 5"), HasSubstr("expert 5"));
+}
+
+// vLLM #47785: -1 is a slot that was not routed.
+TEST(Import, SlotsOfMinusOneAreNotRouted) {
+  const TempDir dir;
+  const ToolResult result = run_tool(dir, "import vllm - -o -",
+                                     R"({"routed_experts":[[[0,1]],[[2,-1]],[[-1,-1]]]})"
+                                     "\n");
+  ASSERT_EQ(result.code, 0) << result.err;
+  const json record = records(result.out)[0];
+  EXPECT_EQ(record["counts"], json({1, 1, 1}));
+  EXPECT_EQ(record["tokens"], 2);
+}
+
+TEST(Import, MegatronRouterTraces) {
+  const auto all =
+      imported("megatron " + kFiles + "router_trace_rank0.jsonl " + kFiles + "router_trace_rank1.jsonl");
+  EXPECT_EQ(at(all, 0, 1)["counts"], json({4, 4, 3, 1})) << "two micro-batches and two ranks";
+  EXPECT_EQ(at(all, 0, 1)["tokens"], 6);
+  EXPECT_EQ(at(all, 1, 2)["counts"], json({2, 3, 2, 1}));
+  EXPECT_EQ(at(all, 0, 0, "mtp0")["counts"], json({2, 1, 0, 1}))
+      << "layers of prediction heads count from 0 again";
+  const auto apart = imported("megatron " + kFiles + "router_trace_rank*.jsonl --by rank");
+  EXPECT_EQ(at(apart, 0, 1, "rank1")["counts"], json({1, 1, 2, 0}));
+  EXPECT_EQ(at(apart, 0, 0, "rank0/mtp0")["tokens"], 2);
+}
+
+TEST(Import, MegatronTokensPerExpert) {
+  const auto all = imported("megatron " + kFiles + "tokens_per_expert_rank0.jsonl --top-k 2");
+  EXPECT_EQ(at(all, 100, 3)["counts"], json({21, 13, 9, 5}));
+  EXPECT_EQ(at(all, 100, 3)["tokens"], 24);
+  EXPECT_EQ(at(all, 100, 1, "mtp0")["counts"], json({6, 6, 6, 6}));
+}
+
+TEST(Import, HuggingFaceRouterLogits) {
+  const auto all =
+      imported("hf " + kFiles + "router_logits.npy --top-k 2 --mask " + kFiles + "attention_mask.npy");
+  ASSERT_EQ(all.size(), 2U);
+  const json& record = at(all, 0, 0);
+  EXPECT_EQ(record["counts"], json({3, 1, 3, 3}));
+  EXPECT_EQ(record["tokens"], 5) << "one token is padding";
+  EXPECT_EQ(record["sequences"], 2);
+  EXPECT_EQ(record["sequence_len_sq"], 52);
+  EXPECT_EQ(record["sequence_sq"], json({9, 1, 5, 5}));
+  double sum = 0;
+  for (const double p : record["prob_sum"]) sum += p;
+  EXPECT_NEAR(sum, 5, 1e-9);
+  // exp(0.142), exp(1.875) … of the first token and so on, by hand for expert 1.
+  const double rows[5][4] = {{0.142, 1.875, -1.397, 1.489},
+                             {-0.389, -0.392, 2.85, 0.236},
+                             {0.882, -1.461, -0.55, -0.657},
+                             {-1.998, -2.263, -2.44, -0.358},
+                             {-0.259, -0.481, 0.104, -2.003}};
+  double of_one = 0;
+  for (const auto& row : rows)
+    of_one += std::exp(row[1]) / (std::exp(row[0]) + std::exp(row[1]) + std::exp(row[2]) + std::exp(row[3]));
+  EXPECT_NEAR(record["prob_sum"][1].get<double>(), of_one, 1e-6);
+  const auto unmasked = imported("hf " + kFiles + "router_logits.npy --top-k 2 --scores sigmoid");
+  EXPECT_EQ(at(unmasked, 0, 0)["tokens"], 6);
+  EXPECT_FALSE(at(unmasked, 0, 0).contains("sequences"));
+  EXPECT_THAT(refused("hf " + kFiles + "router_logits.npy --top-k 2 --sequence-length 4"),
+              HasSubstr("must divide"));
+  EXPECT_THAT(refused("hf " + kFiles + "router_logits.npy --top-k 5"), HasSubstr("--top-k"));
+  EXPECT_THAT(refused("hf " + kFiles + "router_logits.npy --top-k 2 --mask " + kFiles + "router_logits.npy"),
+              HasSubstr("--mask"));
+}
+
+TEST(Import, LlamaCppRowsOfChoices) {
+  const auto all = imported("llama.cpp " + kFiles + "moe_trace.csv --top-k 2");
+  ASSERT_EQ(all.size(), 2U);
+  EXPECT_EQ(at(all, 0, 0)["counts"], json({1, 1, 1, 3, 0, 0}));
+  EXPECT_EQ(at(all, 0, 1)["counts"], json({1, 0, 1, 0, 3, 1}));
+  EXPECT_EQ(at(all, 0, 1)["tokens"], 3);
+  const auto passes = imported("llama.cpp " + kFiles + "moe_trace.csv --top-k 2 --tokens-per-step 1");
+  EXPECT_EQ(at(passes, 0, 0)["counts"], json({0, 1, 1, 2, 0, 0}));
+  EXPECT_EQ(at(passes, 1, 1)["counts"], json({0, 0, 1, 0, 1, 0}));
+}
+
+// ltp-megatron-lm #36 and exports of it: numbers as floats, a key for each layer and expert.
+TEST(UserReports, Item29_WandbExportsAsFloatsWithAKeyForEachExpert) {
+  std::string notes;
+  const auto all = imported("wandb " + kFiles + "wandb_history.csv --top-k 2", &notes);
+  ASSERT_EQ(all.size(), 4U) << "rows of other metrics are passed over";
+  EXPECT_EQ(at(all, 10, 0)["counts"], json({16384, 8192, 4096, 4096}));
+  EXPECT_EQ(at(all, 10, 0)["tokens"], 16384);
+  EXPECT_EQ(at(all, 20, 1)["counts"], json({8190, 8194, 8192, 8192}));
+  EXPECT_THAT(notes, HasSubstr("read as counts"));
+  // To a report in two commands.
+  const TempDir dir;
+  ASSERT_EQ(run_tool(dir, "import wandb " + kFiles + "wandb_history.csv --top-k 2 -o t.jsonl.gz").code, 0);
+  const ToolResult report = run_tool(dir, "report t.jsonl.gz -o report.html");
+  EXPECT_EQ(report.code, 0) << report.err;
+  EXPECT_NE(TempDir::read(dir.path("report.html")).find("\"steps\":2.0"), std::string::npos);
+}
+
+TEST(Import, WandbPanelsOfSharesNeedTheTokens) {
+  EXPECT_THAT(refused("wandb " + kFiles + "wandb_panel.csv --top-k 1"), HasSubstr("--tokens"));
+  std::string notes;
+  const auto all = imported("wandb " + kFiles + "wandb_panel.csv --top-k 1 --tokens 100", &notes);
+  EXPECT_EQ(at(all, 0, 2)["counts"], json({40, 30, 20, 10}));
+  EXPECT_EQ(at(all, 1, 2)["tokens"], 100);
+  EXPECT_THAT(notes, HasSubstr("shares of the load"));
+}
+
+// Rounding keeps the sum: the largest remainders get what is left.
+TEST(Import, SharesBecomeCountsOfTheWholeSum) {
+  const TempDir dir;
+  const ToolResult result = run_tool(dir, "import csv - --top-k 2 --tokens 5 -o -", "33.3;33.3;33.4\n");
+  ASSERT_EQ(result.code, 0) << result.err;
+  EXPECT_EQ(records(result.out)[0]["counts"], json({3, 3, 4}));
+  const ToolResult ratio = run_tool(dir, "import csv - --top-k 1 --tokens 8 -o -", "2.0,1.5,0.5,0.0\n");
+  EXPECT_EQ(records(ratio.out)[0]["counts"], json({4, 3, 1, 0}));
+  EXPECT_THAT(ratio.err, HasSubstr("multiples of the mean"));
+}
+
+TEST(Import, TwoMetricsAreNotMixed) {
+  const std::string header = "Step,a/layer0_expert0,a/layer0_expert1,b/layer0_expert0,b/layer0_expert1\n";
+  EXPECT_THAT(refused("wandb - --top-k 1", header + "0,1,2,3,4\n"), HasSubstr("--metric"));
+  const TempDir dir;
+  const ToolResult result =
+      run_tool(dir, "import wandb - --top-k 1 --metric b/ -o -", header + "0,1,2,3,4\n");
+  EXPECT_EQ(records(result.out)[0]["counts"], json({3, 4}));
+}
+
+TEST(Import, TensorBoardEventFiles) {
+  const auto all = imported("tensorboard " + kFiles + "events.out.tfevents.1700000000.host.1.0 --top-k 2");
+  ASSERT_EQ(all.size(), 2U);
+  EXPECT_EQ(at(all, 0, 0)["counts"], json({30, 20, 8, 6}));
+  EXPECT_EQ(at(all, 5, 0)["counts"], json({18, 18, 16, 12}));
+  const TempDir dir;
+  std::string damaged = TempDir::read(kFiles + "events.out.tfevents.1700000000.host.1.0");
+  damaged[100] = static_cast<char>(damaged[100] ^ 1);
+  EXPECT_THAT(refused("tensorboard " + dir.write("e", damaged) + " --top-k 2"), HasSubstr("event"));
+}
+
+TEST(Import, PlainMatrix) {
+  const auto all = imported("csv " + kFiles + "counts.csv --top-k 2");
+  ASSERT_EQ(all.size(), 4U);
+  EXPECT_EQ(at(all, 0, 1)["counts"], json({2, 2, 3, 3}));
+  EXPECT_EQ(at(all, 4, 1)["counts"], json({2, 2, 2, 4}));
+  const TempDir dir;
+  const ToolResult bare = run_tool(dir, "import csv - --top-k 1 -o -", "3,1\n2,2\n");
+  ASSERT_EQ(bare.code, 0) << bare.err;
+  EXPECT_EQ(at(records(bare.out), 1, 0)["counts"], json({2, 2}));
+}
+
+TEST(Import, PipesAndGzipGiveTheSameTrace) {
+  const TempDir dir;
+  const std::string text = TempDir::read(kFiles + "routed_experts.npy");
+  const ToolResult file = run_tool(dir, "import vllm " + kFiles + "routed_experts.npy -o -");
+  EXPECT_EQ(run_tool(dir, "import vllm - -o -", text).out, file.out) << "kept, to find the number of experts";
+  EXPECT_EQ(run_tool(dir, "import vllm - --experts 6 -o -", text).out, file.out) << "read once";
+  gzFile zip = gzopen(dir.path("x.gz").c_str(), "wb");
+  gzwrite(zip, text.data(), static_cast<unsigned>(text.size()));
+  gzclose(zip);
+  EXPECT_EQ(run_tool(dir, "import vllm x.gz -o -").out, file.out);
+  EXPECT_EQ(run_tool(dir, "import vllm - -o -", TempDir::read(dir.path("x.gz"))).out, file.out);
+}
+
+TEST(Import, OtherFormatsAreNamed) {
+  const std::string csv = kFiles + "expert_distribution_rank0_timestamp1744347750.3721356.csv";
+  const struct {
+    std::string arguments, nearest, expected;
+  } cases[] = {
+      {"vllm " + kFiles + "router_logits.npy", "hf", "[tokens, layers, k]"},
+      {"hf " + kFiles + "routed_experts.npy --top-k 2", "vllm", "router logits"},
+      {"llama.cpp " + csv + " --top-k 2", "sglang", "layer,expert"},
+      {"csv " + csv + " --top-k 2", "sglang", ""},
+      {"sglang " + kFiles + "moe_trace.csv --top-k 2", "llama.cpp", "layer_id,expert_id,count"},
+      {"wandb " + kFiles + "router_trace_rank0.jsonl --top-k 2", "megatron", "column for each"},
+      {"megatron " + kFiles + "routed_experts.jsonl", "vllm", "top_indices"},
+      {"vllm " + kFiles + "router_trace_rank0.jsonl", "megatron", "routed_experts"},
+      {"tensorboard " + kFiles + "wandb_history.csv --top-k 2", "wandb", "event file"},
+      {"csv " + kFiles + "wandb_history.csv --top-k 2", "wandb", ""},
+      {"sglang " + kFiles + "wandb_panel.csv --top-k 2", "wandb", "layer_id"},
+      {"wandb " + kFiles + "events.out.tfevents.1700000000.host.1.0 --top-k 2", "tensorboard", "column"}};
+  for (const auto& c : cases) {
+    const std::string error = refused(c.arguments);
+    EXPECT_THAT(error, HasSubstr("nearest format: " + c.nearest)) << c.arguments;
+    EXPECT_THAT(error, HasSubstr(c.expected)) << c.arguments;
+  }
+  EXPECT_THAT(refused("megatron " MOECTL_SOURCE_DIR "/docs/example_trace.jsonl"), HasSubstr("already"));
+}
+
+std::string npy(const std::string& header, const std::string& data = "") {
+  std::string bytes = "\x93NUMPY";
+  bytes += '\x01';
+  bytes += '\0';
+  bytes += static_cast<char>(header.size() & 255);
+  bytes += static_cast<char>(header.size() >> 8);
+  return bytes + header + data;
+}
+
+// What a header claims is checked before memory is taken.
+TEST(Import, ClaimsOfDamagedFilesTakeNoMemory) {
+  const TempDir dir;
+  const auto file = [&](const std::string& bytes) { return dir.write("x.npy", bytes); };
+  EXPECT_THAT(
+      refused("vllm " +
+              file(npy("{'descr': '|u1', 'fortran_order': False, 'shape': (9000000000, 9000000000, 2), }"))),
+      HasSubstr("shape"));
+  EXPECT_THAT(
+      refused("vllm " + file(npy("{'descr': '|u1', 'fortran_order': False, 'shape': (4, 3, 100000000), }"))),
+      HasSubstr("[tokens, layers, k]"));
+  EXPECT_THAT(
+      refused("vllm " + file(npy("{'descr': '|u1', 'fortran_order': False, 'shape': (4, 3, 2), }", "abc"))),
+      HasSubstr("ends too early"));
+  EXPECT_THAT(refused("vllm " + file(npy("{'descr': '|O', 'fortran_order': False, 'shape': (4, 3, 2), }"))),
+              HasSubstr("whole numbers or floats"));
+  EXPECT_THAT(refused("vllm " + file(npy("{'descr': '<i4', 'fortran_order': True, 'shape': (4, 3, 2), }"))),
+              HasSubstr("ascontiguousarray"));
+  EXPECT_THAT(
+      refused("hf " + file(npy("{'descr': '<f4', 'fortran_order': False, 'shape': (2, 6, 900000), }")) +
+              " --top-k 2"),
+      HasSubstr("router logits"));
+  std::string long_header = std::string("\x93NUMPY\x02\x00", 8) + std::string("\xff\xff\xff\x7f", 4);
+  EXPECT_THAT(refused("vllm " + file(long_header)), HasSubstr("header"));
+  EXPECT_THAT(refused("llama.cpp - --top-k 1", "layer,expert\n0,99999999\n"), HasSubstr("65534"));
+  EXPECT_THAT(refused("llama.cpp - --top-k 1", "layer,expert\n99999,1\n"), HasSubstr("4095"));
+  EXPECT_THAT(refused("csv - --top-k 1", std::string(std::size_t{40} << 20, '1')), HasSubstr("longer than"));
+  EXPECT_THAT(refused("csv - --top-k 1", "1,2\n3\n"), HasSubstr(":2: 1 columns"));
+  EXPECT_THAT(refused("csv - --top-k 1", "1.5,2\n"), HasSubstr("--values"));
+  EXPECT_THAT(refused("csv - --top-k 1", "-1,2\n"), HasSubstr("at least 0"));
+  EXPECT_THAT(refused("sglang - --top-k 1", "layer_id,expert_id,count\n0,0,-3\n"), HasSubstr(":2: count"));
+  EXPECT_THAT(refused("vllm missing.npy"), HasSubstr("missing.npy: cannot be opened"));
+  std::string cut = TempDir::read(kFiles + "routed_experts.npz").substr(0, 60);
+  EXPECT_THAT(refused("vllm " + dir.write("c.npz", cut)), HasSubstr("ends too early"));
+}
+
+// Memory does not grow with the length: the same peak within a few MiB for a file ten times as long.
+TEST(Import, LongInputsAreStreamed) {
+  const TempDir dir;
+  const auto peak = [&](int rows) {
+    std::string text;
+    for (int i = 0; i < rows; ++i)
+      text += "7,9,3,5,7,9,3,5,7,9,3,5,7,9,3,5,7,9,3,5,7,9,3,5,7,9,3,5,7,9,3,5\n";
+    dir.write("m.csv", text);
+    const std::string command = "cd '" + dir.path("") +
+                                "' && bash -c 'ulimit -v 400000; exec " MOECTL_TOOL
+                                " import csv m.csv --top-k 1 -o m.jsonl' 2>err";
+    return std::system(command.c_str());
+  };
+  EXPECT_EQ(peak(1000), 0);
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+  EXPECT_EQ(peak(2000000), 0) << "128 MB of text";
+#endif
+}
+
+}  // namespace
+}  // namespace moectl
