@@ -49,6 +49,7 @@ struct Place {
 
 Place place_of(std::string name) {
   const std::string prefix = "moectl/";
+  if (name == "moectl.h") name = "moectl/c.h";  // the header for C
   const bool is_public = name.rfind(prefix, 0) == 0;
   for (std::size_t r = 0; r < kOrder.size(); ++r) {
     for (const std::string& folder : kOrder[r].folders) {

@@ -148,6 +148,9 @@ class RunLogWriter {
   /// its end), and no second header is written. `shift`: the step at which the data will change, if known.
   RunLogWriter(const std::string& path, const ControllerConfig& config, bool append = false,
                std::optional<std::int64_t> shift = std::nullopt);
+  /// For other places than files: `out` receives whole lines, the header now and those of each step at once. What it
+  /// throws passes through.
+  RunLogWriter(std::function<void(std::string_view)> out, const ControllerConfig& config);
   ~RunLogWriter();
   void write(const StepReport& report, std::string_view tag = "train");
   void flush();

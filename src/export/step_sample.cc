@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <numeric>
 
-#include "export/run_figures.h"
 #include "moectl/monitor.h"
 
 namespace moectl {
@@ -17,6 +16,15 @@ ActuatorSample sample_of(const ActuatorReport& report) {
     sample.max = *max;
   }
   return sample;
+}
+
+/// Names that this version does not know are skipped.
+LimitReport reasons_of(const LoggedActuator& actuator) {
+  LimitReport report;
+  for (const std::string& word : actuator.reasons) {
+    if (const auto reason = reason_of(word)) report.add(*reason);
+  }
+  return report;
 }
 
 }  // namespace

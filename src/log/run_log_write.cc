@@ -91,6 +91,7 @@ class Sink {
                   : open(path.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC | (append ? O_APPEND : O_TRUNC), 0666);
     }
   }
+  explicit Sink(std::function<void(std::string_view)> out) : out_(std::move(out)) {}
   ~Sink() {
     const NoSigpipe guard;
     if (zip_) gzclose(zip_);
@@ -101,6 +102,10 @@ class Sink {
 
   bool is_open() const { return zip_ || file_ >= 0; }
   bool write(std::string_view text) {
+    if (out_) {
+      if (!text.empty()) out_(text);
+      return true;
+    }
     const NoSigpipe guard;  // a reader that leaves must not end the training
     errno = 0;
     if (zip_) return text.empty() || gzwrite(zip_, text.data(), static_cast<unsigned>(text.size())) > 0;
@@ -119,6 +124,7 @@ class Sink {
   }
 
  private:
+  std::function<void(std::string_view)> out_;
   gzFile zip_ = nullptr;
   int file_ = -1;
 };
@@ -349,6 +355,12 @@ RunLogWriter::RunLogWriter(const std::string& path, const ControllerConfig& conf
   file_->start();
 }
 
+RunLogWriter::RunLogWriter(std::function<void(std::string_view)> out, const ControllerConfig& config)
+    : file_(std::make_unique<File>("-", config)) {
+  file_->sink = std::make_unique<Sink>(std::move(out));
+  file_->begin(file_->header());
+}
+
 RunLogWriter::~RunLogWriter() = default;
 bool RunLogWriter::ok() const {
   return file_->good;
@@ -363,6 +375,7 @@ void RunLogWriter::flush() {
 void RunLogWriter::write(const StepReport& report, std::string_view tag) {
   File& file = *file_;
   if (!file.good) return;
+  file.json.text().clear();  // what could not be handed over
   if (std::exchange(file.resuming, false)) file.resume(report.step);
   if (file.config_changes_at(report.step)) file.config_change(report.step);
   for (const LayerReport& layer : report.layers) file.record(report, layer, tag);
