@@ -34,6 +34,8 @@ constexpr std::int64_t kFirstBackoff = 32, kLastBackoff = 128;
 // A layer that is balanced has nothing to answer.
 constexpr double kImbalance = kBalancedFloors * kBalancedFloors;
 constexpr double kReach = 16;
+// What a state may hold, so that every product below is a number.
+constexpr NumberRange kBias{-1e12, 1e12}, kLoad{0, 1e15}, kSum{-1e200, 1e200};
 // The check of a balanced layer is awake for kAwake steps in each kPeriod, and for those that fill its memory.
 constexpr std::int64_t kPeriod = 256, kAwake = 16;
 constexpr std::int64_t kNap = 8;  // steps without a comparison after an answer
@@ -82,7 +84,7 @@ ResponseCheck::ResponseCheck(const ControllerConfig& config, int layer)
   for (std::vector<double>& load : load_) load.assign(experts_, 0.0);
   for (std::size_t i = 0; i < config.model.targets.size(); ++i) {
     weight_[i] = config.model.targets[i] * static_cast<double>(experts_);
-    per_weight_[i] = weight_[i] > 0 ? 1 / weight_[i] : 0;
+    per_weight_[i] = weight_[i] > 0 ? std::min(1 / weight_[i], 1e6) : 0;
   }
 }
 
@@ -106,8 +108,10 @@ std::span<const double> ResponseCheck::bias(std::size_t ago) const {
 void ResponseCheck::remember(std::span<const double> in_force) {
   newest_ = (newest_ + 1) % (delay_ + 3);
   signs_[newest_] = sign_;
-  std::copy(in_force.begin(), in_force.end(),
-            history_.begin() + static_cast<std::ptrdiff_t>(newest_ * experts_));
+  double* const to = history_.data() + newest_ * experts_;
+  for_each_eight(experts_, [&](std::size_t i, auto at) {
+    at.put(&to[i], smaller(larger(at.get(&in_force[i]), splat(kBias.least)), splat(kBias.most)));
+  });
 }
 
 void ResponseCheck::observe(const RoutingStats* stats, double load_cv, double floor_cv,
@@ -173,7 +177,8 @@ void ResponseCheck::follow(const RoutingStats& stats) {
           at_before = splat(0), at_reference = splat(0);
   for_each_eight(experts_, [&](std::size_t i, auto at) {
     const Double8 per_weight = at.get(&per_weight_[i]), old = at.get(&slope_[i]);
-    const Double8 slope = old + newest * (at.get(&slope_now_[i]) * per_weight - old);
+    const Double8 slope =
+        smaller(old + newest * (at.get(&slope_now_[i]) * per_weight - old), splat(kLoad.most));
     at.put(&slope_[i], slope);
     slopes += slope;
     const Double8 load = at.get(&counts[i]) * scale * per_weight, change = load - at.get(&load_[1][i]);
@@ -247,7 +252,7 @@ void ResponseCheck::follow_probe() {
     noise += q * q * load;
   };
   for_each_eight(experts_, body);
-  if (!(sum_of(qq) > 0)) return;
+  if (!(sum_of(qq) > 1e-100)) return;
   pattern_sq_ = sum_of(qq);
   pattern_noise_ = sum_of(noise);
   load_along_[seen_] = sum_of(qy) / pattern_sq_;
@@ -497,14 +502,14 @@ std::optional<double> ResponseCheck::reach() const {
 
 void ResponseCheck::exchange(StateIo& io) {
   const auto sums = [&](Sums& of) {
-    io.value("response.zy", of.zy);
-    io.value("response.zx", of.zx);
-    io.value("response.zz", of.zz);
+    io.value("response.zy", of.zy, kSum);
+    io.value("response.zx", of.zx, kSum);
+    io.value("response.zz", of.zz, {0, kSum.most});
   };
-  io.values("response.slope", slope_, StateIo::kNotNegative);
+  io.values("response.slope", slope_, kLoad);
   slope_sum_ = sum_of(slope_);
   io.value("response.scaled", scaled_);
-  io.values("response.history", history_);
+  io.values("response.history", history_, kBias);
   std::int64_t newest = static_cast<std::int64_t>(newest_), seen = static_cast<std::int64_t>(seen_);
   io.value("response.newest", newest, {0, static_cast<std::int64_t>(delay_) + 2});
   newest_ = static_cast<std::size_t>(newest);
@@ -514,36 +519,36 @@ void ResponseCheck::exchange(StateIo& io) {
   io.value("response.referenced", referenced_);
   io.value("response.nap", nap_, {0, kNap});
   io.value("response.compared", compared_);
-  for (std::vector<double>& load : load_) io.values("response.load", load, StateIo::kNotNegative);
-  io.values("response.move_mean", move_mean_);
-  io.values("response.reference_load", reference_load_);
-  io.values("response.reference_bias", reference_bias_);
-  io.value("response.floor_sq", floor_sq_, StateIo::kNotNegative);
-  io.value("response.noise_sq", noise_sq_, StateIo::kNotNegative);
-  io.value("response.error_over_floor", error_over_floor_, StateIo::kNotNegative);
+  for (std::vector<double>& load : load_) io.values("response.load", load, kLoad);
+  io.values("response.move_mean", move_mean_, kBias);
+  io.values("response.reference_load", reference_load_, kLoad);
+  io.values("response.reference_bias", reference_bias_, kBias);
+  io.value("response.floor_sq", floor_sq_, {0, 1e100});
+  io.value("response.noise_sq", noise_sq_, {0, 1e100});
+  io.value("response.error_over_floor", error_over_floor_, {0, 1e6});
   sums(moves_);
   std::int64_t state = static_cast<std::int64_t>(state_), late = late_;
   io.value("response.state", state, {0, kResponseCount - 1});
   state_ = static_cast<Response>(state);
   io.value("response.quiet", quiet_);
   io.value("response.backoff", backoff_);
-  io.values("response.base", base_);
-  io.values("response.pattern", pattern_);
+  io.values("response.base", base_, kBias);
+  io.values("response.pattern", pattern_, kBias);
   constexpr auto kDecisions = static_cast<std::int64_t>(kSigns.size());
   io.value("response.decision", decision_, {-kPause, kDecisions + 1});
   io.value("response.waited", waited_);
   io.value("response.blocks", blocks_);
   io.value("response.size", size_, {0, 1});
-  io.values("response.offset", offset_);
+  io.values("response.offset", offset_, kBias);
   io.value("response.sign", sign_, {-1, 1});
   io.values("response.signs", signs_, {-1, 1});
   io.values("response.sign_seen", sign_seen_, {-1, 1});
-  io.values("response.bias_along", bias_along_);
-  io.values("response.load_along", load_along_);
+  io.values("response.bias_along", bias_along_, kSum);
+  io.values("response.load_along", load_along_, kSum);
   io.value("response.seen", seen, {0, static_cast<std::int64_t>(load_along_.size())});
   seen_ = static_cast<std::size_t>(seen);
-  io.value("response.pattern_sq", pattern_sq_, StateIo::kNotNegative);
-  io.value("response.pattern_noise", pattern_noise_, StateIo::kNotNegative);
+  io.value("response.pattern_sq", pattern_sq_, {0, 1e100});
+  io.value("response.pattern_noise", pattern_noise_, {0, 1e100});
   for (Sums& probe : probe_) sums(probe);
   io.value("response.late", late, {0, static_cast<std::int64_t>(kLags) - 1});
   late_ = static_cast<int>(late);
