@@ -147,6 +147,7 @@ bool ResponseCheck::rests(double load_cv) {
   const bool balanced = error_over_floor_ <= kImbalance && !adjusts();
   if (nap_ > 0) {
     --nap_;
+    moves_.add({}, kMemory);  // what answered before it grows old meanwhile
     return true;
   }
   if (!resting_) {
