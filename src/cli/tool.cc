@@ -53,7 +53,7 @@ CLI::Option* add_format(CLI::App& command, std::string& format, std::vector<std:
 
 LogDefaults defaults_of(const ModelConfig& model) {
   LogDefaults defaults;
-  defaults.top_k = model.top_k;
+  if (model.top_k > 0) defaults.top_k = model.top_k;  // else each layer group has its own
   if (model.tokens_per_step > 0) defaults.tokens = model.tokens_per_step;
   return defaults;
 }

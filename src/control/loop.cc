@@ -489,14 +489,17 @@ void Controller::Loop::compare_with_config() {
   for (const auto& layer : layers_) {
     if (!split_said_ && layer->stats.tokens_beyond_split() > 0) {
       split_said_ = true;
-      notices_.add(NoticeKind::kConfig, -1, steps_,
-                   {"model.split_sequences is ", Number(std::int64_t{config_.model.split_sequences}).text(),
-                    ", and a sequence came with an id that is not below it: the sampling floor is not known"});
+      notices_.add(
+          NoticeKind::kConfig, -1, steps_,
+          {"model.split_sequences is ",
+           Number(std::int64_t{layer->group->config.model.split_sequences}).text(),
+           ", and a sequence came with an id that is not below it: the sampling floor is not known"});
     }
     if (!layer->repeats.is_news()) continue;
-    notices_.add(NoticeKind::kConfig, layer->id, steps_,
-                 {"the same experts were recorded twice in several steps, without a micro_batch: a forward pass "
-                  "that activation checkpointing repeats counts once only if record() is given the micro_batch"});
+    notices_.add(
+        NoticeKind::kConfig, layer->id, steps_,
+        {"the same experts were recorded twice in several steps, without a micro_batch: a forward pass "
+         "that activation checkpointing repeats counts once only if record() is given the micro_batch"});
   }
   std::size_t begin = 0;
   for (std::size_t g = 0; g < groups_.size(); ++g) {

@@ -253,7 +253,8 @@ struct LogReader::File {
     }
     const LogLine here = line();
     LogRecord record = read_record(here, header, defaults, assumptions);
-    if (record.layer >= 0 && header.layers && !header.is_run) count_layer(here, record.layer);
+    if (record.layer >= 0 && header.layers && header.groups.empty() && !header.is_run)
+      count_layer(here, record.layer);
     if (!seen.add(record)) {
       here.fail("step", std::to_string(record.step),
                 "repeated for layer " + (record.layer < 0 ? "null" : std::to_string(record.layer)) +

@@ -113,7 +113,7 @@ void TorchController::record(int layer, const ::torch::Tensor& indices, const Re
 void TorchController::record_counts(int layer, const ::torch::Tensor& counts,
                                     std::optional<std::int64_t> tokens, std::int64_t micro_batch) {
   if (!recording() || controller_.config().mode == Mode::kOff) return;
-  const StatsShape& shape = controller_.shape();
+  const StatsShape& shape = controller_.shape(layer);
   const ::torch::Tensor whole = whole_counts(counts, shape.experts);
   const std::span<const std::int64_t> values{whole.data_ptr<std::int64_t>(),
                                              static_cast<std::size_t>(shape.experts)};

@@ -122,7 +122,7 @@ TEST(DevicePath, MalformedRecordsAreCountedAndAddNothing) {
   const float nan = std::numeric_limits<float>::quiet_NaN(), inf = std::numeric_limits<float>::infinity();
   const std::vector<std::pair<const char*, std::function<void(Batch&)>>> faults = {
       {"index too large", [](Batch& b) { b.indices.view({-1})[1] = kExperts; }},
-      {"negative index", [](Batch& b) { b.indices.view({-1})[0] = -1; }},
+      {"negative index", [](Batch& b) { b.indices.view({-1})[0] = -2; }},
       {"huge index", [](Batch& b) { b.indices.view({-1})[0] = std::int64_t{1} << 62; }},
       {"NaN gap", [&](Batch& b) { b.options.top_values.view({-1})[kTopK] = nan; }},
       {"negative gap", [](Batch& b) { b.options.top_values.view({-1})[kTopK] += 50; }},
