@@ -124,7 +124,7 @@ void run_check(benchmark::State& state, double drift) {
   config.safety.responsiveness = false;
   Controller without(config);
   const int layers = config.model.layers;
-  Plant plants[] = {{with.shape(), layers, drift}, {with.shape(), layers, drift}};
+  Plant plants[] = {{with.shape(0), layers, drift}, {with.shape(0), layers, drift}};
   std::vector<double> seconds[2];
   for (auto _ : state) {
     const std::size_t first = seconds[0].size() % 2;  // each is first as often
