@@ -67,7 +67,7 @@ Outcome run(const Router& router, const std::string& policy, Mistake mistake, bo
                              .seed = seed,
                              .scenario = shift ? Scenario::kShift : Scenario::kSteady,
                              .event_step = steps / 2});
-  RoutingStats first(controller.shape());
+  RoutingStats first(controller.shape(0));
   std::vector<double> bias;
   Outcome out;
   for (int step = 0; step < steps; ++step) {

@@ -35,3 +35,4 @@ awk -F, '
         (time[large] / 409600) / (time[step] / 14848)
   }' "$results"
 "$build/log_bench"
+MOECTL_LIBRARY=build/release/libmoectl.so /usr/bin/python3 bench/python_cost.py "$build/python_cost"

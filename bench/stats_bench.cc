@@ -64,8 +64,9 @@ void measure(benchmark::State& state) {
   std::vector<RoutingStats> stats(static_cast<std::size_t>(layers), RoutingStats({experts, kTopK, {}}));
   std::vector<std::int64_t> counts(static_cast<std::size_t>(experts));
   for (RoutingStats& layer : stats) {
-    for (auto& count : counts) count = load(random);
-    layer.add_counts(counts, kTokens);
+    std::int64_t sum = 0;
+    for (auto& count : counts) sum += count = load(random);
+    layer.add_counts(counts, (sum + kTopK - 1) / kTopK);
   }
   Measurer measurer(stats.front().shape(), {});
   Metrics metrics;
@@ -133,8 +134,9 @@ void measure_and_watch(benchmark::State& state) {
   std::poisson_distribution<std::int64_t> load(kTokens * kTopK / kExperts);
   RoutingStats stats({kExperts, kTopK, {}});
   std::vector<std::int64_t> counts(kExperts);
-  for (auto& count : counts) count = load(random);
-  stats.add_counts(counts, kTokens);
+  std::int64_t sum = 0;
+  for (auto& count : counts) sum += count = load(random);
+  stats.add_counts(counts, (sum + kTopK - 1) / kTopK);
   const std::vector<RoutingStats> layers(kLayers, stats);
   std::vector<LayerMonitor> monitors;
   for (int l = 0; l < kLayers; ++l) monitors.emplace_back(stats.shape(), MonitorOptions{});

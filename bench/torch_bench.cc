@@ -79,8 +79,8 @@ void step_moectl(benchmark::State& state) {
   for (const auto& counts : random_loads(layers, experts)) {
     std::int64_t assignments = 0;
     for (const std::int64_t count : counts) assignments += count;
-    moectl::RoutingStats& layer = stats.emplace_back(controller.shape());
-    layer.add_counts(counts, assignments / kTopK);
+    moectl::RoutingStats& layer = stats.emplace_back(controller.shape(0));
+    layer.add_counts(counts, (assignments + kTopK - 1) / kTopK);
   }
   for (auto _ : state) {
     for (int layer = 0; layer < layers; ++layer)

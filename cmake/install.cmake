@@ -1,5 +1,5 @@
 # What `cmake --install` installs, for find_package(moectl COMPONENTS core torch prometheus) and for pkg-config, in the
-# components core, torch, prometheus and tool; and the Debian package that `cpack` makes of each.
+# components core, c, torch, prometheus, tool and python; and the Debian package that `cpack` makes of each.
 include(CMakePackageConfigHelpers)
 set(package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/moectl)
 set(header_dir ${CMAKE_INSTALL_INCLUDEDIR}/moectl)
@@ -9,6 +9,12 @@ set(data_dir ${CMAKE_INSTALL_DATADIR}/moectl)
 # what code that links the library needs as well: `requires` modules of pkg-config, `cflags` and `libs`.
 function(install_library name)
   cmake_parse_arguments(PARSE_ARGV 1 pc "" "" "REQUIRES;CFLAGS;LIBS")
+  set(pc_name moectl-${name})
+  set(pc_library moectl_${name})
+  if(name STREQUAL "c")  # is moectl itself to those who see no other
+    set(pc_name moectl)
+    set(pc_library moectl)
+  endif()
   install(TARGETS moectl_${name} EXPORT moectl_${name} COMPONENT ${name})
   install(EXPORT moectl_${name} NAMESPACE moectl:: FILE moectl-${name}.cmake DESTINATION ${package_dir}
     COMPONENT ${name})
@@ -18,13 +24,13 @@ function(install_library name)
   # From the file's own folder, so that an installed tree may be moved.
   file(RELATIVE_PATH pc_prefix ${CMAKE_INSTALL_FULL_LIBDIR}/pkgconfig ${CMAKE_INSTALL_PREFIX})
   string(REGEX REPLACE "/$" "" pc_prefix ${pc_prefix})
-  configure_file(${PROJECT_SOURCE_DIR}/cmake/moectl.pc.in ${PROJECT_BINARY_DIR}/moectl-${name}.pc @ONLY)
-  install(FILES ${PROJECT_BINARY_DIR}/moectl-${name}.pc DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig COMPONENT ${name})
+  configure_file(${PROJECT_SOURCE_DIR}/cmake/moectl.pc.in ${PROJECT_BINARY_DIR}/${pc_name}.pc @ONLY)
+  install(FILES ${PROJECT_BINARY_DIR}/${pc_name}.pc DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig COMPONENT ${name})
 endfunction()
 
 # A static library leaves what it calls to whoever links it; a shared one brings it along.
-set(core_requires yaml-cpp zlib simdjson)
-set(core_debian "libyaml-cpp-dev, zlib1g-dev, libsimdjson-dev")
+set(core_requires yaml-0.1 zlib simdjson)
+set(core_debian "libyaml-dev, zlib1g-dev, libsimdjson-dev")
 if(BUILD_SHARED_LIBS)
   set(core_requires "")
 endif()
@@ -37,6 +43,15 @@ write_basic_package_version_file(${PROJECT_BINARY_DIR}/moectlConfigVersion.cmake
 install(FILES ${PROJECT_BINARY_DIR}/moectlConfig.cmake ${PROJECT_BINARY_DIR}/moectlConfigVersion.cmake
   DESTINATION ${package_dir} COMPONENT core)
 set(components core)
+
+if(MOECTL_C)
+  install_library(c)
+  install(FILES include/moectl.h DESTINATION ${CMAKE_INSTALL_INCLUDEDIR} COMPONENT c)
+  set(MOECTL_PYTHON_DIR lib/python3/dist-packages CACHE STRING "Where the Python package is installed, below the prefix")
+  install(DIRECTORY python/moectl DESTINATION ${MOECTL_PYTHON_DIR} COMPONENT python
+    FILES_MATCHING PATTERN "*.py" PATTERN "__pycache__" EXCLUDE)
+  list(APPEND components c python)
+endif()
 
 if(MOECTL_TORCH)
   # LibTorch has no pkg-config file of its own. Its libraries by name where the linker finds them anyway.
@@ -101,6 +116,10 @@ function(debian_package component name section depends summary)
 endfunction()
 set(same_core "libmoectl-dev (= ${PROJECT_VERSION})")
 debian_package(core libmoectl-dev libdevel "${core_debian}" "The library, for C++ programs.")
+debian_package(c libmoectl0 libs "" "The library for C and for languages that call C, with its header.")
+debian_package(python python3-moectl python "libmoectl0 (= ${PROJECT_VERSION}), moectl (= ${PROJECT_VERSION}), python3 (>= 3.9)"
+  "The package for Python.")
+set(CPACK_DEBIAN_PYTHON_PACKAGE_ARCHITECTURE all)
 debian_package(torch libmoectl-torch-dev libdevel "${same_core}, libtorch-dev" "The adapter for LibTorch.")
 debian_package(prometheus libmoectl-prometheus-dev libdevel "${same_core}, prometheus-cpp-dev"
   "The endpoint for Prometheus.")

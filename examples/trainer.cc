@@ -164,7 +164,7 @@ void Training::train(std::int64_t step) {
   const auto [bytes, domain_ids] = tensors(next_);
   Pass pass{.controller = controller_.get(),
             .domain_ids = domain_ids,
-            .time_experts = controller_->controller().shape().needs.latencies};
+            .time_experts = controller_->controller().shape(0).needs.latencies};
   const Tensor logits = model_->forward(bytes.narrow(1, 0, args_.length), pass);
   const Tensor targets = bytes.narrow(1, 1, args_.length).reshape(-1);
   const Tensor log_probabilities = logits.view({-1, 256}).log_softmax(1);

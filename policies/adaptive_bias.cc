@@ -311,7 +311,7 @@ class AdaptiveBias final : public Policy {
   std::optional<double> measured_gap(const RoutingStats& stats) const {
     const std::optional<double> mean = stats.mean_gap();
     if (!mean || !(*mean >= 0)) return std::nullopt;
-    return static_cast<double>(stats.top_k()) * *mean;
+    return stats.mean_choices() * *mean;
   }
 
   // False if the gap is the unit and no gap was ever seen: then no step can be made.

@@ -60,7 +60,7 @@ class Feedforward {
       const auto tokens = static_cast<double>(stats.domain_tokens(static_cast<int>(d)));
       if (!(tokens > 0)) continue;
       const std::span<const std::int64_t> counts = stats.domain_counts(static_cast<int>(d));
-      const double total = tokens * static_cast<double>(stats.top_k());
+      const double total = tokens * stats.mean_choices();
       const double weight = kLearning * std::min(1.0, tokens / kFullWeightTokens);
       for (std::size_t i = 0; i < experts_; ++i) {
         const double target = targets[i] * total;

@@ -13,7 +13,7 @@
 namespace moectl::testing {
 
 /// `body` behind a header that fits it, of state version `version`.
-inline std::string with_state_header(const std::string& body, std::uint32_t version = 2) {
+inline std::string with_state_header(const std::string& body, std::uint32_t version = 3) {
   const auto word = [](const std::string& bytes, std::size_t at) {
     std::uint64_t value = 0;
     for (std::size_t i = 0; i < 8 && at + i < bytes.size(); ++i) {
@@ -46,7 +46,7 @@ struct StateEntry {
   std::size_t at, count;  // of its elements: offset in the body, and how many
 };
 
-/// The entries of a saved state, in order.
+/// The entries of a saved state, in order; those of a section after it.
 inline std::vector<StateEntry> state_entries(const std::string& state) {
   const std::string body = state_body(state);
   std::vector<StateEntry> entries;
@@ -55,7 +55,7 @@ inline std::vector<StateEntry> state_entries(const std::string& state) {
     std::memcpy(&length, &body[at], 4);
     StateEntry entry{body.substr(at + 4, length), body[at + 4 + length], at + 4 + length + 9, 0};
     std::memcpy(&entry.count, &body[at + 4 + length + 1], 8);
-    at = entry.at + entry.count * (entry.type == 't' ? 1 : 8);
+    at = entry.at + (entry.type == 's' ? 0 : entry.count * (entry.type == 't' ? 1 : 8));
     entries.push_back(entry);
   }
   return entries;

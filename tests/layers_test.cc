@@ -27,7 +27,8 @@ const std::vector<Row> kOrder = {
     {{"src/measure"}, {"margins.h", "stats_shape.h", "stats.h", "load_targets.h", "metrics.h"}},
     {{"src/watch"}, {"bands.h", "health.h", "monitor.h"}},
     {{"src/control"},
-     {"limits.h", "guard.h", "responsiveness.h", "notice.h", "policy_options.h", "policy.h", "config.h", "controller.h"}},
+     {"limits.h", "guard.h", "responsiveness.h", "notice.h", "policy_options.h", "policy.h", "config.h",
+      "bias_file.h", "controller.h"}},
     {{"policies"}, {}},
     {{"src/config"}, {}},
     {{"src/feasibility"}, {"feasibility.h"}},
@@ -48,6 +49,7 @@ struct Place {
 
 Place place_of(std::string name) {
   const std::string prefix = "moectl/";
+  if (name == "moectl.h") name = "moectl/c.h";  // the header for C
   const bool is_public = name.rfind(prefix, 0) == 0;
   for (std::size_t r = 0; r < kOrder.size(); ++r) {
     for (const std::string& folder : kOrder[r].folders) {

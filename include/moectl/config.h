@@ -3,9 +3,11 @@
 
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "moectl/guard.h"
@@ -34,24 +36,75 @@ enum class Scope {
 std::string_view name_of(Scope scope);
 
 struct ModelConfig {
-  int layers = 0;   ///< MoE layers, ≥ 1.
-  int experts = 0;  ///< N ≥ 1 in each.
-  int top_k = 0;    ///< 1 ≤ k ≤ N.
+  int layers = 0;   ///< MoE layers, ≥ 1. With layer groups: of all groups.
+  int experts = 0;  ///< N ≥ 1 in each. With layer groups: of those that do not say; 0 = none.
+  int top_k = 0;    ///< 1 ≤ k ≤ N. Likewise.
   /// Tokens of one step over all ranks; 0 = not known. Sets the noise floor.
   std::int64_t tokens_per_step = 0;
   ScoreSpace score_space = ScoreSpace::kProbability;
   int delay = 0;  ///< Steps by which records arrive late, beyond the loop's own step; ≥ 0.
   std::vector<std::string> domains{};  ///< Names of the domains whose tokens are counted separately.
+  /// Sequences of a step, by ids from 0 on, whose pieces join over records and ranks; 0 = ids hold within a record.
+  int split_sequences = 0;
   /// Wanted share of the load of each expert [N], 0 to 1/k, summing to 1; empty = equal.
   std::vector<double> targets{};
+};
+
+/// How the part of each proposed move that is made changes over the steps: all of it before `from`, `last` from `until` on.
+struct GainSchedule {
+  enum class Shape { kLinear, kCosine, kStep };
+  Shape shape = Shape::kCosine;
+  std::int64_t from = 0, until = 0;
+  double last = 0;  ///< 0 to 1.
+};
+std::string_view name_of(GainSchedule::Shape shape);
+/// The part of a move that is made at a step; 1 without a schedule.
+double gain_at(const std::optional<GainSchedule>& schedule, std::int64_t step);
+
+/// Where an actuator starts: a number; for biases also a list of one value an expert, which every layer takes, or a file
+/// of biases by layer.
+struct Initial {
+  Initial(double number = 0) : value(number) {}
+  Initial(std::vector<double> list) : values(std::move(list)) {}
+  Initial(const char* name) : file(name) {}
+  operator double() const { return value; }
+
+  double value = 0;
+  std::vector<double> values{};
+  std::string file{};
 };
 
 struct ActuatorConfig {
   std::string policy = "fixed";
   PolicyOptions options;
-  double initial = 0;
+  Initial initial;
   Scope scope = Scope::kLayer;
   Limits limits;
+  std::optional<GainSchedule> gain_schedule{};
+};
+
+/// Layers that differ from others: in their experts, or in how they are controlled. What is given takes the place of the
+/// config's own.
+struct LayerGroup {
+  std::vector<int> ids{};  ///< The model's own ids of the layers; instead: `count` ids from `first` on.
+  int first = -1;          ///< -1 = after the last id of the group before.
+  int count = -1;
+  int experts = -1, top_k = -1;  ///< -1 = those of `model`.
+  std::vector<double> targets{};
+  std::vector<int> placement{};
+  bool frozen = false;  ///< The layers' actuators are held from the start.
+  std::optional<ActuatorConfig> expert_bias{}, aux_loss_weight{}, router_temperature{};
+  std::optional<GuardOptions> guard{};
+  std::optional<SafetyOptions> safety{};
+};
+
+/// What changes from a step on. A section takes the place of the config's own; those of layer groups stay.
+struct TimelineEntry {
+  std::int64_t from = 0;              ///< The first step that it holds for, ≥ 1.
+  std::vector<int> freeze{}, thaw{};  ///< Layer ids.
+  std::optional<ActuatorConfig> expert_bias{}, aux_loss_weight{}, router_temperature{};
+  std::optional<GuardOptions> guard{};
+  std::optional<SafetyOptions> safety{};
 };
 
 struct LogConfig {
@@ -76,7 +129,9 @@ struct ControllerConfig {
   SafetyOptions safety;
   GuardOptions guard;
   LogConfig log;
-  StatsNeeds collect;  ///< Collected whether or not a policy asks for it.
+  StatsNeeds collect;                     ///< Collected whether or not a policy asks for it.
+  std::vector<LayerGroup> layers{};       ///< Empty = model.layers equal layers with ids from 0 on.
+  std::vector<TimelineEntry> timeline{};  ///< By rising `from`.
 
   /// All actuators fixed at their neutral values, for the given model.
   ControllerConfig();
@@ -85,6 +140,19 @@ struct ControllerConfig {
   /// Steps from the routing to the decision that uses it, beyond the loop's own step.
   int delay() const { return model.delay + lag; }
 };
+
+/// Equal layers of a config: their ids, and the config that holds for them, without groups.
+struct LayerSettings {
+  std::vector<int> ids;
+  bool frozen = false;
+  ControllerConfig config;
+};
+/// The groups of a valid config, one if it has no groups. Of step `step` of its timeline.
+std::vector<LayerSettings> layer_settings(const ControllerConfig& config, std::int64_t step = 0);
+/// The config from a step on, in which the entries of the timeline up to then have become its own sections.
+ControllerConfig config_from(const ControllerConfig& config, std::int64_t step);
+/// The ids of all layers of a valid config, in its order.
+std::vector<int> layer_ids(const ControllerConfig& config);
 
 /// A config that cannot be used. `what()` reads "file:line:column: key: value: constraint".
 class ConfigError : public std::invalid_argument {

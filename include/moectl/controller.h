@@ -94,9 +94,10 @@ struct ActuatorReport {
 };
 
 struct LayerReport {
-  int layer = 0;
+  int layer = 0;                             ///< The model's own id.
   const RoutingStats* stats = nullptr;       ///< This step's sums, over all ranks.
   const Metrics* metrics = nullptr;          ///< This step's metrics.
+  const LoadTargets* targets = nullptr;      ///< The layer's targets; null = equal.
   const LayerMonitor* monitor = nullptr;     ///< Trends, health and alerts after this step.
   ActuatorReport actuators[kActuatorCount];  ///< In the order of kActuators; empty for `scope: model`.
   Responsiveness responsiveness;             ///< Of the biases.
@@ -109,7 +110,6 @@ struct StepReport {
   std::int64_t step = 0;
   StepInfo info;
   std::span<const LayerReport> layers;
-  const LoadTargets* targets = nullptr;  ///< The config's targets; null = equal.
   ActuatorReport model[kActuatorCount];  ///< Actuators of `scope: model`; others are empty.
   /// What was found in this step; with `log.every` above 1, since the last step that it selects.
   std::span<const Notice> notices;
@@ -124,6 +124,28 @@ struct ChoiceSample {
   std::span<const float> scores{};
 };
 
+/// What `load` takes of a state.
+enum class Keep {
+  everything,  ///< All of it; the state must be of the same config.
+  what_fits,   ///< Values in force in any case, memories where they fit.
+};
+
+/// What became of one part of a state that was loaded with Keep::what_fits.
+struct KeptPart {
+  enum class Fate {
+    kKept,
+    kAdapted,  ///< Kept as far as the config allows.
+    kDropped,  ///< Starts anew.
+  };
+  int layer = -1;   ///< -1 for the whole model.
+  std::string key;  ///< As the config says it: "expert_bias", "expert_bias.policy", "health".
+  Fate fate = Fate::kKept;
+  std::string why{};  ///< Of what was adapted or dropped.
+};
+std::string_view name_of(KeptPart::Fate fate);
+
+/// Controls any number of layers. `layer` is everywhere the model's own id of a layer: 0 to model.layers - 1, or one of
+/// the ids of the config's layer groups.
 class Controller {
  public:
   /// Validates the config; throws ConfigError.
@@ -133,8 +155,10 @@ class Controller {
   Controller& operator=(Controller&&) noexcept;
 
   const ControllerConfig& config() const;
-  /// The shape of every layer's stats: all that the policies and the log need.
-  const StatsShape& shape() const;
+  /// The ids of the layers, in the order of reports.
+  const std::vector<int>& layers() const;
+  /// The shape of a layer's stats: all that the policies and the log need.
+  const StatsShape& shape(int layer) const;
 
   // ---- Recording. Thread-safe; different layers run in parallel. ----
   /// Adds one micro-batch. With `micro_batch` ≥ 0, a second record of the same (layer, micro-batch) before the next
@@ -143,7 +167,7 @@ class Controller {
   /// the first offence; an unknown layer or sizes that do not fit throw std::invalid_argument. What throws has recorded
   /// nothing.
   void record(int layer, const RoutingBatch& batch, std::int64_t micro_batch = -1);
-  /// Adds sums that were formed elsewhere. Their shape must be shape().
+  /// Adds sums that were formed elsewhere. Their shape must be shape(layer).
   void record(int layer, const RoutingStats& stats);
   /// Adds per-expert observations to the layer's sums under its lock (gradient norms, losses, latencies).
   /// `micro_batch` as above, but a repeat is not compared. If `add` throws, nothing is recorded.
@@ -187,12 +211,29 @@ class Controller {
   double aux_loss_weight(int layer) const;
   double temperature(int layer) const;
 
+  // ---- Values from elsewhere: a checkpoint of another trainer, an older run. ----
+  /// Puts biases [N] in force at once; the policy goes on from there. With `limits.center` their mean, which changes no
+  /// choice, is taken out by the next decision. On every rank alike, between two steps. Throws std::invalid_argument if
+  /// one lies outside the limits.
+  void adopt(int layer, std::span<const double> biases);
+  /// Likewise. With `scope: model` for all layers.
+  void adopt_aux_loss_weight(int layer, double weight);
+  void adopt_temperature(int layer, double temperature);
+
   // ---- State: everything that the next step depends on, to the bit. ----
   /// With `lag: 1`, waits for the pending reduction and stores its sums. If it fails, stores this rank's own sums, and
   /// the next step sends them again.
   std::string save() const;
   /// Throws StateError; the running state is then untouched. Sums recorded but not yet stepped are part of the state.
   void load(std::string_view state);
+  /// With Keep::what_fits, of a state of another config: another policy, other options, layers more or less. Returns what
+  /// became of each part.
+  std::vector<KeptPart> load(std::string_view state, Keep keep);
+  /// The state of one layer, to be loaded under the same id, also into a controller of other layers (another split of
+  /// the model over pipelines). All layers of a checkpoint must be of one step. What serves the whole model (`scope:
+  /// model`) is part of every layer's state.
+  std::string save_layer(int layer) const;
+  std::vector<KeptPart> load_layer(int layer, std::string_view state, Keep keep = Keep::everything);
 
   class Loop;
 

@@ -1,7 +1,7 @@
 // Metrics: measures of the balance of a layer over a window of steps. Pure functions of a RoutingStats.
 //
 // Notation: c_i assignments to expert i before capacity, S = Σ c_i, p_i = c_i / S, N experts, k choices a
-// token, T tokens. Logarithms are natural, standard deviations are population (divide by N). With S = 0 every
+// token, k_t those of token t where they differ (then S = Σ k_t), T tokens. Logarithms are natural, standard deviations are population (divide by N). With S = 0 every
 // metric is absent: "no data" is never 0 and never NaN.
 //
 // Unequal targets. w_i is the target share of expert i. Metrics marked (w) compare each load with its own target; the
@@ -53,7 +53,8 @@ struct Metrics {
   Value straggler_slowdown;  ///< max over devices of load / mean device load, ≥ 1.
 
   // Floors: the value that perfectly balanced routing would still show on this number of tokens.
-  /// For independent tokens: √((N/k - 1)/T), (w) √(mean of (1/(k w) - 1)/T over experts with a target above 0).
+  /// For independent tokens: √((N/k - 1)/T), (w) √(mean of (1/(k w) - 1)/T over experts with a target above 0). Where
+  /// tokens choose k_t experts, with k = Σ k_t²/S and T = S/k: √(N/S - Σ k_t²/S²).
   Value noise_floor_cv;
   Value noise_floor_max_vio;     ///< expected MaxVio at that CV.
   Value sampling_floor_cv;       ///< cluster-robust, from per-sequence sums: real, correlated tokens.
@@ -75,7 +76,8 @@ struct Metrics {
   // same threshold. The paper's AUC and its recovery rate are not claimed for `fhs`.
   Value fsi;      ///< Fisher–Rao distance of the load to uniform: 2 arccos Σ √(p_i/N), [0, fsi_max].
   Value fsi_max;  ///< 2 arccos(1/√N).
-  Value fhs;      ///< B / W (Displacement): token-independent over token-dependent preference, [0, 1e12].
+  Value
+      fhs;  ///< B / W (Displacement, with k = S/T): token-independent over token-dependent preference, [0, 1e12].
   /// 1 if fhs > 1 and B exceeds the scatter of the floor, else 0; (w) B measured from the targets must exceed that too,
   /// and a quarter of the targets' own B.
   Value fhs_alarm;
@@ -170,7 +172,7 @@ class Measurer {
 
  private:
   void measure_load(std::span<const std::int64_t> counts, std::int64_t min, std::int64_t max,
-                    std::int64_t sum, Metrics& out);
+                    std::int64_t sum, double choices, Metrics& out);
   void measure_against_targets(std::span<const std::int64_t> counts, std::int64_t sum, Metrics& out);
   void measure_floors(const RoutingStats& stats, std::int64_t sum, Metrics& out);
   void measure_router(const RoutingStats& stats, Metrics& out);
@@ -193,6 +195,7 @@ class Measurer {
   double target_bias_ = 0;                // B of the targets
   double log_experts_ = 0;                // ln N
   double unit_floor_cv_ = 0;              // noise_floor_cv of one token
+  double inverse_target_ = 0;             // mean of 1/w over experts with a target above 0
   double floor_to_max_vio_linear_ = 0;    // MaxVio of a CV floor f: linear · f + square · f²
   double floor_to_max_vio_square_ = 0;
 };

@@ -17,8 +17,9 @@ enum class NoticeKind : std::uint8_t {
   kFallback,  ///< Data have been invalid for `safety.fallback_after` decisions: said when that is reached.
   kConfig,    ///< The config says something else than the data: said once after construction or load.
   kLog,       ///< The log callback threw an exception: its message.
+  kHold,      ///< Some ranks hold, by hold() or MOECTL_HOLD, and so all do: said when that begins.
 };
-inline constexpr int kNoticeKindCount = 8;
+inline constexpr int kNoticeKindCount = 9;
 std::string_view name_of(NoticeKind kind);
 /// Nothing for an unknown name.
 std::optional<NoticeKind> notice_kind_of(std::string_view name);

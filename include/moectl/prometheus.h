@@ -21,8 +21,8 @@ namespace moectl {
 
 /// Serves the state after the last step at http://ADDRESS/metrics. Every name begins with `moectl_` and contains its
 /// unit: gauges for each metric of metric_fields() by `layer`, the load and bias of each expert by `layer`
-/// and `expert`, scalar actuators and the reasons that acted by `actuator` and `reason`, health by `state`,
-/// alerts by name; counters of steps, tokens, assignments and drops end in `_total`.
+/// and `expert`, scalar actuators and the reasons that acted by `actuator` and `reason`, health and the
+/// load's response to the biases by `state`, its gain, alerts by name; counters of steps, tokens, assignments and drops end in `_total`.
 ///
 /// Counters count the steps that were written to this feed: with `log.every: 10`, a tenth of all steps. They start at
 /// zero with the feed. A scrape delays a step only while it copies the state.

@@ -16,6 +16,8 @@ enum class Response {
 };
 inline constexpr int kResponseCount = 5;
 std::string_view name_of(Response response);
+/// Nothing for an unknown name.
+std::optional<Response> response_of(std::string_view name);
 
 struct Responsiveness {
   Response state = Response::kNotApplicable;

@@ -54,17 +54,39 @@ struct LogRecord {
   std::string health;
   std::vector<std::string> alerts;
   std::vector<LoggedNotice> notices;
+  Responsiveness responsiveness;  ///< Not applicable if the record has none.
   std::map<std::string, LoggedActuator> actuators;
+};
+
+/// Equal layers of a file whose layers differ.
+struct LogGroup {
+  std::vector<int> layers;  ///< Their ids.
+  std::optional<int> experts, top_k;
+  std::shared_ptr<const LoadTargets> targets{};  ///< Null = equal.
+};
+
+/// A config that took the place of the one before it in the middle of a run.
+struct ConfigChange {
+  std::int64_t step = 0;    ///< The first step that it holds for.
+  std::string config_json;  ///< All of it.
 };
 
 /// The first line of a file.
 struct LogHeader {
   bool is_run = false;
   std::optional<int> layers, experts, top_k;
+  std::vector<LogGroup>
+      groups{};  ///< Empty if all layers are equal; else experts, top_k and targets are theirs.
   std::optional<std::int64_t> shift;  ///< The step at which the data changed, if the training loop says so.
   std::string config_json;            ///< The config object of a run log, else empty.
   std::shared_ptr<const LoadTargets> targets{};  ///< Of a run log with unequal targets, else null.
   std::int64_t piece = 0;  ///< The piece of a rotated log that is being read, from 1; else 0.
+};
+
+/// What stands for what a trace does not say.
+struct LogDefaults {
+  std::optional<int> top_k;
+  std::optional<std::int64_t> tokens;  ///< Of a step, where a trace has load shares instead of counts.
 };
 
 /// How a reader treats faults. Damage happens to a file: a torn or unreadable line, missing records, a second run
@@ -79,7 +101,8 @@ enum class FaultPolicy {
 /// Name of a finished piece of the rotated log at `path`: "run.jsonl.000003".
 std::string piece_path(const std::string& path, std::int64_t piece);
 
-/// Reads one record after another. `-` is standard input; gzip is recognised by its content. The remaining pieces of a
+/// Reads one record after another. A config in the middle of a log (`{"step":…,"config":{…}}`) is no record: it is
+/// listed in config_changes(). `-` is standard input; gzip is recognised by its content. The remaining pieces of a
 /// rotated log are read first, oldest first, as one log.
 ///
 /// A second header in a file means that two runs were joined. If both headers are equal, the run was resumed: reading
@@ -94,8 +117,14 @@ class LogReader {
   ~LogReader();
   const LogHeader& header() const;
   /// The next record, or nothing at the end. Throws LogError with the line on anything that is not a record:
-  /// counts that sum above tokens · top_k, a repeated (step, layer, tag), a negative or non-integer count.
+  /// counts that sum above tokens · top_k, a repeated (step, layer, tag), a negative count or one that is not whole.
   std::optional<LogRecord> next();
+  /// The changes of the config that were read so far.
+  const std::vector<ConfigChange>& config_changes() const;
+  /// Takes these where the file says nothing, and lists that among the assumptions.
+  void set_defaults(const LogDefaults& defaults);
+  /// What was assumed so far, each kind once: "assumed: t.jsonl:2: tokens: missing: the sum of counts / top_k".
+  const std::vector<std::string>& assumptions() const;
   /// The faults so far: the first 20 complete messages ("skipped: run.jsonl:7: line: not JSON"), and the number of
   /// all faults.
   const std::vector<std::string>& faults() const;
@@ -119,6 +148,9 @@ class RunLogWriter {
   /// its end), and no second header is written. `shift`: the step at which the data will change, if known.
   RunLogWriter(const std::string& path, const ControllerConfig& config, bool append = false,
                std::optional<std::int64_t> shift = std::nullopt);
+  /// For other places than files: `out` receives whole lines, the header now and those of each step at once. What it
+  /// throws passes through.
+  RunLogWriter(std::function<void(std::string_view)> out, const ControllerConfig& config);
   ~RunLogWriter();
   void write(const StepReport& report, std::string_view tag = "train");
   void flush();

@@ -11,10 +11,12 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <span>
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 namespace moectl {
@@ -34,7 +36,8 @@ struct NumberRange {
   bool may_be_nan = false;
 };
 
-/// Writes a state or reads one. Every call takes one entry. What was read is checked, what is written is not.
+/// Writes a state or reads one. Every call takes one entry. What was read is checked, what is written is not. A section
+/// is an entry that holds entries of its own, and can be found by its name.
 class StateIo {
  public:
   /// The largest count: further steps can be added to it without an overflow.
@@ -77,6 +80,24 @@ class StateIo {
   void list(std::string_view name, std::vector<std::int64_t>& x, IntegerRange range = kCount);
   void text(std::string_view name, std::string& x);
 
+  /// A section, which `body(StateIo&)` writes or reads.
+  template <class Body>
+  void section(std::string_view name, Body&& body) {
+    if (!reads_) {
+      StateIo inner;
+      body(inner);
+      add_section(name, inner.body_);
+      return;
+    }
+    StateIo inner = next_section(name);
+    body(inner);
+    inner.finish();
+  }
+  /// While reading: the section of this name, wherever it stands among the entries that are left, which stay as they are.
+  std::optional<StateIo> find(std::string_view name) const;
+  /// While reading: the names of the entries that are left.
+  std::vector<std::string> names() const;
+
   /// For what ranges cannot say. While reading, throws StateError unless `good`: "state: 'NAME': must CONSTRAINT".
   void check(bool good, std::string_view name, std::string_view constraint) const;
 
@@ -87,14 +108,27 @@ class StateIo {
 
  private:
   static constexpr std::size_t kAnyCount = static_cast<std::size_t>(-1);
+  struct Entry {
+    std::string_view name, data;
+    char type;
+    std::uint64_t count;
+  };
+  StateIo(std::string_view body, std::string path) : reads_(true), rest_(body), path_(std::move(path)) {}
   void begin_entry(std::string_view name, char type, std::size_t count);
-  std::string_view next_entry(std::string_view name, char type, std::size_t size, std::size_t count);
+  void add_section(std::string_view name, std::string_view body);
+  StateIo next_section(std::string_view name);
+  Entry take_entry(std::string_view& rest, std::string_view wanted) const;
+  [[noreturn]] void fail(std::string_view what, std::string_view expected, std::string_view found) const;
+  template <class T, class Range>
+  void take(std::string_view name, std::string_view data, std::span<T> values, const Range& range) const;
+  std::string_view next_entry(std::string_view name, char type, std::size_t count);
   template <class T>
   void write(std::string_view name, char type, std::span<const T> x);
 
   bool reads_ = false;
   std::string body_;       // what was written
   std::string_view rest_;  // what is left to read
+  std::string path_;       // of the section that is read, for messages
 };
 
 }  // namespace moectl

@@ -34,13 +34,17 @@ bool fits_fixed(double value);
 
 /// One micro-batch of one layer's routing, as views of the caller's memory. Only `experts` is required.
 struct RoutingBatch {
-  /// [tokens × k], row by row: the experts chosen for each token, before any capacity limit. Required.
+  /// [tokens × k], row by row: the experts chosen for each token, before any capacity limit; -1 = a slot that is not
+  /// routed, so tokens may have different numbers k_t of experts. Behind the last routed slot lies the token's gap. A
+  /// token without any counts as padding. Required.
   std::span<const std::int64_t> experts{};
   /// [tokens], non-zero = a real token, zero = padding that is not counted. Empty = all real.
   std::span<const std::uint8_t> mask{};
   /// Tokens per sequence when the tokens are [B, S] row by row; 0 = not known. Excludes `sequence_ids`.
   std::int64_t sequence_length = 0;
-  /// [tokens], non-decreasing: the sequence of each token. Empty = not known.
+  /// [tokens], non-decreasing: the sequence of each token. Empty = not known. With StatsNeeds::split_sequences = n, in any
+  /// order: ids in [0, n) name a sequence of the step, whose pieces join over records and ranks; a run of one negative id
+  /// is a whole sequence.
   std::span<const std::int64_t> sequence_ids{};
   /// [tokens × (k+1)] the k+1 largest biased scores of each token, largest first; `experts` then lists the experts in
   /// the same order. Empty = no gap. Requires k < N.
@@ -60,7 +64,7 @@ struct RoutingBatch {
 /// separately from the routing: once per layer, in addition to its RoutingBatch, before the step.
 ///   controller.record(layer, [&](RoutingStats& stats) { stats.add_token_losses(losses); });
 struct TokenLosses {
-  /// [tokens × k], as in RoutingBatch: a token's loss goes to each of its k experts.
+  /// [tokens × k], as in RoutingBatch: a token's loss goes to each of its experts.
   std::span<const std::int64_t> experts{};
   /// [tokens], of any sign, of magnitude at most kFixedMax.
   std::span<const float> losses{};
@@ -94,8 +98,14 @@ class RoutingStats {
   /// but one to `invalid_records` and returns false, as does a record that would take a sum out of its range; offence()
   /// then says why. Sizes that do not fit together throw std::invalid_argument. What throws has added nothing.
   bool add(const RoutingBatch& batch);
-  /// Adds counts already summed elsewhere. Negative values make the record invalid, as above.
-  bool add_counts(std::span<const std::int64_t> counts, std::int64_t tokens);
+  /// Adds counts already summed elsewhere. `choices_sq` = Σ_t k_t²; absent: k for each token where the counts sum to
+  /// tokens · k, else as even as tokens and counts allow. Negative values, a sum of counts above tokens · k, or a Σ_t k_t²
+  /// that no tokens with this sum have, make the record invalid, as above.
+  bool add_counts(std::span<const std::int64_t> counts, std::int64_t tokens,
+                  std::optional<std::int64_t> choices_sq = std::nullopt);
+  /// Forms the sums by sequence of the sequences that came in pieces, and forgets the pieces: at the end of a step, when
+  /// all pieces have been added. Nothing without StatsNeeds::split_sequences.
+  void join_sequences();
   /// Adds another layer-step's sums. A sum that leaves its range counts as an invalid record. Throws
   /// std::invalid_argument if the shapes differ.
   RoutingStats& operator+=(const RoutingStats& other);
@@ -107,6 +117,10 @@ class RoutingStats {
   /// S = Σ c_i.
   std::int64_t assignments() const;
   std::int64_t tokens() const { return scalar(kTokens); }
+  /// Σ_t k_t², k_t the experts that token t chose; 0 where it is not known.
+  std::int64_t choices_sq() const { return scalar(kChoicesSq); }
+  /// S/T, the mean number of experts of a token; top_k() where no slot is empty.
+  double mean_choices() const;
   std::int64_t invalid_records() const { return scalar(kInvalidRecords); }
   /// Of the first invalid record since clear(); empty if this object saw none. Not part of the payload.
   const Offence& offence() const { return offence_; }
@@ -121,6 +135,8 @@ class RoutingStats {
   bool load_slope(std::span<double> out) const;
   std::optional<double> dropped() const;  ///< Dropped assignments.
   bool has_sequences() const;             ///< At least one sequence, and every token belongs to one.
+  /// Tokens whose sequence id is beyond split_sequences: has_sequences() is then false.
+  std::int64_t tokens_beyond_split() const { return scalar(kBeyondSplit); }
   bool has_probabilities() const;
   bool has_domains() const;
   bool has_margins() const;
@@ -136,7 +152,7 @@ class RoutingStats {
   std::optional<double> next_gap_width() const;
   /// For readers of a saved state.
   void set_margin_rows(std::vector<float> rows) { margin_rows_ = std::move(rows); }
-  std::int64_t domain_tokens(int domain) const;  ///< Tokens of the domain (its assignments / k).
+  std::int64_t domain_tokens(int domain) const;  ///< Tokens of the domain (its assignments over the mean k).
   std::span<const std::int64_t> domain_counts(int domain) const;  ///< [N]
 
   /// Optional per-expert inputs: each call adds one observation for every expert (values [N], finite and ≥ 0). Metrics
@@ -160,6 +176,7 @@ class RoutingStats {
   /// The scalar sums, in the order of the flat array; the arrays follow.
   enum Scalar : int {
     kTokens,
+    kChoicesSq,  ///< Σ_t k_t².
     kInvalidRecords,
     kGapSum,
     kGapTokens,
@@ -167,6 +184,7 @@ class RoutingStats {
     kSequences,
     kSequenceTokens,
     kSequenceLenSq,
+    kBeyondSplit,
     kProbTokens,
     kTokenEntropySum,
     kDropped,
@@ -179,11 +197,12 @@ class RoutingStats {
   };
   /// The arrays that follow the scalars; arrays that StatsNeeds does not ask for are empty.
   enum Array : int {
-    kCounts,            ///< c_i. [N]
-    kGapNear,           ///< Tokens whose k-th choice is i and whose gap is below the width. [N]
-    kSequenceSq,        ///< Σ_j c_ji². [N]
-    kSequenceCross,     ///< Σ_j n_j c_ji. [N]
-    kProbSum,           ///< Σ_t p_ti, fixed point. [N]
+    kCounts,         ///< c_i. [N]
+    kGapNear,        ///< Tokens whose k-th choice is i and whose gap is below the width. [N]
+    kSequenceSq,     ///< Σ_j c_ji². [N]
+    kSequenceCross,  ///< Σ_j n_j c_ji. [N]
+    kSplitCounts,  ///< c_ji of the sequences that come in pieces, until they are joined. [split_sequences × N]
+    kProbSum,      ///< Σ_t p_ti, fixed point. [N]
     kSqrtProbSum,       ///< Σ_t √p_ti, fixed point. [N]
     kGradNormSum,       ///< Fixed point. [N]
     kLatencySum,        ///< Seconds, fixed point. [N]
@@ -207,9 +226,17 @@ class RoutingStats {
 
  private:
   void check_sizes(const RoutingBatch& batch) const;
+  /// What a run of tokens chose.
+  struct Choices {
+    std::int64_t tokens = 0, assignments = 0, squares = 0;
+  };
   template <std::size_t lanes>
   bool count(std::span<const std::int64_t> indices);
-  bool count_tokens(const RoutingBatch& batch, std::size_t from, std::size_t to, std::int64_t& tokens);
+  bool count_tokens(const RoutingBatch& batch, std::size_t from, std::size_t to, Choices& out);
+  bool count_slots(const RoutingBatch& batch, std::size_t from, std::size_t to, Choices& out);
+  void add_sequence(std::span<const std::int64_t> histogram, std::int64_t length,
+                    std::span<std::int64_t> sums);
+  std::size_t last_slot(const RoutingBatch& batch, std::size_t token) const;
   bool gather_counts(const RoutingBatch& batch);
   bool gather_domains(const RoutingBatch& batch);
   bool gather_gap(const RoutingBatch& batch);
@@ -227,6 +254,7 @@ class RoutingStats {
 
   StatsShape shape_;
   std::int64_t gap_width_ = 0;  // fixed point
+  bool empty_slots_ = false;    // in the record that is being added
   std::vector<std::int64_t> sums_;
   // Scratch, kept so that adding never allocates: one record's sums, one sequence's counts, one token's probabilities.
   std::vector<std::int64_t> delta_, histogram_;

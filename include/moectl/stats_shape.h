@@ -19,6 +19,8 @@ struct StatsNeeds {
   /// The margins themselves, [tokens × N] floats. Concatenated, so single-process only; memory grows with the window.
   bool margin_rows = false;
   int domains = 0;  ///< Number of domains whose tokens are counted separately.
+  /// With `sequences`: how many sequences of a step may come in pieces, over records or ranks, to be joined by their ids.
+  int split_sequences = 0;
 
   StatsNeeds& operator|=(const StatsNeeds& other);
   friend bool operator==(const StatsNeeds&, const StatsNeeds&) = default;

@@ -28,7 +28,7 @@ struct TensorBoardOptions {
 
 /// Scalars: `loss`; `balance/…`, means over layers beside their floors; `METRIC/layer_L`; `aux_loss_weight/layer_L` and
 /// `router_temperature/layer_L` (`…/model` where all layers share one); `reasons/ACTUATOR_REASON`, `alerts/NAME` and
-/// `health/STATE`, the number of layers. Histograms: `load/layer_L` (over the mean load) and `expert_bias/layer_L`.
+/// `health/STATE` and `response/STATE`, the number of layers; `response_gain/layer_L`. Histograms: `load/layer_L` (over the mean load) and `expert_bias/layer_L`.
 ///
 /// The wire format is written directly. Three fixed messages do not need a protobuf library, and two protobuf libraries
 /// in one process conflict (LibTorch contains one). Does not allocate in the steady state.

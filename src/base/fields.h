@@ -130,6 +130,11 @@ template <class T>
 inline constexpr bool kIsVector = false;
 template <class T>
 inline constexpr bool kIsVector<std::vector<T>> = true;
+/// A list of maps of keys.
+template <class T>
+inline constexpr bool kIsList = false;
+template <class T>
+inline constexpr bool kIsList<std::vector<T>> = kHasFields<T>;
 template <class T>
 inline constexpr bool kIsOptional = false;
 template <class T>

@@ -9,7 +9,7 @@ namespace moectl {
 namespace {
 
 constexpr std::string_view kMagic = "moectlst";
-constexpr std::uint32_t kVersion = 2;
+constexpr std::uint32_t kVersion = 3;
 constexpr std::size_t kHeaderSize = 8 + 4 + 8 + 8;
 
 template <class Integer>
@@ -58,14 +58,11 @@ std::string_view type_name(char type) {
       return "integers";
     case 't':
       return "text";
+    case 's':
+      return "a section";
     default:
       return "an unknown type";
   }
-}
-
-[[noreturn]] void fail(std::string_view what, std::string_view expected, std::string_view found) {
-  throw StateError("state: " + std::string(what) + ": expected " + std::string(expected) + ", found " +
-                   std::string(found));
 }
 
 std::string quoted(std::string_view text) {
@@ -98,9 +95,21 @@ bool inside(std::int64_t x, const IntegerRange& range) {
   return x >= range.least && x <= range.most;
 }
 
+std::size_t size_of(char type) {
+  return type == 'd' || type == 'i' ? 8 : 1;
+}
+
+}  // namespace
+
+void StateIo::fail(std::string_view what, std::string_view expected, std::string_view found) const {
+  throw StateError("state: " + path_ + std::string(what) + ": expected " + std::string(expected) +
+                   ", found " + std::string(found));
+}
+
 // The elements of an entry.
 template <class T, class Range>
-void take(std::string_view name, std::string_view data, std::span<T> values, const Range& range) {
+void StateIo::take(std::string_view name, std::string_view data, std::span<T> values,
+                   const Range& range) const {
   for (std::size_t i = 0; i < values.size(); ++i) {
     const T x = std::bit_cast<T>(read<std::uint64_t>(data.substr(8 * i)));
     if (!inside(x, range)) {
@@ -111,8 +120,6 @@ void take(std::string_view name, std::string_view data, std::span<T> values, con
     values[i] = x;
   }
 }
-
-}  // namespace
 
 StateIo::StateIo(std::string_view bytes) : reads_(true) {
   if (bytes.size() < kHeaderSize) {
@@ -138,33 +145,64 @@ StateIo::StateIo(std::string_view bytes) : reads_(true) {
   rest_ = bytes;
 }
 
-std::string_view StateIo::next_entry(std::string_view name, char type, std::size_t size, std::size_t count) {
-  const std::string wanted = quoted(name);
-  if (rest_.empty()) fail(wanted, "an entry", "the end of the state");
-  std::string_view rest = rest_;
+StateIo::Entry StateIo::take_entry(std::string_view& rest, std::string_view wanted) const {
   const auto take = [&](std::size_t bytes) {
     if (rest.size() < bytes) {
-      fail(wanted, std::to_string(bytes) + " more bytes", std::to_string(rest.size()) + " (malformed)");
+      fail(quoted(wanted), std::to_string(bytes) + " more bytes",
+           std::to_string(rest.size()) + " (malformed)");
     }
     const std::string_view taken = rest.substr(0, bytes);
     rest.remove_prefix(bytes);
     return taken;
   };
-  const std::string_view found_name = take(read<std::uint32_t>(take(4)));
-  if (found_name != name) fail(wanted, "this entry", "entry " + quoted(found_name));
-  const char found_type = take(1)[0];
-  if (found_type != type) fail(wanted, type_name(type), type_name(found_type));
-  const auto found_count = read<std::uint64_t>(take(8));
-  if (found_count > rest.size() / size) {
-    fail(wanted, "at most " + std::to_string(rest.size() / size) + " elements",
-         std::to_string(found_count) + " (malformed)");
+  Entry entry{};
+  entry.name = take(read<std::uint32_t>(take(4)));
+  entry.type = take(1)[0];
+  entry.count = read<std::uint64_t>(take(8));
+  const std::size_t most = rest.size() / size_of(entry.type);
+  if (entry.count > most) {
+    fail(quoted(wanted), "at most " + std::to_string(most) + " elements",
+         std::to_string(entry.count) + " (malformed)");
   }
-  const std::string_view data = take(static_cast<std::size_t>(found_count) * size);
-  if (count != kAnyCount && count != found_count) {
-    fail(wanted, std::to_string(count) + " elements", std::to_string(found_count));
+  entry.data = take(static_cast<std::size_t>(entry.count) * size_of(entry.type));
+  return entry;
+}
+
+std::string_view StateIo::next_entry(std::string_view name, char type, std::size_t count) {
+  const std::string wanted = quoted(name);
+  if (rest_.empty()) fail(wanted, "an entry", "the end of the state");
+  std::string_view rest = rest_;
+  const Entry entry = take_entry(rest, name);
+  if (entry.name != name) fail(wanted, "this entry", "entry " + quoted(entry.name));
+  if (entry.type != type) fail(wanted, type_name(type), type_name(entry.type));
+  if (count != kAnyCount && count != entry.count) {
+    fail(wanted, std::to_string(count) + " elements", std::to_string(entry.count));
   }
   rest_ = rest;
-  return data;
+  return entry.data;
+}
+
+void StateIo::add_section(std::string_view name, std::string_view body) {
+  begin_entry(name, 's', body.size());
+  body_.append(body);
+}
+
+StateIo StateIo::next_section(std::string_view name) {
+  return {next_entry(name, 's', kAnyCount), path_ + std::string(name) + ": "};
+}
+
+std::optional<StateIo> StateIo::find(std::string_view name) const {
+  for (std::string_view rest = rest_; !rest.empty();) {
+    const Entry entry = take_entry(rest, name);
+    if (entry.name == name && entry.type == 's') return StateIo(entry.data, path_ + std::string(name) + ": ");
+  }
+  return std::nullopt;
+}
+
+std::vector<std::string> StateIo::names() const {
+  std::vector<std::string> names;
+  for (std::string_view rest = rest_; !rest.empty();) names.emplace_back(take_entry(rest, "entry").name);
+  return names;
 }
 
 void StateIo::begin_entry(std::string_view name, char type, std::size_t count) {
@@ -188,31 +226,31 @@ void StateIo::value(std::string_view name, bool& x) {
 
 void StateIo::values(std::string_view name, std::span<double> x, NumberRange range) {
   if (!reads_) return write<double>(name, 'd', x);
-  take(name, next_entry(name, 'd', 8, x.size()), x, range);
+  take(name, next_entry(name, 'd', x.size()), x, range);
 }
 
 void StateIo::values(std::string_view name, std::span<std::int64_t> x, IntegerRange range) {
   if (!reads_) return write<std::int64_t>(name, 'i', x);
-  take(name, next_entry(name, 'i', 8, x.size()), x, range);
+  take(name, next_entry(name, 'i', x.size()), x, range);
 }
 
 void StateIo::list(std::string_view name, std::vector<double>& x, NumberRange range) {
   if (!reads_) return write<double>(name, 'd', x);
-  const std::string_view data = next_entry(name, 'd', 8, kAnyCount);
+  const std::string_view data = next_entry(name, 'd', kAnyCount);
   x.resize(data.size() / 8);
   take(name, data, std::span<double>(x), range);
 }
 
 void StateIo::list(std::string_view name, std::vector<std::int64_t>& x, IntegerRange range) {
   if (!reads_) return write<std::int64_t>(name, 'i', x);
-  const std::string_view data = next_entry(name, 'i', 8, kAnyCount);
+  const std::string_view data = next_entry(name, 'i', kAnyCount);
   x.resize(data.size() / 8);
   take(name, data, std::span<std::int64_t>(x), range);
 }
 
 void StateIo::text(std::string_view name, std::string& x) {
   if (reads_) {
-    x = next_entry(name, 't', 1, kAnyCount);
+    x = next_entry(name, 't', kAnyCount);
     return;
   }
   begin_entry(name, 't', x.size());
@@ -220,7 +258,8 @@ void StateIo::text(std::string_view name, std::string& x) {
 }
 
 void StateIo::check(bool good, std::string_view name, std::string_view constraint) const {
-  if (reads_ && !good) throw StateError("state: " + quoted(name) + ": must " + std::string(constraint));
+  if (reads_ && !good)
+    throw StateError("state: " + path_ + quoted(name) + ": must " + std::string(constraint));
 }
 
 std::string StateIo::bytes() const {

@@ -82,6 +82,42 @@ std::string text_of(const Conflict& conflict) {
                                      : conflict.message + "; nearest feasible: " + conflict.suggestion;
 }
 
+/// What is found of all groups of layers, over the timeline; each message once.
+struct Judgement {
+  std::vector<Conflict> conflicts;
+  Feasibility bands;
+  ActuatorJudgement actuators;
+  NeededInputs inputs;
+
+  void add(const ControllerConfig& config, const std::string& where, const PolicyRegistry& registry) {
+    const auto join = [](auto& all, const auto& more) {
+      for (const auto& one : more) {
+        if (std::find(all.begin(), all.end(), one) == all.end()) all.push_back(one);
+      }
+    };
+    const auto conflict = [&](Conflict found) {
+      const auto same = [&](const Conflict& known) { return known.message.ends_with(found.message); };
+      if (std::any_of(conflicts.begin(), conflicts.end(), same)) return;
+      found.message = where + found.message;
+      conflicts.push_back(std::move(found));
+    };
+    for (Conflict& found : judge_targets(config)) conflict(std::move(found));
+    const Feasibility of_bands = judge_bands(config);
+    for (const Conflict& found : of_bands.conflicts) conflict(found);
+    bands.undecided_together |= of_bands.undecided_together;
+    join(bands.judged_alone, of_bands.judged_alone);
+    join(bands.not_judged, of_bands.not_judged);
+    const ActuatorJudgement of_actuators = judge_actuators(config);
+    for (const Conflict& found : of_actuators.conflicts) conflict(found);
+    actuators.conflicts.insert(actuators.conflicts.end(), of_actuators.conflicts.begin(),
+                               of_actuators.conflicts.end());
+    join(actuators.notes, of_actuators.notes);
+    const NeededInputs needed = inputs_of(config, registry);
+    join(inputs.required, needed.required);
+    join(inputs.used, needed.used);
+  }
+};
+
 int check(const Options& options, const PolicyRegistry& registry) {
   ControllerConfig config;
   const bool json = options.format == "json";
@@ -95,13 +131,22 @@ int check(const Options& options, const PolicyRegistry& registry) {
     }
     throw;
   }
-  std::vector<Conflict> conflicts = judge_targets(config);
-  const Feasibility bands = judge_bands(config);
-  conflicts.insert(conflicts.end(), bands.conflicts.begin(), bands.conflicts.end());
-  const ActuatorJudgement actuators = judge_actuators(config);
-  conflicts.insert(conflicts.end(), actuators.conflicts.begin(), actuators.conflicts.end());
+  Judgement judgement;
+  std::vector<std::int64_t> steps = {0};
+  for (const TimelineEntry& entry : config.timeline) steps.push_back(entry.from);
+  for (const std::int64_t step : steps) {
+    const std::vector<LayerSettings> groups = layer_settings(config, step);
+    for (std::size_t g = 0; g < groups.size(); ++g) {
+      std::string where = step == 0 ? "" : "from step " + std::to_string(step) + ": ";
+      if (!config.layers.empty()) where += "layers[" + std::to_string(g) + "]: ";
+      judgement.add(groups[g].config, where, registry);
+    }
+  }
+  const std::vector<Conflict>& conflicts = judgement.conflicts;
+  const Feasibility& bands = judgement.bands;
+  const ActuatorJudgement& actuators = judgement.actuators;
+  const NeededInputs& inputs = judgement.inputs;
   const bool feasible = conflicts.empty();
-  const NeededInputs inputs = inputs_of(config, registry);
   if (json) {
     auto list = nlohmann::ordered_json::array();
     for (const Conflict& conflict : conflicts) {
@@ -152,7 +197,7 @@ int check(const Options& options, const PolicyRegistry& registry) {
     std::cout
         << "# aux_loss_weight: the auxiliary loss pulls towards equal loads, not towards model.targets\n";
   }
-  for (const Target& target : targets_of(config)) {
+  for (const Target& target : config.layers.empty() ? targets_of(config) : std::vector<Target>()) {
     const auto bounds =
         bounds_of(target.metric, {config.model.experts, config.model.top_k, 0, config.model.targets});
     if (!bounds) continue;

@@ -414,6 +414,7 @@ int metrics(const Options& options, const PolicyRegistry& registry) {
     how.model = config.model;
   }
   LogReader reader(options.trace);
+  if (how.model) reader.set_defaults(defaults_of(*how.model));
   const bool summary = options.screen.sum || !options.screen.by.empty();
   const bool terminal = !options.format_given && isatty(STDOUT_FILENO) == 1;
   if (options.format == "screen" || (options.compare.empty() && !options.trends && (summary || terminal))) {
@@ -421,17 +422,21 @@ int metrics(const Options& options, const PolicyRegistry& registry) {
     screen.json = options.format_given && options.format == "json";
     if (summary && options.format_given && options.format != "json" && options.format != "screen")
       throw InputError("--format: " + options.format + ": must be screen or json with --sum or --by");
-    return print_screen(
+    const int code = print_screen(
         reader,
         [&how](const LogRecord& record) {
           how.check(record);
           return how.options(record);
         },
         screen);
+    say_faults(reader, options.trace);
+    return code;
   }
-  if (options.trends) return print_trends(reader, how, options.format);
-  return options.compare.empty() ? print_records(reader, how, options.format)
-                                 : print_comparison(reader, how, options);
+  const int code = options.trends            ? print_trends(reader, how, options.format)
+                   : options.compare.empty() ? print_records(reader, how, options.format)
+                                             : print_comparison(reader, how, options);
+  say_faults(reader, options.trace);
+  return code;
 }
 
 }  // namespace

@@ -2,9 +2,13 @@
 //
 // Active and without lag, whatever the config says: `applied` at step t uses step t's counts and is in force from the
 // next step on; the first proposal starts at `initial`. The routing does not respond, because it was recorded.
+#include <algorithm>
 #include <cstdio>
+#include <deque>
 #include <iostream>
+#include <map>
 #include <memory>
+#include <set>
 
 #include "cli/reshape.h"
 #include "cli/tool.h"
@@ -17,6 +21,7 @@ namespace {
 
 struct Options {
   std::string config, trace, run = "-";
+  std::optional<int> layers, experts, top_k;
   FaultPolicy fault_policy = FaultPolicy::kRepair;
 };
 
@@ -25,10 +30,13 @@ class Replay {
   Replay(const Options& options, const PolicyRegistry& registry)
       : options_(options), config_(active(options, registry)), trace_(options.trace, options.fault_policy) {
     const LogHeader& header = trace_.header();
-    const ModelConfig& model = config_.model;
-    must_agree("layers", header.layers, model.layers, 1);
-    must_agree("experts", header.experts, model.experts, 1);
-    must_agree("top_k", header.top_k, model.top_k, 1);
+    if (config_.layers.empty()) {
+      const ModelConfig& model = config_.model;
+      must_agree("layers", header.layers, model.layers, 1);
+      must_agree("experts", header.experts, model.experts, 1);
+      must_agree("top_k", header.top_k, model.top_k, 1);
+    }
+    trace_.set_defaults(defaults_of(config_.model));
     // Only now: a log that exists is not overwritten for inputs that do not fit together.
     controller_.emplace(config_, registry);
     writer_.emplace(options.run, config_, false, header.shift);
@@ -36,9 +44,8 @@ class Replay {
 
   int run() {
     while (writer_->ok()) {
-      const auto record = trace_.next();
+      auto record = next();
       if (!record) break;
-      if (record->layer < 0 || record->tag != "train") continue;
       try {
         check(*record);
       } catch (const InputError& e) {
@@ -72,8 +79,67 @@ class Replay {
     ControllerConfig config = load_config(options.config, registry);
     config.mode = Mode::kActive;
     config.lag = 0;
-    config.safety.responsiveness = false;  // recorded loads answer nothing
+    // Recorded loads answer nothing.
+    config.safety.responsiveness = false;
+    for (LayerGroup& group : config.layers) {
+      if (group.safety) group.safety->responsiveness = false;
+    }
+    for (TimelineEntry& entry : config.timeline) {
+      if (entry.safety) entry.safety->responsiveness = false;
+    }
+    if (options.layers) config.model.layers = *options.layers;
+    if (options.experts) config.model.experts = *options.experts;
+    if (options.top_k) config.model.top_k = *options.top_k;
     return config;
+  }
+
+  /// The next record that says something of a layer's training.
+  std::optional<LogRecord> read() {
+    for (;;) {
+      auto record = trace_.next();
+      if (!record || (record->layer >= 0 && record->tag == "train")) return record;
+    }
+  }
+
+  /// The same with the config's number of the layer. The first records tell which numbers the trace has: those of the
+  /// first step, and if the config has no such layer, as many as it takes to see all.
+  std::optional<LogRecord> next() {
+    if (!layers_known_) learn_layers();
+    auto record = first_.empty() ? read() : std::optional(std::move(first_.front()));
+    if (!first_.empty()) first_.pop_front();
+    if (record && !layers_.empty()) {
+      const auto it = layers_.find(record->layer);
+      if (it == layers_.end()) {
+        fail(*record, "layer", std::to_string(record->layer),
+             "must be one of the layers of the records before it, which are as many as model.layers (" +
+                 std::to_string(config_.model.layers) + ") of " + options_.config);
+      }
+      record->layer = it->second;
+    }
+    return record;
+  }
+
+  void learn_layers() {
+    layers_known_ = true;
+    std::set<int> seen;
+    const int layers = config_.model.layers;
+    while (std::ssize(seen) < layers) {
+      auto record = read();
+      if (!record) break;
+      const bool in_first_step = first_.empty() || first_.front().step == record->step;
+      if (in_first_step || *seen.rbegin() >= layers) seen.insert(record->layer);
+      first_.push_back(std::move(*record));
+      if (!in_first_step && *seen.rbegin() < layers) break;
+    }
+    if (std::ssize(seen) != layers || *seen.rbegin() < layers) return;
+    std::string names;
+    int index = 0;
+    for (const int layer : seen) {
+      layers_[layer] = index++;
+      names += (names.empty() ? "" : ", ") + std::to_string(layer);
+    }
+    std::cerr << "assumed: " << (options_.trace == "-" ? "<stdin>" : options_.trace) << ": layers " << names
+              << " of the trace are layers 0 to " << layers - 1 << " of " << options_.config << '\n';
   }
 
   [[noreturn]] void fail(std::int64_t line, const std::string& field, const std::string& value,
@@ -99,21 +165,25 @@ class Replay {
       fail(record, "step", std::to_string(record.step),
            "must not be below the step before it (" + std::to_string(step_) + "): sort the records by step");
     }
-    if (record.layer >= model.layers) {
+    const std::vector<int>& ids = controller_->layers();
+    if (std::find(ids.begin(), ids.end(), record.layer) == ids.end()) {
       fail(record, "layer", std::to_string(record.layer),
-           "must be below model.layers (" + std::to_string(model.layers) + ") of " + options_.config);
+           config_.layers.empty()
+               ? "must be below model.layers (" + std::to_string(model.layers) + ") of " + options_.config
+               : "must be an id of the layer groups of " + options_.config);
     }
     if (record.stats.experts() == 0) {
       fail(record, "counts", "missing", "required: this log was written with per_expert off");
     }
-    must_agree("experts", record.stats.experts(), model.experts, record.line);
-    must_agree("top_k", record.stats.top_k(), model.top_k, record.line);
+    const StatsShape& shape = controller_->shape(record.layer);
+    must_agree("experts", record.stats.experts(), shape.experts, record.line);
+    must_agree("top_k", record.stats.top_k(), shape.top_k, record.line);
   }
 
   void take(const LogRecord& record) {
     const ModelConfig& model = config_.model;
-    controller_->record(record.layer,
-                        reshaped(record.stats, record.domains, controller_->shape().needs, model.domains));
+    controller_->record(record.layer, reshaped(record.stats, record.domains,
+                                               controller_->shape(record.layer).needs, model.domains));
     any_ = true;
     if (record.loss) loss_ = record.loss;
     if (!record.next_mixture.empty()) {
@@ -141,6 +211,9 @@ class Replay {
   const Options& options_;
   ControllerConfig config_;
   LogReader trace_;
+  std::deque<LogRecord> first_;  // read to learn the layers
+  bool layers_known_ = false;
+  std::map<int, int> layers_;  // from the trace's numbers to the config's; empty = the same
   std::optional<Controller> controller_;
   std::optional<RunLogWriter> writer_;
   std::int64_t step_ = -1;
@@ -156,18 +229,23 @@ void add_replay(CLI::App& app, Tool& tool) {
       app.add_subcommand("replay", "Show what the controller would have commanded on recorded counts");
   command->footer(
       R"(The controller runs active and without lag: the value applied at step t uses the counts of step t.
-Records with another tag than 'train' are skipped. A layer that a step does not mention has no data in that step.
+Records with another tag than 'train' are skipped. A trace may number its layers as it likes. A layer that a step does not mention has no data in that step.
 A damaged trace (torn or unreadable lines, holes, a second run joined on, another version) is replayed as far as it
 can be read, and the rest is reported. A record that is wrong ends the command, unless --salvage is given.
 
 Examples:
   moectl replay policies/sign_bias.yaml trace.jsonl -o run.jsonl
+  moectl replay policies/sign_bias.yaml trace.jsonl --layers 4 --experts 64 --top-k 6 -o run.jsonl
   zcat trace.jsonl.gz | moectl replay policies/sign_bias.yaml - | head)");
   auto options = std::make_shared<Options>();
   command->add_option("CONFIG", options->config, "YAML config")->required();
   command->add_option("TRACE", options->trace, "Trace or run log. A line of a trace: " + kTraceLine)
       ->required();
   command->add_option("-o,--output", options->run, "Run log to write; without it, standard output");
+  const auto positive_int = whole_number(1, std::numeric_limits<int>::max());
+  command->add_option("--layers", options->layers, "Instead of model.layers")->check(positive_int);
+  command->add_option("--experts", options->experts, "Instead of model.experts")->check(positive_int);
+  command->add_option("--top-k", options->top_k, "Instead of model.top_k")->check(positive_int);
   add_salvage(*command, options->fault_policy);
   command->callback(
       [&tool, options] { tool.run = [&tool, options] { return Replay(*options, tool.registry).run(); }; });

@@ -86,10 +86,14 @@ ReportRun::ReportRun(const std::string& path, std::optional<std::int64_t> shift)
   if (!header_.config_json.empty()) advice_ = Advice(nlohmann::json::parse(header_.config_json));
   // What the page will not show of the experts need not be kept: with hundreds in each of many layers it would be most
   // of the memory. Four times the columns of the load and bias maps are enough to choose from.
-  const std::size_t rows = 2U * static_cast<std::size_t>(header_.layers.value_or(1)) *
-                           static_cast<std::size_t>(header_.experts.value_or(1));
+  std::size_t rows = 2U * static_cast<std::size_t>(header_.layers.value_or(1)) *
+                     static_cast<std::size_t>(header_.experts.value_or(1));
+  for (const LogGroup& group : header_.groups) {
+    rows += 2U * group.layers.size() * static_cast<std::size_t>(group.experts.value_or(1));
+  }
   while (kColumns / (2 * expert_each_) >= 4 * map_columns(rows)) expert_each_ *= 2;
   while (const auto record = reader.next()) add(*record);
+  tell_config_changes(reader.config_changes());
   say_faults(reader, path);
   faults_ = reader.faults();
   fault_count_ = reader.fault_count();
@@ -152,6 +156,34 @@ void ReportRun::add_alert(const std::string& name, const LogRecord& record, std:
   alert.last = record.step;
   if (alert.layers.size() <= column) alert.layers.resize(column + 1);
   alert.layers[column].insert(record.layer);
+}
+
+/// Each key that changed, as a notice.
+void ReportRun::tell_config_changes(const std::vector<ConfigChange>& changes) {
+  using nlohmann::json;
+  json before = json::parse(header_.config_json.empty() ? "{}" : header_.config_json);
+  for (const ConfigChange& change : changes) {
+    const json now = json::parse(change.config_json);
+    const json was = before.flatten(), is = now.flatten();
+    const auto tell = [&](const std::string& key, const std::string& from, const std::string& to) {
+      if (key.starts_with("/timeline")) return;
+      std::string name = key.substr(1);
+      std::replace(name.begin(), name.end(), '/', '.');
+      const std::string text = name + ": " + from + ", from here on " + to;
+      notices_[{"config", -1, text}] = {text, change.step, 1};
+    };
+    for (const auto& [key, value] : was.items()) {
+      if (!is.contains(key)) tell(key, value.dump(), "none");
+    }
+    for (const auto& [key, value] : is.items()) {
+      if (!was.contains(key)) {
+        tell(key, "none", value.dump());
+      } else if (was[key] != value) {
+        tell(key, was[key].dump(), value.dump());
+      }
+    }
+    before = now;
+  }
 }
 
 json ReportRun::notices_json() const {
@@ -263,6 +295,9 @@ void ReportRun::add(const LogRecord& record) {
     Health& worst = layer.health[column];
     worst = std::max(worst, health_of(record.health).value_or(Health::kNoData));
   }
+  if (record.responsiveness.state != Response::kNotApplicable) layer.response = record.responsiveness;
+  if (record.responsiveness.state == Response::kUnresponsive && layer.held++ == 0)
+    layer.first_held = record.step;
   const std::size_t coarse = column / expert_each_;
   const RoutingStats& stats = record.stats;
   const auto n = static_cast<std::size_t>(stats.experts());
@@ -404,6 +439,16 @@ json ReportRun::json() const {
     if (!layer.load.empty()) one["load"] = expert_map(layer.load, for_maps, 3, true);
     if (!layer.bias.empty()) one["bias"] = expert_map(layer.bias, for_maps, widest, false);
     if (!layer.health.empty()) one["health"] = layer.health;
+    if (const Responsiveness& found = layer.response; found.state != Response::kNotApplicable) {
+      nlohmann::json& out_of = one["response"];
+      out_of = {{"state", name_of(found.state)}, {"late", found.late}, {"held", layer.held}};
+      if (found.gain && found.error) {
+        out_of["gain"] = rounded(*found.gain);
+        out_of["error"] = rounded(*found.error);
+        out_of["slope"] = found.scaled ? "measured" : "assumed";
+      }
+      if (layer.held > 0) out_of["first_held"] = layer.first_held;
+    }
     if (!layer.domains.empty()) one["domains"] = layer.domains;
     if (!layer.loss.empty()) one["loss"] = loss_lines(layer, loss_columns);
     out["layers"].push_back(one);

@@ -56,6 +56,8 @@ class ReportRun {
     std::deque<StepFigures> now;                         // the last steps, of this layer
     std::vector<Row> load, bias, loss;                   // [N]
     std::vector<Health> health;                          // worst in each column
+    Responsiveness response;                             // the last that was known
+    std::int64_t held = 0, first_held = 0;               // steps in which the load did not answer
     std::map<std::string, std::vector<double>> domains;  // counts of the whole run, [N]
   };
   /// One actuator over all layers.
@@ -78,6 +80,7 @@ class ReportRun {
 
   void add(const LogRecord& record);
   void add_alert(const std::string& name, const LogRecord& record, std::size_t column);
+  void tell_config_changes(const std::vector<ConfigChange>& changes);
   nlohmann::json alerts_json() const;
   nlohmann::json now_json() const;
   nlohmann::json notices_json() const;

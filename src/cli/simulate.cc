@@ -1,6 +1,5 @@
 // moectl simulate CONFIG…: closes the loop on the simulated router, one run a config on the same tokens.
 #include <unistd.h>
-#include <yaml-cpp/yaml.h>
 
 #include <algorithm>
 #include <atomic>
@@ -19,6 +18,7 @@
 #include <thread>
 
 #include "cli/tool.h"
+#include "config/config_yaml.h"
 #include "moectl/config.h"
 #include "moectl/controller.h"
 #include "moectl/figures.h"
@@ -92,11 +92,43 @@ std::vector<Variant> variants_of(const Options& options) {
   return variants;
 }
 
-/// The text of a config with a key set: "expert_bias.options.step".
-void set_key(YAML::Node node, std::string_view key, const YAML::Node& value) {
+/// A tree of YAML in which keys can be set: scalars are texts behind '"' if they stood in quotes, else behind '='.
+nlohmann::ordered_json tree_of(const YamlNode& node) {
+  using Tree = nlohmann::ordered_json;
+  if (node.kind == YamlNode::Kind::kScalar) return (node.quoted ? '"' : '=') + node.text;
+  if (node.kind == YamlNode::Kind::kNull) return nullptr;
+  Tree tree = node.kind == YamlNode::Kind::kList ? Tree::array() : Tree::object();
+  if (tree.is_array()) {
+    for (const YamlNode* item : node.items) tree.push_back(tree_of(*item));
+  } else {
+    for (std::size_t i = 0; i + 1 < node.items.size(); i += 2)
+      tree[node.items[i]->text] = tree_of(*node.items[i + 1]);
+  }
+  return tree;
+}
+
+/// The tree as YAML in one line. In it, plain words with signs of YAML need quotes; numbers have none.
+std::string flow_of(const nlohmann::ordered_json& tree) {
+  if (tree.is_string()) {
+    const std::string text = tree.get<std::string>().substr(1);
+    const bool quoted =
+        tree.get<std::string>().front() == '"' || text.find_first_of(",[]{}:#\"' ") != std::string::npos;
+    return quoted ? nlohmann::json(text).dump() : text;
+  }
+  if (!tree.is_structured()) return tree.dump();
+  std::string text;
+  for (const auto& [key, item] : tree.items()) {
+    text += (text.empty() ? "" : ", ") + (tree.is_object() ? nlohmann::json(key).dump() + ": " : "") +
+            flow_of(item);
+  }
+  return tree.is_object() ? '{' + text + '}' : '[' + text + ']';
+}
+
+/// Sets a key, as "expert_bias.options.step".
+void set_key(nlohmann::ordered_json& node, std::string_view key, const nlohmann::ordered_json& value) {
   const std::size_t dot = key.find('.');
   const std::string name(key.substr(0, dot));
-  if (node.IsDefined() && !node.IsNull() && !node.IsMap())
+  if (!node.is_null() && !node.is_object())
     throw InputError("--set: " + name + ": stands in no map of the config");
   if (dot == std::string_view::npos) {
     node[name] = value;
@@ -113,17 +145,15 @@ ControllerConfig load_variant(const Variant& variant, const PolicyRegistry& regi
   text << file.rdbuf();
   // A text that is no YAML is reported by the reader, with its place.
   parse_config(text.str(), variant.config, registry);
-  YAML::Node root = YAML::Load(text.str());
+  nlohmann::ordered_json root = tree_of(YamlFile(text.str(), variant.config).node());
   for (const auto& [key, value] : variant.changes) {
     try {
-      set_key(root, key, YAML::Load(value));
-    } catch (const YAML::Exception&) {
+      set_key(root, key, tree_of(*YamlFile("value: " + value, "--set").node().items[1]));
+    } catch (const ConfigError&) {
       throw InputError("--set: " + key + ": " + value + ": must be a value of YAML");
     }
   }
-  YAML::Emitter out;
-  out << root;
-  return parse_config(out.c_str(), variant.name(), registry);
+  return parse_config(flow_of(root), variant.name(), registry);
 }
 
 ControllerConfig config_of(const Options& options, const Variant& variant, const PolicyRegistry& registry) {

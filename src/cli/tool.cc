@@ -51,7 +51,15 @@ CLI::Option* add_format(CLI::App& command, std::string& format, std::vector<std:
       ->capture_default_str();
 }
 
+LogDefaults defaults_of(const ModelConfig& model) {
+  LogDefaults defaults;
+  defaults.top_k = model.top_k;
+  if (model.tokens_per_step > 0) defaults.tokens = model.tokens_per_step;
+  return defaults;
+}
+
 void say_faults(const LogReader& log, const std::string& path) {
+  for (const std::string& assumption : log.assumptions()) std::cerr << assumption << '\n';
   for (const std::string& fault : log.faults()) std::cerr << fault << '\n';
   if (const auto more = log.fault_count() - static_cast<std::int64_t>(log.faults().size()); more > 0) {
     std::cerr << path << ": " << more << " more faults\n";

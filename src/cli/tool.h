@@ -54,7 +54,9 @@ CLI::Validator whole_number(std::int64_t least, std::int64_t most = std::numeric
 CLI::Validator number_from_zero();
 CLI::Validator positive_number();
 
-/// Says on standard error what a reader skipped or missed.
+/// What a config says of a trace that does not say it.
+LogDefaults defaults_of(const ModelConfig& model);
+/// Says on standard error what a reader assumed, skipped or missed.
 void say_faults(const LogReader& log, const std::string& path);
 /// The option --salvage of a command that reads logs.
 void add_salvage(CLI::App& command, FaultPolicy& fault_policy);

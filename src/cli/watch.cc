@@ -123,6 +123,8 @@ class Watch {
   void say_faults() {
     endpoint_.set_faults(reader_.fault_count());
     if (live_) return;  // the view counts faults, and the end prints them below it
+    for (; assumed_ < reader_.assumptions().size(); ++assumed_)
+      std::cerr << reader_.assumptions()[assumed_] << '\n';
     for (; said_ < reader_.faults().size(); ++said_) std::cerr << reader_.faults()[said_] << '\n';
   }
 
@@ -150,7 +152,7 @@ class Watch {
   RecordMetrics metrics_;
   std::unique_ptr<WatchedStep> step_;
   std::int64_t shown_ = 0;
-  std::size_t said_ = 0;
+  std::size_t said_ = 0, assumed_ = 0;
   bool any_ = false;  // records were read
 };
 

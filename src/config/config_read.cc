@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <iostream>
 #include <iterator>
@@ -19,20 +20,24 @@ namespace {
 /// Reads the keys of a map into the struct that declares them.
 class Reader {
  public:
-  explicit Reader(const PolicyRegistry& registry) : registry_(registry) {}
+  /// `groups`: the config has layer groups, which say of what the model consists.
+  Reader(const PolicyRegistry& registry, bool groups) : registry_(registry), groups_(groups) {}
 
   template <class Struct>
   void read_fields(YamlMap& map, Struct& all) {
     for_each_field(all, [&](const FieldInfo& field, auto& value) {
       read(map, field, value);
-      if (field.presence == Presence::kRequired) map.require(field.key);
+      if (field.presence == Presence::kRequired && !(std::is_same_v<Struct, ModelConfig> && groups_))
+        map.require(field.key);
     });
   }
 
  private:
   template <class T>
   void read(YamlMap& map, const FieldInfo& field, T& value) {
-    if constexpr (std::is_enum_v<T>) {
+    if constexpr (std::is_same_v<T, Initial>) {
+      return;  // with the actuator
+    } else if constexpr (std::is_enum_v<T>) {
       read_choice(map, field, value);
     } else if constexpr (kIsOptional<T>) {
       read_optional(map, field, value);
@@ -42,7 +47,7 @@ class Reader {
       if (YamlMap* inner = map.map(field.key)) read_bands(*inner, value);
     } else if constexpr (kHasFields<T>) {
       if (YamlMap* inner = map.map(field.key)) read_fields(*inner, value);
-    } else if constexpr (std::is_same_v<T, std::vector<Phase>> || std::is_same_v<T, std::vector<AlertRule>>) {
+    } else if constexpr (kIsList<T>) {
       for (YamlMap* inner : map.maps(field.key)) read_fields(*inner, value.emplace_back());
     } else if constexpr (!std::is_same_v<T, PolicyOptions>) {
       if (map.read(field.key, value)) check_read(map, field, value);
@@ -55,7 +60,7 @@ class Reader {
     if constexpr (std::is_same_v<T, std::string>) {
       if (const auto wrong = check_value(field, value))
         throw map.error(field.key, value, wrong->constraint + did_you_mean(value, field.range.choices()));
-    } else if constexpr (std::is_same_v<T, std::int64_t>) {
+    } else if constexpr (std::is_same_v<T, std::int64_t> || std::is_same_v<T, int>) {
       if (is_absent(field, value)) throw map.error(field.key, shown(value), violated(field.range, -1));
     }
   }
@@ -76,7 +81,11 @@ class Reader {
 
   template <class T>
   void read_optional(YamlMap& map, const FieldInfo& field, std::optional<T>& value) {
-    if constexpr (kHasFields<T>) {
+    if constexpr (std::is_same_v<T, ActuatorConfig>) {
+      if (YamlMap* inner = map.map(field.key)) read_actuator(*inner, field.key, value.emplace());
+    } else if constexpr (kIsSection<T>) {
+      if (YamlMap* inner = map.map(field.key)) read_fields(*inner, value.emplace());
+    } else if constexpr (kHasFields<T>) {
       bool on = false;
       YamlMap* inner = map.map_or_switch(field.key, on);
       if (on) value.emplace();
@@ -97,17 +106,34 @@ class Reader {
     }
   }
 
+  /// A number; of biases also a list or the name of a file.
+  Initial read_initial(YamlMap& map, Actuator which) {
+    Initial initial = neutral_value(which);
+    if (which == Actuator::kExpertBias) {
+      if (map.is_list("initial")) {
+        map.read("initial", initial.values);
+        return initial;
+      }
+      if (map.is_word("initial")) {
+        map.read("initial", initial.file);
+        return initial;
+      }
+    }
+    map.read("initial", initial.value);
+    return initial;
+  }
+
   void read_actuator(YamlMap& map, std::string_view name, ActuatorConfig& actuator) {
     const Actuator which = *std::find_if(std::begin(kActuators), std::end(kActuators),
                                          [&](Actuator one) { return name_of(one) == name; });
     // Default limits depend on these two. A policy that moves gets the range that suits one; a fixed value needs no more
     // than to lie in its own.
     map.read("policy", actuator.policy);
-    map.read("initial", actuator.initial);
+    actuator.initial = read_initial(map, which);
     actuator.limits = default_limits(which, actuator.initial);
     if (actuator.policy == "fixed" && (!is_multiplicative(which) || actuator.initial > 0)) {
-      actuator.limits.min = std::min(actuator.limits.min, actuator.initial);
-      actuator.limits.max = std::max(actuator.limits.max, actuator.initial);
+      actuator.limits.min = std::min(actuator.limits.min, actuator.initial.value);
+      actuator.limits.max = std::max(actuator.limits.max, actuator.initial.value);
     }
     read_fields(map, actuator);
     if (const std::string fault = policy_fault(actuator.policy, which, registry_); !fault.empty()) {
@@ -123,7 +149,23 @@ class Reader {
   }
 
   const PolicyRegistry& registry_;
+  bool groups_;
 };
+
+// Files that a config names stand beside it.
+void place_files(ControllerConfig& config, const std::filesystem::path& folder) {
+  const auto place = [&](ActuatorConfig& actuator) {
+    std::string& file = actuator.initial.file;
+    if (!file.empty()) file = (folder / file).string();
+  };
+  place(config.expert_bias);
+  for (LayerGroup& group : config.layers) {
+    if (group.expert_bias) place(*group.expert_bias);
+  }
+  for (TimelineEntry& entry : config.timeline) {
+    if (entry.expert_bias) place(*entry.expert_bias);
+  }
+}
 
 }  // namespace
 
@@ -143,7 +185,7 @@ ControllerConfig parse_config(std::string_view text, const std::string& name,
   root.require("version");
   // Who asks for health wants all of it, oscillation included, unless told otherwise.
   config.monitor.trends = root.has("health");
-  Reader(registry).read_fields(root, config);
+  Reader(registry, root.has("layers")).read_fields(root, config);
   root.finish();
   if (const auto problem = complete(config, registry)) throw file.error(*problem);
   return config;
@@ -164,7 +206,9 @@ ControllerConfig load_config(const std::string& path, const PolicyRegistry& regi
   // alone; a directory opens, but its first read is bad.
   if (file.peek() != std::ifstream::traits_type::eof()) text << file.rdbuf();
   if (file.bad()) throw ConfigError(path + ": cannot be read");
-  return parse_config(text.str(), path, registry);
+  ControllerConfig config = parse_config(text.str(), path, registry);
+  place_files(config, std::filesystem::path(path).parent_path());
+  return config;
 }
 
 }  // namespace moectl

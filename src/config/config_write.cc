@@ -16,14 +16,22 @@ void write_fields(const Struct& all, Json& out);
 template <class T>
 void write(const FieldInfo& field, const T& value, Json& out) {
   const std::string key(field.key);
-  if constexpr (kHasFields<T>) {
+  if constexpr (std::is_same_v<T, Initial>) {
+    if (!value.file.empty()) {
+      out[key] = value.file;
+    } else if (!value.values.empty()) {
+      out[key] = value.values;
+    } else {
+      out[key] = value.value;
+    }
+  } else if constexpr (kHasFields<T>) {
     write_fields(value, out[key]);
   } else if constexpr (std::is_enum_v<T>) {
     out[key] = name_of(value);
   } else if constexpr (kIsOptional<T>) {
     if (value) {
       write(field, *value, out);
-    } else if (kHasFields<typename T::value_type>) {
+    } else if (kHasFields<typename T::value_type> && !kIsSection<typename T::value_type>) {
       out[key] = false;
     }
   } else if constexpr (std::is_same_v<T, PolicyOptions>) {
@@ -36,7 +44,7 @@ void write(const FieldInfo& field, const T& value, Json& out) {
   } else if constexpr (std::is_arithmetic_v<T>) {
     if (!is_absent(field, value)) out[key] = value;
   } else if (!value.empty()) {
-    if constexpr (std::is_same_v<T, std::vector<Phase>> || std::is_same_v<T, std::vector<AlertRule>>) {
+    if constexpr (kIsList<T>) {
       for (const auto& one : value) write_fields(one, out[key].emplace_back());
     } else {
       out[key] = value;

@@ -1,11 +1,12 @@
 #include "config/config_yaml.h"
 
-#include <yaml-cpp/eventhandler.h>
+#include <yaml.h>
 
 #include <algorithm>
 #include <charconv>
 #include <cmath>
 #include <limits>
+#include <new>
 #include <sstream>
 #include <utility>
 
@@ -15,47 +16,46 @@
 namespace moectl {
 namespace {
 
-Place place_of(const YAML::Mark& mark) {
-  if (mark.is_null()) return {};
-  return {mark.line + 1, mark.column + 1};
+using Kind = YamlNode::Kind;
+
+Place place_of(const yaml_mark_t& mark) {
+  return {static_cast<int>(mark.line) + 1, static_cast<int>(mark.column) + 1};
+}
+
+/// Of a byte of the text. Columns count characters, as libyaml's do.
+Place place_of(std::string_view text, std::size_t byte) {
+  const std::string_view before = text.substr(0, byte);
+  const std::size_t line = before.rfind('\n') + 1;  // 0 in the first
+  const auto starts = [](char c) { return (c & 0xc0) != 0x80; };
+  return {static_cast<int>(std::count(before.begin(), before.end(), '\n')) + 1,
+          static_cast<int>(
+              std::count_if(before.begin() + static_cast<std::ptrdiff_t>(line), before.end(), starts)) +
+              1};
 }
 
 /// A value as a message shows it: one line, of bounded length.
-std::string shown(const YAML::Node& node) {
-  switch (node.Type()) {
-    case YAML::NodeType::Map:
-      return "{...}";
-    case YAML::NodeType::Sequence:
-      return "[...]";
-    case YAML::NodeType::Scalar: {
-      std::string text = node.Scalar().substr(0, 60);
-      for (char& c : text) {
-        if (static_cast<unsigned char>(c) < ' ') c = ' ';
-      }
-      if (node.Scalar().size() > text.size()) text += "...";
-      return node.Tag() == "!" ? '"' + text + '"' : text;
-    }
-    default:
-      return "(empty)";
+std::string shown(const YamlNode& node) {
+  if (node.kind == Kind::kMap) return "{...}";
+  if (node.kind == Kind::kList) return "[...]";
+  if (node.kind == Kind::kNull) return "(empty)";
+  std::string text = node.text.substr(0, 60);
+  for (char& c : text) {
+    if (static_cast<unsigned char>(c) < ' ') c = ' ';
   }
+  if (node.text.size() > text.size()) text += "...";
+  return node.quoted ? '"' + text + '"' : text;
 }
 
-// yaml-cpp says "?" for what carries no tag and "!" for a quoted scalar. All else was written by hand (`!!int
-// x`) and would mean what we do not implement.
-bool has_explicit_tag(const YAML::Node& node) {
-  return !node.Tag().empty() && node.Tag() != "?" && node.Tag() != "!";
+bool is_plain(const YamlNode& node) {
+  return node.kind == Kind::kScalar && !node.quoted;
 }
 
-bool is_plain(const YAML::Node& node) {
-  return node.IsScalar() && node.Tag() != "!";
-}
-
-/// Each parse returns what is wrong, or nullptr. Not yaml-cpp's conversions: those read 010 as eight, take
-/// the digits of a quoted string for a number and know nothing of ranges.
-const char* parse(const YAML::Node& node, double& out) {
+/// Each parse returns what is wrong, or nullptr. 010 is not eight, and the digits of a quoted string are
+/// no number.
+const char* parse(const YamlNode& node, double& out) {
   static const char* const kWrong = "must be a number";
   if (!is_plain(node)) return kWrong;
-  std::string_view text = node.Scalar();
+  std::string_view text = node.text;
   if (text.starts_with('+')) text.remove_prefix(1);
   if (text.empty() || text.starts_with('+')) return kWrong;
   double value = 0;
@@ -69,10 +69,10 @@ const char* parse(const YAML::Node& node, double& out) {
   return nullptr;
 }
 
-const char* parse(const YAML::Node& node, std::int64_t& out) {
+const char* parse(const YamlNode& node, std::int64_t& out) {
   static const char* const kWrong = "must be a whole number";
   if (!is_plain(node)) return kWrong;
-  std::string_view text = node.Scalar();
+  std::string_view text = node.text;
   if (text.starts_with('+')) text.remove_prefix(1);
   const std::string_view digits = text.starts_with('-') ? text.substr(1) : text;
   if (digits.empty() ||
@@ -88,7 +88,7 @@ const char* parse(const YAML::Node& node, std::int64_t& out) {
              : "must be a whole number of at most 63 bits";
 }
 
-const char* parse(const YAML::Node& node, int& out) {
+const char* parse(const YamlNode& node, int& out) {
   std::int64_t wide = 0;
   if (const char* wrong = parse(node, wide)) return wrong;
   if (wide < std::numeric_limits<int>::min() || wide > std::numeric_limits<int>::max()) {
@@ -98,87 +98,155 @@ const char* parse(const YAML::Node& node, int& out) {
   return nullptr;
 }
 
-const char* parse(const YAML::Node& node, bool& out) {
+const char* parse(const YamlNode& node, bool& out) {
   if (is_plain(node)) {
     // YAML 1.1's words, in its three spellings each; without its y and n, which are names of variables as
     // well.
     for (const char* word : {"true", "True", "TRUE", "yes", "Yes", "YES", "on", "On", "ON"}) {
-      if (node.Scalar() == word) return out = true, nullptr;
+      if (node.text == word) return out = true, nullptr;
     }
     for (const char* word : {"false", "False", "FALSE", "no", "No", "NO", "off", "Off", "OFF"}) {
-      if (node.Scalar() == word) return out = false, nullptr;
+      if (node.text == word) return out = false, nullptr;
     }
   }
   return "must be true or false (also on, off, yes, no)";
 }
 
-const char* parse(const YAML::Node& node, std::string& out) {
-  if (!node.IsScalar()) return "must be a word";
-  if (node.Scalar().empty()) return "must not be empty";
-  out = node.Scalar();
+const char* parse(const YamlNode& node, std::string& out) {
+  if (node.kind != Kind::kScalar) return "must be a word";
+  if (node.text.empty()) return "must not be empty";
+  out = node.text;
   return nullptr;
 }
 
-/// Hears a text once before it is loaded, and stops at a second document. Not LoadAll: before a bracket that
-/// closes nothing, yaml-cpp 0.7 makes empty documents until memory is full.
-class OneDocument : public YAML::EventHandler {
+/// What libyaml hears, one event after another.
+class Events {
  public:
-  void OnDocumentStart(const YAML::Mark& mark) override {
-    if (++documents_ > 1)
-      throw YAML::ParserException(mark, "a second document or stray text follows the first");
+  explicit Events(std::string_view text) {
+    if (!yaml_parser_initialize(&parser_)) throw std::bad_alloc();
+    yaml_parser_set_input_string(&parser_, reinterpret_cast<const unsigned char*>(text.data()), text.size());
   }
-  void OnDocumentEnd() override {}
-  void OnNull(const YAML::Mark&, YAML::anchor_t) override {}
-  void OnAlias(const YAML::Mark&, YAML::anchor_t) override {}
-  void OnScalar(const YAML::Mark&, const std::string&, YAML::anchor_t, const std::string&) override {}
-  void OnSequenceStart(const YAML::Mark&, const std::string&, YAML::anchor_t,
-                       YAML::EmitterStyle::value) override {}
-  void OnSequenceEnd() override {}
-  void OnMapStart(const YAML::Mark&, const std::string&, YAML::anchor_t, YAML::EmitterStyle::value) override {
+  ~Events() {
+    yaml_event_delete(&event_);
+    yaml_parser_delete(&parser_);
   }
-  void OnMapEnd() override {}
+  Events(const Events&) = delete;
+  Events& operator=(const Events&) = delete;
+
+  /// The next one, valid until the next call; null at what is not YAML.
+  const yaml_event_t* next() {
+    yaml_event_delete(&event_);
+    if (yaml_parser_parse(&parser_, &event_)) return &event_;
+    if (parser_.error == YAML_MEMORY_ERROR) throw std::bad_alloc();
+    return nullptr;
+  }
+  const yaml_parser_t& parser() const { return parser_; }
 
  private:
-  int documents_ = 0;
+  yaml_parser_t parser_{};
+  yaml_event_t event_{};
 };
+
+std::string words(const yaml_char_t* text) {
+  return text ? reinterpret_cast<const char*>(text) : "";
+}
+
+/// No config is nested nearly as deeply; libyaml's time grows with the square of the depth.
+constexpr std::size_t kMostLevels = 64;
+
+bool is_null(std::string_view text) {
+  return text.empty() || text == "~" || text == "null" || text == "Null" || text == "NULL";
+}
 
 }  // namespace
 
 YamlFile::YamlFile(std::string_view text, std::string name) : name_(std::move(name)) {
   if (const std::size_t bad = find_not_utf8(text); bad != std::string_view::npos) {
-    // Columns count characters, as yaml-cpp's do.
-    const std::string_view before = text.substr(0, bad);
-    const std::size_t line = before.rfind('\n') + 1;  // 0 in the first
-    const auto starts = [](char c) { return (c & 0xc0) != 0x80; };
-    const Place place{static_cast<int>(std::count(before.begin(), before.end(), '\n')) + 1,
-                      static_cast<int>(std::count_if(before.begin() + static_cast<std::ptrdiff_t>(line),
-                                                     before.end(), starts)) +
-                          1};
     constexpr char kDigits[] = "0123456789abcdef";
     const auto byte = static_cast<unsigned char>(text[bad]);
-    throw error(place, {"encoding", std::string("byte 0x") + kDigits[byte >> 4] + kDigits[byte & 15],
-                        "must be UTF-8"});
+    throw error(
+        place_of(text, bad),
+        {"encoding", std::string("byte 0x") + kDigits[byte >> 4] + kDigits[byte & 15], "must be UTF-8"});
   }
-  try {
-    std::istringstream stream{std::string(text)};
-    YAML::Parser parser(stream);
-    OneDocument listener;
-    while (parser.HandleNextDocument(listener)) {
+  root_ = &nodes_.emplace_back();
+  read(text);
+  if (root_->kind == Kind::kNull) throw error(Place{}, {"file", "(empty)", "must be a map of keys"});
+  if (root_->kind != Kind::kMap || !root_->tag.empty()) {
+    throw error(root_->place, {"file", shown(*root_), "must be a map of keys"});
+  }
+}
+
+void YamlFile::read(std::string_view text) {
+  const auto wrong = [&](Place place, std::string why) {
+    return error(place, {"syntax", "not YAML", std::move(why)});
+  };
+  Events events(text);
+  std::map<std::string, const YamlNode*> anchors;
+  std::vector<YamlNode*> open;  // the lists and maps around what comes next
+  const auto put = [&](const YamlNode& node) {
+    open.empty() ? void(root_ = &node) : open.back()->items.push_back(&node);
+  };
+  const auto add = [&](const yaml_event_t& event, Kind kind, const yaml_char_t* anchor,
+                       const yaml_char_t* tag) -> YamlNode& {
+    YamlNode& node = nodes_.emplace_back();
+    node.kind = kind;
+    node.place = place_of(event.start_mark);
+    node.tag = words(tag);
+    if (anchor) anchors[words(anchor)] = &node;
+    if (open.size() >= kMostLevels) throw wrong(node.place, "nested too deeply");
+    put(node);
+    return node;
+  };
+  for (int documents = 0;;) {
+    const yaml_event_t* event = events.next();
+    if (!event) {
+      const yaml_parser_t& parser = events.parser();
+      const std::string within = parser.context ? std::string(" (") + parser.context + ')' : "";
+      throw wrong(parser.error == YAML_READER_ERROR ? place_of(text, parser.problem_offset)
+                                                    : place_of(parser.problem_mark),
+                  parser.problem + within);
     }
-    root_ = YAML::Load(std::string(text));
-  } catch (const YAML::Exception& e) {
-    throw error(place_of(e.mark), {"syntax", "not YAML", e.msg});
-  } catch (const std::exception& e) {
-    throw error(Place{}, {"syntax", "not YAML", e.what()});
-  }
-  if (root_.IsNull()) throw error(Place{}, {"file", "(empty)", "must be a map of keys"});
-  if (!root_.IsMap() || has_explicit_tag(root_)) {
-    throw error(place_of(root_.Mark()), {"file", shown(root_), "must be a map of keys"});
+    switch (event->type) {
+      case YAML_DOCUMENT_START_EVENT:
+        if (++documents > 1) throw wrong(place_of(event->start_mark), "a second document follows the first");
+        break;
+      case YAML_SCALAR_EVENT: {
+        const auto& scalar = event->data.scalar;
+        YamlNode& node = add(*event, Kind::kScalar, scalar.anchor, scalar.tag);
+        node.text.assign(reinterpret_cast<const char*>(scalar.value), scalar.length);
+        node.quoted = scalar.style != YAML_PLAIN_SCALAR_STYLE;
+        if (is_plain(node) && is_null(node.text)) node.kind = Kind::kNull;
+        break;
+      }
+      case YAML_SEQUENCE_START_EVENT:
+        open.push_back(
+            &add(*event, Kind::kList, event->data.sequence_start.anchor, event->data.sequence_start.tag));
+        break;
+      case YAML_MAPPING_START_EVENT:
+        open.push_back(
+            &add(*event, Kind::kMap, event->data.mapping_start.anchor, event->data.mapping_start.tag));
+        break;
+      case YAML_SEQUENCE_END_EVENT:
+      case YAML_MAPPING_END_EVENT:
+        open.pop_back();
+        break;
+      case YAML_ALIAS_EVENT: {
+        const auto anchor = anchors.find(words(event->data.alias.anchor));
+        if (anchor == anchors.end())
+          throw wrong(place_of(event->start_mark), "no anchor of this name stands before it");
+        put(*anchor->second);
+        break;
+      }
+      case YAML_STREAM_END_EVENT:
+        return;
+      default:
+        break;
+    }
   }
 }
 
 YamlMap YamlFile::root() {
-  return {*this, "", root_, place_of(root_.Mark())};
+  return {*this, "", *root_, root_->place};
 }
 
 ConfigError YamlFile::error(Place place, const ConfigProblem& problem) const {
@@ -192,27 +260,26 @@ ConfigError YamlFile::error(const ConfigProblem& problem) const {
   for (std::string path = problem.key;;) {
     if (const auto it = places_.find(path); it != places_.end()) return error(it->second, problem);
     const std::size_t cut = path.find_last_of(".[");
-    if (cut == std::string::npos) return error(place_of(root_.Mark()), problem);
+    if (cut == std::string::npos) return error(root_->place, problem);
     path.resize(cut);
   }
 }
 
-YamlMap::YamlMap(YamlFile& file, std::string path, const YAML::Node& node, Place place)
+YamlMap::YamlMap(YamlFile& file, std::string path, const YamlNode& node, Place place)
     : file_(file), path_(std::move(path)), place_(place) {
-  for (const auto& item : node) {
-    const Place at = place_of(item.first.Mark());
-    if (!item.first.IsScalar() || has_explicit_tag(item.first)) {
-      throw file_.error(at, {path_to(shown(item.first)), shown(item.second), "keys must be plain words"});
+  for (std::size_t i = 0; i + 1 < node.items.size(); i += 2) {
+    const YamlNode &name = *node.items[i], &value = *node.items[i + 1];
+    const Place at = name.place;
+    if (name.kind != Kind::kScalar || !name.tag.empty()) {
+      throw file_.error(at, {path_to(shown(name)), shown(value), "keys must be plain words"});
     }
-    const std::string& key = item.first.Scalar();
-    if (has_explicit_tag(item.second)) {
-      throw file_.error(at, {path_to(key), item.second.Tag(), "must carry no tag"});
-    }
+    const std::string& key = name.text;
+    if (!value.tag.empty()) throw file_.error(at, {path_to(key), value.tag, "must carry no tag"});
     // An empty value's own mark is where the parser noticed, somewhere below.
-    Entry entry{at, item.second.IsNull() ? at : place_of(item.second.Mark()), item.second};
+    Entry entry{at, value.kind == Kind::kNull ? at : value.place, &value};
     file_.places_[path_to(key)] = entry.place;
     if (const auto it = entries_.find(key); it != entries_.end()) {
-      throw file_.error(at, {path_to(key), shown(item.second),
+      throw file_.error(at, {path_to(key), shown(value),
                              "given twice, first in line " + std::to_string(it->second.key_place.line)});
     }
     order_.push_back(key);
@@ -234,6 +301,21 @@ bool YamlMap::has(std::string_view key) const {
   return entries_.find(key) != entries_.end();
 }
 
+bool YamlMap::is_list(std::string_view key) const {
+  const auto it = entries_.find(key);
+  return it != entries_.end() && it->second.value->kind == Kind::kList;
+}
+
+bool YamlMap::is_word(std::string_view key) const {
+  const auto it = entries_.find(key);
+  if (it == entries_.end() || it->second.value->kind != Kind::kScalar) return false;
+  const std::string& text = it->second.value->text;
+  if (text.empty()) return false;
+  // What looks like a number is a wrong one, and no name of a file.
+  return std::string_view("+-.0123456789").find(text.front()) == std::string_view::npos ||
+         text.find('/') != std::string::npos;
+}
+
 ConfigError YamlMap::error(std::string_view key, std::string value, std::string constraint) const {
   return file_.error({path_to(key), std::move(value), std::move(constraint)});
 }
@@ -242,7 +324,7 @@ template <typename T>
 bool YamlMap::read_scalar(std::string_view key, T& out) {
   const Entry* entry = find(key);
   if (!entry) return false;
-  if (const char* wrong = parse(entry->value, out)) throw error(key, shown(entry->value), wrong);
+  if (const char* wrong = parse(*entry->value, out)) throw error(key, shown(*entry->value), wrong);
   return true;
 }
 
@@ -266,14 +348,15 @@ template <typename T>
 bool YamlMap::read_list(std::string_view key, std::vector<T>& out) {
   const Entry* entry = find(key);
   if (!entry) return false;
-  const YAML::Node& list = entry->value;
-  if (!list.IsSequence()) throw error(key, shown(list), "must be a list");
-  std::vector<T> values(list.size());
+  const YamlNode& list = *entry->value;
+  if (list.kind != Kind::kList) throw error(key, shown(list), "must be a list");
+  std::vector<T> values(list.items.size());
   for (std::size_t i = 0; i < values.size(); ++i) {
     const std::string path = path_to(key) + '[' + std::to_string(i) + ']';
-    file_.places_[path] = place_of(list[i].Mark());
-    const char* wrong = has_explicit_tag(list[i]) ? "must carry no tag" : parse(list[i], values[i]);
-    if (wrong) throw file_.error({path, shown(list[i]), wrong});
+    const YamlNode& item = *list.items[i];
+    file_.places_[path] = item.place;
+    const char* wrong = !item.tag.empty() ? "must carry no tag" : parse(item, values[i]);
+    if (wrong) throw file_.error({path, shown(item), wrong});
   }
   out = std::move(values);
   return true;
@@ -289,7 +372,7 @@ bool YamlMap::read(std::string_view key, std::vector<std::string>& out) {
   return read_list(key, out);
 }
 
-YamlMap* YamlMap::inner(std::string path, const YAML::Node& node, Place place) {
+YamlMap* YamlMap::inner(std::string path, const YamlNode& node, Place place) {
   std::unique_ptr<YamlMap>& map = inner_[path];
   if (!map) map.reset(new YamlMap(file_, std::move(path), node, place));
   return map.get();
@@ -298,25 +381,25 @@ YamlMap* YamlMap::inner(std::string path, const YAML::Node& node, Place place) {
 YamlMap* YamlMap::map(std::string_view key) {
   const Entry* entry = find(key);
   if (!entry) return nullptr;
-  if (!entry->value.IsMap())
-    throw error(key, shown(entry->value), "must be a map of keys, {} if there are none");
-  return inner(path_to(key), entry->value, entry->place);
+  if (entry->value->kind != Kind::kMap)
+    throw error(key, shown(*entry->value), "must be a map of keys, {} if there are none");
+  return inner(path_to(key), *entry->value, entry->place);
 }
 
 std::vector<YamlMap*> YamlMap::maps(std::string_view key) {
   const Entry* entry = find(key);
   if (!entry) return {};
-  const YAML::Node& list = entry->value;
-  if (!list.IsSequence()) throw error(key, shown(list), "must be a list of maps");
+  const YamlNode& list = *entry->value;
+  if (list.kind != Kind::kList) throw error(key, shown(list), "must be a list of maps");
   std::vector<YamlMap*> maps;
-  for (std::size_t i = 0; i < list.size(); ++i) {
+  for (std::size_t i = 0; i < list.items.size(); ++i) {
     const std::string path = path_to(key) + '[' + std::to_string(i) + ']';
-    const Place place = place_of(list[i].Mark());
-    file_.places_[path] = place;
-    if (!list[i].IsMap() || has_explicit_tag(list[i])) {
-      throw file_.error({path, shown(list[i]), "must be a map of keys"});
+    const YamlNode& item = *list.items[i];
+    file_.places_[path] = item.place;
+    if (item.kind != Kind::kMap || !item.tag.empty()) {
+      throw file_.error({path, shown(item), "must be a map of keys"});
     }
-    maps.push_back(inner(path, list[i], place));
+    maps.push_back(inner(path, item, item.place));
   }
   return maps;
 }
@@ -324,12 +407,12 @@ std::vector<YamlMap*> YamlMap::maps(std::string_view key) {
 YamlMap* YamlMap::map_or_switch(std::string_view key, bool& out) {
   const Entry* entry = find(key);
   if (!entry) return nullptr;
-  if (entry->value.IsMap()) {
+  if (entry->value->kind == Kind::kMap) {
     out = true;
     return map(key);
   }
-  if (parse(entry->value, out))
-    throw error(key, shown(entry->value), "must be off, on, or a map of its options");
+  if (parse(*entry->value, out))
+    throw error(key, shown(*entry->value), "must be off, on, or a map of its options");
   return nullptr;
 }
 
@@ -340,7 +423,7 @@ void YamlMap::finish() const {
     const std::string near = did_you_mean(key, asked_);
     const std::string known = asked_.empty() ? "; none is known here" : "; known are " + listed(asked_);
     throw file_.error(entry.key_place,
-                      {path_to(key), shown(entry.value), "unknown key" + (near.empty() ? known : near)});
+                      {path_to(key), shown(*entry.value), "unknown key" + (near.empty() ? known : near)});
   }
   for (const auto& [path, map] : inner_) map->finish();
   for (const std::string& key : required_) {

@@ -2,9 +2,8 @@
 // every error knows its place. Knows nothing of what the keys mean.
 #pragma once
 
-#include <yaml-cpp/yaml.h>
-
 #include <cstdint>
+#include <deque>
 #include <map>
 #include <memory>
 #include <string>
@@ -22,6 +21,17 @@ struct Place {
   int column = 1;
 };
 
+/// What a file holds, as libyaml hears it.
+struct YamlNode {
+  enum class Kind { kNull, kScalar, kList, kMap };
+  Kind kind = Kind::kNull;
+  Place place;
+  bool quoted = false;                 ///< A scalar in quotes, or in a block of its own.
+  std::string tag;                     ///< Empty unless one was written, as `!!int x`.
+  std::string text;                    ///< Of a scalar.
+  std::vector<const YamlNode*> items;  ///< Of a list; of a map key, value, key, value, …
+};
+
 class YamlMap;
 
 /// One document; owns the places of all keys that were read.
@@ -31,6 +41,7 @@ class YamlFile {
   YamlFile(std::string_view text, std::string name);
 
   YamlMap root();
+  const YamlNode& node() const { return *root_; }
   /// The error for a problem found after reading: at the place of its key, or of the innermost part of it
   /// that stands in the file.
   ConfigError error(const ConfigProblem& problem) const;
@@ -38,8 +49,10 @@ class YamlFile {
 
  private:
   friend class YamlMap;
+  void read(std::string_view text);
   std::string name_;
-  YAML::Node root_;
+  std::deque<YamlNode> nodes_;  // which point to each other
+  const YamlNode* root_ = nullptr;
   std::map<std::string, Place, std::less<>> places_;
 };
 
@@ -68,6 +81,9 @@ class YamlMap {
   /// one that is absent; in this map and in those inside.
   void finish() const;
   bool has(std::string_view key) const;
+  /// Whether the key's value is a list; a word that is no number.
+  bool is_list(std::string_view key) const;
+  bool is_word(std::string_view key) const;
   /// Where the map stands in the file's tree, as "health.phases[0]".
   const std::string& path() const { return path_; }
   /// The error for one of this map's keys.
@@ -77,10 +93,10 @@ class YamlMap {
   friend class YamlFile;
   struct Entry {
     Place key_place, place;
-    YAML::Node value;
+    const YamlNode* value = nullptr;
   };
-  YamlMap(YamlFile& file, std::string path, const YAML::Node& node, Place place);
-  YamlMap* inner(std::string path, const YAML::Node& node, Place place);
+  YamlMap(YamlFile& file, std::string path, const YamlNode& node, Place place);
+  YamlMap* inner(std::string path, const YamlNode& node, Place place);
   const Entry* find(std::string_view key);
   template <typename T>
   bool read_scalar(std::string_view key, T& out);

@@ -52,16 +52,28 @@ ActuatorLoop::ActuatorLoop(Actuator actuator, const ControllerConfig& config, co
       limiter_(actuator, config.actuator(actuator).limits, config.safety, size_of(actuator, config),
                config.actuator(actuator).initial),
       safety_(config.safety),
+      gain_schedule_(config.actuator(actuator).gain_schedule),
       cadence_(config.actuator(actuator).limits.cadence),
       shadow_(config.mode == Mode::kShadow) {
   applied_.assign(static_cast<std::size_t>(size_of(actuator, config)), config.actuator(actuator).initial);
   proposed_ = guarded_ = base_ = shadow_applied_ = before_[0] = before_[1] = applied_;
 }
 
-void ActuatorLoop::make_windows(const StatsShape& shape, std::size_t layers) {
+void ActuatorLoop::make_windows(std::span<const StatsShape> shapes) {
   if (cadence_ == 1) return;
-  windows_.assign(layers, RoutingStats(shape));
-  window_metrics_.resize(layers);
+  for (const StatsShape& shape : shapes) windows_.emplace_back(shape);
+  window_metrics_.resize(shapes.size());
+}
+
+void ActuatorLoop::adopt(std::span<const double> values, const ControllerConfig& config,
+                         const PolicyRegistry& registry) {
+  auto policy = make_policy(actuator_, config, registry, layer_);
+  std::copy(values.begin(), values.end(), applied_.begin());
+  proposed_ = guarded_ = base_ = shadow_applied_ = before_[0] = before_[1] = applied_;
+  policy_ = std::move(policy);
+  limiter_.start_from(applied_);
+  asked_ = failed_ = failing_ = owed_ = guard_took_over_ = false;
+  for (RoutingStats& window : windows_) window.clear();
 }
 
 void ActuatorLoop::propose(const LayerView& view, std::span<const double> probe, Notices& notices) {
@@ -69,6 +81,12 @@ void ActuatorLoop::propose(const LayerView& view, std::span<const double> probe,
   for (std::size_t i = 0; i < probe.size(); ++i) proposed_[i] -= probe[i];
   asked_ = call_held([&] { policy_->propose(view, proposed_); },
                      [&](const char* message) { fail(view.step, message, notices); });
+  if (const double gain = gain_at(gain_schedule_, view.step); gain != 1) {
+    for (std::size_t i = 0; i < proposed_.size(); ++i) {
+      const double start = applied_[i] - (probe.empty() ? 0 : probe[i]);
+      proposed_[i] = start + gain * (proposed_[i] - start);
+    }
+  }
   failed_ = !asked_ || owed_;
   owed_ = false;
 }
@@ -92,7 +110,7 @@ void ActuatorLoop::limit(LimitContext context, ResponseCheck* check, Notices& no
   LimitReport held;
   if (check != nullptr) {
     if (!check->holds() && !guard_took_over_) context.reach = check->reach();
-    if (asked_ && !guard_took_over_) {
+    if (asked_ && !guard_took_over_ && check->adjusts()) {
       std::copy(proposed_.begin(), proposed_.end(), guarded_.begin());
       check->adjust(guarded_, held);
       wanted = guarded_;
@@ -111,9 +129,13 @@ void ActuatorLoop::limit(LimitContext context, ResponseCheck* check, Notices& no
   reasons_.add(held);
   if (reasons_.has(Reason::kInvalid)) say_invalid(context, notices);
   if (asked_) {
-    std::copy(applied_.begin(), applied_.end(), base_.begin());
-    for (std::size_t i = 0; check != nullptr && i < base_.size(); ++i) base_[i] -= check->offset()[i];
-    const bool good = call_held([&] { policy_->on_applied(base_, reasons_); },
+    std::span<const double> told = applied_;
+    const std::span<const double> probe = check != nullptr ? check->offset() : std::span<const double>();
+    if (!probe.empty()) {
+      for (std::size_t i = 0; i < base_.size(); ++i) base_[i] = applied_[i] - probe[i];
+      told = base_;
+    }
+    const bool good = call_held([&] { policy_->on_applied(told, reasons_); },
                                 [&](const char* message) { fail(context.step, message, notices); });
     owed_ = !good;
     if (good && !failed_) failing_ = false;
@@ -164,10 +186,39 @@ ActuatorReport ActuatorLoop::report() const {
 
 void ActuatorLoop::exchange(StateIo& io) {
   io.values("applied", applied_);
+  std::string policy = name_;
+  io.text("policy", policy);
   before_[0] = before_[1] = applied_;
-  limiter_.exchange(io);
-  policy_->exchange(io);
+  io.section("limits", [&](StateIo& inner) { limiter_.exchange(inner); });
+  io.section("memory", [&](StateIo& inner) { policy_->exchange(inner); });
+  io.section("windows", [&](StateIo& inner) { exchange_windows(inner); });
+}
+
+void ActuatorLoop::exchange_windows(StateIo& io) {
   for (RoutingStats& window : windows_) exchange_sums(io, "window", window);
+}
+
+std::string ActuatorLoop::keep_memory(const StateIo& in) {
+  const auto tried = [&](std::string_view section, auto&& read) -> std::string {
+    auto inner = in.find(section);
+    if (!inner) return "not in the state";
+    try {
+      read(*inner);
+      inner->finish();
+      return "";
+    } catch (const StateError& error) {
+      return error.what();
+    }
+  };
+  std::string wrong = tried("memory", [&](StateIo& io) { policy_->exchange(io); });
+  if (!wrong.empty()) return wrong;
+  if (!tried("limits", [&](StateIo& io) { limiter_.exchange(io); }).empty() || !limiter_.fits()) {
+    limiter_.start_from(applied_);
+  }
+  if (!tried("windows", [&](StateIo& io) { exchange_windows(io); }).empty()) {
+    for (RoutingStats& window : windows_) window.clear();
+  }
+  return "";
 }
 
 }  // namespace moectl

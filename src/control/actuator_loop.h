@@ -27,13 +27,16 @@ class ActuatorLoop {
   ActuatorLoop(Actuator actuator, const ControllerConfig& config, const PolicyRegistry& registry, int layer);
 
   /// Windows for the sums between decisions, one for each controlled layer; empty if the cadence is 1.
-  void make_windows(const StatsShape& shape, std::size_t layers);
+  void make_windows(std::span<const StatsShape> shapes);
 
   /// Whether step `step` ends a cadence.
   bool due(std::int64_t step) const { return (step + 1) % cadence_ == 0; }
   bool has_windows() const { return !windows_.empty(); }
   RoutingStats& window(std::size_t i) { return windows_[i]; }
   Metrics& window_metrics(std::size_t i) { return window_metrics_[i]; }
+
+  /// Puts values in force that come from elsewhere, within the limits. Policy and limits start anew from them.
+  void adopt(std::span<const double> values, const ControllerConfig& config, const PolicyRegistry& registry);
 
   /// Starts a step in which the policy has not been asked yet.
   void begin() { asked_ = failed_ = guard_took_over_ = false; }
@@ -63,10 +66,14 @@ class ActuatorLoop {
   /// Of the last step.
   const LimitReport& reasons() const { return reasons_; }
   ActuatorReport report() const;
+  /// After adopt(): the memory of a policy of the same name, from its saved state, as far as it fits. Returns what is
+  /// wrong, and is then to adopt the values once more.
+  std::string keep_memory(const StateIo& in);
 
   void exchange(StateIo& io);
 
  private:
+  void exchange_windows(StateIo& io);
   void say_invalid(const LimitContext& context, Notices& notices);
   void fail(std::int64_t step, std::string_view message, Notices& notices);
 
@@ -76,10 +83,11 @@ class ActuatorLoop {
   std::unique_ptr<Policy> policy_;
   SafetyLimiter limiter_;
   SafetyOptions safety_;
+  std::optional<GainSchedule> gain_schedule_;
   std::int64_t cadence_;
   bool shadow_;
   std::vector<double> applied_, proposed_, guarded_;
-  std::vector<double> base_;            // what the policy is told: applied_ without a probe
+  std::vector<double> base_;            // applied_ without a probe
   std::vector<double> shadow_applied_;  // mode shadow: what would be applied
   LimitReport reasons_;
   std::array<std::vector<double>, 2> before_;

@@ -6,7 +6,6 @@
 namespace moectl {
 namespace {
 
-constexpr int kSteps = 3;
 constexpr double kNear =
     0.25;  // of the bias, in squares: what differs by less is the bias, rounded or a step old
 constexpr double kSurely = 0.0625;  // what differs by less is another cause, surely
@@ -74,7 +73,9 @@ WiringVerdict judge_bias(const ChoiceSample& sample, int layer, int layers, cons
   if (own.dd <= std::min(kSurely * own.bb, own.square_of(kRounding))) return {Wiring::kNotAdded};
   if (own.to_reverse() <= kSurely * own.bb) return {Wiring::kWrongSign};
   for (int l = 0; l < layers; ++l) {
-    const Squares other = compare(sample, bias_of(l));
+    const std::span<const double> bias = bias_of(l);
+    if (bias.size() != bias_of(layer).size()) continue;  // of a layer with other experts
+    const Squares other = compare(sample, bias);
     if (other.exceeds(kRounding) && other.to_bias() <= kSurely * other.bb) return {Wiring::kWrongLayer, l};
   }
   return own.exceeds(kWellAbove) ? WiringVerdict{Wiring::kOtherBias} : WiringVerdict{};
@@ -112,6 +113,8 @@ WiringVerdict judge_choices(const ChoiceSample& sample, int top_k, int layer, in
   const std::size_t n = bias_of(layer).size(), tokens = sample.experts.size() / k;
   const auto nan = [](float x) { return std::isnan(x); };
   if (tokens == 0 || std::any_of(sample.biased_scores.begin(), sample.biased_scores.end(), nan)) return {};
+  // A token with a slot that is not routed was not given its k largest.
+  if (std::find(sample.experts.begin(), sample.experts.end(), -1) != sample.experts.end()) return {};
   for (std::size_t t = 0; t < tokens; ++t) {
     if (!chooses_largest(sample.biased_scores.subspan(t * n, n), sample.experts.subspan(t * k, k)))
       return {Wiring::kOtherChoice};

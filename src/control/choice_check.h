@@ -37,8 +37,17 @@ class ChoiceCheck {
  public:
   /// Returns what to say, once: a verdict that stood in three steps without a good one between them; else empty.
   std::string observe(const WiringVerdict& verdict, std::int64_t step);
+  /// Whether the router surely uses another bias than its layer's: so it was in three steps, and no record said since
+  /// that it is right. A choice that is not of the recorded scores, or a bias of unknown origin, may still answer.
+  bool miswired(std::int64_t step) const {
+    const bool surely =
+        last_ == Wiring::kNotAdded || last_ == Wiring::kWrongSign || last_ == Wiring::kWrongLayer;
+    return surely && steps_ >= kSteps && step - last_step_ <= kRemembered;
+  }
 
  private:
+  static constexpr int kSteps = 3;
+  static constexpr std::int64_t kRemembered = 8;  // steps without a verdict
   Wiring last_ = Wiring::kUnknown;
   int steps_ = 0;
   std::int64_t last_step_ = -1;

@@ -7,6 +7,7 @@
 #include "base/foreign.h"
 #include "base/utf8.h"
 #include "control/config_fields.h"
+#include "control/config_groups.h"
 #include "control/config_keys.h"
 
 namespace moectl {
@@ -67,7 +68,7 @@ void check_model(const ModelConfig& model, Checks& checks) {
                  "must sum to 1 within 1e-6");
 }
 
-void check_measuring(const ControllerConfig& config, Checks& checks) {
+void check_placement(const ControllerConfig& config, Checks& checks) {
   const std::vector<int>& placement = config.metrics.placement;
   const int experts = config.model.experts;
   const auto devices = static_cast<std::int64_t>(placement.size());
@@ -77,12 +78,15 @@ void check_measuring(const ControllerConfig& config, Checks& checks) {
     checks.require(placement[i] < experts, "metrics.placement[" + std::to_string(i) + "]", placement[i],
                    "must be from 0 to model.experts - 1 (" + shown(experts - 1) + ")");
   }
+}
+
+void check_measuring(const ControllerConfig& config, Checks& checks) {
   checks.add("health.", problem_in(config.monitor.health));
   checks.require(config.log.keep == 0 || config.log.rotate_mb > 0, "log.keep", config.log.keep,
                  "must be 0 without log.rotate_mb: only finished pieces are removed");
 }
 
-void check_limits_of(Actuator which, const ActuatorConfig& actuator, const std::string& path,
+void check_limits_of(Actuator which, const ActuatorConfig& actuator, int experts, const std::string& path,
                      Checks& checks) {
   const Limits& limits = actuator.limits;
   if (const auto wrong = problem_in(which, limits, actuator.initial))
@@ -92,9 +96,31 @@ void check_limits_of(Actuator which, const ActuatorConfig& actuator, const std::
     checks.require(limits.min > 0, path + ".limits.min", limits.min,
                    "must be above 0 for a policy that moves " + std::string(name_of(which)) + " by ratios");
   }
+  const Initial& initial = actuator.initial;
   if (limits.center) {
-    checks.require(actuator.initial == 0, path + ".initial", actuator.initial,
+    checks.require(initial == 0, path + ".initial", initial.value,
                    "must be 0 with limits.center, which keeps the mean there");
+  }
+  if (which != Actuator::kExpertBias) {
+    checks.require(initial.values.empty() && initial.file.empty(), path + ".initial", initial,
+                   "must be a number");
+    checks.require(!actuator.gain_schedule, path + ".gain_schedule", std::string("on"),
+                   "is for expert_bias only");
+    return;
+  }
+  if (!initial.values.empty()) {
+    const auto size = static_cast<std::int64_t>(initial.values.size());
+    checks.require(size == experts, path + ".initial", size,
+                   "must have one value for each of the " + shown(experts) + " experts");
+  }
+  for (std::size_t i = 0; i < initial.values.size(); ++i) {
+    const double x = initial.values[i];
+    checks.require(x >= limits.min && x <= limits.max, path + ".initial[" + std::to_string(i) + ']', x,
+                   "must be within limits.min and limits.max");
+  }
+  if (actuator.gain_schedule) {
+    checks.require(actuator.gain_schedule->until >= actuator.gain_schedule->from,
+                   path + ".gain_schedule.until", actuator.gain_schedule->until, "must be at least from");
   }
 }
 
@@ -163,7 +189,7 @@ void complete_actuator(Actuator which, ControllerConfig& config, const PolicyReg
   if (actuator.scope == Scope::kModel && which == Actuator::kExpertBias) {
     checks.fail(path + ".scope", "model", "must be layer: biases belong to the experts of one layer");
   }
-  check_limits_of(which, actuator, path, checks);
+  check_limits_of(which, actuator, model.experts, path, checks);
   const PolicyDescription& policy = *registry.find(actuator.policy);
   complete_options(policy, path + ".options", actuator.options, checks);
   if (checks.problem()) return;
@@ -220,15 +246,151 @@ std::string policy_fault(const std::string& name, Actuator actuator, const Polic
   return fault + (near.empty() ? "; those that can are " + listed(fitting) : near);
 }
 
+namespace {
+
+constexpr int kMostLayerId = 1'000'000;
+
+/// Writes out the ids of each group and what the model then consists of.
+void complete_groups(ControllerConfig& config, Checks& checks) {
+  std::set<int> ids;
+  int next = 0;
+  for (std::size_t g = 0; g < config.layers.size(); ++g) {
+    LayerGroup& group = config.layers[g];
+    const std::string path = "layers[" + std::to_string(g) + "].";
+    if (group.ids.empty()) {
+      checks.require(group.count >= 1, path + "count",
+                     group.count < 0 ? std::string("missing") : shown(group.count),
+                     "must be at least 1, or ids be given");
+      const int first = group.first >= 0 ? group.first : next;
+      checks.require(first <= kMostLayerId - std::max(group.count, 0), path + "first", first,
+                     "must leave all ids up to " + shown(kMostLayerId));
+      if (checks.problem()) return;
+      for (int i = 0; i < group.count; ++i) group.ids.push_back(first + i);
+    } else {
+      checks.require(group.count < 0 && group.first < 0, path + (group.count < 0 ? "first" : "count"),
+                     group.count < 0 ? group.first : group.count, "must not be given beside ids");
+    }
+    for (std::size_t i = 0; i < group.ids.size(); ++i) {
+      const std::string key = path + "ids[" + std::to_string(i) + ']';
+      checks.require(group.ids[i] >= 0 && group.ids[i] <= kMostLayerId, key, group.ids[i],
+                     "must be 0 to " + shown(kMostLayerId));
+      checks.require(ids.insert(group.ids[i]).second, key, group.ids[i],
+                     "given twice: each layer is of one group");
+    }
+    if (checks.problem()) return;
+    group.first = group.count = -1;
+    next = group.ids.back() + 1;
+    ModelConfig& model = config.model;
+    checks.require(group.experts != -1 || model.experts > 0, path + "experts", std::string("missing"),
+                   "required, here or in model");
+    checks.require(group.top_k != -1 || model.top_k > 0, path + "top_k", std::string("missing"),
+                   "required, here or in model");
+    for (const Actuator which : kActuators) {
+      const std::optional<ActuatorConfig>& own = section_of(group, which);
+      checks.require(!own || own->scope == Scope::kLayer, path + std::string(name_of(which)) + ".scope",
+                     std::string("model"),
+                     "must be layer: what serves the whole model is no matter of a group");
+    }
+  }
+  if (config.layers.empty() || checks.problem()) return;
+  const auto total = static_cast<int>(ids.size());
+  checks.require(config.model.layers == 0 || config.model.layers == total, "model.layers",
+                 config.model.layers,
+                 "must be the " + shown(total) + " layers of all groups, or be left out");
+  config.model.layers = total;
+  const LayerGroup& first = config.layers.front();
+  if (config.model.experts == 0) config.model.experts = first.experts;
+  if (config.model.top_k == 0) config.model.top_k = first.top_k;
+}
+
+void check_timeline(const ControllerConfig& config, Checks& checks) {
+  std::int64_t before = 0;
+  const std::vector<int> ids = layer_ids(config);
+  for (std::size_t e = 0; e < config.timeline.size(); ++e) {
+    const TimelineEntry& entry = config.timeline[e];
+    const std::string path = "timeline[" + std::to_string(e) + "].";
+    checks.require(entry.from > before, path + "from", entry.from,
+                   "must be above " + shown(before) + ": entries stand in the order of their steps");
+    before = entry.from;
+    const auto known = [&](const std::vector<int>& layers, const char* key) {
+      for (std::size_t i = 0; i < layers.size(); ++i) {
+        checks.require(std::find(ids.begin(), ids.end(), layers[i]) != ids.end(),
+                       path + key + '[' + std::to_string(i) + ']', layers[i], "must be the id of a layer");
+      }
+    };
+    known(entry.freeze, "freeze");
+    known(entry.thaw, "thaw");
+    for (const Actuator which : kActuators) {
+      const std::optional<ActuatorConfig>& own = section_of(entry, which);
+      checks.require(!own || own->limits.cadence == config.actuator(which).limits.cadence,
+                     path + std::string(name_of(which)) + ".limits.cadence", own ? own->limits.cadence : 0,
+                     "must be that of the config's own section: windows of sums cannot change their length");
+      checks.require(!own || own->scope == config.actuator(which).scope,
+                     path + std::string(name_of(which)) + ".scope",
+                     std::string(own ? name_of(own->scope) : ""), "must be that of the config's own section");
+    }
+  }
+}
+
+/// Checks what holds for one group from one step on. `own` is where a section of it was given: its options are completed
+/// there, and messages begin with `path`.
+template <class Sections>
+void complete_sections(LayerSettings settings, Sections& own, const std::string& path,
+                       const PolicyRegistry& registry, Checks& checks) {
+  for (const Actuator which : kActuators) {
+    std::optional<ActuatorConfig>& given = section_of(own, which);
+    Checks here;
+    if (given) settings.config.actuator(which) = *given;
+    complete_actuator(which, settings.config, registry, here);
+    checks.add(given ? path : "", here.problem());
+    if (given) given = settings.config.actuator(which);
+  }
+}
+
+}  // namespace
+
 std::optional<ConfigProblem> complete(ControllerConfig& config, const PolicyRegistry& registry) {
-  if (auto problem = check_fields(config)) return problem;
   Checks checks;
-  check_model(config.model, checks);
+  complete_groups(config, checks);
+  if (checks.problem()) return checks.problem();
+  if (auto problem = check_fields(config)) return problem;
+  if (config.layers.empty()) {
+    check_model(config.model, checks);
+    check_placement(config, checks);
+  }
   if (checks.problem()) return checks.problem();
   check_measuring(config, checks);
-  for (const Actuator which : kActuators) complete_actuator(which, config, registry, checks);
+  check_timeline(config, checks);
   // The config's own names say which domains there are.
   config.collect.domains = static_cast<int>(config.model.domains.size());
+  for (const Actuator which : kActuators) complete_actuator(which, config, registry, checks);
+  for (std::size_t g = 0; g < config.layers.size() && !checks.problem(); ++g) {
+    const LayerSettings settings = layer_settings(config)[g];
+    const std::string path = "layers[" + std::to_string(g) + "].";
+    Checks here;
+    check_model(settings.config.model, here);
+    check_placement(settings.config, here);
+    if (here.problem()) {
+      ConfigProblem problem = *here.problem();
+      // Where the group says so itself, or all do.
+      const LayerGroup& own = config.layers[g];
+      const bool own_model = own.experts != -1 || own.top_k != -1 || !own.targets.empty();
+      if (own_model && (problem.key == "model.top_k" || problem.key.starts_with("model.targets"))) {
+        problem.key.replace(0, std::string_view("model.").size(), path);
+      } else if (!own.placement.empty() && problem.key.starts_with("metrics.placement")) {
+        problem.key.replace(0, std::string_view("metrics.").size(), path);
+      }
+      checks.add("", problem);
+      break;
+    }
+    complete_sections(settings, config.layers[g], path, registry, checks);
+  }
+  for (std::size_t e = 0; e < config.timeline.size() && !checks.problem(); ++e) {
+    for (const LayerSettings& settings : layer_settings(config, config.timeline[e].from)) {
+      complete_sections(settings, config.timeline[e], "timeline[" + std::to_string(e) + "].", registry,
+                        checks);
+    }
+  }
   return checks.problem();
 }
 

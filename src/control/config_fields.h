@@ -23,6 +23,9 @@ constexpr std::array<Fallback, 2> choices_of(Fallback) {
 constexpr std::array<Scope, 2> choices_of(Scope) {
   return {Scope::kLayer, Scope::kModel};
 }
+constexpr std::array<GainSchedule::Shape, 3> choices_of(GainSchedule::Shape) {
+  return {GainSchedule::Shape::kLinear, GainSchedule::Shape::kCosine, GainSchedule::Shape::kStep};
+}
 constexpr std::array<ScoreSpace, 2> choices_of(ScoreSpace) {
   return {ScoreSpace::kProbability, ScoreSpace::kLogit};
 }
@@ -32,9 +35,15 @@ inline std::optional<ConfigProblem> check_value(const FieldInfo&, const PolicyOp
   return {};
 }
 
+std::string shown(const Initial& initial);
+/// Checked together with the limits.
+inline std::optional<ConfigProblem> check_value(const FieldInfo&, const Initial&) {
+  return {};
+}
+
 template <>
 inline constexpr auto kFieldsOf<ModelConfig> = std::tuple{
-    Field{"layers", &ModelConfig::layers, kState, at_least(1), "MoE layers.", Presence::kRequired},
+    Field{"layers", &ModelConfig::layers, kRanks, at_least(1), "MoE layers.", Presence::kRequired},
     Field{"experts", &ModelConfig::experts, kState, at_least(1), "Experts N of each layer.",
           Presence::kRequired},
     Field{"top_k", &ModelConfig::top_k, kState, at_least(1), "Experts that a token chooses, at most N.",
@@ -47,6 +56,13 @@ inline constexpr auto kFieldsOf<ModelConfig> = std::tuple{
     Field{"delay", &ModelConfig::delay, kState, at_least(0), "steps",
           "Steps by which the recorded routing is late, beyond the loop's own one."},
     Field{"domains", &ModelConfig::domains, kState, "Names of the domains whose tokens are counted apart."},
+    Field{
+        "split_sequences", &ModelConfig::split_sequences, kState, at_least(0), "sequences",
+        "Sequences of a step that may be split over ranks or records: pieces with the same id, from 0 to one "
+        "below this, "
+        "count as one sequence. Adds as many integers an expert and layer to the collective; 0: ids hold "
+        "within a "
+        "record."},
     Field{"targets", &ModelConfig::targets, kState, at_least(0),
           "Wanted share of the load of each expert, at most 1/top_k each, summing to 1; without it equal "
           "shares."},
@@ -70,13 +86,28 @@ inline constexpr auto kFieldsOf<Limits> = std::tuple{
 };
 
 template <>
+inline constexpr auto kFieldsOf<GainSchedule> = std::tuple{
+    Field{"shape", &GainSchedule::shape, kRanks,
+          "How it goes from all of each move to last: linear, cosine, or in one step at from."},
+    Field{"from", &GainSchedule::from, kRanks, steps_from(0), "steps", "Until here moves are made in full."},
+    Field{"until", &GainSchedule::until, kRanks, steps_from(0), "steps", "From here on it is last."},
+    Field{"last", &GainSchedule::last, kRanks, Range{.low = 0, .high = 1},
+          "Part of each proposed move that is made at the end; 0: none."},
+};
+
+template <>
 inline constexpr auto kFieldsOf<ActuatorConfig> = std::tuple{
     Field{"policy", &ActuatorConfig::policy, kState, kPolicy, "What decides the actuator's value."},
     Field{"options", &ActuatorConfig::options, kState, "Options of the policy."},
-    Field{"initial", &ActuatorConfig::initial, kRanks, "Value at the start, within the limits."},
+    Field{
+        "initial", &ActuatorConfig::initial, kRanks,
+        "Value at the start, within the limits. Biases also: a list of one value an expert, or the name of a "
+        "file of biases by layer, as `moectl biases` writes one."},
     Field{"scope", &ActuatorConfig::scope, kState,
           "One value a layer, or one for the whole model (scalars only)."},
     Field{"limits", &ActuatorConfig::limits, kRanks, "What bounds the actuator."},
+    Field{"gain_schedule", &ActuatorConfig::gain_schedule, kRanks,
+          "Biases only: makes each proposed move smaller towards the end of a run."},
 };
 
 template <>
@@ -156,6 +187,46 @@ inline constexpr auto kFieldsOf<LogConfig> = std::tuple{
 };
 
 template <>
+inline constexpr auto kFieldsOf<LayerGroup> = std::tuple{
+    Field{"ids", &LayerGroup::ids, kState, at_least(0),
+          "The model's own ids of the layers; instead of them first and count."},
+    Field{"first", &LayerGroup::first, kState, at_least(0),
+          "The id of the first layer; without it the one after the group before, or 0.",
+          Presence::kMinusOneIsAbsent},
+    Field{"count", &LayerGroup::count, kState, at_least(1), "Number of layers.", Presence::kMinusOneIsAbsent},
+    Field{"experts", &LayerGroup::experts, kState, at_least(1), "Instead of model.experts.",
+          Presence::kMinusOneIsAbsent},
+    Field{"top_k", &LayerGroup::top_k, kState, at_least(1), "Instead of model.top_k.",
+          Presence::kMinusOneIsAbsent},
+    Field{"targets", &LayerGroup::targets, kState, at_least(0), "Instead of model.targets."},
+    Field{"placement", &LayerGroup::placement, kRanks, at_least(0), "Instead of metrics.placement."},
+    Field{"frozen", &LayerGroup::frozen, kRanks, "Whether the actuators are held from the start."},
+    Field{"expert_bias", &LayerGroup::expert_bias, kRanks, "Instead of the config's expert_bias."},
+    Field{"aux_loss_weight", &LayerGroup::aux_loss_weight, kRanks,
+          "Instead of the config's aux_loss_weight."},
+    Field{"router_temperature", &LayerGroup::router_temperature, kRanks,
+          "Instead of the config's router_temperature."},
+    Field{"guard", &LayerGroup::guard, kRanks, "Instead of the config's guard."},
+    Field{"safety", &LayerGroup::safety, kRanks, "Instead of the config's safety."},
+};
+
+template <>
+inline constexpr auto kFieldsOf<TimelineEntry> = std::tuple{
+    Field{"from", &TimelineEntry::from, kRanks, steps_from(1), "steps", "The first step that it holds for.",
+          Presence::kRequired},
+    Field{"freeze", &TimelineEntry::freeze, kRanks, at_least(0),
+          "Ids of layers whose actuators are held from here on."},
+    Field{"thaw", &TimelineEntry::thaw, kRanks, at_least(0), "Ids of layers that go on from here."},
+    Field{"expert_bias", &TimelineEntry::expert_bias, kRanks, "Instead of the config's expert_bias."},
+    Field{"aux_loss_weight", &TimelineEntry::aux_loss_weight, kRanks,
+          "Instead of the config's aux_loss_weight."},
+    Field{"router_temperature", &TimelineEntry::router_temperature, kRanks,
+          "Instead of the config's router_temperature."},
+    Field{"guard", &TimelineEntry::guard, kRanks, "Instead of the config's guard."},
+    Field{"safety", &TimelineEntry::safety, kRanks, "Instead of the config's safety."},
+};
+
+template <>
 inline constexpr auto kFieldsOf<ControllerConfig> = std::tuple{
     Field{"mode", &ControllerConfig::mode, kRanks,
           "active: decide and apply; shadow: decide and log, apply the initial values; off: do nothing."},
@@ -174,6 +245,14 @@ inline constexpr auto kFieldsOf<ControllerConfig> = std::tuple{
     Field{"log", &ControllerConfig::log, kNone, "The run log."},
     Field{"collect", &ControllerConfig::collect, kRanks,
           "Sums that are collected whether or not a policy asks for them."},
+    Field{"layers", &ControllerConfig::layers, kRanks,
+          "Groups of layers with experts or settings of their own; without it model.layers equal layers."},
+    Field{"timeline", &ControllerConfig::timeline, kRanks, "What changes from a step on."},
 };
+
+/// Sections that a group or a timeline entry may give in place of the config's own.
+template <class T>
+inline constexpr bool kIsSection =
+    std::is_same_v<T, ActuatorConfig> || std::is_same_v<T, GuardOptions> || std::is_same_v<T, SafetyOptions>;
 
 }  // namespace moectl

@@ -12,8 +12,12 @@ std::string range_of(const FieldInfo& field) {
     std::vector<std::string> names;
     for (const T choice : choices_of(T{})) names.emplace_back(name_of(choice));
     return listed(names);
+  } else if constexpr (std::is_same_v<T, Initial>) {
+    return "number, list or file";
   } else if constexpr (kIsOptional<T>) {
-    return kHasFields<typename T::value_type> ? "off, on or its keys" : "any number";
+    return kIsSection<typename T::value_type>   ? "its keys"
+           : kHasFields<typename T::value_type> ? "off, on or its keys"
+                                                : "any number";
   } else if constexpr (kIsVector<T>) {
     return "list, each " + range_of<typename T::value_type>(field);
   } else {
@@ -36,7 +40,14 @@ class Flat {
       });
     } else if constexpr (kIsOptional<T>) {
       using Inner = typename T::value_type;
-      if constexpr (kHasFields<Inner>) {
+      if constexpr (kIsSection<Inner>) {
+        // Its keys are those of the config's own section.
+        if (value) {
+          add(path, field, *value, given);
+        } else if (complete_) {
+          put(path, "", false);
+        }
+      } else if constexpr (kHasFields<Inner>) {
         put(path, value ? "on" : "off", true);
         if (value || complete_) add(path, field, value.value_or(Inner{}), given && value.has_value());
       } else {
@@ -75,18 +86,25 @@ class Flat {
   std::vector<ConfigKey> keys_;
 };
 
-std::vector<std::string> lines_of(const ControllerConfig& config, const StatsShape& shape, bool state) {
+std::vector<std::string> lines_of(const ControllerConfig& config, bool state) {
   std::vector<std::string> lines;
   for (const ConfigKey& key : keys_of(config, false)) {
     const Shared shared = key.field->shared;
     if (!key.given || shared < (state ? Shared::kPresent : Shared::kRanks)) continue;
     lines.push_back(state && shared == Shared::kPresent ? key.path : key.path + ": " + key.value);
   }
-  lines.push_back("collected sums of a layer: " + std::to_string(shape.flat_size()));
   return lines;
 }
 
 }  // namespace
+
+std::string shown(const Initial& initial) {
+  if (!initial.file.empty()) return initial.file;
+  if (initial.values.empty()) return shown(initial.value);
+  std::vector<std::string> all;
+  for (const double value : initial.values) all.push_back(shown(value));
+  return '[' + listed(all) + ']';
+}
 
 std::string shown(const OptionValue& value) {
   return std::visit([](const auto& typed) { return shown(typed); }, value);
@@ -100,12 +118,14 @@ std::vector<ConfigKey> keys_of(const ControllerConfig& config, bool complete) {
 
 std::string describe_for_state(const ControllerConfig& config, const StatsShape& shape) {
   std::string text;
-  for (const std::string& line : lines_of(config, shape, true)) text += line + '\n';
-  return text;
+  for (const std::string& line : lines_of(config, true)) text += line + '\n';
+  return text + "collected sums: " + std::to_string(shape.flat_size()) + '\n';
 }
 
-std::vector<std::string> describe_for_ranks(const ControllerConfig& config, const StatsShape& shape) {
-  return lines_of(config, shape, false);
+std::vector<std::string> describe_for_ranks(const ControllerConfig& config, std::size_t sums) {
+  std::vector<std::string> lines = lines_of(config, false);
+  lines.push_back("collected sums: " + std::to_string(sums));
+  return lines;
 }
 
 }  // namespace moectl

@@ -19,10 +19,10 @@ struct ConfigKey {
 /// value; else one entry for each element.
 std::vector<ConfigKey> keys_of(const ControllerConfig& config, bool complete);
 
-/// What a saved state depends on, as lines "key: value".
+/// What the saved state of a layer depends on, as lines "key: value".
 std::string describe_for_state(const ControllerConfig& config, const StatsShape& shape);
-/// What all ranks must share, as lines "key: value": every key that changes a decision.
-std::vector<std::string> describe_for_ranks(const ControllerConfig& config, const StatsShape& shape);
+/// What all ranks must share, as lines "key: value": every key that changes a decision. `sums`: of all layers.
+std::vector<std::string> describe_for_ranks(const ControllerConfig& config, std::size_t sums);
 
 /// The value of a policy's option.
 std::string shown(const OptionValue& value);

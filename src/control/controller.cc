@@ -15,8 +15,11 @@ Controller& Controller::operator=(Controller&&) noexcept = default;
 const ControllerConfig& Controller::config() const {
   return loop_->config();
 }
-const StatsShape& Controller::shape() const {
-  return loop_->shape();
+const std::vector<int>& Controller::layers() const {
+  return loop_->ids();
+}
+const StatsShape& Controller::shape(int layer) const {
+  return loop_->shape(layer);
 }
 
 void Controller::record(int layer, const RoutingBatch& batch, std::int64_t micro_batch) {
@@ -39,6 +42,7 @@ void Controller::say(NoticeKind kind, int layer, std::string_view text) {
 }
 
 const StepReport& Controller::step(const StepInfo& info) {
+  if (loop_->timeline_due()) loop_ = loop_->at_next_entry();
   return loop_->step(info);
 }
 const StepReport& Controller::report() const {
@@ -74,11 +78,46 @@ double Controller::temperature(int layer) const {
   return loop_->in_force(Actuator::kRouterTemperature, layer)[0];
 }
 
+void Controller::adopt(int layer, std::span<const double> biases) {
+  loop_->adopt(Actuator::kExpertBias, layer, biases);
+}
+void Controller::adopt_aux_loss_weight(int layer, double weight) {
+  loop_->adopt(Actuator::kAuxLossWeight, layer, {&weight, 1});
+}
+void Controller::adopt_temperature(int layer, double temperature) {
+  loop_->adopt(Actuator::kRouterTemperature, layer, {&temperature, 1});
+}
+
 std::string Controller::save() const {
   return loop_->save();
 }
 void Controller::load(std::string_view state) {
-  loop_ = loop_->loaded(state);
+  load(state, Keep::everything);
+}
+std::vector<KeptPart> Controller::load(std::string_view state, Keep keep) {
+  std::vector<KeptPart> parts;
+  loop_ = loop_->loaded(state, keep, parts);
+  return parts;
+}
+std::string Controller::save_layer(int layer) const {
+  return loop_->save_layer(layer);
+}
+std::vector<KeptPart> Controller::load_layer(int layer, std::string_view state, Keep keep) {
+  std::vector<KeptPart> parts;
+  loop_ = loop_->layer_loaded(layer, state, keep, parts);
+  return parts;
+}
+
+std::string_view name_of(KeptPart::Fate fate) {
+  switch (fate) {
+    case KeptPart::Fate::kKept:
+      return "kept";
+    case KeptPart::Fate::kAdapted:
+      return "adapted";
+    case KeptPart::Fate::kDropped:
+      return "dropped";
+  }
+  return "";
 }
 
 }  // namespace moectl

@@ -116,7 +116,7 @@ void LayerGuard::follow_loads(std::int64_t step, const RoutingStats& stats, cons
   observed_ = true;
   vio_average_ += kVioEma * (vio_ - vio_average_);
   if (const auto gap = stats.mean_gap(); gap && *gap >= 0) {
-    const double now = top_k_ * *gap;
+    const double now = stats.mean_choices() * *gap;
     gap_ = gap_ > 0 ? gap_ + kGapEma * (now - gap_) : now;
   }
   if (step < options_.warmup) return;
@@ -137,11 +137,12 @@ void LayerGuard::watch_max_load(const RoutingStats& stats, const Metrics& metric
   max_load_ = metrics.max_load.value_or(0);
   token_share_limit_ = options_.max_token_share;
   const auto total = static_cast<double>(stats.assignments());
+  const double choices = stats.mean_choices();
   double farthest = -1;
   for (std::size_t i = 0; i < token_shares_.size(); ++i) {
     const double load = static_cast<double>(stats.counts()[i]) / total;
-    if (load * top_k_ - token_shares_[i] <= farthest) continue;
-    farthest = load * top_k_ - token_shares_[i];
+    if (load * choices - token_shares_[i] <= farthest) continue;
+    farthest = load * choices - token_shares_[i];
     max_load_ = load;
     token_share_limit_ = token_shares_[i];
   }
@@ -173,8 +174,9 @@ GuardReport LayerGuard::strongest_trigger(std::int64_t step, const RoutingStats&
   }
   // With k = N every expert gets every token, which is no fault.
   watch_max_load(stats, metrics);
-  if (metrics.max_load && top_k_ < stats.experts() && max_load_ * top_k_ > token_share_limit_) {
-    raise(GuardTrigger::kMaxLoad, max_load_, token_share_limit_ / top_k_);
+  const double choices = stats.mean_choices();
+  if (metrics.max_load && top_k_ < stats.experts() && max_load_ * choices > token_share_limit_) {
+    raise(GuardTrigger::kMaxLoad, max_load_, token_share_limit_ / choices);
   }
   // If the policy is recovering, the imbalance now is below its average since balance was lost.
   if (lost_steps_ >= options_.lost_after && excess_ * static_cast<double>(lost_steps_) >= lost_sum_) {

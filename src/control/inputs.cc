@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <array>
 
+#include "control/payload.h"
+
 namespace moectl {
 namespace {
 
@@ -35,6 +37,31 @@ constexpr std::array kInputs = {
 };
 
 }  // namespace
+
+// The first experts of a record tell it from others, if there are enough of them and they are not all alike.
+void RepeatWatch::observe(const RoutingBatch& batch, int top_k) {
+  constexpr std::size_t kLeast = 64, kMost = 512;
+  if (batch.experts.size() < kLeast) return;
+  const auto first = batch.experts.first(std::min(kMost, batch.experts.size()));
+  const std::uint64_t print = fingerprint_of({.experts = first}) + batch.experts.size();
+  if (std::find(prints_.begin(), prints_.end(), print) == prints_.end()) return prints_.push_back(print);
+  const auto k = static_cast<std::size_t>(top_k);
+  const auto of_first_token = first.first(k);
+  repeated_ |= std::any_of(first.begin(), first.end(), [&](std::int64_t expert) {
+    return std::find(of_first_token.begin(), of_first_token.end(), expert) == of_first_token.end();
+  });
+}
+
+void RepeatWatch::end_step() {
+  steps_ = repeated_ ? steps_ + 1 : 0;
+  repeated_ = false;
+  prints_.clear();
+}
+
+bool RepeatWatch::is_news() {
+  constexpr int kSteps = 3;
+  return !said_ && steps_ >= kSteps && (said_ = true);
+}
 
 StatsNeeds missing_in(const RoutingStats& stats, const StatsNeeds& required) {
   StatsNeeds missing;

@@ -13,6 +13,22 @@ namespace moectl {
 /// Those of `required` that the sums of some tokens do not have.
 StatsNeeds missing_in(const RoutingStats& stats, const StatsNeeds& required);
 
+/// Whether records without a micro-batch repeat one another within a step, as recomputation makes them do. Counting is
+/// not changed: two micro-batches may be alike.
+class RepeatWatch {
+ public:
+  void observe(const RoutingBatch& batch, int top_k);
+  void end_step();
+  /// True once: after several steps in a row with a repeat.
+  bool is_news();
+
+ private:
+  std::vector<std::uint64_t> prints_;  // of this step's records
+  bool repeated_ = false;
+  bool said_ = false;
+  int steps_ = 0;
+};
+
 /// One of the inputs of `needs`, at least one of which is set, by the name of its field.
 std::string_view input_name(const StatsNeeds& needs);
 /// All of them.

@@ -1,7 +1,6 @@
 #include "control/loop.h"
 
 #include <algorithm>
-#include <charconv>
 #include <cmath>
 #include <cstdlib>
 #include <limits>
@@ -9,8 +8,10 @@
 #include <utility>
 
 #include "base/foreign.h"
+#include "control/config_groups.h"
 #include "control/config_keys.h"
 #include "measure/offence.h"
+#include "moectl/bias_file.h"
 
 namespace moectl {
 namespace {
@@ -41,71 +42,167 @@ bool environment_holds() {
   return value != nullptr && *value != '\0' && std::string_view(value) != "0";
 }
 
-// A number in a notice, decimals with two places: without allocation and whatever the locale.
-class Number {
- public:
-  explicit Number(double value)
-      : end_(std::to_chars(text_, text_ + sizeof text_, std::clamp(value, -1e6, 1e6),
-                           std::chars_format::fixed, 2)
-                 .ptr) {}
-  explicit Number(std::int64_t value) : end_(std::to_chars(text_, text_ + sizeof text_, value).ptr) {}
-  std::string_view text() const { return {text_, end_}; }
+// The sums of a layer are those of all its settings to come, so that a payload keeps its size over the timeline.
+StatsShape shape_of(const ControllerConfig& config, const PolicyRegistry& registry) {
+  StatsShape shape{.experts = config.model.experts, .top_k = config.model.top_k, .needs = config.collect};
+  shape.needs.domains = static_cast<int>(config.model.domains.size());
+  shape.needs.split_sequences = config.model.split_sequences;
+  shape.needs.sequences |= config.model.split_sequences > 0;
+  for (const Actuator which : kActuators) {
+    const int layer = config.actuator(which).scope == Scope::kModel ? -1 : 0;
+    shape.needs |= ActuatorLoop(which, config, registry, layer).needs();
+  }
+  if (config.guard.enabled) shape.needs |= LayerGuard::needs();
+  return shape;
+}
 
- private:
-  char text_[24];
-  const char* end_;
-};
+// Throws unless the values may come into force.
+std::span<const double> checked(Actuator actuator, const Limits& limits, std::size_t size, int layer,
+                                std::span<const double> values) {
+  const std::string where = "adopt: layer " + std::to_string(layer) + ": " + std::string(name_of(actuator));
+  if (values.size() != size) {
+    throw std::invalid_argument(where + ": " + std::to_string(values.size()) + " values: must be " +
+                                std::to_string(size));
+  }
+  for (std::size_t i = 0; i < size; ++i) {
+    if (values[i] >= limits.min && values[i] <= limits.max) continue;
+    throw std::invalid_argument(where + '[' + std::to_string(i) + "]: " + shown(values[i]) +
+                                ": must be within limits.min and limits.max, " + shown(limits.min) + " to " +
+                                shown(limits.max));
+  }
+  return values;
+}
 
 }  // namespace
 
-Controller::Loop::Layer::Layer(const ControllerConfig& config, const PolicyRegistry& registry, int which)
-    : index(which) {
+Controller::Loop::Group::Group(LayerSettings of, const PolicyRegistry& registry)
+    : config(std::move(of.config)),
+      shape(shape_of(config, registry)),
+      load_targets(config.model.experts, config.model.targets),
+      targets(config.model.targets) {
+  if (targets.empty()) {
+    const auto experts = static_cast<std::size_t>(config.model.experts);
+    targets.assign(experts, 1.0 / static_cast<double>(experts));
+  }
+}
+
+Controller::Loop::Layer::Layer(Group& of, const PolicyRegistry& registry, std::size_t at, int own_id)
+    : group(&of), index(at), id(own_id) {
   for (std::size_t a = 0; a < kActuatorCount; ++a) {
-    if (config.actuator(kActuators[a]).scope == Scope::kLayer) {
-      loops[a].emplace(kActuators[a], config, registry, which);
+    if (of.config.actuator(kActuators[a]).scope == Scope::kLayer) loops[a].emplace(make_loop(a, registry));
+  }
+  intake = RoutingStats(of.shape);
+  stats = RoutingStats(of.shape);
+  monitor.emplace(of.shape, of.config.monitor, metrics_options(of.config));
+  if (of.config.guard.enabled) guard.emplace(of.config.guard, of.shape, of.load_targets);
+  if (checks_response(of.config)) response.emplace(of.config, id);
+}
+
+ActuatorLoop Controller::Loop::Layer::make_loop(std::size_t actuator, const PolicyRegistry& registry) const {
+  ActuatorLoop loop(kActuators[actuator], group->config, registry, id);
+  loop.make_windows({&group->shape, 1});
+  return loop;
+}
+
+Controller::Loop::Loop(ControllerConfig config, const PolicyRegistry& registry, std::int64_t step)
+    : config_(std::move(config)), registry_(registry), payload_({}, 0) {
+  validate(config_, registry_);
+  held_ = environment_holds();
+  for (const TimelineEntry& entry : config_.timeline) {
+    if (entry.from <= step) settings_from_ = entry.from;
+  }
+  std::vector<LayerSettings> settings = layer_settings(config_, step);
+  std::vector<StatsNeeds> needs(settings.size());
+  const auto add_needs = [&](std::int64_t from) {
+    const std::vector<LayerSettings> then = layer_settings(config_, from);
+    for (std::size_t g = 0; g < then.size(); ++g) needs[g] |= shape_of(then[g].config, registry_).needs;
+  };
+  add_needs(0);
+  for (const TimelineEntry& entry : config_.timeline) add_needs(entry.from);
+  // What serves the whole model is fed by every layer that has none of its own.
+  StatsNeeds common;
+  for (const StatsNeeds& of_group : needs) common |= of_group;
+  for (std::size_t a = 0; a < kActuatorCount; ++a) {
+    if (config_.actuator(kActuators[a]).scope == Scope::kModel) needs.assign(needs.size(), common);
+  }
+  std::vector<StatsShape> shapes;
+  for (std::size_t g = 0; g < settings.size(); ++g) {
+    const std::vector<int> ids = settings[g].ids;
+    const bool frozen = settings[g].frozen;
+    groups_.push_back(std::make_unique<Group>(std::move(settings[g]), registry_));
+    Group& group = *groups_.back();
+    group.shape.needs = needs[g];
+    group.measurer.emplace(group.shape, metrics_options(group.config));
+    group.description = describe_for_state(group.config, group.shape);
+    for (const int id : ids) {
+      layers_.push_back(std::make_unique<Layer>(group, registry_, layers_.size(), id));
+      layers_.back()->frozen = frozen;
+      shapes.push_back(group.shape);
+    }
+  }
+  for (const auto& group : groups_)
+    comparisons_.emplace_back(static_cast<std::size_t>(group->config.model.layers));
+  ids_ = layer_ids(config_);
+  for (const auto& layer : layers_) {
+    const auto id = static_cast<std::size_t>(layer->id);
+    if (index_of_id_.size() <= id) index_of_id_.resize(id + 1, -1);
+    index_of_id_[id] = static_cast<std::int32_t>(layer->index);
+  }
+  model_config_ = config_at(config_, step);
+  for (std::size_t a = 0; a < kActuatorCount; ++a) {
+    if (model_config_.actuator(kActuators[a]).scope != Scope::kModel) continue;
+    model_loops_[a].emplace(kActuators[a], model_config_, registry_, -1);
+    model_loops_[a]->make_windows(shapes);
+  }
+  start_from_files();
+  mixture_.assign(config_.model.domains.size(), 0);
+  notices_ = Notices(layers_.size());
+  std::vector<std::size_t> sizes;
+  for (const StatsShape& shape : shapes) sizes.push_back(shape.flat_size());
+  payload_ = Payload(sizes, config_.model.domains.size());
+  if (config_.lag == 1) pending_.emplace(payload_);
+  if (config_.mode != Mode::kOff) layer_reports_.resize(layers_.size());
+}
+
+// `initial:` of the biases as a list or a file.
+void Controller::Loop::start_from_files() {
+  std::map<std::string, LayerBiases> files;
+  for (const auto& layer : layers_) {
+    const Initial& initial = layer->group->config.expert_bias.initial;
+    if (!initial.values.empty()) adopt(Actuator::kExpertBias, layer->id, initial.values);
+    if (initial.file.empty()) continue;
+    const auto [file, fresh] = files.try_emplace(initial.file);
+    if (fresh) file->second = read_biases(initial.file);
+    const auto found = file->second.find(layer->id);
+    if (found == file->second.end()) {
+      throw ConfigError("expert_bias.initial: " + initial.file + ": must hold layer " +
+                        std::to_string(layer->id));
+    }
+    try {
+      adopt(Actuator::kExpertBias, layer->id, found->second);
+    } catch (const std::invalid_argument& error) {
+      throw ConfigError("expert_bias.initial: " + initial.file + ": " + error.what());
     }
   }
 }
 
-Controller::Loop::Loop(ControllerConfig config, const PolicyRegistry& registry)
-    : config_(std::move(config)), registry_(registry), payload_(0, 0, 0) {
-  validate(config_, registry_);
-  held_ = environment_holds();
-  const ModelConfig& model = config_.model;
-  const auto layers = static_cast<std::size_t>(model.layers);
-  const auto experts = static_cast<std::size_t>(model.experts);
-  for (int l = 0; l < model.layers; ++l) layers_.push_back(std::make_unique<Layer>(config_, registry_, l));
-  for (std::size_t a = 0; a < kActuatorCount; ++a) {
-    const ActuatorConfig& own = config_.actuator(kActuators[a]);
-    if (own.scope == Scope::kModel) model_loops_[a].emplace(kActuators[a], config_, registry_, -1);
+void Controller::Loop::adopt(Actuator actuator, int layer, std::span<const double> values) {
+  const auto a = static_cast<std::size_t>(actuator);
+  Layer& at = layer_at(layer);
+  if (!at.loops[a]) {
+    model_loops_[a]->adopt(checked(actuator, model_config_.actuator(actuator).limits, 1, layer, values),
+                           model_config_, registry_);
+    return;
   }
-
-  load_targets_.emplace(model.experts, model.targets);
-  shape_ = {.experts = model.experts, .top_k = model.top_k, .needs = config_.collect};
-  shape_.needs.domains = static_cast<int>(model.domains.size());
-  for_each_actuator([this](ActuatorLoop& loop, std::size_t, int) { shape_.needs |= loop.needs(); });
-  if (config_.guard.enabled) shape_.needs |= LayerGuard::needs();
-  for_each_actuator(
-      [&](ActuatorLoop& loop, std::size_t, int layer) { loop.make_windows(shape_, layer < 0 ? layers : 1); });
-  for (std::size_t l = 0; l < layers; ++l) {
-    const auto& layer = layers_[l];
-    layer->intake = RoutingStats(shape_);
-    layer->stats = RoutingStats(shape_);
-    layer->monitor.emplace(shape_, config_.monitor, metrics_options(config_));
-    if (config_.guard.enabled) layer->guard.emplace(config_.guard, shape_, *load_targets_);
-    if (checks_response(config_)) {
-      layer->response.emplace(config_, static_cast<int>(l));
-    }
+  const ControllerConfig& config = at.group->config;
+  at.loops[a]->adopt(
+      checked(actuator, config.actuator(actuator).limits, at.loops[a]->applied().size(), layer, values),
+      config, registry_);
+  if (actuator == Actuator::kExpertBias && at.response) {
+    at.response.emplace(config, at.id);
+    at.response_told = false;
   }
-  description_ = describe_for_state(config_, shape_);
-  measurer_.emplace(shape_, metrics_options(config_));
-  targets_ = model.targets;
-  if (targets_.empty()) targets_.assign(experts, 1.0 / static_cast<double>(experts));
-  mixture_.assign(model.domains.size(), 0);
-  notices_ = Notices(layers);
-  payload_ = Payload(layers, shape_.flat_size(), model.domains.size());
-  if (config_.lag == 1) pending_.emplace(payload_);
-  if (config_.mode != Mode::kOff) layer_reports_.resize(layers);
+  if (at.guard) at.guard.emplace(config.guard, at.group->shape, at.group->load_targets);
 }
 
 const StepReport& Controller::Loop::step(const StepInfo& info) {
@@ -128,7 +225,8 @@ const StepReport& Controller::Loop::step(const StepInfo& info) {
 
 void Controller::Loop::check_choices(int layer, const ChoiceSample& sample) {
   Layer& at = layer_at(layer);
-  const auto n = static_cast<std::size_t>(shape_.experts), k = static_cast<std::size_t>(shape_.top_k);
+  const StatsShape& shape = at.group->shape;
+  const auto n = static_cast<std::size_t>(shape.experts), k = static_cast<std::size_t>(shape.top_k);
   const std::size_t tokens = sample.experts.size() / k;
   if (sample.experts.size() != tokens * k || sample.biased_scores.size() != tokens * n ||
       (!sample.scores.empty() && sample.scores.size() != tokens * n)) {
@@ -136,10 +234,18 @@ void Controller::Loop::check_choices(int layer, const ChoiceSample& sample) {
         "choice sample: must hold tokens × top_k experts and tokens × experts scores");
   }
   if (config_.mode == Mode::kOff || config_.model.delay > 0) return;
-  const auto bias_of = [this](int l) { return in_force(Actuator::kExpertBias, l); };
+  const auto bias_of = [this](int l) {
+    return layers_[static_cast<std::size_t>(l)]
+        ->loops[static_cast<std::size_t>(Actuator::kExpertBias)]
+        ->applied();
+  };
   const std::lock_guard lock(at.mutex);
-  const std::string text =
-      at.choices.observe(judge_choices(sample, shape_.top_k, layer, config_.model.layers, bias_of), steps_);
+  WiringVerdict verdict = judge_choices(sample, shape.top_k, static_cast<int>(at.index),
+                                        static_cast<int>(layers_.size()), bias_of);
+  if (verdict.other_layer >= 0) {
+    verdict.other_layer = layers_[static_cast<std::size_t>(verdict.other_layer)]->id;
+  }
+  const std::string text = at.choices.observe(verdict, steps_);
   if (!text.empty()) say(NoticeKind::kWiring, layer, text);
 }
 
@@ -170,14 +276,16 @@ void Controller::Loop::reduce(const StepInfo& info) {
   } else {
     use_local_sums(info);
   }
+  if (!reduction_) host_holds_ = held_;
 }
 
 void Controller::Loop::record(int layer, std::int64_t micro_batch, const RoutingBatch& batch) {
   Layer& at = layer_at(layer);
   record(layer, micro_batch, micro_batch < 0 ? 0 : fingerprint_of(batch), [&](RoutingStats& sums) {
+    if (micro_batch < 0) at.repeats.observe(batch, at.group->shape.top_k);
     sums.add(batch);
     at.uncollected_sequences |=
-        !shape_.needs.sequences && (batch.sequence_length > 0 || !batch.sequence_ids.empty());
+        !at.group->shape.needs.sequences && (batch.sequence_length > 0 || !batch.sequence_ids.empty());
   });
 }
 
@@ -224,20 +332,21 @@ void Controller::Loop::use_previous_sums(const StepInfo& info) {
 
 void Controller::Loop::check_ranks() {
   if (!reduction_ || ranks_checked_) return;
-  check_same_everywhere(reduction_, describe_for_ranks(config_, shape_));
+  check_same_everywhere(reduction_, describe_for_ranks(config_, sums_of_layers()));
   ranks_checked_ = true;
 }
 
 void Controller::Loop::pack(Payload& payload, const StepInfo& info) const {
   for (std::size_t l = 0; l < layers_.size(); ++l) {
     payload.put(l, layers_[l]->intake.flat());
+    payload.put_miswired(l, layers_[l]->choices.miswired(steps_));
   }
   bool failed = false;
   for (const auto& layer : layers_) {
     for (const auto& loop : layer->loops) failed |= loop && loop->failed();
   }
   for (const auto& loop : model_loops_) failed |= loop && loop->failed();
-  payload.put(info, actuation_hash(), failed);
+  payload.put(info, actuation_hash(), failed, held_);
 }
 
 void Controller::Loop::unpack(Payload& payload) {
@@ -248,8 +357,21 @@ void Controller::Loop::unpack(Payload& payload) {
     if (!payload.in_range(l)) {  // a sum may have wrapped around, and back into its range
       stats.set_scalar(RoutingStats::kInvalidRecords, std::max<std::int64_t>(1, stats.invalid_records()));
     }
+    layers_[l]->miswired = payload.miswired(l);
   }
+  say_who_holds(payload);
   info_ = payload.info(mixture_);
+}
+
+// Ranks must do the same, so all hold where one does.
+void Controller::Loop::say_who_holds(const Payload& payload) {
+  const bool some = payload.held() > 0;
+  if (some && !host_holds_ && payload.held() < payload.ranks()) {
+    notices_.add(NoticeKind::kHold, -1, steps_,
+                 {Number(payload.held()).text(), " of ", Number(payload.ranks()).text(),
+                  " ranks are held by hold() or by MOECTL_HOLD in their environment: all ranks hold"});
+  }
+  host_holds_ = some;
 }
 
 // Policies' memories may now differ between ranks, so no rank may ask one again until a common state is loaded. All go
@@ -270,11 +392,11 @@ void Controller::Loop::hold_if_some_failed() {
 }
 
 void Controller::Loop::say_offences() {
-  for (std::size_t l = 0; l < layers_.size(); ++l) {
-    Layer& layer = *layers_[l];
+  for (const auto& one : layers_) {
+    Layer& layer = *one;
     const Offence& offence = layer.intake.offence();
     layer.told_before = std::exchange(layer.told, !offence.empty());
-    if (layer.told) notices_.add(NoticeKind::kInvalid, static_cast<int>(l), steps_, {offence.words()});
+    if (layer.told) notices_.add(NoticeKind::kInvalid, layer.id, steps_, {offence.words()});
   }
 }
 
@@ -283,12 +405,16 @@ void Controller::Loop::clear_intake() {
     layer->intake.clear();
     layer->seen.clear();
     layer->fingerprints.clear();
+    layer->repeats.end_step();
   }
 }
 
 void Controller::Loop::use_local_sums(const StepInfo& info) {
   say_offences();
-  for (const auto& layer : layers_) std::swap(layer->stats, layer->intake);
+  for (const auto& layer : layers_) {
+    std::swap(layer->stats, layer->intake);
+    layer->miswired = layer->choices.miswired(steps_);
+  }
   clear_intake();
   info_ = usable(info);
   const bool negative =
@@ -305,10 +431,14 @@ void Controller::Loop::use_local_sums(const StepInfo& info) {
 void Controller::Loop::measure() {
   for (const auto& layer : layers_) {
     layer->valid = layer->stats.valid();
+    if (layer->valid && layer->group->shape.needs.split_sequences > 0) {
+      layer->stats.join_sequences();
+      layer->valid = layer->stats.valid();
+    }
     layer->has_data = layer->stats.tokens() > 0;
     layer->metrics = Metrics{};
     if (layer->valid && layer->has_data) {
-      measurer_->measure(layer->stats, layer->metrics);
+      layer->group->measurer->measure(layer->stats, layer->metrics);
       layer->gap_width = layer->stats.next_gap_width().value_or(layer->gap_width);
     }
     layer->intake.set_gap_width(layer->gap_width);
@@ -325,7 +455,7 @@ void Controller::Loop::measure() {
       loop.window_metrics(window) = Metrics{};
       // Sums that overflowed, or were loaded so, hold the decision.
       if (loop.window(window).tokens() > 0 && loop.window(window).valid()) {
-        measurer_->measure(loop.window(window), loop.window_metrics(window));
+        layers_[l]->group->measurer->measure(loop.window(window), loop.window_metrics(window));
       }
     }
   });
@@ -333,96 +463,54 @@ void Controller::Loop::measure() {
 
 // Names the first offence of sums that cannot be used, as far as this rank knows it and has not said it.
 void Controller::Loop::say_why_invalid() {
-  for (std::size_t l = 0; l < layers_.size(); ++l) {
-    const Layer& layer = *layers_[l];
+  for (const auto& one : layers_) {
+    const Layer& layer = *one;
     if (layer.valid || (pending_ ? layer.told_before : layer.told)) continue;
     const Offence offence = first_offence(layer.stats);
     notices_.add(
-        NoticeKind::kInvalid, static_cast<int>(l), steps_,
+        NoticeKind::kInvalid, layer.id, steps_,
         {offence.empty()
              ? "invalid records of another rank, which names the first offence, or counted on a device"
              : offence.words()});
   }
 }
 
-// Says once what the config states and the data contradict. A step can be an odd one, so all but the number of tokens is
-// judged after several.
+// Says once what the config states and the data contradict.
 void Controller::Loop::compare_with_config() {
-  constexpr std::int64_t kSteps = 10;
-  const auto say = [this](std::initializer_list<std::string_view> parts, int layer = -1) {
-    notices_.add(NoticeKind::kConfig, layer, steps_, parts);
-  };
   if (!sequences_said_) {
     for (const auto& layer : layers_) sequences_said_ |= layer->uncollected_sequences;
     if (sequences_said_) {
-      say(
+      notices_.add(
+          NoticeKind::kConfig, -1, steps_,
           {"records name their sequences, which nothing collects: with collect: {sequences: true} the "
-           "sampling "
-           "floor is known"});
+           "sampling floor is known"});
     }
   }
-  if (compared_ >= kSteps) return;
-  const Layer* first = nullptr;
-  bool same = layers_.size() > 1;
-  std::int64_t fewest = std::numeric_limits<std::int64_t>::max();
   for (const auto& layer : layers_) {
-    if (!layer->valid || !layer->has_data) {
-      same = false;
-      continue;
+    if (!split_said_ && layer->stats.tokens_beyond_split() > 0) {
+      split_said_ = true;
+      notices_.add(NoticeKind::kConfig, -1, steps_,
+                   {"model.split_sequences is ", Number(std::int64_t{config_.model.split_sequences}).text(),
+                    ", and a sequence came with an id that is not below it: the sampling floor is not known"});
     }
-    layer->ever_had_data = true;
-    const auto counts = layer->stats.counts();
-    fewest = std::min(fewest, layer->stats.tokens());
-    same =
-        same && (first == nullptr || std::equal(counts.begin(), counts.end(), first->stats.counts().begin()));
-    first = first == nullptr ? layer.get() : first;
-    for (int i = config_.model.experts - 1; i > last_used_expert_; --i) {
-      if (counts[static_cast<std::size_t>(i)] > 0) last_used_expert_ = i;
-    }
+    if (!layer->repeats.is_news()) continue;
+    notices_.add(NoticeKind::kConfig, layer->id, steps_,
+                 {"the same experts were recorded twice in several steps, without a micro_batch: a forward pass "
+                  "that activation checkpointing repeats counts once only if record() is given the micro_batch"});
   }
-  if (first == nullptr) return;
-  // A router of zeros sends all tokens of all layers to the same k experts.
-  const auto counts = first->stats.counts();
-  const auto used = std::count_if(counts.begin(), counts.end(), [](std::int64_t n) { return n > 0; });
-  same_experts_ &= same && used > config_.model.top_k;
-  fewest_tokens_ += fewest;
-  const std::int64_t stated = config_.model.tokens_per_step, tokens = first->stats.tokens();
-  if (!std::exchange(tokens_compared_, true) && stated > 0 && (tokens > 2 * stated || tokens < stated / 2)) {
-    say({"model.tokens_per_step is ", Number(stated).text(), ", and ", Number(tokens).text(),
-         " tokens arrived: noise floors of targets are computed from it"});
+  std::size_t begin = 0;
+  for (std::size_t g = 0; g < groups_.size(); ++g) {
+    const Group& group = *groups_[g];
+    const auto size = static_cast<std::size_t>(group.config.model.layers);
+    comparisons_[g].observe(
+        group.config.model, group.targets, size,
+        [&](std::size_t i) {
+          const Layer& layer = *layers_[begin + i];
+          return ConfigComparison::Layer{layer.id, layer.valid && layer.has_data ? &layer.stats : nullptr};
+        },
+        steps_, notices_);
+    begin += size;
   }
-  if (++compared_ < kSteps) return;
-  for (std::size_t l = 0; l < layers_.size(); ++l) {
-    if (layers_[l]->ever_had_data) continue;
-    say({"layer ", Number(static_cast<std::int64_t>(l)).text(),
-         " has recorded no token so far and other layers have: "
-         "model.layers is ",
-         Number(std::int64_t{config_.model.layers}).text(),
-         ": is every MoE layer recorded, from layer 0 on?"});
-    break;
-  }
-  if (same_experts_) {
-    say(
-        {"all layers have recorded the same experts in every step so far: a layer's record must hold the "
-         "indices of "
-         "that layer alone, [tokens, k] or [B, S, k], not [tokens, layers, k]"});
-  }
-  say_unused_experts();
-}
-
-// The last experts of all layers, without a single token though there were enough for many each.
-void Controller::Loop::say_unused_experts() {
-  const ModelConfig& model = config_.model;
-  const int used = last_used_expert_ + 1;
-  constexpr std::int64_t kEnough = 64;
-  if (used >= model.experts || fewest_tokens_ * model.top_k < kEnough * model.experts) return;
-  for (int i = used; i < model.experts; ++i) {
-    if (targets_[static_cast<std::size_t>(i)] <= 0) return;  // not wanted, not used
-  }
-  notices_.add(NoticeKind::kConfig, -1, steps_,
-               {"no layer has selected an expert from ", Number(std::int64_t{used}).text(),
-                " on so far: model.experts is ", Number(std::int64_t{model.experts}).text(),
-                ": does the router have fewer?"});
 }
 
 // Updates values with history: smoothed loads, trends, health. Windows take them from their last step.
@@ -446,9 +534,14 @@ void Controller::Loop::watch() {
 
 void Controller::Loop::watch_response(Layer& layer) {
   ResponseCheck& check = *layer.response;
-  const bool applies = config_.mode == Mode::kActive && !layer.frozen && !held_;
+  const bool applies = config_.mode == Mode::kActive && !layer.frozen && !host_holds_;
+  if (applies && layer.miswired) {
+    check.forget();
+    layer.response_told = false;
+    return;
+  }
   // Without assignments no load is known: a record may hold tokens that chose no expert.
-  check.observe(applies && layer.metrics.max_load ? &layer.stats : nullptr,
+  check.observe(applies && layer.metrics.max_load ? &layer.stats : nullptr, layer.metrics.load_cv.value_or(0),
                 floor_of(layer.metrics).cv.value_or(0),
                 layer.loops[static_cast<std::size_t>(Actuator::kExpertBias)]->applied());
   if (!applies) return;
@@ -460,15 +553,15 @@ void Controller::Loop::watch_response(Layer& layer) {
   const Number gain(*now.gain), error(*now.error);
   if (!silent) {
     notices_.add(
-        NoticeKind::kUnresponsive, layer.index, steps_,
+        NoticeKind::kUnresponsive, layer.id, steps_,
         {"the load answers again (gain ", gain.text(), " ± ", error.text(), "): the policy goes on"});
   } else if (*now.gain + 3 * *now.error < 0) {
     notices_.add(
-        NoticeKind::kUnresponsive, layer.index, steps_,
+        NoticeKind::kUnresponsive, layer.id, steps_,
         {"the load goes the other way (gain ", gain.text(), " ± ", error.text(),
          "): is the bias subtracted from the scores? The biases are held where the load last answered"});
   } else {
-    notices_.add(NoticeKind::kUnresponsive, layer.index, steps_,
+    notices_.add(NoticeKind::kUnresponsive, layer.id, steps_,
                  {"the load does not answer (gain ", gain.text(), " ± ", error.text(),
                   "): does the router add this layer's bias to the scores that top-k compares? Are routes "
                   "replayed or masked? Held where the load last answered"});
@@ -490,15 +583,20 @@ void Controller::Loop::propose() {
     const DecisionInputs seen = inputs(loop, actuator, layer);
     if (!seen.valid || !seen.has_data) return;
     loop.propose({.step = steps_,
-                  .layer = layer,
+                  .layer = layer < 0 ? -1 : layers_[static_cast<std::size_t>(layer)]->id,
                   .stats = *seen.stats,
                   .metrics = *seen.metrics,
                   .worst = *seen.worst,
                   .monitor = *seen.monitor,
-                  .targets = targets_,
+                  .targets = layers_[static_cast<std::size_t>(std::max(layer, 0))]->group->targets,
                   .info = info_},
                  probe_of(actuator, layer), notices_);
   });
+}
+
+bool Controller::Loop::has_guards() const {
+  return std::any_of(layers_.begin(), layers_.end(),
+                     [](const auto& layer) { return layer->guard.has_value(); });
 }
 
 bool Controller::Loop::guard_acts() const {
@@ -509,14 +607,14 @@ bool Controller::Loop::guard_acts() const {
 // Where a layer's guard intervenes, its wish takes the place of the proposal. An actuator of the whole model, a scalar,
 // goes where the layer wants it that asks for most: guards only ever raise scalars.
 void Controller::Loop::guard() {
-  if (!config_.guard.enabled) return;
+  if (!has_guards()) return;
   if (!guard_acts()) {
     for (std::size_t a = 0; a < kActuatorCount; ++a) {
       if (model_loops_[a]) before_guards_[a] = model_loops_[a]->applied()[0];
     }
   }
   for (const auto& layer : layers_) {
-    if (!layer->valid || !layer->has_data || layer->frozen) continue;
+    if (!layer->guard || !layer->valid || !layer->has_data || layer->frozen) continue;
     const bool acting = acts(layer->guard->report().state);
     std::span<const double> in_force[kActuatorCount];
     for (std::size_t a = 0; a < kActuatorCount; ++a) {
@@ -529,8 +627,11 @@ void Controller::Loop::guard() {
     layer->guard->observe(steps_, layer->stats, layer->metrics, in_force);
   }
   for_each_actuator([this](ActuatorLoop& loop, std::size_t actuator, int only) {
-    const Limits& limits = config_.actuator(kActuators[actuator]).limits;
     const auto overridden_by = [&](const Layer& layer, std::span<double> wanted) {
+      if (!layer.guard) return false;
+      const ControllerConfig& config =
+          only < 0 ? model_config_ : layers_[static_cast<std::size_t>(only)]->group->config;
+      const Limits& limits = config.actuator(kActuators[actuator]).limits;
       return layer.guard->overrides(kActuators[actuator], limits, loop.applied(), wanted);
     };
     if (only >= 0) {
@@ -559,12 +660,14 @@ StatsNeeds Controller::Loop::missing(ActuatorLoop& loop, std::size_t actuator, i
     const RoutingStats& stats = *layer_inputs(loop, *layers_[l], layer < 0 ? l : 0).stats;
     if (stats.tokens() > 0) missing |= missing_in(stats, required);
   }
-  const ActuatorConfig& own = config_.actuator(kActuators[actuator]);
+  const Layer* const one = layer < 0 ? nullptr : layers_[static_cast<std::size_t>(layer)].get();
+  const ControllerConfig& config = one == nullptr ? model_config_ : one->group->config;
+  const ActuatorConfig& own = config.actuator(kActuators[actuator]);
   InputWatch& watch =
       layer < 0 ? model_inputs_watch_[actuator] : layers_[static_cast<std::size_t>(layer)]->inputs[actuator];
   if (watch.observe(missing, own.limits.cadence, config_.monitor.health.dwell)) {
     notices_.add(
-        NoticeKind::kMissingInput, layer, steps_,
+        NoticeKind::kMissingInput, one == nullptr ? -1 : one->id, steps_,
         {name_of(kActuators[actuator]), ": policy ", own.policy, " needs ", input_name(missing),
          ", which are not recorded for all tokens: held. `moectl check` lists what a config needs from the "
          "router"});
@@ -589,7 +692,8 @@ void Controller::Loop::limit() {
                 .has_data = seen.has_data,
                 .skipped = info_.skipped,
                 .frozen = seen.frozen,
-                .host_hold = held_,
+                .host_hold = host_holds_,
+                .miswired = check != nullptr && *check && layers_[static_cast<std::size_t>(layer)]->miswired,
                 .at_cadence = loop.due(steps_),
                 .missing_input = lacking != StatsNeeds{} && !loop.taken_over(),
                 .loss = info_.loss,
@@ -602,13 +706,16 @@ void Controller::Loop::log() {
   for (std::size_t l = 0; l < layer_reports_.size(); ++l) {
     const Layer& layer = *layers_[l];
     LayerReport& out = layer_reports_[l];
-    out.layer = static_cast<int>(l);
+    out.layer = layer.id;
+    out.targets = &layer.group->load_targets;
     out.stats = &layer.stats;
     out.metrics = &layer.metrics;
     if (layer.guard) out.guard = layer.guard->report();
     out.monitor = &*layer.monitor;
-    const bool checked = layer.response && config_.mode == Mode::kActive && !layer.frozen && !held_;
-    out.responsiveness = checked ? layer.response->report() : Responsiveness{};
+    const bool checked = layer.response && config_.mode == Mode::kActive && !layer.frozen && !host_holds_;
+    out.responsiveness = !checked         ? Responsiveness{}
+                         : layer.miswired ? Responsiveness{.state = Response::kUnresponsive}
+                                          : layer.response->report();
     for (std::size_t a = 0; a < kActuatorCount; ++a) {
       if (!layer.loops[a]) continue;
       out.actuators[a] = layer.loops[a]->report();
@@ -625,7 +732,6 @@ void Controller::Loop::log() {
   report_.step = steps_++;
   report_.info = info_;
   report_.layers = layer_reports_;
-  report_.targets = &*load_targets_;
   report_.notices = notices_.all();
   if (!log_ || config_.mode == Mode::kOff || !logs(report_.step)) return;
   call_held([this] { log_(report_); },
@@ -636,12 +742,23 @@ void Controller::Loop::log() {
             });
 }
 
+std::size_t Controller::Loop::sums_of_layers() const {
+  std::size_t sums = 0;
+  for (const auto& layer : layers_) sums += layer->group->shape.flat_size();
+  return sums;
+}
+
 Controller::Loop::Layer& Controller::Loop::layer_at(int layer) const {
-  if (layer < 0 || layer >= config_.model.layers) {
+  const auto id = static_cast<std::size_t>(layer);
+  if (layer >= 0 && id < index_of_id_.size() && index_of_id_[id] >= 0) {
+    return *layers_[static_cast<std::size_t>(index_of_id_[id])];
+  }
+  if (config_.layers.empty()) {
     throw std::invalid_argument("layer: " + std::to_string(layer) + ": must be in [0, " +
                                 std::to_string(config_.model.layers) + ")");
   }
-  return *layers_[static_cast<std::size_t>(layer)];
+  throw std::invalid_argument("layer: " + std::to_string(layer) +
+                              ": must be the id of a layer of the config's groups");
 }
 
 void Controller::Loop::check_mixture(const StepInfo& info) const {
@@ -653,7 +770,8 @@ void Controller::Loop::check_mixture(const StepInfo& info) const {
 }
 
 void Controller::Loop::set_reduction(Reduction reduction) {
-  if (reduction && shape_.needs.margin_rows) {
+  const auto has_rows = [](const auto& group) { return group->shape.needs.margin_rows; };
+  if (reduction && std::any_of(groups_.begin(), groups_.end(), has_rows)) {
     throw std::invalid_argument(
         "reduction: given: a policy wants every token's margins in one process (quantile_bias: form: exact); "
         "over ranks use its histogram form");

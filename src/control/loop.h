@@ -12,6 +12,7 @@
 
 #include "control/actuator_loop.h"
 #include "control/choice_check.h"
+#include "control/config_comparison.h"
 #include "control/guard.h"
 #include "control/inputs.h"
 #include "control/notices.h"
@@ -25,10 +26,12 @@ namespace moectl {
 
 class Controller::Loop {
  public:
-  Loop(ControllerConfig config, const PolicyRegistry& registry);
+  /// `step`: of the config's timeline.
+  Loop(ControllerConfig config, const PolicyRegistry& registry, std::int64_t step = 0);
 
   const ControllerConfig& config() const { return config_; }
-  const StatsShape& shape() const { return shape_; }
+  const StatsShape& shape(int layer) const { return layer_at(layer).group->shape; }
+  const std::vector<int>& ids() const { return ids_; }
   const StepReport& report() const { return report_; }
   std::int64_t steps() const { return steps_; }
 
@@ -48,18 +51,40 @@ class Controller::Loop {
   void set_log(std::function<void(const StepReport&)> log) { log_ = std::move(log); }
   void hold(bool held) { held_ = held; }
   void freeze(int layer, bool frozen) { layer_at(layer).frozen = frozen; }
+  void adopt(Actuator actuator, int layer, std::span<const double> values);
   /// The value that the training loop reads. In modes shadow and off it stays as it was made or loaded.
   std::span<const double> in_force(Actuator actuator, int layer) const;
 
   std::string save();
   /// A loop of the same config, registry, reduction and log, in the saved state. Throws StateError.
-  std::unique_ptr<Loop> loaded(std::string_view state) const;
+  std::unique_ptr<Loop> loaded(std::string_view state, Keep keep, std::vector<KeptPart>& parts) const;
+  std::string save_layer(int layer);
+  /// A loop like this one, in which one layer is in the saved state.
+  std::unique_ptr<Loop> layer_loaded(int layer, std::string_view state, Keep keep,
+                                     std::vector<KeptPart>& parts);
+  /// Whether the timeline changes something at the step that comes; a loop that goes on with the change.
+  bool timeline_due() const;
+  std::unique_ptr<Loop> at_next_entry();
 
  private:
-  struct Layer {
-    Layer(const ControllerConfig& config, const PolicyRegistry& registry, int which);
+  // Equal layers.
+  struct Group {
+    Group(LayerSettings of, const PolicyRegistry& registry);
 
-    int index;
+    ControllerConfig config;  // of these layers, without groups
+    std::string description;  // of it, as far as a saved state depends on it
+    StatsShape shape;
+    LoadTargets load_targets;
+    std::vector<double> targets;  // the same, [N]
+    std::optional<Measurer> measurer;
+  };
+  struct Layer {
+    Layer(Group& group, const PolicyRegistry& registry, std::size_t index, int id);
+    ActuatorLoop make_loop(std::size_t actuator, const PolicyRegistry& registry) const;
+
+    Group* group;
+    std::size_t index;
+    int id;  // the model's own
     // Recording, under the mutex.
     std::mutex mutex;
     RoutingStats intake;
@@ -67,6 +92,7 @@ class Controller::Loop {
     std::vector<std::uint64_t> fingerprints;  // of their records
     RoutingStats backup;                      // of the sums, while the host adds to them
     ChoiceCheck choices;
+    RepeatWatch repeats;
     // Deciding.
     bool frozen = false;
     double gap_width = 0;   // for what is recorded before the next step
@@ -74,14 +100,14 @@ class Controller::Loop {
     bool has_data = false;  // and contain at least one token
     bool told = false;      // the first offence of the sums recorded since the last step was said
     bool told_before = false;
-    bool ever_had_data = false;
     bool uncollected_sequences = false;  // under the mutex
     RoutingStats stats;                  // this step's sums, over all ranks
     Metrics metrics;
     std::optional<LayerMonitor> monitor;
     std::optional<LayerGuard> guard;
     std::optional<ResponseCheck> response;
-    bool response_told = false;                                     // that the load does not answer
+    bool response_told = false;  // that the load does not answer
+    bool miswired = false;       // some rank found that the router does not use this layer's bias
     std::array<std::optional<ActuatorLoop>, kActuatorCount> loops;  // those of `scope: layer`
     std::array<InputWatch, kActuatorCount> inputs;
     std::array<StatsNeeds, kActuatorCount> missing;
@@ -116,11 +142,11 @@ class Controller::Loop {
   void check_ranks();
   void pack(Payload& payload, const StepInfo& info) const;
   void unpack(Payload& payload);
+  void say_who_holds(const Payload& payload);
   void use_previous_sums(const StepInfo& info);
   void say_offences();
   void say_why_invalid();
   void compare_with_config();
-  void say_unused_experts();
   void hold_if_some_failed();
   void clear_intake();
   void take_what_was_said();
@@ -130,29 +156,44 @@ class Controller::Loop {
   DecisionInputs inputs(ActuatorLoop& loop, std::size_t actuator, int layer);
   DecisionInputs layer_inputs(ActuatorLoop& loop, Layer& layer, std::size_t window);
   DecisionInputs model_inputs(ActuatorLoop& loop, std::size_t actuator);
+  bool has_guards() const;
   bool guard_acts() const;
+  std::size_t sums_of_layers() const;
+  void start_from_files();
   StatsNeeds missing(ActuatorLoop& loop, std::size_t actuator, int layer);
   [[noreturn]] static void refuse_repeat(int layer, std::int64_t micro_batch);
 
+  void finish_pending();
+  void take_over_from(const Loop& other);
   void exchange(StateIo& io);
+  void exchange_layer(StateIo& io, Layer& layer);
+  void exchange_recorded(StateIo& io, Layer& layer);
+  void exchange_common(StateIo& io);
+  void exchange_sums_of(StateIo& io, const Layer& layer);
+  void keep_what_fits(const StateIo& state, std::vector<KeptPart>& parts);
+  void keep_layer(StateIo in, Layer& layer, std::vector<KeptPart>& parts);
+  void keep_common(const StateIo& in, std::vector<KeptPart>& parts);
+  void keep_actuator(const StateIo& section, ActuatorLoop& loop, const ControllerConfig& config,
+                     Actuator actuator, int layer, const std::string& saved, std::vector<KeptPart>& parts);
 
   ControllerConfig config_;
   PolicyRegistry registry_;
-  std::string description_;  // of the config, as far as a saved state depends on it
-  StatsShape shape_;
+  ControllerConfig model_config_;   // of the step, without groups: what holds for actuators of `scope: model`
+  std::int64_t settings_from_ = 0;  // the step of the timeline that layers were made for
+  std::vector<std::unique_ptr<Group>> groups_;
   std::vector<std::unique_ptr<Layer>> layers_;
+  std::vector<int> ids_;                                                 // of the layers, in their order
+  std::vector<std::int32_t> index_of_id_;                                // -1 = no such layer
   std::array<std::optional<ActuatorLoop>, kActuatorCount> model_loops_;  // those of `scope: model`
   std::array<InputWatch, kActuatorCount> model_inputs_watch_;
   std::array<StatsNeeds, kActuatorCount> model_missing_;
   // Of those, what was in force when no guard acted: where every guard takes its actuator back to, though another may
   // have moved it already.
   std::array<double, kActuatorCount> before_guards_{};
-  std::optional<LoadTargets> load_targets_;
-  std::vector<double> targets_;  // the same, [N]
-  std::optional<Measurer> measurer_;
   std::array<Metrics, kActuatorCount> model_mean_, model_worst_;
 
-  bool held_ = false;  // by the host
+  bool held_ = false;        // by the host of this rank
+  bool host_holds_ = false;  // in this step, by the host of some rank
   std::int64_t steps_ = 0;
   StepInfo info_;                      // of this step, over all ranks
   std::vector<std::int64_t> mixture_;  // storage of info_.next_mixture
@@ -172,11 +213,8 @@ class Controller::Loop {
   std::mutex said_mutex_;
   std::vector<Said> said_;  // since the last step
   bool log_failed_ = false;
-  // What the config states, compared with the first steps that have data.
-  std::int64_t compared_ = 0;
-  bool same_experts_ = true, tokens_compared_ = false, sequences_said_ = false;
-  int last_used_expert_ = -1;
-  std::int64_t fewest_tokens_ = 0;
+  std::vector<ConfigComparison> comparisons_;  // one a group
+  bool sequences_said_ = false, split_said_ = false;
   std::function<void(const StepReport&)> log_;
   std::vector<LayerReport> layer_reports_;
   StepReport report_;

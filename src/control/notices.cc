@@ -9,7 +9,8 @@ namespace moectl {
 namespace {
 
 constexpr std::array<std::string_view, kNoticeKindCount> kNames = {
-    "invalid", "missing_input", "policy_failed", "wiring", "unresponsive", "fallback", "config", "log"};
+    "invalid",  "missing_input", "policy_failed", "wiring", "unresponsive",
+    "fallback", "config",        "log",           "hold"};
 constexpr std::size_t kTextSize = 240;
 
 }  // namespace

@@ -111,24 +111,23 @@ std::int64_t magnitude_of(std::span<const std::int64_t> sums) {
 
 }  // namespace
 
-Payload::Payload(std::size_t layers, std::size_t flat_size, std::size_t domains)
-    : flat_size_(flat_size),
-      layers_(layers),
-      domains_(domains),
-      sums_(layers * (flat_size + 1) + kWordCount + domains, 0) {}
+Payload::Payload(std::span<const std::size_t> sizes, std::size_t domains) : begins_{0}, domains_(domains) {
+  for (const std::size_t size : sizes) begins_.push_back(begins_.back() + size);
+  sums_.assign(begins_.back() + 2 * layers() + kWordCount + domains, 0);
+}
 
 void Payload::put(std::size_t i, std::span<const std::int64_t> sums) {
   std::copy(sums.begin(), sums.end(), layer(i).begin());
-  sums_[layers_ * flat_size_ + i] = magnitude_of(sums);
+  magnitudes()[i] = magnitude_of(sums);
 }
 
 bool Payload::in_range(std::size_t i) const {
-  const std::int64_t magnitude = sums_[layers_ * flat_size_ + i];
+  const std::int64_t magnitude = sums_[begins_.back() + i];
   // Each rank left out less than one unit.
   return magnitude >= 0 && magnitude + word(kRanks) <= std::int64_t{1} << (62 - kMagnitudeBits);
 }
 
-void Payload::put(const StepInfo& info, std::uint64_t actuation, bool failed) {
+void Payload::put(const StepInfo& info, std::uint64_t actuation, bool failed, bool held) {
   std::fill(sums_.end() - static_cast<std::ptrdiff_t>(domains_ + kWordCount), sums_.end(), 0);
   word(kRanks) = 1;
   const auto put_number = [this](std::optional<double> value, Word sum, Word count, Word bad) {
@@ -151,6 +150,7 @@ void Payload::put(const StepInfo& info, std::uint64_t actuation, bool failed) {
   word(kHash) = h;
   word(kHashSquare) = h * h;
   word(kFailed) = failed ? 1 : 0;
+  word(kHeld) = held ? 1 : 0;
 }
 
 void Payload::reduce(const Reduction& reduction) {
@@ -172,16 +172,31 @@ void Payload::check() const {
 void Payload::exchange(StateIo& io, std::string_view name, bool counts) {
   if (!counts) std::fill(sums_.begin(), sums_.end(), 0);
   // Magnitudes are formed anew: sums that were formed on a device have none yet, and the state is the same.
-  const auto magnitudes = std::span(sums_).subspan(layers_ * flat_size_, layers_);
   std::vector<std::int64_t> saved = sums_;
-  std::fill_n(saved.begin() + static_cast<std::ptrdiff_t>(layers_ * flat_size_), layers_, 0);
+  std::fill_n(saved.begin() + static_cast<std::ptrdiff_t>(begins_.back()), layers(), 0);
   io.values(name, saved, StateIo::kAnyInteger);
   if (io.reads()) {
     sums_ = saved;
-    for (std::size_t i = 0; i < layers_; ++i) magnitudes[i] = magnitude_of(layer(i));
+    for (std::size_t i = 0; i < layers(); ++i) magnitudes()[i] = magnitude_of(layer(i));
   }
   io.check(!counts || (word(kRanks) >= 1 && (same_values() || some_failed())), name,
            "be a sum over ranks that agree");
+}
+
+void Payload::exchange_layer(StateIo& io, std::size_t i, bool counts) {
+  std::vector<std::int64_t> sums(layer(i).begin(), layer(i).end());
+  std::vector<std::int64_t> words(sums_.end() - static_cast<std::ptrdiff_t>(kWordCount + domains_),
+                                  sums_.end());
+  if (!counts) {
+    std::fill(sums.begin(), sums.end(), 0);
+    std::fill(words.begin(), words.end(), 0);
+  }
+  io.values("sums", sums, StateIo::kAnyInteger);
+  io.values("words", words, StateIo::kAnyInteger);
+  if (!io.reads() || !counts) return;
+  put(i, sums);
+  std::copy(words.begin(), words.end(), sums_.end() - static_cast<std::ptrdiff_t>(kWordCount + domains_));
+  io.check(word(kRanks) >= 1 && (same_values() || some_failed()), "words", "be a sum over ranks that agree");
 }
 
 StepInfo Payload::info(std::span<std::int64_t> mixture) const {

@@ -44,16 +44,29 @@ void check_same_everywhere(const Reduction& reduction, std::span<const std::stri
 
 class Payload {
  public:
-  /// `layers` arrays of `flat_size`, then the magnitude of each, then the words of StepInfo.
-  Payload(std::size_t layers, std::size_t flat_size, std::size_t domains);
+  /// One array of sums a layer, of these sizes; then the magnitude of each; then whether its wiring is wrong; then the
+  /// words of StepInfo.
+  Payload(std::span<const std::size_t> sizes, std::size_t domains);
 
-  std::span<std::int64_t> layer(std::size_t i) { return {sums_.data() + i * flat_size_, flat_size_}; }
+  std::span<std::int64_t> layer(std::size_t i) {
+    return {sums_.data() + begins_[i], begins_[i + 1] - begins_[i]};
+  }
   /// Writes this rank's sums of layer i, and how large they are.
   void put(std::size_t i, std::span<const std::int64_t> sums);
   /// Whether the sum over ranks of layer i is surely in range: none of its sums can have wrapped around.
   bool in_range(std::size_t i) const;
-  /// Writes this rank's part of everything else. `failed`: a policy of this rank threw in its last decision.
-  void put(const StepInfo& info, std::uint64_t actuation, bool failed);
+  /// Writes whether this rank found that the router of layer i does not use its bias.
+  void put_miswired(std::size_t i, bool miswired) {
+    sums_[begins_.back() + layers() + i] = miswired ? 1 : 0;
+  }
+  /// Whether some rank found that.
+  bool miswired(std::size_t i) const { return sums_[begins_.back() + layers() + i] > 0; }
+  /// Writes this rank's part of everything else. `failed`: a policy of this rank threw in its last decision. `held`: by
+  /// the host.
+  void put(const StepInfo& info, std::uint64_t actuation, bool failed, bool held);
+  /// Ranks that are held by their hosts, of all.
+  std::int64_t held() const { return word(kHeld); }
+  std::int64_t ranks() const { return word(kRanks); }
   /// Sums over ranks, then checks. Throws ReductionError.
   void reduce(const Reduction& reduction);
   /// After the sum over ranks: throws ReductionError unless all ranks applied the same values, or some failed.
@@ -63,6 +76,8 @@ class Payload {
   /// Writes or reads it; as zeros if it does not count. Throws StateError if it was read, counts, and would not pass
   /// check().
   void exchange(StateIo& io, std::string_view name, bool counts);
+  /// The same of one layer's sums and of all that is not of a layer.
+  void exchange_layer(StateIo& io, std::size_t layer, bool counts);
   std::span<std::int64_t> all() { return sums_; }
   std::span<const std::int64_t> all() const { return sums_; }
   /// The StepInfo over all ranks; `mixture` [domains] is the storage of next_mixture.
@@ -82,6 +97,7 @@ class Payload {
     kHash,
     kHashSquare,
     kFailed,
+    kHeld,
     kWordCount
   };
   std::int64_t& word(Word which) { return sums_[sums_.size() - domains_ - kWordCount + which]; }
@@ -89,7 +105,11 @@ class Payload {
 
   bool same_values() const;
 
-  std::size_t flat_size_, layers_, domains_;
+  std::size_t layers() const { return begins_.size() - 1; }
+  std::span<std::int64_t> magnitudes() { return std::span(sums_).subspan(begins_.back(), layers()); }
+
+  std::vector<std::size_t> begins_;  // of each layer's sums, and the end of the last one's
+  std::size_t domains_;
   std::vector<std::int64_t> sums_;
 };
 

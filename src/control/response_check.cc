@@ -34,14 +34,9 @@ constexpr std::int64_t kFirstBackoff = 32, kLastBackoff = 128;
 // A layer that is balanced has nothing to answer.
 constexpr double kImbalance = kBalancedFloors * kBalancedFloors;
 constexpr double kReach = 16;
-
-double weighted_mean(std::span<const double> values, std::span<const double> weight,
-                     std::span<const double> slope, double total) {
-  const double sum = sum_over(values.size(), [&](std::size_t i, auto at) -> Double8 {
-    return at.get(&values[i]) * at.get(&weight[i]) * at.get(&slope[i]);
-  });
-  return sum / total;
-}
+// The check of a balanced layer is awake for kAwake steps in each kPeriod, and for those that fill its memory.
+constexpr std::int64_t kPeriod = 256, kAwake = 16;
+constexpr std::int64_t kNap = 8;  // steps without a comparison after an answer
 
 }  // namespace
 
@@ -49,13 +44,20 @@ std::string_view name_of(Response response) {
   return kNames[static_cast<std::size_t>(response)];
 }
 
+std::optional<Response> response_of(std::string_view name) {
+  const auto it = std::find(kNames.begin(), kNames.end(), name);
+  if (it == kNames.end()) return std::nullopt;
+  return static_cast<Response>(it - kNames.begin());
+}
+
 ResponseCheck::ResponseCheck(const ControllerConfig& config, int layer)
-    : experts_(static_cast<std::size_t>(config.model.experts)),
+    : in_probabilities_(config.model.score_space == ScoreSpace::kProbability),
+      experts_(static_cast<std::size_t>(config.model.experts)),
       delay_(static_cast<std::size_t>(config.delay())),
       token_range_(static_cast<double>(config.model.experts) / config.model.top_k),
+      clock_(37 * layer % kPeriod),
       rate_(config.expert_bias.limits.rate),
       assumed_slope_(config.model.score_space == ScoreSpace::kLogit ? kSlopeOfLogit : kSlopeOfProbability),
-      in_probabilities_(config.model.score_space == ScoreSpace::kProbability),
       weight_(experts_, 1.0),
       per_weight_(experts_, 1.0),
       slope_(experts_, assumed_slope_),
@@ -76,6 +78,7 @@ ResponseCheck::ResponseCheck(const ControllerConfig& config, int layer)
                  0.0),
       bias_along_(sign_seen_.size(), 0.0),
       load_along_(sign_seen_.size(), 0.0) {
+  slope_sum_ = sum_of(slope_);
   for (std::vector<double>& load : load_) load.assign(experts_, 0.0);
   for (std::size_t i = 0; i < config.model.targets.size(); ++i) {
     weight_[i] = config.model.targets[i] * static_cast<double>(experts_);
@@ -107,83 +110,108 @@ void ResponseCheck::remember(std::span<const double> in_force) {
             history_.begin() + static_cast<std::ptrdiff_t>(newest_ * experts_));
 }
 
-void ResponseCheck::observe(const RoutingStats* stats, double floor_cv, std::span<const double> in_force) {
-  remember(in_force);
+void ResponseCheck::observe(const RoutingStats* stats, double load_cv, double floor_cv,
+                            std::span<const double> in_force) {
   if (stats == nullptr) {
+    remember(in_force);
     restart();
     return;
   }
   floor_sq_ = floor_cv * floor_cv;
-  follow_slope(*stats);
-  follow_load(*stats);
-  if (++filled_ <= static_cast<std::int64_t>(delay_) + 3) {
-    if (filled_ == static_cast<std::int64_t>(delay_) + 3) {
-      set_reference();
-      moves_ = {};
-      std::fill(move_mean_.begin(), move_mean_.end(), 0.0);
-    }
+  quiet_ = std::max<std::int64_t>(quiet_ - 1, 0);
+  clock_ = (clock_ + 1) % kPeriod;
+  if (rests(load_cv)) return;
+  remember(in_force);
+  follow(*stats);
+  ++filled_;
+  if (filled_ <= static_cast<std::int64_t>(delay_)) return;
+  if (!referenced_) {
+    if (!full()) return;
+    set_reference(/*answered=*/false);
+    std::fill(move_mean_.begin(), move_mean_.end(), 0.0);
     return;
   }
+  if (held_ && !probes()) return;
   compare();
   judge();
 }
 
-void ResponseCheck::follow_slope(const RoutingStats& stats) {
-  if (!stats.load_slope(slope_now_)) return;
-  const double weight = scaled_ ? kSlopeEma : 1;
-  if (!scaled_) moves_ = {};
-  scaled_ = true;
-  for_each_eight(experts_, [&](std::size_t i, auto at) {
-    const Double8 slope = at.get(&slope_[i]);
-    at.put(&slope_[i], slope + weight * (at.get(&slope_now_[i]) * at.get(&per_weight_[i]) - slope));
-  });
+// Follows how far the layer is from balance, and decides whether there is anything to compare at this step.
+bool ResponseCheck::rests(double load_cv) {
+  const double ratio = std::min(load_cv * load_cv / std::max(floor_sq_, 1e-12), 1e6);
+  error_over_floor_ += (error_over_floor_ > 0 ? kNoiseEma : 1) * (ratio - error_over_floor_);
+  const bool balanced = error_over_floor_ <= kImbalance && !adjusts();
+  if (nap_ > 0) {
+    --nap_;
+    return true;
+  }
+  if (!resting_) {
+    resting_ = balanced && full() && compared_ >= kAwake;
+  } else if (!balanced || clock_ == 0) {
+    resting_ = referenced_ = false;
+    compared_ = 0;
+    if (!balanced) moves_ = {};  // what answered long ago may not answer now
+  }
+  if (resting_) filled_ = 0;
+  return resting_;
 }
 
-void ResponseCheck::follow_load(const RoutingStats& stats) {
+// The one pass over the experts that every step needs: slopes, loads, how much they scatter, and what compare() takes out
+// of the biases. Only differences between experts count: a bias that all have in common does nothing, so each expected
+// change is taken less the mean that leaves the sum of all loads as it is.
+void ResponseCheck::follow(const RoutingStats& stats) {
   std::swap(load_[2], load_[1]);
   std::swap(load_[1], load_[0]);
+  const bool measured = stats.load_slope(slope_now_);
+  const double newest = !measured ? 0 : scaled_ ? kSlopeEma : 1;
+  if (measured && !scaled_) moves_ = {};
+  scaled_ |= measured;
   const double scale = static_cast<double>(experts_) / static_cast<double>(stats.assignments());
   const std::span<const std::int64_t> counts = stats.counts();
-  double error_sq = sum_over(experts_, [&](std::size_t i, auto at) -> Double8 {
-    const Double8 share = at.get(&per_weight_[i]);
-    const Double8 error = share * (at.get(&counts[i]) * scale - at.get(&weight_[i]));
-    return error * error;
-  });
-  error_sq /= static_cast<double>(experts_);
-  const double ratio = std::min(error_sq / std::max(floor_sq_, 1e-12), 1e6);
-  error_over_floor_ += (filled_ > 0 ? kNoiseEma : 1) * (ratio - error_over_floor_);
-  double change_sq = sum_over(experts_, [&](std::size_t i, auto at) -> Double8 {
-    const Double8 load = at.get(&counts[i]) * scale * at.get(&per_weight_[i]);
+  const std::span<const double> now = bias(delay_), last = bias(delay_ + 1), before = bias(delay_ + back());
+  Double8 changes = splat(0), slopes = splat(0), all = splat(0), at_now = splat(0), at_last = splat(0),
+          at_before = splat(0), at_reference = splat(0);
+  for_each_eight(experts_, [&](std::size_t i, auto at) {
+    const Double8 per_weight = at.get(&per_weight_[i]), old = at.get(&slope_[i]);
+    const Double8 slope = old + newest * (at.get(&slope_now_[i]) * per_weight - old);
+    at.put(&slope_[i], slope);
+    slopes += slope;
+    const Double8 load = at.get(&counts[i]) * scale * per_weight, change = load - at.get(&load_[1][i]);
     at.put(&load_[0][i], load);
-    const Double8 change = at.keep(load - at.get(&load_[1][i]));
-    return change * change;
+    changes += change * change;
+    const Double8 w = at.get(&weight_[i]) * slope;
+    all += w;
+    at_now += w * at.get(&now[i]);
+    at_last += w * at.get(&last[i]);
+    at_before += w * at.get(&before[i]);
+    at_reference += w * at.get(&reference_bias_[i]);
   });
-  if (filled_ == 0) return;
-  change_sq /= 2 * static_cast<double>(experts_);
+  slope_sum_ = sum_of(slopes);
+  weighted_ = {sum_of(all), sum_of(at_now), sum_of(at_last), sum_of(at_before), sum_of(at_reference)};
+  if (filled_ == 0) return;  // no load before it
+  const double change_sq = sum_of(changes) / (2 * static_cast<double>(experts_));
   noise_sq_ += (noise_sq_ > 0 ? kNoiseEma : 1) * (change_sq - noise_sq_);
 }
 
-// The regressions. Only differences between experts count: a bias that all have in common does nothing, so each
-// expected change is taken less the mean that leaves the sum of all loads as it is.
+// The regressions. After a pause the travel is known first; the moves need the steps before.
 void ResponseCheck::compare() {
-  const std::size_t back = delay_ == 0 ? 2 : 1;
-  const std::span<const double> now = bias(delay_), last = bias(delay_ + 1), before = bias(delay_ + back);
-  const std::span<const double> load = load_[0], load_before = load_[back];
-  const double total = sum_over(
-      experts_, [&](std::size_t i, auto at) -> Double8 { return at.get(&weight_[i]) * at.get(&slope_[i]); });
-  moves_.add({}, kMemory);
+  const bool known = full();
+  const double follow_moves = known ? kMoveEma : 0;
+  ++compared_;
+  const std::span<const double> now = bias(delay_), last = bias(delay_ + 1), before = bias(delay_ + back());
+  const std::span<const double> load = load_[0], load_before = load_[back()];
+  if (known) moves_.add({}, kMemory);
   travel_ = {};
-  if (!(total > 0)) return;
-  const double mean_now = weighted_mean(now, weight_, slope_, total);
-  const double mean_last = weighted_mean(last, weight_, slope_, total);
-  const double mean_before = back == 1 ? mean_last : weighted_mean(before, weight_, slope_, total);
-  const double mean_reference = weighted_mean(reference_bias_, weight_, slope_, total);
+  if (!(weighted_.all > 0)) return;
+  const double mean_now = weighted_.now / weighted_.all, mean_last = weighted_.last / weighted_.all,
+               mean_before = weighted_.before / weighted_.all,
+               mean_reference = weighted_.reference / weighted_.all;
   Double8 zy = splat(0), zx = splat(0), zz = splat(0), wy = splat(0), ww = splat(0), noise = splat(0);
   const auto body = [&](std::size_t i, auto at) {
     const Double8 slope = at.get(&slope_[i]), b = at.get(&now[i]) - mean_now, y = at.get(&load[i]);
     const Double8 move = at.keep(b - (at.get(&last[i]) - mean_last)), mean = at.get(&move_mean_[i]);
     const Double8 z = slope * (move - mean);
-    at.put(&move_mean_[i], mean + kMoveEma * (move - mean));
+    at.put(&move_mean_[i], mean + follow_moves * (move - mean));
     zy += at.keep(z * (y - at.get(&load_before[i])));
     zx += at.keep(z * slope * (b - (at.get(&before[i]) - mean_before)));
     zz += at.keep(z * z * y);
@@ -193,18 +221,22 @@ void ResponseCheck::compare() {
     noise += w * w * y;
   };
   for_each_eight(experts_, body);
-  moves_.add({sum_of(zy), sum_of(zx), sum_of(zz)}, 1);
+  if (known) moves_.add({sum_of(zy), sum_of(zx), sum_of(zz)}, 1);
   travel_ = {sum_of(wy), sum_of(ww), sum_of(noise)};
-  if (probes()) follow_probe(total);
+  if (probes()) follow_probe();
 }
 
 // The load changes expected of the pattern are σ(pattern - mean) =: q. What is seen along q, in patterns: <q, y> / <q, q>,
 // and likewise the biases, which hold the probe and what the policy does meanwhile.
-void ResponseCheck::follow_probe(double total) {
+void ResponseCheck::follow_probe() {
   if (seen_ == load_along_.size()) return;
   const std::span<const double> now = bias(delay_);
-  const double mean = weighted_mean(pattern_, weight_, slope_, total);
-  const double mean_now = weighted_mean(now, weight_, slope_, total);
+  const double mean = sum_over(experts_,
+                               [&](std::size_t i, auto at) -> Double8 {
+                                 return at.get(&pattern_[i]) * at.get(&weight_[i]) * at.get(&slope_[i]);
+                               }) /
+                      weighted_.all;
+  const double mean_now = weighted_.now / weighted_.all;
   Double8 qy = splat(0), qb = splat(0), qq = splat(0), noise = splat(0);
   const auto body = [&](std::size_t i, auto at) {
     const Double8 slope = at.get(&slope_[i]), q = at.keep(slope * (at.get(&pattern_[i]) - mean));
@@ -236,34 +268,39 @@ void ResponseCheck::judge() {
     return;
   }
   if (held_) return;
-  quiet_ = std::max<std::int64_t>(quiet_ - 1, 0);
   // An instrument that hardly moved says nothing, however large its gain.
   const auto answered = [](const std::optional<Estimate>& found) {
     return found && found->gain - kSure * found->error > kAnswers &&
            found->error < std::max(kSharp, kSharp * found->gain / 2);
   };
-  const std::optional<Estimate> travel = travel_.estimate(2 * noise()), moves = moves_.estimate(2 * noise());
-  if (answered(travel)) {
+  const std::optional<Estimate> travel = travel_.estimate(2 * noise()),
+                                moves = full() ? moves_.estimate(2 * noise()) : std::nullopt;
+  const bool by_travel = answered(travel), by_moves = answered(moves);
+  const bool falls_short = travel && travel->gain + kSure * travel->error < 1;
+  if (by_travel || (falls_short && by_moves)) set_reference(/*answered=*/true);
+  if (by_travel || by_moves) {
     state_ = Response::kAnswers;
-    found_ = travel;
-    set_reference();
-  } else if (travel && travel->gain + kSure * travel->error < 1) {
-    if (answered(moves)) {
-      set_reference();
-    } else if (quiet_ == 0 && error_over_floor_ > kImbalance) {
-      start_probe();
-    }
-  }
-  if (state_ != Response::kProbing && answered(moves)) {
-    state_ = Response::kAnswers;
-    found_ = moves;
+    found_ = by_moves ? moves : travel;
+    nap_ = kNap;
+    filled_ = 0;
+  } else if (falls_short && full() && quiet_ == 0 && error_over_floor_ > kImbalance) {
+    start_probe();
+    // Where the load seems to go the other way, the policy waits for the answer: it would run away.
+    const auto reversed = [](const std::optional<Estimate>& found) {
+      return found && found->gain + kVerySure * found->error < 0;
+    };
+    pinned_ = state_ == Response::kProbing && (reversed(travel) || reversed(moves));
   }
 }
 
-void ResponseCheck::set_reference() {
+void ResponseCheck::set_reference(bool answered) {
   const std::span<const double> now = bias(delay_);
   std::copy(now.begin(), now.end(), reference_bias_.begin());
   std::copy(load_[0].begin(), load_[0].end(), reference_load_.begin());
+  referenced_ = true;
+  if (held_ || (based_ && !answered && error_over_floor_ > kImbalance)) return;
+  std::copy(now.begin(), now.end(), base_.begin());
+  based_ = true;
 }
 
 // Without a measured slope: as large as the last answer says that it must be.
@@ -287,7 +324,7 @@ void ResponseCheck::start_block() {
   seen_ = 0;
   const double n = static_cast<double>(experts_);
   const double load = std::min(std::sqrt(noise() / (kSigns.size() * n)) / kProbeError, kLargestProbe) * size_;
-  const double mean_slope = sum_of(slope_) / n;
+  const double mean_slope = slope_sum_ / n;
   std::size_t cut = 0;
   for (std::size_t i = 0; i < experts_; ++i) {
     const double size = mean_slope > 0 ? load / std::max(slope_[i], mean_slope / 4) : 0;
@@ -348,7 +385,7 @@ bool ResponseCheck::finds_answer(std::size_t lags) {
     quiet_ = backoff_;
     held_ = false;
     moves_ = {};
-    set_reference();
+    set_reference(/*answered=*/true);
     return true;
   }
   return false;
@@ -363,7 +400,6 @@ void ResponseCheck::finish_block() {
     found_ = found;
     late_ = 0;
     held_ = true;
-    std::copy(reference_bias_.begin(), reference_bias_.end(), base_.begin());
     pause();
     return;
   }
@@ -382,7 +418,7 @@ void ResponseCheck::give_up() {
   state_ = Response::kUnknown;
   found_.reset();
   quiet_ = kLastBackoff;
-  set_reference();
+  set_reference(/*answered=*/true);
 }
 
 void ResponseCheck::pause() {
@@ -392,7 +428,9 @@ void ResponseCheck::pause() {
 }
 
 void ResponseCheck::restart() {
-  filled_ = 0;
+  filled_ = nap_ = compared_ = 0;
+  resting_ = referenced_ = false;
+  error_over_floor_ = 0;
   sign_ = 0;
   std::fill(offset_.begin(), offset_.end(), 0.0);
   if (held_) {
@@ -400,7 +438,15 @@ void ResponseCheck::restart() {
   } else {
     state_ = Response::kUnknown;
     found_.reset();
+    based_ = false;
   }
+}
+
+void ResponseCheck::forget() {
+  held_ = false;
+  decision_ = 0;
+  quiet_ = 0;
+  restart();
 }
 
 double ResponseCheck::next_sign() const {
@@ -409,10 +455,8 @@ double ResponseCheck::next_sign() const {
 }
 
 void ResponseCheck::adjust(std::span<double> wanted, LimitReport& why) const {
-  if (held_) {
-    std::copy(base_.begin(), base_.end(), wanted.begin());
-    why.add(Reason::kUnresponsive);
-  }
+  if (held_) why.add(Reason::kUnresponsive);
+  if (held_ || (probes() && pinned_)) std::copy(base_.begin(), base_.end(), wanted.begin());
   if (!probes()) return;
   const double sign = next_sign();
   for (std::size_t i = 0; i < experts_; ++i) wanted[i] += sign * pattern_[i];
@@ -444,7 +488,7 @@ Responsiveness ResponseCheck::report() const {
 
 std::optional<double> ResponseCheck::reach() const {
   if (!scaled_) return in_probabilities_ ? std::optional<double>(1.0) : std::nullopt;
-  const double mean_slope = sum_of(slope_) / static_cast<double>(experts_);
+  const double mean_slope = slope_sum_ / static_cast<double>(experts_);
   if (!(mean_slope > 0)) return std::nullopt;
   // Probabilities lie within [0, 1]; scores that are farther apart than that are none.
   const double range = token_range_ / mean_slope;
@@ -458,12 +502,18 @@ void ResponseCheck::exchange(StateIo& io) {
     io.value("response.zz", of.zz);
   };
   io.values("response.slope", slope_, StateIo::kNotNegative);
+  slope_sum_ = sum_of(slope_);
   io.value("response.scaled", scaled_);
   io.values("response.history", history_);
   std::int64_t newest = static_cast<std::int64_t>(newest_), seen = static_cast<std::int64_t>(seen_);
   io.value("response.newest", newest, {0, static_cast<std::int64_t>(delay_) + 2});
   newest_ = static_cast<std::size_t>(newest);
   io.value("response.steps", filled_);
+  io.value("response.clock", clock_, {0, kPeriod - 1});
+  io.value("response.resting", resting_);
+  io.value("response.referenced", referenced_);
+  io.value("response.nap", nap_, {0, kNap});
+  io.value("response.compared", compared_);
   for (std::vector<double>& load : load_) io.values("response.load", load, StateIo::kNotNegative);
   io.values("response.move_mean", move_mean_);
   io.values("response.reference_load", reference_load_);
@@ -498,6 +548,8 @@ void ResponseCheck::exchange(StateIo& io) {
   io.value("response.late", late, {0, static_cast<std::int64_t>(kLags) - 1});
   late_ = static_cast<int>(late);
   io.value("response.held", held_);
+  io.value("response.pinned", pinned_);
+  io.value("response.based", based_);
   bool found = found_.has_value();
   Estimate estimate = found_.value_or(Estimate{});
   io.value("response.found", found);

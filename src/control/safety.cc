@@ -244,16 +244,30 @@ LimitReport SafetyLimiter::apply(const LimitContext& context, std::span<const do
   }
 
   const double far = kFarAway * (limits_.max - limits_.min + limits_.rate);
-  for (std::size_t i = 0; i < next_.size(); ++i) {
-    next_[i] = std::min(std::max(wanted[i], limits_.min - far), limits_.max + far);
+  Double8 sum = splat(0), most = splat(limits_.min - far), least = splat(limits_.max + far);
+  for_each_eight(next_.size(), [&](std::size_t i, auto at) {
+    const Double8 next =
+        smaller(larger(at.get(&wanted[i]), splat(limits_.min - far)), splat(limits_.max + far));
+    at.put(&next_[i], next);
+    sum += at.keep(next);
+    most = larger(most, next);
+    least = smaller(least, next);
+  });
+  if (context.reach) {
+    const double mean = sum_of(sum) / static_cast<double>(next_.size());
+    // Rarely so, and then looked at exactly.
+    if (std::max(largest_of(most) - mean, mean + largest_of(-least)) > *context.reach)
+      stay_within_reach(*context.reach, applied, report);
   }
-  if (context.reach) stay_within_reach(*context.reach, applied, report);
   if (options_.oscillation && back_off(applied) < 1) report.add(Reason::kOscillation);
   if (limits_.deadband > 0 && largest_move(applied) <= limits_.deadband) {
     report.add(Reason::kDeadband);
     return report;
   }
   if (actuator_ == Actuator::kExpertBias) {
+    // The mean of values that came from elsewhere goes at once: it changes no choice, so no rate applies.
+    for (double& value : applied) value -= common_;
+    common_ = 0;
     clip_biases(applied, report);
   } else {
     clip_scalar(applied[0], report);
@@ -271,6 +285,7 @@ LimitReport SafetyLimiter::apply(const LimitContext& context, std::span<const do
 std::optional<Reason> SafetyLimiter::hold_reason(const LimitContext& context) const {
   if (context.missing_input) return Reason::kMissingInput;
   if (!context.has_data) return Reason::kNoData;
+  if (context.miswired) return Reason::kUnresponsive;
   if (context.policy_failed) return Reason::kPolicyFailed;
   if (context.skipped) return Reason::kSkippedStep;
   if (context.step < limits_.warmup) return Reason::kWarmup;
@@ -405,6 +420,19 @@ void SafetyLimiter::clip_scalar(double applied, LimitReport& report) {
   if (wanted > hi) report.add(hi == limits_.max ? Reason::kRange : Reason::kRate);
 }
 
+void SafetyLimiter::start_from(std::span<const double> applied) {
+  *this = SafetyLimiter(actuator_, limits_, options_, static_cast<int>(applied.size()), safe_value_);
+  std::copy(applied.begin(), applied.end(), last_good_.begin());
+  std::copy(applied.begin(), applied.end(), candidate_.begin());
+  if (limits_.center) common_ = mean(applied);
+}
+
+bool SafetyLimiter::fits() const {
+  const auto inside = [this](double x) { return x >= limits_.min && x <= limits_.max; };
+  return std::all_of(last_good_.begin(), last_good_.end(), inside) &&
+         std::all_of(candidate_.begin(), candidate_.end(), inside);
+}
+
 void SafetyLimiter::exchange(StateIo& io) {
   constexpr IntegerRange kStep{kNever, -kNever};
   io.values("limiter.last_good", last_good_);
@@ -420,6 +448,7 @@ void SafetyLimiter::exchange(StateIo& io) {
   io.value("limiter.drop_seen", drop_seen_);
   io.value("limiter.reversal", reversal_ema_);
   io.value("limiter.gain", gain_, {0, 1});
+  io.value("limiter.common", common_);
 }
 
 }  // namespace moectl

@@ -20,6 +20,7 @@ struct LimitContext {
   bool skipped = false;
   bool frozen = false;
   bool host_hold = false;
+  bool miswired = false;  ///< The router does not use the biases.
   bool at_cadence = true;
   bool missing_input = false;  ///< The sums lack what the policy requires.
   bool policy_failed = false;  ///< The policy threw an exception.
@@ -38,6 +39,12 @@ class SafetyLimiter {
   /// Turns `wanted` into `applied`, which holds the last applied value on entry. `wanted` is ignored when the
   /// context says hold. Both [size].
   LimitReport apply(const LimitContext& context, std::span<const double> wanted, std::span<double> applied);
+
+  /// Forgets what came before: `applied` is in force, and good.
+  void start_from(std::span<const double> applied);
+
+  /// Whether the values that a rollback would go back to lie within the limits.
+  bool fits() const;
 
   /// Invalid decisions since the last valid one.
   std::int64_t invalid_in_row() const { return invalid_in_row_; }
@@ -71,6 +78,7 @@ class SafetyLimiter {
   bool loss_seen_ = false, drop_seen_ = false;
   double reversal_ema_ = 0;
   double gain_ = 1;
+  double common_ = 0;  // the mean of what start_from() put in force, until it is taken out
   static constexpr std::int64_t kNever = -(std::int64_t{1} << 62);
 };
 

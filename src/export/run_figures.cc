@@ -26,14 +26,6 @@ std::vector<double> targets_of(const LogRecord& record) {
   return {record.targets->shares().begin(), record.targets->shares().end()};
 }
 
-LimitReport reasons_of(const LoggedActuator& actuator) {
-  LimitReport report;
-  for (const std::string& word : actuator.reasons) {
-    if (const auto reason = reason_of(word)) report.add(*reason);
-  }
-  return report;
-}
-
 void SummedCounts::add(const LogRecord& record) {
   if (record.layer < 0 || record.stats.experts() == 0 || record.stats.assignments() == 0) return;
   Layer& layer = layers_[record.layer];

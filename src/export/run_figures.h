@@ -29,9 +29,6 @@ class RecordMetrics {
 /// What the targets of a record are, as an option.
 std::vector<double> targets_of(const LogRecord& record);
 
-/// The reasons of a logged actuator; names that this version does not know are skipped.
-LimitReport reasons_of(const LoggedActuator& actuator);
-
 /// The figures of a log that is open; see read_figures(). `summed`: see RunFigures.
 Figures read_figures(LogReader& log, std::optional<std::int64_t> shift, std::size_t summed = kSteadyWindow);
 

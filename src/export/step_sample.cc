@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <numeric>
 
-#include "export/run_figures.h"
 #include "moectl/monitor.h"
 
 namespace moectl {
@@ -17,6 +16,15 @@ ActuatorSample sample_of(const ActuatorReport& report) {
     sample.max = *max;
   }
   return sample;
+}
+
+/// Names that this version does not know are skipped.
+LimitReport reasons_of(const LoggedActuator& actuator) {
+  LimitReport report;
+  for (const std::string& word : actuator.reasons) {
+    if (const auto reason = reason_of(word)) report.add(*reason);
+  }
+  return report;
 }
 
 }  // namespace
@@ -37,12 +45,13 @@ StepSample sample_of(const StepReport& report, const LayerReport* layer) {
   StepSample sample;
   sample.step = report.step;
   sample.loss = report.info.loss;
-  sample.targets = report.targets;
   if (layer) {
+    sample.targets = layer->targets;
     sample.layer = layer->layer;
     sample.metrics = layer->metrics;
     if (layer->stats && layer->stats->valid()) sample.stats = layer->stats;
     if (sample.stats) sample.tokens = sample.stats->tokens();
+    sample.responsiveness = layer->responsiveness;
     if (layer->monitor) {
       sample.health = name_of(layer->monitor->health());
       sample.alerts = layer->monitor->alerts();
@@ -63,6 +72,7 @@ StepSample sample_of(const LogRecord& record, const Metrics& metrics, std::vecto
   if (record.stats.experts() > 0) sample.stats = &record.stats;
   sample.tokens = sample.stats ? sample.stats->tokens() : record.tokens;
   sample.health = record.health;
+  sample.responsiveness = record.responsiveness;
   if (alerts) {
     alerts->assign(record.alerts.begin(), record.alerts.end());
     sample.alerts = *alerts;

@@ -32,6 +32,7 @@ struct StepSample {
   const LoadTargets* targets = nullptr;  ///< Null: equal ones.
   std::string_view health;               ///< Empty if not known.
   std::span<const std::string_view> alerts;
+  Responsiveness responsiveness;
   ActuatorSample actuators[kActuatorCount];
 };
 

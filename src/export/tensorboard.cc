@@ -178,6 +178,9 @@ class TensorBoardWriter::File {
         scalar(tags.metrics[i], sample.metrics->*fields_[i]->value);
     }
     if (!sample.health.empty()) health_.add(sample.health);
+    const Responsiveness& found = sample.responsiveness;
+    if (found.state != Response::kNotApplicable) responses_.add(name_of(found.state));
+    scalar(tags.gain, found.gain);
     for (const std::string_view alert : sample.alerts) alerts_.add(alert);
     for (const Actuator which : kActuators) {
       const auto a = static_cast<std::size_t>(which);
@@ -221,7 +224,7 @@ class TensorBoardWriter::File {
   /// The tags of one layer, made once.
   struct Tags {
     std::vector<std::string> metrics;
-    std::string actuators[kActuatorCount], load;
+    std::string actuators[kActuatorCount], load, gain;
   };
 
   const Tags& tags_of(int layer) {
@@ -233,6 +236,7 @@ class TensorBoardWriter::File {
     for (const Actuator which : kActuators)
       tags.actuators[static_cast<std::size_t>(which)] = std::string(name_of(which)) + of;
     tags.load = "load" + of;
+    tags.gain = "response_gain" + of;
     return tags_.emplace(layer, std::move(tags)).first->second;
   }
 
@@ -270,6 +274,7 @@ class TensorBoardWriter::File {
     };
     health_.take(put_count);
     alerts_.take(put_count);
+    responses_.take(put_count);
     for (Tally& tally : reasons_) tally.take(put_count);
     put_event();
   }
@@ -361,7 +366,7 @@ class TensorBoardWriter::File {
   std::optional<std::int64_t> step_;
   std::optional<LayerMean> mean_;
   std::pair<std::string, std::int64_t> last_loss_;
-  Tally health_{"health/"}, alerts_{"alerts/"};
+  Tally health_{"health/"}, alerts_{"alerts/"}, responses_{"response/"};
   Tally reasons_[kActuatorCount] = {Tally("reasons/expert_bias_"), Tally("reasons/aux_loss_weight_"),
                                     Tally("reasons/router_temperature_")};
   std::vector<double> values_;

@@ -1,9 +1,13 @@
 #include "log/log_record.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <utility>
+
+#include "measure/offence.h"
 
 namespace moectl {
 namespace {
@@ -25,15 +29,20 @@ class Line : public LogLine {
     return *value;
   }
 
+  /// Also one that is written with a fraction of 0, as programs do that count in floating point.
   std::int64_t integer(const std::string& field, JsonValue value, std::int64_t least = 0,
                        std::int64_t most = kLargestInteger) const {
-    if (!value.is_integer()) reject(field, value, "must be a whole number");
-    if (value.is_large() || value.as_integer() > most) {
+    const double real = value.is_number() ? value.as_double() : 0.5;
+    if (real != std::floor(real)) reject(field, value, "must be a whole number");
+    const std::int64_t whole = value.is_integer() && !value.is_large()
+                                   ? value.as_integer()
+                                   : static_cast<std::int64_t>(std::clamp(real, -0x1p62, 0x1p62));
+    if (whole > most) {
       reject(field, value,
              most == kLargestInteger ? "must be at most 2^53" : "must be at most " + std::to_string(most));
     }
-    if (value.as_integer() < least) reject(field, value, "must be at least " + std::to_string(least));
-    return value.as_integer();
+    if (whole < least) reject(field, value, "must be at least " + std::to_string(least));
+    return whole;
   }
   double real(const std::string& field, JsonValue value) const {
     if (!value.is_number()) reject(field, value, "must be a number");
@@ -212,23 +221,121 @@ void read_domains(const Line& line, const Domains& domains, RoutingStats& stats)
   stats.set_scalar(RoutingStats::kDomainTokens, whole ? stats.tokens() : assignments / stats.top_k());
 }
 
-void check_sum(const Line& line, std::span<const std::int64_t> counts, std::int64_t tokens, int top_k) {
-  // Each term is at most 2^53 and there is one for every two bytes of a line, so the sum needs its own guard.
-  std::int64_t sum = 0, most = 0;
-  bool above = false;
-  for (const std::int64_t count : counts) above = __builtin_add_overflow(sum, count, &sum) || above;
-  if (__builtin_mul_overflow(tokens, std::int64_t{top_k}, &most))
-    most = std::numeric_limits<std::int64_t>::max();
-  if (above || sum > most) {
-    line.fail("counts", "sum " + std::to_string(sum),
-              "must be at most tokens * top_k (" + std::to_string(most) + ")");
+// ---- Loads, and what is not written. ----
+
+/// Whether real-valued counts were held in half precision: all have at most the 11 significant bits of float16, which so
+/// many larger counts do not by chance.
+bool is_rounded(JsonValue values, std::span<const std::int64_t> counts) {
+  constexpr int kBits = 11, kCertain = 16;
+  bool real = false;
+  for (const JsonValue value : values.elements()) real |= !value.is_integer();
+  int left_out = 0;
+  for (const std::int64_t count : counts) {
+    const int more = std::max(0, static_cast<int>(std::bit_width(static_cast<std::uint64_t>(count))) - kBits);
+    if ((count & ((std::int64_t{1} << more) - 1)) != 0) return false;
+    left_out += more;
   }
+  return real && left_out >= kCertain;
 }
 
-RoutingStats read_stats(const Line& line, const LogHeader& header, std::int64_t tokens, JsonValue counts) {
+/// 1 for shares of the load, 100 for percent, 0 for anything else.
+double whole_of(JsonValue loads) {
+  double sum = 0;
+  for (const JsonValue load : loads.elements()) {
+    if (!load.is_number() || !(load.as_double() >= 0)) return 0;
+    sum += load.as_double();
+  }
+  constexpr double kRounding = 0.005;  // of loads written with few digits
+  for (const double whole : {1.0, 100.0}) {
+    if (std::abs(sum / whole - 1) < kRounding) return whole;
+  }
+  return 0;
+}
+
+/// Whether `counts` can only be loads: not all are whole, and they sum to 1 or 100.
+bool are_loads(JsonValue counts) {
+  bool whole = true;
+  for (const JsonValue count : counts.elements())
+    whole &= count.is_integer() || !count.is_number() || count.as_double() == std::floor(count.as_double());
+  return !whole && whole_of(counts) > 0;
+}
+
+/// Loads as whole counts that sum to `assignments`: rounded down, and the largest remainders up.
+void counts_of_loads(JsonValue loads, std::int64_t assignments, std::span<std::int64_t> counts) {
+  std::vector<double> exact;
+  double sum = 0;
+  for (const JsonValue load : loads.elements()) sum += load.as_double();
+  for (const JsonValue load : loads.elements())
+    exact.push_back(load.as_double() / sum * static_cast<double>(assignments));
+  std::vector<std::size_t> order(exact.size());
+  std::int64_t left = assignments;
+  for (std::size_t i = 0; i < exact.size(); ++i) {
+    order[i] = i;
+    counts[i] = static_cast<std::int64_t>(exact[i]);
+    left -= counts[i];
+  }
+  std::ranges::stable_sort(order, std::greater<>(),
+                           [&](std::size_t i) { return exact[i] - std::floor(exact[i]); });
+  for (std::size_t j = 0; left > 0; ++j, --left) ++counts[order[j % order.size()]];
+}
+
+/// The counts of a record, its tokens, and Σ_t k_t².
+void read_counts(const Line& line, JsonValue counts, bool are_shares, std::optional<std::int64_t> tokens,
+                 const LogDefaults& defaults, Assumptions& assumptions, RoutingStats& stats) {
+  const StatsShape& shape = stats.shape();
+  const std::span<std::int64_t> out = stats.mutable_array(RoutingStats::kCounts);
+  const std::string shown = shape.top_k == 1 ? "" : " / top_k (" + std::to_string(shape.top_k) + ")";
+  bool sum_is_known = true;
+  if (are_shares) {
+    const double whole = whole_of(counts);
+    if (whole == 0) line.reject("load", counts, "must be shares that sum to 1, or percent that sum to 100");
+    const std::string read_as = std::string("read as ") + (whole > 1 ? "percent" : "shares") + " of the load";
+    constexpr std::int64_t kFine = 1 << 20;  // tokens, so that no share is rounded much
+    sum_is_known = tokens || defaults.tokens;
+    if (sum_is_known) {
+      assumptions.say(line, "counts", read_as);
+      if (!tokens) {
+        assumptions.say(line, "tokens",
+                        "missing: taken as " + std::to_string(*defaults.tokens) + ", model.tokens_per_step");
+      }
+    } else {
+      assumptions.say(line, "counts",
+                      read_as + " of " + std::to_string(kFine) +
+                          " tokens, since `tokens` is missing: without it no floor is known");
+    }
+    tokens = tokens ? tokens : defaults.tokens.value_or(kFine);
+    if (*tokens > kLargestInteger / shape.top_k) line.fail("tokens", std::to_string(*tokens), "too many");
+    counts_of_loads(counts, *tokens * shape.top_k, out);
+  } else {
+    line.integers("counts", counts, out);
+  }
+  std::int64_t sum = 0;
+  for (const std::int64_t count : out) sum += std::min(count, kLargestInteger - sum);
+  if (!tokens) {
+    tokens = (sum + shape.top_k - 1) / shape.top_k;
+    assumptions.say(line, "tokens", "missing: read as the sum of the counts" + shown);
+  }
+  if (sum != *tokens * shape.top_k && is_rounded(counts, out)) {
+    line.fail("counts", "sum " + std::to_string(sum),
+              "no count has more than 11 significant bits, and the sum is not tokens * top_k: half precision "
+              "(float16, "
+              "bfloat16) rounds counts; write them from whole numbers or float32");
+  }
+  std::optional<std::int64_t> squares;
+  if (const auto given = line.find("choices_sq")) squares = line.integer("choices_sq", *given);
+  const CheckedCounts checked = check_counts(shape, out, *tokens, squares);
+  if (!checked.offence.empty()) line.refuse(checked.offence.words());
+  stats.set_scalar(RoutingStats::kTokens, *tokens);
+  stats.set_scalar(RoutingStats::kChoicesSq, sum_is_known ? checked.choices_sq : 0);
+}
+
+RoutingStats read_stats(const Line& line, const LogGroup& header, std::optional<std::int64_t> given_tokens,
+                        JsonValue counts, bool are_shares, const LogDefaults& defaults,
+                        Assumptions& assumptions) {
+  const char* const name = are_shares ? "load" : "counts";
   if (!counts.is_array() || counts.size() == 0)
-    line.reject("counts", counts, "must be an array, one for each expert");
-  if (header.experts) line.check_array("counts", counts, static_cast<std::size_t>(*header.experts));
+    line.reject(name, counts, "must be an array, one for each expert");
+  if (header.experts) line.check_array(name, counts, static_cast<std::size_t>(*header.experts));
   StatsShape shape;
   shape.experts = static_cast<int>(counts.size());
   shape.top_k = header.top_k.value_or(0);
@@ -237,6 +344,10 @@ RoutingStats read_stats(const Line& line, const LogHeader& header, std::int64_t 
     if (header.top_k && shape.top_k != *header.top_k) {
       line.reject("top_k", *top_k, "must be " + std::to_string(*header.top_k) + ", as the first line says");
     }
+  } else if (!header.top_k && defaults.top_k) {
+    shape.top_k = *defaults.top_k;
+    assumptions.say(line, "top_k", "missing: taken as " + std::to_string(shape.top_k) + ", model.top_k");
+    if (shape.top_k > shape.experts) line.check_array(name, counts, static_cast<std::size_t>(shape.top_k));
   } else if (!header.top_k) {
     line.fail("top_k", "missing", "required where the first line does not give it");
   }
@@ -261,9 +372,8 @@ RoutingStats read_stats(const Line& line, const LogHeader& header, std::int64_t 
   const bool near = line.has_all({"gap_width_sum", "gap_near"});
   if (near && !gap) line.fail("gap_sum", "missing", "required with gap_near");
   RoutingStats stats(shape);
-  stats.set_scalar(RoutingStats::kTokens, tokens);
-  line.integers("counts", counts, stats.mutable_array(RoutingStats::kCounts));
-  check_sum(line, stats.counts(), tokens, shape.top_k);
+  read_counts(line, counts, are_shares || are_loads(counts), given_tokens, defaults, assumptions, stats);
+  const std::int64_t tokens = stats.tokens();
   if (gap) {
     stats.set_scalar(RoutingStats::kGapSum, line.fixed("gap_sum", *gap));
     stats.set_scalar(RoutingStats::kGapTokens, tokens);
@@ -352,6 +462,22 @@ void read_notices(const Line& line, JsonValue notices, LogRecord& record) {
   }
 }
 
+void read_responsiveness(const Line& line, JsonValue found, Responsiveness& out) {
+  const std::string field = "responsiveness";
+  if (!found.is_object()) line.reject(field, found, "must be an object");
+  const auto state = found.find("state");
+  if (!state) line.fail(field + ".state", "missing", "required");
+  // A name that is not known yet is none that can be judged.
+  out.state = response_of(line.text(field + ".state", *state)).value_or(Response::kNotApplicable);
+  for (const auto& [key, value] : {std::pair{"gain", &out.gain}, std::pair{"error", &out.error}}) {
+    if (const auto number = found.find(key)) *value = line.real(field + '.' + key, *number);
+  }
+  if (const auto late = found.find("late")) {
+    out.late = static_cast<int>(std::min<std::int64_t>(line.integer(field + ".late", *late), 1000));
+  }
+  if (const auto slope = found.find("slope")) out.scaled = line.text(field + ".slope", *slope) == "measured";
+}
+
 void read_decisions(const Line& line, LogRecord& record) {
   if (const auto metrics = line.find("metrics")) {
     if (!metrics->is_object()) line.reject("metrics", *metrics, "must be an object");
@@ -365,6 +491,8 @@ void read_decisions(const Line& line, LogRecord& record) {
   }
   if (const auto health = line.find("health")) record.health = line.text("health", *health);
   if (const auto alerts = line.find("alerts")) read_words(line, "alerts", *alerts, record.alerts);
+  if (const auto found = line.find("responsiveness"))
+    read_responsiveness(line, *found, record.responsiveness);
   if (const auto notices = line.find("notices")) read_notices(line, *notices, record);
   if (const auto actuators = line.find("actuators")) {
     if (!actuators->is_object()) line.reject("actuators", *actuators, "must be an object");
@@ -400,10 +528,55 @@ std::shared_ptr<const LoadTargets> read_targets(const Line& line, const std::str
   }
 }
 
+/// Groups of layers: those of a trace, or of a run's config.
+void read_groups(const Line& line, JsonValue from, const std::string& key, LogHeader& header) {
+  const auto groups = from.find(key);
+  if (!groups) return;
+  if (!groups->is_array()) line.reject(key, *groups, "must be an array of groups");
+  const std::optional<int> experts = std::exchange(header.experts, std::nullopt);
+  const std::optional<int> top_k = std::exchange(header.top_k, std::nullopt);
+  std::int64_t layers = 0;
+  std::size_t g = 0;
+  for (const JsonValue value : groups->elements()) {
+    const std::string path = Line::at(key, g++) + '.';
+    if (!value.is_object()) line.reject(path, value, "must be an object");
+    LogGroup group{{}, experts, top_k, header.targets};
+    const std::string ids_key = header.is_run ? "ids" : "layers";
+    const auto ids = value.find(ids_key);
+    if (!ids || !ids->is_array()) line.fail(path + ids_key, "missing", "required: an array of layer ids");
+    for (const JsonValue id : ids->elements()) {
+      group.layers.push_back(static_cast<int>(line.integer(path + ids_key, id, 0, 1 << 30)));
+    }
+    for (const auto& [name, out] : {std::pair{"experts", &group.experts}, std::pair{"top_k", &group.top_k}}) {
+      if (const auto number = value.find(name))
+        *out = static_cast<int>(line.integer(path + name, *number, 1, 1 << 30));
+    }
+    if (!group.experts) line.fail(path + "experts", "missing", "required");
+    if (!group.top_k) line.fail(path + "top_k", "missing", "required");
+    if (*group.top_k > *group.experts) {
+      line.fail(path + "top_k", std::to_string(*group.top_k),
+                "must be at most experts (" + std::to_string(*group.experts) + ")");
+    }
+    if (const auto targets = value.find("targets")) {
+      group.targets = read_targets(line, path + "targets", *targets, group.experts);
+    } else if (group.experts != experts) {
+      group.targets = nullptr;
+    }
+    layers += static_cast<std::int64_t>(group.layers.size());
+    header.groups.push_back(std::move(group));
+  }
+  header.layers = static_cast<int>(layers);
+  header.targets = nullptr;
+}
+
 }  // namespace
 
 void LogLine::fail(const std::string& field, const std::string& value, const std::string& constraint) const {
   throw LogError(file + ':' + std::to_string(number) + ": " + field + ": " + value + ": " + constraint);
+}
+
+void LogLine::refuse(std::string_view words) const {
+  throw LogError(file + ':' + std::to_string(number) + ": " + std::string(words));
 }
 
 void LogLine::reject(const std::string& field, JsonValue value, const std::string& constraint) const {
@@ -447,12 +620,31 @@ LogHeader read_header(const LogLine& at, bool any_version) {
   }
   if (const auto targets = from.find("targets"); targets && header.is_run)
     header.targets = read_targets(line, prefix + "targets", *targets, header.experts);
+  const JsonValue groups_of = header.is_run ? line.need("config") : line.object;
+  read_groups(line, groups_of, header.is_run ? "layers" : "groups", header);
   if (const auto shift = line.find("shift")) header.shift = line.integer("shift", *shift);
   if (const auto piece = line.find("piece")) header.piece = line.integer("piece", *piece, 1);
   return header;
 }
 
-LogRecord read_record(const LogLine& at, const LogHeader& header) {
+bool is_config_change(const LogLine& line, const LogHeader& header) {
+  return header.is_run && line.object.find("config") && !line.object.find("layer");
+}
+
+ConfigChange read_config_change(const LogLine& at) {
+  const Line line(at);
+  const JsonValue config = line.need("config");
+  if (!config.is_object()) line.reject("config", config, "must be an object");
+  return {line.integer("step", line.need("step")), config.dump()};
+}
+
+void Assumptions::say(const LogLine& line, const std::string& field, const std::string& what) {
+  if (fields_.insert(field).second)
+    said_.push_back("assumed: " + line.file + ':' + std::to_string(line.number) + ": " + field + ": " + what);
+}
+
+LogRecord read_record(const LogLine& at, const LogHeader& header, const LogDefaults& defaults,
+                      Assumptions& assumptions) {
   const Line line(at);
   LogRecord record;
   record.line = at.number;
@@ -460,7 +652,9 @@ LogRecord read_record(const LogLine& at, const LogHeader& header) {
   const JsonValue layer = line.need("layer");
   const bool whole_model = header.is_run && layer.is_null();
   if (!whole_model) {
-    const std::int64_t last = header.layers ? *header.layers - 1 : std::int64_t{1} << 30;
+    // A trace may use the model's own numbers.
+    const bool numbered = header.layers && header.is_run && header.groups.empty();
+    const std::int64_t last = numbered ? *header.layers - 1 : std::int64_t{1} << 30;
     record.layer = static_cast<int>(line.integer("layer", layer, 0, last));
   }
   if (const auto tag = line.find("tag")) record.tag = line.text("tag", *tag);
@@ -473,12 +667,29 @@ LogRecord read_record(const LogLine& at, const LogHeader& header) {
     }
   }
   if (!whole_model) {
-    record.tokens = line.integer("tokens", line.need("tokens"));
-    // A run log with `per_expert: false` has no counts; a trace without them is none.
-    const auto counts = header.is_run ? line.find("counts") : std::optional(line.need("counts"));
-    if (counts) record.stats = read_stats(line, header, record.tokens, *counts);
-    if (!counts || !header.targets || header.targets->experts() == record.stats.experts())
-      record.targets = header.targets;
+    const LogGroup equal{{}, header.experts, header.top_k, header.targets};
+    const LogGroup* group = &equal;
+    if (!header.groups.empty()) {
+      const auto has = [&](const LogGroup& one) {
+        return std::ranges::find(one.layers, record.layer) != one.layers.end();
+      };
+      const auto found = std::ranges::find_if(header.groups, has);
+      if (found == header.groups.end())
+        line.reject("layer", layer, "must be in one of the groups of the first line");
+      group = &*found;
+    }
+    // A run log with `per_expert: false` has no counts; a trace has them, or loads instead.
+    const auto load = line.find("load");
+    const bool only_load = load && !header.is_run && !line.find("counts");
+    const auto counts = only_load       ? load
+                        : header.is_run ? line.find("counts")
+                                        : std::optional(line.need("counts"));
+    std::optional<std::int64_t> tokens;
+    if (header.is_run || line.find("tokens")) tokens = line.integer("tokens", line.need("tokens"));
+    if (counts) record.stats = read_stats(line, *group, tokens, *counts, only_load, defaults, assumptions);
+    record.tokens = counts ? record.stats.tokens() : *tokens;
+    if (!counts || !group->targets || group->targets->experts() == record.stats.experts())
+      record.targets = group->targets;
     if (const auto domains = line.find("domain_counts"); domains && counts) {
       for (const auto& [name, values] : domains_of(*domains)) record.domains.emplace_back(name);
     }

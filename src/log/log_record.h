@@ -3,7 +3,10 @@
 #pragma once
 
 #include <cstdint>
+#include <set>
 #include <string>
+#include <string_view>
+#include <vector>
 
 #include "log/json.h"
 #include "moectl/run_log.h"
@@ -20,12 +23,31 @@ struct LogLine {
   [[noreturn]] void reject(const std::string& field, JsonValue value, const std::string& constraint) const;
   [[noreturn]] void fail(const std::string& field, const std::string& value,
                          const std::string& constraint) const;
+  /// `words` name the field and the value.
+  [[noreturn]] void refuse(std::string_view words) const;
 };
 
 /// Throws LogError. With `any_version`, of another version what is named and formed as in this one is read.
 LogHeader read_header(const LogLine& line, bool any_version = false);
 
+/// Whether the line is a config in the middle of a run log.
+bool is_config_change(const LogLine& line, const LogHeader& header);
 /// Throws LogError.
-LogRecord read_record(const LogLine& line, const LogHeader& header);
+ConfigChange read_config_change(const LogLine& line);
+
+/// What was assumed where a file does not say it, each kind at its first line.
+class Assumptions {
+ public:
+  void say(const LogLine& line, const std::string& field, const std::string& what);
+  const std::vector<std::string>& said() const { return said_; }
+
+ private:
+  std::set<std::string> fields_;
+  std::vector<std::string> said_;
+};
+
+/// Throws LogError. `defaults`: for what neither the first line nor the record says.
+LogRecord read_record(const LogLine& line, const LogHeader& header, const LogDefaults& defaults,
+                      Assumptions& assumptions);
 
 }  // namespace moectl

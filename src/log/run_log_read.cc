@@ -215,6 +215,7 @@ struct LogReader::File {
       header = read_header(line(), true);
       first_line = without_number(object());
       seen = Seen();
+      layers.clear();
       holes = Holes();
       note("skipped: " + fault + "; a new run begins");
     } else if (without_number(object()) == first_line) {
@@ -229,20 +230,30 @@ struct LogReader::File {
     }
   }
 
+  /// Goes to the next line that is no header. False at the end.
+  bool advance() {
+    if (std::exchange(first_is_record, false)) return true;
+    while (!next_object()) {
+      if (!next_piece()) return false;
+      if (std::exchange(first_is_record, false)) return true;
+    }
+    while (is_header()) {
+      join();
+      if (!next_object()) return false;
+    }
+    return true;
+  }
+
   /// The next record, or nothing at the end.
   std::optional<LogRecord> read_next() {
-    if (!std::exchange(first_is_record, false)) {
-      while (!next_object()) {
-        if (!next_piece()) return std::nullopt;
-        if (std::exchange(first_is_record, false)) break;
-      }
-      while (is_header()) {
-        join();
-        if (!next_object()) return std::nullopt;
-      }
+    for (;;) {
+      if (!advance()) return std::nullopt;
+      if (!is_config_change(line(), header)) break;
+      changes.push_back(read_config_change(line()));
     }
     const LogLine here = line();
-    LogRecord record = read_record(here, header);
+    LogRecord record = read_record(here, header, defaults, assumptions);
+    if (record.layer >= 0 && header.layers && !header.is_run) count_layer(here, record.layer);
     if (!seen.add(record)) {
       here.fail("step", std::to_string(record.step),
                 "repeated for layer " + (record.layer < 0 ? "null" : std::to_string(record.layer)) +
@@ -250,6 +261,16 @@ struct LogReader::File {
     }
     if (fault_policy != FaultPolicy::kStrict && record.tag == "train") look_for_hole(record.step);
     return record;
+  }
+
+  /// A trace names its layers as it likes, and has as many as its first line says.
+  void count_layer(const LogLine& here, int layer) {
+    if (layers.count(layer) > 0) return;
+    if (std::ssize(layers) == *header.layers) {
+      here.fail("layer", std::to_string(layer),
+                "must be one of " + std::to_string(*header.layers) + ", as many as the first line says");
+    }
+    layers.insert(layer);
   }
 
   void look_for_hole(std::int64_t step) {
@@ -280,8 +301,12 @@ struct LogReader::File {
   JsonParser parsed;
   json first_line;
   LogHeader header;
+  LogDefaults defaults;
+  Assumptions assumptions;
+  std::set<int> layers;
   bool first_is_record = false;
   bool other_version = false, joined = false;
+  std::vector<ConfigChange> changes;
   Seen seen;
   Holes holes;
   std::vector<std::string> faults;
@@ -293,6 +318,15 @@ LogReader::LogReader(const std::string& path, FaultPolicy fault_policy, std::fun
 LogReader::~LogReader() = default;
 const LogHeader& LogReader::header() const {
   return file_->header;
+}
+const std::vector<ConfigChange>& LogReader::config_changes() const {
+  return file_->changes;
+}
+void LogReader::set_defaults(const LogDefaults& defaults) {
+  file_->defaults = defaults;
+}
+const std::vector<std::string>& LogReader::assumptions() const {
+  return file_->assumptions.said();
 }
 const std::vector<std::string>& LogReader::faults() const {
   return file_->faults;

@@ -91,6 +91,7 @@ class Sink {
                   : open(path.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC | (append ? O_APPEND : O_TRUNC), 0666);
     }
   }
+  explicit Sink(std::function<void(std::string_view)> out) : out_(std::move(out)) {}
   ~Sink() {
     const NoSigpipe guard;
     if (zip_) gzclose(zip_);
@@ -101,6 +102,10 @@ class Sink {
 
   bool is_open() const { return zip_ || file_ >= 0; }
   bool write(std::string_view text) {
+    if (out_) {
+      if (!text.empty()) out_(text);
+      return true;
+    }
     const NoSigpipe guard;  // a reader that leaves must not end the training
     errno = 0;
     if (zip_) return text.empty() || gzwrite(zip_, text.data(), static_cast<unsigned>(text.size())) > 0;
@@ -119,6 +124,7 @@ class Sink {
   }
 
  private:
+  std::function<void(std::string_view)> out_;
   gzFile zip_ = nullptr;
   int file_ = -1;
 };
@@ -148,9 +154,20 @@ bool is_zipped(const std::string& path) {
 
 /// What is left of a log that was cut.
 struct Kept {
-  std::int64_t bytes = 0;   // before compression
-  std::int64_t header = 0;  // of which are the first line
+  std::int64_t bytes = 0;                     // before compression
+  std::int64_t header = 0;                    // of which are the first line
+  std::string first_config{}, last_config{};  // of the header, and of the last line that changes it
 };
+
+/// The config of a header or of a line that changes it, else empty.
+std::string config_of(std::string_view line) {
+  constexpr std::string_view kKey = ",\"config\":{";
+  if (!line.starts_with("{\"format\"") && line.substr(0, 64).find(kKey) == std::string_view::npos) return "";
+  const std::size_t at = line.find(kKey);
+  return at == std::string_view::npos
+             ? ""
+             : std::string(line.substr(at + kKey.size() - 1, line.size() - at - kKey.size()));
+}
 
 /// Cuts off a log what stands in it from `step` on, and a last line that was torn. Throws on files that
 /// cannot be read or rewritten.
@@ -165,6 +182,10 @@ Kept keep_before(const std::string& path, std::int64_t step) {
     while (lines.next(line) && lines.complete() && step_of(line) < step) {
       keep = lines.offset();
       if (lines.number() == 1 && step_of(line) < 0) result.header = keep;
+      if (std::string config = config_of(line); !config.empty()) {
+        if (lines.number() == 1) result.first_config = config;
+        result.last_config = std::move(config);
+      }
       if (zipped) kept.append(line).push_back('\n');
     }
   } catch (const LogError&) {
@@ -191,7 +212,8 @@ std::string piece_path(const std::string& path, std::int64_t piece) {
 }
 
 struct RunLogWriter::File {
-  File(const std::string& name, const ControllerConfig& c) : path(name), config(c) {}
+  File(const std::string& name, const ControllerConfig& c)
+      : path(name), config(c), first_config(to_json(c)), last_config(first_config) {}
 
   void open(bool append) {
     sink = std::make_unique<Sink>(path, append, is_zipped(path));
@@ -220,11 +242,24 @@ struct RunLogWriter::File {
     json.text().clear();
   }
 
+  /// All pieces of a log begin with the config that its first one began with.
   std::string header() const {
     std::string text = "{\"format\":\"moectl-run\",\"version\":1";
     if (rotates()) text += ",\"piece\":" + std::to_string(piece);
     if (shift) text += ",\"shift\":" + std::to_string(*shift);
-    return text + ",\"config\":" + to_json(config) + "}\n";
+    return text + ",\"config\":" + first_config + "}\n";
+  }
+
+  /// Writes the config of step `step`, unless the log says already that it holds.
+  void config_change(std::int64_t step) {
+    while (next_entry < config.timeline.size() && config.timeline[next_entry].from <= step) ++next_entry;
+    const std::string now = to_json(config_from(config, step));
+    if (now == last_config) return;
+    last_config = now;
+    json.text() += "{\"step\":" + std::to_string(step) + ",\"config\":" + now + "}\n";
+  }
+  bool config_changes_at(std::int64_t step) const {
+    return next_entry < config.timeline.size() && config.timeline[next_entry].from <= step;
   }
 
   void start() {
@@ -273,11 +308,14 @@ struct RunLogWriter::File {
       }
       written = kept.bytes;
       header_size = kept.header;
+      if (!kept.first_config.empty()) first_config = kept.first_config;
+      if (!kept.last_config.empty()) last_config = kept.last_config;
     } catch (const std::exception& e) {
       return give_up(e.what());
     }
     open(true);
     if (good && written == 0) begin(header());  // not even the first line was whole
+    config_change(step);
   }
 
   std::string path;
@@ -285,6 +323,8 @@ struct RunLogWriter::File {
   std::unique_ptr<Sink> sink;
   bool good = true;
   bool resuming = false;
+  std::string first_config, last_config;  // in the header, and the one that holds as far as the log says
+  std::size_t next_entry = 0;             // of the config's timeline
   Json json;
   std::optional<std::int64_t> shift;
   std::int64_t piece = 1;
@@ -298,6 +338,7 @@ struct RunLogWriter::File {
   void means(std::span<const std::int64_t> sums, std::span<const std::int64_t> tokens);
   void metrics(const LayerReport& layer);
   void health(const LayerMonitor& monitor);
+  void responsiveness(const Responsiveness& found);
   void notices(const StepReport& report, int layer);
   void actuators(const ActuatorReport (&reports)[kActuatorCount]);
 };
@@ -314,6 +355,12 @@ RunLogWriter::RunLogWriter(const std::string& path, const ControllerConfig& conf
   file_->start();
 }
 
+RunLogWriter::RunLogWriter(std::function<void(std::string_view)> out, const ControllerConfig& config)
+    : file_(std::make_unique<File>("-", config)) {
+  file_->sink = std::make_unique<Sink>(std::move(out));
+  file_->begin(file_->header());
+}
+
 RunLogWriter::~RunLogWriter() = default;
 bool RunLogWriter::ok() const {
   return file_->good;
@@ -328,7 +375,9 @@ void RunLogWriter::flush() {
 void RunLogWriter::write(const StepReport& report, std::string_view tag) {
   File& file = *file_;
   if (!file.good) return;
+  file.json.text().clear();  // what could not be handed over
   if (std::exchange(file.resuming, false)) file.resume(report.step);
+  if (file.config_changes_at(report.step)) file.config_change(report.step);
   for (const LayerReport& layer : report.layers) file.record(report, layer, tag);
   file.model_record(report, tag);
   file.put();
@@ -369,6 +418,7 @@ void RunLogWriter::File::record(const StepReport& report, const LayerReport& lay
     json.raw('}');
   }
   if (layer.monitor) health(*layer.monitor);
+  if (layer.responsiveness.state != Response::kNotApplicable) responsiveness(layer.responsiveness);
   notices(report, layer.layer);
   if (decided(layer.actuators)) actuators(layer.actuators);
   json.raw("}\n");
@@ -431,6 +481,8 @@ void RunLogWriter::File::sums(const RoutingStats& stats) {
     json.array(stats.array(which), [&](std::int64_t sum) { return from_fixed(sum) * factor; });
   };
   whole("counts", S::kCounts);
+  if (stats.choices_sq() > 0 && stats.choices_sq() != stats.tokens() * stats.top_k() * stats.top_k())
+    json.field("choices_sq", stats.choices_sq());
   if (stats.mean_gap()) json.field("gap_sum", from_fixed(stats.scalar(S::kGapSum)));
   if (stats.mean_gap() && stats.scalar(S::kGapWidthSum) > 0) {
     json.field("gap_width_sum", from_fixed(stats.scalar(S::kGapWidthSum)));
@@ -525,6 +577,19 @@ void RunLogWriter::File::health(const LayerMonitor& monitor) {
     json.value(alert);
   }
   json.raw(']');
+}
+
+void RunLogWriter::File::responsiveness(const Responsiveness& found) {
+  json.key("responsiveness");
+  json.raw('{');
+  json.field("state", name_of(found.state));
+  if (found.gain && found.error) {
+    json.field("gain", *found.gain);
+    json.field("error", *found.error);
+    json.field("slope", found.scaled ? "measured" : "assumed");
+    if (found.late > 0) json.field("late", std::int64_t{found.late});
+  }
+  json.raw('}');
 }
 
 void RunLogWriter::File::notices(const StepReport& report, int layer) {

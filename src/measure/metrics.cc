@@ -39,7 +39,10 @@ constexpr MetricField kFields[] = {
     {"predicted_drop_rate", "", "sum max(0, c - ceil(capacity_factor S/N)) / S",
      &Metrics::predicted_drop_rate},
     {"straggler_slowdown", "", "max device load / mean device load", &Metrics::straggler_slowdown},
-    {"noise_floor_cv", "", "sqrt((N/k - 1) / T); with targets sqrt(mean(1/(k w) - 1) / T)",
+    {"noise_floor_cv", "",
+     "sqrt((N/k - 1) / T); with targets sqrt(mean(1/(k w) - 1) / T); where tokens choose k_t experts, k = "
+     "sum "
+     "k_t^2 / S and T = S / k",
      &Metrics::noise_floor_cv},
     {"noise_floor_max_vio", "", "max_vio expected at noise_floor_cv", &Metrics::noise_floor_max_vio},
     {"sampling_floor_cv", "", "sqrt(mean_i var_i) / (S/N), var_i between sequences",
@@ -57,7 +60,7 @@ constexpr MetricField kFields[] = {
     {"routing_variance", "", "mean_i var_t p_i over the trend window", &Metrics::routing_variance},
     {"fsi", "rad", "4 asin sqrt(B/2), B = sum (sqrt(p) - sqrt(1/N))^2 / 2", &Metrics::fsi},
     {"fsi_max", "rad", "2 arccos(1 / sqrt(N))", &Metrics::fsi_max},
-    {"fhs", "", "B / W, W = 1 - sqrt(k) sum p^1.5 (this project's own statistic)", &Metrics::fhs},
+    {"fhs", "", "B / W, W = 1 - sqrt(S/T) sum p^1.5 (this project's own statistic)", &Metrics::fhs},
     {"fhs_alarm", "",
      "fhs > 1 and B > f^2/8 (1 + 3 sqrt(2/(N-1))), f the floor's CV; with targets also B against them",
      &Metrics::fhs_alarm},
@@ -213,6 +216,7 @@ Measurer::Measurer(const StatsShape& shape, MetricsOptions options)
         static_cast<std::size_t>(*std::max_element(options_.placement.begin(), options_.placement.end())) +
         1);
   }
+  if (targets_.equal()) inverse_target_ = shape.experts;
   const Floors floors = floors_of(targets_, shape.top_k);
   unit_floor_cv_ = floors.unit_cv;
   floor_to_max_vio_linear_ = floors.linear;
@@ -220,6 +224,7 @@ Measurer::Measurer(const StatsShape& shape, MetricsOptions options)
   for (const double w : targets_.shares()) {
     const double apart = std::sqrt(w) - std::sqrt(1.0 / shape.experts);
     target_bias_ += apart * apart / 2;
+    if (w > 0) inverse_target_ += 1 / (w * targets_.wanted());
   }
   log_experts_ = fast_log(splat(static_cast<double>(shape.experts)))[0];
 }
@@ -231,7 +236,7 @@ void Measurer::measure(const RoutingStats& stats, Metrics& out) {
   const std::span<const std::int64_t> counts = stats.counts();
   const Totals t = total(counts);
   if (!t.usable || t.sum == 0) return;
-  measure_load(counts, t.min, t.max, t.sum, out);
+  measure_load(counts, t.min, t.max, t.sum, stats.mean_choices(), out);
   if (!targets_.equal()) measure_against_targets(counts, t.sum, out);
   if (const auto dropped = stats.dropped()) out.drop_rate = *dropped / static_cast<double>(t.sum);
   measure_floors(stats, t.sum, out);
@@ -240,7 +245,7 @@ void Measurer::measure(const RoutingStats& stats, Metrics& out) {
 }
 
 void Measurer::measure_load(std::span<const std::int64_t> counts, std::int64_t min, std::int64_t max,
-                            std::int64_t sum, Metrics& out) {
+                            std::int64_t sum, double choices, Metrics& out) {
   const Totals t{min, max, sum, true};
   const double n = shape_.experts, s = static_cast<double>(sum), mean = s / n;
   const Thresholds at{options_.capacity_factor * mean, options_.cold_fraction * mean};
@@ -273,8 +278,10 @@ void Measurer::measure_load(std::span<const std::int64_t> counts, std::int64_t m
   out.predicted_drop_rate = static_cast<double>(predicted_drops(counts, t, options_.capacity_factor)) / s;
   out.straggler_slowdown = straggler(counts, max, sum);
 
-  // With √p = √q / √N: B = ½ Σ (√q - 1)² / N; hard choices of equal weight give W = 1 - √k Σ p^1.5.
-  load_displacement_ = {sums.root_sq / (2 * n), 1 - std::sqrt(shape_.top_k / n) * sums.q_root_q / n};
+  // With √p = √q / √N: B = ½ Σ (√q - 1)² / N; hard choices of equal weight give W = 1 - √k Σ p^1.5. If tokens choose
+  // different numbers, k is their mean S/T: an expert has at most one assignment of each token, so p ≤ T/S and W ≥ 0,
+  // and W = 0 still means that all tokens choose alike.
+  load_displacement_ = {sums.root_sq / (2 * n), 1 - std::sqrt(choices / n) * sums.q_root_q / n};
   out.fsi = fisher_distance(load_displacement_);
   out.fsi_max = 2 * std::acos(1 / std::sqrt(n));
   out.fhs = fisher_ratio(load_displacement_, shape_.experts);
@@ -378,10 +385,15 @@ void Measurer::measure_floors(const RoutingStats& stats, std::int64_t sum, Metri
     return Floors{unit_floor_cv_, floor_to_max_vio_linear_, floor_to_max_vio_square_}.max_vio(cv);
   };
   const bool has_max_vio = shape_.experts > 1;
-  out.noise_floor_cv =
-      moectl::noise_floor_cv(shape_.experts, shape_.top_k, static_cast<double>(stats.tokens()));
-  if (out.noise_floor_cv && !targets_.equal()) {
-    out.noise_floor_cv = unit_floor_cv_ / std::sqrt(static_cast<double>(stats.tokens()));
+  const auto tokens = static_cast<double>(stats.tokens()), s = static_cast<double>(sum),
+             squares = static_cast<double>(stats.choices_sq());
+  if (squares == tokens * shape_.top_k * shape_.top_k) {  // every token chose k
+    out.noise_floor_cv = targets_.equal() ? moectl::noise_floor_cv(shape_.experts, shape_.top_k, tokens)
+                                          : unit_floor_cv_ / std::sqrt(tokens);
+  } else if (squares * tokens >= (1 - 1e-9) * s * s) {  // known for all: never less, by Cauchy and Schwarz
+    // A token with k_t choices selects expert i with probability k_t w_i: the count has the mean w_i S and the variance
+    // w_i S - w_i² Σ k_t². In units of the mean, as if S²/Σk² tokens chose Σk²/S experts each.
+    out.noise_floor_cv = std::sqrt(std::max(0.0, inverse_target_ / s - squares / (s * s)));
   }
   if (out.noise_floor_cv && has_max_vio) out.noise_floor_max_vio = max_vio(*out.noise_floor_cv);
   if (stats.has_sequences() && stats.scalar(RoutingStats::kSequences) >= 2) {

@@ -62,18 +62,23 @@ Offence in_row(std::string_view field, std::span<const T> values, std::size_t t,
   return {};
 }
 
+// Of an expert, or -1 for a slot that is not routed.
+auto expert_below(int end) {
+  return [end](std::int64_t index) { return index >= -1 && index < end; };
+}
+
 auto below(int end) {
   return [end](std::int64_t index) { return index >= 0 && index < end; };
 }
 
 constexpr auto kScalarNames = std::to_array<const char*>(
-    {"tokens", "invalid_records", "gap_sum", "gap_tokens", "gap_width_sum", "sequences", "sequence_tokens",
-     "sequence_len_sq", "prob_tokens", "token_entropy_sum", "dropped", "drop_tokens", "domain_tokens",
-     "grad_records", "latency_records", "margin_tokens"});
+    {"tokens", "choices_sq", "invalid_records", "gap_sum", "gap_tokens", "gap_width_sum", "sequences",
+     "sequence_tokens", "sequence_len_sq", "beyond_split", "prob_tokens", "token_entropy_sum", "dropped",
+     "drop_tokens", "domain_tokens", "grad_records", "latency_records", "margin_tokens"});
 static_assert(kScalarNames.size() == RoutingStats::kScalarCount);
 constexpr auto kArrayNames =
-    std::to_array<const char*>({"counts", "gap_near", "sequence_sq", "sequence_cross", "prob_sum",
-                                "sqrt_prob_sum", "grad_norm", "latency", "loss_tokens", "margins",
+    std::to_array<const char*>({"counts", "gap_near", "sequence_sq", "sequence_cross", "split_counts",
+                                "prob_sum", "sqrt_prob_sum", "grad_norm", "latency", "loss_tokens", "margins",
                                 "domain_counts", "domain_loss_tokens", "expert_loss", "domain_loss"});
 static_assert(kArrayNames.size() == RoutingStats::kArrayCount);
 
@@ -103,6 +108,40 @@ Offence overflow_of(std::string_view field) {
   return written("%.*s: the sum is beyond its range", static_cast<int>(field.size()), field.data());
 }
 
+CheckedCounts check_counts(const StatsShape& shape, std::span<const std::int64_t> counts, std::int64_t tokens,
+                           std::optional<std::int64_t> choices_sq) {
+  const std::int64_t k = shape.top_k;
+  if (tokens < 0) return {offence_at("tokens", -1, tokens, "must be at least 0")};
+  std::int64_t sum = 0, most = 0;
+  bool above = false;
+  for (std::size_t i = 0; i < counts.size(); ++i) {
+    if (counts[i] < 0)
+      return {offence_at("counts", static_cast<std::int64_t>(i), counts[i], "must be at least 0")};
+    above |= __builtin_add_overflow(sum, counts[i], &sum);
+  }
+  if (above) return {overflow_of("counts")};
+  if (__builtin_mul_overflow(tokens, k, &most)) most = std::numeric_limits<std::int64_t>::max();
+  if (sum > most) {
+    return {written("counts: sum %lld: must be at most tokens * top_k (%lld)", static_cast<long long>(sum),
+                    static_cast<long long>(most))};
+  }
+  if (tokens == 0) return {};
+  // Of numbers from 0 to k with this sum, the squares sum to the least if they are even, and to the most if as many as
+  // possible are k.
+  const std::int64_t each = sum / tokens, rest = sum % tokens;
+  std::int64_t least = 0, largest = 0;
+  if (__builtin_mul_overflow(sum, k, &largest)) return {overflow_of("choices_sq")};
+  least = each * sum + (each + 1) * rest;
+  largest -= (sum % k) * (k - sum % k);
+  if (!choices_sq) return {{}, least};
+  if (*choices_sq >= least && *choices_sq <= largest) return {{}, *choices_sq};
+  return {written(
+      "choices_sq = %lld: must be from %lld to %lld, the sums of squares of %lld numbers up to %lld "
+      "that sum to %lld",
+      static_cast<long long>(*choices_sq), static_cast<long long>(least), static_cast<long long>(largest),
+      static_cast<long long>(tokens), static_cast<long long>(k), static_cast<long long>(sum))};
+}
+
 // In the order in which RoutingStats::add checks.
 Offence first_offence(const StatsShape& shape, const RoutingBatch& batch) {
   const StatsNeeds& needs = shape.needs;
@@ -113,7 +152,7 @@ Offence first_offence(const StatsShape& shape, const RoutingBatch& batch) {
   constexpr double kMost = std::numeric_limits<float>::max();
 
   Offence found = look([&](std::size_t t) {
-    return in_row("experts", batch.experts, t, k, experts.words(), below(shape.experts));
+    return in_row("experts", batch.experts, t, k, experts.words(), expert_below(shape.experts));
   });
   if (!found.empty()) return found;
   if (needs.sequences) {
@@ -180,7 +219,7 @@ Offence first_offence(const StatsShape& shape, const TokenLosses& batch) {
     if (found.empty() && shape.needs.domain_losses && !batch.domain_ids.empty())
       found = in_row("domain_ids", batch.domain_ids, t, 1, domains.words(), below(shape.needs.domains));
     if (!found.empty()) return found;
-    return in_row("experts", batch.experts, t, k, experts.words(), below(shape.experts));
+    return in_row("experts", batch.experts, t, k, experts.words(), expert_below(shape.experts));
   });
 }
 

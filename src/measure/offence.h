@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
+#include <span>
 #include <string_view>
 
 #include "moectl/stats.h"
@@ -15,6 +17,17 @@ Offence offence_at(std::string_view field, std::int64_t index, std::int64_t valu
 Offence offence_at(std::string_view field, std::int64_t index, double value, std::string_view constraint);
 /// "gap_sum: the sum is beyond its range".
 Offence overflow_of(std::string_view field);
+
+/// What counts that were summed elsewhere say: whether they can be true, and Σ_t k_t².
+struct CheckedCounts {
+  Offence offence;
+  std::int64_t choices_sq = 0;
+};
+/// The one check of counts, of a trace and of a program: each at least 0, in sum at most tokens · top_k. `choices_sq`,
+/// if given, must be a Σ_t k_t² of tokens with this sum; else it is formed: k² for each token where the sum is tokens · k,
+/// otherwise that of numbers k_t as even as they can be.
+CheckedCounts check_counts(const StatsShape& shape, std::span<const std::int64_t> counts, std::int64_t tokens,
+                           std::optional<std::int64_t> choices_sq);
 
 /// The first offence of a batch whose sizes fit; empty if there is none.
 Offence first_offence(const StatsShape& shape, const RoutingBatch& batch);

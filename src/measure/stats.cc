@@ -43,6 +43,8 @@ std::size_t array_length(const StatsShape& shape, RoutingStats::Array which) {
     case RoutingStats::kSequenceSq:
     case RoutingStats::kSequenceCross:
       return shape.needs.sequences ? experts : 0;
+    case RoutingStats::kSplitCounts:
+      return shape.needs.sequences ? static_cast<std::size_t>(shape.needs.split_sequences) * experts : 0;
     case RoutingStats::kProbSum:
     case RoutingStats::kSqrtProbSum:
       return shape.needs.probabilities ? experts : 0;
@@ -97,6 +99,9 @@ constexpr std::size_t kMaxLaneSize = 1024;
 // The share of the gaps that count as near: many enough to count, near enough to tell the density at zero.
 constexpr double kNearShare = 0.2, kNearPrior = 64;
 
+constexpr std::int64_t kNotRouted = -1;      // an index that is no expert
+constexpr std::int64_t kWholeSequence = -1;  // an id
+
 std::size_t lane_size(int experts) {
   return std::bit_ceil(static_cast<std::size_t>(experts));
 }
@@ -122,6 +127,7 @@ StatsNeeds& StatsNeeds::operator|=(const StatsNeeds& other) {
   margins |= other.margins;
   margin_rows |= other.margin_rows;
   domains = std::max(domains, other.domains);
+  split_sequences = std::max(split_sequences, other.split_sequences);
   return *this;
 }
 
@@ -139,6 +145,10 @@ RoutingStats::RoutingStats(const StatsShape& shape) : shape_(shape) {
   }
   if (shape.needs.domains < 0) {
     throw std::invalid_argument("domains: " + std::to_string(shape.needs.domains) + ": must not be negative");
+  }
+  if (shape.needs.split_sequences < 0) {
+    throw std::invalid_argument("split_sequences: " + std::to_string(shape.needs.split_sequences) +
+                                ": must not be negative");
   }
   sums_.assign(shape.flat_size(), 0);
   delta_.assign(shape.flat_size(), 0);
@@ -236,6 +246,7 @@ bool RoutingStats::add(const RoutingBatch& batch) {
   check_sizes(batch);
   if (batch.experts.empty()) return true;
   std::fill(delta_.begin(), delta_.end(), 0);
+  empty_slots_ = false;
   const bool good = gather_counts(batch) && gather_domains(batch) && gather_gap(batch) &&
                     gather_margins(batch) && gather_probabilities(batch) && gather_dropped(batch);
   if (!good) {
@@ -342,63 +353,119 @@ bool RoutingStats::count(std::span<const std::int64_t> indices) {
   return (seen & ~fold) == 0 && beyond == 0;
 }
 
-bool RoutingStats::count_tokens(const RoutingBatch& batch, std::size_t from, std::size_t to,
-                                std::int64_t& tokens) {
+bool RoutingStats::count_tokens(const RoutingBatch& batch, std::size_t from, std::size_t to, Choices& out) {
   const auto k = static_cast<std::size_t>(top_k());
-  tokens = 0;
+  std::int64_t tokens = 0;
+  bool good = true;
   if (batch.mask.empty()) {
     tokens = static_cast<std::int64_t>(to - from);
     const auto indices = batch.experts.subspan(from * k, (to - from) * k);
     // Summing the lanes costs some four steps an expert.
     const std::size_t lane = lane_size(experts());
-    return lane <= kMaxLaneSize && indices.size() >= 8 * lane ? count<kLanes>(indices) : count<1>(indices);
+    good = lane <= kMaxLaneSize && indices.size() >= 8 * lane ? count<kLanes>(indices) : count<1>(indices);
   }
-  bool good = true;
-  for (std::size_t t = from; t < to;) {  // runs of real tokens
+  for (std::size_t t = batch.mask.empty() ? to : from; t < to;) {  // runs of real tokens
     while (t < to && batch.mask[t] == 0) ++t;
     const std::size_t begin = t;
     while (t < to && batch.mask[t] != 0) ++t;
     good &= count<1>(batch.experts.subspan(begin * k, (t - begin) * k));
     tokens += static_cast<std::int64_t>(t - begin);
   }
-  return good;
+  if (!good) return count_slots(batch, from, to, out);
+  out = {tokens, tokens * top_k(), tokens * top_k() * top_k()};
+  return true;
+}
+
+// The same, more slowly, where some index is no expert: slots that are not routed, or bad data.
+bool RoutingStats::count_slots(const RoutingBatch& batch, std::size_t from, std::size_t to, Choices& out) {
+  const auto k = static_cast<std::size_t>(top_k());
+  std::fill(histogram_.begin(), histogram_.end(), 0);
+  for (std::size_t t = from; t < to; ++t) {
+    if (!batch.mask.empty() && batch.mask[t] == 0) continue;
+    std::int64_t chosen = 0;
+    for (const std::int64_t expert : batch.experts.subspan(t * k, k)) {
+      if (expert == kNotRouted) continue;
+      if (expert < 0 || expert >= experts()) return false;
+      ++histogram_[static_cast<std::size_t>(expert)];
+      ++chosen;
+    }
+    out.tokens += chosen > 0 ? 1 : 0;
+    out.assignments += chosen;
+    out.squares += chosen * chosen;
+  }
+  empty_slots_ = true;
+  return true;
+}
+
+// One behind the last routed slot of a token; 0 = padding.
+std::size_t RoutingStats::last_slot(const RoutingBatch& batch, std::size_t token) const {
+  if (!batch.mask.empty() && batch.mask[token] == 0) return 0;
+  auto slot = static_cast<std::size_t>(top_k());
+  if (!empty_slots_) return slot;
+  const auto chosen = batch.experts.subspan(token * slot, slot);
+  while (slot > 0 && chosen[slot - 1] == kNotRouted) --slot;
+  return slot;
 }
 
 bool RoutingStats::gather_counts(const RoutingBatch& batch) {
   const auto n = static_cast<std::size_t>(experts());
   const std::size_t tokens = batch.experts.size() / static_cast<std::size_t>(top_k());
-  const bool by_sequence =
-      shape_.needs.sequences && (batch.sequence_length > 0 || !batch.sequence_ids.empty());
-  const std::span<std::int64_t> counts = delta(kCounts), squares = delta(kSequenceSq),
-                                cross = delta(kSequenceCross);
+  const std::span<const std::int64_t> ids =
+      shape_.needs.sequences ? batch.sequence_ids : std::span<const std::int64_t>();
+  const std::int64_t length = shape_.needs.sequences ? batch.sequence_length : 0;
+  const std::int64_t split = ids.empty() ? 0 : shape_.needs.split_sequences;
+  const std::span<std::int64_t> counts = delta(kCounts), pieces = delta(kSplitCounts);
   bool good = true;
   for (std::size_t from = 0, to = 0; from < tokens; from = to) {
     to = tokens;
-    if (by_sequence && batch.sequence_length > 0) {
-      to = from + static_cast<std::size_t>(batch.sequence_length);
-    } else if (by_sequence) {
+    if (length > 0) {
+      to = from + static_cast<std::size_t>(length);
+    } else if (!ids.empty()) {
       to = from + 1;
-      while (to < tokens && batch.sequence_ids[to] == batch.sequence_ids[from]) ++to;
-      good &= to == tokens || batch.sequence_ids[to] > batch.sequence_ids[from];
+      while (to < tokens && ids[to] == ids[from]) ++to;
+      good &= split > 0 || to == tokens || ids[to] > ids[from];
     }
-    std::int64_t real = 0;
-    good &= count_tokens(batch, from, to, real);
-    delta_[kTokens] += real;
-    if (by_sequence && real > 0) {
-      const std::int64_t length = real * top_k();
-      delta_[kSequences] += 1;
-      delta_[kSequenceTokens] += real;
-      delta_[kSequenceLenSq] = wrapping_add(delta_[kSequenceLenSq], wrapping_product(length, length));
-      for (std::size_t i = 0; i < n; ++i) {
-        const std::int64_t c = histogram_[i];
-        squares[i] = wrapping_add(squares[i], wrapping_product(c, c));
-        cross[i] = wrapping_add(cross[i], wrapping_product(length, c));
-      }
+    Choices chosen;
+    good &= count_tokens(batch, from, to, chosen);
+    delta_[kTokens] += chosen.tokens;
+    delta_[kChoicesSq] += chosen.squares;
+    const std::int64_t id = split > 0 ? ids[from] : kWholeSequence;
+    const auto histogram = std::span<const std::int64_t>(histogram_).first(n);
+    if ((length > 0 || !ids.empty()) && chosen.tokens > 0) {
+      delta_[id < split ? kSequenceTokens : kBeyondSplit] += chosen.tokens;
+      if (id < 0) add_sequence(histogram, chosen.assignments, delta_);
+      for (std::size_t i = 0; id >= 0 && id < split && i < n; ++i)
+        pieces[static_cast<std::size_t>(id) * n + i] += histogram[i];
     }
-    for (std::size_t i = 0; i < n; ++i) counts[i] += histogram_[i];
+    for (std::size_t i = 0; i < n; ++i) counts[i] += histogram[i];
     std::fill_n(histogram_.begin(), lane_size(experts()), 0);
   }
   return good;
+}
+
+void RoutingStats::add_sequence(std::span<const std::int64_t> histogram, std::int64_t length,
+                                std::span<std::int64_t> sums) {
+  const std::span<std::int64_t> squares = sums.subspan(array_offset(shape_, kSequenceSq), histogram.size()),
+                                cross = sums.subspan(array_offset(shape_, kSequenceCross), histogram.size());
+  sums[kSequences] += 1;
+  sums[kSequenceLenSq] = wrapping_add(sums[kSequenceLenSq], wrapping_product(length, length));
+  for (std::size_t i = 0; i < histogram.size(); ++i) {
+    const std::int64_t c = histogram[i];
+    squares[i] = wrapping_add(squares[i], wrapping_product(c, c));
+    cross[i] = wrapping_add(cross[i], wrapping_product(length, c));
+  }
+}
+
+void RoutingStats::join_sequences() {
+  const std::span<std::int64_t> pieces = mutable_array(kSplitCounts);
+  const auto n = static_cast<std::size_t>(experts());
+  for (std::size_t at = 0; at < pieces.size(); at += n) {
+    const std::span<const std::int64_t> joined = pieces.subspan(at, n);
+    std::int64_t length = 0;
+    for (const std::int64_t c : joined) length = wrapping_add(length, c);
+    if (length != 0) add_sequence(joined, length, sums_);
+  }
+  std::fill(pieces.begin(), pieces.end(), 0);
 }
 
 bool RoutingStats::gather_domains(const RoutingBatch& batch) {
@@ -406,11 +473,15 @@ bool RoutingStats::gather_domains(const RoutingBatch& batch) {
   const auto n = static_cast<std::size_t>(experts()), k = static_cast<std::size_t>(top_k());
   const std::span<std::int64_t> counts = delta(kDomainCounts);
   for (std::size_t t = 0; t < batch.domain_ids.size(); ++t) {
-    if (!batch.mask.empty() && batch.mask[t] == 0) continue;
+    const std::size_t slots = last_slot(batch, t);
+    if (slots == 0) continue;
     const std::int64_t domain = batch.domain_ids[t];
     if (domain < 0 || domain >= shape_.needs.domains) return false;
     std::int64_t* of_domain = counts.data() + static_cast<std::size_t>(domain) * n;
-    for (std::size_t j = 0; j < k; ++j) ++of_domain[batch.experts[t * k + j]];
+    for (std::size_t j = 0; j < slots; ++j) {
+      const std::int64_t expert = batch.experts[t * k + j];
+      if (expert != kNotRouted) ++of_domain[expert];
+    }
   }
   delta_[kDomainTokens] = delta_[kTokens];
   return true;
@@ -424,13 +495,14 @@ bool RoutingStats::gather_gap(const RoutingBatch& batch) {
   const double width = gap_width();
   std::int64_t sum = 0, signs = 0;
   for (std::size_t t = 0; t < tokens; ++t) {
-    if (!batch.mask.empty() && batch.mask[t] == 0) continue;
-    const double gap = static_cast<double>(batch.top_values[t * (k + 1) + k - 1]) -
-                       static_cast<double>(batch.top_values[t * (k + 1) + k]);
+    const std::size_t slots = last_slot(batch, t);
+    if (slots == 0) continue;
+    const double gap = static_cast<double>(batch.top_values[t * (k + 1) + slots - 1]) -
+                       static_cast<double>(batch.top_values[t * (k + 1) + slots]);
     if (!(gap >= 0 && gap <= kFixedMax)) return false;
     sum = wrapping_add(sum, to_fixed(gap));
     signs |= sum;
-    near[static_cast<std::size_t>(batch.experts[t * k + k - 1])] += gap < width ? 1 : 0;
+    near[static_cast<std::size_t>(batch.experts[t * k + slots - 1])] += gap < width ? 1 : 0;
   }
   delta_[kGapSum] = sum;
   delta_[kGapTokens] = delta_[kTokens];
@@ -447,8 +519,9 @@ bool RoutingStats::gather_margins(const RoutingBatch& batch) {
   const std::size_t tokens = batch.biased_scores.size() / n;
   constexpr double kMost = std::numeric_limits<float>::max();
   for (std::size_t t = 0; t < tokens; ++t) {
-    if (!batch.mask.empty() && batch.mask[t] == 0) continue;
-    const float* const top = batch.top_values.data() + t * (k + 1) + k - 1;
+    const std::size_t slots = last_slot(batch, t);
+    if (slots == 0) continue;
+    const float* const top = batch.top_values.data() + t * (k + 1) + slots - 1;
     const double threshold = 0.5 * (static_cast<double>(top[0]) + static_cast<double>(top[1]));
     if (!(std::abs(threshold) <= kMost)) return false;
     const float* const row = batch.biased_scores.data() + t * n;
@@ -467,8 +540,9 @@ void RoutingStats::keep_margin_rows(const RoutingBatch& batch) {
   const auto n = static_cast<std::size_t>(experts()), k = static_cast<std::size_t>(top_k());
   const std::size_t tokens = batch.biased_scores.size() / n;
   for (std::size_t t = 0; t < tokens; ++t) {
-    if (!batch.mask.empty() && batch.mask[t] == 0) continue;
-    const float cutoff = batch.top_values[t * (k + 1) + k];
+    const std::size_t slots = last_slot(batch, t);
+    if (slots == 0) continue;
+    const float cutoff = batch.top_values[t * (k + 1) + slots];
     for (std::size_t i = 0; i < n; ++i) margin_rows_.push_back(cutoff - batch.biased_scores[t * n + i]);
   }
 }
@@ -479,7 +553,7 @@ bool RoutingStats::gather_probabilities(const RoutingBatch& batch) {
   const std::size_t tokens = batch.probabilities.size() / n;
   const std::span<std::int64_t> sums = delta(kProbSum), roots = delta(kSqrtProbSum);
   for (std::size_t t = 0; t < tokens; ++t) {
-    if (!batch.mask.empty() && batch.mask[t] == 0) continue;
+    if (last_slot(batch, t) == 0) continue;
     const float* in = batch.probabilities.data() + t * n;
     double total = 0;
     bool good = true;
@@ -511,20 +585,15 @@ bool RoutingStats::gather_dropped(const RoutingBatch& batch) {
   return true;
 }
 
-bool RoutingStats::add_counts(std::span<const std::int64_t> counts, std::int64_t tokens) {
+bool RoutingStats::add_counts(std::span<const std::int64_t> counts, std::int64_t tokens,
+                              std::optional<std::int64_t> choices_sq) {
   require_size("counts", counts.size(), static_cast<std::size_t>(experts()));
   std::fill(delta_.begin(), delta_.end(), 0);
-  const std::span<std::int64_t> to = delta(kCounts);
-  if (tokens < 0) return reject(offence_at("tokens", -1, tokens, "must be at least 0"));
-  std::int64_t total = 0;
-  for (std::size_t i = 0; i < counts.size(); ++i) {
-    if (counts[i] < 0)
-      return reject(offence_at("counts", static_cast<std::int64_t>(i), counts[i], "must be at least 0"));
-    to[i] = counts[i];
-    total = wrapping_add(total, counts[i]);
-    if (total < 0) return reject(overflow_of("counts"));
-  }
+  const CheckedCounts checked = check_counts(shape_, counts, tokens, choices_sq);
+  if (!checked.offence.empty()) return reject(checked.offence);
+  std::ranges::copy(counts, delta(kCounts).begin());
   delta_[kTokens] = tokens;
+  delta_[kChoicesSq] = checked.choices_sq;
   return commit();
 }
 
@@ -607,6 +676,7 @@ bool RoutingStats::add_token_losses(const TokenLosses& batch) {
       return reject(first_offence(shape_, batch));
     for (std::size_t j = 0; j < k; ++j) {
       const auto expert = static_cast<std::uint64_t>(batch.experts[t * k + j]);
+      if (batch.experts[t * k + j] == kNotRouted) continue;
       if (expert >= n) return reject(first_offence(shape_, batch));
       if (shape_.needs.losses) {
         sums[expert] = wrapping_add(sums[expert], term);
@@ -625,6 +695,12 @@ bool RoutingStats::add_token_losses(const TokenLosses& batch) {
 }
 
 // ---- Reading ----
+
+double RoutingStats::mean_choices() const {
+  const std::int64_t k = top_k();
+  if (tokens() <= 0 || choices_sq() == wrapping_product(tokens(), k * k)) return static_cast<double>(k);
+  return std::min(static_cast<double>(k), static_cast<double>(assignments()) / static_cast<double>(tokens()));
+}
 
 std::optional<double> RoutingStats::mean_gap() const {
   if (tokens() <= 0 || scalar(kGapTokens) != tokens()) return std::nullopt;
@@ -664,7 +740,7 @@ bool RoutingStats::load_slope(std::span<double> out) const {
   if (total <= 0 || total >= tokens_seen) return false;
   const double share = static_cast<double>(total) / static_cast<double>(tokens_seen);
   const double at_zero = -std::log1p(-share) / share;
-  const double scale = at_zero * experts() / (top_k() * from_fixed(scalar(kGapWidthSum)));
+  const double scale = at_zero * experts() / (mean_choices() * from_fixed(scalar(kGapWidthSum)));
   for (std::size_t i = 0; i < out.size(); ++i) out[i] = scale * static_cast<double>(near[i]);
   return true;
 }
@@ -712,7 +788,8 @@ std::span<const std::int64_t> RoutingStats::domain_counts(int domain) const {
 std::int64_t RoutingStats::domain_tokens(int domain) const {
   std::int64_t sum = 0;
   for (const std::int64_t count : domain_counts(domain)) sum = wrapping_add(sum, count);
-  return sum / top_k();
+  if (choices_sq() == wrapping_product(tokens(), std::int64_t{top_k()} * top_k())) return sum / top_k();
+  return std::llrint(static_cast<double>(sum) / mean_choices());
 }
 
 }  // namespace moectl

@@ -35,6 +35,7 @@ struct LayerState {
   std::int64_t tokens = 0, dropped = 0;
   bool reports_drops = false;
   std::string health;
+  Responsiveness responsiveness;
   std::map<std::string, bool, std::less<>> alerts;  // every name met, and whether it stands
   struct ActuatorState {
     std::vector<double> applied;
@@ -60,6 +61,7 @@ void LayerState::add(const StepSample& sample) {
     }
   }
   health = sample.health;
+  responsiveness = sample.responsiveness;
   for (auto& [name, stands] : alerts) stands = false;
   for (const std::string_view alert : sample.alerts) {
     const auto it = alerts.find(alert);
@@ -255,6 +257,30 @@ void add_health(const Totals& all, Families& out) {
   }
 }
 
+void add_responsiveness(const Totals& all, Families& out) {
+  out.gauge("moectl_response", "1 for what is known of the load's answer to the biases, 0 for the rest.");
+  for (const auto& [layer, state] : all.layers) {
+    const Response now = state.responsiveness.state;
+    if (now == Response::kNotApplicable) continue;
+    for (int r = 0; r < kResponseCount; ++r) {
+      const auto each = static_cast<Response>(r);
+      if (each == Response::kNotApplicable) continue;
+      out.add({{"layer", label_of(layer)}, {"state", std::string(name_of(each))}}, each == now ? 1.0 : 0.0);
+    }
+  }
+  const auto figure = [&](const char* name, const char* help, std::optional<double> Responsiveness::*which) {
+    out.gauge(name, help);
+    for (const auto& [layer, state] : all.layers) {
+      const std::optional<double> value = state.responsiveness.*which;
+      if (value) out.add({{"layer", label_of(layer)}}, *value);
+    }
+  };
+  figure("moectl_response_gain_ratio", "Change of the load over the change that the biases let expect.",
+         &Responsiveness::gain);
+  figure("moectl_response_gain_error_ratio", "Standard error of moectl_response_gain_ratio.",
+         &Responsiveness::error);
+}
+
 void add_notices(const Totals& all, Families& out) {
   out.counter("moectl_notices_total", "What was found that a user should act on; the run log has the words.");
   for (const auto& [where, count] : all.notices) {
@@ -269,6 +295,7 @@ std::vector<MetricFamily> families_of(const Totals& all) {
   add_loads(all, out);
   add_actuators(all, out);
   add_health(all, out);
+  add_responsiveness(all, out);
   add_notices(all, out);
   return out.take();
 }

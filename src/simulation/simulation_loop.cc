@@ -26,8 +26,10 @@ SimulationOptions simulation_options(const ControllerConfig& config, const Simul
 
 void simulate(Controller& controller, const SimulationOptions& options, std::int64_t steps,
               const std::function<void(const StepReport&)>& observe) {
-  const ModelConfig& model = controller.config().model;
-  if (model.layers != options.layers || model.experts != options.experts || model.top_k != options.top_k) {
+  const ControllerConfig& config = controller.config();
+  const ModelConfig& model = config.model;
+  if (config.layers.empty() &&
+      (model.layers != options.layers || model.experts != options.experts || model.top_k != options.top_k)) {
     throw std::invalid_argument("simulate: the plant has other layers, experts or top_k than the controller");
   }
   const bool with_domains = !model.domains.empty();
@@ -35,28 +37,35 @@ void simulate(Controller& controller, const SimulationOptions& options, std::int
     throw std::invalid_argument("simulate: domains = " + std::to_string(options.domains) +
                                 ": the controller counts " + std::to_string(model.domains.size()));
   }
-  SimulationOptions plant = options;
-  plant.probabilities = plant.probabilities || controller.shape().needs.probabilities;
-  plant.biased_scores =
-      plant.biased_scores || controller.shape().needs.margins || controller.shape().needs.margin_rows;
   std::vector<SimulatedRouter> routers;
-  routers.reserve(static_cast<std::size_t>(plant.layers));
-  for (int layer = 0; layer < plant.layers; ++layer) routers.emplace_back(plant, layer);
+  for (const LayerSettings& group : layer_settings(config)) {
+    SimulationOptions plant = options;
+    if (!config.layers.empty()) {
+      plant.experts = group.config.model.experts;
+      plant.top_k = group.config.model.top_k;
+      plant.targets = group.config.model.targets;
+    }
+    const StatsNeeds& needs = controller.shape(group.ids.front()).needs;
+    plant.probabilities = plant.probabilities || needs.probabilities;
+    plant.biased_scores = plant.biased_scores || needs.margins || needs.margin_rows;
+    for (std::size_t i = 0; i < group.ids.size(); ++i)
+      routers.emplace_back(plant, static_cast<int>(routers.size()));
+  }
   // Late stats wait here, one queue a layer.
   std::vector<std::deque<RoutingStats>> waiting(routers.size());
 
   for (std::int64_t step = 0; step < steps; ++step) {
-    for (int layer = 0; layer < plant.layers; ++layer) {
-      SimulatedRouter& router = routers[static_cast<std::size_t>(layer)];
-      const RoutingBatch batch = router.route(controller.bias(layer), controller.aux_loss_weight(layer),
-                                              controller.temperature(layer));
-      if (plant.delay == 0) {
+    for (std::size_t l = 0; l < routers.size(); ++l) {
+      const int layer = controller.layers()[l];
+      const RoutingBatch batch = routers[l].route(controller.bias(layer), controller.aux_loss_weight(layer),
+                                                  controller.temperature(layer));
+      if (options.delay == 0) {
         controller.record(layer, batch);
         continue;
       }
-      std::deque<RoutingStats>& queue = waiting[static_cast<std::size_t>(layer)];
-      queue.emplace_back(controller.shape()).add(batch);
-      if (queue.size() > static_cast<std::size_t>(plant.delay)) {
+      std::deque<RoutingStats>& queue = waiting[l];
+      queue.emplace_back(controller.shape(layer)).add(batch);
+      if (queue.size() > static_cast<std::size_t>(options.delay)) {
         controller.record(layer, queue.front());
         queue.pop_front();
       }

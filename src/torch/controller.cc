@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <numeric>
 #include <span>
 #include <sstream>
 #include <stdexcept>
@@ -63,18 +64,25 @@ struct TorchController::Outbox {
 TorchController::TorchController(ControllerConfig config, const TorchOptions& options,
                                  const PolicyRegistry& registry)
     : options_(options), controller_(std::move(config), registry), not_given_(std::make_shared<NotGiven>()) {
-  const ModelConfig& model = controller_.config().model;
   // Plain tensors even when the host builds its model in inference mode: their versions must count (see publish).
   const c10::InferenceMode normal(false);
   const ::torch::NoGradGuard no_grad;
-  const std::int64_t layers = model.layers, experts = model.experts;
-  values_ = ::torch::zeros({layers * (experts + 2)}, ::torch::dtype(::torch::kFloat).device(options_.device));
-  for (std::int64_t layer = 0; layer < layers; ++layer) actuators_.push_back(views(layer));
+  std::int64_t experts = 0;
+  bool rows = false;
+  for (const int layer : controller_.layers()) {
+    begins_.push_back(experts);
+    experts += controller_.shape(layer).experts;
+    rows |= controller_.shape(layer).needs.margin_rows;
+  }
+  begins_.push_back(experts);
+  values_ = ::torch::zeros({experts + 2 * static_cast<std::int64_t>(controller_.layers().size())},
+                           ::torch::dtype(::torch::kFloat).device(options_.device));
+  for (std::size_t at = 0; at < controller_.layers().size(); ++at) actuators_.push_back(views(at));
   outbox_ = std::make_shared<Outbox>(values_);
   // Rows of margins are no sums: they are gathered on the host alone.
   const bool on_device = !options_.device.is_cpu() || options_.count_by_operators;
-  if (on_device && !controller_.shape().needs.margin_rows) {
-    sums_ = std::make_shared<DeviceSums>(model.layers, controller_.shape(), options_.device);
+  if (on_device && !rows) {
+    sums_ = std::make_shared<DeviceSums>(controller_, options_.device);
     controller_.set_exchange(
         [sums = sums_](std::span<std::int64_t> payload, std::span<std::int64_t> own,
                        const Reduction& reduction) { return sums->exchange(payload, own, reduction); });
@@ -90,14 +98,32 @@ void TorchController::record(int layer, const ::torch::Tensor& indices, const Re
   if (!recording() || controller_.config().mode == Mode::kOff) return;
   if (!inputs_came_) not_given_->note(options);
   if (!sums_ || !indices.defined() || indices.device().type() != sums_->device().type()) {
-    controller_.record(layer, HostBatch(controller_.shape(), indices, options).batch(), options.micro_batch);
+    controller_.record(layer, HostBatch(controller_.shape(layer), indices, options).batch(),
+                       options.micro_batch);
     check_choices(layer, indices, options);
     return;
   }
-  check_record(controller_.shape(), indices, options);
+  check_record(controller_.shape(layer), indices, options);
+  const std::size_t at = place_of(layer);
   controller_.record(
-      layer, [&](RoutingStats& sums) { sums_->add(layer, indices, options, sums.gap_width()); },
+      layer, [&](RoutingStats& sums) { sums_->add(at, indices, options, sums.gap_width()); },
       options.micro_batch);
+}
+
+void TorchController::record_counts(int layer, const ::torch::Tensor& counts,
+                                    std::optional<std::int64_t> tokens, std::int64_t micro_batch) {
+  if (!recording() || controller_.config().mode == Mode::kOff) return;
+  const StatsShape& shape = controller_.shape();
+  const ::torch::Tensor whole = whole_counts(counts, shape.experts);
+  const std::span<const std::int64_t> values{whole.data_ptr<std::int64_t>(),
+                                             static_cast<std::size_t>(shape.experts)};
+  const std::int64_t sum = std::accumulate(values.begin(), values.end(), std::int64_t{0});
+  controller_.record(
+      layer,
+      [&](RoutingStats& sums) {
+        sums.add_counts(values, tokens.value_or((sum + shape.top_k - 1) / shape.top_k));
+      },
+      micro_batch);
 }
 
 const StepReport& TorchController::step(const StepInfo& info) {
@@ -115,7 +141,7 @@ void TorchController::check_choices(int layer, const ::torch::Tensor& indices, c
   const ::torch::Tensor &biased = options.biased_scores, &scores = options.scores;
   if (!biased.defined() || !biased.is_cpu() || indices.numel() == 0) return;
   const ::torch::NoGradGuard no_grad;
-  const StatsShape& shape = controller_.shape();
+  const StatsShape& shape = controller_.shape(layer);
   const std::int64_t tokens = indices.numel() / shape.top_k, count = std::min(kTokens, tokens);
   const std::int64_t from = 7 * controller_.steps() % (tokens - count + 1);
   if (options.mask.defined() && !options.mask.reshape(-1).narrow(0, from, count).ne(0).all().item<bool>())
@@ -160,19 +186,21 @@ void TorchController::check_inputs(const StepReport& report) {
   inputs_came_ = all_asked;
 }
 
-const RouterActuators& TorchController::actuators(int layer) const {
-  if (layer < 0 || static_cast<std::size_t>(layer) >= actuators_.size()) {
-    throw std::invalid_argument("layer: " + std::to_string(layer) + ": must be in [0, " +
-                                std::to_string(actuators_.size()) + ")");
-  }
-  return actuators_[static_cast<std::size_t>(layer)];
+std::size_t TorchController::place_of(int layer) const {
+  const std::vector<int>& ids = controller_.layers();
+  const auto at = static_cast<std::size_t>(std::find(ids.begin(), ids.end(), layer) - ids.begin());
+  if (at == ids.size()) controller_.shape(layer);  // throws
+  return at;
 }
 
-RouterActuators TorchController::views(std::int64_t layer) const {
-  const ModelConfig& model = controller_.config().model;
-  const std::int64_t layers = model.layers, experts = model.experts;
-  return {values_.narrow(0, layer * experts, experts), values_.select(0, layers * experts + layer),
-          values_.select(0, layers * (experts + 1) + layer)};
+const RouterActuators& TorchController::actuators(int layer) const {
+  return actuators_[place_of(layer)];
+}
+
+RouterActuators TorchController::views(std::size_t at) const {
+  const std::int64_t temperature = begins_.back() + static_cast<std::int64_t>(at);
+  return {values_.narrow(0, begins_[at], begins_[at + 1] - begins_[at]), values_.select(0, temperature),
+          values_.select(0, temperature + static_cast<std::int64_t>(controller_.layers().size()))};
 }
 
 // torch::load and Module::to replace the storage of a registered buffer in place, in the tensor that was handed out: the
@@ -183,25 +211,27 @@ bool TorchController::is_home(const ::torch::Tensor& tensor, std::int64_t offset
 }
 
 void TorchController::check_wiring(bool loading) {
-  const std::int64_t layers = controller_.config().model.layers, experts = controller_.config().model.experts;
-  for (std::int64_t layer = 0; layer < layers; ++layer) {
-    const RouterActuators& handed_out = actuators_[static_cast<std::size_t>(layer)];
-    const std::int64_t temperature = layers * experts + layer, weight = temperature + layers;
-    if (!is_home(handed_out.bias, layer * experts, experts))
-      rewire(layer, "bias", &RouterActuators::bias, loading);
+  const auto layers = static_cast<std::int64_t>(actuators_.size());
+  for (std::size_t at = 0; at < actuators_.size(); ++at) {
+    const RouterActuators& handed_out = actuators_[at];
+    const std::int64_t temperature = begins_.back() + static_cast<std::int64_t>(at),
+                       weight = temperature + layers;
+    if (!is_home(handed_out.bias, begins_[at], begins_[at + 1] - begins_[at]))
+      rewire(at, "bias", &RouterActuators::bias, loading);
     if (!is_home(handed_out.temperature, temperature, 1))
-      rewire(layer, "temperature", &RouterActuators::temperature, loading);
+      rewire(at, "temperature", &RouterActuators::temperature, loading);
     if (!is_home(handed_out.aux_loss_weight, weight, 1))
-      rewire(layer, "aux_loss_weight", &RouterActuators::aux_loss_weight, loading);
+      rewire(at, "aux_loss_weight", &RouterActuators::aux_loss_weight, loading);
   }
 }
 
-void TorchController::rewire(std::int64_t layer, const char* name, ::torch::Tensor RouterActuators::*which,
+void TorchController::rewire(std::size_t at, const char* name, ::torch::Tensor RouterActuators::*which,
                              bool loading) {
   const c10::InferenceMode normal(false);
   const ::torch::NoGradGuard no_grad;
-  ::torch::Tensor& tensor = actuators_[static_cast<std::size_t>(layer)].*which;
-  const ::torch::Tensor home = views(layer).*which;
+  const int layer = controller_.layers()[at];
+  ::torch::Tensor& tensor = actuators_[at].*which;
+  const ::torch::Tensor home = views(at).*which;
   std::ostringstream what;
   what << "layer " << layer << ": " << name
        << ": the tensor that the controller handed out now lies elsewhere (" << tensor.scalar_type() << " on "
@@ -220,19 +250,18 @@ void TorchController::rewire(std::int64_t layer, const char* name, ::torch::Tens
           "values in "
           "force (float32). Values that came with a checkpoint are not taken over.";
   TORCH_WARN(what.str());
-  controller_.say(NoticeKind::kWiring, static_cast<int>(layer), what.str());
+  controller_.say(NoticeKind::kWiring, layer, what.str());
 }
 
 void TorchController::publish() {
   const bool in_place = options_.device.is_cpu() && !outbox_->side.asynchronous();
   if (!in_place) outbox_->sent.wait();
   float* value = (in_place ? values_ : outbox_->floats).data_ptr<float>();
-  const int layers = static_cast<int>(actuators_.size());
-  for (int layer = 0; layer < layers; ++layer) {
+  for (const int layer : controller_.layers()) {
     for (const double bias : controller_.bias(layer)) *value++ = static_cast<float>(bias);
   }
-  for (int layer = 0; layer < layers; ++layer) *value++ = static_cast<float>(controller_.temperature(layer));
-  for (int layer = 0; layer < layers; ++layer) {
+  for (const int layer : controller_.layers()) *value++ = static_cast<float>(controller_.temperature(layer));
+  for (const int layer : controller_.layers()) {
     *value++ = static_cast<float>(controller_.aux_loss_weight(layer));
   }
   if (in_place) {
@@ -258,9 +287,33 @@ void TorchController::save(::torch::serialize::OutputArchive& archive, const std
 }
 
 void TorchController::load(std::string_view state) {
+  load(state, Keep::everything);
+}
+
+std::vector<KeptPart> TorchController::load(std::string_view state, Keep keep) {
   check_wiring(/*loading=*/true);
-  controller_.load(state);
+  std::vector<KeptPart> parts = controller_.load(state, keep);
   if (sums_) sums_->clear();
+  publish();
+  return parts;
+}
+
+std::string TorchController::save_layer(int layer) {
+  if (sums_) sums_->drain(controller_);
+  return controller_.save_layer(layer);
+}
+
+std::vector<KeptPart> TorchController::load_layer(int layer, std::string_view state, Keep keep) {
+  if (sums_) sums_->drain(controller_);
+  check_wiring(/*loading=*/true);
+  std::vector<KeptPart> parts = controller_.load_layer(layer, state, keep);
+  publish();
+  return parts;
+}
+
+void TorchController::adopt(int layer, const ::torch::Tensor& biases) {
+  const ::torch::Tensor values = biases.detach().to(::torch::kCPU, ::torch::kDouble).reshape(-1).contiguous();
+  controller_.adopt(layer, {values.data_ptr<double>(), static_cast<std::size_t>(values.numel())});
   publish();
 }
 

@@ -17,35 +17,41 @@ void add_to(std::span<std::int64_t> sums, const ::torch::Tensor& terms) {
 
 }  // namespace
 
-DeviceSums::DeviceSums(int layers, const StatsShape& shape, ::torch::Device device)
-    : shape_(shape), device_(device), side_(device), recorded_(device), left_(device) {
+DeviceSums::DeviceSums(const Controller& controller, ::torch::Device device)
+    : begins_{0}, device_(device), side_(device), recorded_(device), left_(device) {
   const ::torch::NoGradGuard no_grad;
-  const auto flat = static_cast<std::int64_t>(shape.flat_size());
-  for (::torch::Tensor& sums : sums_) {
-    sums = ::torch::zeros({layers, flat}, ::torch::dtype(::torch::kLong).device(device));
+  for (const int layer : controller.layers()) {
+    shapes_.push_back(controller.shape(layer));
+    begins_.push_back(begins_.back() + static_cast<std::int64_t>(shapes_.back().flat_size()));
   }
-  own_ = host_buffer(layers * flat, ::torch::kLong, device);
-  drained_ = host_buffer(layers * flat, ::torch::kLong, device);
+  for (::torch::Tensor& sums : sums_) {
+    sums = ::torch::zeros({begins_.back()}, ::torch::dtype(::torch::kLong).device(device));
+  }
+  own_ = host_buffer(begins_.back(), ::torch::kLong, device);
+  drained_ = host_buffer(begins_.back(), ::torch::kLong, device);
 }
 
-void DeviceSums::add(int layer, const ::torch::Tensor& indices, const RecordOptions& options,
+::torch::Tensor DeviceSums::of_layer(const ::torch::Tensor& all, std::size_t layer) const {
+  return all.narrow(0, begins_[layer], begins_[layer + 1] - begins_[layer]);
+}
+
+void DeviceSums::add(std::size_t layer, const ::torch::Tensor& indices, const RecordOptions& options,
                      double gap_width) {
   if (indices.numel() == 0) return;
   const ::torch::NoGradGuard no_grad;
-  sums_[filling_].select(0, layer).add_(routing_sums(shape_, indices, options, gap_width, device_));
+  of_layer(sums_[filling_], layer).add_(routing_sums(shapes_[layer], indices, options, gap_width, device_));
 }
 
 void DeviceSums::drain(Controller& controller) {
   const ::torch::NoGradGuard no_grad;
-  drained_.copy_(sums_[filling_].view(-1), /*non_blocking=*/side_.asynchronous());
+  drained_.copy_(sums_[filling_], /*non_blocking=*/side_.asynchronous());
   Mark arrived(device_);
   arrived.set();
   sums_[filling_].zero_();
   arrived.wait();
-  const auto layers = sums_[filling_].size(0);
-  for (std::int64_t layer = 0; layer < layers; ++layer) {
-    const ::torch::Tensor of_layer = drained_.view({layers, -1}).select(0, layer);
-    controller.record(static_cast<int>(layer), [&](RoutingStats& sums) { add_to(sums.flat(), of_layer); });
+  for (std::size_t l = 0; l < shapes_.size(); ++l) {
+    controller.record(controller.layers()[l],
+                      [&](RoutingStats& sums) { add_to(sums.flat(), of_layer(drained_, l)); });
   }
 }
 
@@ -67,11 +73,11 @@ Reduction::Wait DeviceSums::exchange(std::span<std::int64_t> payload, std::span<
   }
   side_.run([&] {
     recorded_.hold_current_stream();
-    own_.copy_(leaving.view(-1), /*non_blocking=*/side_.asynchronous());
+    own_.copy_(leaving, /*non_blocking=*/side_.asynchronous());
     if (group != nullptr) {
       std::copy(payload.begin(), payload.end(), payload_.data_ptr<std::int64_t>());
       joined_.copy_(payload_, /*non_blocking=*/side_.asynchronous());
-      joined_.narrow(0, 0, leaving.numel()).add_(leaving.view(-1));
+      joined_.narrow(0, 0, leaving.numel()).add_(leaving);
     }
     left_.set();
   });

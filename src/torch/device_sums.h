@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <vector>
 
 #include "moectl/controller.h"
 #include "moectl/torch/controller.h"
@@ -16,12 +17,13 @@ namespace moectl {
 
 class DeviceSums : public std::enable_shared_from_this<DeviceSums> {
  public:
-  DeviceSums(int layers, const StatsShape& shape, ::torch::Device device);
+  /// For all layers of the controller.
+  DeviceSums(const Controller& controller, ::torch::Device device);
 
   ::torch::Device device() const { return device_; }
-  /// Adds a micro-batch to the layer's sums: orders operations and waits for none. Different layers in parallel.
+  /// Adds a micro-batch to the layer's sums, by its place among the controller's layers: orders operations and waits for none. Different layers in parallel.
   /// `gap_width` as in routing_sums().
-  void add(int layer, const ::torch::Tensor& indices, const RecordOptions& options, double gap_width);
+  void add(std::size_t layer, const ::torch::Tensor& indices, const RecordOptions& options, double gap_width);
   /// Waits for all that was added and hands it to the controller.
   void drain(Controller& controller);
   /// Forgets all that was added.
@@ -32,10 +34,13 @@ class DeviceSums : public std::enable_shared_from_this<DeviceSums> {
                            const Reduction& reduction);
 
  private:
-  StatsShape shape_;
+  ::torch::Tensor of_layer(const ::torch::Tensor& all, std::size_t layer) const;
+
+  std::vector<StatsShape> shapes_;    // of the layers
+  std::vector<std::int64_t> begins_;  // of their sums; then the end of the last one's
   ::torch::Device device_;
   SideStream side_;
-  // [layers, flat size] each. One takes what is recorded; the other's sums are on their way, or it is zero.
+  // The sums of all layers, one after another, each. One takes what is recorded; the other's sums are on their way, or it is zero.
   ::torch::Tensor sums_[2];
   int filling_ = 0;
   // Of the sums on their way: the host's payload and the device's sums, on the host; and both together on the device.

@@ -1,5 +1,6 @@
 #include "moectl/torch/evaluation.h"
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -7,33 +8,40 @@
 
 namespace moectl {
 
-EvaluationMeter::EvaluationMeter(const Controller& controller)
-    : stats_(static_cast<std::size_t>(controller.config().model.layers), RoutingStats(controller.shape())),
-      metrics_(stats_.size()),
-      layers_(stats_.size()),
-      targets_(controller.config().model.experts, controller.config().model.targets),
-      measurer_(controller.shape(), metrics_options(controller.config())) {}
+EvaluationMeter::EvaluationMeter(const Controller& controller) : ids_(controller.layers()) {
+  for (const LayerSettings& group : layer_settings(controller.config())) {
+    targets_.emplace_back(group.config.model.experts, group.config.model.targets);
+    measurers_.emplace_back(controller.shape(group.ids.front()), metrics_options(group.config));
+    for (const int id : group.ids) {
+      stats_.emplace_back(controller.shape(id));
+      group_of_.push_back(targets_.size() - 1);
+    }
+  }
+  metrics_.resize(stats_.size());
+  layers_.resize(stats_.size());
+}
 
 void EvaluationMeter::record(int layer, const ::torch::Tensor& indices, const RecordOptions& options) {
-  if (layer < 0 || static_cast<std::size_t>(layer) >= stats_.size()) {
-    throw std::invalid_argument("layer: " + std::to_string(layer) + ": must be in [0, " +
-                                std::to_string(stats_.size()) + ")");
+  const auto at = static_cast<std::size_t>(std::find(ids_.begin(), ids_.end(), layer) - ids_.begin());
+  if (at == ids_.size()) {
+    throw std::invalid_argument("layer: " + std::to_string(layer) + ": must be a layer of the controller, " +
+                                std::to_string(ids_.front()) + " to " + std::to_string(ids_.back()));
   }
-  RoutingStats& stats = stats_[static_cast<std::size_t>(layer)];
-  stats.add(HostBatch(stats.shape(), indices, options).batch());
+  stats_[at].add(HostBatch(stats_[at].shape(), indices, options).batch());
+  stats_[at].join_sequences();  // the next batch has other sequences under the same ids
 }
 
 const StepReport& EvaluationMeter::report(std::int64_t step, const StepInfo& info) {
   for (std::size_t i = 0; i < layers_.size(); ++i) {
-    measurer_.measure(stats_[i], metrics_[i]);
-    layers_[i].layer = static_cast<int>(i);
+    measurers_[group_of_[i]].measure(stats_[i], metrics_[i]);
+    layers_[i].layer = ids_[i];
     layers_[i].stats = &stats_[i];
     layers_[i].metrics = &metrics_[i];
+    layers_[i].targets = &targets_[group_of_[i]];
   }
   report_.step = step;
   report_.info = info;
   report_.layers = layers_;
-  report_.targets = &targets_;
   return report_;
 }
 

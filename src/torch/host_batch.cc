@@ -69,6 +69,29 @@ void check_record(const StatsShape& shape, const ::torch::Tensor& indices, const
     require(dropped.numel() == 1 && is_integer(dropped), "dropped", dropped, "must be one integer");
 }
 
+::torch::Tensor whole_counts(const ::torch::Tensor& counts, int experts) {
+  const ::torch::NoGradGuard no_grad;
+  require(counts.defined() && counts.dim() == 1 && counts.numel() == experts, "counts", counts,
+          "must be [N], with the N of the config");
+  const auto type = counts.scalar_type();
+  require(type != ::torch::kHalf && type != ::torch::kBFloat16, "counts", counts,
+          "half precision rounds counts (40840 becomes 40960 in bfloat16): count in int64 or float32");
+  require(is_integer(counts) || type == ::torch::kFloat || type == ::torch::kDouble, "counts", counts,
+          "must be of an integer type, float32 or float64");
+  const ::torch::Tensor here = counts.detach().to(::torch::kCPU);
+  if (!is_integer(counts)) {
+    const ::torch::Tensor wide = here.to(::torch::kDouble);
+    require(wide.eq(wide.floor()).all().item<bool>(), "counts", counts, "must hold whole numbers");
+    constexpr double kFloat32 = 16777216, kFloat64 = 9007199254740992;
+    const bool narrow = type == ::torch::kFloat;
+    require(wide.abs().lt(narrow ? kFloat32 : kFloat64).all().item<bool>(), "counts", counts,
+            narrow ? "float32 does not hold every count from 2^24 on, and adding 1 to it changes nothing: "
+                     "count in int64"
+                   : "must be below 2^53");
+  }
+  return here.to(::torch::kLong).contiguous();
+}
+
 HostBatch::HostBatch(const StatsShape& shape, const ::torch::Tensor& indices, const RecordOptions& options) {
   check_record(shape, indices, options);
   const auto count = static_cast<std::size_t>(indices.numel() / shape.top_k);

@@ -13,6 +13,9 @@ namespace moectl {
 /// Throws std::invalid_argument unless the tensors of one record fit `shape` and one another.
 void check_record(const StatsShape& shape, const ::torch::Tensor& indices, const RecordOptions& options);
 
+/// int64 [N] on the host. Throws std::invalid_argument if `counts` are not [N], or of a type that rounds counts.
+::torch::Tensor whole_counts(const ::torch::Tensor& counts, int experts);
+
 /// The views of one record and the tensors that keep their memory alive.
 class HostBatch {
  public:

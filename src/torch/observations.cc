@@ -32,7 +32,7 @@ void add_norms(TorchController& controller, int layer, const Tensor& squares) {
 }  // namespace
 
 void record_gradients(TorchController& controller, int layer, const std::vector<Tensor>& parameters) {
-  const StatsShape& shape = controller.controller().shape();
+  const StatsShape& shape = controller.controller().shape(layer);
   for (const Tensor& parameter : parameters) {
     require_experts(parameter.dim() > 0 ? static_cast<std::size_t>(parameter.size(0)) : 0, shape);
   }
@@ -49,7 +49,7 @@ void record_gradients(TorchController& controller, int layer, const std::vector<
 
 void record_gradients(TorchController& controller, int layer,
                       const std::vector<std::vector<Tensor>>& experts) {
-  const StatsShape& shape = controller.controller().shape();
+  const StatsShape& shape = controller.controller().shape(layer);
   require_experts(experts.size(), shape);
   if (!wanted(controller, shape.needs.gradients)) return;
   const ::torch::NoGradGuard no_grad;
@@ -70,7 +70,7 @@ void record_gradients(TorchController& controller, int layer,
 
 void record_losses(TorchController& controller, int layer, const Tensor& indices, const Tensor& losses,
                    const RecordOptions& options) {
-  const StatsShape& shape = controller.controller().shape();
+  const StatsShape& shape = controller.controller().shape(layer);
   RecordOptions given;
   given.mask = options.mask;
   given.domain_ids = options.domain_ids;

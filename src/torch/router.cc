@@ -100,7 +100,20 @@ RouterOutput TopKRouterImpl::route(const Tensor& logits, const RouterInputs& inp
       throw std::invalid_argument("mask: must have the shape of the logits without N, or [T]");
     }
   }
+  if (const Tensor& ids = inputs.sequence_ids; ids.defined()) {
+    const auto tokens = logits.sizes().slice(0, static_cast<std::size_t>(logits.dim() - 1));
+    if (!at::isIntegralType(ids.scalar_type(), /*includeBool=*/false) ||
+        ids.numel() * options.experts() != logits.numel() || (ids.dim() != 1 && ids.sizes() != tokens)) {
+      throw std::invalid_argument(
+          "sequence_ids: must be of an integer type, in the shape of the logits without N, or [T]");
+    }
+  } else if (options.sequence_loss_weight() > 0 && logits.dim() == 2 && is_training() &&
+             at::GradMode::is_enabled()) {
+    throw std::invalid_argument(
+        "sequence_ids: missing: tokens [T, H] do not tell their sequences, which sequence_loss_weight needs");
+  }
   RouterOutput out;
+  out.sequence_ids = inputs.sequence_ids;
   out.logits = logits.to(::torch::promote_types(logits.scalar_type(), ::torch::kFloat32));
   const Tensor log_score = log_scores(out.logits, actuators.temperature);
   const bool softmax = options.gate() == Gate::kSoftmax;
@@ -174,7 +187,10 @@ void TopKRouterImpl::add_losses(const RouterInputs& inputs, RouterOutput& out) c
   out.balance_loss = (load.to(p.scalar_type()) * masked_mean(p, mask)).sum() * scale;
   out.z_loss = masked_mean(out.logits.reshape({-1, n}).logsumexp(-1).square(), mask);
 
-  if (out.indices.dim() == 3) {
+  if (inputs.sequence_ids.defined()) {
+    const Tensor ids = inputs.sequence_ids.reshape(-1).to(::torch::kLong);
+    out.sequence_loss = packed_sequence_loss(ids.to(flat.device()), mask, out);
+  } else if (out.indices.dim() == 3) {
     const std::int64_t batch = out.indices.size(0), length = out.indices.size(1);
     Tensor mean_p, counts;
     if (mask.defined()) {
@@ -201,6 +217,30 @@ void TopKRouterImpl::add_losses(const RouterInputs& inputs, RouterOutput& out) c
     out.aux_loss = out.aux_loss + out.sequence_loss * options.sequence_loss_weight();
   }
   if (options.z_loss_weight() > 0) out.aux_loss = out.aux_loss + out.z_loss * options.z_loss_weight();
+}
+
+/// N Σ f_i P_i of each run of equal ids [T], averaged over those that have a token. `mask` [T] or undefined.
+Tensor TopKRouterImpl::packed_sequence_loss(const Tensor& ids, const Tensor& mask,
+                                            const RouterOutput& out) const {
+  const std::int64_t n = options.experts(), k = options.top_k();
+  const Tensor p = out.probabilities.reshape({-1, n});
+  const Tensor weight = mask.defined() ? mask : ::torch::ones({p.size(0)}, p.options());
+  const Tensor begins =
+      ::torch::cat({::torch::zeros_like(ids.slice(0, 0, 1)), ids.diff().ne(0).to(::torch::kLong)});
+  const Tensor sequence = begins.cumsum(0);
+  // An accelerator need not be asked how many sequences there are: no more than tokens.
+  const std::int64_t most =
+      ids.is_cpu() && ids.numel() > 0 ? sequence[-1].item<std::int64_t>() + 1 : ids.numel();
+  const Tensor tokens = ::torch::zeros({most}, p.options()).index_add(0, sequence, weight);
+  const Tensor cell = sequence.unsqueeze(1) * n + out.indices.reshape({-1, k});
+  const Tensor counts = ::torch::zeros({most * n}, p.options())
+                            .index_add(0, cell.reshape(-1), weight.unsqueeze(1).expand({-1, k}).reshape(-1))
+                            .view({most, n});
+  const Tensor sums = ::torch::zeros({most, n}, p.options()).index_add(0, sequence, p * weight.unsqueeze(1));
+  const Tensor real = tokens.clamp_min(1).unsqueeze(1);
+  const Tensor by_sequence = (counts / (real * static_cast<double>(k)) * (sums / real)).sum(1);
+  // A sequence of nothing but padding has no balance to speak of.
+  return by_sequence.sum() * static_cast<double>(n) / tokens.gt(0).sum().clamp_min(1);
 }
 
 /// Each expert takes ⌈capacity_factor · S/N⌉ assignments, in the order of `drop_by`; the others' gate weights become 0.

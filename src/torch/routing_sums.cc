@@ -23,9 +23,14 @@ class Summing {
         tokens_(indices.numel() / shape.top_k),
         sequence_length_(indices.dim() == 3 ? indices.size(1) : 0),
         chosen_(whole(indices).reshape({tokens_, shape.top_k})) {
-    if (options.mask.defined()) real_ = here(options.mask).reshape(-1).ne(0);
-    weight_ = real_.defined() ? real_.to(::torch::kLong) : filled(1, tokens_);
-    const Tensor outside = chosen_.lt(0).logical_or(chosen_.ge(shape.experts));
+    const Tensor routed = chosen_.ne(-1);
+    real_ = routed.any(1);
+    if (options.mask.defined()) real_ = real_.logical_and(here(options.mask).reshape(-1).ne(0));
+    weight_ = real_.to(::torch::kLong);
+    each_ = routed.to(::torch::kLong) * weight_.unsqueeze(1);
+    const Tensor number = ::torch::arange(shape.top_k, chosen_.options());
+    last_ = (number * each_).amax(1, /*keepdim=*/true);
+    const Tensor outside = chosen_.lt(-1).logical_or(chosen_.ge(shape.experts));
     good_ = of_real(outside.any(1)).any().logical_not();
     chosen_ = chosen_.clamp(0, shape.experts - 1);
   }
@@ -65,13 +70,12 @@ class Summing {
   }
   /// `values` [T, ...], zero (or false) for padding.
   Tensor of_real(const Tensor& values) const {
-    if (!real_.defined()) return values;
     const Tensor padding = real_.logical_not();
     return values.masked_fill(values.dim() > 1 ? padding.unsqueeze(1) : padding, 0);
   }
   /// Σ_t of the terms [T, ...] in units of 2^-24; only those of good real tokens can be rounded at all.
   Tensor fixed_sum(const Tensor& terms, const Tensor& good) const {
-    const Tensor bad = (real_.defined() ? real_.logical_and(good) : good).logical_not();
+    const Tensor bad = real_.logical_and(good).logical_not();
     const Tensor safe = terms.masked_fill(terms.dim() > 1 ? bad.unsqueeze(1) : bad, 0);
     return safe.mul(16777216.0).round().to(::torch::kLong).sum(0);
   }
@@ -83,26 +87,32 @@ class Summing {
 
   void counts() {
     scalar(RoutingStats::kTokens) = weight_.sum();
-    const Tensor each = weight_.unsqueeze(1).expand({-1, shape_.top_k});
+    scalar(RoutingStats::kChoicesSq) = each_.sum(1).square().sum();
     if (shape_.needs.sequences && options_.sequence_ids.defined()) {
-      sequences_by_id(each);
+      const Tensor ids = whole(options_.sequence_ids).reshape(-1);
+      if (shape_.needs.split_sequences > 0) {
+        pieces(ids);
+      } else {
+        good_ = good_.logical_and(ids.diff().ge(0).all());
+        sequences_by_id(ids, each_, weight_);
+      }
     } else if (shape_.needs.sequences && sequence_length_ > 0) {
-      sequences_by_shape(each);
+      sequences_by_shape();
     }
     if (!array(RoutingStats::kCounts).defined()) {
       array(RoutingStats::kCounts) =
-          filled(0, shape_.experts).scatter_add_(0, chosen_.reshape(-1), each.reshape(-1));
+          filled(0, shape_.experts).scatter_add_(0, chosen_.reshape(-1), each_.reshape(-1));
     }
   }
 
-  void sequences_by_shape(const Tensor& each) {
+  void sequences_by_shape() {
     const std::int64_t sequences = tokens_ / sequence_length_;
     const Tensor histograms =
         filled(0, sequences * shape_.experts)
             .view({sequences, shape_.experts})
-            .scatter_add_(1, chosen_.reshape({sequences, -1}), each.reshape({sequences, -1}));
+            .scatter_add_(1, chosen_.reshape({sequences, -1}), each_.reshape({sequences, -1}));
     const Tensor real = weight_.view({sequences, -1}).sum(1);
-    const Tensor length = real * shape_.top_k;
+    const Tensor length = each_.view({sequences, -1}).sum(1);
     array(RoutingStats::kCounts) = histograms.sum(0);
     array(RoutingStats::kSequenceSq) = histograms.square().sum(0);
     array(RoutingStats::kSequenceCross) = (histograms * length.unsqueeze(1)).sum(0);
@@ -111,22 +121,32 @@ class Summing {
     scalar(RoutingStats::kSequenceLenSq) = length.square().sum();
   }
 
-  /// How many sequences there are is known to the device alone, so no histogram of each can be made. Instead
-  /// the assignments are sorted by (sequence, expert): c² is the sum of the c first odd numbers.
-  void sequences_by_id(const Tensor& each) {
-    const Tensor ids = whole(options_.sequence_ids).reshape(-1);
-    const Tensor step = ids.diff();
-    good_ = good_.logical_and(step.ge(0).all());
-    const Tensor sequence = ::torch::cat({filled(0, 1), step.ne(0).to(::torch::kLong)}).cumsum(0);
-    const Tensor real = filled(0, tokens_).scatter_add_(0, sequence, weight_);
-    const Tensor length = real * shape_.top_k;
+  /// Sequences whose pieces are joined later, by their ids; runs of negative ids are whole ones.
+  void pieces(const Tensor& ids) {
+    const std::int64_t n = shape_.needs.split_sequences;
+    const Tensor of_piece = ids.ge(0).logical_and(ids.lt(n)).to(::torch::kLong),
+                 whole_one = ids.lt(0).to(::torch::kLong);
+    sequences_by_id(ids, each_ * whole_one.unsqueeze(1), weight_ * whole_one);
+    const Tensor cell = ids.clamp(0, n - 1).unsqueeze(1) * shape_.experts + chosen_;
+    array(RoutingStats::kSplitCounts) =
+        filled(0, n * shape_.experts)
+            .scatter_add_(0, cell.reshape(-1), (each_ * of_piece.unsqueeze(1)).reshape(-1));
+    scalar(RoutingStats::kBeyondSplit) = (weight_ * ids.ge(n).to(::torch::kLong)).sum();
+    scalar(RoutingStats::kSequenceTokens) =
+        scalar(RoutingStats::kTokens) - scalar(RoutingStats::kBeyondSplit);
+  }
 
-    // Padding is given a sequence of its own behind all others, where it disturbs no run.
+  /// Runs of equal ids. How many sequences there are is known to the device alone, so no histogram of each can be made.
+  /// Instead the assignments are sorted by (sequence, expert): c² is the sum of the c first odd numbers. `each` [T, k] and
+  /// `weight` [T]: 0 for what is not counted.
+  void sequences_by_id(const Tensor& ids, const Tensor& each, const Tensor& weight) {
+    const Tensor sequence = ::torch::cat({filled(0, 1), ids.diff().ne(0).to(::torch::kLong)}).cumsum(0);
+    const Tensor real = filled(0, tokens_).scatter_add_(0, sequence, weight);
+    const Tensor length = filled(0, tokens_).scatter_add_(0, sequence, each.sum(1));
+
+    // What is not counted is given a sequence of its own behind all others, where it disturbs no run.
     const std::int64_t experts = shape_.experts;
-    Tensor key = sequence.unsqueeze(1) * experts + chosen_;
-    if (real_.defined()) {
-      key = key.masked_fill(real_.logical_not().unsqueeze(1), tokens_ * experts);
-    }
+    const Tensor key = (sequence.unsqueeze(1) * experts + chosen_).masked_fill(each.eq(0), tokens_ * experts);
     const Tensor sorted = std::get<0>(key.reshape(-1).sort());
     const Tensor place = ::torch::arange(sorted.numel(), sorted.options());
     const Tensor starts = ::torch::cat({filled(1, 1), sorted.diff().ne(0).to(::torch::kLong)});
@@ -151,7 +171,7 @@ class Summing {
     const Tensor cell = domain.unsqueeze(1) * shape_.experts + chosen_;
     array(RoutingStats::kDomainCounts) =
         filled(0, static_cast<std::int64_t>(shape_.needs.domains) * shape_.experts)
-            .scatter_add_(0, cell.reshape(-1), weight_.unsqueeze(1).expand({-1, shape_.top_k}).reshape(-1));
+            .scatter_add_(0, cell.reshape(-1), each_.reshape(-1));
     scalar(RoutingStats::kDomainTokens) = scalar(RoutingStats::kTokens);
   }
 
@@ -161,7 +181,7 @@ class Summing {
                               .to(::torch::kFloat)
                               .to(::torch::kDouble)
                               .reshape({tokens_, shape_.top_k + 1});
-    const Tensor gap = values.select(1, shape_.top_k - 1) - values.select(1, shape_.top_k);
+    const Tensor gap = (values.gather(1, last_) - values.gather(1, last_ + 1)).squeeze(1);
     const Tensor good = gap.ge(0).logical_and(gap.le(kFixedMax));
     require(good);
     scalar(RoutingStats::kGapSum) = fixed_sum(gap, good);
@@ -169,7 +189,7 @@ class Summing {
     scalar(RoutingStats::kGapWidthSum) = scalar(RoutingStats::kTokens) * gap_width_;
     array(RoutingStats::kGapNear) =
         filled(0, shape_.experts)
-            .scatter_add_(0, chosen_.select(1, shape_.top_k - 1).contiguous(),
+            .scatter_add_(0, chosen_.gather(1, last_).squeeze(1),
                           weight_ * gap.lt(from_fixed(gap_width_)).to(::torch::kLong));
   }
 
@@ -178,7 +198,8 @@ class Summing {
     const auto doubles = [&](const Tensor& tensor, std::int64_t width) {
       return here(tensor).to(::torch::kFloat).to(::torch::kDouble).reshape({tokens_, width});
     };
-    const Tensor top = doubles(options_.top_values, shape_.top_k + 1).narrow(1, shape_.top_k - 1, 2);
+    const Tensor top =
+        doubles(options_.top_values, shape_.top_k + 1).gather(1, ::torch::cat({last_, last_ + 1}, 1));
     const Tensor threshold = top.sum(1) * 0.5;
     const Tensor scores = doubles(options_.biased_scores, shape_.experts);
     constexpr double kMost = std::numeric_limits<float>::max();
@@ -234,8 +255,10 @@ class Summing {
   ::torch::Device device_;
   std::int64_t tokens_, sequence_length_;  // 0 = not known by shape
   Tensor chosen_;                          // [T, k], clamped into range
-  Tensor real_;                            // [T] bool; undefined if all are
-  Tensor weight_;                          // [T] 1 = real, 0 = padding
+  Tensor real_;                            // [T] bool: not padding, and some slot is routed
+  Tensor weight_;                          // [T] 1 = real, 0 = not
+  Tensor each_;                            // [T, k] 1 = a slot that counts
+  Tensor last_;                            // [T, 1] the last of them
   Tensor good_;                            // 0-dim bool
   std::array<Tensor, RoutingStats::kScalarCount> scalars_;
   std::array<Tensor, RoutingStats::kArrayCount> arrays_;

@@ -98,7 +98,7 @@ TEST(State, IsLittleEndian) {
   std::int64_t x = 0x0102;
   out.value("x", x);
   const std::string bytes = out.bytes();
-  EXPECT_EQ(bytes.substr(0, 12), std::string("moectlst\2\0\0\0", 12));
+  EXPECT_EQ(bytes.substr(0, 12), std::string("moectlst\3\0\0\0", 12));
   EXPECT_EQ(bytes.substr(28), std::string("\1\0\0\0xi\1\0\0\0\0\0\0\0\2\1\0\0\0\0\0\0", 22));
 }
 
@@ -194,8 +194,8 @@ TEST(State, RefusesOtherFormatsAndVersions) {
   EXPECT_THAT(error_of([] { read(std::string(40, 'x')); }),
               HasSubstr("format: expected 'moectlst', found 'xxxxxxxx'"));
   std::string newer = sample();
-  newer[8] = 3;
-  EXPECT_THAT(error_of([&] { read(newer); }), HasSubstr("version: expected 2, found 3"));
+  newer[8] = 4;
+  EXPECT_THAT(error_of([&] { read(newer); }), HasSubstr("version: expected 3, found 4"));
 }
 
 TEST(State, EveryTruncationIsAnError) {
@@ -258,7 +258,7 @@ TEST(State, RandomBytesNeverCrash) {
   for (int trial = 0; trial < 20000; ++trial) {
     std::string bytes(random() % 200, '\0');
     for (char& c : bytes) c = static_cast<char>(random());
-    if (trial % 2 == 0 && bytes.size() > 12) bytes.replace(0, 12, std::string("moectlst\2\0\0\0", 12));
+    if (trial % 2 == 0 && bytes.size() > 12) bytes.replace(0, 12, std::string("moectlst\3\0\0\0", 12));
     EXPECT_THROW(read(bytes), StateError);
   }
 }

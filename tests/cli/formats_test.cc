@@ -57,6 +57,7 @@ Rows table(const std::string& heading) {
 
 const char* const kFirstLine = "Trace: the first line";
 const char* const kRecord = "Trace: a record";
+const char* const kForeign = "Numbers from elsewhere";
 const char* const kRunFirstLine = "Run log: the first line";
 const char* const kRunRecord = "Run log: a record";
 
@@ -120,6 +121,13 @@ TEST(Formats, TheReaderKnowsEveryFieldOfTheTables) {
     wrong["notices"][0].erase(row.field);
     EXPECT_THAT(read(run_header(), wrong).err, HasSubstr("notices[0]." + row.field + ": missing: required"));
   }
+  for (const Row& row : table("The response of the load")) {
+    Json wrong = record;
+    wrong["responsiveness"] = all_of(table("The response of the load"));
+    EXPECT_EQ(read(run_header(), wrong).code, 0);
+    wrong["responsiveness"][row.field] = true;
+    expect_known("responsiveness." + row.field, read(run_header(), wrong));
+  }
   for (const Row& row : table("An actuator")) {
     Json wrong = record;
     wrong["actuators"]["expert_bias"][row.field] = true;
@@ -131,7 +139,7 @@ TEST(Formats, WhatIsNeededIsNeededAndTheRestIsNot) {
   Rows needed_rows = table(kRecord);
   std::erase_if(needed_rows, [](const Row& row) { return row.needed != "yes"; });
   const Json header = all_of(table(kFirstLine)), least = all_of(needed_rows);
-  EXPECT_EQ(needed_rows.size(), 4U);
+  EXPECT_EQ(needed_rows.size(), 3U);
   EXPECT_EQ(read(header, least).code, 0) << read(header, least).err;
   for (const Row& row : needed_rows) {
     Json less = least;
@@ -185,10 +193,11 @@ TEST(Formats, TheWriterWritesWhatThePageSaysAndNothingElse) {
     EXPECT_EQ(written, documented);
   };
   // A run log's config says the shape; `replay` has no tag but `train`, which is not written. Nothing
-  // is wrong with the example, so it has no notices.
+  // is wrong with the example, so it has no notices; its recorded loads answer nothing, so the response is not checked;
+  // each of its tokens selects k experts.
   expect_same(header, {kFirstLine, kRunFirstLine}, {"layers", "experts", "top_k"});
   record.erase("guard");  // has a table of its own
-  expect_same(record, {kRecord, kRunRecord}, {"tag", "notices"});
+  expect_same(record, {kRecord, kRunRecord}, {"tag", "notices", "choices_sq", "responsiveness"});
   expect_same(actuator, {"An actuator"}, {});
   expect_same(guard, {"The guard"}, {});
 }
@@ -196,8 +205,8 @@ TEST(Formats, TheWriterWritesWhatThePageSaysAndNothingElse) {
 // Fields are the first words that the functions of src/log are called with.
 TEST(Formats, EveryFieldThatTheSourcesNameStandsOnThePage) {
   std::set<std::string> documented;
-  for (const char* heading :
-       {kFirstLine, kRecord, kRunFirstLine, kRunRecord, "A notice", "An actuator", "The guard"}) {
+  for (const char* heading : {kFirstLine, kRecord, kForeign, kRunFirstLine, kRunRecord, "A notice",
+                              "The response of the load", "An actuator", "The guard"}) {
     for (const Row& row : table(heading)) documented.insert(row.field);
   }
   documented.insert({"guard", "update_frequency", "model", "targets"});  // described in the text

@@ -101,6 +101,26 @@ TEST(Report, NoticesStandInTheirOwnWords) {
   EXPECT_EQ(notices, expected);
 }
 
+TEST(Report, TheResponseOfEachLayerStandsInATable) {
+  const TempDir dir;
+  std::string run =
+      R"({"format":"moectl-run","version":1,"config":{"model":{"layers":1,"experts":2,"top_k":1}}})"
+      "\n";
+  for (int step = 0; step < 9; ++step) {
+    const bool held = step >= 3 && step < 7;
+    run += record(
+        step, "[50,50]",
+        held ? R"(,"responsiveness":{"state":"unresponsive","gain":0.01,"error":0.1,"slope":"measured"})"
+             : R"(,"responsiveness":{"state":"answers","gain":0.95,"error":0.1,"slope":"measured"})");
+  }
+  dir.write("a.jsonl", run);
+  const ToolResult result = run_tool(dir, "report a.jsonl -o r.html");
+  ASSERT_EQ(result.code, 0) << result.err;
+  EXPECT_EQ(data_of(TempDir::read(dir.path("r.html"))).at(0)["layers"][0]["response"],
+            nlohmann::json::parse(R"({"state":"answers","gain":0.95,"error":0.1,"slope":"measured","late":0,)"
+                                  R"("held":4,"first_held":3})"));
+}
+
 TEST(Report, DownsamplingKeepsExtremes) {
   const TempDir dir;
   std::string run;

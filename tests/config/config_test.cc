@@ -232,10 +232,7 @@ TEST_P(WrongConfig, NamesPlaceKeyValueAndConstraint) {
     parse(GetParam().text);
     FAIL() << "accepted";
   } catch (const ConfigError& e) {
-    // What follows a syntax error's place and kind is yaml-cpp's to say, and more of it in later versions.
-    const std::string what = e.what();
-    const bool syntax = what.find("syntax: not YAML: ") != std::string::npos;
-    EXPECT_EQ(syntax ? what.substr(0, GetParam().message.size()) : what, GetParam().message);
+    EXPECT_EQ(std::string(e.what()), GetParam().message);
   }
 }
 
@@ -250,13 +247,21 @@ INSTANTIATE_TEST_SUITE_P(
         Wrong{"Empty", "", "c.yaml:1:1: file: (empty): must be a map of keys"},
         Wrong{"List", "- 1\n", "c.yaml:1:1: file: [...]: must be a map of keys"},
         Wrong{"TwoDocuments", "version: 1\n---\nversion: 1\n",
-              "c.yaml:2:1: syntax: not YAML: a second document or stray text follows the first"},
-        Wrong{"StrayBracket", "version: 1\n} ]\n", "c.yaml:2:1: syntax: not YAML: illegal flow end"},
-        Wrong{"Unclosed", "version: 1\nmodel: {layers: 3\n",
-              "c.yaml:3:1: syntax: not YAML: end of map flow not found"},
-        Wrong{"Tab", "version: 1\nmodel:\n\tlayers: 3\n", "c.yaml:3:8: syntax: not YAML: illegal map value"},
+              "c.yaml:2:1: syntax: not YAML: a second document follows the first"},
+        Wrong{"StrayBracket", "version: 1\n} ]\n",
+              "c.yaml:2:1: syntax: not YAML: did not find expected key (while parsing a block mapping)"},
+        Wrong{
+            "Unclosed", "version: 1\nmodel: {layers: 3\n",
+            "c.yaml:3:1: syntax: not YAML: did not find expected ',' or '}' (while parsing a flow mapping)"},
+        Wrong{"Tab", "version: 1\nmodel:\n\tlayers: 3\n",
+              "c.yaml:3:1: syntax: not YAML: found character that cannot start any token (while scanning for "
+              "the next token)"},
         Wrong{"UnknownAlias", "version: *one\n",
-              "c.yaml:1:10: syntax: not YAML: the referenced anchor is not defined"},
+              "c.yaml:1:10: syntax: not YAML: no anchor of this name stands before it"},
+        Wrong{"Deep", "version: 1\nmodel: " + std::string(200000, '['),
+              "c.yaml:2:71: syntax: not YAML: nested too deeply"},
+        Wrong{"Control", "version: 1\n# \x01\n",
+              "c.yaml:2:3: syntax: not YAML: control characters are not allowed"},
         Wrong{"Tag", "version: !!int 1\n", "c.yaml:1:1: version: tag:yaml.org,2002:int: must carry no tag"},
         Wrong{"KeyIsAList", "version: 1\n? [a]\n: 1\n", "c.yaml:2:3: [...]: 1: keys must be plain words"},
         // Keys.
@@ -270,7 +275,7 @@ INSTANTIATE_TEST_SUITE_P(
               "c.yaml:3:1: supervisor: {...}: unknown key; known are version, mode, lag, model, metrics, "
               "health, "
               "expert_bias, "
-              "aux_loss_weight, router_temperature, safety, guard, log, collect"},
+              "aux_loss_weight, router_temperature, safety, guard, log, collect, layers, timeline"},
         Wrong{"NearKey", with("expert_bais: {policy: stepper}\n"),
               "c.yaml:3:1: expert_bais: {...}: unknown key; did you mean 'expert_bias'?"},
         Wrong{"ShortKey", with("aux_weight: {}\n"),

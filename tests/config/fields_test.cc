@@ -42,7 +42,7 @@ void for_each_value(const std::string& path, const FieldInfo& field, T& value, c
     });
   } else if constexpr (kIsOptional<T>) {
     if (value) for_each_value(path, field, *value, visit);
-  } else if constexpr (std::is_same_v<T, std::vector<Phase>> || std::is_same_v<T, std::vector<AlertRule>>) {
+  } else if constexpr (kIsList<T>) {
     for (std::size_t i = 0; i < value.size(); ++i) {
       for_each_value(path + '[' + std::to_string(i) + ']', field, value[i], visit);
     }
@@ -82,6 +82,8 @@ std::vector<T> others(const FieldInfo& field, const T& value) {
     return {{"one", "two"}};
   } else if constexpr (std::is_same_v<T, std::vector<double>>) {
     return {{0.1, 0.2, 0.3, 0.4}};
+  } else if constexpr (std::is_same_v<T, Initial>) {
+    return {Initial(value / 2 + 0.001), Initial(value + 0.25)};
   } else if constexpr (std::is_same_v<T, Bands>) {
     return {{{"max_vio", {0, 2}}}};
   } else {
@@ -166,8 +168,7 @@ TEST(Fields, WhatMustBeSharedIsCompared) {
   validate(full);
   for (const Changed& changed : changes()) {
     const Shared shared = changed.field->shared;
-    EXPECT_EQ(describe_for_ranks(changed.config, shape) != describe_for_ranks(full, shape),
-              shared >= Shared::kRanks)
+    EXPECT_EQ(describe_for_ranks(changed.config, 7) != describe_for_ranks(full, 7), shared >= Shared::kRanks)
         << changed.path;
     EXPECT_EQ(describe_for_state(changed.config, shape) != describe_for_state(full, shape),
               shared >= Shared::kPresent)
@@ -179,7 +180,7 @@ TEST(Fields, OptionsOfPoliciesAreCompared) {
   const StatsShape shape{4, 2, {}};
   ControllerConfig config = full_config(), other = full_config();
   other.aux_loss_weight.options.set("target", 0.25);
-  EXPECT_NE(describe_for_ranks(config, shape), describe_for_ranks(other, shape));
+  EXPECT_NE(describe_for_ranks(config, 7), describe_for_ranks(other, 7));
   EXPECT_THAT(describe_for_state(other, shape), HasSubstr("aux_loss_weight.options.target: 0.25\n"));
 }
 
@@ -189,7 +190,7 @@ TEST(Fields, BandsMayMoveBetweenRunsButNotBetweenRanks) {
   ControllerConfig config = full_config(), other = full_config();
   other.monitor.health.bands["load_cv"] = {0, 0.5};
   EXPECT_EQ(describe_for_state(config, shape), describe_for_state(other, shape));
-  EXPECT_NE(describe_for_ranks(config, shape), describe_for_ranks(other, shape));
+  EXPECT_NE(describe_for_ranks(config, 7), describe_for_ranks(other, 7));
 }
 
 TEST(Fields, EveryKeyIsDescribed) {

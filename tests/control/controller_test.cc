@@ -35,7 +35,8 @@ ControllerConfig small_config(const std::string& policy = "sign_bias", int layer
 
 void record_counts(Controller& controller, int layer, const Counts& counts) {
   const std::int64_t total = std::accumulate(counts.begin(), counts.end(), std::int64_t{0});
-  controller.record(layer, [&](RoutingStats& sums) { sums.add_counts(counts, total / sums.top_k()); });
+  controller.record(
+      layer, [&](RoutingStats& sums) { sums.add_counts(counts, (total + sums.top_k() - 1) / sums.top_k()); });
 }
 
 void record_all(Controller& controller, const Counts& counts) {
@@ -416,6 +417,56 @@ TEST(ControllerRanks, OneRanksSkippedStepHoldsAll) {
     record_all(controller, {4, 0, 0, 0});
     EXPECT_TRUE(
         controller.step({.skipped = rank == 1}).layers[0].actuators[0].reasons.has(Reason::kSkippedStep));
+  });
+}
+
+TEST(ControllerRanks, OneRanksHoldHoldsAllAndIsNamed) {
+  Ranks ranks(2);
+  on_ranks(2, [&](int rank) {
+    Controller controller(small_config());
+    controller.set_reduction(ranks.reduction());
+    std::string notices;
+    const auto step = [&] {
+      record_all(controller, {4, 0, 0, 0});
+      for (const Notice& notice : controller.step().notices) {
+        if (notice.kind == NoticeKind::kHold) notices += std::string(notice.text) + '\n';
+      }
+    };
+    step();
+    const std::vector<double> before = to_vector(controller.bias(0));
+    controller.hold(rank == 1);
+    for (int i = 0; i < 3; ++i) step();
+    EXPECT_EQ(to_vector(controller.bias(0)), before);
+    EXPECT_TRUE(controller.report().layers[0].actuators[0].reasons.has(Reason::kHostHold));
+    EXPECT_EQ(notices,
+              "1 of 2 ranks are held by hold() or by MOECTL_HOLD in their environment: all ranks hold\n");
+    controller.hold(false);
+    step();
+    EXPECT_NE(to_vector(controller.bias(0)), before);
+  });
+}
+
+// Only one rank's router has the fault, and only that rank can see it.
+TEST(ControllerRanks, OneRanksWrongWiringHoldsThatLayerOnAll) {
+  Ranks ranks(2);
+  on_ranks(2, [&](int rank) {
+    Controller controller(small_config("sign_bias"));
+    controller.set_reduction(ranks.reduction());
+    const std::vector<std::int64_t> chosen = {0, 1};
+    const std::vector<float> scores = {0.4F, 0.3F, 0.1F, 0};
+    for (int i = 0; i < 12; ++i) {
+      record_all(controller, {8, 4, 2, 2});
+      if (rank == 1) {
+        controller.check_choices(
+            0, {.experts = std::span(chosen).first(static_cast<std::size_t>(controller.config().model.top_k)),
+                .biased_scores = scores,
+                .scores = scores});
+      }
+      controller.step();
+    }
+    const auto& layers = controller.report().layers;
+    EXPECT_TRUE(layers[0].actuators[0].reasons.has(Reason::kUnresponsive)) << rank;
+    EXPECT_FALSE(layers[1].actuators[0].reasons.has(Reason::kUnresponsive)) << rank;
   });
 }
 

@@ -45,7 +45,8 @@ ControllerConfig config_of(const std::string& policy, int layers = 1, int expert
 
 void record_counts(Controller& controller, int layer, const Indices& counts) {
   const std::int64_t total = std::accumulate(counts.begin(), counts.end(), std::int64_t{0});
-  controller.record(layer, [&](RoutingStats& sums) { sums.add_counts(counts, total / sums.top_k()); });
+  controller.record(
+      layer, [&](RoutingStats& sums) { sums.add_counts(counts, (total + sums.top_k() - 1) / sums.top_k()); });
 }
 
 std::vector<double> bias_of(const Controller& controller, int layer = 0) {
@@ -604,7 +605,7 @@ TEST(LooseEnds, ExactQuantilesWithLagAreRefusedInWordsAndOtherSavesLoad) {
     SimulatedRouter router(plant);
     for (int step = 0; step < 20; ++step) {
       controller.record(0, router.route(controller.bias(0)));
-      if (step % 3 == 0) controller.record(0, RoutingStats(controller.shape()));
+      if (step % 3 == 0) controller.record(0, RoutingStats(controller.shape(0)));
       controller.step();
       Controller resumed(own);
       EXPECT_NO_THROW(resumed.load(controller.save())) << "lag " << lag << ", " << form << ", step " << step;

@@ -428,6 +428,7 @@ TEST(Lag, AnExchangeAddsItsSumsAlsoWhenTheyAreSentAgain) {
     return [&lose, payload, own] {
       for (const std::span<std::int64_t> sums : {payload, own}) {
         sums[RoutingStats::kTokens] += 1;
+        sums[RoutingStats::kChoicesSq] += 4;
         sums[RoutingStats::kScalarCount] += 1;
         sums[RoutingStats::kScalarCount + 1] += 1;
       }

@@ -81,7 +81,7 @@ class FaultyLoop {
 
   static SimulationOptions plant_for(const Controller& controller) {
     SimulationOptions plant;
-    plant.biased_scores = controller.shape().needs.margins || controller.shape().needs.margin_rows;
+    plant.biased_scores = controller.shape(0).needs.margins || controller.shape(0).needs.margin_rows;
     return plant;
   }
 };
@@ -127,7 +127,7 @@ TEST(LoopFaults, StaleStatistics) {
   loop.good_steps(100);
   std::deque<RoutingStats> queue;
   for (int i = 0; i < 200; ++i) {
-    queue.emplace_back(loop.controller().shape()).add(loop.route());
+    queue.emplace_back(loop.controller().shape(0)).add(loop.route());
     if (queue.size() > 5) {
       loop.controller().record(0, queue.front());
       queue.pop_front();
@@ -185,7 +185,7 @@ TEST_P(EveryPolicyWithFaults, BrokenBatchesMoveNothing) {
     RoutingBatch batch = loop_.route();
     std::vector<std::int64_t> choices(batch.experts.begin(), batch.experts.end());
     std::vector<float> values(batch.top_values.begin(), batch.top_values.end());
-    choices[static_cast<std::size_t>(i)] = i % 2 == 0 ? 16 : -1;
+    choices[static_cast<std::size_t>(i)] = i % 2 == 0 ? 16 : -2;
     values[static_cast<std::size_t>(3 * i + 1)] = std::numeric_limits<float>::quiet_NaN();
     batch.experts = choices;
     batch.top_values = values;
@@ -211,7 +211,7 @@ TEST_P(EveryPolicyWithFaults, MissingSteps) {
 TEST_P(EveryPolicyWithFaults, StaleStatistics) {
   std::deque<RoutingStats> queue;
   for (int i = 0; i < 100; ++i) {
-    queue.emplace_back(loop_.controller().shape()).add(loop_.route());
+    queue.emplace_back(loop_.controller().shape(0)).add(loop_.route());
     if (queue.size() > 5) {
       loop_.controller().record(0, queue.front());
       queue.pop_front();

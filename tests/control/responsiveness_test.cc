@@ -8,9 +8,11 @@
 #include <cmath>
 #include <cstdlib>
 #include <functional>
+#include <limits>
 #include <string>
 #include <vector>
 
+#include "altered_state.h"
 #include "moectl/config.h"
 #include "moectl/controller.h"
 #include "moectl/simulation.h"
@@ -118,7 +120,7 @@ TEST(FieldCases, A1_CountsOfAReplayDoNotWindUp) {
   for (const std::string policy : {"adaptive_bias", "sign_bias", "proportional_bias"}) {
     SCOPED_TRACE(policy);
     Controller controller(config_of(model, policy));
-    RoutingStats stats(controller.shape());
+    RoutingStats stats(controller.shape(0));
     double largest = 0;
     for (int step = 0; step < 500; ++step) {
       stats.clear();
@@ -197,7 +199,7 @@ TEST(Responsiveness, ContinuesFromASavedStateToTheBit) {
 // Tokens that chose no expert at all, between steps of a healthy loop, and in a probe.
 TEST(Responsiveness, RecordsWithoutAnyAssignmentDoNoHarm) {
   Loop loop({.seed = 40122});
-  RoutingStats empty(loop.controller.shape());
+  RoutingStats empty(loop.controller.shape(0));
   ASSERT_TRUE(empty.add_counts(std::vector<std::int64_t>(16, 0), 100));
   for (int i = 0; i < 30; ++i) {
     loop.run(i % 7, i < 15 ? Loop::ignored : Loop::as_told);
@@ -209,6 +211,61 @@ TEST(Responsiveness, RecordsWithoutAnyAssignmentDoNoHarm) {
   }
   loop.run(40, Loop::as_told);
   EXPECT_LT(loop.max_vio_over_floor, 2);
+}
+
+// A state out of the middle of a probe, and one in which the layer is held: whatever stands in it, it is refused, or the
+// run goes on with numbers.
+TEST(Responsiveness, AHostileStateIsRefusedOrTheRunGoesOn) {
+  for (const int steps : {14, 60}) {
+    Loop loop({.seed = 40123});
+    loop.run(steps, Loop::ignored);
+    ASSERT_EQ(loop.last.state, steps == 14 ? Response::kProbing : Response::kUnresponsive);
+    const std::string state = loop.controller.save();
+    const auto go_on = [&](const std::string& altered) {
+      Controller other(loop.controller.config());
+      try {
+        other.load(altered);
+      } catch (const StateError&) {
+        return;
+      }
+      SimulatedRouter router = loop.router;
+      for (int i = 0; i < 25; ++i) {
+        other.record(0, router.route(other.bias(0)));
+        other.step();
+        for (const double b : other.bias(0)) ASSERT_TRUE(std::isfinite(b));
+      }
+      Controller again(loop.controller.config());
+      EXPECT_NO_THROW(again.load(other.save()));
+    };
+    for (const testing::StateEntry& entry : testing::state_entries(state)) {
+      if (entry.name.rfind("response", 0) != 0 || entry.count == 0) continue;
+      SCOPED_TRACE(entry.name);
+      if (entry.type == 'i') {
+        for (const std::int64_t x : {std::int64_t{0}, std::int64_t{1}, std::int64_t{7}, std::int64_t{1} << 40,
+                                     std::numeric_limits<std::int64_t>::max()})
+          go_on(testing::with_number(state, entry, 0, x));
+      } else if (entry.type == 'd') {
+        for (const double x : {0.0, -1.0, 1e-308, 1e308, HUGE_VAL})
+          go_on(testing::with_number(state, entry, entry.count / 2, x));
+      }
+    }
+  }
+}
+
+// The check of a balanced layer rests, and is awake as soon as the layer is no longer balanced.
+TEST(Responsiveness, ALoopThatBreaksAfterLongBalanceIsNoticed) {
+  for (const double gain : {0.0, -1.0}) {
+    Loop loop({.seed = 40124});
+    loop.run(300, Loop::as_told);
+    ASSERT_EQ(loop.last.state, Response::kAnswers);
+    EXPECT_NEAR(*loop.last.gain, 1, 0.3);
+    loop.run(60, gain == 0 ? Loop::ignored : Loop::flipped);
+    EXPECT_GE(loop.noticed, 300);
+    EXPECT_LE(loop.noticed, 340);
+    EXPECT_NEAR(*loop.last.gain, gain, 0.4);
+    loop.run(50, Loop::as_told);
+    EXPECT_LT(loop.max_vio_over_floor, 2);
+  }
 }
 
 TEST(Responsiveness, IsNotApplicableWhereNothingIsApplied) {

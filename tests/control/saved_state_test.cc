@@ -85,7 +85,7 @@ class SavedState : public ::testing::TestWithParam<Case> {
   static void record(Controller& controller, std::mt19937_64& random, std::int64_t micro_batch = -1) {
     const auto n = static_cast<std::size_t>(controller.config().model.experts);
     const auto k = static_cast<std::size_t>(controller.config().model.top_k);
-    const StatsNeeds& needs = controller.shape().needs;
+    const StatsNeeds& needs = controller.shape(0).needs;
     constexpr std::size_t kTokens = 24;
     for (int l = 0; l < controller.config().model.layers; ++l) {
       std::vector<std::int64_t> experts, domains;
@@ -133,7 +133,7 @@ TEST_P(SavedState, HasOneLengthAndComesBackAsTheSameBytes) {
     other.load(state);
     EXPECT_EQ(other.save(), state) << at;
   }
-  if (controller.shape().needs.margin_rows) return;  // as long as there are tokens recorded
+  if (controller.shape(0).needs.margin_rows) return;  // as long as there are tokens recorded
   for (std::int64_t micro_batch = 0; micro_batch < 64; ++micro_batch) {
     record(controller, random, micro_batch);
     EXPECT_EQ(controller.save().size(), length) << micro_batch;
@@ -221,6 +221,18 @@ TEST(SavedStates, NumbersThatNoRunCanHaveAreRefusedByName) {
   EXPECT_TRUE(refused("health.state", std::int64_t{8}));
   EXPECT_TRUE(refused("micro_batches", std::int64_t{-2}));
   EXPECT_TRUE(refused("applied", HUGE_VAL));
+  EXPECT_TRUE(refused("response.newest", std::int64_t{3}));
+  EXPECT_TRUE(refused("response.state", std::int64_t{kResponseCount}));
+  EXPECT_TRUE(refused("response.decision", most));
+  EXPECT_TRUE(refused("response.seen", most));
+  EXPECT_TRUE(refused("response.nap", most));
+  EXPECT_TRUE(refused("response.clock", std::int64_t{-1}));
+  EXPECT_TRUE(refused("response.slope", -1.0));
+  EXPECT_TRUE(refused("response.load", std::nan("")));
+  EXPECT_TRUE(refused("response.held", std::int64_t{1}));
+  EXPECT_THROW(
+      controller.load(with_number(state, "response.state", 0, static_cast<std::int64_t>(Response::kAnswers))),
+      StateError);
   EXPECT_FALSE(refused("adaptive.past", std::int64_t{5}));
 }
 

@@ -201,8 +201,10 @@ INSTANTIATE_TEST_SUITE_P(
         WrongLine{"OtherTopK", record(R"(,"top_k":1,"counts":[1,1,1,1])"),
                   "2: top_k: 1: must be 2, as the first line says"},
         WrongLine{"LayerAbove",
-                  std::string(kHeader) + "\n" + R"({"step":0,"layer":2,"tokens":1,"counts":[0,0,0,0]})",
-                  "2: layer: 2: must be at most 1"},
+                  std::string(kHeader) + "\n" + R"({"step":0,"layer":0,"tokens":1,"counts":[0,0,0,0]})" +
+                      "\n" + R"({"step":0,"layer":9,"tokens":1,"counts":[0,0,0,0]})" + "\n" +
+                      R"({"step":0,"layer":2,"tokens":1,"counts":[0,0,0,0]})",
+                  "4: layer: 2: must be one of 2, as many as the first line says"},
         WrongLine{"NullLayer", std::string(kHeader) + "\n" + R"({"step":0,"layer":null})",
                   "2: layer: null: must be a whole number"},
         WrongLine{"TooManyExperts", record(R"(,"counts":[1,1,1,1,0])"),
@@ -212,8 +214,8 @@ INSTANTIATE_TEST_SUITE_P(
         WrongLine{"Negative", record(R"(,"counts":[1,-1,1,1])"), "2: counts[1]: -1: must be at least 0"},
         WrongLine{"Fraction", record(R"(,"counts":[1,1.5,1,1])"),
                   "2: counts[1]: 1.5: must be a whole number"},
-        WrongLine{"Exponent", record(R"(,"counts":[1,1e0,1,1])"),
-                  "2: counts[1]: 1.0: must be a whole number"},
+        WrongLine{"Exponent", record(R"(,"counts":[1,15e-1,1,1])"),
+                  "2: counts[1]: 1.5: must be a whole number"},
         WrongLine{"String", record(R"(,"counts":[1,"1",1,1])"),
                   "2: counts[1]: \"1\": must be a whole number"},
         WrongLine{"Null", record(R"(,"counts":[1,null,1,1])"), "2: counts[1]: null: must be a whole number"},
@@ -287,7 +289,7 @@ TEST(LogReader, SumsThatWouldOverflowAreRefused) {
   for (int i = 0; i < 2047; ++i) counts += ",9007199254740992";
   const std::string path = dir.write(
       "t", R"({"step":0,"layer":0,"tokens":9007199254740992,"top_k":2048,"counts":[)" + counts + "]}");
-  EXPECT_THAT([&] { read_all(path); }, ::testing::ThrowsMessage<LogError>(HasSubstr(":1: counts: sum ")));
+  EXPECT_THAT([&] { read_all(path); }, ::testing::ThrowsMessage<LogError>(HasSubstr(":1: counts: the sum is beyond its range")));
 }
 
 TEST(LogReader, SalvageReadsValidRecordsAndReportsTheRest) {
@@ -623,6 +625,31 @@ TEST(RunLogWriter, ModelScopeStandsInARecordWithoutLayer) {
   EXPECT_EQ(records[1].tag, "validation");
   EXPECT_TRUE(std::isnan(records[1].actuators.at("aux_loss_weight").proposed.at(0)));
   EXPECT_EQ(records[1].actuators.at("aux_loss_weight").applied.at(0), 0.0125);
+}
+
+TEST(RunLogWriter, TheResponseOfTheLoadComesBack) {
+  const TempDir dir;
+  MadeStep made(4, {.experts = 4, .top_k = 2, .needs = {}}, 3);
+  made.reports[1].responsiveness = {.state = Response::kUnknown};
+  made.reports[2].responsiveness = {.state = Response::kAnswers, .gain = 0.75, .error = 0.125, .scaled = true};
+  made.reports[3].responsiveness = {.state = Response::kUnresponsive, .gain = -40, .error = 2, .late = 3};
+  RunLogWriter(dir.path("run.jsonl"), config_of(4, 4, 2)).write(made.report);
+  const std::string text = TempDir::read(dir.path("run.jsonl"));
+  EXPECT_THAT(text, HasSubstr(R"("responsiveness":{"state":"unknown"})"));
+  EXPECT_THAT(
+      text,
+      HasSubstr(R"("responsiveness":{"state":"answers","gain":0.75,"error":0.125,"slope":"measured"})"));
+  EXPECT_THAT(text, HasSubstr(R"("gain":-40,"error":2,"slope":"assumed","late":3})"));
+  const auto records = read_all(dir.path("run.jsonl"));
+  ASSERT_EQ(records.size(), 4U);
+  for (std::size_t l = 0; l < 4; ++l) {
+    const Responsiveness &back = records[l].responsiveness, &sent = made.reports[l].responsiveness;
+    EXPECT_EQ(back.state, sent.state);
+    EXPECT_EQ(back.gain, sent.gain);
+    EXPECT_EQ(back.error, sent.error);
+    EXPECT_EQ(back.late, sent.late);
+    EXPECT_EQ(back.scaled, sent.scaled);
+  }
 }
 
 TEST(RunLogWriter, NoticesStandInTheRecordOfTheirLayer) {

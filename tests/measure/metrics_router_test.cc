@@ -18,7 +18,7 @@ Metrics of_counts(const Counts& counts, int top_k = 1) {
   RoutingStats stats({static_cast<int>(counts.size()), top_k, {}});
   std::int64_t sum = 0;
   for (const auto c : counts) sum += c;
-  EXPECT_TRUE(stats.add_counts(counts, sum / top_k));
+  EXPECT_TRUE(stats.add_counts(counts, (sum + top_k - 1) / top_k));
   return measure(stats);
 }
 

@@ -240,8 +240,8 @@ void expect_rejected(RoutingStats& stats, const RoutingBatch& batch) {
 TEST_P(Malformed, AnIndexOutOfRangeAnywhereRejectsTheRecord) {
   for (const int n : {1, 2, 3, 5, 16, 100, 256, 300, 1025}) {
     std::mt19937_64 random(static_cast<std::uint64_t>(n));
-    for (const std::int64_t bad : {std::int64_t{n}, std::int64_t{n} + 1, std::int64_t{-1}, kMin, kMax,
-                                   std::int64_t{1} << 32, std::int64_t{2} * n, std::int64_t{-n}}) {
+    for (const std::int64_t bad : {std::int64_t{n}, std::int64_t{n} + 1, std::int64_t{-2}, kMin, kMax,
+                                   std::int64_t{1} << 32, std::int64_t{2} * n, std::int64_t{-n - 1}}) {
       RoutingStats stats({n, 1, GetParam() ? everything() : StatsNeeds{}});
       std::vector<std::int64_t> experts(8192 + 3);
       for (auto& e : experts) e = static_cast<std::int64_t>(random() % static_cast<std::uint64_t>(n));
@@ -307,7 +307,7 @@ TEST(RoutingStats, MalformedSumsRejectTheRecord) {
   rejected(stats.add_expert_losses(std::vector<double>{1, 1}, std::vector<std::int64_t>{1, -1}));
   rejected(stats.add_domain_losses(0, std::vector<double>{1, 0.5}, std::vector<std::int64_t>{1, -1}));
   const std::vector<float> losses = {1, 1};
-  for (const std::int64_t bad : {std::int64_t{-1}, std::int64_t{2}, kMin, kMax}) {
+  for (const std::int64_t bad : {std::int64_t{-2}, std::int64_t{2}, kMin, kMax}) {
     const std::vector<std::int64_t> wrong = {1, bad};
     rejected(stats.add_token_losses({.experts = wrong, .losses = losses}));
     rejected(stats.add_token_losses({.experts = ones, .losses = losses, .domain_ids = wrong}));

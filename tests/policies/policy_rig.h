@@ -126,7 +126,7 @@ inline RoutingStats stats_of(const StatsShape& shape, const std::vector<std::int
   RoutingStats stats(shape);
   std::int64_t total = 0;
   for (const std::int64_t c : counts) total += c;
-  stats.add_counts(counts, total / shape.top_k);
+  stats.add_counts(counts, (total + shape.top_k - 1) / shape.top_k);
   if (!shape.needs.margins) return stats;
   // Margins that go with the counts: each expert's own tokens a tenth below the threshold, the others above.
   for (std::size_t i = 0; i < counts.size(); ++i) {

@@ -33,11 +33,10 @@ ControllerConfig small_config() {
 }
 
 void record(Controller& controller, int layer, std::vector<std::int64_t> counts) {
-  RoutingStats stats(controller.shape());
+  RoutingStats stats(controller.shape(0));
   std::int64_t sum = 0;
   for (const std::int64_t count : counts) sum += count;
-  std::ranges::copy(counts, stats.mutable_array(RoutingStats::kCounts).begin());
-  stats.set_scalar(RoutingStats::kTokens, sum);
+  stats.add_counts(counts, sum);
   controller.record(layer, stats);
 }
 
@@ -155,6 +154,25 @@ TEST(PrometheusFeed, ARecordOfALogGivesTheSame) {
     return text.substr(0, at) + text.substr(text.find('\n', at + 1));
   };
   EXPECT_TRUE(without_time(read.text()) == without_time(live.text())) << read.text() << live.text();
+}
+
+TEST(PrometheusFeed, ShowsTheResponseOfTheLoad) {
+  PrometheusFeed feed("127.0.0.1:0");
+  LogRecord logged;
+  logged.layer = 0;
+  feed.write(logged, Metrics());
+  EXPECT_THAT(feed.text(), Not(HasSubstr("moectl_response")));
+  logged.responsiveness = {.state = Response::kUnknown};
+  feed.write(logged, Metrics());
+  EXPECT_EQ(sample(feed.text(), R"(moectl_response{layer="0",state="unknown"})"), 1);
+  EXPECT_THAT(feed.text(), Not(HasSubstr("moectl_response_gain_ratio")));
+  logged.responsiveness = {.state = Response::kAnswers, .gain = 0.75, .error = 0.125, .scaled = true};
+  feed.write(logged, Metrics());
+  const std::string text = feed.text();
+  EXPECT_EQ(sample(text, R"(moectl_response{layer="0",state="unknown"})"), 0);
+  EXPECT_EQ(sample(text, R"(moectl_response{layer="0",state="answers"})"), 1);
+  EXPECT_EQ(sample(text, R"(moectl_response_gain_ratio{layer="0"})"), 0.75);
+  EXPECT_EQ(sample(text, R"(moectl_response_gain_error_ratio{layer="0"})"), 0.125);
 }
 
 TEST(PrometheusFeed, CountsNotices) {

@@ -117,11 +117,10 @@ ControllerConfig small_config() {
 void train(Controller& controller, int steps) {
   for (int step = 0; step < steps; ++step) {
     for (int layer = 0; layer < 2; ++layer) {
-      RoutingStats stats(controller.shape());
+      RoutingStats stats(controller.shape(0));
       const std::int64_t first = layer == 0 && step < 3 ? 70 : 25;
       const std::int64_t counts[] = {first, 25, 25, 25};
-      std::ranges::copy(counts, stats.mutable_array(RoutingStats::kCounts).begin());
-      stats.set_scalar(RoutingStats::kTokens, first + 75);
+      stats.add_counts(counts, first + 75);
       controller.record(layer, stats);
     }
     controller.step({.loss = 3.0 - 0.25 * step});
@@ -161,6 +160,8 @@ TEST(TensorBoard, ScalarsAndHistogramsReadBack) {
   // The policy wants 0.5 a step and gets 0.25: in one layer of two, while it is uneven.
   EXPECT_EQ(scalars["reasons/expert_bias_rate"][0], 1);
   EXPECT_EQ(scalars["reasons/expert_bias_rate"][4], 0);
+  EXPECT_EQ(scalars["response/unknown"][0], 2);
+  EXPECT_FALSE(scalars.contains("response_gain/layer_0"));
   EXPECT_FALSE(scalars.contains("drop_rate/layer_0"));  // not measured: not there
 
   std::map<std::string, nlohmann::json> histograms;
@@ -195,10 +196,9 @@ TEST(TensorBoard, DoesNotAllocateInTheSteadyState) {
   for (int step = 0; step < 400; ++step) {
     if (step == 200) before = allocated;
     for (int layer = 0; layer < 2; ++layer) {
-      RoutingStats stats(controller.shape());
+      RoutingStats stats(controller.shape(0));
       const std::int64_t counts[] = {layer == 0 && step % 50 < 20 ? 90 : 25, 25, 25, step % 40 < 30 ? 0 : 25};
-      std::ranges::copy(counts, stats.mutable_array(RoutingStats::kCounts).begin());
-      stats.set_scalar(RoutingStats::kTokens, counts[0] + counts[1] + counts[2] + counts[3]);
+      stats.add_counts(counts, counts[0] + counts[1] + counts[2] + counts[3]);
       controller.record(layer, stats);
     }
     controller.step({.loss = 2.5});
@@ -244,6 +244,20 @@ TEST(TensorBoard, ASecondWriterContinuesTheRun) {
   const auto second = read_events(dir.path("run/events.out.tfevents.0000000001.moectl"));
   ASSERT_EQ(second.size(), 5U);
   EXPECT_EQ(second[1]["sessionLog"]["status"], "START");
+}
+
+TEST(TensorBoard, TheGainOfTheResponseIsACurveOfEachLayer) {
+  const TempDir dir;
+  {
+    TensorBoardWriter board(dir.path("run"));
+    LogRecord record;
+    record.layer = 3;
+    record.responsiveness = {.state = Response::kAnswers, .gain = 0.75, .error = 0.125};
+    board.write(record, Metrics());
+  }
+  auto scalars = scalars_of(read_events(only_file(dir.path("run"))));
+  EXPECT_EQ(scalars["response_gain/layer_3"][0], 0.75);
+  EXPECT_EQ(scalars["response/answers"][0], 1);
 }
 
 TEST(TensorBoard, ValidationLossesStandApart) {

@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <numbers>
+#include <numeric>
 #include <random>
 
 #include "moectl/monitor.h"
@@ -34,7 +35,7 @@ class Watched {
     RoutingStats stats(shape_);
     std::int64_t sum = 0;
     for (const auto c : counts) sum += c;
-    ASSERT_TRUE(stats.add_counts(counts, sum / shape_.top_k));
+    ASSERT_TRUE(stats.add_counts(counts, (sum + shape_.top_k - 1) / shape_.top_k));
     step(stats);
   }
   void step(const RoutingStats& stats) {
@@ -65,6 +66,11 @@ Counts sampled(const std::vector<double>& share, std::mt19937_64& random) {
     counts.push_back(s > 0 ? std::poisson_distribution<std::int64_t>(4096 * s)(random) : 0);
   }
   return counts;
+}
+
+/// Tokens with two experts each.
+std::int64_t tokens_of(const Counts& counts) {
+  return (std::accumulate(counts.begin(), counts.end(), std::int64_t{0}) + 1) / 2;
 }
 
 std::vector<double> uniform() {
@@ -191,8 +197,9 @@ TEST(Health, DroppedTokensAreASilentLossOfCapacity) {
   Watched watched;
   for (int t = 0; t < 60; ++t) {
     RoutingStats stats(watched.shape());
-    ASSERT_TRUE(stats.add_counts(sampled(uniform(), random), 2048));
-    stats.set_scalar(RoutingStats::kDropTokens, 2048);
+    const Counts counts = sampled(uniform(), random);
+    ASSERT_TRUE(stats.add_counts(counts, tokens_of(counts)));
+    stats.set_scalar(RoutingStats::kDropTokens, stats.tokens());
     stats.set_scalar(RoutingStats::kDropped, 300);  // 7 %
     watched.step(stats);
   }
@@ -229,7 +236,8 @@ TEST(Health, ASlowExpertIsABottleneck) {
   Watched watched({}, {16, 2, {.latencies = true}});
   for (int t = 0; t < 60; ++t) {
     RoutingStats stats(watched.shape());
-    ASSERT_TRUE(stats.add_counts(sampled(uniform(), random), 2048));
+    const Counts counts = sampled(uniform(), random);
+    ASSERT_TRUE(stats.add_counts(counts, tokens_of(counts)));
     std::vector<double> seconds(16, 1e-3);
     seconds[9] = 5e-3;
     ASSERT_TRUE(stats.add_latencies(seconds));
@@ -244,7 +252,7 @@ TEST(Health, AnExpertWithTokensButWithoutLearningIsStagnant) {
   for (int t = 0; t < 120; ++t) {
     RoutingStats stats(watched.shape());
     const Counts counts = sampled(uniform(), random);
-    ASSERT_TRUE(stats.add_counts(counts, 2048));
+    ASSERT_TRUE(stats.add_counts(counts, tokens_of(counts)));
     std::vector<double> norms(16, 1.0), losses(16);
     norms[5] = 0.001;
     for (std::size_t i = 0; i < 16; ++i) {

@@ -19,7 +19,7 @@ using Counts = std::vector<std::int64_t>;
 
 Metrics observe(LayerMonitor& monitor, const Counts& counts) {
   RoutingStats stats({static_cast<int>(counts.size()), 1, {}});
-  EXPECT_TRUE(stats.add_counts(counts, 1));
+  EXPECT_TRUE(stats.add_counts(counts, std::accumulate(counts.begin(), counts.end(), std::int64_t{0})));
   Metrics metrics = measure(stats);
   monitor.observe(stats, metrics);
   return metrics;

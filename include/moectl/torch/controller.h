@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -41,10 +42,13 @@ struct RecordOptions {
   /// [T], or [B, S] as the indices: non-zero = a real token, 0 = padding. bool or an integer type; an additive float
   /// mask (0 / -inf) means the opposite and is refused.
   ::torch::Tensor mask{};
-  ::torch::Tensor sequence_ids{};  ///< [T] non-decreasing. int64. Not needed for indices [B, S, k].
-  ::torch::Tensor domain_ids{};    ///< [T] in [0, domains). int64.
-  ::torch::Tensor dropped{};       ///< 0-dim: assignments dropped for lack of capacity. int64.
-  /// ≥ 0: a second record of (layer, micro-batch) before the next step is ignored.
+  /// [T], of packed tokens: non-decreasing within the record. Not needed for indices [B, S, k] whose rows are whole
+  /// sequences. With `model.split_sequences`, ids that join pieces over records and ranks (RoutingBatch). int64.
+  ::torch::Tensor sequence_ids{};
+  ::torch::Tensor domain_ids{};  ///< [T] in [0, domains). int64.
+  ::torch::Tensor dropped{};     ///< 0-dim: assignments dropped for lack of capacity. int64.
+  /// ≥ 0: a second record of (layer, micro-batch) before the next step is ignored. Needed under activation checkpointing
+  /// that is not reentrant, whose repeated forward pass counts twice without it.
   std::int64_t micro_batch = -1;
 };
 
@@ -80,9 +84,14 @@ class TorchController {
 
   /// Adds one micro-batch's routing. On an accelerator this enqueues operations on the current stream and does not
   /// wait. `indices` are [B, S, k], where each row of S tokens is a sequence, or [T, k]: the experts chosen for each
-  /// token, before any capacity limit, int64. Thread-safe as Controller::record. Does nothing unless `recording()`.
+  /// token, before any capacity limit, int64; -1 = a slot that is not routed. Thread-safe as Controller::record. Does nothing unless `recording()`.
   /// Throws std::invalid_argument on an unknown layer or shapes that do not fit together.
   void record(int layer, const ::torch::Tensor& indices, const RecordOptions& options = {});
+  /// Adds counts [N] that were summed elsewhere, by `tokens` tokens (absent: their sum over k). Of an integer type or
+  /// float64; float32 below 2^24, where it still holds every whole number. Half precision rounds counts (bfloat16 above
+  /// 256, float16 above 2048) and is an std::invalid_argument, as is a number that is not whole. Waits for an accelerator.
+  void record_counts(int layer, const ::torch::Tensor& counts,
+                     std::optional<std::int64_t> tokens = std::nullopt, std::int64_t micro_batch = -1);
   /// Whether `record` counts on this thread: gradients are on and no RecordingGuard is alive.
   static bool recording();
 
@@ -109,6 +118,12 @@ class TorchController {
   void save(::torch::serialize::OutputArchive& archive, const std::string& key = "moectl");
   /// Throws StateError, or std::invalid_argument as `step` does; the running state and the tensors are then untouched.
   void load(std::string_view state);
+  /// As those of Controller.
+  std::vector<KeptPart> load(std::string_view state, Keep keep);
+  std::string save_layer(int layer);
+  std::vector<KeptPart> load_layer(int layer, std::string_view state, Keep keep = Keep::everything);
+  /// Controller::adopt from a tensor [N] of any floating type and device.
+  void adopt(int layer, const ::torch::Tensor& biases);
   void load(::torch::serialize::InputArchive& archive, const std::string& key = "moectl");
 
   /// How often a handed-out tensor had lost the controller's memory and was tied to it again, since the start.
@@ -119,19 +134,21 @@ class TorchController {
   const Controller& controller() const { return controller_; }
 
  private:
-  RouterActuators views(std::int64_t layer) const;
+  std::size_t place_of(int layer) const;
+  RouterActuators views(std::size_t at) const;
   bool is_home(const ::torch::Tensor& tensor, std::int64_t offset, std::int64_t size) const;
   void check_choices(int layer, const ::torch::Tensor& indices, const RecordOptions& options);
   void check_inputs(const StepReport& report);
   void check_wiring(bool loading);
-  void rewire(std::int64_t layer, const char* name, ::torch::Tensor RouterActuators::*which, bool loading);
+  void rewire(std::size_t at, const char* name, ::torch::Tensor RouterActuators::*which, bool loading);
   void publish();
 
   TorchOptions options_;
   Controller controller_;
   std::shared_ptr<DeviceSums> sums_;  // of what is counted by operators, or null
-  // All layers' biases [L·N], temperatures [L] and weights [L] in one tensor. What is handed out are views.
+  // All layers' biases, temperatures [L] and weights [L] in one tensor. What is handed out are views.
   ::torch::Tensor values_;
+  std::vector<std::int64_t> begins_;  // of each layer's biases; then the end of the last one's
   std::vector<RouterActuators> actuators_;
   std::int64_t rewired_ = 0;
   bool inputs_came_ = false;  // to the first decision of every policy

@@ -19,7 +19,7 @@ class EvaluationMeter {
   /// Collects what `controller` collects.
   explicit EvaluationMeter(const Controller& controller);
 
-  /// As TorchController::record, but always.
+  /// As TorchController::record, but always. Pieces of a sequence (`model.split_sequences`) join within a record.
   void record(int layer, const ::torch::Tensor& indices, const RecordOptions& options = {});
   /// Measures all records since the last clear(). Valid until the next record or clear; RunLogWriter writes it under a
   /// tag.
@@ -30,8 +30,10 @@ class EvaluationMeter {
   std::vector<RoutingStats> stats_;
   std::vector<Metrics> metrics_;
   std::vector<LayerReport> layers_;
-  LoadTargets targets_;
-  Measurer measurer_;
+  std::vector<int> ids_;
+  std::vector<std::size_t> group_of_;  // of each layer
+  std::vector<LoadTargets> targets_;   // of each group
+  std::vector<Measurer> measurers_;
   StepReport report_;
 };
 

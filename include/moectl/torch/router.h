@@ -47,6 +47,7 @@ struct TopKRouterOptions {
   TORCH_ARG(DropBy, drop_by) = DropBy::kScore;
   TORCH_ARG(double, jitter) = 0.0;  ///< In training, inputs are scaled by uniform [1 - j, 1 + j]; in [0, 1).
   /// Weight of the sequence-wise balance loss, ≥ 0 (DeepSeek-V3: 1e-4).
+  /// Needs sequences: in training, tokens [T] without sequence ids are an std::invalid_argument.
   TORCH_ARG(double, sequence_loss_weight) = 0.0;
   TORCH_ARG(double, z_loss_weight) = 0.0;  ///< Of the z-loss, ≥ 0 (ST-MoE: 1e-3).
 };
@@ -55,6 +56,9 @@ struct RouterInputs {
   RouterActuators actuators{};  ///< Undefined tensors are neutral.
   /// Bool, the shape of the tokens: false = padding, which no loss or capacity counts.
   ::torch::Tensor mask{};
+  /// The sequence of each token, of the shape of the tokens or [T], of an integer type: neighbours with equal ids are one
+  /// sequence. For packed tokens [T]; undefined = each row of [B, S] is a sequence.
+  ::torch::Tensor sequence_ids{};
   /// Share of the assignments of each expert over the *global* batch [N], for a balance loss over more than this
   /// micro-batch; undefined = the share in this micro-batch.
   ::torch::Tensor global_load{};
@@ -77,9 +81,10 @@ struct RouterOutput {
   /// weight · balance + sequence_loss_weight · sequence + z_loss_weight · z. 0-dim.
   ::torch::Tensor aux_loss;
   ::torch::Tensor balance_loss;  ///< N Σ f_i P_i, f share of assignments, P mean probability; 1 when uniform.
-  /// The same for each sequence, averaged; undefined unless tokens are [B, S].
+  /// The same for each sequence, averaged; undefined for tokens [T] without sequence ids.
   ::torch::Tensor sequence_loss;
-  ::torch::Tensor z_loss;  ///< mean (logsumexp z)².
+  ::torch::Tensor z_loss;        ///< mean (logsumexp z)².
+  ::torch::Tensor sequence_ids;  ///< Those of the inputs.
 
   /// The inputs of TorchController::record besides the indices.
   RecordOptions record_options() const {
@@ -87,6 +92,7 @@ struct RouterOutput {
             .probabilities = probabilities,
             .biased_scores = biased_scores,
             .scores = scores,
+            .sequence_ids = sequence_ids,
             .dropped = dropped};
   }
 };
@@ -111,6 +117,8 @@ class TopKRouterImpl : public ::torch::nn::Cloneable<TopKRouterImpl> {
   ::torch::Tensor mask_groups(const ::torch::Tensor& selection) const;
   void select(const ::torch::Tensor& scores, const ::torch::Tensor& bias, RouterOutput& out) const;
   void add_losses(const RouterInputs& inputs, RouterOutput& out) const;
+  ::torch::Tensor packed_sequence_loss(const ::torch::Tensor& ids, const ::torch::Tensor& mask,
+                                       const RouterOutput& out) const;
   void drop(const ::torch::Tensor& mask, RouterOutput& out) const;
 };
 TORCH_MODULE(TopKRouter);

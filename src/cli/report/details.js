@@ -60,6 +60,23 @@ const noticesOf = (run, r) => {
                                              element('tbody', {}, ...run.notices.map(row))))));
 };
 runs.forEach(noticesOf);
+
+// Whether the load of each layer answers its biases.
+const responsesOf = (run, r) => {
+  const layers = run.layers.filter((l) => l.response);
+  if (!layers.length) return;
+  const row = ({layer, response}) => element('tr', {'data-response': layer}, element('th', {scope: 'row'}, String(layer)),
+      ...[response.state, response.gain === undefined ? 'not known' : `${number(response.gain)} ± ${number(response.error)}`,
+          response.slope ?? '', response.late ?? 0, response.held, response.held ? response.first_held : '']
+          .map((v) => element('td', {}, String(v))));
+  const head = ['layer', 'load', 'gain', 'slope', 'late by', 'steps held', 'from step'].map((t) => element('th', {scope: 'col'}, t));
+  $('health').append(element('figure', {}, element('figcaption', {}, key(r), `${shortNames[r]}: does the load answer the biases? At the end`),
+                             element('p', {class: 'note'}, 'Gain: change of the load over the change expected. 1: as expected; 0: nobody listens; negative: wrong sign. With an assumed slope only the sign counts.'),
+                             element('div', {class: 'scroll'},
+                                     element('table', {class: 'responses'}, element('thead', {}, element('tr', {}, ...head)),
+                                             element('tbody', {}, ...layers.map(row))))));
+};
+runs.forEach(responsesOf);
 if (!$('health').children.length) $('health-section').hidden = true;
 
 const layerOf = (run, select) => run.layers.find((l) => String(l.layer) === $(select).value);

@@ -1,0 +1,347 @@
+"""moectl.torch: the controller on the modules of a PyTorch model.
+
+    balancer = moectl.torch.Balancer(config, [block.moe.router for block in model.blocks])
+    ...
+    optimizer.step()
+    balancer.step(loss=loss)      # counts of all ranks → decision → biases, in place
+
+A site is a module and two names: of the attribute that counts its tokens, and of its bias. Both are looked up at every
+step, so that trainers may swap or re-create the tensors behind them."""
+
+import hashlib
+import warnings
+from itertools import groupby
+from typing import Any, Callable, Dict, Iterable, Optional, Sequence, Union
+
+import torch
+import torch.distributed as dist
+
+from ._controller import Controller, Report
+from ._errors import ArgumentError, ReductionError, StateError
+
+_EXACT = 1 << 24  # float32 holds every whole number below
+_UNIT = 1 << 24  # of the loss in fixed point
+
+_Name = Union[None, str, Callable[[torch.nn.Module], Optional[torch.Tensor]]]
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a DTensor; a plain tensor as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _write(target: torch.Tensor, values: torch.Tensor) -> None:
+    if hasattr(target, "full_tensor"):  # every rank has the same values; each keeps its shard
+        from torch.distributed.tensor import distribute_tensor
+
+        values = distribute_tensor(values.to(target.dtype), target.device_mesh, target.placements)
+    target.copy_(values)
+
+
+class Balancer:
+    """Reads what the routers counted, and gives them their biases.
+
+    config     as for moectl.Controller. Unless it has layer groups, `model.layers` and `model.experts` are taken from the
+               sites. Biases that the model comes with are adopted.
+    sites      the L modules that hold the counts and the bias, in the order of their layers
+    group      the process group whose ranks share these layers and have different tokens; None = all ranks where
+               torch.distributed is initialised, else this process alone. With pipeline stages: the group of the stage.
+    counts     the name of the attribute with the tokens of each expert [N] since it was last reset, or a callable that
+               takes the module; None = what record_indices() counted. An attribute that is None counts nothing.
+    bias       the name of the attribute with the bias [N], or None for a model without one
+    reset      called with each module after its counts were read; by default they are set to zero in place
+    layer_ids  the model's own ids of the L layers, by which the other calls and the state name them; by default 0 … L-1.
+               With pipeline stages: those of the whole model
+    top_k      instead of the config's `model.top_k`
+    overlap    the copy to the host is read one step later, so that no step waits for the device; the controller is told
+               of the delay
+
+    N = experts of a layer. Counts in bfloat16 or float16 are refused: they stop counting at 256 and 2048."""
+
+    def __init__(self, config: Any, sites: Iterable[torch.nn.Module], *, group: Any = None,
+                 counts: _Name = "tokens_per_expert", bias: Optional[str] = "expert_bias",
+                 reset: Optional[Callable[[torch.nn.Module], None]] = None, layer_ids: Optional[Sequence[int]] = None,
+                 top_k: Optional[int] = None, overlap: bool = False):
+        self._sites = list(sites)
+        self._counts, self._bias, self._reset = counts, bias, reset
+        self._group, self._overlap = group, overlap
+        self._ids = list(range(len(self._sites)) if layer_ids is None else layer_ids)
+        if not self._sites or len(self._ids) != len(self._sites) or len(set(self._ids)) != len(self._ids):
+            raise ArgumentError("sites, layer_ids: must be one module and one id a layer")
+        with Controller(config) as given:
+            full = given.config
+        model = full["model"]
+        model["delay"] = model.get("delay", 0) + (1 if overlap else 0)
+        model["top_k"] = top_k or model["top_k"]
+        own = [self._experts_of(site) or model["experts"] for site in self._sites]
+        if not full.get("layers"):  # else the config says itself which layers there are
+            model.update(layers=len(own), experts=own[0])
+            if self._ids != list(range(len(own))) or len(set(own)) > 1:
+                full["layers"] = [{"ids": [layer for layer, _ in equal], "experts": n}
+                                  for n, equal in groupby(zip(self._ids, own), key=lambda one: one[1])]
+        self.controller = Controller(full)
+        if self.controller.layers != tuple(self._ids):
+            raise ArgumentError(f"layer_ids: {self._ids}: the config has the layers {list(self.controller.layers)}")
+        self._sizes = [self.controller.experts(layer) for layer in self._ids]
+        self._moves_bias = bias is not None and full["expert_bias"]["policy"] != "fixed"
+        # All layers one after another, int64 [ΣN]: of this rank since the last step, and what record_indices() counted.
+        self._sums: Optional[torch.Tensor] = None
+        self._indices: Optional[torch.Tensor] = None
+        self._written: Dict[int, torch.Tensor] = {}  # by layer, what the bias should still be
+        self._inexact: Optional[torch.Tensor] = None
+        self._late = None  # (payload on the host, event) of the step before
+        self._warned = False
+        self._ranks_checked = False
+        self._adopt()
+        self._publish()
+
+    # ---- What the sites hold ----
+
+    def _experts_of(self, site: torch.nn.Module) -> Optional[int]:
+        for name in (self._bias, self._counts):
+            found = getattr(site, name, None) if isinstance(name, str) else None
+            if found is not None:
+                return found.numel()
+        return None
+
+    def _index(self, layer: int) -> int:
+        try:
+            return self._ids.index(layer)
+        except ValueError:
+            raise ArgumentError(f"layer: {layer}: must be one of {self._ids}") from None
+
+    def _device(self) -> torch.device:
+        for site in self._sites:
+            for name in (self._bias, self._counts):
+                found = getattr(site, name, None) if isinstance(name, str) else None
+                if found is not None:
+                    return found.device
+        if self._indices is not None:
+            return self._indices.device
+        for parameter in self._sites[0].parameters():
+            return parameter.device
+        return torch.device("cpu")
+
+    def _counted(self, index: int) -> Optional[torch.Tensor]:
+        site = self._sites[index]
+        if self._counts is None:
+            return None
+        if callable(self._counts):
+            found = self._counts(site)
+        else:
+            if not hasattr(site, self._counts):
+                raise ArgumentError(f"layer {self._ids[index]}: {type(site).__name__} has no attribute {self._counts}")
+            found = getattr(site, self._counts)
+        if found is None:
+            return None
+        if found.dtype in (torch.bfloat16, torch.float16):
+            raise ArgumentError(f"layer {self._ids[index]}: counts in {found.dtype} are not exact: keep them in int64 or "
+                                "float32")
+        whole = _whole(found.detach())
+        if whole.numel() != self._sizes[index]:
+            raise ArgumentError(f"layer {self._ids[index]}: {whole.numel()} counts: must be {self._sizes[index]}")
+        if whole.dtype == torch.float32:
+            inexact = (whole.max() >= _EXACT).to(torch.int64)
+            self._inexact = inexact if self._inexact is None else self._inexact + inexact
+        return (whole.round() if whole.is_floating_point() else whole).to(torch.int64).flatten()
+
+    # ---- Once an optimizer step, or more often ----
+
+    @torch.no_grad()
+    def record(self) -> None:
+        """Takes the counts of all sites and resets them. step() does it too: needed only where a trainer resets them
+        before its step ends. Enqueues work on the device and does not wait."""
+        device = self._device()
+        if self._sums is None:
+            self._sums = torch.zeros(sum(self._sizes), dtype=torch.int64, device=device)
+        sums = self._sums.split(self._sizes)
+        for index, site in enumerate(self._sites):
+            counted = self._counted(index)
+            if counted is None:
+                continue
+            sums[index].add_(counted.to(device))
+            if self._reset is not None:
+                self._reset(site)
+            elif isinstance(self._counts, str):
+                getattr(site, self._counts).zero_()
+        if self._indices is not None:
+            self._sums += self._indices
+            self._indices.zero_()
+
+    def record_indices(self, layer: int, experts: torch.Tensor) -> None:
+        """For routers without counts of their own, with `counts=None`: the experts chosen for each token [T, k], any
+        integer type. Adds to a buffer in place, which torch.compile keeps."""
+        index = self._index(layer)
+        if self._indices is None:
+            self._indices = torch.zeros(sum(self._sizes), dtype=torch.int64, device=experts.device)
+        chosen = experts.detach().flatten().to(torch.int64) + sum(self._sizes[:index])
+        self._indices.scatter_add_(0, chosen, torch.ones_like(chosen))
+
+    @torch.no_grad()
+    def step(self, *, loss: Any = None, gradient_norm: Optional[float] = None, skipped: bool = False) -> Report:
+        """Once after the optimizer's step, on every rank: sums the counts over the ranks, decides, and writes the biases
+        in place. loss: of this rank, a number or a tensor of one; the mean over ranks counts. Raises
+        moectl.ReductionError with the biases unchanged."""
+        self.record()
+        self._check_ranks()
+        payload = self._reduced(self._payload(loss, skipped))
+        self._sums = self._inexact = None
+        if self._overlap:
+            payload, self._late = self._arrived(self._late), self._sent(payload)
+        if payload is None:  # the first step with overlap
+            report = self.controller.step()
+        else:
+            report = self._decide(payload.cpu(), gradient_norm)
+        self._publish()
+        return report
+
+    def _payload(self, loss: Any, skipped: bool) -> torch.Tensor:
+        """int64: counts [ΣN], layers whose bias was changed [L], then ranks with inexact counts, with a loss, the sum
+        of the losses in fixed point, ranks that skipped, ranks."""
+        device = self._sums.device
+        changed = [torch.ne(_whole(self._bias_of(i)), self._written[i].to(device)).any() if i in self._written
+                   else torch.zeros((), dtype=torch.bool, device=device) for i in range(len(self._sites))]
+        value = torch.as_tensor(float("nan") if loss is None else loss, dtype=torch.float64, device=device).reshape(())
+        known = torch.isfinite(value)
+        inexact = torch.zeros((), dtype=torch.int64, device=device) if self._inexact is None else self._inexact
+        fixed = torch.where(known, value * _UNIT, torch.zeros_like(value)).round()
+        rest = [inexact, known, fixed, torch.tensor(int(bool(skipped)), device=device), torch.ones((), device=device)]
+        return torch.cat([self._sums, torch.stack(changed).to(torch.int64),
+                          torch.stack([x.to(torch.int64) for x in rest])])
+
+    def _ranks(self) -> int:
+        return dist.get_world_size(self._group) if dist.is_available() and dist.is_initialized() else 1
+
+    def _reduced(self, payload: torch.Tensor) -> torch.Tensor:
+        if self._ranks() > 1:
+            try:
+                dist.all_reduce(payload, group=self._group)
+            except RuntimeError as error:
+                raise ReductionError(str(error)) from error
+        return payload
+
+    def _check_ranks(self) -> None:
+        """Once: ranks with other layers would add what does not belong together."""
+        if self._ranks_checked or self._ranks() == 1:
+            return
+        same = hashlib.sha256(repr((self._ids, self.controller.config)).encode()).digest()
+        mine = int.from_bytes(same[:7], "little")
+        ends = torch.tensor([mine, -mine], dtype=torch.int64, device=self._device())
+        dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=self._group)
+        if ends[0].item() != mine or ends[1].item() != -mine:
+            raise ReductionError("ranks of the group have other layers or another config: give `group` the ranks that "
+                                 "share these layers")
+        self._ranks_checked = True
+
+    def _sent(self, payload: torch.Tensor) -> tuple:
+        if payload.device.type != "cuda":
+            return payload, None
+        host = torch.empty(payload.shape, dtype=payload.dtype, pin_memory=True)
+        host.copy_(payload, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return host, event
+
+    def _arrived(self, late: Optional[tuple]) -> Optional[torch.Tensor]:
+        if late is None:
+            return None
+        if late[1] is not None:
+            late[1].synchronize()
+        return late[0]
+
+    def _decide(self, payload: torch.Tensor, gradient_norm: Optional[float]) -> Report:
+        layers = len(self._sites)
+        counts, changed, rest = payload.split([sum(self._sizes), layers, 5])
+        inexact, losses, loss, skipped, _ = rest.tolist()
+        if inexact and not self._warned:
+            self._warned = True
+            warnings.warn("moectl: counts in float32 have reached 2^24, from where on they lose tokens: reset them more "
+                          "often, or keep them in int64", stacklevel=3)
+        for index in changed.nonzero().flatten().tolist():
+            self.controller.say("wiring", self._ids[index], f"the bias {self._bias} was changed by something else since the last "
+                                "step: is the trainer's own update switched off? It has been written again")
+        if counts.any():  # a single process may also record by the controller itself, more than counts
+            self.controller.record_counts(counts)
+        return self.controller.step(loss=loss / _UNIT / losses if losses else None, gradient_norm=gradient_norm,
+                                    skipped=skipped > 0)
+
+    # ---- What the routers read ----
+
+    def _bias_of(self, index: int) -> torch.Tensor:
+        found = getattr(self._sites[index], self._bias, None)
+        if found is None:
+            raise ArgumentError(f"layer {self._ids[index]}: {type(self._sites[index]).__name__} has no bias {self._bias}")
+        return found
+
+    @torch.no_grad()
+    def _adopt(self) -> None:
+        """Goes on from the biases that the model came with."""
+        if self._moves_bias:
+            for index, layer in enumerate(self._ids):
+                found = _whole(self._bias_of(index).detach()).double().flatten().cpu()
+                if found.any():
+                    self.controller.adopt(layer, found)
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        """Writes the biases in force into the tensors that the sites hold now."""
+        if not self._moves_bias:
+            return
+        values = torch.frombuffer(self.controller.biases(), dtype=torch.float64).to(torch.float32)
+        for index, own in enumerate(values.to(self._bias_of(0).device).split(self._sizes)):
+            target = self._bias_of(index)
+            _write(target, own.view(target.shape))
+            self._written[index] = _whole(target.detach()).clone()
+
+    def aux_loss_weight(self, layer: int) -> float:
+        """The weight of the auxiliary loss of one layer."""
+        return self.controller.aux_loss_weight(layer)
+
+    def temperature(self, layer: int) -> float:
+        """The temperature of one layer's router."""
+        return self.controller.temperature(layer)
+
+    def freeze(self, layer: int, on: bool = True) -> None:
+        """Holds one layer: a frozen router, or routes that are replayed and do not answer the bias."""
+        self.controller.freeze(layer, on)
+
+    def hold(self, on: bool = True) -> None:
+        """Holds all layers, and keeps measuring."""
+        self.controller.hold(on)
+
+    def set_log(self, log: Any, append: bool = False) -> None:
+        """As moectl.Controller.set_log; on one rank, since all would write the same."""
+        self.controller.set_log(log, append)
+
+    def report(self, arrays: bool = False) -> Dict[int, dict]:
+        """The last step's records by layer id, as in a run log; with `arrays`, values for each expert too."""
+        return {record["layer"]: record for record in self.controller.report().records(arrays)
+                if record["layer"] is not None}
+
+    # ---- State ----
+
+    def state_dict(self) -> Dict[str, bytes]:
+        """All that the next step depends on, by layer: {"layer.17": bytes}, the same on every rank of the group. Pipeline
+        stages join theirs into one dict. With `overlap`, counts on their way are not part of it."""
+        return {f"layer.{layer}": self.controller.save_layer(layer) for layer in self._ids}
+
+    def load_state_dict(self, state: Dict[str, bytes]) -> None:
+        """After the model's own state, of the same or another split of the layers, whose entries are passed over. A
+        layer that is missing, or does not fit, goes on from the bias that the model holds, with a warning."""
+        restored, problems = [], []
+        for layer in self._ids:
+            try:
+                self.controller.load_layer(layer, state[f"layer.{layer}"], "what_fits")
+                restored.append(layer)
+            except KeyError:
+                problems.append(f"layer {layer}: not in the state")
+            except StateError as error:
+                problems.append(f"layer {layer}: {error}")
+        self._late = None
+        if self._moves_bias:
+            for index, layer in enumerate(self._ids):
+                if layer not in restored:
+                    self.controller.adopt(layer, _whole(self._bias_of(index).detach()).double().flatten().cpu())
+        if problems:
+            warnings.warn("moectl: these layers go on from the model's own bias: " + "; ".join(problems), stacklevel=2)
+        self._publish()

@@ -1,0 +1,28 @@
+"""Hugging Face transformers: a callback for Trainer.
+
+The models count nothing: a hook before `experts` reads the choices, its second argument [T, k]. The auxiliary
+coefficient of the model follows the controller; where the gates have an `e_score_correction_bias`, so does the bias.
+Gradient checkpointing calls the hook twice: shares stay right.
+
+    trainer = Trainer(model, ..., callbacks=[Balance(model, "pi.yaml")])
+"""
+
+from moectl.torch import Balancer
+
+try:
+    from transformers import TrainerCallback
+except ImportError:
+    TrainerCallback = object
+
+
+class Balance(TrainerCallback):
+    def __init__(self, model, config, bias=None, group=None):
+        blocks = [module for module in model.modules() if hasattr(module, "experts") and hasattr(module, "gate")]
+        self.balancer = Balancer(config, [block.gate for block in blocks], counts=None, bias=bias, group=group)
+        for layer, block in enumerate(blocks):
+            block.experts.register_forward_pre_hook(
+                lambda experts, args, layer=layer: self.balancer.record_indices(layer, args[1]) if experts.training else None)
+
+    def on_step_end(self, args, state, control, model=None, **_):
+        self.balancer.step()
+        model.router_aux_loss_coef = self.balancer.aux_loss_weight(0)

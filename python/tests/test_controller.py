@@ -1,0 +1,377 @@
+import array
+import gc
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import threading
+import weakref
+
+import pytest
+from conftest import Router, config
+
+import moectl
+
+
+def after_60(controller, step, steps=120):
+    """Mean MaxVio over its floor of the steps from 60 on."""
+    ratios = [step(controller).over_floor for _ in range(steps)]
+    return sum(ratios[60:]) / len(ratios[60:])
+
+
+def test_the_counts_loop_balances():
+    routers = [Router(seed=s) for s in (1, 2)]
+
+    def step(controller):
+        controller.record_counts([routers[layer].counts(controller.bias(layer), 512) for layer in controller.layers])
+        return controller.step()
+
+    assert after_60(moectl.Controller(config()), step) <= 1.15
+
+
+def test_the_indices_loop_balances():
+    routers = [Router(seed=s) for s in (3, 4)]
+
+    def step(controller):
+        for layer in controller.layers:
+            rows = routers[layer].choose(controller.bias(layer), 512)
+            controller.record(layer, [[i for _, i in row[:2]] for row in rows],
+                              top_values=[[value for value, _ in row] for row in rows])
+        return controller.step()
+
+    assert after_60(moectl.Controller(config()), step) <= 1.15
+
+
+def test_a_config_is_a_dict_or_text_or_a_file(tmp_path):
+    text = "version: 1\nmodel: {layers: 1, experts: 4, top_k: 1}\n"
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    made = [moectl.Controller(c).config
+            for c in (text, path, str(path), {"version": 1, "model": {"layers": 1, "experts": 4, "top_k": 1}},
+                      json.dumps({"version": 1, "model": {"layers": 1, "experts": 4, "top_k": 1}}))]
+    assert all(c == made[0] for c in made)
+    assert made[0]["expert_bias"]["policy"] == "fixed"
+
+
+def test_errors_have_the_words_of_the_library(tmp_path):
+    with pytest.raises(moectl.ConfigError, match=r"^c.yaml:2:42: model.top: 1: unknown key; did you mean 'top_k'\?$"):
+        moectl.Controller("version: 1\nmodel: {layers: 1, experts: 4, top_k: 1, top: 1}\n", name="c.yaml")
+    with pytest.raises(moectl.ConfigError, match="model.experts: nan|NaN"):
+        moectl.Controller(config(experts=math.nan))
+    with pytest.raises(moectl.ConfigError, match="cannot be opened"):
+        moectl.Controller(tmp_path / "none.yaml")
+    controller = moectl.Controller(config())
+    for wrong, words in [
+        (lambda: controller.record(5, [[0, 1]]), "layer"),
+        (lambda: controller.bias(-1), "layer"),
+        (lambda: controller.record(0, [0, 1, 2]), "multiple of top_k"),
+        (lambda: controller.record(0, [[0.0, 1.0]]), "must be int64 or int32"),
+        (lambda: controller.record(0, [[0, 1]], mask=b"\1\1"), "mask: 2 values: must be 1"),
+        (lambda: controller.record_counts([1] * 15), "counts: 15 values: must be 16"),
+        (lambda: controller.record_counts([1.5] * 16), "must be int64"),
+        (lambda: controller.step(next_mixture=[1]), "next_mixture: 1 values: must be 0"),
+        (lambda: controller.say("nonsense", 0, "x"), "must be a kind of notice"),
+    ]:
+        with pytest.raises(ValueError, match=words) as caught:
+            wrong()
+        assert isinstance(caught.value, moectl.MoectlError)
+    with pytest.raises(moectl.StateError):
+        controller.load(b"nothing")
+    controller.close()
+    with pytest.raises(moectl.MoectlError, match="controller: is NULL"):
+        controller.step()
+
+
+def test_bad_data_hold_and_are_named():
+    controller = moectl.Controller(config())
+    controller.record(0, [[0, 99]])
+    report = controller.step()
+    assert [n["kind"] for n in report.notices] == ["invalid"]
+    assert "99" in report.notices[0]["text"] and report.notices[0]["layer"] == 0
+
+
+def run(controller, trace):
+    for step in trace:
+        for layer, experts in enumerate(step):
+            controller.record(layer, experts)
+        controller.step(loss=2.5)
+    return controller.save()
+
+
+def test_every_way_to_the_same_sums_gives_the_same_bits(trace):
+    wide = run(moectl.Controller(config(policy="sign_bias")), trace)
+    flat = [[array.array("i", [i for row in layer for i in row]) for layer in step] for step in trace]
+    assert run(moectl.Controller(config(policy="sign_bias")), flat) == wide
+    counted = moectl.Controller(config(policy="sign_bias"))
+    for step in trace:
+        for layer, rows in enumerate(step):
+            chosen = [i for row in rows for i in row]
+            counted.record_counts([chosen.count(i) for i in range(8)], layer=layer, tokens=len(rows))
+        counted.step(loss=2.5)
+    assert counted.save() == wide
+
+
+def test_c_cpp_and_python_give_the_same_bits(trace, tmp_path):
+    program = os.environ.get("MOECTL_SAME_BITS")
+    if not program:
+        pytest.skip("MOECTL_SAME_BITS names no program")
+    file = tmp_path / "trace.txt"
+    file.write_text("\n".join(" ".join(str(i) for row in layer for i in row) for step in trace for layer in step))
+    controller = moectl.Controller(config(policy="adaptive_bias"))
+    for step in trace:
+        for layer, experts in enumerate(step):
+            controller.record(layer, experts)
+        controller.step(loss=2.5)
+    (tmp_path / "config.json").write_text(json.dumps(config(policy="adaptive_bias")))
+    subprocess.run([program, tmp_path / "config.json", file, tmp_path / "c", tmp_path / "cpp"], check=True)
+    assert (tmp_path / "c").read_bytes() == controller.save()
+    assert (tmp_path / "cpp").read_bytes() == controller.save()
+
+
+def test_eight_threads_record_the_serial_bytes(trace):
+    serial = run(moectl.Controller(config()), trace)
+    controller = moectl.Controller(config())
+    for step in trace:
+        def part(at, step=step):
+            for layer, experts in enumerate(step):
+                controller.record(layer, experts[at::8])
+
+        threads = [threading.Thread(target=part, args=(at,)) for at in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        controller.step(loss=2.5)
+    assert controller.save() == serial
+
+
+def test_a_saved_state_goes_on_to_the_bit(trace):
+    whole = run(moectl.Controller(config()), trace)
+    first = moectl.Controller(config())
+    run(first, trace[:20])
+    second = moectl.Controller(config())
+    second.load(first.save())
+    assert second.steps == 20
+    assert run(second, trace[20:]) == whole
+
+
+def test_biases_from_elsewhere_are_in_force_at_once(trace):
+    controller = moectl.Controller(config())
+    controller.adopt(1, [0.25, -0.25, 0.5, -0.5, 0, 0, 0, 0])
+    assert list(controller.bias(1)) == [0.25, -0.25, 0.5, -0.5, 0, 0, 0, 0] and not any(controller.bias(0))
+    with pytest.raises(ValueError):
+        controller.adopt(1, [1e9] * 8)
+    with pytest.raises(ValueError, match="7 values: must be 8"):
+        controller.adopt(1, [0.0] * 7)
+
+
+def test_layers_have_the_models_ids_and_their_own_sizes():
+    settings = config(layers=2, experts=4, top_k=1, policy="sign_bias")
+    settings["layers"] = [{"ids": [3]}, {"ids": [7], "experts": 2}]
+    controller = moectl.Controller(settings)
+    assert controller.layers == (3, 7) and controller.experts(7) == 2
+    controller.record_counts([4, 2, 1, 1, 5, 3])
+    assert [n["layer"] for n in controller.step().records()] == [3, 7]
+    assert len(controller.biases()) == 6 and controller.bias(7)[0] < controller.bias(7)[1]
+
+
+def test_a_layers_state_goes_to_another_split(trace):
+    whole = moectl.Controller(config())
+    run(whole, trace[:10])
+    settings = config(layers=1)
+    settings["layers"] = [{"ids": [1]}]
+    part = moectl.Controller(settings)
+    fates = part.load_layer(1, whole.save_layer(1))
+    assert {f["fate"] for f in fates} <= {"kept"}
+    assert part.bias(1) == whole.bias(1) and any(part.bias(1)) and part.steps == 10
+    other = moectl.Controller(config(policy="sign_bias"))
+    with pytest.raises(moectl.StateError):
+        other.load(whole.save())
+    fates = other.load(whole.save(), keep="what_fits")
+    assert "dropped" in {f["fate"] for f in fates}
+    assert other.biases() == whole.biases()
+    with pytest.raises(ValueError, match="must be everything or what_fits"):
+        other.load(whole.save(), keep="all")
+
+
+def test_a_reduction_is_any_callable(trace):
+    alone = moectl.Controller(config())
+    alone.set_reduction(lambda values: None)
+    twice = moectl.Controller(config())
+
+    def double(values):
+        for i, value in enumerate(values):
+            values[i] = 2 * value
+
+    twice.set_reduction(double)
+    for controller in (alone, twice):
+        controller.record(0, trace[0][0])
+        controller.step()
+    assert twice.report().tokens == 2 * alone.report().tokens
+
+
+def test_a_reduction_that_raises_is_a_reduction_error(trace):
+    controller = moectl.Controller(config())
+    down = [True]
+
+    def reduce(values):
+        if down[0]:
+            raise OSError("the network is down")
+
+    controller.set_reduction(reduce)
+    controller.record(0, trace[0][0])
+    before = controller.save()
+    with pytest.raises(moectl.ReductionError, match="OSError: the network is down") as caught:
+        controller.step()
+    assert isinstance(caught.value.__cause__, OSError)
+    assert controller.save() == before
+    down[0] = False
+    assert controller.step().tokens > 0  # the same sums, again
+
+    def interrupt(values):
+        raise KeyboardInterrupt
+
+    controller.set_reduction(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        controller.step()
+
+
+def test_holding_and_freezing(trace):
+    controller = moectl.Controller(config())
+    run(controller, trace[:5])
+    controller.freeze(0)
+    before = controller.bias(0), controller.bias(1)
+    run(controller, trace[5:6])
+    assert controller.bias(0) == before[0] and controller.bias(1) != before[1]
+    controller.hold()
+    before = controller.biases()
+    run(controller, trace[6:8])
+    assert controller.biases() == before
+    controller.hold(False)
+    controller.freeze(0, False)
+    run(controller, trace[8:9])
+    assert controller.bias(0) != before[:8]
+
+
+def test_a_report_reads_the_records_of_its_step(trace):
+    controller = moectl.Controller(config())
+    run(controller, trace[:2])
+    report = controller.report()
+    scalars, whole = report.records(), report.records(arrays=True)
+    assert [r["layer"] for r in scalars] == [0, 1] and "counts" not in scalars[0]
+    assert sum(whole[0]["counts"]) == 128 and len(whole[0]["actuators"]["expert_bias"]["applied"]) == 8
+    assert math.isclose(report.max_vio, sum(r["metrics"]["max_vio"] for r in scalars) / 2)
+    run(controller, trace[2:3])
+    with pytest.raises(moectl.MoectlError, match="has stepped on"):
+        report.records()
+
+
+def test_a_log_by_a_callable_and_by_a_file(trace, tmp_path):
+    lines = []
+    controller = moectl.Controller(config())
+    controller.set_log(lines.append)
+    run(controller, trace[:3])
+    controller.set_log(tmp_path / "run.jsonl")
+    run(controller, trace[3:6])
+    controller.set_log(None)
+    run(controller, trace[6:7])
+    text = "".join(lines)
+    assert json.loads(text.splitlines()[0])["format"] == "moectl-run"
+    assert [json.loads(line)["step"] for line in text.splitlines()[1:]] == [0, 0, 1, 1, 2, 2]
+    written = (tmp_path / "run.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in written[1:]] == [3, 3, 4, 4, 5, 5]
+
+
+def test_a_log_that_raises_is_a_notice(trace):
+    controller = moectl.Controller(config())
+    lines = []
+
+    def log(text):
+        if lines:
+            raise ValueError("no more room")
+        lines.append(text)
+
+    controller.set_log(log)
+    notices = []
+    for _ in range(3):
+        controller.record(0, trace[0][0])
+        controller.step()
+        notices += [n["text"] for n in controller.report().notices if n["kind"] == "log"]
+    assert len(notices) == 1 and "ValueError: no more room" in notices[0]
+
+
+def test_the_tool_answers(trace, tmp_path):
+    if not os.environ.get("MOECTL_TOOL"):
+        pytest.skip("MOECTL_TOOL is not set")
+    controller = moectl.Controller(config())
+    controller.set_log(tmp_path / "run.jsonl")
+    run(controller, trace)
+    controller.close()
+    records = moectl.metrics(tmp_path / "run.jsonl")
+    assert len(records) == 80 and records[0]["layer"] == 0
+    assert moectl.compare(tmp_path / "run.jsonl")
+    moectl.report(tmp_path / "run.jsonl", output=tmp_path / "report.html")
+    assert "<html" in (tmp_path / "report.html").read_text()[:200].lower()
+    with pytest.raises(moectl.MoectlError, match="none.jsonl"):
+        moectl.metrics(tmp_path / "none.jsonl")
+
+
+def test_many_steps_leak_nothing(trace):
+    controller = moectl.Controller(config(layers=1))
+    controller.set_reduction(lambda values: None)
+    controller.set_log(lambda text: None)
+    experts = array.array("q", [i for row in trace[0][0] for i in row])
+
+    def many(steps):
+        for _ in range(steps):
+            controller.record(0, experts)
+            controller.step(loss=1.0).records(arrays=True)
+
+    many(300)
+    gc.collect()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    many(3000)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1024  # kB
+    gone = weakref.ref(controller)
+    del controller
+    gc.collect()
+    assert gone() is None
+
+
+def test_the_interpreter_ends_cleanly(tmp_path):
+    program = """
+import moectl
+from conftest import config
+controller = moectl.Controller(config())
+controller.set_reduction(lambda values: None)
+controller.set_log(print)
+other = moectl.Controller(config())
+other.set_log(%r)
+for c in (controller, other):
+    c.record(0, [[0, 1]])
+    c.step()
+""" % str(tmp_path / "run.jsonl.gz")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert (done.returncode, done.stderr) == (0, b"")
+    import gzip
+
+    assert len(gzip.open(tmp_path / "run.jsonl.gz").read().splitlines()) == 3
+
+
+def test_numpy_arrays_are_read_in_place(trace):
+    numpy = pytest.importorskip("numpy")
+    arrays = [[numpy.array(layer) for layer in step] for step in trace]
+    wanted = run(moectl.Controller(config()), trace)
+    for kind in ("int64", "int32", "uint8"):
+        assert run(moectl.Controller(config()), [[a.astype(kind) for a in step] for step in arrays]) == wanted
+    assert run(moectl.Controller(config()), [[numpy.asfortranarray(a) for a in step] for step in arrays]) == wanted
+    controller = moectl.Controller(config())
+    for bad in (arrays[0][0].astype("float32"), arrays[0][0] > 0):
+        with pytest.raises(ValueError, match="must be int64 or int32"):
+            controller.record(0, bad)
+    controller.record(0, arrays[0][0], mask=numpy.arange(64) < 10)
+    assert controller.step().tokens in (5, 10)  # the mean over layers, one of which has none
+    assert numpy.asarray(controller.bias(0)).shape == (8,)

@@ -1,0 +1,286 @@
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="python3-torch is not installed")
+
+from conftest import config  # noqa: E402
+
+import moectl  # noqa: E402
+from moectl.torch import Balancer  # noqa: E402
+
+
+class Gate(torch.nn.Module):
+    """A router that prefers low indices, counts its tokens and adds a bias to choose."""
+
+    def __init__(self, experts=8, top_k=2, seed=1, counts=torch.float32):
+        super().__init__()
+        self.top_k = top_k
+        self.generator = torch.Generator().manual_seed(seed)
+        self.register_buffer("tokens_per_expert", torch.zeros(experts, dtype=counts), persistent=False)
+        self.register_buffer("expert_bias", torch.zeros(experts))
+
+    def choose(self, tokens):
+        experts = self.expert_bias.numel()
+        scores = torch.rand(tokens, experts, generator=self.generator) - 0.1 * torch.arange(experts)
+        return (scores + self.expert_bias).topk(self.top_k).indices
+
+    def forward(self, tokens=512):
+        chosen = self.choose(tokens)
+        self.tokens_per_expert += torch.bincount(chosen.flatten(), minlength=self.expert_bias.numel())
+        return chosen
+
+
+def gates(count=2, **kind):
+    return [Gate(seed=s, **kind) for s in range(count)]
+
+
+def mean_over_floor(balancer, sites, after=60, forward=None):
+    """MaxVio over its floor, of the 80 steps after the first `after`."""
+    ratios = []
+    for _ in range(after + 80):
+        for layer, site in enumerate(sites):
+            forward(layer, site) if forward else site()
+        ratios.append(balancer.step(loss=2.0).over_floor)
+    return sum(ratios[after:]) / 80
+
+
+@pytest.mark.parametrize("counts", [torch.float32, torch.int64])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_counts_of_the_model_balance_it(counts, overlap):
+    sites = gates(counts=counts)
+    addresses = [site.expert_bias.data_ptr() for site in sites]
+    balancer = Balancer(config(), sites, overlap=overlap)
+    assert balancer.controller.config["model"].get("delay", 0) == (1 if overlap else 0)
+    # Counts alone and one step late: the law goes half as fast.
+    assert mean_over_floor(balancer, sites, after=90 if overlap else 60) <= 1.15
+    assert [site.expert_bias.data_ptr() for site in sites] == addresses
+    assert not any(site.tokens_per_expert.any() for site in sites)
+    assert torch.allclose(sites[0].expert_bias.double(),
+                          torch.frombuffer(balancer.controller.bias(0), dtype=torch.float64), atol=1e-6)
+
+
+def test_indices_balance_a_router_without_counts():
+    sites = gates()
+    balancer = Balancer(config(), sites, counts=None)
+    assert mean_over_floor(balancer, sites, forward=lambda l, s: balancer.record_indices(l, s.choose(512))) <= 1.15
+
+
+def test_layers_and_experts_come_from_the_model():
+    balancer = Balancer(config(layers=9, experts=64), gates(3), layer_ids=[10, 11, 17], top_k=1)
+    model = balancer.controller.config["model"]
+    assert (model["layers"], model["experts"], model["top_k"]) == (3, 8, 1)
+    assert balancer.aux_loss_weight(17) == 0.0 and balancer.temperature(10) == 1.0
+    with pytest.raises(ValueError, match="layer"):
+        balancer.temperature(0)
+    assert list(balancer.report()) == []
+
+
+def test_counts_that_cannot_count_are_refused():
+    for kind in (torch.bfloat16, torch.float16):
+        sites = gates(counts=kind)
+        with pytest.raises(ValueError, match="are not exact"):
+            Balancer(config(), sites).step()
+    sites = gates()
+    balancer = Balancer(config(), sites)
+    sites[1].tokens_per_expert[3] = float(1 << 24)
+    with pytest.warns(UserWarning, match="2\\^24"):
+        balancer.step()
+    sites[1].tokens_per_expert[3] = float(1 << 24)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        balancer.step()  # said once
+    with pytest.raises(ValueError, match="has no attribute load"):
+        Balancer(config(), sites, counts="load").step()
+
+
+def test_an_attribute_that_is_none_counts_nothing():
+    sites = gates()
+    balancer = Balancer(config(), sites, reset=lambda site: setattr(site, "tokens_per_expert", None))
+    sites[0]()
+    sites[1].tokens_per_expert = None
+    assert [r["tokens"] for r in (balancer.step(), balancer)[1].report().values()] == [512, 0]
+    assert sites[0].tokens_per_expert is None
+
+
+def test_buffers_may_be_swapped():
+    """Trainers re-create buffers and swap their storage: sites are looked up by name."""
+    sites = gates()
+    balancer = Balancer(config(), sites)
+    for step in range(20):
+        for site in sites:
+            site()
+            site.expert_bias = site.expert_bias.clone()
+            site.tokens_per_expert = site.tokens_per_expert.clone()
+            site.expert_bias.data = site.expert_bias.data.clone()
+        assert not [n for n in balancer.step().notices if n["kind"] == "wiring"]
+        assert sites[1].expert_bias.any()
+
+
+def test_a_bias_that_something_else_changes_is_noticed():
+    sites = gates()
+    balancer = Balancer(config(), sites, layer_ids=[3, 4])
+    for _ in range(3):
+        for site in sites:
+            site()
+        balancer.step()
+    sites[1].expert_bias = torch.zeros(8)  # re-created
+    for site in sites:
+        site()
+    balancer.step()
+    wiring = [n["text"] for n in balancer.report()[4].get("notices", []) if n["kind"] == "wiring"]
+    assert len(wiring) == 1 and "changed by something else" in wiring[0]
+    assert not [n for n in balancer.report()[3].get("notices", []) if n["kind"] == "wiring"]
+    assert sites[1].expert_bias.any()  # written again
+
+
+def test_a_fixed_bias_is_left_alone():
+    sites = gates()
+    sites[0].expert_bias.fill_(0.25)
+    balancer = Balancer(config(policy="fixed"), sites)
+    sites[0]()
+    balancer.step()
+    assert (sites[0].expert_bias == 0.25).all()
+
+
+def test_the_state_survives_torch_save(tmp_path):
+    def run(balancer, sites, steps):
+        for _ in range(steps):
+            for site in sites:
+                site()
+            balancer.step(loss=torch.tensor(2.0))
+
+    straight = gates()
+    balancer = Balancer(config(), straight)
+    run(balancer, straight, 30)
+    resumed = gates()
+    first = Balancer(config(), resumed)
+    run(first, resumed, 10)
+    torch.save({"moectl": first.state_dict(), "model": [s.state_dict() for s in resumed]}, tmp_path / "c.pt")
+    saved = torch.load(tmp_path / "c.pt")
+    again = gates()
+    second = Balancer(config(), again)
+    for site, old, state in zip(again, resumed, saved["model"]):
+        site.load_state_dict(state)
+        site.generator = old.generator
+    second.load_state_dict(saved["moectl"])
+    run(second, again, 20)
+    assert second.state_dict() == balancer.state_dict()
+    assert all(torch.equal(a.expert_bias, b.expert_bias) for a, b in zip(again, straight))
+    assert pickle.loads(pickle.dumps(saved["moectl"])) == saved["moectl"]
+
+
+def test_the_state_survives_another_split(tmp_path):
+    sites = gates(4)
+    whole = Balancer(config(), sites, layer_ids=[10, 11, 12, 13])
+    for _ in range(10):
+        for site in sites:
+            site()
+        whole.step()
+    state = whole.state_dict()
+    assert sorted(state) == ["layer.10", "layer.11", "layer.12", "layer.13"]
+    stages = []
+    for ids in ([10, 11, 12], [13]):
+        own = gates(len(ids))
+        stages.append(Balancer(config(), own, layer_ids=ids))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            stages[-1].load_state_dict(state)
+        assert all(torch.equal(a.expert_bias, sites[i - 10].expert_bias) for a, i in zip(own, ids))
+    assert {**stages[0].state_dict(), **stages[1].state_dict()} == state
+    own = gates(2)
+    own[1].expert_bias[0] = 0.5
+    other = Balancer(config(), own, layer_ids=[13, 14])
+    with pytest.warns(UserWarning, match="layer 14: not in the state"):
+        other.load_state_dict(state)
+    assert torch.equal(own[0].expert_bias, sites[3].expert_bias) and own[1].expert_bias[0] == 0.5
+
+
+def test_the_models_own_biases_are_adopted():
+    sites = gates()
+    sites[1].expert_bias.copy_(torch.tensor([0.3, -0.3, 0, 0, 0.1, -0.1, 0, 0]))
+    before = sites[1].expert_bias.clone()
+    balancer = Balancer(config(), sites)
+    assert torch.equal(sites[1].expert_bias, before) and not sites[0].expert_bias.any()
+    balancer.step()
+    assert torch.allclose(sites[1].expert_bias, before)
+
+
+def test_layers_may_differ_in_their_experts():
+    sites = [Gate(experts=8, seed=1), Gate(experts=4, seed=2)]
+    balancer = Balancer(config(), sites, layer_ids=[2, 5])
+    assert mean_over_floor(balancer, sites) <= 1.15
+
+
+def test_freezing_holds_a_layer():
+    sites = gates()
+    balancer = Balancer(config(), sites, layer_ids=[7, 8])
+    balancer.freeze(8)
+    for _ in range(5):
+        for site in sites:
+            site()
+        balancer.step()
+    assert sites[0].expert_bias.any() and not sites[1].expert_bias.any()
+    assert "frozen" in balancer.report()[8]["actuators"]["expert_bias"]["reasons"]
+
+
+WORKER = """
+import sys, torch, torch.distributed as dist
+sys.path[:0] = %r
+from conftest import config
+from test_torch import Gate
+from moectl.torch import Balancer
+rank, ranks, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=ranks)
+sites = [Gate(seed=10 * rank + s) for s in range(2)]
+balancer = Balancer(config(), sites)
+for step in range(40):
+    for site in sites:
+        site(256)
+    report = balancer.step(loss=2.0 + rank, skipped=step == 5 and rank == 1)
+assert report.tokens == 256 * ranks, report.tokens
+torch.save([balancer.state_dict(), [s.expert_bias for s in sites]], "%%s.%%d" %% (store, rank))
+if rank:  # other layers than the rest
+    other = Balancer(config(), sites[:1])
+else:
+    other = Balancer(config(), sites)
+try:
+    other.step()
+    sys.exit("ranks with other layers were not noticed")
+except Exception as error:
+    assert "other layers" in str(error), error
+"""
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch.distributed is not available")
+def test_ranks_agree_to_the_bit(ranks, tmp_path):
+    here = os.path.dirname(os.path.abspath(__file__))
+    program = WORKER % ([here, os.path.dirname(here)],)
+    store = str(tmp_path / "store")
+    workers = [subprocess.Popen([sys.executable, "-c", program, str(rank), str(ranks), store]) for rank in range(ranks)]
+    assert [worker.wait(timeout=300) for worker in workers] == [0] * ranks
+    states = [torch.load(f"{store}.{rank}") for rank in range(ranks)]
+    for state, biases in states[1:]:
+        assert state == states[0][0]
+        assert all(torch.equal(a, b) for a, b in zip(biases, states[0][1]))
+    assert states[0][1][0].any()
+
+
+@pytest.mark.skipif(not hasattr(torch, "compile"), reason="this PyTorch has no torch.compile")
+def test_recording_survives_compilation():
+    balancer = Balancer(config(), gates(), counts=None)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def route(scores):
+        chosen = scores.topk(2).indices
+        balancer.record_indices(0, chosen)
+        return scores * 2
+
+    balancer.record_indices(0, torch.zeros(0, 2, dtype=torch.int64))  # makes the buffer
+    route(torch.rand(128, 8))
+    assert balancer.step() and balancer.report()[0]["tokens"] == 128

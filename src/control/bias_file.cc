@@ -1,0 +1,57 @@
+#include "moectl/bias_file.h"
+
+#include <charconv>
+#include <fstream>
+#include <iterator>
+#include <nlohmann/json.hpp>
+
+#include "base/fields.h"
+#include "moectl/config.h"
+
+namespace moectl {
+
+LayerBiases read_biases(const std::string& path) {
+  using nlohmann::json;
+  const auto fail = [&](const std::string& what) -> void { throw ConfigError(path + ": " + what); };
+  std::ifstream file(path, std::ios::binary);
+  if (!file.is_open()) fail("cannot be opened");
+  const json all = json::parse(file, nullptr, false);
+  if (!all.is_object() || all.value("format", json()) != "moectl-biases") {
+    fail("must be a file of biases, as `moectl biases` writes one: {\"format\":\"moectl-biases\",…}");
+  }
+  if (all.value("version", json()) != 1) fail("version: must be 1");
+  if (!all.contains("layers") || !all["layers"].is_object())
+    fail("layers: must map layer ids to lists of biases");
+  LayerBiases biases;
+  for (const auto& [key, list] : all["layers"].items()) {
+    int id = -1;
+    const auto [end, error] = std::from_chars(key.data(), key.data() + key.size(), id);
+    if (error != std::errc() || end != key.data() + key.size() || id < 0) {
+      fail("layers: " + key + ": must be the id of a layer");
+    }
+    if (!list.is_array()) fail("layers: " + key + ": must be a list of biases");
+    std::vector<double>& values = biases[id];
+    for (const json& value : list) {
+      if (!value.is_number()) {
+        fail("layers: " + key + '[' + std::to_string(values.size()) + "]: " + value.dump() +
+             ": must be a number");
+      }
+      values.push_back(value.get<double>());
+    }
+  }
+  return biases;
+}
+
+std::string biases_json(const LayerBiases& biases) {
+  std::string text = "{\"format\":\"moectl-biases\",\"version\":1,\"layers\":{";
+  const char* before = "\n";
+  for (const auto& [id, values] : biases) {
+    text.append(before).append("\"").append(std::to_string(id)).append("\":[");
+    for (std::size_t i = 0; i < values.size(); ++i) text.append(i > 0 ? "," : "").append(shown(values[i]));
+    text += ']';
+    before = ",\n";
+  }
+  return text.append("\n}}\n");
+}
+
+}  // namespace moectl

@@ -1,0 +1,89 @@
+// What of a config holds for which layers, and from which step on.
+#include "control/config_groups.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numbers>
+#include <numeric>
+
+namespace moectl {
+namespace {
+
+template <class Sections>
+void override(ControllerConfig& config, const Sections& own) {
+  for (const Actuator which : kActuators) {
+    if (const auto& section = section_of(own, which)) config.actuator(which) = *section;
+  }
+  if (own.guard) config.guard = *own.guard;
+  if (own.safety) config.safety = *own.safety;
+}
+
+}  // namespace
+
+ControllerConfig config_at(const ControllerConfig& config, std::int64_t step) {
+  ControllerConfig now = config_from(config, step);
+  now.timeline.clear();
+  now.layers.clear();
+  return now;
+}
+
+ControllerConfig config_from(const ControllerConfig& config, std::int64_t step) {
+  ControllerConfig now = config;
+  std::erase_if(now.timeline, [&](const TimelineEntry& entry) {
+    if (entry.from > step) return false;
+    override(now, entry);
+    return true;
+  });
+  return now;
+}
+
+std::vector<LayerSettings> layer_settings(const ControllerConfig& config, std::int64_t step) {
+  const ControllerConfig common = config_at(config, step);
+  if (config.layers.empty()) return {{layer_ids(config), false, common}};
+  std::vector<LayerSettings> all;
+  for (const LayerGroup& group : config.layers) {
+    LayerSettings& settings = all.emplace_back(LayerSettings{group.ids, group.frozen, common});
+    ModelConfig& model = settings.config.model;
+    model.layers = static_cast<int>(group.ids.size());
+    if (group.experts != -1) model.experts = group.experts;
+    if (group.top_k != -1) model.top_k = group.top_k;
+    if (group.experts != -1 || !group.targets.empty()) model.targets = group.targets;
+    if (group.experts != -1 || !group.placement.empty()) settings.config.metrics.placement = group.placement;
+    override(settings.config, group);
+  }
+  return all;
+}
+
+std::vector<int> layer_ids(const ControllerConfig& config) {
+  std::vector<int> ids;
+  for (const LayerGroup& group : config.layers) ids.insert(ids.end(), group.ids.begin(), group.ids.end());
+  if (config.layers.empty()) {
+    ids.resize(static_cast<std::size_t>(config.model.layers));
+    std::iota(ids.begin(), ids.end(), 0);
+  }
+  return ids;
+}
+
+std::string_view name_of(GainSchedule::Shape shape) {
+  switch (shape) {
+    case GainSchedule::Shape::kLinear:
+      return "linear";
+    case GainSchedule::Shape::kCosine:
+      return "cosine";
+    case GainSchedule::Shape::kStep:
+      return "step";
+  }
+  return "";
+}
+
+double gain_at(const std::optional<GainSchedule>& schedule, std::int64_t step) {
+  if (!schedule || step < schedule->from) return 1;
+  if (step >= schedule->until || schedule->shape == GainSchedule::Shape::kStep) return schedule->last;
+  const double x =
+      static_cast<double>(step - schedule->from) / static_cast<double>(schedule->until - schedule->from);
+  const double left =
+      schedule->shape == GainSchedule::Shape::kLinear ? 1 - x : (1 + std::cos(std::numbers::pi * x)) / 2;
+  return schedule->last + (1 - schedule->last) * left;
+}
+
+}  // namespace moectl

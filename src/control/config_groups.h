@@ -1,0 +1,22 @@
+// The sections of layer groups and timeline entries, by actuator.
+#pragma once
+
+#include <optional>
+#include <type_traits>
+
+#include "moectl/config.h"
+
+namespace moectl {
+
+/// The section that a LayerGroup or a TimelineEntry gives for an actuator, or nothing.
+template <class Sections>
+auto& section_of(Sections& sections, Actuator which) {
+  return which == Actuator::kExpertBias      ? sections.expert_bias
+         : which == Actuator::kAuxLossWeight ? sections.aux_loss_weight
+                                             : sections.router_temperature;
+}
+
+/// The config's own sections as they are at a step, without groups and timeline.
+ControllerConfig config_at(const ControllerConfig& config, std::int64_t step);
+
+}  // namespace moectl

@@ -1,0 +1,556 @@
+// What comes from elsewhere: biases of another trainer, a state of another config, layers of another split, layers that
+// differ. By the numbers in the project's list (FieldCases).
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <fstream>
+#include <map>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "moectl/bias_file.h"
+#include "moectl/controller.h"
+#include "moectl/simulation.h"
+#include "temp_dir.h"
+
+namespace moectl {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::Contains;
+using ::testing::ElementsAre;
+using ::testing::Field;
+using ::testing::HasSubstr;
+using Biases = std::vector<double>;
+using Fate = KeptPart::Fate;
+
+Biases bias_of(const Controller& controller, int layer) {
+  return {controller.bias(layer).begin(), controller.bias(layer).end()};
+}
+
+SimulationOptions plant_of(int layers = 1, int experts = 16, int top_k = 2) {
+  SimulationOptions plant;
+  plant.layers = layers;
+  plant.experts = experts;
+  plant.top_k = top_k;
+  plant.score_space = ScoreSpace::kLogit;
+  return plant;
+}
+
+ControllerConfig config_of(const std::string& policy, const SimulationOptions& plant) {
+  ControllerConfig config;
+  config.model.layers = plant.layers;
+  config.model.experts = plant.experts;
+  config.model.top_k = plant.top_k;
+  config.model.score_space = plant.score_space;
+  config.expert_bias.policy = policy;
+  if (policy == "sign_bias") config.expert_bias.options.set("step", 1e-2);
+  return config;
+}
+
+/// Trained routers, one a layer, which any controller can go on with.
+class Model {
+ public:
+  explicit Model(const SimulationOptions& plant) {
+    for (int l = 0; l < plant.layers; ++l) routers_.emplace_back(plant, l);
+  }
+  /// `steps` steps of these layers under the controller; the excess of MaxVio over its noise floor in each.
+  std::vector<double> train(Controller& controller, int steps, const std::vector<int>& layers) {
+    std::vector<double> ratios;
+    for (int step = 0; step < steps; ++step) {
+      for (const int layer : layers) {
+        controller.record(layer, routers_[static_cast<std::size_t>(layer)].route(controller.bias(layer)));
+      }
+      double sum = 0;
+      for (const LayerReport& layer : controller.step().layers) {
+        sum += *layer.metrics->max_vio / *layer.metrics->noise_floor_max_vio;
+      }
+      ratios.push_back(sum / static_cast<double>(layers.size()));
+    }
+    return ratios;
+  }
+
+ private:
+  std::vector<SimulatedRouter> routers_;
+};
+
+double mean_of(const std::vector<double>& values, std::size_t from, std::size_t to) {
+  return std::accumulate(values.begin() + static_cast<std::ptrdiff_t>(from),
+                         values.begin() + static_cast<std::ptrdiff_t>(to), 0.0) /
+         static_cast<double>(to - from);
+}
+
+/// The standard error of the mean.
+double error_of(const std::vector<double>& values, std::size_t from, std::size_t to) {
+  const double mean = mean_of(values, from, to);
+  double squares = 0;
+  for (std::size_t i = from; i < to; ++i) squares += (values[i] - mean) * (values[i] - mean);
+  const auto n = static_cast<double>(to - from);
+  return std::sqrt(squares / (n - 1) / n);
+}
+
+// ---- B1: biases come in. ----
+
+TEST(FieldCases, B1_AdoptedBiasesAreInForceAtOnceAndThePolicyGoesOnFromThem) {
+  for (const std::uint64_t seed : {9101, 9102, 9103, 9104, 9105}) {
+    SimulationOptions plant = plant_of();
+    plant.seed = seed;
+    Model model(plant);
+    Controller sign(config_of("sign_bias", plant));
+    const std::vector<double> before = model.train(sign, 400, {0});
+
+    Controller adaptive(config_of("adaptive_bias", plant));
+    adaptive.adopt(0, bias_of(sign, 0));
+    EXPECT_EQ(bias_of(adaptive, 0), bias_of(sign, 0));
+    const std::vector<double> after = model.train(adaptive, 30, {0});
+    EXPECT_LE(mean_of(after, 0, 10),
+              mean_of(before, 390, 400) + 2 * std::hypot(error_of(before, 390, 400), error_of(after, 0, 10)))
+        << "seed " << seed;
+  }
+}
+
+TEST(FieldCases, B1_WithoutAdoptionTheSameSwitchLosesTheBalance) {
+  Model model(plant_of());
+  Controller sign(config_of("sign_bias", plant_of()));
+  const double before = model.train(sign, 400, {0}).back();
+  Controller adaptive(config_of("adaptive_bias", plant_of()));
+  EXPECT_GT(model.train(adaptive, 1, {0}).front(), 3 * before);
+}
+
+TEST(FieldCases, B1_AdoptionRefusesWhatTheLimitsForbidAndNamesIt) {
+  ControllerConfig config = config_of("adaptive_bias", plant_of(1, 4, 1));
+  config.expert_bias.limits = {.min = -1, .max = 1, .rate = 1};
+  Controller controller(config);
+  const auto what_of = [&](const Biases& biases, int layer = 0) -> std::string {
+    try {
+      controller.adopt(layer, biases);
+    } catch (const std::invalid_argument& error) {
+      return error.what();
+    }
+    return "";
+  };
+  EXPECT_THAT(what_of({0, 0, 1.5, 0}),
+              AllOf(HasSubstr("expert_bias[2]"), HasSubstr("1.5"), HasSubstr("limits.max")));
+  EXPECT_THAT(what_of({0, 0, std::nan(""), 0}), HasSubstr("expert_bias[2]"));
+  EXPECT_THAT(what_of({0, 0}), HasSubstr("2 values: must be 4"));
+  EXPECT_THAT(what_of({0, 0, 0, 0}, 7), HasSubstr("layer: 7"));
+  EXPECT_EQ(bias_of(controller, 0), Biases(4, 0.0));
+}
+
+TEST(FieldCases, B1_TheNextDecisionTakesACommonShiftOutWhateverTheRate) {
+  ControllerConfig config = config_of("fixed", plant_of(1, 4, 1));
+  config.expert_bias.limits = {.min = -16, .max = 16, .rate = 0.01, .center = true};
+  Controller controller(config);
+  controller.adopt(0, Biases{7, 8, 9, 12});
+  EXPECT_EQ(bias_of(controller, 0), (Biases{7, 8, 9, 12}));
+  controller.record(0, [](RoutingStats& sums) {
+    sums.add_counts(std::vector<std::int64_t>{10, 10, 10, 10}, 40);
+  });
+  controller.step();
+  EXPECT_EQ(bias_of(controller, 0), (Biases{-2, -1, 0, 3}));
+}
+
+TEST(FieldCases, B1_ScalarsAreAdopted) {
+  ControllerConfig config = config_of("fixed", plant_of());
+  Controller controller(config);
+  controller.adopt_temperature(0, 0.7);
+  EXPECT_EQ(controller.temperature(0), 0.7);
+}
+
+TEST(FieldCases, B1_InitialIsAListOrAFile) {
+  const std::string model = "version: 1\nmodel: {layers: 2, experts: 4, top_k: 1}\n";
+  const Controller list(
+      parse_config(model + "expert_bias: {policy: sign_bias, initial: [0.1, -0.1, 0, 0.25]}"));
+  EXPECT_EQ(bias_of(list, 1), (Biases{0.1, -0.1, 0, 0.25}));
+
+  const TempDir dir;
+  const LayerBiases biases = {{0, {0.5, 0, 0, 0}}, {1, {0, 0.1, -1.0 / 3, 0}}};
+  dir.write("b.json", biases_json(biases));
+  const std::string path = dir.write("c.yaml", model + "expert_bias: {policy: sign_bias, initial: b.json}\n");
+  const Controller from_file(load_config(path));
+  EXPECT_EQ(bias_of(from_file, 0), biases.at(0));
+  EXPECT_EQ(bias_of(from_file, 1), biases.at(1));
+}
+
+TEST(FieldCases, B1_AWrongListOrFileIsNamed) {
+  const auto what_of = [](const std::string& initial) -> std::string {
+    try {
+      const Controller controller(
+          parse_config("version: 1\nmodel: {layers: 2, experts: 4, top_k: 1}\n"
+                       "expert_bias: {policy: sign_bias, initial: " +
+                       initial + "}"));
+    } catch (const ConfigError& error) {
+      return error.what();
+    }
+    return "";
+  };
+  EXPECT_THAT(what_of("[1, 2]"), AllOf(HasSubstr("expert_bias.initial: 2"), HasSubstr("4 experts")));
+  EXPECT_THAT(what_of("[0, 0, 0, 17]"), AllOf(HasSubstr("expert_bias.initial[3]: 17"), HasSubstr("limits")));
+  EXPECT_THAT(what_of("/nowhere/b.json"), AllOf(HasSubstr("/nowhere/b.json"), HasSubstr("cannot be opened")));
+  EXPECT_THAT(what_of("0.1.2"), HasSubstr("must be a number"));
+}
+
+// ---- B2: a state of another config. ----
+
+const KeptPart* find(const std::vector<KeptPart>& parts, int layer, const std::string& key) {
+  const auto at = std::find_if(parts.begin(), parts.end(),
+                               [&](const KeptPart& part) { return part.layer == layer && part.key == key; });
+  return at == parts.end() ? nullptr : &*at;
+}
+
+/// A state after some training under `config`, and the biases in force.
+struct Trained {
+  std::string state;
+  std::vector<Biases> biases;
+};
+Trained trained(const ControllerConfig& config, const SimulationOptions& plant, int steps = 60) {
+  Controller controller(config);
+  simulate(controller, plant, steps);
+  Trained result{controller.save(), {}};
+  for (const int layer : controller.layers()) result.biases.push_back(bias_of(controller, layer));
+  return result;
+}
+
+TEST(FieldCases, B2_AppliedValuesSurviveEveryChangeOfTheConfig) {
+  const SimulationOptions plant = plant_of(2);
+  const ControllerConfig base = config_of("adaptive_bias", plant);
+  const Trained saved = trained(base, plant);
+  const std::map<std::string, std::function<void(ControllerConfig&)>> changes = {
+      {"another policy", [](ControllerConfig& c) { c.expert_bias.policy = "proportional_bias"; }},
+      {"an option", [](ControllerConfig& c) { c.expert_bias.options.set("correlation_ema", 0.3); }},
+      {"another form", [](ControllerConfig& c) { c.expert_bias.options.set("form", std::string("counts")); }},
+      {"the guard", [](ControllerConfig& c) { c.guard.enabled = true; }},
+      {"lag", [](ControllerConfig& c) { c.lag = 1; }},
+      {"ema", [](ControllerConfig& c) { c.monitor.ema = 0.5; }},
+      {"the trend window", [](ControllerConfig& c) { c.monitor.trend_window = 17; }},
+      {"a sum", [](ControllerConfig& c) { c.collect.sequences = true; }},
+      {"bands",
+       [](ControllerConfig& c) {
+         c.monitor.health.bands["load_cv"] = {0, 1};
+       }},
+      {"cadence", [](ControllerConfig& c) { c.expert_bias.limits.cadence = 4; }},
+      {"responsiveness", [](ControllerConfig& c) { c.safety.responsiveness = false; }},
+      {"a weight that moves", [](ControllerConfig& c) {
+         c.aux_loss_weight.policy = "pi";
+         c.aux_loss_weight.initial = 1e-2;
+         c.aux_loss_weight.limits = default_limits(Actuator::kAuxLossWeight, 1e-2);
+       }}};
+  for (const auto& [name, change] : changes) {
+    ControllerConfig config = base;
+    change(config);
+    Controller controller(config);
+    EXPECT_THROW(controller.load(saved.state), StateError) << name;
+    const std::vector<KeptPart> parts = controller.load(saved.state, Keep::what_fits);
+    EXPECT_EQ(controller.steps(), 60) << name;
+    for (int layer : {0, 1}) {
+      EXPECT_EQ(bias_of(controller, layer), saved.biases[static_cast<std::size_t>(layer)]) << name;
+      ASSERT_NE(find(parts, layer, "expert_bias"), nullptr) << name;
+      EXPECT_EQ(find(parts, layer, "expert_bias")->fate, Fate::kKept) << name;
+    }
+    simulate(controller, plant, 3);
+  }
+}
+
+TEST(FieldCases, B2_AStateOfTheSameConfigKeepsAllAndGoesOnToTheBit) {
+  SimulationOptions plant = plant_of(2);
+  for (const int lag : {0, 1}) {
+    ControllerConfig config = config_of("adaptive_bias", plant);
+    config.guard.enabled = true;
+    config.lag = lag;
+    const Trained saved = trained(config, plant);
+    Controller strict(config), fitting(config);
+    strict.load(saved.state);
+    for (const KeptPart& part : fitting.load(saved.state, Keep::what_fits)) {
+      EXPECT_EQ(part.fate, Fate::kKept) << part.layer << ' ' << part.key << ": " << part.why;
+    }
+    EXPECT_TRUE(strict.save() == fitting.save());
+    simulate(strict, plant, 20);
+    simulate(fitting, plant, 20);
+    EXPECT_TRUE(strict.save() == fitting.save());
+  }
+}
+
+TEST(FieldCases, B2_WhatCannotBeKeptIsNamedInTheWordsOfTheConfig) {
+  const SimulationOptions plant = plant_of(1);
+  const ControllerConfig base = config_of("adaptive_bias", plant);
+  const Trained saved = trained(base, plant);
+  const auto part_after = [&](const std::function<void(ControllerConfig&)>& change, const std::string& key) {
+    ControllerConfig config = base;
+    change(config);
+    Controller controller(config);
+    const std::vector<KeptPart> parts = controller.load(saved.state, Keep::what_fits);
+    const KeptPart* part = find(parts, 0, key);
+    return part ? std::string(name_of(part->fate)) + ": " + part->why : "";
+  };
+  EXPECT_EQ(part_after([](ControllerConfig& c) { c.expert_bias.policy = "sign_bias"; }, "expert_bias.policy"),
+            "dropped: adaptive_bias, now sign_bias: starts without memory");
+  EXPECT_EQ(part_after([](ControllerConfig& c) { c.expert_bias.options.set("correlation_ema", 0.3); },
+                       "expert_bias.policy"),
+            "adapted: expert_bias.options.correlation_ema: 0.2, now 0.3");
+  EXPECT_EQ(part_after([](ControllerConfig& c) { c.monitor.trend_window = 17; }, "health"),
+            "dropped: metrics.trend_window: 50, now 17");
+  EXPECT_THAT(
+      part_after([](ControllerConfig& c) { c.expert_bias.limits = {.min = -0.01, .max = 0.01, .rate = 1}; },
+                 "expert_bias"),
+      AllOf(HasSubstr("adapted"), HasSubstr("cut to limits.min, limits.max (-0.01 to 0.01)")));
+}
+
+TEST(FieldCases, B2_ALayerMoreOrLess) {
+  const SimulationOptions plant = plant_of(2);
+  const Trained saved = trained(config_of("adaptive_bias", plant), plant);
+  Controller more(config_of("adaptive_bias", plant_of(3)));
+  const auto parts = more.load(saved.state, Keep::what_fits);
+  EXPECT_EQ(bias_of(more, 1), saved.biases[1]);
+  ASSERT_NE(find(parts, 2, "layer"), nullptr);
+  EXPECT_THAT(find(parts, 2, "layer")->why, HasSubstr("not in the state"));
+  Controller fewer(config_of("adaptive_bias", plant_of(1)));
+  const auto left = fewer.load(saved.state, Keep::what_fits);
+  EXPECT_EQ(bias_of(fewer, 0), saved.biases[0]);
+  EXPECT_THAT(find(left, 1, "layer")->why, HasSubstr("no such layer"));
+}
+
+TEST(FieldCases, B2_OtherExpertsCannotBeKept) {
+  const SimulationOptions plant = plant_of(1);
+  const Trained saved = trained(config_of("adaptive_bias", plant), plant);
+  Controller other(config_of("adaptive_bias", plant_of(1, 8)));
+  const auto parts = other.load(saved.state, Keep::what_fits);
+  EXPECT_EQ(find(parts, 0, "expert_bias")->why, "16 values, now 8");
+  EXPECT_EQ(bias_of(other, 0), Biases(8, 0.0));
+}
+
+TEST(FieldCases, B2_AnotherPipelineSplitLoadsByLayerIds) {
+  SimulationOptions plant = plant_of(4);
+  for (const int lag : {0, 1}) {
+    ControllerConfig config = config_of("adaptive_bias", plant);
+    config.guard.enabled = true;
+    config.lag = lag;
+    Controller whole(config);
+    Model model(plant);
+    model.train(whole, 50, {0, 1, 2, 3});
+    Model twin = model;
+
+    std::vector<Controller> stages;
+    for (const int first : {0, 2}) {
+      ControllerConfig stage = config;
+      stage.model.layers = 0;
+      stage.layers = {{.first = first, .count = 2}};
+      stages.emplace_back(stage);
+      for (const int layer : {first, first + 1}) stages.back().load_layer(layer, whole.save_layer(layer));
+      EXPECT_EQ(stages.back().steps(), 50);
+    }
+    model.train(whole, 20, {0, 1, 2, 3});
+    twin.train(stages[0], 20, {0, 1});
+    twin.train(stages[1], 20, {2, 3});
+    for (const int layer : {0, 1, 2, 3}) {
+      EXPECT_EQ(bias_of(stages[static_cast<std::size_t>(layer / 2)], layer), bias_of(whole, layer))
+          << lag << ' ' << layer;
+    }
+  }
+}
+
+TEST(FieldCases, B2_AStateOfALayerIsStrictUnlessToldOtherwise) {
+  const SimulationOptions plant = plant_of(2);
+  Controller from(config_of("adaptive_bias", plant)), to(config_of("sign_bias", plant));
+  simulate(from, plant, 30);
+  const std::string before = to.save();
+  EXPECT_THROW(to.load_layer(0, from.save_layer(0)), StateError);
+  EXPECT_THROW(to.load_layer(1, from.save_layer(0)), StateError);
+  EXPECT_TRUE(to.save() == before);
+  to.load_layer(0, from.save_layer(0), Keep::what_fits);
+  EXPECT_EQ(bias_of(to, 0), bias_of(from, 0));
+}
+
+// ---- B5: changes in the middle of a run. ----
+
+TEST(FieldCases, B5_ATimelineChangesThePolicyWithoutAJump) {
+  const SimulationOptions plant = plant_of(2);
+  ControllerConfig config = config_of("sign_bias", plant);
+  config.timeline.resize(2);
+  config.timeline[0].from = 30;
+  config.timeline[0].expert_bias = config_of("adaptive_bias", plant).expert_bias;
+  config.timeline[1].from = 40;
+  config.timeline[1].freeze = {1};
+  Controller controller(config);
+  std::vector<std::string> said;
+  Biases at_30, at_40, frozen_at_40;
+  simulate(controller, plant, 60, [&](const StepReport& report) {
+    for (const Notice& notice : report.notices) {
+      if (notice.kind == NoticeKind::kConfig) said.emplace_back(notice.text);
+    }
+    const auto applied = [&](std::size_t l) {
+      const auto values = report.layers[l].actuators[0].applied;
+      return Biases(values.begin(), values.end());
+    };
+    if (report.step == 29) at_30 = applied(0);
+    if (report.step == 30) {
+      double farthest = 0;
+      for (std::size_t i = 0; i < at_30.size(); ++i)
+        farthest = std::max(farthest, std::abs(applied(0)[i] - at_30[i]));
+      EXPECT_LE(farthest, 1) << "from what was in force, within one rate";
+      EXPECT_GT(farthest, 1.1e-2) << "and no longer by the sign's step";
+    }
+    if (report.step == 39) frozen_at_40 = applied(1);
+    if (report.step == 59) {
+      EXPECT_EQ(applied(1), frozen_at_40);
+      EXPECT_NE(applied(0), at_30);
+    }
+  });
+  EXPECT_THAT(said, ElementsAre(HasSubstr("from step 30"), HasSubstr("from step 40")));
+}
+
+TEST(FieldCases, B5_ATimelineIsResumedToTheBit) {
+  const SimulationOptions plant = plant_of(1);
+  for (const int lag : {0, 1}) {
+    ControllerConfig config = config_of("sign_bias", plant);
+    config.lag = lag;
+    config.timeline.resize(1);
+    config.timeline[0].from = 30;
+    config.timeline[0].expert_bias = config_of("quantile_bias", plant).expert_bias;
+    for (const int stop : {10, 30, 31, 45}) {
+      Controller whole(config), resumed(config);
+      Model model(plant);
+      model.train(whole, stop, {0});
+      Model twin = model;
+      resumed.load(whole.save());
+      EXPECT_TRUE(resumed.save() == whole.save());
+      model.train(whole, 30, {0});
+      twin.train(resumed, 30, {0});
+      EXPECT_TRUE(whole.save() == resumed.save()) << "lag " << lag << ", stopped at " << stop;
+    }
+  }
+}
+
+TEST(FieldCases, B5_AGainScheduleMakesMovesSmallerUntilNoneIsLeft) {
+  const SimulationOptions plant = plant_of(1);
+  ControllerConfig config = config_of("sign_bias", plant);
+  config.expert_bias.options.set("zero_mean_move", false);
+  config.expert_bias.gain_schedule =
+      GainSchedule{.shape = GainSchedule::Shape::kLinear, .from = 10, .until = 20};
+  Controller controller(config);
+  Biases before(16, 0.0);
+  simulate(controller, plant, 25, [&](const StepReport& report) {
+    const double wanted = 1e-2 * std::clamp((20.0 - static_cast<double>(report.step)) / 10, 0.0, 1.0);
+    double most = -1, least = 1;  // the moves of too cold and too hot experts lie two steps apart
+    for (std::size_t i = 0; i < 16; ++i) {
+      const double move = report.layers[0].actuators[0].applied[i] - before[i];
+      most = std::max(most, move);
+      least = std::min(least, move);
+      before[i] = report.layers[0].actuators[0].applied[i];
+    }
+    EXPECT_NEAR(most - least, 2 * wanted, 1e-12) << report.step;
+  });
+}
+
+// ---- C1: layers that differ. ----
+
+const char* const kGroups = R"(version: 1
+model: {score_space: logit}
+layers:
+  - {first: 1, count: 2, experts: 16, top_k: 2, expert_bias: {policy: adaptive_bias}}
+  - {ids: [4, 7], experts: 64, top_k: 6, expert_bias: {policy: sign_bias, options: {step: 0.01}}}
+  - {ids: [9], experts: 8, top_k: 1, frozen: true}
+)";
+
+TEST(FieldCases, C1_LayersOfDifferentExpertsAndPoliciesInOneController) {
+  Controller controller(parse_config(kGroups));
+  EXPECT_THAT(controller.layers(), ElementsAre(1, 2, 4, 7, 9));
+  EXPECT_EQ(controller.bias(2).size(), 16u);
+  EXPECT_EQ(controller.bias(7).size(), 64u);
+  EXPECT_EQ(controller.bias(9).size(), 8u);
+  EXPECT_THROW(controller.bias(0), std::invalid_argument);
+  EXPECT_THROW(controller.bias(3), std::invalid_argument);
+  SimulationOptions plant;
+  plant.score_space = ScoreSpace::kLogit;
+  std::map<int, double> last;
+  simulate(controller, plant, 120, [&](const StepReport& report) {
+    for (const LayerReport& layer : report.layers) {
+      last[layer.layer] = *layer.metrics->max_vio / *layer.metrics->noise_floor_max_vio;
+    }
+  });
+  EXPECT_LT(last[1], 1.6);
+  EXPECT_LT(last[2], 1.6);
+  EXPECT_LT(last[4], 2.5);
+  EXPECT_GT(last[9], 2.5) << "frozen";
+}
+
+TEST(FieldCases, C1_EachLayerDecidesAsInAControllerOfItsOwn) {
+  Controller groups(parse_config(kGroups));
+  Controller alone(
+      parse_config("version: 1\nmodel: {score_space: logit}\n"
+                   "layers: [{ids: [7], experts: 64, top_k: 6, "
+                   "expert_bias: {policy: sign_bias, options: {step: 0.01}}}]"));
+  SimulationOptions plant = plant_of(1, 64, 6);
+  SimulatedRouter router(plant), twin(plant);
+  for (int step = 0; step < 20; ++step) {
+    groups.record(7, router.route(groups.bias(7)));
+    alone.record(7, twin.route(alone.bias(7)));
+    groups.step();
+    alone.step();
+  }
+  EXPECT_EQ(bias_of(groups, 7), bias_of(alone, 7));
+}
+
+TEST(FieldCases, C1_OneReductionServesAllGroupsAndAStateResumes) {
+  const ControllerConfig config = parse_config(kGroups);
+  Controller one(config), two(config);
+  int collectives = 0;
+  two.set_reduction([&](std::span<std::int64_t>) { ++collectives; });
+  SimulationOptions plant;
+  plant.score_space = ScoreSpace::kLogit;
+  simulate(one, plant, 15);
+  simulate(two, plant, 15);
+  EXPECT_LE(collectives, 16) << "one a step, and one that compares the configs";
+  EXPECT_TRUE(one.save() == two.save());
+  Controller resumed(config);
+  resumed.load(one.save());
+  EXPECT_TRUE(resumed.save() == one.save());
+}
+
+TEST(FieldCases, C1_GroupsRoundTripThroughYamlAndJson) {
+  const ControllerConfig config = parse_config(kGroups);
+  EXPECT_EQ(to_yaml(parse_config(to_yaml(config))), to_yaml(config));
+  EXPECT_EQ(to_json(parse_config(to_json(config))), to_json(config));
+}
+
+TEST(FieldCases, C1_WrongGroupsAreNamed) {
+  const auto what_of = [](const std::string& layers) -> std::string {
+    try {
+      parse_config("version: 1\nmodel: {}\nlayers: " + layers);
+    } catch (const ConfigError& error) {
+      return error.what();
+    }
+    return "";
+  };
+  EXPECT_THAT(what_of("[{count: 2, top_k: 1}]"), HasSubstr("layers[0].experts: missing"));
+  EXPECT_THAT(what_of("[{experts: 4, top_k: 1}]"), HasSubstr("layers[0].count: missing"));
+  EXPECT_THAT(what_of("[{count: 2, experts: 4, top_k: 1}, {ids: [1], experts: 4, top_k: 1}]"),
+              AllOf(HasSubstr("layers[1].ids[0]: 1"), HasSubstr("given twice")));
+  EXPECT_THAT(what_of("[{count: 2, experts: 4, top_k: 5}]"), HasSubstr("layers[0].top_k: 5"));
+  EXPECT_THAT(
+      what_of("[{count: 2, experts: 4, top_k: 1, expert_bias: {policy: sign_bias, options: {step: -1}}}]"),
+      HasSubstr("layers[0].expert_bias.options.step: -1"));
+  EXPECT_THAT(
+      what_of(
+          "[{count: 2, experts: 4, top_k: 1, aux_loss_weight: {policy: pi, initial: 0.01, scope: model}}]"),
+      HasSubstr("layers[0].aux_loss_weight.scope: model"));
+  EXPECT_THAT(what_of("[{count: 2, expertz: 4}]"),
+              AllOf(HasSubstr("layers[0].expertz"), HasSubstr("experts")));
+}
+
+TEST(FieldCases, C1_AnActuatorOfTheModelSeesAllGroups) {
+  Controller controller(
+      parse_config(std::string(kGroups) + "aux_loss_weight: {policy: pi, scope: model, initial: 0.01, "
+                                          "options: {metric: load_cv, target: 0.2}}\n"));
+  SimulationOptions plant;
+  plant.score_space = ScoreSpace::kLogit;
+  simulate(controller, plant, 40);
+  EXPECT_EQ(controller.aux_loss_weight(1), controller.aux_loss_weight(7));
+  EXPECT_NE(controller.aux_loss_weight(1), 0.01);
+  EXPECT_THROW(controller.aux_loss_weight(3), std::invalid_argument);
+}
+
+}  // namespace
+}  // namespace moectl
