@@ -249,6 +249,20 @@ TEST(Import, TwoMetricsAreNotMixed) {
   EXPECT_EQ(records(result.out)[0]["counts"], json({3, 4}));
 }
 
+// Megatron #5573: layers with different numbers of experts. A missing column is no dead expert.
+TEST(Import, LayersMayHaveDifferentNumbersOfExperts) {
+  const TempDir dir;
+  const ToolResult result = run_tool(
+      dir, "import wandb - --top-k 1 -o t.jsonl",
+      "Step,layer0_expert0,layer0_expert1,layer1_expert0,layer1_expert1,layer1_expert2\n0,3,5,4,4,0\n");
+  ASSERT_EQ(result.code, 0) << result.err;
+  EXPECT_THAT(result.err, HasSubstr("different numbers"));
+  const auto all = records(TempDir::read(dir.path("t.jsonl")));
+  EXPECT_EQ(at(all, 0, 0)["counts"], json({3, 5}));
+  EXPECT_EQ(at(all, 0, 1)["counts"], json({4, 4, 0}));
+  EXPECT_EQ(run_tool(dir, "metrics t.jsonl --format screen").code, 0);
+}
+
 TEST(Import, TensorBoardEventFiles) {
   const auto all = imported("tensorboard " + kFiles + "events.out.tfevents.1700000000.host.1.0 --top-k 2");
   ASSERT_EQ(all.size(), 2U);
