@@ -63,8 +63,16 @@ void compare(const std::string& name, const std::map<int, Rows>& layers, int dev
     }
     const Placement now = moectl::linear_placement(static_cast<int>(n), options);
     const Placement theirs{devices, moectl::peer::eplb(mean, slots, 1, 1, devices)};
-    const Placement plan =
-        moectl::plan_placement(moectl::forecast_loads(rows32(steps, half), static_cast<int>(n)), options);
+    std::vector<double> samples;
+    const std::size_t rows = std::min<std::size_t>(128, half);
+    for (std::size_t r = 0; r < rows; ++r) {
+      const auto& step = steps[r * half / rows];
+      double sum = 0;
+      for (const double load : step) sum += load;
+      for (const double load : step) samples.push_back(sum > 0 ? load / sum : 0);
+    }
+    const Placement plan = moectl::plan_placement(
+        moectl::forecast_loads(rows32(steps, half), static_cast<int>(n)), options, samples);
     for (std::size_t s = half; s < steps.size(); ++s) {
       const std::size_t at = s - half;
       for (auto* series : {&linear, &eplb, &ours, &gain})
@@ -144,9 +152,11 @@ int main(int argc, char** argv) {
   };
   for (int i = 1; i < argc; ++i) {
     const std::string path = argv[i];
+    if (path == "--recorded") continue;
     all_shapes(path.substr(path.find_last_of('/') + 1), read(path));
   }
   for (const char* policy : {"fixed", "sign_bias", "adaptive_bias"}) {
+    if (argc > 1 && std::string(argv[argc - 1]) == "--recorded") break;
     for (const auto scenario :
          {moectl::Scenario::kSteady, moectl::Scenario::kShift, moectl::Scenario::kDrift}) {
       const std::string name =

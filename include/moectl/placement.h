@@ -38,8 +38,11 @@ struct Placement {
 
 /// Slot s holds expert s mod N: what engines start with. Throws std::invalid_argument on options that do not fit.
 Placement linear_placement(int experts, const PlacementOptions& options);
-/// The plan for these loads [N], finite and ≥ 0, in any unit. Throws std::invalid_argument.
-Placement plan_placement(std::span<const double> loads, const PlacementOptions& options);
+/// The plan for these loads [N], finite and ≥ 0, in any unit. `samples`, if given, are rows of N loads of single steps: then
+/// copies are exchanged while that lowers the mean over the samples of the largest device load, so that experts which are
+/// heavy in the same steps come apart. Each expert's samples are scaled to its load. Throws std::invalid_argument.
+Placement plan_placement(std::span<const double> loads, const PlacementOptions& options,
+                         std::span<const double> samples = {});
 /// The same plan with its devices (and nodes) renamed, so that few copies have to move from `current`.
 Placement renamed_for(const Placement& plan, const Placement& current, int nodes);
 /// Copies that a device holds under `to` and not under `from`.

@@ -92,6 +92,19 @@ std::vector<double> rows_of(const History& history, std::size_t from, std::size_
   return sums;
 }
 
+/// Shares of single steps, spread over [0, to).
+std::vector<double> samples_of(const History& history, std::size_t to) {
+  const std::size_t rows = std::min<std::size_t>(128, to);
+  std::vector<double> samples;
+  for (std::size_t r = 0; r < rows; ++r) {
+    const std::vector<double> step = history.step(r * to / rows);
+    double sum = 0;
+    for (const double load : step) sum += load;
+    for (const double load : step) samples.push_back(sum > 0 ? load / sum : 0);
+  }
+  return samples;
+}
+
 struct Judged {
   int layer = 0, moves = 0;
   Placement plan;
@@ -108,20 +121,19 @@ Judged judge(int layer, const History& history, const Options& options) {
   PlacementOptions single = options.placement;
   if (history.experts % single.devices == 0) single.slots = history.experts;
   const Placement today = linear_placement(history.experts, single);
-  const auto plan_on = [&](std::size_t from, std::size_t to) {
-    return plan_placement(forecast_loads(rows_of(history, from, to), history.experts), options.placement);
-  };
   Judged judged;
   judged.layer = layer;
   const bool free = options.placement.max_moves < 0;
-  judged.plan = plan_on(0, split);
+  const std::vector<double> samples = samples_of(history, split);
+  judged.plan =
+      plan_placement(forecast_loads(rows_of(history, 0, split), history.experts), options.placement, samples);
   if (free) judged.plan = renamed_for(judged.plan, linear, options.placement.nodes);
   judged.moves = moves_between(linear, judged.plan);
   // The same planner, told what came: its mean, without any forecast.
   std::vector<double> later(static_cast<std::size_t>(history.experts), 0.0);
   const auto rows = rows_of(history, split, steps);
   for (std::size_t i = 0; i < rows.size(); ++i) later[i % later.size()] += rows[i];
-  const Placement told = plan_placement(later, options.placement);
+  const Placement told = plan_placement(later, options.placement, samples);
   for (std::size_t s = split; s < steps; ++s) {
     const std::vector<double> loads = history.step(s);
     double tokens = 0;

@@ -25,6 +25,7 @@ namespace fs = std::filesystem;
 struct Format {
   ImportFormat shown;
   OpenReader open;
+  bool whole = false;  ///< Has a value for every expert: a layer with fewer columns has fewer experts.
 };
 const std::vector<Format>& formats() {
   static const std::vector<Format> kFormats = {
@@ -32,11 +33,11 @@ const std::vector<Format>& formats() {
        open_sglang},
       {{"vllm", "routed_experts [tokens, layers, k] as .npy, .npz or JSON lines"}, open_vllm},
       {{"megatron", "router_trace_rankN.jsonl, JSON lines with top_indices, or with tpe"}, open_megatron},
-      {{"hf", "router_logits [layers, tokens, experts] as .npy"}, open_router_logits},
+      {{"hf", "router_logits [layers, tokens, experts] as .npy"}, open_router_logits, true},
       {{"llama.cpp", "CSV layer,expert, a row for each choice"}, open_llama_cpp},
-      {{"wandb", "CSV export with a column for each layer and expert"}, open_wandb},
-      {{"tensorboard", "event file with a scalar for each layer and expert"}, open_tensorboard},
-      {{"csv", "matrix, a row a step, a column an expert"}, open_matrix},
+      {{"wandb", "CSV export with a column for each layer and expert"}, open_wandb, true},
+      {{"tensorboard", "event file with a scalar for each layer and expert"}, open_tensorboard, true},
+      {{"csv", "matrix, a row a step, a column an expert"}, open_matrix, true},
   };
   return kFormats;
 }
@@ -425,21 +426,30 @@ ImportReport import_trace(std::string_view name, const std::vector<std::string>&
   }
   // Every record has an element for every expert, and who the last one is shows at the end only: a first reading finds it.
   auto experts = static_cast<std::size_t>(options.experts);
+  std::map<int, std::size_t> of_layer;  // where layers have numbers of their own
   ImportedStep step;
   if (experts == 0) {
     for (Source source(*format, inputs, options, notes); source.next(step);) {
-      for (const auto& [key, layer] : step.layers) experts = std::max(experts, layer.counts.size());
+      for (const auto& [key, layer] : step.layers) {
+        std::size_t& most = of_layer[key.first];
+        most = std::max(most, layer.counts.size());
+        experts = std::max(experts, most);
+      }
     }
-    const bool known = name == "hf" || name == "csv";
-    if (experts > 0 && !known)
+    const bool equal =
+        std::ranges::all_of(of_layer, [&](const auto& entry) { return entry.second == experts; });
+    if (!format->whole || equal) of_layer.clear();
+    if (experts > 0 && !format->whole)
       notes.say(std::to_string(experts) +
                 " experts: the largest number + 1; --experts if the model has more");
+    if (!of_layer.empty()) notes.say("layers have different numbers of experts");
   }
   ImportReport report;
   report.experts = static_cast<int>(experts);
   TraceWriter writer(output);
-  writer.line("{\"format\":\"moectl-trace\",\"version\":1,\"experts\":" +
-              std::to_string(std::max<std::size_t>(experts, 1)) + ",\"source\":\"" + std::string(name) +
+  const std::string common =
+      of_layer.empty() ? ",\"experts\":" + std::to_string(std::max<std::size_t>(experts, 1)) : "";
+  writer.line("{\"format\":\"moectl-trace\",\"version\":1" + common + ",\"source\":\"" + std::string(name) +
               "\"}\n");
   for (Source source(*format, inputs, options, notes); source.next(step);) {
     ++report.steps;
@@ -450,7 +460,8 @@ ImportReport import_trace(std::string_view name, const std::vector<std::string>&
       const std::string tag = key.second.empty()       ? options.tag
                               : options.tag == "train" ? key.second
                                                        : options.tag + '/' + key.second;
-      writer.line(record_of(step.step, key.first, tag, layer, experts));
+      writer.line(
+          record_of(step.step, key.first, tag, layer, of_layer.empty() ? experts : of_layer[key.first]));
       ++report.records;
     }
   }

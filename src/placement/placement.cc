@@ -138,6 +138,104 @@ void exchange(std::span<const double> weights, std::vector<std::vector<int>>& de
   }
 }
 
+/// Exchanges copies while that lowers the sum over rows of the largest device load. `rows`: of item i in row r, at i · R + r.
+class SampleExchange {
+ public:
+  SampleExchange(std::vector<double> rows, Index samples, std::vector<std::vector<int>>& devices,
+                 std::span<const int> expert)
+      : rows_(std::move(rows)),
+        samples_(samples),
+        devices_(devices),
+        expert_(expert),
+        loads_(devices.size() * samples, 0.0) {
+    for (Index d = 0; d < devices.size(); ++d) {
+      for (const int item : devices[d]) add(d, item, 1);
+    }
+  }
+
+  void run() {
+    constexpr int kMost = 400;  // each exchange lowers the sum; this bounds the time
+    for (int n = 0; n < kMost && improve(); ++n) {
+    }
+  }
+
+ private:
+  const double* row(int item) const { return rows_.data() + at(item) * samples_; }
+  void add(Index device, int item, double sign) {
+    for (Index r = 0; r < samples_; ++r) loads_[device * samples_ + r] += sign * row(item)[r];
+  }
+
+  /// The best exchange of one of the three devices that are the most loaded one most heavily.
+  bool improve() {
+    const Index d_count = devices_.size();
+    std::vector<double> blame(d_count, 0.0);
+    double now = 0;
+    for (Index r = 0; r < samples_; ++r) {
+      Index most = 0;
+      for (Index d = 1; d < d_count; ++d)
+        most = loads_[d * samples_ + r] > loads_[most * samples_ + r] ? d : most;
+      blame[most] += loads_[most * samples_ + r];
+      now += loads_[most * samples_ + r];
+    }
+    std::vector<Index> order(d_count);
+    std::iota(order.begin(), order.end(), Index{0});
+    std::ranges::stable_sort(order, [&](Index a, Index b) { return blame[a] > blame[b]; });
+    for (Index k = 0; k < std::min<Index>(3, d_count); ++k) {
+      if (improve(order[k], now)) return true;
+    }
+    return false;
+  }
+
+  bool improve(Index h, double now) {
+    double best = now * (1 - 1e-6);
+    Index best_a = 0, best_b = 0, best_d = h;
+    std::vector<double> others(samples_);
+    for (Index d = 0; d < devices_.size(); ++d) {
+      if (d == h) continue;
+      for (Index r = 0; r < samples_; ++r) {
+        double largest = 0;
+        for (Index e = 0; e < devices_.size(); ++e) {
+          if (e != h && e != d) largest = std::max(largest, loads_[e * samples_ + r]);
+        }
+        others[r] = largest;
+      }
+      const double *of_h = loads_.data() + h * samples_, *of_d = loads_.data() + d * samples_;
+      for (Index a = 0; a < devices_[h].size(); ++a) {
+        if (holds(devices_[d], expert_[at(devices_[h][a])], expert_)) continue;
+        const double* from = row(devices_[h][a]);
+        for (Index b = 0; b < devices_[d].size(); ++b) {
+          if (holds(devices_[h], expert_[at(devices_[d][b])], expert_)) continue;
+          const double* to = row(devices_[d][b]);
+          double sum = 0;
+          for (Index r = 0; r < samples_ && sum < best; ++r) {
+            const double less = from[r] - to[r];
+            sum += std::max(others[r], std::max(of_h[r] - less, of_d[r] + less));
+          }
+          if (sum >= best) continue;
+          best = sum;
+          best_a = a;
+          best_b = b;
+          best_d = d;
+        }
+      }
+    }
+    if (best_d == h) return false;
+    int &one = devices_[h][best_a], &other = devices_[best_d][best_b];
+    add(h, one, -1);
+    add(h, other, 1);
+    add(best_d, other, -1);
+    add(best_d, one, 1);
+    std::swap(one, other);
+    return true;
+  }
+
+  std::vector<double> rows_;
+  Index samples_;
+  std::vector<std::vector<int>>& devices_;
+  std::span<const int> expert_;
+  std::vector<double> loads_;  // [devices × samples]
+};
+
 /// From the linear placement, the best single move or exchange again and again, as long as moves are left.
 Placement plan_few_moves(std::span<const double> loads, const PlacementOptions& o) {
   Placement plan = linear_placement(static_cast<int>(loads.size()), o);
@@ -206,9 +304,12 @@ Placement linear_placement(int experts, const PlacementOptions& options) {
   return placement;
 }
 
-Placement plan_placement(std::span<const double> loads, const PlacementOptions& options) {
+Placement plan_placement(std::span<const double> loads, const PlacementOptions& options,
+                         std::span<const double> samples) {
   const auto n = static_cast<int>(loads.size());
   const PlacementOptions o = resolved(n, options);
+  if (samples.size() % loads.size() != 0)
+    throw std::invalid_argument("samples: must hold rows of one load for each expert");
   for (const double load : loads) {
     if (!(load >= 0 && std::isfinite(load)))
       throw std::invalid_argument("loads: must be finite and at least 0");
@@ -255,6 +356,21 @@ Placement plan_placement(std::span<const double> loads, const PlacementOptions& 
     if (refine) {
       separate(weights, items_of_device, expert_of_copy);
       exchange(weights, items_of_device, expert_of_copy);
+    }
+    if (refine && !samples.empty()) {
+      const Index rows = samples.size() / loads.size();
+      std::vector<double> of_items;
+      of_items.reserve(expert_of_copy.size() * rows);
+      for (Index item = 0; item < expert_of_copy.size(); ++item) {
+        const Index e = at(local[at(expert_of_copy[item])]);
+        double sum = 0;
+        for (Index r = 0; r < rows; ++r) sum += samples[r * loads.size() + e];
+        for (Index r = 0; r < rows; ++r) {
+          const double share = sum > 0 ? samples[r * loads.size() + e] * static_cast<double>(rows) / sum : 1;
+          of_items.push_back(weights[item] * share);
+        }
+      }
+      SampleExchange(std::move(of_items), rows, items_of_device, expert_of_copy).run();
     }
     for (const auto& items : items_of_device) {
       for (const int item : items) placement.experts.push_back(local[at(expert_of_copy[at(item)])]);

@@ -153,6 +153,43 @@ TEST(Placement, ForecastShrinksNoiseAndKeepsSignal) {
   EXPECT_NEAR(forecast[0] + forecast[1] + forecast[2] + forecast[3], 1, 1e-12);
 }
 
+// Experts 0 and 1 are heavy in the same steps, 2 and 3 in the others: by their means all four are alike.
+TEST(Placement, SamplesTakeExpertsApartThatAreHeavyTogether) {
+  Loads samples;
+  for (int r = 0; r < 16; ++r) {
+    for (int e = 0; e < 4; ++e) samples.push_back((e < 2) == (r % 2 == 0) ? 3 : 1);
+  }
+  const PlacementOptions options{.devices = 2};
+  const Placement plan = plan_placement(Loads{2, 2, 2, 2}, options, samples);
+  EXPECT_EQ(balancedness(plan, Loads{3, 3, 1, 1}), 1);
+  EXPECT_EQ(balancedness(plan, Loads{1, 1, 3, 3}), 1);
+  // On random samples: as even or more than without them, by the mean over those samples.
+  std::mt19937 random(7);
+  for (int trial = 0; trial < 10; ++trial) {
+    Loads rows, mean(24, 0.0);
+    const Loads level = random_loads(random, 24, 0.5);
+    for (int r = 0; r < 40; ++r) {
+      const Loads noise = random_loads(random, 24, 0.4);
+      for (std::size_t i = 0; i < 24; ++i) {
+        rows.push_back(level[i] * noise[i]);
+        mean[i] += rows.back() / 40;
+      }
+    }
+    const PlacementOptions wide{.devices = 4, .slots = 28};
+    const auto largest = [&](const Placement& placement) {
+      double sum = 0;
+      for (std::size_t r = 0; r < 40; ++r) {
+        const auto loads = device_loads(placement, std::span(rows).subspan(24 * r, 24));
+        sum += *std::max_element(loads.begin(), loads.end());
+      }
+      return sum;
+    };
+    EXPECT_LE(largest(plan_placement(mean, wide, rows)), largest(plan_placement(mean, wide)) * (1 + 1e-9))
+        << trial;
+  }
+  EXPECT_THROW(plan_placement(Loads{1, 1}, options, Loads{1, 2, 3}), std::invalid_argument);
+}
+
 TEST(Placement, OptionsThatDoNotFitAreNamed) {
   const Loads loads(16, 1.0);
   const auto refusal = [&](const PlacementOptions& options) -> std::string {
