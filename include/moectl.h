@@ -80,7 +80,8 @@ int moectl_config(const moectl_controller* c, char** text);
 typedef struct moectl_batch {
   size_t size;                 /* sizeof(moectl_batch) */
   size_t tokens;               /* T. */
-  const int64_t* experts;      /* [T * top_k] row by row: the experts chosen for each token, before any capacity limit. */
+  const int64_t* experts;      /* [T * top_k] row by row: the experts chosen for each token, before any capacity limit;
+                                  -1 = a slot that is not routed. */
   const int32_t* experts32;    /* The same in 32 bits, instead. */
   const uint8_t* mask;         /* [T] zero = padding, not counted. NULL = all real. */
   int64_t sequence_length;     /* Tokens per sequence when the tokens are [B, S] row by row; 0 = not known. */

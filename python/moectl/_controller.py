@@ -164,7 +164,8 @@ class Controller:
                dropped: Optional[int] = None, micro_batch: Optional[int] = None) -> None:
         """Adds one micro-batch of one layer's routing.
 
-        experts        [T, k] int64 or int32: the experts chosen for each token, before any capacity limit
+        experts        [T, k] int64 or int32: the experts chosen for each token, before any capacity limit; -1 = a slot
+                       that is not routed
         mask           [T] bool or uint8: False = padding, not counted
         sequence_length  tokens a sequence, when the tokens are [B, S] row by row; or sequence_ids [T] int64
         top_values     [T, k+1] float32: the k+1 largest biased scores, largest first, in the order of `experts`
