@@ -57,6 +57,7 @@ std::vector<Case> all_cases() {
   add("proportional_bias.rms", "proportional_bias", bias, {{"normalise", std::string("rms")}});
   add("quantile_bias.delay", "quantile_bias", bias, {{"gain", 1.0}}, 2);
   add("quantile_bias.exact", "quantile_bias", bias, {{"form", std::string("exact")}});
+  add("quantile_bias.k3", "quantile_bias", bias, {{"form", std::string("k3")}, {"gain", 1.0}});
   add("sign_bias.uncentred", "sign_bias", bias, {{"zero_mean_move", false}});
   // What rests with its defaults on a run like this one.
   add("schedule.path", "schedule", weight,
