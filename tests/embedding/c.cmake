@@ -23,7 +23,7 @@ run(${WORK}/by_pkg_config)
 
 set(ENV{PYTHONPATH} ${WORK}/moved/lib/python3/dist-packages)
 set(ENV{PYTHONDONTWRITEBYTECODE} 1)
-run(/usr/bin/python3 -c "import moectl; print(moectl.__version__)")
+run(/usr/bin/python3 -c "print(__import__('moectl').__version__)")
 if(NOT output STREQUAL "${VERSION}\n")
   message(FATAL_ERROR "The installed Python package is ${output}, not ${VERSION}")
 endif()
