@@ -44,6 +44,7 @@ int run(int argc, char** argv) {
       ->type_name("FILE")
       ->expected(1)
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
+  add_biases(app, tool);
   add_capacity(app, tool);
   add_check(app, tool);
   add_compare(app, tool);

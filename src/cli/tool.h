@@ -33,6 +33,7 @@ class InputError : public std::runtime_error {
 /// A line of a trace, for the help of commands that read one.
 inline const std::string kTraceLine = R"({"step":0,"layer":0,"tokens":8,"top_k":2,"counts":[5,4,4,3]})";
 
+void add_biases(CLI::App& app, Tool& tool);
 void add_capacity(CLI::App& app, Tool& tool);
 void add_check(CLI::App& app, Tool& tool);
 void add_compare(CLI::App& app, Tool& tool);

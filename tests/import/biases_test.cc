@@ -1,0 +1,151 @@
+// The biases in files of every kind, and the tool's answers about them.
+#include "import/biases.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <bit>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "cli/tool.h"
+#include "import/import.h"
+#include "moectl/controller.h"
+#include "moectl/run_log.h"
+#include "moectl/simulation.h"
+#include "temp_dir.h"
+
+namespace moectl {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+using Biases = std::vector<double>;
+
+template <class T>
+std::string raw(const std::vector<T>& values) {
+  return {reinterpret_cast<const char*>(values.data()), values.size() * sizeof(T)};
+}
+
+std::string safetensors(const std::string& header, const std::string& data) {
+  const std::uint64_t length = header.size();
+  return std::string(reinterpret_cast<const char*>(&length), 8) + header + data;
+}
+
+/// Layer 3 in float32, layer 4 in bfloat16, layer 5 in float16; and a weight.
+std::string checkpoint() {
+  std::vector<std::uint16_t> brain, half = {0x3800, 0xb400, 0x3000, 0};
+  for (const float x : {.5F, -.25F, .125F, 0.F}) {
+    brain.push_back(static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(x) >> 16));
+  }
+  return safetensors(
+      R"({"__metadata__":{"format":"pt"},)"
+      R"("model.layers.3.mlp.gate.e_score_correction_bias":{"dtype":"F32","shape":[4],"data_offsets":[0,16]},)"
+      R"("model.layers.4.mlp.gate.e_score_correction_bias":{"dtype":"BF16","shape":[4],"data_offsets":[16,24]},)"
+      R"("model.layers.5.mlp.gate.e_score_correction_bias":{"dtype":"F16","shape":[4],"data_offsets":[24,32]},)"
+      R"("model.layers.3.mlp.gate.weight":{"dtype":"F32","shape":[4,1],"data_offsets":[32,48]}})",
+      raw(std::vector<float>{.5F, -.25F, .125F, 0}) + raw(brain) + raw(half) + raw(std::vector<float>(4, 7)));
+}
+
+std::string what_of(const std::string& path, const BiasSource& source = {}) {
+  try {
+    biases_in(path, source);
+  } catch (const ImportError& error) {
+    return error.what();
+  }
+  return "";
+}
+
+TEST(BiasFiles, ASafetensorsCheckpoint) {
+  const TempDir dir;
+  const Biases expected = {.5, -.25, .125, 0};
+  const LayerBiases found = biases_in(dir.write("m.safetensors", checkpoint()));
+  EXPECT_EQ(found, (LayerBiases{{3, expected}, {4, expected}, {5, expected}}));
+  EXPECT_EQ(
+      biases_in(dir.path("m.safetensors"), {.tensor = "model.layers.{}.mlp.gate.e_score_correction_bias"}),
+      found);
+  EXPECT_THAT(what_of(dir.path("m.safetensors"), {.tensor = "decoder.{}.bias"}),
+              AllOf(HasSubstr("--tensor"), HasSubstr("model.layers.3.mlp.gate.e_score_correction_bias")));
+  EXPECT_THAT(what_of(dir.path("m.safetensors"), {.tensor = "model.layers.{}.mlp.gate.weight"}),
+              HasSubstr("[experts]"));
+  EXPECT_THAT(what_of(dir.path("m.safetensors"), {.tensor = "bias"}), HasSubstr("must hold {}"));
+}
+
+TEST(BiasFiles, ABrokenCheckpointIsRefused) {
+  const TempDir dir;
+  const std::string whole = checkpoint();
+  EXPECT_THAT(what_of(dir.write("a", whole.substr(0, whole.size() - 40))), HasSubstr("ends within"));
+  EXPECT_THAT(what_of(dir.write("b", whole.substr(0, 100))), HasSubstr("ends within its header"));
+  const auto one = [&](const std::string& tensor) {
+    return what_of(
+        dir.write("c", safetensors("{\"layers.1.expert_bias\":" + tensor + "}", std::string(64, '\0'))));
+  };
+  EXPECT_THAT(one(R"({"dtype":"I64","shape":[4],"data_offsets":[0,32]})"), HasSubstr("dtype I64"));
+  EXPECT_THAT(one(R"({"dtype":"F32","shape":[4],"data_offsets":[0,32]})"), HasSubstr("data_offsets"));
+  EXPECT_THAT(one(R"({"dtype":"F32","shape":[4],"data_offsets":[16,0]})"), HasSubstr("data_offsets"));
+  EXPECT_THAT(one(R"({"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4000000000000]})"),
+              HasSubstr("shape"));
+  EXPECT_THAT(one(R"({"dtype":"F32","shape":[4],"data_offsets":[1000,1016]})"), HasSubstr("ends within"));
+}
+
+TEST(BiasFiles, ArraysAndLists) {
+  const TempDir dir;
+  std::string header = "{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3), }";
+  header.resize(118, ' ');
+  header.back() = '\n';
+  const std::string npy = std::string("\x93NUMPY\x01\x00", 8) + static_cast<char>(118) + '\0' + header +
+                          raw(std::vector<float>{1, 2, 3, .5F, 0, -1});
+  const LayerBiases rows = {{4, {1, 2, 3}}, {5, {.5, 0, -1}}};
+  EXPECT_EQ(biases_in(dir.write("b.npy", npy), {.first_layer = 4}), rows);
+  EXPECT_EQ(biases_in(dir.write("b.json", "[[1,2,3],[0.5,0,-1]]"), {.first_layer = 4}), rows);
+  EXPECT_EQ(biases_in(dir.write("c.json", " [1,2,3]")), (LayerBiases{{0, {1, 2, 3}}}));
+  EXPECT_EQ(biases_in(dir.write("d.json", biases_json(rows))), rows);
+  EXPECT_THAT(what_of(dir.write("e.json", "[1,null]")), HasSubstr("null: must be a number"));
+  EXPECT_THAT(what_of(dir.write("f.yaml", "version: 1\n")), HasSubstr("is none of"));
+  EXPECT_THAT(what_of(dir.path("nowhere")), HasSubstr("cannot be opened"));
+}
+
+TEST(BiasFiles, ARunLogAndAStateHoldWhatIsInForce) {
+  const TempDir dir;
+  const ControllerConfig config = parse_config(
+      "version: 1\nmodel: {score_space: logit}\n"
+      "layers: [{ids: [2, 5], experts: 8, top_k: 2}, {ids: [7], experts: 4, top_k: 1}]\n"
+      "expert_bias: {policy: adaptive_bias}");
+  Controller controller(config);
+  {
+    RunLogWriter writer(dir.path("run.jsonl.gz"), config);
+    controller.set_log([&](const StepReport& report) { writer.write(report); });
+    SimulationOptions plant;
+    plant.score_space = ScoreSpace::kLogit;
+    simulate(controller, plant, 20);
+    controller.set_log({});
+  }
+  LayerBiases expected;
+  for (const int layer : controller.layers()) {
+    expected[layer].assign(controller.bias(layer).begin(), controller.bias(layer).end());
+  }
+  EXPECT_EQ(biases_in(dir.path("run.jsonl.gz")), expected);
+  EXPECT_EQ(biases_in(dir.write("controller.state", controller.save())), expected);
+}
+
+TEST(BiasFiles, TheToolTakesThemOutForAConfig) {
+  const TempDir dir;
+  dir.write("m.safetensors", checkpoint());
+  const auto made = run_tool(dir, "biases " + dir.path("m.safetensors") + " -o " + dir.path("b.json"));
+  ASSERT_EQ(made.code, 0) << made.err;
+  const std::string config =
+      dir.write("c.yaml",
+                "version: 1\nmodel: {experts: 4, top_k: 1}\nlayers: [{first: 3, count: 3}]\n"
+                "expert_bias: {policy: adaptive_bias, initial: b.json}\n");
+  const Controller controller(load_config(config));
+  EXPECT_EQ(controller.bias(4)[1], -.25);
+  const auto same =
+      run_tool(dir, "biases " + dir.path("m.safetensors") + " " + dir.path("b.json") + " --format json");
+  EXPECT_THAT(same.out, HasSubstr(R"("largest":0.0)"));
+  const auto table = run_tool(dir, "biases " + dir.path("b.json"));
+  EXPECT_THAT(table.out, HasSubstr("deviation"));
+}
+
+}  // namespace
+}  // namespace moectl
