@@ -259,6 +259,11 @@ class AdaptiveBias final : public Policy {
     planned_ = false;
   }
 
+  void leave_for_deployment(std::span<double> bias) const override {
+    if (!feedforward_) return;
+    for (std::size_t i = 0; i < experts_; ++i) bias[i] -= feedforward_->in_force()[i];
+  }
+
   void exchange(StateIo& io) override {
     bool form_known = form_known_, uses_gap = uses_gap_;
     io.value("adaptive.form_known", form_known);

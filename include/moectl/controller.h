@@ -208,6 +208,9 @@ class Controller {
 
   // ---- The values in force, which the router reads. ----
   std::span<const double> bias(int layer) const;  ///< [N]
+  /// What to deploy or validate with [N]: the biases in force without what serves the next batch alone (feed-forward, a
+  /// probe).
+  std::vector<double> deployment_bias(int layer) const;
   double aux_loss_weight(int layer) const;
   double temperature(int layer) const;
 

@@ -67,6 +67,9 @@ class Policy {
   /// Optional: those of needs() without which the policy cannot decide; by default all. A decision on tokens that came
   /// without one of them is held (`missing_input`). Must not change during the policy's life.
   virtual StatsNeeds required() const { return needs(); }
+  /// Optional: takes out of the biases in force what serves the next batch alone, as feed-forward does. What is left is
+  /// what a model is deployed with.
+  virtual void leave_for_deployment(std::span<double> /*biases*/) const {}
   /// Optional, required if the policy has memory: writes or reads everything that the next proposal depends on, in
   /// the same entries whatever it has seen, so that a state has one length.
   virtual void exchange(StateIo& /*io*/) {}

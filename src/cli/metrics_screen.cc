@@ -245,13 +245,14 @@ int print_screen(LogReader& reader, const std::function<MetricsOptions(const Log
   std::set<std::string> floors;
   std::int64_t steps = 0;
   double tokens = 0;
-  int experts = 0, top_k = 0;
+  std::string shapes;  // of the layers
   for (const auto& [key, row] : rows) {
     const Judgement j = judge(row, options.sum);
     steps = std::max(steps, row.steps);
     tokens = std::max(tokens, static_cast<double>(row.sum.tokens()));
-    experts = row.sum.experts();
-    top_k = row.sum.top_k();
+    const std::string shape =
+        std::to_string(row.sum.experts()) + " experts, top-" + std::to_string(row.sum.top_k());
+    if (shapes.find(shape) == std::string::npos) shapes += (shapes.empty() ? "" : " and ") + shape;
     const std::string name = std::to_string(key.first) + (group.empty() ? "" : " " + key.second);
     by_verdict[j.verdict].push_back(name);
     if (j.verdict != Verdict::kNoData) floors.insert(j.floor);
@@ -286,9 +287,8 @@ int print_screen(LogReader& reader, const std::function<MetricsOptions(const Log
     return 0;
   }
   const auto names = [&](Verdict verdict) { return joined(by_verdict[verdict]); };
-  std::cout << rows.size() << (group.empty() ? " layers" : " rows") << ", " << experts << " experts, top-"
-            << top_k << ", " << steps << " steps, " << std::to_string(static_cast<std::int64_t>(tokens))
-            << " tokens a layer; "
+  std::cout << rows.size() << (group.empty() ? " layers" : " rows") << ", " << shapes << ", " << steps
+            << " steps, " << std::to_string(static_cast<std::int64_t>(tokens)) << " tokens a layer; "
             << (options.sum ? "counts summed over the steps" : "means over steps, with 95 % intervals")
             << "\n\n"
             << table.text() << '\n';

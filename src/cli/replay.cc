@@ -104,7 +104,7 @@ class Replay {
   /// The same with the config's number of the layer. The first records tell which numbers the trace has: those of the
   /// first step, and if the config has no such layer, as many as it takes to see all.
   std::optional<LogRecord> next() {
-    if (!layers_known_) learn_layers();
+    if (!layers_known_ && config_.layers.empty()) learn_layers();
     auto record = first_.empty() ? read() : std::optional(std::move(first_.front()));
     if (!first_.empty()) first_.pop_front();
     if (record && !layers_.empty()) {

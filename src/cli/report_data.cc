@@ -76,6 +76,34 @@ void halve_row(std::vector<T>& row, Merge merge) {
   row.resize((row.size() + 1) / 2);
 }
 
+/// The section of each actuator, with the names of all policies that move it. Where the config's own moves nothing, the
+/// first of a group of layers or of the timeline that does.
+nlohmann::json sections_of(const nlohmann::json& config) {
+  nlohmann::json sections = nlohmann::json::object();
+  for (const Actuator which : kActuators) {
+    const std::string name(name_of(which));
+    if (!config.contains(name)) continue;
+    nlohmann::json lead = config[name], policies = nlohmann::json::array();
+    const auto take = [&](const nlohmann::json& from) {
+      if (!from.contains(name)) return;
+      const nlohmann::json& section = from[name];
+      const std::string policy = section.value("policy", "fixed");
+      if (policy == "fixed" || std::find(policies.begin(), policies.end(), policy) != policies.end()) return;
+      if (policies.empty()) lead = section;
+      policies.push_back(policy);
+    };
+    take(config);
+    for (const char* list : {"layers", "timeline"}) {
+      if (!config.contains(list)) continue;
+      for (const nlohmann::json& entry : config[list]) take(entry);
+    }
+    if (policies.empty()) policies.push_back("fixed");
+    sections[name] = lead;
+    sections[name]["policies"] = policies;
+  }
+  return sections;
+}
+
 }  // namespace
 
 ReportRun::ReportRun(const std::string& path, std::optional<std::int64_t> shift) : name_(path) {
@@ -83,7 +111,12 @@ ReportRun::ReportRun(const std::string& path, std::optional<std::int64_t> shift)
   header_ = reader.header();
   shift_ = shift ? shift : header_.shift;
   figures_ = RunFigures(shift_);
-  if (!header_.config_json.empty()) advice_ = Advice(nlohmann::json::parse(header_.config_json));
+  if (!header_.config_json.empty()) {
+    nlohmann::json config = nlohmann::json::parse(header_.config_json);
+    sections_ = sections_of(config);
+    config.update(sections_);
+    advice_ = Advice(std::move(config));
+  }
   // What the page will not show of the experts need not be kept: with hundreds in each of many layers it would be most
   // of the memory. Four times the columns of the load and bias maps are enough to choose from.
   std::size_t rows = 2U * static_cast<std::size_t>(header_.layers.value_or(1)) *
@@ -397,6 +430,7 @@ json ReportRun::json() const {
   out["shift"] = shift_ ? nlohmann::json(*shift_) : nlohmann::json(nullptr);
   out["config"] =
       header_.config_json.empty() ? nlohmann::json(nullptr) : nlohmann::json::parse(header_.config_json);
+  out["sections"] = sections_;
   if (header_.targets) out["targets"] = header_.targets->shares();
   const Figures figures = figures_.figures();
   for (const auto& [name, value] : fields_of(figures)) {

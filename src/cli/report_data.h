@@ -111,6 +111,7 @@ class ReportRun {
   std::map<std::string, Alert> alerts_;
   // By kind, layer and text; but invalid data name another value each time.
   std::map<std::tuple<std::string, int, std::string>, Told> notices_;
+  nlohmann::json sections_;  // of the config's actuators; null without a config
   std::vector<std::string> faults_;
   std::int64_t fault_count_ = 0;
 };

@@ -184,6 +184,19 @@ ActuatorReport ActuatorLoop::report() const {
           .reasons = reasons_};
 }
 
+std::vector<double> ActuatorLoop::deployment(std::span<const double> probe, const Limits& limits) const {
+  std::vector<double> values = applied_;
+  for (std::size_t i = 0; i < probe.size(); ++i) values[i] -= probe[i];
+  policy_->leave_for_deployment(values);
+  if (values == applied_) return values;
+  double mean = 0;
+  for (const double value : values) mean += value / static_cast<double>(values.size());
+  for (double& value : values) {
+    value = std::clamp(value - (limits.center ? mean : 0), limits.min, limits.max);
+  }
+  return values;
+}
+
 void ActuatorLoop::exchange(StateIo& io) {
   io.values("applied", applied_);
   std::string policy = name_;

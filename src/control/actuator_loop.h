@@ -66,6 +66,8 @@ class ActuatorLoop {
   /// Of the last step.
   const LimitReport& reasons() const { return reasons_; }
   ActuatorReport report() const;
+  /// The value in force without `probe` and what serves the next batch alone, within the limits.
+  std::vector<double> deployment(std::span<const double> probe, const Limits& limits) const;
   /// After adopt(): the memory of a policy of the same name, from its saved state, as far as it fits. Returns what is
   /// wrong, and is then to adopt the values once more.
   std::string keep_memory(const StateIo& in);

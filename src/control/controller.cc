@@ -71,6 +71,9 @@ void Controller::freeze(int layer, bool frozen) {
 std::span<const double> Controller::bias(int layer) const {
   return loop_->in_force(Actuator::kExpertBias, layer);
 }
+std::vector<double> Controller::deployment_bias(int layer) const {
+  return loop_->deployment_bias(layer);
+}
 double Controller::aux_loss_weight(int layer) const {
   return loop_->in_force(Actuator::kAuxLossWeight, layer)[0];
 }

@@ -789,6 +789,13 @@ std::span<const double> Controller::Loop::in_force(Actuator actuator, int layer)
   return own.loops[a] ? own.loops[a]->applied() : model_loops_[a]->applied();
 }
 
+std::vector<double> Controller::Loop::deployment_bias(int layer) const {
+  const Layer& at = layer_at(layer);
+  const auto a = static_cast<std::size_t>(Actuator::kExpertBias);
+  return at.loops[a]->deployment(probe_of(a, static_cast<int>(at.index)),
+                                 at.group->config.expert_bias.limits);
+}
+
 // Hash of the values in force, the step and the frozen layers: a rank with another hash has diverged.
 std::uint64_t Controller::Loop::actuation_hash() const {
   auto hash = static_cast<std::uint64_t>(steps_);

@@ -55,6 +55,8 @@ class Controller::Loop {
   /// The value that the training loop reads. In modes shadow and off it stays as it was made or loaded.
   std::span<const double> in_force(Actuator actuator, int layer) const;
 
+  std::vector<double> deployment_bias(int layer) const;
+
   std::string save();
   /// A loop of the same config, registry, reduction and log, in the saved state. Throws StateError.
   std::unique_ptr<Loop> loaded(std::string_view state, Keep keep, std::vector<KeptPart>& parts) const;

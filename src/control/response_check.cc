@@ -147,7 +147,6 @@ bool ResponseCheck::rests(double load_cv) {
   const bool balanced = error_over_floor_ <= kImbalance && !adjusts();
   if (nap_ > 0) {
     --nap_;
-    moves_.add({}, kMemory);  // what answered before it grows old meanwhile
     return true;
   }
   if (!resting_) {
@@ -281,7 +280,9 @@ void ResponseCheck::judge() {
   };
   const std::optional<Estimate> travel = travel_.estimate(2 * noise()),
                                 moves = full() ? moves_.estimate(2 * noise()) : std::nullopt;
-  const bool by_travel = answered(travel), by_moves = answered(moves);
+  // Moves are remembered over pauses: where the whole way since the last answer surely led to nothing, they are old.
+  const bool silent = travel && travel->gain + kSure * travel->error < kAnswers;
+  const bool by_travel = answered(travel), by_moves = !silent && answered(moves);
   const bool falls_short = travel && travel->gain + kSure * travel->error < 1;
   if (by_travel || (falls_short && by_moves)) set_reference(/*answered=*/true);
   if (by_travel || by_moves) {

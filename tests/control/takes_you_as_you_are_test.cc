@@ -444,6 +444,30 @@ TEST(FieldCases, B5_AGainScheduleMakesMovesSmallerUntilNoneIsLeft) {
   });
 }
 
+// ---- B6: what to deploy. ----
+
+TEST(FieldCases, B6_TheDeployedBiasHasNoFeedForward) {
+  SimulationOptions plant = plant_of();
+  plant.scenario = Scenario::kNoise;
+  plant.mixture_spread = 1;
+  ControllerConfig config = config_of("adaptive_bias", plant);
+  config.model.domains = {"a", "b", "c", "d"};
+  config.safety.responsiveness = false;
+  Controller without(config);
+  simulate(without, plant, 80);
+  EXPECT_EQ(without.deployment_bias(0), bias_of(without, 0));
+
+  config.expert_bias.options.set("feedforward", std::string("tags"));
+  Controller with(config);
+  simulate(with, plant, 80);
+  const Biases deployed = with.deployment_bias(0), in_force = bias_of(with, 0);
+  EXPECT_NEAR(std::accumulate(deployed.begin(), deployed.end(), 0.0), 0, 1e-12);
+  EXPECT_NE(deployed, in_force);
+  Controller resumed(config);
+  resumed.load(with.save());
+  EXPECT_EQ(resumed.deployment_bias(0), deployed);
+}
+
 // ---- C1: layers that differ. ----
 
 const char* const kGroups = R"(version: 1
@@ -541,9 +565,9 @@ TEST(FieldCases, C1_WrongGroupsAreNamed) {
 }
 
 TEST(FieldCases, C1_AnActuatorOfTheModelSeesAllGroups) {
-  Controller controller(
-      parse_config(std::string(kGroups) + "aux_loss_weight: {policy: pi, scope: model, initial: 0.01, "
-                                          "options: {metric: load_cv, target: 0.2}}\n"));
+  Controller controller(parse_config(std::string(kGroups) +
+                                     "aux_loss_weight: {policy: pi, scope: model, initial: 0.01, "
+                                     "options: {metric: load_cv, target: 0.2}}\n"));
   SimulationOptions plant;
   plant.score_space = ScoreSpace::kLogit;
   simulate(controller, plant, 40);

@@ -34,7 +34,7 @@ const shortNames = (() => {
   return names.map((n) => (names.every((other) => other.length > words) ? n.slice(words) : n));
 })();
 const key = (r) => element('span', {class: 'key', style: `background:${colour(r)}`, 'aria-hidden': 'true'});
-const policyOf = (run, actuator) => run.config?.[actuator]?.policy;
+const policyOf = (run, actuator) => run.sections?.[actuator]?.policies.join(', ');
 // What a policy moves, and what the guard or a roll-back moved all the same.
 const overridden = (run, a) => run.actuators[a].marks.some(([, reasons]) => Object.keys(reasons).some((w) => OVERRIDES.has(w)));
 const decides = (run, a) => policyOf(run, a) && policyOf(run, a) !== 'fixed';
@@ -118,7 +118,8 @@ const WHY = {
 };
 const whyOf = (run, actuator) => {
   if (!decides(run, actuator)) return 'by the guard or a roll-back alone';
-  const {policy, options} = run.config[actuator];
+  const {policy, policies, options} = run.sections[actuator];
+  if (policies.length > 1) return 'as the policy of each layer decides';
   if (options?.metric && options.target !== undefined) return `towards ${options.metric} = ${number(options.target)}`;
   return (WHY[policy] ?? `as ${policy} decides`).replace('the mean load', run.targets ? 'its target load' : 'the mean load');
 };

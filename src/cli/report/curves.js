@@ -180,7 +180,7 @@ const actuatorChart = (name) => {
   let min = multiplicative ? low / pad : low - pad, max = multiplicative ? high * pad : high + pad;
   // Limits far outside what was used would flatten it; they are drawn where they come into view. As a band where all
   // runs have the same, else as lines in each run's colour.
-  const limitsOf = (run) => run.config?.[name]?.limits;
+  const limitsOf = (run) => run.sections?.[name]?.limits;
   const limited = shown.filter(([run]) => limitsOf(run));
   const textOf = (l) => `limits ${number(l.min)} to ${number(l.max)}, rate ${number(l.rate)} a step`;
   const alike = new Set(limited.map(([run]) => textOf(limitsOf(run)))).size === 1;
