@@ -102,6 +102,7 @@ class Plant {
     counts[0] += missing;
     const std::int64_t tokens = (total + missing) / sums_.top_k();
     sums_.set_scalar(RoutingStats::kTokens, tokens);
+    sums_.set_scalar(RoutingStats::kChoicesSq, tokens * sums_.top_k() * sums_.top_k());
     sums_.set_scalar(RoutingStats::kGapTokens, tokens);
     sums_.set_scalar(RoutingStats::kGapSum, to_fixed(1 / kSlope) * tokens);
     sums_.set_scalar(RoutingStats::kGapWidthSum, to_fixed(kWidth) * tokens);

@@ -66,7 +66,6 @@ double gain_at(const std::optional<GainSchedule>& schedule, std::int64_t step);
 struct Initial {
   Initial(double number = 0) : value(number) {}
   Initial(std::vector<double> list) : values(std::move(list)) {}
-  Initial(const char* name) : file(name) {}
   operator double() const { return value; }
 
   double value = 0;
@@ -83,9 +82,15 @@ struct ActuatorConfig {
   std::optional<GainSchedule> gain_schedule{};
 };
 
-/// Layers that differ from others: in their experts, or in how they are controlled. What is given takes the place of the
-/// config's own.
-struct LayerGroup {
+/// Sections that take the place of the config's own, each all of it.
+struct SectionOverrides {
+  std::optional<ActuatorConfig> expert_bias{}, aux_loss_weight{}, router_temperature{};
+  std::optional<GuardOptions> guard{};
+  std::optional<SafetyOptions> safety{};
+};
+
+/// Layers that differ from others: in their experts, or in how they are controlled.
+struct LayerGroup : SectionOverrides {
   std::vector<int> ids{};  ///< The model's own ids of the layers; instead: `count` ids from `first` on.
   int first = -1;          ///< -1 = after the last id of the group before.
   int count = -1;
@@ -93,18 +98,12 @@ struct LayerGroup {
   std::vector<double> targets{};
   std::vector<int> placement{};
   bool frozen = false;  ///< The layers' actuators are held from the start.
-  std::optional<ActuatorConfig> expert_bias{}, aux_loss_weight{}, router_temperature{};
-  std::optional<GuardOptions> guard{};
-  std::optional<SafetyOptions> safety{};
 };
 
-/// What changes from a step on. A section takes the place of the config's own; those of layer groups stay.
-struct TimelineEntry {
+/// What changes from a step on. The sections of layer groups stay.
+struct TimelineEntry : SectionOverrides {
   std::int64_t from = 0;              ///< The first step that it holds for, ≥ 1.
   std::vector<int> freeze{}, thaw{};  ///< Layer ids.
-  std::optional<ActuatorConfig> expert_bias{}, aux_loss_weight{}, router_temperature{};
-  std::optional<GuardOptions> guard{};
-  std::optional<SafetyOptions> safety{};
 };
 
 struct LogConfig {
@@ -144,13 +143,14 @@ struct ControllerConfig {
 /// Equal layers of a config: their ids, and the config that holds for them, without groups.
 struct LayerSettings {
   std::vector<int> ids;
-  bool frozen = false;
   ControllerConfig config;
 };
 /// The groups of a valid config, one if it has no groups. Of step `step` of its timeline.
 std::vector<LayerSettings> layer_settings(const ControllerConfig& config, std::int64_t step = 0);
 /// The config from a step on, in which the entries of the timeline up to then have become its own sections.
 ControllerConfig config_from(const ControllerConfig& config, std::int64_t step);
+/// Whether a valid config holds a layer's actuators at a step: by its group, and by the entries up to then.
+bool frozen_at(const ControllerConfig& config, int layer, std::int64_t step);
 /// The ids of all layers of a valid config, in its order.
 std::vector<int> layer_ids(const ControllerConfig& config);
 

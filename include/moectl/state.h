@@ -95,6 +95,20 @@ class StateIo {
   }
   /// While reading: the section of this name, wherever it stands among the entries that are left, which stay as they are.
   std::optional<StateIo> find(std::string_view name) const;
+  /// While reading: reads the section of this name with `body(StateIo&)`. Returns what is wrong, or nothing; what `body`
+  /// read into is then to be made anew.
+  template <class Body>
+  std::string tried(std::string_view name, Body&& body) const {
+    std::optional<StateIo> inner = find(name);
+    if (!inner) return "not in the state";
+    try {
+      body(*inner);
+      inner->finish();
+    } catch (const StateError& error) {
+      return error.what();
+    }
+    return "";
+  }
   /// While reading: the names of the entries that are left.
   std::vector<std::string> names() const;
 

@@ -212,23 +212,12 @@ void ActuatorLoop::exchange_windows(StateIo& io) {
 }
 
 std::string ActuatorLoop::keep_memory(const StateIo& in) {
-  const auto tried = [&](std::string_view section, auto&& read) -> std::string {
-    auto inner = in.find(section);
-    if (!inner) return "not in the state";
-    try {
-      read(*inner);
-      inner->finish();
-      return "";
-    } catch (const StateError& error) {
-      return error.what();
-    }
-  };
-  std::string wrong = tried("memory", [&](StateIo& io) { policy_->exchange(io); });
+  std::string wrong = in.tried("memory", [&](StateIo& io) { policy_->exchange(io); });
   if (!wrong.empty()) return wrong;
-  if (!tried("limits", [&](StateIo& io) { limiter_.exchange(io); }).empty() || !limiter_.fits()) {
+  if (!in.tried("limits", [&](StateIo& io) { limiter_.exchange(io); }).empty() || !limiter_.fits()) {
     limiter_.start_from(applied_);
   }
-  if (!tried("windows", [&](StateIo& io) { exchange_windows(io); }).empty()) {
+  if (!in.tried("windows", [&](StateIo& io) { exchange_windows(io); }).empty()) {
     for (RoutingStats& window : windows_) window.clear();
   }
   return "";

@@ -126,7 +126,12 @@ std::string ChoiceCheck::observe(const WiringVerdict& verdict, std::int64_t step
   if (verdict.what == Wiring::kUnknown) return "";
   if (verdict.what != last_) steps_ = 0;
   last_ = verdict.what;
+  // A layer that uses the bias of another seems to use none while the other's is zero: one fault, two verdicts.
+  const bool surely_wrong = verdict.what == Wiring::kNotAdded || verdict.what == Wiring::kWrongSign ||
+                            verdict.what == Wiring::kWrongLayer;
+  if (!surely_wrong) surely_wrong_ = 0;
   if (verdict.what == Wiring::kGood || step == last_step_) return "";
+  surely_wrong_ += surely_wrong;
   last_step_ = step;
   return ++steps_ == kSteps ? words(verdict) : "";
 }

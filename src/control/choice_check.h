@@ -40,16 +40,17 @@ class ChoiceCheck {
   /// Whether the router surely uses another bias than its layer's: so it was in three steps, and no record said since
   /// that it is right. A choice that is not of the recorded scores, or a bias of unknown origin, may still answer.
   bool miswired(std::int64_t step) const {
-    const bool surely =
-        last_ == Wiring::kNotAdded || last_ == Wiring::kWrongSign || last_ == Wiring::kWrongLayer;
-    return surely && steps_ >= kSteps && step - last_step_ <= kRemembered;
+    return surely_wrong_ >= kSteps && step - last_step_ <= kRemembered;
   }
 
  private:
   static constexpr int kSteps = 3;
-  static constexpr std::int64_t kRemembered = 8;  // steps without a verdict
+  // Steps without a verdict. Only a probe shows a held layer's fault again: a pause of 8 decisions comes before it, and
+  // its first block of 8 may be too small to show anything.
+  static constexpr std::int64_t kRemembered = 24;
   Wiring last_ = Wiring::kUnknown;
-  int steps_ = 0;
+  int steps_ = 0;         // in which last_ stood
+  int surely_wrong_ = 0;  // steps whose verdict was one of another bias, since a verdict that is none
   std::int64_t last_step_ = -1;
 };
 

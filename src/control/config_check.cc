@@ -210,7 +210,7 @@ void complete_actuator(Actuator which, ControllerConfig& config, const PolicyReg
     checks.require(!made || !made->needs().margin_rows, "lag", config.lag,
                    "must be 0 with " + policy.name +
                        ", which wants every token's margins (quantile_bias: form: "
-                       "exact): those are not sums and do not travel; use its histogram form");
+                       "exact or k3): those are not sums and do not travel; use its histogram form");
   }
   if (!policy.check) return;
   const std::string fault = call_foreign(who, [&] { return policy.check(context, actuator.options); });
@@ -334,8 +334,7 @@ void check_timeline(const ControllerConfig& config, Checks& checks) {
 
 /// Checks what holds for one group from one step on. `own` is where a section of it was given: its options are completed
 /// there, and messages begin with `path`.
-template <class Sections>
-void complete_sections(LayerSettings settings, Sections& own, const std::string& path,
+void complete_sections(LayerSettings settings, SectionOverrides& own, const std::string& path,
                        const PolicyRegistry& registry, Checks& checks) {
   for (const Actuator which : kActuators) {
     std::optional<ActuatorConfig>& given = section_of(own, which);

@@ -186,45 +186,46 @@ inline constexpr auto kFieldsOf<LogConfig> = std::tuple{
           "Finished pieces that stay, older ones are removed; 0: all. Needs rotate_mb."},
 };
 
-template <>
-inline constexpr auto kFieldsOf<LayerGroup> = std::tuple{
-    Field{"ids", &LayerGroup::ids, kState, at_least(0),
-          "The model's own ids of the layers; instead of them first and count."},
-    Field{"first", &LayerGroup::first, kState, at_least(0),
-          "The id of the first layer; without it the one after the group before, or 0.",
-          Presence::kMinusOneIsAbsent},
-    Field{"count", &LayerGroup::count, kState, at_least(1), "Number of layers.", Presence::kMinusOneIsAbsent},
-    Field{"experts", &LayerGroup::experts, kState, at_least(1), "Instead of model.experts.",
-          Presence::kMinusOneIsAbsent},
-    Field{"top_k", &LayerGroup::top_k, kState, at_least(1), "Instead of model.top_k.",
-          Presence::kMinusOneIsAbsent},
-    Field{"targets", &LayerGroup::targets, kState, at_least(0), "Instead of model.targets."},
-    Field{"placement", &LayerGroup::placement, kRanks, at_least(0), "Instead of metrics.placement."},
-    Field{"frozen", &LayerGroup::frozen, kRanks, "Whether the actuators are held from the start."},
-    Field{"expert_bias", &LayerGroup::expert_bias, kRanks, "Instead of the config's expert_bias."},
-    Field{"aux_loss_weight", &LayerGroup::aux_loss_weight, kRanks,
+inline constexpr std::tuple kOverrides{
+    Field{"expert_bias", &SectionOverrides::expert_bias, kRanks, "Instead of the config's expert_bias."},
+    Field{"aux_loss_weight", &SectionOverrides::aux_loss_weight, kRanks,
           "Instead of the config's aux_loss_weight."},
-    Field{"router_temperature", &LayerGroup::router_temperature, kRanks,
+    Field{"router_temperature", &SectionOverrides::router_temperature, kRanks,
           "Instead of the config's router_temperature."},
-    Field{"guard", &LayerGroup::guard, kRanks, "Instead of the config's guard."},
-    Field{"safety", &LayerGroup::safety, kRanks, "Instead of the config's safety."},
+    Field{"guard", &SectionOverrides::guard, kRanks, "Instead of the config's guard."},
+    Field{"safety", &SectionOverrides::safety, kRanks, "Instead of the config's safety."},
 };
 
 template <>
-inline constexpr auto kFieldsOf<TimelineEntry> = std::tuple{
-    Field{"from", &TimelineEntry::from, kRanks, steps_from(1), "steps", "The first step that it holds for.",
-          Presence::kRequired},
-    Field{"freeze", &TimelineEntry::freeze, kRanks, at_least(0),
-          "Ids of layers whose actuators are held from here on."},
-    Field{"thaw", &TimelineEntry::thaw, kRanks, at_least(0), "Ids of layers that go on from here."},
-    Field{"expert_bias", &TimelineEntry::expert_bias, kRanks, "Instead of the config's expert_bias."},
-    Field{"aux_loss_weight", &TimelineEntry::aux_loss_weight, kRanks,
-          "Instead of the config's aux_loss_weight."},
-    Field{"router_temperature", &TimelineEntry::router_temperature, kRanks,
-          "Instead of the config's router_temperature."},
-    Field{"guard", &TimelineEntry::guard, kRanks, "Instead of the config's guard."},
-    Field{"safety", &TimelineEntry::safety, kRanks, "Instead of the config's safety."},
-};
+inline constexpr auto kFieldsOf<LayerGroup> = std::tuple_cat(
+    std::tuple{
+        Field{"ids", &LayerGroup::ids, kState, at_least(0),
+              "The model's own ids of the layers; instead of them first and count."},
+        Field{"first", &LayerGroup::first, kState, at_least(0),
+              "The id of the first layer; without it the one after the group before, or 0.",
+              Presence::kMinusOneIsAbsent},
+        Field{"count", &LayerGroup::count, kState, at_least(1), "Number of layers.",
+              Presence::kMinusOneIsAbsent},
+        Field{"experts", &LayerGroup::experts, kState, at_least(1), "Instead of model.experts.",
+              Presence::kMinusOneIsAbsent},
+        Field{"top_k", &LayerGroup::top_k, kState, at_least(1), "Instead of model.top_k.",
+              Presence::kMinusOneIsAbsent},
+        Field{"targets", &LayerGroup::targets, kState, at_least(0), "Instead of model.targets."},
+        Field{"placement", &LayerGroup::placement, kRanks, at_least(0), "Instead of metrics.placement."},
+        Field{"frozen", &LayerGroup::frozen, kRanks, "Whether the actuators are held from the start."},
+    },
+    kOverrides);
+
+template <>
+inline constexpr auto kFieldsOf<TimelineEntry> = std::tuple_cat(
+    std::tuple{
+        Field{"from", &TimelineEntry::from, kRanks, steps_from(1), "steps",
+              "The first step that it holds for.", Presence::kRequired},
+        Field{"freeze", &TimelineEntry::freeze, kRanks, at_least(0),
+              "Ids of layers whose actuators are held from here on."},
+        Field{"thaw", &TimelineEntry::thaw, kRanks, at_least(0), "Ids of layers that go on from here."},
+    },
+    kOverrides);
 
 template <>
 inline constexpr auto kFieldsOf<ControllerConfig> = std::tuple{

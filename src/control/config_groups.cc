@@ -9,8 +9,7 @@
 namespace moectl {
 namespace {
 
-template <class Sections>
-void override(ControllerConfig& config, const Sections& own) {
+void override(ControllerConfig& config, const SectionOverrides& own) {
   for (const Actuator which : kActuators) {
     if (const auto& section = section_of(own, which)) config.actuator(which) = *section;
   }
@@ -39,10 +38,10 @@ ControllerConfig config_from(const ControllerConfig& config, std::int64_t step) 
 
 std::vector<LayerSettings> layer_settings(const ControllerConfig& config, std::int64_t step) {
   const ControllerConfig common = config_at(config, step);
-  if (config.layers.empty()) return {{layer_ids(config), false, common}};
+  if (config.layers.empty()) return {{layer_ids(config), common}};
   std::vector<LayerSettings> all;
   for (const LayerGroup& group : config.layers) {
-    LayerSettings& settings = all.emplace_back(LayerSettings{group.ids, group.frozen, common});
+    LayerSettings& settings = all.emplace_back(LayerSettings{group.ids, common});
     ModelConfig& model = settings.config.model;
     model.layers = static_cast<int>(group.ids.size());
     if (group.experts != -1) model.experts = group.experts;
@@ -52,6 +51,18 @@ std::vector<LayerSettings> layer_settings(const ControllerConfig& config, std::i
     override(settings.config, group);
   }
   return all;
+}
+
+bool frozen_at(const ControllerConfig& config, int layer, std::int64_t step) {
+  const auto holds = [layer](const std::vector<int>& ids) {
+    return std::find(ids.begin(), ids.end(), layer) != ids.end();
+  };
+  bool frozen = false;
+  for (const LayerGroup& group : config.layers) frozen |= group.frozen && holds(group.ids);
+  for (const TimelineEntry& entry : config.timeline) {
+    if (entry.from <= step) frozen = !holds(entry.thaw) && (frozen || holds(entry.freeze));
+  }
+  return frozen;
 }
 
 std::vector<int> layer_ids(const ControllerConfig& config) {

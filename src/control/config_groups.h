@@ -1,16 +1,13 @@
 // The sections of layer groups and timeline entries, by actuator.
 #pragma once
 
-#include <optional>
-#include <type_traits>
-
 #include "moectl/config.h"
 
 namespace moectl {
 
-/// The section that a LayerGroup or a TimelineEntry gives for an actuator, or nothing.
-template <class Sections>
-auto& section_of(Sections& sections, Actuator which) {
+/// The section for an actuator, or nothing.
+template <class Overrides>  // const or not
+auto& section_of(Overrides& sections, Actuator which) {
   return which == Actuator::kExpertBias      ? sections.expert_bias
          : which == Actuator::kAuxLossWeight ? sections.aux_loss_weight
                                              : sections.router_temperature;

@@ -16,12 +16,6 @@
 namespace moectl {
 namespace {
 
-StepInfo usable(StepInfo info) {
-  if (info.loss && !std::isfinite(*info.loss)) info.loss.reset();
-  if (info.gradient_norm && !std::isfinite(*info.gradient_norm)) info.gradient_norm.reset();
-  return info;
-}
-
 bool acts(GuardState state) {
   return state != GuardState::kWatching && state != GuardState::kCooldown;
 }
@@ -32,178 +26,7 @@ bool falls_with_imbalance(const MetricField& field) {
          field.value == &Metrics::effective_experts || field.value == &Metrics::min_load;
 }
 
-// One expert has no other to take tokens from.
-bool checks_response(const ControllerConfig& config) {
-  return config.safety.responsiveness && config.model.experts > 1;
-}
-
-bool environment_holds() {
-  const char* const value = std::getenv("MOECTL_HOLD");
-  return value != nullptr && *value != '\0' && std::string_view(value) != "0";
-}
-
-// The sums of a layer are those of all its settings to come, so that a payload keeps its size over the timeline.
-StatsShape shape_of(const ControllerConfig& config, const PolicyRegistry& registry) {
-  StatsShape shape{.experts = config.model.experts, .top_k = config.model.top_k, .needs = config.collect};
-  shape.needs.domains = static_cast<int>(config.model.domains.size());
-  shape.needs.split_sequences = config.model.split_sequences;
-  shape.needs.sequences |= config.model.split_sequences > 0;
-  for (const Actuator which : kActuators) {
-    const int layer = config.actuator(which).scope == Scope::kModel ? -1 : 0;
-    shape.needs |= ActuatorLoop(which, config, registry, layer).needs();
-  }
-  if (config.guard.enabled) shape.needs |= LayerGuard::needs();
-  return shape;
-}
-
-// Throws unless the values may come into force.
-std::span<const double> checked(Actuator actuator, const Limits& limits, std::size_t size, int layer,
-                                std::span<const double> values) {
-  const std::string where = "adopt: layer " + std::to_string(layer) + ": " + std::string(name_of(actuator));
-  if (values.size() != size) {
-    throw std::invalid_argument(where + ": " + std::to_string(values.size()) + " values: must be " +
-                                std::to_string(size));
-  }
-  for (std::size_t i = 0; i < size; ++i) {
-    if (values[i] >= limits.min && values[i] <= limits.max) continue;
-    throw std::invalid_argument(where + '[' + std::to_string(i) + "]: " + shown(values[i]) +
-                                ": must be within limits.min and limits.max, " + shown(limits.min) + " to " +
-                                shown(limits.max));
-  }
-  return values;
-}
-
 }  // namespace
-
-Controller::Loop::Group::Group(LayerSettings of, const PolicyRegistry& registry)
-    : config(std::move(of.config)),
-      shape(shape_of(config, registry)),
-      load_targets(config.model.experts, config.model.targets),
-      targets(config.model.targets) {
-  if (targets.empty()) {
-    const auto experts = static_cast<std::size_t>(config.model.experts);
-    targets.assign(experts, 1.0 / static_cast<double>(experts));
-  }
-}
-
-Controller::Loop::Layer::Layer(Group& of, const PolicyRegistry& registry, std::size_t at, int own_id)
-    : group(&of), index(at), id(own_id) {
-  for (std::size_t a = 0; a < kActuatorCount; ++a) {
-    if (of.config.actuator(kActuators[a]).scope == Scope::kLayer) loops[a].emplace(make_loop(a, registry));
-  }
-  intake = RoutingStats(of.shape);
-  stats = RoutingStats(of.shape);
-  monitor.emplace(of.shape, of.config.monitor, metrics_options(of.config));
-  if (of.config.guard.enabled) guard.emplace(of.config.guard, of.shape, of.load_targets);
-  if (checks_response(of.config)) response.emplace(of.config, id);
-}
-
-ActuatorLoop Controller::Loop::Layer::make_loop(std::size_t actuator, const PolicyRegistry& registry) const {
-  ActuatorLoop loop(kActuators[actuator], group->config, registry, id);
-  loop.make_windows({&group->shape, 1});
-  return loop;
-}
-
-Controller::Loop::Loop(ControllerConfig config, const PolicyRegistry& registry, std::int64_t step)
-    : config_(std::move(config)), registry_(registry), payload_({}, 0) {
-  validate(config_, registry_);
-  held_ = environment_holds();
-  for (const TimelineEntry& entry : config_.timeline) {
-    if (entry.from <= step) settings_from_ = entry.from;
-  }
-  std::vector<LayerSettings> settings = layer_settings(config_, step);
-  std::vector<StatsNeeds> needs(settings.size());
-  const auto add_needs = [&](std::int64_t from) {
-    const std::vector<LayerSettings> then = layer_settings(config_, from);
-    for (std::size_t g = 0; g < then.size(); ++g) needs[g] |= shape_of(then[g].config, registry_).needs;
-  };
-  add_needs(0);
-  for (const TimelineEntry& entry : config_.timeline) add_needs(entry.from);
-  // What serves the whole model is fed by every layer that has none of its own.
-  StatsNeeds common;
-  for (const StatsNeeds& of_group : needs) common |= of_group;
-  for (std::size_t a = 0; a < kActuatorCount; ++a) {
-    if (config_.actuator(kActuators[a]).scope == Scope::kModel) needs.assign(needs.size(), common);
-  }
-  std::vector<StatsShape> shapes;
-  for (std::size_t g = 0; g < settings.size(); ++g) {
-    const std::vector<int> ids = settings[g].ids;
-    const bool frozen = settings[g].frozen;
-    groups_.push_back(std::make_unique<Group>(std::move(settings[g]), registry_));
-    Group& group = *groups_.back();
-    group.shape.needs = needs[g];
-    group.measurer.emplace(group.shape, metrics_options(group.config));
-    group.description = describe_for_state(group.config, group.shape);
-    for (const int id : ids) {
-      layers_.push_back(std::make_unique<Layer>(group, registry_, layers_.size(), id));
-      layers_.back()->frozen = frozen;
-      shapes.push_back(group.shape);
-    }
-  }
-  for (const auto& group : groups_)
-    comparisons_.emplace_back(static_cast<std::size_t>(group->config.model.layers));
-  ids_ = layer_ids(config_);
-  for (const auto& layer : layers_) {
-    const auto id = static_cast<std::size_t>(layer->id);
-    if (index_of_id_.size() <= id) index_of_id_.resize(id + 1, -1);
-    index_of_id_[id] = static_cast<std::int32_t>(layer->index);
-  }
-  model_config_ = config_at(config_, step);
-  for (std::size_t a = 0; a < kActuatorCount; ++a) {
-    if (model_config_.actuator(kActuators[a]).scope != Scope::kModel) continue;
-    model_loops_[a].emplace(kActuators[a], model_config_, registry_, -1);
-    model_loops_[a]->make_windows(shapes);
-  }
-  start_from_files();
-  mixture_.assign(config_.model.domains.size(), 0);
-  notices_ = Notices(layers_.size());
-  std::vector<std::size_t> sizes;
-  for (const StatsShape& shape : shapes) sizes.push_back(shape.flat_size());
-  payload_ = Payload(sizes, config_.model.domains.size());
-  if (config_.lag == 1) pending_.emplace(payload_);
-  if (config_.mode != Mode::kOff) layer_reports_.resize(layers_.size());
-}
-
-// `initial:` of the biases as a list or a file.
-void Controller::Loop::start_from_files() {
-  std::map<std::string, LayerBiases> files;
-  for (const auto& layer : layers_) {
-    const Initial& initial = layer->group->config.expert_bias.initial;
-    if (!initial.values.empty()) adopt(Actuator::kExpertBias, layer->id, initial.values);
-    if (initial.file.empty()) continue;
-    const auto [file, fresh] = files.try_emplace(initial.file);
-    if (fresh) file->second = read_biases(initial.file);
-    const auto found = file->second.find(layer->id);
-    if (found == file->second.end()) {
-      throw ConfigError("expert_bias.initial: " + initial.file + ": must hold layer " +
-                        std::to_string(layer->id));
-    }
-    try {
-      adopt(Actuator::kExpertBias, layer->id, found->second);
-    } catch (const std::invalid_argument& error) {
-      throw ConfigError("expert_bias.initial: " + initial.file + ": " + error.what());
-    }
-  }
-}
-
-void Controller::Loop::adopt(Actuator actuator, int layer, std::span<const double> values) {
-  const auto a = static_cast<std::size_t>(actuator);
-  Layer& at = layer_at(layer);
-  if (!at.loops[a]) {
-    model_loops_[a]->adopt(checked(actuator, model_config_.actuator(actuator).limits, 1, layer, values),
-                           model_config_, registry_);
-    return;
-  }
-  const ControllerConfig& config = at.group->config;
-  at.loops[a]->adopt(
-      checked(actuator, config.actuator(actuator).limits, at.loops[a]->applied().size(), layer, values),
-      config, registry_);
-  if (actuator == Actuator::kExpertBias && at.response) {
-    at.response.emplace(config, at.id);
-    at.response_told = false;
-  }
-  if (at.guard) at.guard.emplace(config.guard, at.group->shape, at.group->load_targets);
-}
 
 const StepReport& Controller::Loop::step(const StepInfo& info) {
   check_mixture(info);
@@ -221,209 +44,6 @@ const StepReport& Controller::Loop::step(const StepInfo& info) {
   take_what_was_said();
   log();
   return report_;
-}
-
-void Controller::Loop::check_choices(int layer, const ChoiceSample& sample) {
-  Layer& at = layer_at(layer);
-  const StatsShape& shape = at.group->shape;
-  const auto n = static_cast<std::size_t>(shape.experts), k = static_cast<std::size_t>(shape.top_k);
-  const std::size_t tokens = sample.experts.size() / k;
-  if (sample.experts.size() != tokens * k || sample.biased_scores.size() != tokens * n ||
-      (!sample.scores.empty() && sample.scores.size() != tokens * n)) {
-    throw std::invalid_argument(
-        "choice sample: must hold tokens × top_k experts and tokens × experts scores");
-  }
-  if (config_.mode == Mode::kOff || config_.model.delay > 0) return;
-  const auto bias_of = [this](int l) {
-    return layers_[static_cast<std::size_t>(l)]
-        ->loops[static_cast<std::size_t>(Actuator::kExpertBias)]
-        ->applied();
-  };
-  const std::lock_guard lock(at.mutex);
-  WiringVerdict verdict = judge_choices(sample, shape.top_k, static_cast<int>(at.index),
-                                        static_cast<int>(layers_.size()), bias_of);
-  if (verdict.other_layer >= 0) {
-    verdict.other_layer = layers_[static_cast<std::size_t>(verdict.other_layer)]->id;
-  }
-  const std::string text = at.choices.observe(verdict, steps_);
-  if (!text.empty()) say(NoticeKind::kWiring, layer, text);
-}
-
-void Controller::Loop::say(NoticeKind kind, int layer, std::string_view text) {
-  const std::lock_guard lock(said_mutex_);
-  said_.push_back({kind, layer, std::string(text)});
-}
-
-void Controller::Loop::take_what_was_said() {
-  const std::lock_guard lock(said_mutex_);
-  for (const Said& said : said_) notices_.add(said.kind, said.layer, steps_, {said.text});
-  said_.clear();
-}
-
-// Replaces this rank's sums by the sums over all ranks. Nothing else changes until the collective has succeeded, so a
-// step whose reduction throws can be tried again.
-void Controller::Loop::reduce(const StepInfo& info) {
-  check_ranks();
-  if (pending_) {
-    use_previous_sums(info);
-  } else if (reduction_) {
-    pack(payload_, info);
-    payload_.reduce(reduction_);
-    say_offences();
-    hold_if_some_failed();
-    unpack(payload_);
-    clear_intake();
-  } else {
-    use_local_sums(info);
-  }
-  if (!reduction_) host_holds_ = held_;
-}
-
-void Controller::Loop::record(int layer, std::int64_t micro_batch, const RoutingBatch& batch) {
-  Layer& at = layer_at(layer);
-  record(layer, micro_batch, micro_batch < 0 ? 0 : fingerprint_of(batch), [&](RoutingStats& sums) {
-    if (micro_batch < 0) at.repeats.observe(batch, at.group->shape.top_k);
-    sums.add(batch);
-    at.uncollected_sequences |=
-        !at.group->shape.needs.sequences && (batch.sequence_length > 0 || !batch.sequence_ids.empty());
-  });
-}
-
-void Controller::Loop::record_foreign(int layer, std::int64_t micro_batch,
-                                      const std::function<void(RoutingStats&)>& add) {
-  Layer& at = layer_at(layer);
-  record(layer, micro_batch, 0, [&](RoutingStats& sums) {
-    at.backup = sums;
-    try {
-      add(sums);
-    } catch (...) {
-      std::swap(sums, at.backup);
-      throw;
-    }
-  });
-}
-
-void Controller::Loop::refuse_repeat(int layer, std::int64_t micro_batch) {
-  throw std::invalid_argument(
-      "record: layer " + std::to_string(layer) + ", micro_batch " + std::to_string(micro_batch) +
-      ": two records with different experts came under this id since the last step: a "
-      "repeat must be the same record (recomputation); give each micro-batch of a step "
-      "an id of its own");
-}
-
-// With `lag: 1`: starts the reduction of this step's sums, and decides on the sums of the step before.
-void Controller::Loop::use_previous_sums(const StepInfo& info) {
-  if (pending_->loaded()) {
-    pending_->finish(reduction_, payload_);
-    arrived_ = true;
-  }
-  if (arrived_) hold_if_some_failed();
-  pack(pending_->local_sums(), info);
-  pending_->start(reduction_, exchange_);
-  say_offences();
-  if (std::exchange(arrived_, false)) {
-    unpack(payload_);
-  } else {
-    for (const auto& layer : layers_) layer->stats.clear();
-    info_ = StepInfo{};
-  }
-  clear_intake();
-}
-
-void Controller::Loop::check_ranks() {
-  if (!reduction_ || ranks_checked_) return;
-  check_same_everywhere(reduction_, describe_for_ranks(config_, sums_of_layers()));
-  ranks_checked_ = true;
-}
-
-void Controller::Loop::pack(Payload& payload, const StepInfo& info) const {
-  for (std::size_t l = 0; l < layers_.size(); ++l) {
-    payload.put(l, layers_[l]->intake.flat());
-    payload.put_miswired(l, layers_[l]->choices.miswired(steps_));
-  }
-  bool failed = false;
-  for (const auto& layer : layers_) {
-    for (const auto& loop : layer->loops) failed |= loop && loop->failed();
-  }
-  for (const auto& loop : model_loops_) failed |= loop && loop->failed();
-  payload.put(info, actuation_hash(), failed, held_);
-}
-
-void Controller::Loop::unpack(Payload& payload) {
-  for (std::size_t l = 0; l < layers_.size(); ++l) {
-    const std::span<const std::int64_t> total = payload.layer(l);
-    RoutingStats& stats = layers_[l]->stats;
-    std::copy(total.begin(), total.end(), stats.flat().begin());
-    if (!payload.in_range(l)) {  // a sum may have wrapped around, and back into its range
-      stats.set_scalar(RoutingStats::kInvalidRecords, std::max<std::int64_t>(1, stats.invalid_records()));
-    }
-    layers_[l]->miswired = payload.miswired(l);
-  }
-  say_who_holds(payload);
-  info_ = payload.info(mixture_);
-}
-
-// Ranks must do the same, so all hold where one does.
-void Controller::Loop::say_who_holds(const Payload& payload) {
-  const bool some = payload.held() > 0;
-  if (some && !host_holds_ && payload.held() < payload.ranks()) {
-    notices_.add(NoticeKind::kHold, -1, steps_,
-                 {Number(payload.held()).text(), " of ", Number(payload.ranks()).text(),
-                  " ranks are held by hold() or by MOECTL_HOLD in their environment: all ranks hold"});
-  }
-  host_holds_ = some;
-}
-
-// Policies' memories may now differ between ranks, so no rank may ask one again until a common state is loaded. All go
-// back to what was in force before the decision that failed: the same values.
-void Controller::Loop::hold_if_some_failed() {
-  if (ranks_differ_ || !payload_.some_failed()) return;
-  ranks_differ_ = true;
-  // What a rank made of a probe is not what the others made of it.
-  for (const auto& layer : layers_) {
-    if (layer->response) layer->response->restart();
-  }
-  const std::size_t decisions = pending_ ? 2 : 1;  // since the hash in these sums
-  for_each_actuator([&](ActuatorLoop& loop, std::size_t, int) { loop.undo(decisions); });
-  notices_.add(
-      NoticeKind::kPolicyFailed, -1, steps_,
-      {"a policy failed on some of the ranks: all ranks hold the values in force before it until one "
-       "state is loaded on all of them"});
-}
-
-void Controller::Loop::say_offences() {
-  for (const auto& one : layers_) {
-    Layer& layer = *one;
-    const Offence& offence = layer.intake.offence();
-    layer.told_before = std::exchange(layer.told, !offence.empty());
-    if (layer.told) notices_.add(NoticeKind::kInvalid, layer.id, steps_, {offence.words()});
-  }
-}
-
-void Controller::Loop::clear_intake() {
-  for (const auto& layer : layers_) {
-    layer->intake.clear();
-    layer->seen.clear();
-    layer->fingerprints.clear();
-    layer->repeats.end_step();
-  }
-}
-
-void Controller::Loop::use_local_sums(const StepInfo& info) {
-  say_offences();
-  for (const auto& layer : layers_) {
-    std::swap(layer->stats, layer->intake);
-    layer->miswired = layer->choices.miswired(steps_);
-  }
-  clear_intake();
-  info_ = usable(info);
-  const bool negative =
-      std::any_of(info.next_mixture.begin(), info.next_mixture.end(), [](std::int64_t n) { return n < 0; });
-  info_.next_mixture = {};
-  if (!info.next_mixture.empty() && !negative) {
-    std::copy(info.next_mixture.begin(), info.next_mixture.end(), mixture_.begin());
-    info_.next_mixture = mixture_;
-  }
 }
 
 // Computes the metrics of the step, and at decisions those of the windows. Invalid sums are left out of the windows, so
@@ -538,16 +158,20 @@ void Controller::Loop::watch() {
 void Controller::Loop::watch_response(Layer& layer) {
   ResponseCheck& check = *layer.response;
   const bool applies = config_.mode == Mode::kActive && !layer.frozen && !host_holds_;
-  if (applies && layer.miswired) {
-    check.forget();
-    layer.response_told = false;
-    return;
+  if (layer.held_for_wiring && !layer.miswired) {
+    check.release();
+    layer.held_for_wiring = layer.response_told = false;
   }
   // Without assignments no load is known: a record may hold tokens that chose no expert.
   check.observe(applies && layer.metrics.max_load ? &layer.stats : nullptr, layer.metrics.load_cv.value_or(0),
                 floor_of(layer.metrics).cv.value_or(0),
                 layer.loops[static_cast<std::size_t>(Actuator::kExpertBias)]->applied());
   if (!applies) return;
+  // After the observation: a load that seems to answer is no proof against a bias that is seen not to be used.
+  if (layer.miswired && !check.holds()) {
+    check.hold();
+    layer.held_for_wiring = layer.response_told = true;  // told by the check of the wiring, which knows more
+  }
   const Responsiveness now = check.report();
   const bool silent = now.state == Response::kUnresponsive;
   if (silent == layer.response_told) return;
@@ -696,7 +320,6 @@ void Controller::Loop::limit() {
                 .skipped = info_.skipped,
                 .frozen = seen.frozen,
                 .host_hold = host_holds_,
-                .miswired = check != nullptr && *check && layers_[static_cast<std::size_t>(layer)]->miswired,
                 .at_cadence = loop.due(steps_),
                 .missing_input = lacking != StatsNeeds{} && !loop.taken_over(),
                 .loss = info_.loss,
@@ -716,9 +339,7 @@ void Controller::Loop::log() {
     if (layer.guard) out.guard = layer.guard->report();
     out.monitor = &*layer.monitor;
     const bool checked = layer.response && config_.mode == Mode::kActive && !layer.frozen && !host_holds_;
-    out.responsiveness = !checked         ? Responsiveness{}
-                         : layer.miswired ? Responsiveness{.state = Response::kUnresponsive}
-                                          : layer.response->report();
+    out.responsiveness = checked ? layer.response->report() : Responsiveness{};
     for (std::size_t a = 0; a < kActuatorCount; ++a) {
       if (!layer.loops[a]) continue;
       out.actuators[a] = layer.loops[a]->report();
@@ -745,12 +366,6 @@ void Controller::Loop::log() {
             });
 }
 
-std::size_t Controller::Loop::sums_of_layers() const {
-  std::size_t sums = 0;
-  for (const auto& layer : layers_) sums += layer->group->shape.flat_size();
-  return sums;
-}
-
 Controller::Loop::Layer& Controller::Loop::layer_at(int layer) const {
   const auto id = static_cast<std::size_t>(layer);
   if (layer >= 0 && id < index_of_id_.size() && index_of_id_[id] >= 0) {
@@ -772,17 +387,6 @@ void Controller::Loop::check_mixture(const StepInfo& info) const {
   }
 }
 
-void Controller::Loop::set_reduction(Reduction reduction) {
-  const auto has_rows = [](const auto& group) { return group->shape.needs.margin_rows; };
-  if (reduction && std::any_of(groups_.begin(), groups_.end(), has_rows)) {
-    throw std::invalid_argument(
-        "reduction: given: a policy wants every token's margins in one process (quantile_bias: form: exact); "
-        "over ranks use its histogram form");
-  }
-  reduction_ = std::move(reduction);
-  ranks_checked_ = false;
-}
-
 std::span<const double> Controller::Loop::in_force(Actuator actuator, int layer) const {
   const Layer& own = layer_at(layer);
   const auto a = static_cast<std::size_t>(actuator);
@@ -794,31 +398,6 @@ std::vector<double> Controller::Loop::deployment_bias(int layer) const {
   const auto a = static_cast<std::size_t>(Actuator::kExpertBias);
   return at.loops[a]->deployment(probe_of(a, static_cast<int>(at.index)),
                                  at.group->config.expert_bias.limits);
-}
-
-// Hash of the values in force, the step and the frozen layers: a rank with another hash has diverged.
-std::uint64_t Controller::Loop::actuation_hash() const {
-  auto hash = static_cast<std::uint64_t>(steps_);
-  for (const auto& layer : layers_) {
-    hash = hash * 31 + (layer->frozen ? 1 : 0);
-    for (const auto& loop : layer->loops) {
-      if (loop) hash = hash_values(loop->applied(), hash) + (loop->failed() ? 1 : 0);
-    }
-  }
-  for (const auto& loop : model_loops_) {
-    if (loop) hash = hash_values(loop->applied(), hash) + (loop->failed() ? 1 : 0);
-  }
-  return hash;
-}
-
-template <class Visit>
-void Controller::Loop::for_each_actuator(Visit&& visit) {
-  for (std::size_t a = 0; a < kActuatorCount; ++a) {
-    for (std::size_t l = 0; l < layers_.size(); ++l) {
-      if (auto& loop = layers_[l]->loops[a]) visit(*loop, a, static_cast<int>(l));
-    }
-    if (model_loops_[a]) visit(*model_loops_[a], a, -1);
-  }
 }
 
 Controller::Loop::DecisionInputs Controller::Loop::inputs(ActuatorLoop& loop, std::size_t actuator,

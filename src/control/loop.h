@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <cmath>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -23,6 +24,13 @@
 #include "moectl/state.h"
 
 namespace moectl {
+
+/// Without what is no number.
+inline StepInfo usable(StepInfo info) {
+  if (info.loss && !std::isfinite(*info.loss)) info.loss.reset();
+  if (info.gradient_norm && !std::isfinite(*info.gradient_norm)) info.gradient_norm.reset();
+  return info;
+}
 
 class Controller::Loop {
  public:
@@ -82,7 +90,9 @@ class Controller::Loop {
   };
   struct Layer {
     Layer(Group& group, const PolicyRegistry& registry, std::size_t index, int id);
-    ActuatorLoop make_loop(std::size_t actuator, const PolicyRegistry& registry) const;
+
+    /// The check of the response begins with the biases in force.
+    void start_response();
 
     Group* group;
     std::size_t index;
@@ -110,6 +120,7 @@ class Controller::Loop {
     std::optional<ResponseCheck> response;
     bool response_told = false;  // that the load does not answer
     bool miswired = false;       // some rank found that the router does not use this layer's bias
+    bool held_for_wiring = false;
     std::array<std::optional<ActuatorLoop>, kActuatorCount> loops;  // those of `scope: layer`
     std::array<InputWatch, kActuatorCount> inputs;
     std::array<StatsNeeds, kActuatorCount> missing;
@@ -167,6 +178,7 @@ class Controller::Loop {
 
   void finish_pending();
   void take_over_from(const Loop& other);
+  void freeze_as(const Loop& other);
   void exchange(StateIo& io);
   void exchange_layer(StateIo& io, Layer& layer);
   void exchange_recorded(StateIo& io, Layer& layer);
@@ -245,6 +257,16 @@ void Controller::Loop::record(int layer, std::int64_t micro_batch, std::uint64_t
     throw;
   }
   at.fingerprints.push_back(fingerprint);
+}
+
+template <class Visit>
+void Controller::Loop::for_each_actuator(Visit&& visit) {
+  for (std::size_t a = 0; a < kActuatorCount; ++a) {
+    for (std::size_t l = 0; l < layers_.size(); ++l) {
+      if (auto& loop = layers_[l]->loops[a]) visit(*loop, a, static_cast<int>(l));
+    }
+    if (model_loops_[a]) visit(*model_loops_[a], a, -1);
+  }
 }
 
 }  // namespace moectl

@@ -93,20 +93,6 @@ std::string section_of(int layer) {
   return "layer " + std::to_string(layer);
 }
 
-/// Reads a section with `read(StateIo&)`. Returns what is wrong, or nothing.
-template <class Read>
-std::string tried(const StateIo& in, std::string_view section, Read&& read) {
-  auto inner = in.find(section);
-  if (!inner) return "not in the state";
-  try {
-    read(*inner);
-    inner->finish();
-    return "";
-  } catch (const StateError& error) {
-    return error.what();
-  }
-}
-
 }  // namespace
 
 std::string Controller::Loop::save() {
@@ -156,6 +142,10 @@ void Controller::Loop::take_over_from(const Loop& other) {
   held_ = other.held_;
 }
 
+void Controller::Loop::freeze_as(const Loop& other) {
+  for (std::size_t l = 0; l < layers_.size(); ++l) layers_[l]->frozen = other.layers_[l]->frozen;
+}
+
 std::unique_ptr<Controller::Loop> Controller::Loop::loaded(std::string_view state, Keep keep,
                                                            std::vector<KeptPart>& parts) const {
   StateIo in(state);
@@ -194,6 +184,7 @@ std::unique_ptr<Controller::Loop> Controller::Loop::layer_loaded(int layer, std:
     fresh = std::move(then);
     fresh->steps_ = steps;
   }
+  fresh->freeze_as(*this);
   Layer& at = fresh->layer_at(layer);
   if (keep == Keep::everything) {
     in.section(name, [&](StateIo& io) { fresh->exchange_layer(io, at); });
@@ -205,7 +196,7 @@ std::unique_ptr<Controller::Loop> Controller::Loop::layer_loaded(int layer, std:
   fresh->keep_layer(*in.find(name), at, parts);
   if (const auto common = in.find("model")) fresh->keep_common(*common, parts);
   if (fresh->pending_) {
-    tried(in, "sums", [&](StateIo& io) { fresh->exchange_sums_of(io, at); });
+    in.tried("sums", [&](StateIo& io) { fresh->exchange_sums_of(io, at); });
   }
   return fresh;
 }
@@ -248,6 +239,7 @@ void Controller::Loop::exchange_layer(StateIo& io, Layer& layer) {
     io.section("responsiveness", [&](StateIo& inner) {
       layer.response->exchange(inner);
       inner.value("response_told", layer.response_told);
+      inner.value("held_for_wiring", layer.held_for_wiring);
     });
   }
   for (std::size_t a = 0; a < kActuatorCount; ++a) {
@@ -304,7 +296,7 @@ void Controller::Loop::keep_what_fits(const StateIo& state, std::vector<KeptPart
   if (const auto common = in.find("model")) keep_common(*common, parts);
   if (!pending_) return;
   // All or nothing: what other ranks have of the same step must go with it.
-  const std::string wrong = tried(in, "pending", [&](StateIo& io) {
+  const std::string wrong = in.tried("pending", [&](StateIo& io) {
     PendingReduction& pending = pending_.emplace(payload_);
     bool arrived = false;
     Payload sums = payload_;
@@ -339,7 +331,9 @@ void Controller::Loop::keep_layer(StateIo in, Layer& layer, std::vector<KeptPart
   const std::string& own = layer.group->description;
   std::string saved;
   in.text("config", saved);
-  in.value("frozen", layer.frozen);
+  bool frozen = false;
+  in.value("frozen", frozen);
+  layer.frozen = layer.frozen || frozen;  // by the config that holds now, or as it was
   const auto report = [&](const char* key, const std::string& wrong,
                           std::initializer_list<std::string_view> keys) {
     const std::string because = wrong.empty() ? "" : changes(saved, own, keys);
@@ -347,7 +341,7 @@ void Controller::Loop::keep_layer(StateIo in, Layer& layer, std::vector<KeptPart
         {layer.id, key, wrong.empty() ? Fate::kKept : Fate::kDropped, because.empty() ? wrong : because});
     return !wrong.empty();
   };
-  if (report("recorded sums", tried(in, "intake", [&](StateIo& io) { exchange_recorded(io, layer); }),
+  if (report("recorded sums", in.tried("intake", [&](StateIo& io) { exchange_recorded(io, layer); }),
              {"model.", "collected sums", "collect."})) {
     layer.intake.clear();
     layer.seen.clear();
@@ -355,12 +349,12 @@ void Controller::Loop::keep_layer(StateIo in, Layer& layer, std::vector<KeptPart
     layer.gap_width = 0;
     layer.intake.set_gap_width(0);
   }
-  if (report("health", tried(in, "watch", [&](StateIo& io) { layer.monitor->exchange(io); }),
+  if (report("health", in.tried("watch", [&](StateIo& io) { layer.monitor->exchange(io); }),
              {"model.experts", "metrics.", "health", "collect."})) {
     layer.monitor.emplace(layer.group->shape, layer.group->config.monitor,
                           metrics_options(layer.group->config));
   }
-  if (layer.guard && report("guard", tried(in, "guard", [&](StateIo& io) { layer.guard->exchange(io); }),
+  if (layer.guard && report("guard", in.tried("guard", [&](StateIo& io) { layer.guard->exchange(io); }),
                             {"model.experts", "guard"})) {
     layer.guard.emplace(layer.group->config.guard, layer.group->shape, layer.group->load_targets);
   }
@@ -376,14 +370,14 @@ void Controller::Loop::keep_layer(StateIo in, Layer& layer, std::vector<KeptPart
   // What the load last answered to is no longer known where biases were changed.
   if (!layer.response) return;
   if (report("safety.responsiveness",
-             tried(in, "responsiveness",
-                   [&](StateIo& io) {
-                     layer.response->exchange(io);
-                     io.value("response_told", layer.response_told);
-                   }),
+             in.tried("responsiveness",
+                      [&](StateIo& io) {
+                        layer.response->exchange(io);
+                        io.value("response_told", layer.response_told);
+                        io.value("held_for_wiring", layer.held_for_wiring);
+                      }),
              {"model.", "safety.responsiveness", "expert_bias.limits"})) {
-    layer.response.emplace(layer.group->config, layer.id);
-    layer.response_told = false;
+    layer.start_response();
   }
 }
 
@@ -455,6 +449,7 @@ std::unique_ptr<Controller::Loop> Controller::Loop::at_next_entry() {
   auto fresh = std::make_unique<Loop>(config_, registry_, steps_);
   fresh->keep_what_fits(StateIo(state), parts);
   fresh->take_over_from(*this);
+  fresh->freeze_as(*this);
   for (const TimelineEntry& entry : config_.timeline) {
     if (entry.from <= settings_from_ || entry.from > steps_) continue;
     for (const int id : entry.freeze) fresh->freeze(id, true);

@@ -52,7 +52,7 @@ std::optional<Response> response_of(std::string_view name) {
   return static_cast<Response>(it - kNames.begin());
 }
 
-ResponseCheck::ResponseCheck(const ControllerConfig& config, int layer)
+ResponseCheck::ResponseCheck(const ControllerConfig& config, int layer, std::span<const double> in_force)
     : in_probabilities_(config.model.score_space == ScoreSpace::kProbability),
       experts_(static_cast<std::size_t>(config.model.experts)),
       delay_(static_cast<std::size_t>(config.delay())),
@@ -69,7 +69,7 @@ ResponseCheck::ResponseCheck(const ControllerConfig& config, int layer)
       reference_load_(experts_, 0.0),
       reference_bias_(experts_, 0.0),
       backoff_(kFirstBackoff),
-      base_(experts_, 0.0),
+      base_(in_force.begin(), in_force.end()),
       pattern_(experts_, 0.0),
       // Codes of different layers are orthogonal where N is a power of two, so that a layer is not taken for another.
       code_(1 + static_cast<std::size_t>(layer) % (std::max<std::size_t>(std::bit_floor(experts_), 2) - 1)),
@@ -449,10 +449,17 @@ void ResponseCheck::restart() {
   }
 }
 
-void ResponseCheck::forget() {
+void ResponseCheck::hold() {
+  state_ = Response::kUnresponsive;
+  found_ = Estimate{0, 0};
+  late_ = 0;
+  held_ = true;
+  restart();
+}
+
+void ResponseCheck::release() {
   held_ = false;
-  decision_ = 0;
-  quiet_ = 0;
+  decision_ = quiet_ = 0;
   restart();
 }
 

@@ -46,15 +46,19 @@ namespace moectl {
 /// The check of one layer. Does not allocate after construction.
 class ResponseCheck {
  public:
-  ResponseCheck(const ControllerConfig& config, int layer);
+  /// `in_force`: the biases that the loop begins with. [N]
+  ResponseCheck(const ControllerConfig& config, int layer, std::span<const double> in_force);
 
   /// One step. `stats`: its sums, valid, with assignments; null if there are none. `load_cv`: their CV. `floor_cv`: the CV
   /// that sampling alone explains. `in_force`: the biases in force now. [N]
   void observe(const RoutingStats* stats, double load_cv, double floor_cv, std::span<const double> in_force);
   /// Forgets what it knows, because the biases moved for another reason (the guard, a rollback, a frozen layer).
   void restart();
-  /// The same, and the biases are not held any longer.
-  void forget();
+  /// Holds the biases where the load last answered, or where they began, until a probe has an answer: the router surely
+  /// uses others.
+  void hold();
+  /// Ends that.
+  void release();
 
   /// Whether the biases are held, whatever the policy proposes.
   bool holds() const { return held_; }
@@ -123,7 +127,7 @@ class ResponseCheck {
   int late_ = 0;
   bool held_ = false;    // the last probe had no answer
   bool pinned_ = false;  // they stay at base_ during this probe
-  bool based_ = false;   // base_ is known
+  bool based_ = true;    // base_ is known
   bool scaled_ = false;  // slope_ was measured
   bool resting_ = false, referenced_ = false;
   bool in_probabilities_;

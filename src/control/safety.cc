@@ -285,7 +285,6 @@ LimitReport SafetyLimiter::apply(const LimitContext& context, std::span<const do
 std::optional<Reason> SafetyLimiter::hold_reason(const LimitContext& context) const {
   if (context.missing_input) return Reason::kMissingInput;
   if (!context.has_data) return Reason::kNoData;
-  if (context.miswired) return Reason::kUnresponsive;
   if (context.policy_failed) return Reason::kPolicyFailed;
   if (context.skipped) return Reason::kSkippedStep;
   if (context.step < limits_.warmup) return Reason::kWarmup;

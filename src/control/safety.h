@@ -20,7 +20,6 @@ struct LimitContext {
   bool skipped = false;
   bool frozen = false;
   bool host_hold = false;
-  bool miswired = false;  ///< The router does not use the biases.
   bool at_cadence = true;
   bool missing_input = false;  ///< The sums lack what the policy requires.
   bool policy_failed = false;  ///< The policy threw an exception.

@@ -1,18 +1,14 @@
 #include "import/bytes.h"
 
-#include <fcntl.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <bit>
-#include <cerrno>
 #include <charconv>
 #include <cmath>
 #include <cstring>
-#include <filesystem>
 #include <optional>
 #include <utility>
 
+#include "base/gzip_file.h"
 #include "import/import.h"
 
 namespace moectl {
@@ -66,18 +62,9 @@ Bytes::Bytes(const std::string& path, std::string name)
             : path == "-" ? "<stdin>"
                           : path),
       buffer_(kBuffer + kPadding) {
-  std::error_code ignored;
-  if (std::filesystem::is_directory(path, ignored))
-    throw ImportError(name_ + ": cannot be opened: is a directory");
-  errno = 0;
-  const int descriptor = path == "-" ? dup(STDIN_FILENO) : open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  if (descriptor >= 0) file_ = gzdopen(descriptor, "rb");
-  if (!file_) {
-    const int why = errno ? errno : ENOMEM;
-    if (descriptor >= 0) close(descriptor);
-    throw ImportError(name_ + ": cannot be opened: " + std::strerror(why));
-  }
-  gzbuffer(file_, 1U << 17);
+  const GzipFile opened = open_gzip(path);
+  if (opened.file == nullptr) throw ImportError(name_ + ": cannot be opened: " + opened.fault);
+  file_ = opened.file;
 }
 
 Bytes::~Bytes() {

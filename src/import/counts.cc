@@ -171,12 +171,8 @@ class MatrixReader : public StepReader {
         (fields_.empty() ? "nothing" : '"' + join(fields_).substr(0, 60) + '"'));
   }
   void advance() {
-    std::string_view line;
-    do {
-      more_ = file_.line(line);
-    } while (more_ && line.empty());
+    more_ = next_row(file_, separator_, fields_);
     if (!more_) return;
-    split(line, separator_, fields_);
     if (fields_.size() != columns_)
       throw ImportError(file_.place() + ": " + std::to_string(fields_.size()) + " columns: expected " +
                         std::to_string(columns_));

@@ -364,13 +364,7 @@ class LlamaCppReader : public StepReader {
                        ": expected CSV with the columns layer,expert, a row for each choice: found " +
                        (fields_.empty() ? "nothing" : '"' + join(fields_).substr(0, 60) + '"'));
   }
-  void advance() {
-    std::string_view line;
-    do {
-      more_ = file_.line(line);
-    } while (more_ && line.empty());
-    if (more_) split(line, ',', fields_);
-  }
+  void advance() { more_ = next_row(file_, ',', fields_); }
   std::int64_t whole(std::size_t column, std::int64_t most) const {
     const std::string place = file_.place() + (column == layer_ ? ": layer" : ": expert");
     if (column >= fields_.size() || !number_of(fields_[column]))

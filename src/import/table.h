@@ -8,6 +8,8 @@
 #include <string_view>
 #include <vector>
 
+#include "import/bytes.h"
+
 namespace moectl {
 
 /// The fields of a line (RFC 4180: quotes may stand around a field and twice inside it), without blanks around them.
@@ -37,6 +39,16 @@ inline void split(std::string_view line, char separator, std::vector<std::string
     f.erase(f.find_last_not_of(" \t") + 1);
     f.erase(0, f.find_first_not_of(" \t"));
   }
+}
+
+/// The fields of the next line that is not empty; false at the end.
+inline bool next_row(Bytes& file, char separator, std::vector<std::string>& fields) {
+  std::string_view line;
+  do {
+    if (!file.line(line)) return false;
+  } while (line.empty());
+  split(line, separator, fields);
+  return true;
 }
 
 inline std::string join(const std::vector<std::string>& fields) {

@@ -1,6 +1,5 @@
 #include "log/log_lines.h"
 
-#include <fcntl.h>
 #include <poll.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -13,6 +12,7 @@
 #include <thread>
 #include <utility>
 
+#include "base/gzip_file.h"
 #include "moectl/run_log.h"
 
 namespace moectl {
@@ -26,18 +26,10 @@ constexpr std::size_t kLongestLine = std::size_t{1} << 25;
 
 LogLines::LogLines(const std::string& path, std::function<bool()> follow)
     : name_(path == "-" ? "<stdin>" : path), follow_(std::move(follow)), buffer_(kFirstBuffer + kPadding) {
-  std::error_code ignored;
-  if (std::filesystem::is_directory(path, ignored))
-    throw LogError(name_ + ": cannot be opened: is a directory");
-  errno = 0;
-  descriptor_ = path == "-" ? dup(STDIN_FILENO) : open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  if (descriptor_ >= 0) file_ = gzdopen(descriptor_, "rb");
-  if (!file_) {
-    const int why = errno ? errno : ENOMEM;
-    if (descriptor_ >= 0) close(descriptor_);
-    throw LogError(name_ + ": cannot be opened: " + std::strerror(why));
-  }
-  gzbuffer(file_, 1U << 17);
+  const GzipFile opened = open_gzip(path);
+  if (opened.file == nullptr) throw LogError(name_ + ": cannot be opened: " + opened.fault);
+  file_ = opened.file;
+  descriptor_ = opened.descriptor;
 }
 
 LogLines::~LogLines() {

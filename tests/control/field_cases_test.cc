@@ -18,6 +18,7 @@
 #include "moectl/policy.h"
 #include "moectl/run_log.h"
 #include "moectl/simulation.h"
+#include "ranks.h"
 #include "simulated_loop.h"
 #include "temp_dir.h"
 
@@ -419,36 +420,6 @@ TEST(LooseEnds, ALogCallbackThatThrowsIsReportedOnceAndTheStepIsComplete) {
   EXPECT_EQ(calls, 3);
   EXPECT_LT(controller.bias(0)[0], 0);
 }
-
-/// Ranks in threads that meet in an all-reduce.
-class Ranks {
- public:
-  explicit Ranks(int size) : size_(size) {}
-  Reduction reduction() {
-    return [this](std::span<std::int64_t> payload) {
-      std::unique_lock lock(mutex_);
-      sum_.resize(payload.size(), 0);
-      for (std::size_t i = 0; i < payload.size(); ++i) sum_[i] += payload[i];
-      const int round = round_;
-      if (++arrived_ == size_) {
-        result_.swap(sum_);
-        sum_.clear();
-        arrived_ = 0;
-        ++round_;
-        all_.notify_all();
-      } else {
-        all_.wait(lock, [&] { return round_ != round; });
-      }
-      std::copy(result_.begin(), result_.end(), payload.begin());
-    };
-  }
-
- private:
-  int size_, arrived_ = 0, round_ = 0;
-  std::mutex mutex_;
-  std::condition_variable all_;
-  std::vector<std::int64_t> sum_, result_;
-};
 
 TEST(LooseEnds, AFailureOnOneRankTravelsAndAllRanksHoldTheSameValues) {
   for (const int lag : {0, 1}) {

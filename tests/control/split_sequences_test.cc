@@ -12,6 +12,7 @@
 
 #include "moectl/controller.h"
 #include "moectl/run_log.h"
+#include "ranks.h"
 #include "temp_dir.h"
 
 namespace moectl {
@@ -55,35 +56,6 @@ std::vector<std::string> notices_of(const StepReport& report) {
   }
   return all;
 }
-
-class Ranks {
- public:
-  explicit Ranks(int size) : size_(size) {}
-  Reduction reduction() {
-    return [this](std::span<std::int64_t> payload) {
-      std::unique_lock lock(mutex_);
-      sum_.resize(payload.size(), 0);
-      for (std::size_t i = 0; i < payload.size(); ++i) sum_[i] += payload[i];
-      const int round = round_;
-      if (++arrived_ == size_) {
-        result_.swap(sum_);
-        sum_.clear();
-        arrived_ = 0;
-        ++round_;
-        all_.notify_all();
-      } else {
-        all_.wait(lock, [&] { return round_ != round; });
-      }
-      std::copy(result_.begin(), result_.end(), payload.begin());
-    };
-  }
-
- private:
-  int size_, arrived_ = 0, round_ = 0;
-  std::mutex mutex_;
-  std::condition_variable all_;
-  std::vector<std::int64_t> sum_, result_;
-};
 
 struct Seen {
   Metrics metrics;

@@ -336,7 +336,9 @@ TEST(FieldCases, B2_AnotherPipelineSplitLoadsByLayerIds) {
     for (const int first : {0, 2}) {
       ControllerConfig stage = config;
       stage.model.layers = 0;
-      stage.layers = {{.first = first, .count = 2}};
+      stage.layers.resize(1);
+      stage.layers[0].first = first;
+      stage.layers[0].count = 2;
       stages.emplace_back(stage);
       for (const int layer : {first, first + 1}) stages.back().load_layer(layer, whole.save_layer(layer));
       EXPECT_EQ(stages.back().steps(), 50);
@@ -361,6 +363,50 @@ TEST(FieldCases, B2_AStateOfALayerIsStrictUnlessToldOtherwise) {
   EXPECT_TRUE(to.save() == before);
   to.load_layer(0, from.save_layer(0), Keep::what_fits);
   EXPECT_EQ(bias_of(to, 0), bias_of(from, 0));
+}
+
+TEST(FieldCases, B2_WhatTheConfigFreezesIsFrozenWhateverTheStateSays) {
+  const SimulationOptions plant = plant_of(2);
+  ControllerConfig config = config_of("adaptive_bias", plant);
+  const Trained saved = trained(config, plant);
+  config.layers.resize(1);
+  config.layers[0].ids = {0, 1};
+  config.layers[0].frozen = true;
+  Controller frozen(config);
+  frozen.load(saved.state, Keep::what_fits);
+  simulate(frozen, plant, 5);
+  EXPECT_EQ(bias_of(frozen, 0), saved.biases[0]);
+
+  config.timeline.resize(2);
+  config.timeline[0].from = 40;  // before the state
+  config.timeline[0].thaw = {1};
+  config.timeline[1].from = 63;
+  config.timeline[1].thaw = {0};
+  Controller thawed(config);
+  thawed.load(saved.state, Keep::what_fits);
+  simulate(thawed, plant, 2);
+  EXPECT_EQ(bias_of(thawed, 0), saved.biases[0]);
+  EXPECT_NE(bias_of(thawed, 1), saved.biases[1]);
+  simulate(thawed, plant, 5);
+  EXPECT_NE(bias_of(thawed, 0), saved.biases[0]);
+}
+
+TEST(FieldCases, B3_AStateHasOneLengthForAConfig) {
+  const SimulationOptions plant = plant_of(2);
+  for (const int lag : {0, 1}) {
+    ControllerConfig config = config_of("adaptive_bias", plant);
+    config.guard.enabled = true;
+    config.monitor.trends = true;
+    config.lag = lag;
+    Controller controller(config);
+    const std::size_t length = controller.save().size(), of_layer = controller.save_layer(1).size();
+    Model model(plant);
+    for (int i = 0; i < 20; ++i) {
+      model.train(controller, 1 + 3 * i, {0, 1});
+      ASSERT_EQ(controller.save().size(), length) << "lag " << lag << ", step " << controller.steps();
+      ASSERT_EQ(controller.save_layer(1).size(), of_layer);
+    }
+  }
 }
 
 // ---- B5: changes in the middle of a run. ----
