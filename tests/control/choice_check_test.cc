@@ -192,7 +192,7 @@ TEST(FieldCases, A1_ALayerWhoseRouterUsesAnotherBiasIsHeldUntilItIsMended) {
         ASSERT_TRUE(layer.actuators[0].reasons.has(Reason::kUnresponsive)) << step;
       }
     }
-    EXPECT_GT(at_start, 40);
+    EXPECT_GE(at_start, 30);  // of 120: a pause of eight decisions before each probe
     for (const LayerReport& layer : plant.controller().report().layers) {
       EXPECT_TRUE(layer.actuators[0].reasons.has(Reason::kUnresponsive));
       EXPECT_EQ(layer.responsiveness.state, Response::kUnresponsive);
