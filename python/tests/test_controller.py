@@ -167,6 +167,21 @@ def test_biases_from_elsewhere_are_in_force_at_once(trace):
         controller.adopt(1, [0.0] * 7)
 
 
+def test_what_to_deploy_has_no_feed_forward(trace):
+    settings = config(model={"domains": ["text", "code"]})
+    settings["expert_bias"]["options"] = {"feedforward": "tags"}
+    settings["safety"] = {"responsiveness": "off"}
+    controller = moectl.Controller(settings)
+    for step in trace:
+        for layer, experts in enumerate(step):
+            domains = [int(chosen[0] % 2) for chosen in experts]
+            controller.record(layer, experts, domain_ids=domains)
+        controller.step(next_mixture=[8, 56])
+    deployed, in_force = list(controller.deployment_bias(0)), list(controller.bias(0))
+    assert len(deployed) == 8 and deployed != in_force and abs(sum(deployed)) < 1e-12
+    assert list(moectl.Controller(config()).deployment_bias(1)) == [0.0] * 8
+
+
 def test_layers_have_the_models_ids_and_their_own_sizes():
     settings = config(layers=2, experts=4, top_k=1, policy="sign_bias")
     settings["layers"] = [{"ids": [3]}, {"ids": [7], "experts": 2}]
