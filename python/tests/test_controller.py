@@ -170,7 +170,7 @@ def test_biases_from_elsewhere_are_in_force_at_once(trace):
 def test_what_to_deploy_has_no_feed_forward(trace):
     settings = config(model={"domains": ["text", "code"]})
     settings["expert_bias"]["options"] = {"feedforward": "tags"}
-    settings["safety"] = {"responsiveness": "off"}
+    settings["safety"] = {"responsiveness": False}
     controller = moectl.Controller(settings)
     for step in trace:
         for layer, experts in enumerate(step):
