@@ -167,16 +167,20 @@ def test_biases_from_elsewhere_are_in_force_at_once(trace):
         controller.adopt(1, [0.0] * 7)
 
 
-def test_what_to_deploy_has_no_feed_forward(trace):
-    settings = config(model={"domains": ["text", "code"]})
+def test_what_to_deploy_has_no_feed_forward():
+    settings = config(layers=1, model={"domains": ["text", "code"]})
     settings["expert_bias"]["options"] = {"feedforward": "tags"}
     settings["safety"] = {"responsiveness": False}
-    controller = moectl.Controller(settings)
-    for step in trace:
-        for layer, experts in enumerate(step):
-            domains = [int(chosen[0] % 2) for chosen in experts]
-            controller.record(layer, experts, domain_ids=domains)
-        controller.step(next_mixture=[8, 56])
+    controller, router = moectl.Controller(settings), Router()
+    texts = [8 + 16 * (step % 4) for step in range(41)]
+    for text, following in zip(texts, texts[1:]):
+        # Tokens of code prefer the experts of high index: what the router prefers, in reverse.
+        bias = list(controller.bias(0))
+        rows = router.choose(bias, text)
+        rows += [[(v, 7 - i) for v, i in row] for row in router.choose(bias[::-1], 64 - text)]
+        controller.record(0, [[i for _, i in row[:2]] for row in rows], top_values=[[v for v, _ in row[:3]] for row in rows],
+                          domain_ids=[0] * text + [1] * (64 - text))
+        controller.step(next_mixture=[following, 64 - following])
     deployed, in_force = list(controller.deployment_bias(0)), list(controller.bias(0))
     assert len(deployed) == 8 and deployed != in_force and abs(sum(deployed)) < 1e-12
     assert list(moectl.Controller(config()).deployment_bias(1)) == [0.0] * 8
