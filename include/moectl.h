@@ -93,6 +93,8 @@ typedef struct moectl_batch {
   const float* probabilities; /* [T * N] router probabilities. */
   const int64_t* domain_ids;  /* [T] the domain of each token, from 0. */
   const int64_t* dropped;     /* Assignments dropped for lack of capacity; NULL = not reported. */
+  const double* balance_loss; /* Of the router on these tokens, before its weight; NULL = not reported. */
+  const double* z_loss;       /* Likewise. */
 } moectl_batch;
 
 /* `micro_batch` from 0: a second record of the same (layer, micro_batch) before the next step is ignored, so that

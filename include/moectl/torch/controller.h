@@ -47,6 +47,8 @@ struct RecordOptions {
   ::torch::Tensor sequence_ids{};
   ::torch::Tensor domain_ids{};  ///< [T] in [0, domains). int64.
   ::torch::Tensor dropped{};     ///< 0-dim: assignments dropped for lack of capacity. int64.
+  /// 0-dim, finite: the router's losses before their weights, as RouterOutput has them.
+  ::torch::Tensor balance_loss{}, z_loss{};
   /// ≥ 0: a second record of (layer, micro-batch) before the next step is ignored. Needed under activation checkpointing
   /// that is not reentrant, whose repeated forward pass counts twice without it.
   std::int64_t micro_batch = -1;
