@@ -76,7 +76,9 @@ MoeImpl::MoeImpl(const ModelOptions& options, int layer)
 }
 
 Tensor MoeImpl::forward(const Tensor& x, Pass& pass) {
-  const moectl::RouterOutput routed = router_->forward(x, {.actuators = pass.controller->actuators(layer_)});
+  moectl::RouterActuators actuators = pass.controller->actuators(layer_);
+  if (pass.deployed) actuators.bias = torch::tensor(pass.controller->controller().deployment_bias(layer_));
+  const moectl::RouterOutput routed = router_->forward(x, {.actuators = actuators});
   pass.aux_loss = pass.aux_loss.defined() ? pass.aux_loss + routed.aux_loss : routed.aux_loss;
 
   const auto start = std::chrono::steady_clock::now();

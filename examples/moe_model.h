@@ -20,6 +20,7 @@ struct ModelOptions {
 struct Pass {
   moectl::TorchController* controller = nullptr;  // read by every router; told what it did while training
   moectl::EvaluationMeter* meter = nullptr;       // told instead of the controller, if given
+  bool deployed = false;                          // with the biases to deploy instead of those in force
   torch::Tensor domain_ids{};                     // [B, S]
   torch::Tensor aux_loss{};                       // out: summed over layers
   double control_seconds = 0;                     // out: spent in recording

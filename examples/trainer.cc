@@ -34,6 +34,7 @@ using Clock = std::chrono::steady_clock;
 
 // Norms of the experts' gradients take as long as all the rest of the control, so not at every step.
 constexpr std::int64_t kGradientEvery = 10;
+constexpr std::int64_t kValidationSequences = 64;  // of each domain
 
 double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
@@ -44,6 +45,17 @@ std::string format(const char* pattern, Values... values) {
   char text[256];
   std::snprintf(text, sizeof text, pattern, values...);
   return text;
+}
+
+/// The mean over layers, and that of its floor for these tokens.
+std::string global_vio(const moectl::StepReport& report) {
+  double vio = 0, floor = 0;
+  const auto layers = static_cast<double>(report.layers.size());
+  for (const moectl::LayerReport& layer : report.layers) {
+    vio += layer.metrics->max_vio.value_or(0) / layers;
+    floor += moectl::floor_of(*layer.metrics).max_vio.value_or(0) / layers;
+  }
+  return format("%.3f (floor %.3f)", vio, floor);
 }
 
 /// A config that leaves the router alone, with the sums that show the gap between load and floor.
@@ -238,44 +250,54 @@ std::string Training::specialists(const moectl::LayerReport& layer) const {
   return line;
 }
 
-void Training::validate(std::int64_t step) {
+/// The validation set's loss in each domain; the meter has the loads of the pass.
+std::vector<double> Training::evaluate(bool deployed) {
   const torch::NoGradGuard no_grad;
-  const Batch held_out = validation_set(domains_, 64, args_.length);
+  const Batch held_out = validation_set(domains_, kValidationSequences, args_.length);
   const auto [bytes, domain_ids] = tensors(held_out);
-  std::vector<double> sums(domains_.size(), 0.0);
+  std::vector<double> losses(domains_.size(), 0.0);
   meter_->clear();
   for (std::int64_t first = 0; first < held_out.sequences; first += args_.sequences) {
     const std::int64_t count = std::min(args_.sequences, held_out.sequences - first);
     const Tensor part = bytes.narrow(0, first, count);
     Pass pass{.controller = controller_.get(),
               .meter = meter_.get(),
+              .deployed = deployed,
               .domain_ids = domain_ids.narrow(0, first, count)};
     const Tensor logits = model_->forward(part.narrow(1, 0, args_.length), pass);
-    const Tensor losses = torch::nn::functional::cross_entropy(
-                              logits.transpose(1, 2), part.narrow(1, 1, args_.length),
-                              torch::nn::functional::CrossEntropyFuncOptions().reduction(torch::kNone))
-                              .mean(1);
+    const Tensor each = torch::nn::functional::cross_entropy(
+                            logits.transpose(1, 2), part.narrow(1, 1, args_.length),
+                            torch::nn::functional::CrossEntropyFuncOptions().reduction(torch::kNone))
+                            .mean(1);
     for (std::int64_t i = 0; i < count; ++i) {
-      sums[static_cast<std::size_t>(held_out.domains[static_cast<std::size_t>(first + i)])] +=
-          losses[i].item<double>();
+      losses[static_cast<std::size_t>(held_out.domains[static_cast<std::size_t>(first + i)])] +=
+          each[i].item<double>() / kValidationSequences;
     }
   }
+  return losses;
+}
+
+/// With the biases to deploy: those in force hold the feed-forward of the next batch.
+void Training::validate(std::int64_t step) {
+  const bool last = step + 1 == args_.steps;
+  if (last) {
+    evaluate(/*deployed=*/false);
+    progress_->note("with the biases in force: MaxVio_global " + global_vio(meter_->report(step)));
+  }
+  const std::vector<double> losses = evaluate(/*deployed=*/true);
   double mean = 0;
   std::string line;
   for (std::size_t d = 0; d < domains_.size(); ++d) {
-    mean += sums[d] / static_cast<double>(held_out.sequences);
-    line += format("  %s %.3f", domains_[d].name.c_str(), sums[d] / 64);
+    mean += losses[d] / static_cast<double>(domains_.size());
+    line += format("  %s %.3f", domains_[d].name.c_str(), losses[d]);
   }
   validation_loss_ = mean;
   const moectl::StepReport& report = meter_->report(step, {.loss = mean});
   if (log_ != nullptr) log_->write(report, "validation");
-  double vio = 0;
-  for (const moectl::LayerReport& layer : report.layers) vio += layer.metrics->max_vio.value_or(0);
-  progress_->note(format("validation after step %lld: loss %.4f  MaxVio_global %.3f ",
-                         static_cast<long long>(step + 1), mean,
-                         vio / static_cast<double>(report.layers.size())) +
-                  line);
-  if (step + 1 != args_.steps) return;
+  progress_->note(format("validation after step %lld: loss %.4f  MaxVio_global ",
+                         static_cast<long long>(step + 1), mean) +
+                  global_vio(report) + line);
+  if (!last) return;
   progress_->note("experts that serve each domain most, and their share of it:");
   for (const moectl::LayerReport& layer : report.layers) progress_->note(specialists(layer));
 }

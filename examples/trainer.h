@@ -56,6 +56,7 @@ class Training {
   void observe_losses(const Pass& pass, const torch::Tensor& losses);
   void observe_gradients();
   std::string specialists(const moectl::LayerReport& layer) const;
+  std::vector<double> evaluate(bool deployed);
   void validate(std::int64_t step);
   Batch batch_of(std::int64_t step) const;
   void sum_gradients();

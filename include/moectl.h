@@ -149,6 +149,8 @@ int moectl_report_json(const moectl_controller* c, int arrays, char** text);
 
 /* Selection biases [N] of one layer, or of MOECTL_ALL_LAYERS; `size` is their number. */
 int moectl_biases(const moectl_controller* c, int layer, double* bias, size_t size);
+/* The same to deploy or validate with: without what serves the next batch alone (feed-forward, a probe). */
+int moectl_deployment_biases(const moectl_controller* c, int layer, double* bias, size_t size);
 int moectl_aux_loss_weight(const moectl_controller* c, int layer, double* weight);
 int moectl_temperature(const moectl_controller* c, int layer, double* temperature);
 

@@ -288,15 +288,19 @@ class Controller:
 
     def bias(self, layer: int) -> "array.array[float]":
         """The selection biases [N] float64 of one layer. numpy.asarray() and torch.frombuffer() take it as it is."""
-        return self._biases(layer, self._shape(layer)[0])
+        return self._biases(lib.moectl_biases, layer, self._shape(layer)[0])
+
+    def deployment_bias(self, layer: int) -> "array.array[float]":
+        """What to deploy or validate with: the biases [N] in force without what serves the next batch alone."""
+        return self._biases(lib.moectl_deployment_biases, layer, self._shape(layer)[0])
 
     def biases(self) -> "array.array[float]":
         """The same of all layers, one after another in the order of `layers`: [L * N]."""
-        return self._biases(ALL_LAYERS, sum(n for n, _ in self._shapes.values()))
+        return self._biases(lib.moectl_biases, ALL_LAYERS, sum(n for n, _ in self._shapes.values()))
 
-    def _biases(self, layer: int, size: int) -> "array.array[float]":
+    def _biases(self, read: Any, layer: int, size: int) -> "array.array[float]":
         values = array.array("d", bytes(8 * size))
-        check(lib.moectl_biases(self._handle, layer, values.buffer_info()[0], size))
+        check(read(self._handle, layer, values.buffer_info()[0], size))
         return values
 
     def aux_loss_weight(self, layer: int) -> float:

@@ -61,6 +61,7 @@ _FUNCTIONS = {
     "moectl_figures_of": [_HANDLE, POINTER(Figures)],
     "moectl_report_json": [_HANDLE, c_int, POINTER(c_void_p)],
     "moectl_biases": [_HANDLE, c_int, c_void_p, c_size_t],
+    "moectl_deployment_biases": [_HANDLE, c_int, c_void_p, c_size_t],
     "moectl_aux_loss_weight": [_HANDLE, c_int, POINTER(c_double)],
     "moectl_temperature": [_HANDLE, c_int, POINTER(c_double)],
     "moectl_hold": [_HANDLE, c_int],

@@ -371,6 +371,16 @@ int moectl_biases(const moectl_controller* c, int layer, double* bias, size_t si
   });
 }
 
+int moectl_deployment_biases(const moectl_controller* c, int layer, double* bias, size_t size) {
+  return guarded([&] {
+    require_size(deref(c), layer, size, "bias");
+    require(bias != nullptr, "bias: is NULL");
+    for_layers(*c, layer, [&](int id, std::size_t, std::size_t at) {
+      std::ranges::copy(c->controller.deployment_bias(id), bias + at);
+    });
+  });
+}
+
 int moectl_aux_loss_weight(const moectl_controller* c, int layer, double* weight) {
   return guarded([&] {
     require(weight != nullptr, "weight: is NULL");

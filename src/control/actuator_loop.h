@@ -65,9 +65,11 @@ class ActuatorLoop {
   std::span<const double> applied() const { return applied_; }
   /// Of the last step.
   const LimitReport& reasons() const { return reasons_; }
-  ActuatorReport report() const;
-  /// The value in force without `probe` and what serves the next batch alone, within the limits.
-  std::vector<double> deployment(std::span<const double> probe, const Limits& limits) const;
+  /// `probe`: as in propose(); `limits`: of the actuator.
+  ActuatorReport report(std::span<const double> probe, const Limits& limits);
+  /// Writes the value in force without `probe` and what serves the next batch alone, within the limits. Returns whether
+  /// it is another one.
+  bool deployment(std::span<const double> probe, const Limits& limits, std::span<double> out) const;
   /// After adopt(): the memory of a policy of the same name, from its saved state, as far as it fits. Returns what is
   /// wrong, and is then to adopt the values once more.
   std::string keep_memory(const StateIo& in);
@@ -91,6 +93,7 @@ class ActuatorLoop {
   std::vector<double> applied_, proposed_, guarded_;
   std::vector<double> base_;            // applied_ without a probe
   std::vector<double> shadow_applied_;  // mode shadow: what would be applied
+  std::vector<double> deployed_;
   LimitReport reasons_;
   std::array<std::vector<double>, 2> before_;
   bool asked_ = false;

@@ -504,6 +504,7 @@ void read_decisions(const Line& line, LogRecord& record) {
       LoggedActuator& actuator = record.actuators[name];
       read_values(line, field, entry, "proposed", actuator.proposed);
       read_values(line, field, entry, "applied", actuator.applied);
+      read_values(line, field, entry, "deployed", actuator.deployed);
       read_extent(line, field, entry, actuator);
       if (const auto reasons = entry.find("reasons")) {
         read_words(line, field + ".reasons", *reasons, actuator.reasons);

@@ -626,6 +626,10 @@ void RunLogWriter::File::actuators(const ActuatorReport (&reports)[kActuatorCoun
       }
       json.key("applied");
       json.array(report.applied);
+      if (!report.deployed.empty()) {
+        json.key("deployed");
+        json.array(report.deployed);
+      }
     } else {
       const auto [min, max] = std::minmax_element(report.applied.begin(), report.applied.end());
       json.field("min", *min);
