@@ -78,23 +78,21 @@ int moectl_config(const moectl_controller* c, char** text);
 
 /* One micro-batch of one layer's routing. Only `tokens` and one of `experts` and `experts32` are required. */
 typedef struct moectl_batch {
-  size_t size;   /* sizeof(moectl_batch) */
-  size_t tokens; /* T. */
-  const int64_t*
-      experts; /* [T * top_k] row by row: the experts chosen for each token, before any capacity limit;
+  size_t size;                 /* sizeof(moectl_batch) */
+  size_t tokens;               /* T. */
+  const int64_t* experts;      /* [T * top_k] row by row: each token's experts, before any capacity limit;
                                   -1 = a slot that is not routed. */
   const int32_t* experts32;    /* The same in 32 bits, instead. */
   const uint8_t* mask;         /* [T] zero = padding, not counted. NULL = all real. */
   int64_t sequence_length;     /* Tokens per sequence when the tokens are [B, S] row by row; 0 = not known. */
   const int64_t* sequence_ids; /* [T] non-decreasing, instead of sequence_length. */
-  const float*
-      top_values; /* [T * (top_k + 1)] the largest biased scores, largest first, in the order of experts. */
-  const float* biased_scores; /* [T * N] the scores that selection compared. Requires top_values. */
-  const float* probabilities; /* [T * N] router probabilities. */
-  const int64_t* domain_ids;  /* [T] the domain of each token, from 0. */
-  const int64_t* dropped;     /* Assignments dropped for lack of capacity; NULL = not reported. */
-  const double* balance_loss; /* Of the router on these tokens, before its weight; NULL = not reported. */
-  const double* z_loss;       /* Likewise. */
+  const float* top_values;     /* [T * (top_k + 1)] the largest biased scores, in the order of experts. */
+  const float* biased_scores;  /* [T * N] the scores that selection compared. Requires top_values. */
+  const float* probabilities;  /* [T * N] router probabilities. */
+  const int64_t* domain_ids;   /* [T] the domain of each token, from 0. */
+  const int64_t* dropped;      /* Assignments dropped for lack of capacity; NULL = not reported. */
+  const double* balance_loss;  /* Of the router on these tokens, before its weight; NULL = not reported. */
+  const double* z_loss;        /* Likewise. */
 } moectl_batch;
 
 /* `micro_batch` from 0: a second record of the same (layer, micro_batch) before the next step is ignored, so that
