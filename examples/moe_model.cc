@@ -67,8 +67,8 @@ MoeImpl::MoeImpl(const ModelOptions& options, int layer)
       "router", moectl::TopKRouter(moectl::TopKRouterOptions(options.width, options.experts, options.top_k)
                                        .gate(moectl::Gate::kSigmoid)
                                        .score_space(options.score_space)));
-  shared_in_ = register_module("shared_in", torch::nn::Linear(options.width, options.shared_hidden));
-  shared_out_ = register_module("shared_out", torch::nn::Linear(options.shared_hidden, options.width));
+  shared_in_ = register_module("shared_in", torch::nn::Linear(options.width, options.expert_hidden));
+  shared_out_ = register_module("shared_out", torch::nn::Linear(options.expert_hidden, options.width));
   in_ = register_parameter("expert_in",
                            normal({options.experts, options.width, options.expert_hidden}, options.width));
   out_ = register_parameter(
@@ -94,8 +94,10 @@ Tensor MoeImpl::forward(const Tensor& x, Pass& pass) {
   const Tensor tokens = x.reshape({-1, x.size(-1)});
   const Tensor chosen = routed.indices.reshape(-1);
   const Tensor order = std::get<1>(chosen.sort(/*stable=*/true, /*dim=*/0, /*descending=*/false));
-  const Tensor inverse = torch::empty_like(order).scatter_(0, order, torch::arange(order.numel()));
-  const Tensor counts = chosen.bincount({}, experts_);
+  const Tensor inverse =
+      torch::empty_like(order).scatter_(0, order, torch::arange(order.numel(), order.options()));
+  const Tensor counts =
+      chosen.bincount({}, experts_).cpu();  // waits for an accelerator: sizes are the host's business
   const std::vector<std::int64_t> sizes(counts.data_ptr<std::int64_t>(),
                                         counts.data_ptr<std::int64_t>() + experts_);
 
@@ -127,6 +129,8 @@ Tensor BlockImpl::attend(const Tensor& x) {
                                         .permute({2, 0, 3, 1, 4})
                                         .reshape({3, -1, length, head})
                                         .unbind();
+  if (future_.device() != x.device())
+    future_ = future_.to(x.device());  // no buffer: the same in every checkpoint
   const Tensor scores = torch::baddbmm(future_.narrow(0, 0, length).narrow(1, 0, length), parts[0],
                                        parts[1].transpose(1, 2), 1, 1 / std::sqrt(static_cast<double>(head)));
   const Tensor mixed = scores.softmax(-1).bmm(parts[2]);

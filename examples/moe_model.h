@@ -13,7 +13,7 @@
 struct ModelOptions {
   std::int64_t layers = 3, experts = 16, top_k = 2;
   moectl::ScoreSpace score_space = moectl::ScoreSpace::kProbability;
-  std::int64_t width = 96, heads = 4, expert_hidden = 96, shared_hidden = 96, context = 128;
+  std::int64_t width = 96, heads = 4, expert_hidden = 96, context = 128;  // the shared expert is as wide
 };
 
 /// What a forward pass meets besides the text.

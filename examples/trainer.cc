@@ -17,6 +17,7 @@
 #include <string>
 #include <vector>
 
+#include "autocast.h"
 #include "moectl/config.h"
 #include "moectl/run_log.h"
 #include "moectl/state_file.h"
@@ -67,6 +68,19 @@ moectl::ControllerConfig uncontrolled() {
   return config;
 }
 
+torch::Device usable_device(const std::string& name) {
+  try {
+    const torch::Device device(name);
+    if (device.is_cuda() && !torch::cuda::is_available())
+      throw std::runtime_error("--device " + name + ": LibTorch sees no GPU");
+    torch::zeros({1}, device);
+    return device;
+  } catch (const c10::Error& error) {
+    const std::string why = error.what_without_backtrace();
+    throw std::runtime_error("--device " + name + ": " + why.substr(0, why.find('\n')));
+  }
+}
+
 }  // namespace
 
 void Arguments::declare(CLI::App& app) {
@@ -81,6 +95,11 @@ void Arguments::declare(CLI::App& app) {
   app.add_option("--threads", threads, "CPU threads")->check(CLI::Range(1, 1024));
   app.add_option("--batch", sequences, "Sequences in a batch")->check(CLI::Range(1, 65536));
   app.add_option("--length", length, "Bytes in a sequence")->check(CLI::Range(2, 65536));
+  app.add_option("--width", width, "Of a token's vector; a multiple of --heads")->check(CLI::Range(1, 65536));
+  app.add_option("--heads", heads, "Attention heads")->check(CLI::Range(1, 1024));
+  app.add_option("--expert-hidden", expert_hidden, "Width inside each expert")->check(CLI::Range(1, 1 << 20));
+  app.add_option("--device", device, "Where the model computes: cpu, cuda or cuda:N");
+  app.add_flag("--bf16", bf16, "Matrix products in bfloat16 (autocast)");
   app.add_option("--learning-rate", learning_rate, "Peak learning rate")->check(CLI::PositiveNumber);
   app.add_option("--validate-every", validate_every, "Steps between validation passes")
       ->check(CLI::Range(1, 100000000));
@@ -91,7 +110,11 @@ void Arguments::declare(CLI::App& app) {
   app.add_option("--resume", resume, "Checkpoint to continue from");
 }
 
-Training::Training(const Arguments& arguments, Peers peers) : args_(arguments), peers_(std::move(peers)) {
+Training::Training(const Arguments& arguments, Peers peers)
+    : args_(arguments), peers_(std::move(peers)), device_(usable_device(arguments.device)) {
+  if (peers_.ranks > 1 && !device_.is_cpu())
+    throw std::runtime_error("--device: several processes share the CPU alone");
+  if (args_.width % args_.heads != 0) throw std::runtime_error("--width: must be a multiple of --heads");
   domains_ = args_.text.empty() ? system_domains() : file_domains(args_.text);
   shift_step_ = domains_.size() > 1
                     ? static_cast<std::int64_t>(args_.shift_at * static_cast<double>(args_.steps))
@@ -101,19 +124,24 @@ Training::Training(const Arguments& arguments, Peers peers) : args_(arguments), 
   config.model.tokens_per_step = args_.sequences * args_.length;
   config.model.domains.clear();
   for (const Domain& domain : domains_) config.model.domains.push_back(domain.name);
-  config.collect.sequences = config.collect.gradients = true;
-  config.collect.losses = config.collect.domain_losses = true;
+  config.collect.sequences = true;
+  // What is known of single experts waits for an accelerator.
+  config.collect.gradients = config.collect.losses = config.collect.domain_losses = device_.is_cpu();
   const ModelOptions size{.layers = config.model.layers,
                           .experts = config.model.experts,
                           .top_k = config.model.top_k,
                           .score_space = config.model.score_space,
+                          .width = args_.width,
+                          .heads = args_.heads,
+                          .expert_hidden = args_.expert_hidden,
                           .context = args_.length};
-  controller_ = std::make_unique<moectl::TorchController>(config);
+  controller_ = std::make_unique<moectl::TorchController>(config, moectl::TorchOptions{.device = device_});
   if (peers_.ranks > 1) controller_->controller().set_reduction(peers_.sum_counts);
   meter_ = std::make_unique<moectl::EvaluationMeter>(controller_->controller());
 
   torch::manual_seed(static_cast<std::uint64_t>(args_.seed));
   model_ = MoeLm(size);
+  model_->to(device_);
   optimizer_ = std::make_unique<torch::optim::AdamW>(
       model_->parameters(),
       torch::optim::AdamWOptions(args_.learning_rate).betas({0.9, 0.95}).weight_decay(0.01));
@@ -130,11 +158,11 @@ std::vector<double> Training::mixture(std::int64_t step) const {
   return shares;
 }
 
-/// Bytes [B, S+1] and the domain of each token [B, S].
+/// Bytes [B, S+1] and the domain of each token [B, S], on the device.
 std::pair<Tensor, Tensor> Training::tensors(const Batch& batch) const {
   const Tensor bytes = torch::tensor(batch.bytes).view({batch.sequences, batch.length + 1});
   const Tensor domains = torch::tensor(batch.domains).unsqueeze(1).expand({-1, batch.length}).contiguous();
-  return {bytes, domains};
+  return {bytes.to(device_), domains.to(device_)};
 }
 
 /// This rank's part of the step's batch: neighbouring sequences, as even a share as there is.
@@ -166,6 +194,12 @@ void Training::sum_gradients() {
   }
 }
 
+/// Logits [B, S, 256] in float32 for all bytes but the last of each sequence.
+Tensor Training::forward(const Tensor& bytes, Pass& pass) {
+  const Autocast half(device_.type(), args_.bf16);
+  return model_->forward(bytes.narrow(1, 0, args_.length), pass).to(torch::kFloat32);
+}
+
 void Training::train(std::int64_t step) {
   const auto start = Clock::now();
   const double warm_up = std::min(1.0, static_cast<double>(step + 1) / 30);
@@ -176,12 +210,13 @@ void Training::train(std::int64_t step) {
   const auto [bytes, domain_ids] = tensors(next_);
   Pass pass{.controller = controller_.get(),
             .domain_ids = domain_ids,
-            .time_experts = controller_->controller().shape(0).needs.latencies};
-  const Tensor logits = model_->forward(bytes.narrow(1, 0, args_.length), pass);
+            .time_experts = device_.is_cpu() && controller_->controller().shape(0).needs.latencies};
+  const Tensor logits = forward(bytes, pass);
   const Tensor targets = bytes.narrow(1, 1, args_.length).reshape(-1);
   const Tensor log_probabilities = logits.view({-1, 256}).log_softmax(1);
   const Tensor loss = torch::nll_loss(log_probabilities, targets);
-  observe_losses(pass, log_probabilities.detach().gather(1, targets.unsqueeze(1)).neg());
+  if (device_.is_cpu())
+    observe_losses(pass, log_probabilities.detach().gather(1, targets.unsqueeze(1)).neg());
   optimizer_->zero_grad();
   if (peers_.ranks == 1) {
     (loss + pass.aux_loss).backward();
@@ -192,7 +227,7 @@ void Training::train(std::int64_t step) {
     ((loss + pass.aux_loss) * share).backward();
     sum_gradients();
   }
-  if (step % kGradientEvery == 0) observe_gradients();
+  if (device_.is_cpu() && step % kGradientEvery == 0) observe_gradients();
   const double norm = torch::nn::utils::clip_grad_norm_(model_->parameters(), 1.0);
   optimizer_->step();
 
@@ -264,7 +299,7 @@ std::vector<double> Training::evaluate(bool deployed) {
               .meter = meter_.get(),
               .deployed = deployed,
               .domain_ids = domain_ids.narrow(0, first, count)};
-    const Tensor logits = model_->forward(part.narrow(1, 0, args_.length), pass);
+    const Tensor logits = forward(part, pass);
     const Tensor each = torch::nn::functional::cross_entropy(
                             logits.transpose(1, 2), part.narrow(1, 1, args_.length),
                             torch::nn::functional::CrossEntropyFuncOptions().reduction(torch::kNone))

@@ -28,8 +28,10 @@ struct Arguments {
   std::string policy, log, checkpoint, resume;
   std::int64_t steps = 600, until = 0, seed = 1, checkpoint_every = 0, validate_every = 100;
   std::int64_t sequences = 16, length = 128;
+  std::int64_t width = 96, heads = 4, expert_hidden = 96;
+  std::string device = "cpu";
   int threads = 2;
-  bool quiet = false;
+  bool quiet = false, bf16 = false;
   double learning_rate = 3e-3, shift_at = 0.6;
 
   void declare(CLI::App& app);
@@ -52,6 +54,7 @@ class Training {
  private:
   std::vector<double> mixture(std::int64_t step) const;
   std::pair<torch::Tensor, torch::Tensor> tensors(const Batch& batch) const;
+  torch::Tensor forward(const torch::Tensor& bytes, Pass& pass);
   void train(std::int64_t step);
   void observe_losses(const Pass& pass, const torch::Tensor& losses);
   void observe_gradients();
@@ -67,6 +70,7 @@ class Training {
 
   Arguments args_;
   Peers peers_;
+  torch::Device device_;
   std::vector<Domain> domains_;
   std::int64_t shift_step_;
   std::unique_ptr<moectl::TorchController> controller_;

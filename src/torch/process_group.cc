@@ -13,10 +13,10 @@ namespace moectl {
 /// used again unless the collective succeeded.
 struct GroupReduction::Buffers {
   Buffers(std::int64_t size, c10::Device device)
-      : host(host_buffer(size, at::kLong, device)),
-        sums(device.is_cpu() ? host : at::empty({size}, at::dtype(at::kLong).device(device))),
-        side(device),
-        landed(device) {}
+      : host(host_buffer(size, at::kLong, device)), side(device), landed(device) {
+    // Memory of the side stream: that of the model's stream may still be in use by work that was freed but not done.
+    side.run([&] { sums = device.is_cpu() ? host : at::empty({size}, at::dtype(at::kLong).device(device)); });
+  }
 
   at::Tensor host, sums;  // one tensor on the CPU
   SideStream side;

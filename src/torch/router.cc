@@ -75,6 +75,8 @@ void TopKRouterImpl::pretty_print(std::ostream& stream) const {
 
 RouterOutput TopKRouterImpl::forward(const Tensor& tokens, const RouterInputs& inputs) {
   // A half-precision product of 16 bits' worth of logits would round scores that differ by less than the bias's step.
+  // Autocast would round them whatever their type is.
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const auto type = ::torch::promote_types(weight.scalar_type(), ::torch::kFloat32);
   Tensor x = tokens.to(type);
   if (options.jitter() > 0 && is_training()) {

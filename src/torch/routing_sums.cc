@@ -2,6 +2,8 @@
 
 #include <array>
 #include <limits>
+#include <span>
+#include <utility>
 #include <vector>
 
 #include "moectl/margins.h"
@@ -45,21 +47,28 @@ class Summing {
     router_loss(options_.balance_loss, RoutingStats::kBalanceLossSum, RoutingStats::kBalanceLossRecords);
     router_loss(options_.z_loss, RoutingStats::kZLossSum, RoutingStats::kZLossRecords);
 
-    std::vector<Tensor> parts;
     const RoutingStats layout(shape_);
-    for (Tensor& scalar : scalars_) {
-      parts.push_back(scalar.defined() ? scalar.reshape(1) : filled(0, 1));
-    }
+    // All zeros are one tensor: each operator is a kernel to start.
+    const Tensor zeros = filled(0, static_cast<std::int64_t>(shape_.flat_size()));
+    std::vector<Tensor> parts;
+    std::int64_t missing = 0;
+    const auto add = [&](const Tensor& part, std::int64_t size) {
+      if (!part.defined()) {
+        missing += size;
+        return;
+      }
+      if (missing > 0) parts.push_back(zeros.narrow(0, 0, std::exchange(missing, 0)));
+      parts.push_back(part.reshape(-1));
+    };
+    for (const Tensor& scalar : scalars_) add(scalar, 1);
     for (int a = 0; a < RoutingStats::kArrayCount; ++a) {
-      const auto which = static_cast<RoutingStats::Array>(a);
-      Tensor& array = arrays_[static_cast<std::size_t>(a)];
-      const auto size = static_cast<std::int64_t>(layout.array(which).size());
-      parts.push_back(array.defined() ? array : filled(0, size));
+      const std::span<const std::int64_t> array = layout.array(static_cast<RoutingStats::Array>(a));
+      add(arrays_[static_cast<std::size_t>(a)], static_cast<std::int64_t>(array.size()));
     }
+    if (missing > 0) parts.push_back(zeros.narrow(0, 0, missing));
     const Tensor sums = ::torch::cat(parts);
-    const Tensor invalid = ::torch::zeros_like(sums);
-    invalid.narrow(0, RoutingStats::kInvalidRecords, 1).fill_(1);
-    return ::torch::where(good_, sums, invalid);
+    zeros.narrow(0, RoutingStats::kInvalidRecords, 1).fill_(1);  // now the sums of an invalid record
+    return ::torch::where(good_, sums, zeros);
   }
 
  private:

@@ -130,6 +130,19 @@ TEST_F(TrainMoeLm, WithLagAResumedRunContinuesBitForBit) {
   EXPECT_TRUE(read("resumed.jsonl") == read("straight.jsonl")) << "the run logs differ";
 }
 
+TEST_F(TrainMoeLm, OfAnotherSizeInHalfPrecisionARunIsResumedBitForBit) {
+  const std::string size = "--device cpu --width 32 --heads 2 --expert-hidden 48 --steps 20 ";
+  const Outcome straight = run(size + "--bf16"), full = run(size);
+  ASSERT_EQ(straight.code, 0) << straight.output;
+  ASSERT_EQ(full.code, 0) << full.output;
+  EXPECT_NE(final_loss(full.output), final_loss(straight.output)) << "the products were not rounded";
+  ASSERT_EQ(run(size + "--bf16 --until 9 --checkpoint " + path("run.pt")).code, 0);
+  const Outcome resumed = run(size + "--bf16 --resume " + path("run.pt"));
+  ASSERT_EQ(resumed.code, 0) << resumed.output;
+  EXPECT_THAT(final_loss(straight.output), HasSubstr("final loss "));
+  EXPECT_EQ(final_loss(resumed.output), final_loss(straight.output));
+}
+
 TEST_F(TrainMoeLm, KilledAtAnyMomentItGoesOnFromAnIntactCheckpoint) {
   const Outcome straight = run("--steps 120 --log " + path("straight.jsonl"));
   ASSERT_EQ(straight.code, 0) << straight.output;
@@ -204,6 +217,10 @@ TEST_F(TrainMoeLm, NamesTheError) {
   const Outcome missing = run("--text " + path("none.txt"));
   EXPECT_EQ(missing.code, 1);
   EXPECT_THAT(missing.output, HasSubstr("none.txt"));
+  const Outcome nowhere = run("--device toaster");
+  EXPECT_EQ(nowhere.code, 1);
+  EXPECT_THAT(nowhere.output, HasSubstr("--device toaster: "));
+  EXPECT_THAT(run("--width 30").output, HasSubstr("--width: must be a multiple of --heads"));
   write("short.txt", "too short");
   EXPECT_THAT(run("--text " + path("short.txt")).output, HasSubstr("short.txt"));
   write("policy.yaml", "version: 1\nmodel: {layers: 2, experts: 8, top_k: 2}\nexpert_bias: {polcy: fixed}\n");

@@ -6,7 +6,7 @@
 // and the next step uses its sums. c10d requires the same order of collectives on all ranks of a group, so all ranks
 // must call `step` at the same point of the loop.
 //
-// An MPI user without c10d needs only a lambda:
+// An MPI user without c10d needs only a lambda (examples/mpi_loop.cc runs both that follow):
 //   set_reduction([&](std::span<std::int64_t> sums) {
 //     MPI_Allreduce(MPI_IN_PLACE, sums.data(), int(sums.size()), MPI_INT64_T, MPI_SUM, communicator); });
 // and, for a reduction that overlaps with the model's computation (`lag: 1`), one that returns a wait:
