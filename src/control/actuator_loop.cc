@@ -76,7 +76,8 @@ void ActuatorLoop::adopt(std::span<const double> values, const ControllerConfig&
   for (RoutingStats& window : windows_) window.clear();
 }
 
-void ActuatorLoop::propose(const LayerView& view, std::span<const double> probe, Notices& notices) {
+void ActuatorLoop::propose(const LayerView& view, Notices& notices) {
+  const std::span<const double> probe = view.probe;
   std::copy(applied_.begin(), applied_.end(), proposed_.begin());
   for (std::size_t i = 0; i < probe.size(); ++i) proposed_[i] -= probe[i];
   asked_ = call_held([&] { policy_->propose(view, proposed_); },

@@ -42,7 +42,7 @@ class ActuatorLoop {
   void begin() { asked_ = failed_ = guard_took_over_ = false; }
   /// Asks the policy for a proposal, starting from the value in force without `probe`, the part of it that is none of
   /// the policy's. A policy that throws is held.
-  void propose(const LayerView& view, std::span<const double> probe, Notices& notices);
+  void propose(const LayerView& view, Notices& notices);
   /// Room for what a guard wants instead of the proposal; take_over() makes it so, if a decision is due.
   std::span<double> guarded() { return guarded_; }
   void take_over() { guard_took_over_ = asked_ || failed_; }

@@ -216,8 +216,9 @@ void Controller::Loop::propose() {
                   .worst = *seen.worst,
                   .monitor = *seen.monitor,
                   .targets = layers_[static_cast<std::size_t>(std::max(layer, 0))]->group->targets,
-                  .info = info_},
-                 probe_of(actuator, layer), notices_);
+                  .info = info_,
+                  .probe = probe_of(actuator, layer)},
+                 notices_);
   });
 }
 
