@@ -48,6 +48,19 @@ std::string format(const char* pattern, Values... values) {
   return text;
 }
 
+/// Blocks from 0 to the last layer of the config; those that it does not name are dense.
+std::vector<MoeShape> blocks_of(const moectl::ControllerConfig& config) {
+  std::vector<MoeShape> blocks;
+  for (const moectl::LayerSettings& group : moectl::layer_settings(config)) {
+    const moectl::ModelConfig& model = group.config.model;
+    for (const int layer : group.ids) {
+      blocks.resize(std::max(blocks.size(), static_cast<std::size_t>(layer) + 1));
+      blocks[static_cast<std::size_t>(layer)] = {model.experts, model.top_k, model.score_space};
+    }
+  }
+  return blocks;
+}
+
 /// The mean over layers, and that of its floor for these tokens.
 std::string global_vio(const moectl::StepReport& report) {
   double vio = 0, floor = 0;
@@ -108,6 +121,9 @@ void Arguments::declare(CLI::App& app) {
   app.add_option("--checkpoint", checkpoint, "Checkpoint to write at the end, or every so many steps");
   app.add_option("--checkpoint-every", checkpoint_every, "Steps between checkpoints (0 = at the end only)");
   app.add_option("--resume", resume, "Checkpoint to continue from");
+  app.add_option("--resume-controller", resume_controller,
+                 "What of its controller to go on with: all, what-fits of another --policy, or none")
+      ->check(CLI::IsMember({"all", "what-fits", "none"}));
 }
 
 Training::Training(const Arguments& arguments, Peers peers)
@@ -127,15 +143,12 @@ Training::Training(const Arguments& arguments, Peers peers)
   config.collect.sequences = true;
   // What is known of single experts waits for an accelerator.
   config.collect.gradients = config.collect.losses = config.collect.domain_losses = device_.is_cpu();
-  const ModelOptions size{.layers = config.model.layers,
-                          .experts = config.model.experts,
-                          .top_k = config.model.top_k,
-                          .score_space = config.model.score_space,
+  controller_ = std::make_unique<moectl::TorchController>(config, moectl::TorchOptions{.device = device_});
+  const ModelOptions size{.blocks = blocks_of(config),
                           .width = args_.width,
                           .heads = args_.heads,
                           .expert_hidden = args_.expert_hidden,
                           .context = args_.length};
-  controller_ = std::make_unique<moectl::TorchController>(config, moectl::TorchOptions{.device = device_});
   if (peers_.ranks > 1) controller_->controller().set_reduction(peers_.sum_counts);
   meter_ = std::make_unique<moectl::EvaluationMeter>(controller_->controller());
 
@@ -200,6 +213,11 @@ Tensor Training::forward(const Tensor& bytes, Pass& pass) {
   return model_->forward(bytes.narrow(1, 0, args_.length), pass).to(torch::kFloat32);
 }
 
+bool Training::times_experts() const {
+  const moectl::Controller& controller = controller_->controller();
+  return device_.is_cpu() && controller.shape(controller.layers().front()).needs.latencies;
+}
+
 void Training::train(std::int64_t step) {
   const auto start = Clock::now();
   const double warm_up = std::min(1.0, static_cast<double>(step + 1) / 30);
@@ -208,9 +226,7 @@ void Training::train(std::int64_t step) {
   static_cast<torch::optim::AdamWOptions&>(optimizer_->param_groups()[0].options()).lr(rate);
 
   const auto [bytes, domain_ids] = tensors(next_);
-  Pass pass{.controller = controller_.get(),
-            .domain_ids = domain_ids,
-            .time_experts = device_.is_cpu() && controller_->controller().shape(0).needs.latencies};
+  Pass pass{.controller = controller_.get(), .domain_ids = domain_ids, .time_experts = times_experts()};
   const Tensor logits = forward(bytes, pass);
   const Tensor targets = bytes.narrow(1, 1, args_.length).reshape(-1);
   const Tensor log_probabilities = logits.view({-1, 256}).log_softmax(1);
@@ -246,21 +262,19 @@ void Training::train(std::int64_t step) {
 /// What the experts' own tokens cost, and how long the experts took.
 void Training::observe_losses(const Pass& pass, const Tensor& losses) {
   const auto start = Clock::now();
-  for (std::size_t l = 0; l < pass.chosen.size(); ++l) {
-    const int layer = static_cast<int>(l);
-    moectl::record_losses(*controller_, layer, pass.chosen[l], losses, {.domain_ids = pass.domain_ids});
-    if (pass.latencies[l].empty()) continue;
+  for (const Routed& layer : pass.routed) {
+    moectl::record_losses(*controller_, layer.layer, layer.indices, losses, {.domain_ids = pass.domain_ids});
+    if (layer.latencies.empty()) continue;
     controller_->controller().record(
-        layer, [&](moectl::RoutingStats& sums) { sums.add_latencies(pass.latencies[l]); });
+        layer.layer, [&](moectl::RoutingStats& sums) { sums.add_latencies(layer.latencies); });
   }
   control_seconds_ += seconds_since(start);
 }
 
 void Training::observe_gradients() {
   const auto start = Clock::now();
-  const auto layers = model_->expert_parameters();
-  for (std::size_t l = 0; l < layers.size(); ++l) {
-    moectl::record_gradients(*controller_, static_cast<int>(l), layers[l]);
+  for (const auto& [layer, parameters] : model_->expert_parameters()) {
+    moectl::record_gradients(*controller_, layer, parameters);
   }
   control_seconds_ += seconds_since(start);
 }
@@ -372,6 +386,19 @@ void Training::save(std::int64_t step) {
   moectl::write_file_atomically(args_.checkpoint, bytes.str());
 }
 
+void Training::load_controller(torch::serialize::InputArchive& archive) {
+  if (args_.resume_controller == "none") return;  // the config says what it begins with
+  const bool all = args_.resume_controller == "all";
+  for (const moectl::KeptPart& part :
+       controller_->load(archive, "moectl", all ? moectl::Keep::everything : moectl::Keep::what_fits)) {
+    if (part.fate == moectl::KeptPart::Fate::kKept) continue;
+    const std::string where = part.layer < 0 ? "" : "layer " + std::to_string(part.layer) + ": ";
+    if (progress_)
+      progress_->note("controller: " + where + part.key + ": " + std::string(name_of(part.fate)) + ": " +
+                      part.why);
+  }
+}
+
 /// Returns the step to continue with. The log loses what was written after the checkpoint: those steps come
 /// again.
 std::int64_t Training::load() {
@@ -381,7 +408,7 @@ std::int64_t Training::load() {
   archive.read("optimizer", optimizer);
   model_->load(model);
   optimizer_->load(optimizer);
-  controller_->load(archive);
+  load_controller(archive);
   Tensor step, log_size, losses;
   archive.read("step", step);
   archive.read("log_size", log_size);
@@ -411,16 +438,16 @@ void Training::announce() {
 }
 
 void Training::run() {
+  const bool first_rank = peers_.rank == 0;
+  if (first_rank) announce();
   const std::int64_t first = args_.resume.empty() ? 0 : load();
   const std::int64_t end = args_.until > 0 ? std::min(args_.until, args_.steps) : args_.steps;
-  const bool first_rank = peers_.rank == 0;
   if (!args_.log.empty() && first_rank) {
     const auto shift = domains_.size() > 1 ? std::optional(shift_step_) : std::nullopt;
     log_ = std::make_unique<moectl::RunLogWriter>(args_.log, controller_->controller().config(), first > 0,
                                                   shift);
     controller_->controller().set_log([this](const moectl::StepReport& report) { log_->write(report); });
   }
-  if (first_rank) announce();
 
   next_ = batch_of(first);
   for (std::int64_t step = first; step < end; ++step) {

@@ -126,7 +126,8 @@ class TorchController {
   std::vector<KeptPart> load_layer(int layer, std::string_view state, Keep keep = Keep::everything);
   /// Controller::adopt from a tensor [N] of any floating type and device.
   void adopt(int layer, const ::torch::Tensor& biases);
-  void load(::torch::serialize::InputArchive& archive, const std::string& key = "moectl");
+  std::vector<KeptPart> load(::torch::serialize::InputArchive& archive, const std::string& key = "moectl",
+                             Keep keep = Keep::everything);
 
   /// How often a handed-out tensor had lost the controller's memory and was tied to it again, since the start.
   std::int64_t rewired() const { return rewired_; }
