@@ -15,6 +15,7 @@ if(MOECTL_TORCH_FOLDER)
   # by the loader, not by the linker.
   set_target_properties(moectl::libtorch PROPERTIES
     INTERFACE_LINK_LIBRARIES "-Wl,--no-as-needed;${TORCH_LIBRARIES};-Wl,--as-needed"
+    INTERFACE_COMPILE_DEFINITIONS "USE_DISTRIBUTED;USE_C10D;USE_C10D_GLOO"
     INTERFACE_LINK_OPTIONS "LINKER:--allow-shlib-undefined"
     INTERFACE_INCLUDE_DIRECTORIES "${MOECTL_TORCH_FOLDER}/include;${MOECTL_TORCH_FOLDER}/include/torch/csrc/api/include")
 endif()

@@ -9,7 +9,8 @@ folder=$1
 shared() { apt-cache depends --no-recommends --no-suggests "$1" | sed -n "s/^ *Depends: \($2[^ ]*\)$/\1/p" | head -1; }
 simdjson=$(shared libsimdjson-dev libsimdjson)
 benchmark=$(shared libbenchmark-dev libbenchmark1)
-packages="libyaml-dev zlib1g-dev nlohmann-json3-dev libeigen3-dev libsimdjson-dev $simdjson libcli11-dev libjs-chart.js
+# Of Gloo the headers alone: those of LibTorch's process group want them, and PyTorch holds the code.
+packages="libgloo-dev libyaml-dev zlib1g-dev nlohmann-json3-dev libeigen3-dev libsimdjson-dev $simdjson libcli11-dev libjs-chart.js
   libgtest-dev libgmock-dev libbenchmark-dev $benchmark"
 
 rm -rf "$folder"
@@ -19,6 +20,7 @@ mkdir -p "$folder/packages"
 for package in "$folder"/packages/*.deb; do dpkg -x "$package" "$folder"; done
 rm -rf "$folder/packages" "$folder/usr/share/doc" "$folder/usr/share/man" "$folder/usr/share/lintian" \
   "$folder/usr/include/eigen3/unsupported" "${folder:?}/usr/src" "${folder:?}/usr/bin"
+find "$folder" -name 'libgloo*' -delete
 # Chart.js lies behind links that lead out of the folder.
 chart=$(find "$folder" -name chart.min.js | head -1)
 [ -n "$chart" ] || chart=$(find "$folder" -name chart.umd.js | head -1)

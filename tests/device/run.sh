@@ -88,8 +88,9 @@ export LIBRARY_PATH="$library${LIBRARY_PATH:+:$LIBRARY_PATH}"
 generator="Unix Makefiles" keep_going=-k
 if command -v ninja >/dev/null; then generator=Ninja keep_going="-k 0"; fi
 configure() {
-  within cmake -S . -B "$build/tree" -G "$generator" -DCMAKE_BUILD_TYPE=Release -DCMAKE_PREFIX_PATH="$kit/usr;$prefix$vendor" \
-    -DCMAKE_BUILD_RPATH="$library" -DMOECTL_CHART_JS="$kit/chart.min.js" -DMOECTL_WERROR=OFF -DMOECTL_C=OFF \
+  within cmake -S . -B "$build/tree" -G "$generator" -DCMAKE_BUILD_TYPE=Release -DCMAKE_PREFIX_PATH="$kit/usr;$prefix" \
+    -DCMAKE_BUILD_RPATH="$library" -DMOECTL_CUDA_FOLDERS="$vendor" \
+    -DCMAKE_EXE_LINKER_FLAGS=-Wl,--allow-shlib-undefined -DMOECTL_CHART_JS="$kit/chart.min.js" -DMOECTL_WERROR=OFF -DMOECTL_C=OFF \
     -DMOECTL_INSTALL=OFF -DMOECTL_PROMETHEUS=OFF -DCMAKE_GTEST_DISCOVER_TESTS_DISCOVERY_MODE=PRE_TEST "$@"
 }
 step configure 120 configure
