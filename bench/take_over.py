@@ -67,7 +67,7 @@ def run(build, folder, seed):
         return path(name)
 
     call(train, '--policy', config('sign.yaml', SIGN), '--seed', str(seed), '--steps', str(STEPS + MORE), '--until', str(STEPS),
-         '--quiet', '--log', path('before.jsonl'), '--checkpoint', path('model.pt'))
+         '--threads', '1', '--quiet', '--log', path('before.jsonl'), '--checkpoint', path('model.pt'))
     call(tool, 'biases', path('before.jsonl'), '-o', path('biases.json'))
     rows = subprocess.run([tool, 'biases', path('before.jsonl'), '--format', 'json'], check=True, capture_output=True, text=True)
     write_safetensors(path('model.safetensors'), {row['layer']: row['biases'] for row in map(json.loads, rows.stdout.splitlines())})
@@ -79,7 +79,7 @@ def run(build, folder, seed):
     for way, (text, controller) in ways.items():
         log = path('after.jsonl')
         subprocess.run(['cp', path('before.jsonl'), log], check=True)
-        call(train, '--policy', config('adaptive.yaml', text), '--seed', str(seed), '--steps', str(STEPS + MORE), '--quiet', '--log', log,
+        call(train, '--policy', config('adaptive.yaml', text), '--seed', str(seed), '--steps', str(STEPS + MORE), '--threads', '1', '--quiet', '--log', log,
              '--resume', path('model.pt'), '--resume-controller', controller)
         out[way] = mean_and_error(ratios(log, STEPS, STEPS + WINDOW))
         out[way + ', end'] = mean_and_error(ratios(log, STEPS + MORE - WINDOW, STEPS + MORE))
