@@ -3,9 +3,10 @@
 
     take_over.py BUILD [--seeds 1 2 3 4 5]
 
-BUILD: the build folder, with examples/train_moe_lm and moectl. 400 steps under sign_bias, then 60 more, in four ways: with
-the controller of the checkpoint as far as it fits (`--resume-controller what-fits`), with the biases as a plain file, with
-those of a safetensors checkpoint, and, for comparison, with none of them. Prints MaxVio over its floor, mean over layers,
+BUILD: the build folder, with examples/train_moe_lm and moectl. 400 steps under sign_bias, then 60 more, in these
+ways: with the controller of the checkpoint as far as it fits (`--resume-controller what-fits`), the same divided among two
+stages of a pipeline (`--stages 2`), with the biases as a plain file, with those of a safetensors checkpoint, and, for
+comparison, with none of them. Prints MaxVio over its floor, mean over layers,
 of the last ten steps before the change and of the first ten after it.
 """
 import argparse
@@ -72,17 +73,23 @@ def run(build, folder, seed):
     rows = subprocess.run([tool, 'biases', path('before.jsonl'), '--format', 'json'], check=True, capture_output=True, text=True)
     write_safetensors(path('model.safetensors'), {row['layer']: row['biases'] for row in map(json.loads, rows.stdout.splitlines())})
     call(tool, 'biases', path('model.safetensors'), '-o', path('tensors.json'))
-    with_file = ADAPTIVE + '  initial: {}\n'
-    ways = {'what fits': (ADAPTIVE, 'what-fits'), 'plain file': (with_file.format('biases.json'), 'none'),
-            'safetensors': (with_file.format('tensors.json'), 'none'), 'from zero': (ADAPTIVE, 'none')}
+
+    def begun_with(name):
+        return ADAPTIVE + f'  initial: {name}\n'
+
+    ways = {'what fits': (ADAPTIVE, 'what-fits', 1), 'what fits, loaded as 2 + 2': (ADAPTIVE, 'what-fits', 2),
+            'plain file': (begun_with('biases.json'), 'none', 1), 'safetensors': (begun_with('tensors.json'), 'none', 1),
+            'from zero': (ADAPTIVE, 'none', 1)}
     out = {'before': mean_and_error(ratios(path('before.jsonl'), STEPS - WINDOW, STEPS))}
-    for way, (text, controller) in ways.items():
+    for way, (text, controller, stages) in ways.items():
         log = path('after.jsonl')
         subprocess.run(['cp', path('before.jsonl'), log], check=True)
         call(train, '--policy', config('adaptive.yaml', text), '--seed', str(seed), '--steps', str(STEPS + MORE), '--threads', '1', '--quiet', '--log', log,
-             '--resume', path('model.pt'), '--resume-controller', controller)
-        out[way] = mean_and_error(ratios(log, STEPS, STEPS + WINDOW))
-        out[way + ', end'] = mean_and_error(ratios(log, STEPS + MORE - WINDOW, STEPS + MORE))
+             '--resume', path('model.pt'), '--resume-controller', controller,
+             '--stages', str(stages))
+        begin = 0 if controller == 'none' else STEPS  # a new controller counts its own steps, and its log begins anew
+        out[way] = mean_and_error(ratios(log, begin, begin + WINDOW))
+        out[way + ', end'] = mean_and_error(ratios(log, begin + MORE - WINDOW, begin + MORE))
     return out
 
 

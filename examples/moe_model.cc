@@ -76,9 +76,10 @@ MoeImpl::MoeImpl(const ModelOptions& options, const MoeShape& shape, int layer)
 }
 
 Tensor MoeImpl::forward(const Tensor& x, Pass& pass) {
-  moectl::RouterActuators actuators = pass.controller->actuators(layer_);
+  moectl::TorchController& controller = *pass.controllers[static_cast<std::size_t>(layer_)];
+  moectl::RouterActuators actuators = controller.actuators(layer_);
   if (pass.deployed) {
-    const std::vector<double> bias = pass.controller->controller().deployment_bias(layer_);
+    const std::vector<double> bias = controller.controller().deployment_bias(layer_);
     actuators.bias = torch::tensor(bias).to(actuators.bias.options());
   }
   const moectl::RouterOutput routed = router_->forward(x, {.actuators = actuators});
@@ -90,7 +91,7 @@ Tensor MoeImpl::forward(const Tensor& x, Pass& pass) {
   if (pass.meter != nullptr) {
     pass.meter->record(layer_, routed.indices, details);
   } else {
-    pass.controller->record(layer_, routed.indices, details);
+    controller.record(layer_, routed.indices, details);
   }
   pass.control_seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 

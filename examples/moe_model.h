@@ -31,14 +31,15 @@ struct Routed {
 
 /// What a forward pass meets besides the text.
 struct Pass {
-  moectl::TorchController* controller = nullptr;  // read by every router; told what it did while training
-  moectl::EvaluationMeter* meter = nullptr;       // told instead of the controller, if given
-  bool deployed = false;                          // with the biases to deploy instead of those in force
-  torch::Tensor domain_ids{};                     // [B, S]
-  torch::Tensor aux_loss{};                       // out: summed over layers
-  double control_seconds = 0;                     // out: spent in recording
-  bool time_experts = false;                      // fills their latencies
-  std::vector<Routed> routed{};                   // out
+  /// Of each block: read by its router, and told what it did while training.
+  std::vector<moectl::TorchController*> controllers{};
+  moectl::EvaluationMeter* meter = nullptr;  // told instead of the controller, if given
+  bool deployed = false;                     // with the biases to deploy instead of those in force
+  torch::Tensor domain_ids{};                // [B, S]
+  torch::Tensor aux_loss{};                  // out: summed over layers
+  double control_seconds = 0;                // out: spent in recording
+  bool time_experts = false;                 // fills their latencies
+  std::vector<Routed> routed{};              // out
 };
 
 /// k of N expert MLPs per token beside one shared by all.

@@ -118,6 +118,8 @@ void Arguments::declare(CLI::App& app) {
       ->check(CLI::Range(1, 100000000));
   app.add_option("--log", log, "Run log to write (JSON lines)");
   app.add_flag("--quiet", quiet, "Say results alone: `moectl watch` shows how the run goes");
+  app.add_option("--stages", stages, "Controllers that share the layers, as the stages of a pipeline do")
+      ->check(CLI::Range(1, 1024));
   app.add_option("--checkpoint", checkpoint, "Checkpoint to write at the end, or every so many steps");
   app.add_option("--checkpoint-every", checkpoint_every, "Steps between checkpoints (0 = at the end only)");
   app.add_option("--resume", resume, "Checkpoint to continue from");
@@ -143,14 +145,15 @@ Training::Training(const Arguments& arguments, Peers peers)
   config.collect.sequences = true;
   // What is known of single experts waits for an accelerator.
   config.collect.gradients = config.collect.losses = config.collect.domain_losses = device_.is_cpu();
-  controller_ = std::make_unique<moectl::TorchController>(config, moectl::TorchOptions{.device = device_});
+  config_ = config;
+  make_stages();
   const ModelOptions size{.blocks = blocks_of(config),
                           .width = args_.width,
                           .heads = args_.heads,
                           .expert_hidden = args_.expert_hidden,
                           .context = args_.length};
-  if (peers_.ranks > 1) controller_->controller().set_reduction(peers_.sum_counts);
-  meter_ = std::make_unique<moectl::EvaluationMeter>(controller_->controller());
+  if (peers_.ranks > 1) stages_.front()->controller().set_reduction(peers_.sum_counts);
+  meter_ = std::make_unique<moectl::EvaluationMeter>(moectl::Controller(config));
 
   torch::manual_seed(static_cast<std::uint64_t>(args_.seed));
   model_ = MoeLm(size);
@@ -159,6 +162,53 @@ Training::Training(const Arguments& arguments, Peers peers)
       model_->parameters(),
       torch::optim::AdamWOptions(args_.learning_rate).betas({0.9, 0.95}).weight_decay(0.01));
   next_mixture_.resize(domains_.size());
+}
+
+/// Divides the layers of experts evenly, in their order.
+void Training::make_stages() {
+  const std::vector<int> layers = moectl::Controller(config_).layers();
+  if (args_.stages > static_cast<int>(layers.size()))
+    throw std::runtime_error("--stages: must be at most the number of layers of experts");
+  if (args_.stages > 1 && (!config_.layers.empty() || peers_.ranks > 1 || !args_.checkpoint.empty()))
+    throw std::runtime_error("--stages: not with layer groups, several processes or --checkpoint");
+  const moectl::TorchOptions options{.device = device_};
+  const auto count = static_cast<std::size_t>(args_.stages);
+  for (std::size_t s = 0; s < count; ++s) {
+    moectl::ControllerConfig own = config_;
+    if (count > 1) {
+      const auto at = [&](std::size_t i) {
+        return layers.begin() + static_cast<std::ptrdiff_t>(layers.size() * i / count);
+      };
+      own.layers.resize(1);
+      own.layers[0].ids = {at(s), at(s + 1)};
+      own.model.layers = static_cast<int>(own.layers[0].ids.size());
+    }
+    stages_.push_back(std::make_unique<moectl::TorchController>(own, options));
+    for (const int layer : stages_.back()->controller().layers()) {
+      controllers_.resize(std::max(controllers_.size(), static_cast<std::size_t>(layer) + 1));
+      controllers_[static_cast<std::size_t>(layer)] = stages_.back().get();
+    }
+  }
+}
+
+/// One record of a step for all stages.
+void Training::log_steps() {
+  auto joined = std::make_shared<std::pair<std::vector<moectl::LayerReport>, std::vector<moectl::Notice>>>();
+  for (const auto& stage : stages_) {
+    stage->controller().set_log(
+        [this, joined, last = stage == stages_.back()](const moectl::StepReport& report) {
+          auto& [layers, notices] = *joined;
+          layers.insert(layers.end(), report.layers.begin(), report.layers.end());
+          notices.insert(notices.end(), report.notices.begin(), report.notices.end());
+          if (!last) return;
+          moectl::StepReport all = report;
+          all.layers = layers;
+          all.notices = notices;
+          log_->write(all);
+          layers.clear();
+          notices.clear();
+        });
+  }
 }
 
 /// Before the shift all domains but the last, evenly; after it the last is half of every batch.
@@ -214,7 +264,7 @@ Tensor Training::forward(const Tensor& bytes, Pass& pass) {
 }
 
 bool Training::times_experts() const {
-  const moectl::Controller& controller = controller_->controller();
+  const moectl::Controller& controller = stages_.front()->controller();
   return device_.is_cpu() && controller.shape(controller.layers().front()).needs.latencies;
 }
 
@@ -226,7 +276,7 @@ void Training::train(std::int64_t step) {
   static_cast<torch::optim::AdamWOptions&>(optimizer_->param_groups()[0].options()).lr(rate);
 
   const auto [bytes, domain_ids] = tensors(next_);
-  Pass pass{.controller = controller_.get(), .domain_ids = domain_ids, .time_experts = times_experts()};
+  Pass pass{.controllers = controllers_, .domain_ids = domain_ids, .time_experts = times_experts()};
   const Tensor logits = forward(bytes, pass);
   const Tensor targets = bytes.narrow(1, 1, args_.length).reshape(-1);
   const Tensor log_probabilities = logits.view({-1, 256}).log_softmax(1);
@@ -254,7 +304,9 @@ void Training::train(std::int64_t step) {
 
   const auto control = Clock::now();
   loss_ = loss.item<double>();
-  controller_->step({.loss = loss_, .gradient_norm = norm, .next_mixture = next_mixture_});
+  for (const auto& stage : stages_) {
+    stage->step({.loss = loss_, .gradient_norm = norm, .next_mixture = next_mixture_});
+  }
   control_seconds_ += pass.control_seconds + seconds_since(control);
   train_seconds_ += seconds_since(start);
 }
@@ -263,10 +315,11 @@ void Training::train(std::int64_t step) {
 void Training::observe_losses(const Pass& pass, const Tensor& losses) {
   const auto start = Clock::now();
   for (const Routed& layer : pass.routed) {
-    moectl::record_losses(*controller_, layer.layer, layer.indices, losses, {.domain_ids = pass.domain_ids});
+    moectl::TorchController& controller = *controllers_[static_cast<std::size_t>(layer.layer)];
+    moectl::record_losses(controller, layer.layer, layer.indices, losses, {.domain_ids = pass.domain_ids});
     if (layer.latencies.empty()) continue;
-    controller_->controller().record(
-        layer.layer, [&](moectl::RoutingStats& sums) { sums.add_latencies(layer.latencies); });
+    controller.controller().record(layer.layer,
+                                   [&](moectl::RoutingStats& sums) { sums.add_latencies(layer.latencies); });
   }
   control_seconds_ += seconds_since(start);
 }
@@ -274,7 +327,7 @@ void Training::observe_losses(const Pass& pass, const Tensor& losses) {
 void Training::observe_gradients() {
   const auto start = Clock::now();
   for (const auto& [layer, parameters] : model_->expert_parameters()) {
-    moectl::record_gradients(*controller_, layer, parameters);
+    moectl::record_gradients(*controllers_[static_cast<std::size_t>(layer)], layer, parameters);
   }
   control_seconds_ += seconds_since(start);
 }
@@ -309,7 +362,7 @@ std::vector<double> Training::evaluate(bool deployed) {
   for (std::int64_t first = 0; first < held_out.sequences; first += args_.sequences) {
     const std::int64_t count = std::min(args_.sequences, held_out.sequences - first);
     const Tensor part = bytes.narrow(0, first, count);
-    Pass pass{.controller = controller_.get(),
+    Pass pass{.controllers = controllers_,
               .meter = meter_.get(),
               .deployed = deployed,
               .domain_ids = domain_ids.narrow(0, first, count)};
@@ -353,14 +406,17 @@ void Training::validate(std::int64_t step) {
 
 std::string Training::live_line() const {
   double vio = 0, floor = 0, cv = 0, dead = 0, aux = 0;
-  const auto layers = controller_->report().layers;
+  std::vector<moectl::LayerReport> layers;
+  for (const auto& stage : stages_) {
+    layers.insert(layers.end(), stage->report().layers.begin(), stage->report().layers.end());
+  }
   if (layers.empty()) return format("loss %.3f", loss_);  // mode: off
   for (const moectl::LayerReport& layer : layers) {
     vio += layer.metrics->max_vio.value_or(0);
     floor += moectl::floor_of(*layer.metrics).max_vio.value_or(0);
     cv += layer.metrics->load_cv.value_or(0);
     dead += layer.metrics->dead_experts.value_or(0);
-    aux += controller_->controller().aux_loss_weight(layer.layer);
+    aux += controllers_[static_cast<std::size_t>(layer.layer)]->controller().aux_loss_weight(layer.layer);
   }
   const auto n = static_cast<double>(layers.size());
   return format("loss %.3f  MaxVio %.3f (floor %.3f)  CV %.3f  dead %.0f  aux weight %.4f", loss_, vio / n,
@@ -374,7 +430,7 @@ void Training::save(std::int64_t step) {
   optimizer_->save(optimizer);
   archive.write("model", model);
   archive.write("optimizer", optimizer);
-  controller_->save(archive);
+  stages_.front()->save(archive);
   archive.write("step", torch::tensor(step));
   const auto log_size =
       args_.log.empty() ? 0 : static_cast<std::int64_t>(std::filesystem::file_size(args_.log));
@@ -389,8 +445,16 @@ void Training::save(std::int64_t step) {
 void Training::load_controller(torch::serialize::InputArchive& archive) {
   if (args_.resume_controller == "none") return;  // the config says what it begins with
   const bool all = args_.resume_controller == "all";
-  for (const moectl::KeptPart& part :
-       controller_->load(archive, "moectl", all ? moectl::Keep::everything : moectl::Keep::what_fits)) {
+  const bool one = stages_.size() == 1;
+  moectl::TorchController whole(config_);
+  moectl::TorchController& to = one ? *stages_.front() : whole;
+  const auto parts = to.load(archive, "moectl", all ? moectl::Keep::everything : moectl::Keep::what_fits);
+  for (std::size_t layer = 0; layer < controllers_.size() && !one; ++layer) {
+    if (controllers_[layer] == nullptr) continue;
+    const int id = static_cast<int>(layer);
+    controllers_[layer]->load_layer(id, whole.save_layer(id));
+  }
+  for (const moectl::KeptPart& part : parts) {
     if (part.fate == moectl::KeptPart::Fate::kKept) continue;
     const std::string where = part.layer < 0 ? "" : "layer " + std::to_string(part.layer) + ": ";
     if (progress_)
@@ -444,9 +508,9 @@ void Training::run() {
   const std::int64_t end = args_.until > 0 ? std::min(args_.until, args_.steps) : args_.steps;
   if (!args_.log.empty() && first_rank) {
     const auto shift = domains_.size() > 1 ? std::optional(shift_step_) : std::nullopt;
-    log_ = std::make_unique<moectl::RunLogWriter>(args_.log, controller_->controller().config(), first > 0,
+    log_ = std::make_unique<moectl::RunLogWriter>(args_.log, moectl::Controller(config_).config(), first > 0,
                                                   shift);
-    controller_->controller().set_log([this](const moectl::StepReport& report) { log_->write(report); });
+    log_steps();
   }
 
   next_ = batch_of(first);

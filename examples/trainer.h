@@ -27,6 +27,7 @@ struct Arguments {
   std::vector<std::string> text;
   std::string policy, log, checkpoint, resume, resume_controller = "all";
   std::int64_t steps = 600, until = 0, seed = 1, checkpoint_every = 0, validate_every = 100;
+  int stages = 1;
   std::int64_t sequences = 16, length = 128;
   std::int64_t width = 96, heads = 4, expert_hidden = 96;
   std::string device = "cpu";
@@ -49,7 +50,7 @@ class Training {
   explicit Training(const Arguments& arguments, Peers peers = {});
   void run();
   /// The controller's whole state, as it is on this rank.
-  std::string controller_state() const { return controller_->save(); }
+  std::string controller_state() const { return stages_.front()->save(); }
 
  private:
   std::vector<double> mixture(std::int64_t step) const;
@@ -61,6 +62,8 @@ class Training {
   std::string specialists(const moectl::LayerReport& layer) const;
   std::vector<double> evaluate(bool deployed);
   void validate(std::int64_t step);
+  void make_stages();
+  void log_steps();
   Batch batch_of(std::int64_t step) const;
   void sum_gradients();
   void announce();
@@ -75,7 +78,10 @@ class Training {
   torch::Device device_;
   std::vector<Domain> domains_;
   std::int64_t shift_step_;
-  std::unique_ptr<moectl::TorchController> controller_;
+  /// One holds all layers, or each some of them, as the stages of a pipeline do.
+  std::vector<std::unique_ptr<moectl::TorchController>> stages_;
+  std::vector<moectl::TorchController*> controllers_;  // of each block; null where it is dense
+  moectl::ControllerConfig config_;                    // of all layers
   std::unique_ptr<moectl::EvaluationMeter> meter_;
   MoeLm model_{nullptr};
   std::unique_ptr<torch::optim::AdamW> optimizer_;

@@ -143,6 +143,40 @@ TEST_F(TrainMoeLm, OfAnotherSizeInHalfPrecisionARunIsResumedBitForBit) {
   EXPECT_EQ(final_loss(resumed.output), final_loss(straight.output));
 }
 
+TEST_F(TrainMoeLm, UnderAnotherPolicyTheRunGoesOnFromTheBiasesInForceHoweverItsLayersAreDivided) {
+  write("policy.yaml",
+        "version: 1\nmodel: {layers: 2, experts: 8, top_k: 2}\n"
+        "expert_bias: {policy: sign_bias, options: {step: 0.01}}\n");
+  ASSERT_EQ(run("--steps 40 --until 30 --log " + path("a.jsonl") + " --checkpoint " + path("run.pt")).code,
+            0);
+  fs::copy_file(path("a.jsonl"), path("b.jsonl"));
+  write_policy(0);
+  const std::string resume = "--steps 40 --resume " + path("run.pt");
+  const Outcome strict = run(resume);
+  EXPECT_EQ(strict.code, 1);
+  EXPECT_THAT(strict.output, HasSubstr("expert_bias"));
+  const std::string what_fits = resume + " --resume-controller what-fits --log ";
+  const Outcome one = run(what_fits + path("a.jsonl")),
+                two = run(what_fits + path("b.jsonl") + " --stages 2");
+  ASSERT_EQ(one.code, 0) << one.output;
+  ASSERT_EQ(two.code, 0) << two.output;
+  EXPECT_THAT(one.output, HasSubstr("expert_bias.policy: dropped: sign_bias, now adaptive_bias"));
+  EXPECT_EQ(final_loss(two.output), final_loss(one.output));
+  EXPECT_TRUE(read("a.jsonl") == read("b.jsonl")) << "the run logs differ";
+}
+
+TEST_F(TrainMoeLm, BlocksAreAsTheLayerGroupsSayAndTheOthersDense) {
+  write("policy.yaml",
+        "version: 1\nmodel: {top_k: 2}\nlayers:\n  - {ids: [0, 1], experts: 8}\n"
+        "  - {ids: [3], experts: 16, expert_bias: {policy: sign_bias, options: {step: 0.01}}}\n"
+        "expert_bias: {policy: adaptive_bias}\n");
+  const Outcome outcome = run("--steps 20 --log " + path("run.jsonl"));
+  ASSERT_EQ(outcome.code, 0) << outcome.output;
+  const std::string log = read("run.jsonl");
+  EXPECT_THAT(log, HasSubstr("\"step\":19,\"layer\":3"));
+  EXPECT_EQ(log.find("\"layer\":2,"), std::string::npos);
+}
+
 TEST_F(TrainMoeLm, KilledAtAnyMomentItGoesOnFromAnIntactCheckpoint) {
   const Outcome straight = run("--steps 120 --log " + path("straight.jsonl"));
   ASSERT_EQ(straight.code, 0) << straight.output;
