@@ -61,22 +61,27 @@ Tensor normal(std::vector<std::int64_t> shape, std::int64_t fan_in) {
 
 }  // namespace
 
-MoeImpl::MoeImpl(const ModelOptions& options, int layer)
-    : layer_(layer), experts_(options.experts), top_k_(options.top_k) {
-  router_ = register_module(
-      "router", moectl::TopKRouter(moectl::TopKRouterOptions(options.width, options.experts, options.top_k)
-                                       .gate(moectl::Gate::kSigmoid)
-                                       .score_space(options.score_space)));
+MoeImpl::MoeImpl(const ModelOptions& options, const MoeShape& shape, int layer)
+    : layer_(layer), experts_(shape.experts), top_k_(shape.top_k) {
+  router_ =
+      register_module("router", moectl::TopKRouter(moectl::TopKRouterOptions(options.width, experts_, top_k_)
+                                                       .gate(moectl::Gate::kSigmoid)
+                                                       .score_space(shape.score_space)));
   shared_in_ = register_module("shared_in", torch::nn::Linear(options.width, options.expert_hidden));
   shared_out_ = register_module("shared_out", torch::nn::Linear(options.expert_hidden, options.width));
   in_ = register_parameter("expert_in",
-                           normal({options.experts, options.width, options.expert_hidden}, options.width));
-  out_ = register_parameter(
-      "out", normal({options.experts, options.expert_hidden, options.width}, options.expert_hidden));
+                           normal({experts_, options.width, options.expert_hidden}, options.width));
+  out_ = register_parameter("out",
+                            normal({experts_, options.expert_hidden, options.width}, options.expert_hidden));
 }
 
 Tensor MoeImpl::forward(const Tensor& x, Pass& pass) {
-  const moectl::RouterOutput routed = router_->forward(x, {.actuators = pass.controller->actuators(layer_)});
+  moectl::RouterActuators actuators = pass.controller->actuators(layer_);
+  if (pass.deployed) {
+    const std::vector<double> bias = pass.controller->controller().deployment_bias(layer_);
+    actuators.bias = torch::tensor(bias).to(actuators.bias.options());
+  }
+  const moectl::RouterOutput routed = router_->forward(x, {.actuators = actuators});
   pass.aux_loss = pass.aux_loss.defined() ? pass.aux_loss + routed.aux_loss : routed.aux_loss;
 
   const auto start = std::chrono::steady_clock::now();
@@ -103,8 +108,7 @@ Tensor MoeImpl::forward(const Tensor& x, Pass& pass) {
   const Tensor hidden =
       torch::gelu(grouped_mm(Dispatch::apply(tokens, order, inverse, top_k_), sizes, in_, seconds));
   const Tensor outputs = Combine::apply(grouped_mm(hidden, sizes, out_, seconds), order, inverse);
-  pass.chosen.push_back(routed.indices);
-  pass.latencies.push_back(std::move(seconds));
+  pass.routed.push_back({layer_, routed.indices, std::move(seconds)});
   const Tensor gates = routed.gates.reshape({-1, 1, top_k_});
   const Tensor mixed = gates.bmm(outputs.view({-1, top_k_, x.size(-1)})).view_as(x);
   return mixed + shared_out_(torch::gelu(shared_in_(x)));
@@ -116,7 +120,12 @@ BlockImpl::BlockImpl(const ModelOptions& options, int layer) : heads_(options.he
   moe_norm_ = register_module("moe_norm", torch::nn::LayerNorm(torch::nn::LayerNormOptions({options.width})));
   qkv_ = register_module("qkv", torch::nn::Linear(options.width, 3 * options.width));
   merge_ = register_module("merge", torch::nn::Linear(options.width, options.width));
-  moe_ = register_module("moe", Moe(options, layer));
+  if (const MoeShape& shape = options.blocks[static_cast<std::size_t>(layer)]; shape.experts > 0) {
+    moe_ = register_module("moe", Moe(options, shape, layer));
+  } else {
+    dense_in_ = register_module("dense_in", torch::nn::Linear(options.width, 4 * options.width));
+    dense_out_ = register_module("dense_out", torch::nn::Linear(4 * options.width, options.width));
+  }
   future_ = torch::full({options.context, options.context}, -std::numeric_limits<float>::infinity()).triu(1);
 }
 
@@ -137,14 +146,19 @@ Tensor BlockImpl::attend(const Tensor& x) {
 
 Tensor BlockImpl::forward(const Tensor& x, Pass& pass) {
   const Tensor attended = x + attend(attention_norm_(x));
-  return attended + moe_->forward(moe_norm_(attended), pass);
+  return attended + feed_forward(moe_norm_(attended), pass);
+}
+
+Tensor BlockImpl::feed_forward(const Tensor& x, Pass& pass) {
+  return moe_.is_empty() ? dense_out_(torch::gelu(dense_in_(x))) : moe_->forward(x, pass);
 }
 
 MoeLmImpl::MoeLmImpl(const ModelOptions& options) {
   bytes_ = register_module("bytes", torch::nn::Embedding(256, options.width));
   places_ = register_module("places", torch::nn::Embedding(options.context, options.width));
   blocks_ = register_module("blocks", torch::nn::ModuleList());
-  for (int layer = 0; layer < options.layers; ++layer) blocks_->push_back(Block(options, layer));
+  const int blocks = static_cast<int>(options.blocks.size());
+  for (int layer = 0; layer < blocks; ++layer) blocks_->push_back(Block(options, layer));
   norm_ = register_module("norm", torch::nn::LayerNorm(torch::nn::LayerNormOptions({options.width})));
   head_ = register_module("head", torch::nn::Linear(options.width, 256));
   const torch::NoGradGuard no_grad;
@@ -152,9 +166,14 @@ MoeLmImpl::MoeLmImpl(const ModelOptions& options) {
   places_->weight.mul_(0.1);
 }
 
-std::vector<std::vector<Tensor>> MoeLmImpl::expert_parameters() const {
-  std::vector<std::vector<Tensor>> layers;
-  for (const auto& block : *blocks_) layers.push_back(block->as<BlockImpl>()->moe()->expert_parameters());
+std::map<int, std::vector<Tensor>> MoeLmImpl::expert_parameters() const {
+  std::map<int, std::vector<Tensor>> layers;
+  int layer = 0;
+  for (const auto& block : *blocks_) {
+    if (const Moe& moe = block->as<BlockImpl>()->moe(); !moe.is_empty())
+      layers[layer] = moe->expert_parameters();
+    ++layer;
+  }
   return layers;
 }
 

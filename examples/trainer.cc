@@ -35,6 +35,7 @@ using Clock = std::chrono::steady_clock;
 
 // Norms of the experts' gradients take as long as all the rest of the control, so not at every step.
 constexpr std::int64_t kGradientEvery = 10;
+constexpr std::int64_t kValidationSequences = 64;  // of each domain
 
 double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
@@ -45,6 +46,30 @@ std::string format(const char* pattern, Values... values) {
   char text[256];
   std::snprintf(text, sizeof text, pattern, values...);
   return text;
+}
+
+/// Blocks from 0 to the last layer of the config; those that it does not name are dense.
+std::vector<MoeShape> blocks_of(const moectl::ControllerConfig& config) {
+  std::vector<MoeShape> blocks;
+  for (const moectl::LayerSettings& group : moectl::layer_settings(config)) {
+    const moectl::ModelConfig& model = group.config.model;
+    for (const int layer : group.ids) {
+      blocks.resize(std::max(blocks.size(), static_cast<std::size_t>(layer) + 1));
+      blocks[static_cast<std::size_t>(layer)] = {model.experts, model.top_k, model.score_space};
+    }
+  }
+  return blocks;
+}
+
+/// The mean over layers, and that of its floor for these tokens.
+std::string global_vio(const moectl::StepReport& report) {
+  double vio = 0, floor = 0;
+  const auto layers = static_cast<double>(report.layers.size());
+  for (const moectl::LayerReport& layer : report.layers) {
+    vio += layer.metrics->max_vio.value_or(0) / layers;
+    floor += moectl::floor_of(*layer.metrics).max_vio.value_or(0) / layers;
+  }
+  return format("%.3f (floor %.3f)", vio, floor);
 }
 
 /// A config that leaves the router alone, with the sums that show the gap between load and floor.
@@ -96,6 +121,9 @@ void Arguments::declare(CLI::App& app) {
   app.add_option("--checkpoint", checkpoint, "Checkpoint to write at the end, or every so many steps");
   app.add_option("--checkpoint-every", checkpoint_every, "Steps between checkpoints (0 = at the end only)");
   app.add_option("--resume", resume, "Checkpoint to continue from");
+  app.add_option("--resume-controller", resume_controller,
+                 "What of its controller to go on with: all, what-fits of another --policy, or none")
+      ->check(CLI::IsMember({"all", "what-fits", "none"}));
 }
 
 Training::Training(const Arguments& arguments, Peers peers)
@@ -115,15 +143,12 @@ Training::Training(const Arguments& arguments, Peers peers)
   config.collect.sequences = true;
   // What is known of single experts waits for an accelerator.
   config.collect.gradients = config.collect.losses = config.collect.domain_losses = device_.is_cpu();
-  const ModelOptions size{.layers = config.model.layers,
-                          .experts = config.model.experts,
-                          .top_k = config.model.top_k,
-                          .score_space = config.model.score_space,
+  controller_ = std::make_unique<moectl::TorchController>(config, moectl::TorchOptions{.device = device_});
+  const ModelOptions size{.blocks = blocks_of(config),
                           .width = args_.width,
                           .heads = args_.heads,
                           .expert_hidden = args_.expert_hidden,
                           .context = args_.length};
-  controller_ = std::make_unique<moectl::TorchController>(config, moectl::TorchOptions{.device = device_});
   if (peers_.ranks > 1) controller_->controller().set_reduction(peers_.sum_counts);
   meter_ = std::make_unique<moectl::EvaluationMeter>(controller_->controller());
 
@@ -188,6 +213,11 @@ Tensor Training::forward(const Tensor& bytes, Pass& pass) {
   return model_->forward(bytes.narrow(1, 0, args_.length), pass).to(torch::kFloat32);
 }
 
+bool Training::times_experts() const {
+  const moectl::Controller& controller = controller_->controller();
+  return device_.is_cpu() && controller.shape(controller.layers().front()).needs.latencies;
+}
+
 void Training::train(std::int64_t step) {
   const auto start = Clock::now();
   const double warm_up = std::min(1.0, static_cast<double>(step + 1) / 30);
@@ -196,9 +226,7 @@ void Training::train(std::int64_t step) {
   static_cast<torch::optim::AdamWOptions&>(optimizer_->param_groups()[0].options()).lr(rate);
 
   const auto [bytes, domain_ids] = tensors(next_);
-  Pass pass{.controller = controller_.get(),
-            .domain_ids = domain_ids,
-            .time_experts = device_.is_cpu() && controller_->controller().shape(0).needs.latencies};
+  Pass pass{.controller = controller_.get(), .domain_ids = domain_ids, .time_experts = times_experts()};
   const Tensor logits = forward(bytes, pass);
   const Tensor targets = bytes.narrow(1, 1, args_.length).reshape(-1);
   const Tensor log_probabilities = logits.view({-1, 256}).log_softmax(1);
@@ -234,21 +262,19 @@ void Training::train(std::int64_t step) {
 /// What the experts' own tokens cost, and how long the experts took.
 void Training::observe_losses(const Pass& pass, const Tensor& losses) {
   const auto start = Clock::now();
-  for (std::size_t l = 0; l < pass.chosen.size(); ++l) {
-    const int layer = static_cast<int>(l);
-    moectl::record_losses(*controller_, layer, pass.chosen[l], losses, {.domain_ids = pass.domain_ids});
-    if (pass.latencies[l].empty()) continue;
+  for (const Routed& layer : pass.routed) {
+    moectl::record_losses(*controller_, layer.layer, layer.indices, losses, {.domain_ids = pass.domain_ids});
+    if (layer.latencies.empty()) continue;
     controller_->controller().record(
-        layer, [&](moectl::RoutingStats& sums) { sums.add_latencies(pass.latencies[l]); });
+        layer.layer, [&](moectl::RoutingStats& sums) { sums.add_latencies(layer.latencies); });
   }
   control_seconds_ += seconds_since(start);
 }
 
 void Training::observe_gradients() {
   const auto start = Clock::now();
-  const auto layers = model_->expert_parameters();
-  for (std::size_t l = 0; l < layers.size(); ++l) {
-    moectl::record_gradients(*controller_, static_cast<int>(l), layers[l]);
+  for (const auto& [layer, parameters] : model_->expert_parameters()) {
+    moectl::record_gradients(*controller_, layer, parameters);
   }
   control_seconds_ += seconds_since(start);
 }
@@ -273,44 +299,54 @@ std::string Training::specialists(const moectl::LayerReport& layer) const {
   return line;
 }
 
-void Training::validate(std::int64_t step) {
+/// The validation set's loss in each domain; the meter has the loads of the pass.
+std::vector<double> Training::evaluate(bool deployed) {
   const torch::NoGradGuard no_grad;
-  const Batch held_out = validation_set(domains_, 64, args_.length);
+  const Batch held_out = validation_set(domains_, kValidationSequences, args_.length);
   const auto [bytes, domain_ids] = tensors(held_out);
-  std::vector<double> sums(domains_.size(), 0.0);
+  std::vector<double> losses(domains_.size(), 0.0);
   meter_->clear();
   for (std::int64_t first = 0; first < held_out.sequences; first += args_.sequences) {
     const std::int64_t count = std::min(args_.sequences, held_out.sequences - first);
     const Tensor part = bytes.narrow(0, first, count);
     Pass pass{.controller = controller_.get(),
               .meter = meter_.get(),
+              .deployed = deployed,
               .domain_ids = domain_ids.narrow(0, first, count)};
     const Tensor logits = forward(part, pass);
-    const Tensor losses = torch::nn::functional::cross_entropy(
-                              logits.transpose(1, 2), part.narrow(1, 1, args_.length),
-                              torch::nn::functional::CrossEntropyFuncOptions().reduction(torch::kNone))
-                              .mean(1);
+    const Tensor each = torch::nn::functional::cross_entropy(
+                            logits.transpose(1, 2), part.narrow(1, 1, args_.length),
+                            torch::nn::functional::CrossEntropyFuncOptions().reduction(torch::kNone))
+                            .mean(1);
     for (std::int64_t i = 0; i < count; ++i) {
-      sums[static_cast<std::size_t>(held_out.domains[static_cast<std::size_t>(first + i)])] +=
-          losses[i].item<double>();
+      losses[static_cast<std::size_t>(held_out.domains[static_cast<std::size_t>(first + i)])] +=
+          each[i].item<double>() / kValidationSequences;
     }
   }
+  return losses;
+}
+
+/// With the biases to deploy: those in force hold the feed-forward of the next batch.
+void Training::validate(std::int64_t step) {
+  const bool last = step + 1 == args_.steps;
+  if (last) {
+    evaluate(/*deployed=*/false);
+    progress_->note("with the biases in force: MaxVio_global " + global_vio(meter_->report(step)));
+  }
+  const std::vector<double> losses = evaluate(/*deployed=*/true);
   double mean = 0;
   std::string line;
   for (std::size_t d = 0; d < domains_.size(); ++d) {
-    mean += sums[d] / static_cast<double>(held_out.sequences);
-    line += format("  %s %.3f", domains_[d].name.c_str(), sums[d] / 64);
+    mean += losses[d] / static_cast<double>(domains_.size());
+    line += format("  %s %.3f", domains_[d].name.c_str(), losses[d]);
   }
   validation_loss_ = mean;
   const moectl::StepReport& report = meter_->report(step, {.loss = mean});
   if (log_ != nullptr) log_->write(report, "validation");
-  double vio = 0;
-  for (const moectl::LayerReport& layer : report.layers) vio += layer.metrics->max_vio.value_or(0);
-  progress_->note(format("validation after step %lld: loss %.4f  MaxVio_global %.3f ",
-                         static_cast<long long>(step + 1), mean,
-                         vio / static_cast<double>(report.layers.size())) +
-                  line);
-  if (step + 1 != args_.steps) return;
+  progress_->note(format("validation after step %lld: loss %.4f  MaxVio_global ",
+                         static_cast<long long>(step + 1), mean) +
+                  global_vio(report) + line);
+  if (!last) return;
   progress_->note("experts that serve each domain most, and their share of it:");
   for (const moectl::LayerReport& layer : report.layers) progress_->note(specialists(layer));
 }
@@ -350,6 +386,19 @@ void Training::save(std::int64_t step) {
   moectl::write_file_atomically(args_.checkpoint, bytes.str());
 }
 
+void Training::load_controller(torch::serialize::InputArchive& archive) {
+  if (args_.resume_controller == "none") return;  // the config says what it begins with
+  const bool all = args_.resume_controller == "all";
+  for (const moectl::KeptPart& part :
+       controller_->load(archive, "moectl", all ? moectl::Keep::everything : moectl::Keep::what_fits)) {
+    if (part.fate == moectl::KeptPart::Fate::kKept) continue;
+    const std::string where = part.layer < 0 ? "" : "layer " + std::to_string(part.layer) + ": ";
+    if (progress_)
+      progress_->note("controller: " + where + part.key + ": " + std::string(name_of(part.fate)) + ": " +
+                      part.why);
+  }
+}
+
 /// Returns the step to continue with. The log loses what was written after the checkpoint: those steps come
 /// again.
 std::int64_t Training::load() {
@@ -359,7 +408,7 @@ std::int64_t Training::load() {
   archive.read("optimizer", optimizer);
   model_->load(model);
   optimizer_->load(optimizer);
-  controller_->load(archive);
+  load_controller(archive);
   Tensor step, log_size, losses;
   archive.read("step", step);
   archive.read("log_size", log_size);
@@ -389,16 +438,16 @@ void Training::announce() {
 }
 
 void Training::run() {
+  const bool first_rank = peers_.rank == 0;
+  if (first_rank) announce();
   const std::int64_t first = args_.resume.empty() ? 0 : load();
   const std::int64_t end = args_.until > 0 ? std::min(args_.until, args_.steps) : args_.steps;
-  const bool first_rank = peers_.rank == 0;
   if (!args_.log.empty() && first_rank) {
     const auto shift = domains_.size() > 1 ? std::optional(shift_step_) : std::nullopt;
     log_ = std::make_unique<moectl::RunLogWriter>(args_.log, controller_->controller().config(), first > 0,
                                                   shift);
     controller_->controller().set_log([this](const moectl::StepReport& report) { log_->write(report); });
   }
-  if (first_rank) announce();
 
   next_ = batch_of(first);
   for (std::int64_t step = first; step < end; ++step) {

@@ -25,7 +25,7 @@ class App;
 
 struct Arguments {
   std::vector<std::string> text;
-  std::string policy, log, checkpoint, resume;
+  std::string policy, log, checkpoint, resume, resume_controller = "all";
   std::int64_t steps = 600, until = 0, seed = 1, checkpoint_every = 0, validate_every = 100;
   std::int64_t sequences = 16, length = 128;
   std::int64_t width = 96, heads = 4, expert_hidden = 96;
@@ -59,6 +59,7 @@ class Training {
   void observe_losses(const Pass& pass, const torch::Tensor& losses);
   void observe_gradients();
   std::string specialists(const moectl::LayerReport& layer) const;
+  std::vector<double> evaluate(bool deployed);
   void validate(std::int64_t step);
   Batch batch_of(std::int64_t step) const;
   void sum_gradients();
@@ -66,6 +67,8 @@ class Training {
   std::string live_line() const;
   void save(std::int64_t step);
   std::int64_t load();
+  void load_controller(torch::serialize::InputArchive& archive);
+  bool times_experts() const;
 
   Arguments args_;
   Peers peers_;

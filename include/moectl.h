@@ -80,17 +80,19 @@ int moectl_config(const moectl_controller* c, char** text);
 typedef struct moectl_batch {
   size_t size;                 /* sizeof(moectl_batch) */
   size_t tokens;               /* T. */
-  const int64_t* experts;      /* [T * top_k] row by row: the experts chosen for each token, before any capacity limit;
+  const int64_t* experts;      /* [T * top_k] row by row: each token's experts, before any capacity limit;
                                   -1 = a slot that is not routed. */
   const int32_t* experts32;    /* The same in 32 bits, instead. */
   const uint8_t* mask;         /* [T] zero = padding, not counted. NULL = all real. */
   int64_t sequence_length;     /* Tokens per sequence when the tokens are [B, S] row by row; 0 = not known. */
   const int64_t* sequence_ids; /* [T] non-decreasing, instead of sequence_length. */
-  const float* top_values;     /* [T * (top_k + 1)] the largest biased scores, largest first, in the order of experts. */
+  const float* top_values;     /* [T * (top_k + 1)] the largest biased scores, in the order of experts. */
   const float* biased_scores;  /* [T * N] the scores that selection compared. Requires top_values. */
   const float* probabilities;  /* [T * N] router probabilities. */
   const int64_t* domain_ids;   /* [T] the domain of each token, from 0. */
   const int64_t* dropped;      /* Assignments dropped for lack of capacity; NULL = not reported. */
+  const double* balance_loss;  /* Of the router on these tokens, before its weight; NULL = not reported. */
+  const double* z_loss;        /* Likewise. */
 } moectl_batch;
 
 /* `micro_batch` from 0: a second record of the same (layer, micro_batch) before the next step is ignored, so that
@@ -99,7 +101,8 @@ typedef struct moectl_batch {
 int moectl_record(moectl_controller* c, int layer, const moectl_batch* batch, int64_t micro_batch);
 /* Counts that were summed elsewhere: [N] of one layer, or of MOECTL_ALL_LAYERS; `size` is their number. `tokens`: of
  * the layer, or [layers]; NULL = as many as the counts need, the sum over top_k, rounded up. */
-int moectl_record_counts(moectl_controller* c, int layer, const int64_t* counts, size_t size, const int64_t* tokens);
+int moectl_record_counts(moectl_controller* c, int layer, const int64_t* counts, size_t size,
+                         const int64_t* tokens);
 /* A few tokens of one layer, to see whether the router chooses by its bias: experts [tokens * top_k], biased scores
  * [tokens * N] and, if not NULL, the same before the bias was added. A wrong wiring is a notice. */
 int moectl_check_choices(moectl_controller* c, int layer, size_t tokens, const int64_t* experts,
@@ -148,6 +151,8 @@ int moectl_report_json(const moectl_controller* c, int arrays, char** text);
 
 /* Selection biases [N] of one layer, or of MOECTL_ALL_LAYERS; `size` is their number. */
 int moectl_biases(const moectl_controller* c, int layer, double* bias, size_t size);
+/* The same to deploy or validate with: without what serves the next batch alone (feed-forward, a probe). */
+int moectl_deployment_biases(const moectl_controller* c, int layer, double* bias, size_t size);
 int moectl_aux_loss_weight(const moectl_controller* c, int layer, double* weight);
 int moectl_temperature(const moectl_controller* c, int layer, double* temperature);
 
@@ -160,7 +165,8 @@ int moectl_freeze(moectl_controller* c, int layer, int on);
 /* `sum` adds values[size] in place over all ranks that share the layers, and returns 0, or another number if it cannot;
  * moectl_step() then returns MOECTL_REDUCTION. It is called in moectl_step(), in that thread. `user` is passed through
  * and must live until it is replaced or the controller is freed. NULL = this process is the only rank. */
-int moectl_set_reduction(moectl_controller* c, int (*sum)(void* user, int64_t* values, size_t size), void* user);
+int moectl_set_reduction(moectl_controller* c, int (*sum)(void* user, int64_t* values, size_t size),
+                         void* user);
 /* `log` receives whole lines of a run log (docs/formats.md): the header now, those of a step at the end of each
  * moectl_step() that `log.every` selects. It returns 0, or another number if it cannot; that is a notice. NULL = none. */
 int moectl_set_log(moectl_controller* c, int (*log)(void* user, const char* text, size_t size), void* user);

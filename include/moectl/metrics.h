@@ -68,8 +68,10 @@ struct Metrics {
   Value expert_token_information;  ///< router_entropy - token_entropy, nats: mutual information.
   Value token_entropy_slope;       ///< of token_entropy, per step, over the trend window.
   Value entropy_slope;             ///< of entropy, per step, over the trend window.
-  Value importance_cv;             ///< CV of Σ_t p_ti.
-  Value routing_variance;          ///< variance of p_i over the steps of the trend window, mean over experts.
+  Value balance_loss;              ///< N Σ f_i P_i as the router reports it, mean over micro-batches.
+  Value z_loss;            ///< mean (logsumexp z)² as the router reports it, mean over micro-batches.
+  Value importance_cv;     ///< CV of Σ_t p_ti.
+  Value routing_variance;  ///< variance of p_i over the steps of the trend window, mean over experts.
 
   // Geometry of the simplex: Fisher metrics. `fsi` follows the equation reported for the index of that name in arXiv
   // 2604.14500. The paper's FHS formula is not known to this project: `fhs` is the project's own statistic with the

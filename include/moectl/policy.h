@@ -49,6 +49,9 @@ struct LayerView {
   const LayerMonitor& monitor;      ///< For `scope: model`, the first layer's.
   std::span<const double> targets;  ///< Wanted share of the load of each expert, summing to 1. [N]
   const StepInfo& info;
+  /// The part of the biases in force that is a test move of `safety.responsiveness`: the value that `propose` starts from
+  /// is without it, but the loads answer to both. Empty = none. [N]
+  std::span<const double> probe{};
 };
 
 /// Controls one actuator of one layer (or of the whole model). Only `propose` is required. A policy that throws holds its

@@ -26,6 +26,7 @@ class LogError : public std::runtime_error {
 /// An actuator's entry in a run log.
 struct LoggedActuator {
   std::vector<double> proposed, applied;  ///< Empty if not logged; NaN where a proposal was not a number.
+  std::vector<double> deployed;  ///< Of biases, without what serves the next batch alone; empty = as applied.
   std::optional<double> min, max;  ///< Of `applied`; the only values in a log without per-expert arrays.
   std::vector<std::string> reasons;
 };

@@ -58,6 +58,9 @@ struct RoutingBatch {
   std::span<const std::int64_t> domain_ids{};
   /// Assignments that the router dropped for lack of capacity; absent = the router does not report drops.
   std::optional<std::int64_t> dropped{};
+  /// The router's losses on this micro-batch, before their weights: the balance loss N Σ f_i P_i and the z-loss
+  /// mean (logsumexp z)². In [0, kFixedMax]; absent = not reported. Metrics report the mean over micro-batches.
+  std::optional<double> balance_loss{}, z_loss{};
 };
 
 /// The losses of one micro-batch's tokens. Losses are known only after the forward pass, so they are recorded
@@ -134,7 +137,10 @@ class RoutingStats {
   /// [N]. Returns false, and writes nothing, if no gap is near or known.
   bool load_slope(std::span<double> out) const;
   std::optional<double> dropped() const;  ///< Dropped assignments.
-  bool has_sequences() const;             ///< At least one sequence, and every token belongs to one.
+  /// Means over the micro-batches that reported them.
+  std::optional<double> balance_loss() const { return mean_of(kBalanceLossSum, kBalanceLossRecords); }
+  std::optional<double> z_loss() const { return mean_of(kZLossSum, kZLossRecords); }
+  bool has_sequences() const;  ///< At least one sequence, and every token belongs to one.
   /// Tokens whose sequence id is beyond split_sequences: has_sequences() is then false.
   std::int64_t tokens_beyond_split() const { return scalar(kBeyondSplit); }
   bool has_probabilities() const;
@@ -192,6 +198,10 @@ class RoutingStats {
     kDomainTokens,
     kGradRecords,
     kLatencyRecords,
+    kBalanceLossSum,  ///< Fixed point.
+    kBalanceLossRecords,
+    kZLossSum,  ///< Fixed point.
+    kZLossRecords,
     kMarginTokens,
     kScalarCount
   };
@@ -244,6 +254,8 @@ class RoutingStats {
   void keep_margin_rows(const RoutingBatch& batch);
   bool gather_probabilities(const RoutingBatch& batch);
   bool gather_dropped(const RoutingBatch& batch);
+  bool gather_router_losses(const RoutingBatch& batch);
+  std::optional<double> mean_of(Scalar sum, Scalar records) const;
   bool add_observation(Array which, Scalar records, std::span<const double> values);
   bool add_losses(Array sums, Array tokens, std::size_t at, std::span<const double> loss_sums,
                   std::span<const std::int64_t> covered);

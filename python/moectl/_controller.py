@@ -161,7 +161,8 @@ class Controller:
 
     def record(self, layer: int, experts: Any, *, mask: Any = None, sequence_length: int = 0, sequence_ids: Any = None,
                top_values: Any = None, biased_scores: Any = None, probabilities: Any = None, domain_ids: Any = None,
-               dropped: Optional[int] = None, micro_batch: Optional[int] = None) -> None:
+               dropped: Optional[int] = None, balance_loss: Optional[float] = None, z_loss: Optional[float] = None,
+               micro_batch: Optional[int] = None) -> None:
         """Adds one micro-batch of one layer's routing.
 
         experts        [T, k] int64 or int32: the experts chosen for each token, before any capacity limit; -1 = a slot
@@ -173,6 +174,7 @@ class Controller:
         probabilities  [T, N] float32
         domain_ids     [T] int64
         dropped        assignments dropped for lack of capacity
+        balance_loss   the router's balance loss N Σ f_i P_i on these tokens, before its weight; z_loss likewise
         micro_batch    from 0: a second record of the same (layer, micro_batch) before the next step is ignored
 
         Malformed data (an expert that does not exist) is no error: the layer holds, and a notice says why."""
@@ -211,6 +213,10 @@ class Controller:
             attach("domain_ids", domain_ids, tokens, "int64")
         if dropped is not None:
             batch.dropped = ctypes.pointer(c_int64(dropped))
+        if balance_loss is not None:
+            batch.balance_loss = ctypes.pointer(c_double(balance_loss))
+        if z_loss is not None:
+            batch.z_loss = ctypes.pointer(c_double(z_loss))
         check(lib.moectl_record(self._handle, layer, byref(batch), -1 if micro_batch is None else micro_batch))
 
     def record_counts(self, counts: Any, *, layer: Optional[int] = None, tokens: Any = None) -> None:
@@ -288,15 +294,19 @@ class Controller:
 
     def bias(self, layer: int) -> "array.array[float]":
         """The selection biases [N] float64 of one layer. numpy.asarray() and torch.frombuffer() take it as it is."""
-        return self._biases(layer, self._shape(layer)[0])
+        return self._biases(lib.moectl_biases, layer, self._shape(layer)[0])
+
+    def deployment_bias(self, layer: int) -> "array.array[float]":
+        """What to deploy or validate with: the biases [N] in force without what serves the next batch alone."""
+        return self._biases(lib.moectl_deployment_biases, layer, self._shape(layer)[0])
 
     def biases(self) -> "array.array[float]":
         """The same of all layers, one after another in the order of `layers`: [L * N]."""
-        return self._biases(ALL_LAYERS, sum(n for n, _ in self._shapes.values()))
+        return self._biases(lib.moectl_biases, ALL_LAYERS, sum(n for n, _ in self._shapes.values()))
 
-    def _biases(self, layer: int, size: int) -> "array.array[float]":
+    def _biases(self, read: Any, layer: int, size: int) -> "array.array[float]":
         values = array.array("d", bytes(8 * size))
-        check(lib.moectl_biases(self._handle, layer, values.buffer_info()[0], size))
+        check(read(self._handle, layer, values.buffer_info()[0], size))
         return values
 
     def aux_loss_weight(self, layer: int) -> float:

@@ -22,7 +22,7 @@ class Batch(ctypes.Structure):
         ("size", c_size_t), ("tokens", c_size_t), ("experts", c_void_p), ("experts32", c_void_p), ("mask", c_void_p),
         ("sequence_length", c_int64), ("sequence_ids", c_void_p), ("top_values", c_void_p),
         ("biased_scores", c_void_p), ("probabilities", c_void_p), ("domain_ids", c_void_p),
-        ("dropped", POINTER(c_int64)),
+        ("dropped", POINTER(c_int64)), ("balance_loss", POINTER(c_double)), ("z_loss", POINTER(c_double)),
     ]
 
 
@@ -61,6 +61,7 @@ _FUNCTIONS = {
     "moectl_figures_of": [_HANDLE, POINTER(Figures)],
     "moectl_report_json": [_HANDLE, c_int, POINTER(c_void_p)],
     "moectl_biases": [_HANDLE, c_int, c_void_p, c_size_t],
+    "moectl_deployment_biases": [_HANDLE, c_int, c_void_p, c_size_t],
     "moectl_aux_loss_weight": [_HANDLE, c_int, POINTER(c_double)],
     "moectl_temperature": [_HANDLE, c_int, POINTER(c_double)],
     "moectl_hold": [_HANDLE, c_int],

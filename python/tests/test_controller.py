@@ -167,6 +167,25 @@ def test_biases_from_elsewhere_are_in_force_at_once(trace):
         controller.adopt(1, [0.0] * 7)
 
 
+def test_what_to_deploy_has_no_feed_forward():
+    settings = config(layers=1, model={"domains": ["text", "code"]})
+    settings["expert_bias"]["options"] = {"feedforward": "tags"}
+    settings["safety"] = {"responsiveness": False}
+    controller, router = moectl.Controller(settings), Router()
+    texts = [8 + 16 * (step % 4) for step in range(41)]
+    for text, following in zip(texts, texts[1:]):
+        # Tokens of code prefer the experts of high index: what the router prefers, in reverse.
+        bias = list(controller.bias(0))
+        rows = router.choose(bias, text)
+        rows += [[(v, 7 - i) for v, i in row] for row in router.choose(bias[::-1], 64 - text)]
+        controller.record(0, [[i for _, i in row[:2]] for row in rows], top_values=[[v for v, _ in row[:3]] for row in rows],
+                          domain_ids=[0] * text + [1] * (64 - text))
+        controller.step(next_mixture=[following, 64 - following])
+    deployed, in_force = list(controller.deployment_bias(0)), list(controller.bias(0))
+    assert len(deployed) == 8 and deployed != in_force and abs(sum(deployed)) < 1e-12
+    assert list(moectl.Controller(config()).deployment_bias(1)) == [0.0] * 8
+
+
 def test_layers_have_the_models_ids_and_their_own_sizes():
     settings = config(layers=2, experts=4, top_k=1, policy="sign_bias")
     settings["layers"] = [{"ids": [3]}, {"ids": [7], "experts": 2}]

@@ -22,7 +22,7 @@ def test_every_function_is_declared_with_its_arguments():
                                           ("moectl_figures", _library.Figures)])
 def test_every_struct_has_its_members_in_order(name, struct):
     body = re.search(r"typedef struct " + name + r" \{(.*?)\} " + name, HEADER, re.S).group(1)
-    members = [(kind.strip(), member) for kind, member in re.findall(r"([\w ]+?[ *]+)(\w+);", body)]
+    members = [(kind.strip(), member) for kind, member in re.findall(r"([\w ]+?[ *]+)\s*(\w+);", body)]
     assert [member for _, member in members] == [field for field, _ in struct._fields_]
     for (kind, member), (_, ctype) in zip(members, struct._fields_):
         size = 8 if "*" in kind else {"size_t": 8, "int64_t": 8, "double": 8, "int": 4}[kind]

@@ -254,7 +254,9 @@ int moectl_record(moectl_controller* c, int layer, const moectl_batch* batch, in
          .biased_scores = array(b.biased_scores, b.tokens * n),
          .probabilities = array(b.probabilities, b.tokens * n),
          .domain_ids = array(b.domain_ids, b.tokens),
-         .dropped = b.dropped ? std::optional(*b.dropped) : std::nullopt},
+         .dropped = b.dropped ? std::optional(*b.dropped) : std::nullopt,
+         .balance_loss = b.balance_loss ? std::optional(*b.balance_loss) : std::nullopt,
+         .z_loss = b.z_loss ? std::optional(*b.z_loss) : std::nullopt},
         micro_batch);
   });
 }
@@ -367,6 +369,16 @@ int moectl_biases(const moectl_controller* c, int layer, double* bias, size_t si
     require(bias != nullptr, "bias: is NULL");
     for_layers(*c, layer, [&](int id, std::size_t, std::size_t at) {
       std::ranges::copy(c->controller.bias(id), bias + at);
+    });
+  });
+}
+
+int moectl_deployment_biases(const moectl_controller* c, int layer, double* bias, size_t size) {
+  return guarded([&] {
+    require_size(deref(c), layer, size, "bias");
+    require(bias != nullptr, "bias: is NULL");
+    for_layers(*c, layer, [&](int id, std::size_t, std::size_t at) {
+      std::ranges::copy(c->controller.deployment_bias(id), bias + at);
     });
   });
 }

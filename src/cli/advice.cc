@@ -154,6 +154,13 @@ std::vector<std::string> Advice::sentences(const nlohmann::json& now, double dea
   }
   if (imbalanced && !controlled)
     says.emplace_back("no policy controls this run: try policies/adaptive_bias.yaml");
+  if (imbalanced && controlled && says.empty()) {
+    says.push_back(
+        "layer " + now["worst_layer"].dump() + " stands at " + brief(now["worst"].get<double>()) +
+        " x its floor though nothing holds the controller: let the run go on if MaxVio still falls; "
+        "if it does not, take a larger step or gain, or another policy "
+        "(moectl simulate CONFIG --set compares them)");
+  }
   if (dead > 0.5 && policy_of("expert_bias") == "fixed")
     says.push_back("about " + brief(dead) + " experts are dead: a bias policy brings them back");
   if (now["floor"] == "noise floor")

@@ -125,7 +125,7 @@ void add_biases(CLI::App& app, Tool& tool) {
   CLI::App* command =
       app.add_subcommand("biases", "Take the selection biases out of a file, or compare two files");
   command->footer(
-      R"(FILE is a run log (what was in force at its end), a saved state, an .npy array [layers, experts], JSON lists, a
+      R"(FILE is a run log (what was in force at its end), a saved state (both with what to deploy: --deployed), an .npy array [layers, experts], JSON lists, a
 safetensors checkpoint, or a file of biases that -o wrote. Several files of different layers are joined by -o.
 A config takes the result as its start: expert_bias: {policy: adaptive_bias, initial: biases.json}. In a comparison
 what all experts of a layer have in common is left out, since it changes no choice.
@@ -143,6 +143,8 @@ Examples:
       ->add_option("--first-layer", options->source.first_layer,
                    "Id of the first row of an array without names")
       ->check(whole_number(0, 1'000'000));
+  command->add_flag("--deployed", options->source.deployed,
+                    "Of a run log or a state: without feed-forward and probes, as for deployment");
   add_format(*command, options->format, {"table", "json"});
   command->callback([&tool, options] { tool.run = [options] { return biases(*options); }; });
 }

@@ -82,7 +82,11 @@ class Reader {
   template <class T>
   void read_optional(YamlMap& map, const FieldInfo& field, std::optional<T>& value) {
     if constexpr (std::is_same_v<T, ActuatorConfig>) {
-      if (YamlMap* inner = map.map(field.key)) read_actuator(*inner, field.key, value.emplace());
+      if (YamlMap* inner = map.map(field.key)) {
+        inner->require(
+            "policy");  // the section takes the place of the config's own, whose policy it might mean to keep
+        read_actuator(*inner, field.key, value.emplace());
+      }
     } else if constexpr (kIsSection<T>) {
       if (YamlMap* inner = map.map(field.key)) read_fields(*inner, value.emplace());
     } else if constexpr (kHasFields<T>) {

@@ -56,7 +56,7 @@ ActuatorLoop::ActuatorLoop(Actuator actuator, const ControllerConfig& config, co
       cadence_(config.actuator(actuator).limits.cadence),
       shadow_(config.mode == Mode::kShadow) {
   applied_.assign(static_cast<std::size_t>(size_of(actuator, config)), config.actuator(actuator).initial);
-  proposed_ = guarded_ = base_ = shadow_applied_ = before_[0] = before_[1] = applied_;
+  proposed_ = guarded_ = base_ = shadow_applied_ = deployed_ = before_[0] = before_[1] = applied_;
 }
 
 void ActuatorLoop::make_windows(std::span<const StatsShape> shapes) {
@@ -76,7 +76,8 @@ void ActuatorLoop::adopt(std::span<const double> values, const ControllerConfig&
   for (RoutingStats& window : windows_) window.clear();
 }
 
-void ActuatorLoop::propose(const LayerView& view, std::span<const double> probe, Notices& notices) {
+void ActuatorLoop::propose(const LayerView& view, Notices& notices) {
+  const std::span<const double> probe = view.probe;
   std::copy(applied_.begin(), applied_.end(), proposed_.begin());
   for (std::size_t i = 0; i < probe.size(); ++i) proposed_[i] -= probe[i];
   asked_ = call_held([&] { policy_->propose(view, proposed_); },
@@ -178,23 +179,25 @@ void ActuatorLoop::remember() {
   std::copy(applied_.begin(), applied_.end(), before_[0].begin());
 }
 
-ActuatorReport ActuatorLoop::report() const {
+ActuatorReport ActuatorLoop::report(std::span<const double> probe, const Limits& limits) {
+  const bool others = deployment(probe, limits, deployed_);
   return {.proposed = asked_ ? std::span<const double>(proposed_) : std::span<const double>(),
           .applied = shadow_ ? shadow_applied_ : applied_,
+          .deployed = others ? std::span<const double>(deployed_) : std::span<const double>(),
           .reasons = reasons_};
 }
 
-std::vector<double> ActuatorLoop::deployment(std::span<const double> probe, const Limits& limits) const {
-  std::vector<double> values = applied_;
-  for (std::size_t i = 0; i < probe.size(); ++i) values[i] -= probe[i];
-  policy_->leave_for_deployment(values);
-  if (values == applied_) return values;
+bool ActuatorLoop::deployment(std::span<const double> probe, const Limits& limits,
+                              std::span<double> out) const {
+  std::copy(applied_.begin(), applied_.end(), out.begin());
+  if (shadow_) return false;  // nothing of the policy's is in force
+  for (std::size_t i = 0; i < probe.size(); ++i) out[i] -= probe[i];
+  policy_->leave_for_deployment(out);
+  if (std::equal(out.begin(), out.end(), applied_.begin())) return false;
   double mean = 0;
-  for (const double value : values) mean += value / static_cast<double>(values.size());
-  for (double& value : values) {
-    value = std::clamp(value - (limits.center ? mean : 0), limits.min, limits.max);
-  }
-  return values;
+  for (const double value : out) mean += value / static_cast<double>(out.size());
+  for (double& value : out) value = std::clamp(value - (limits.center ? mean : 0), limits.min, limits.max);
+  return true;
 }
 
 void ActuatorLoop::exchange(StateIo& io) {

@@ -42,7 +42,7 @@ class ActuatorLoop {
   void begin() { asked_ = failed_ = guard_took_over_ = false; }
   /// Asks the policy for a proposal, starting from the value in force without `probe`, the part of it that is none of
   /// the policy's. A policy that throws is held.
-  void propose(const LayerView& view, std::span<const double> probe, Notices& notices);
+  void propose(const LayerView& view, Notices& notices);
   /// Room for what a guard wants instead of the proposal; take_over() makes it so, if a decision is due.
   std::span<double> guarded() { return guarded_; }
   void take_over() { guard_took_over_ = asked_ || failed_; }
@@ -65,9 +65,11 @@ class ActuatorLoop {
   std::span<const double> applied() const { return applied_; }
   /// Of the last step.
   const LimitReport& reasons() const { return reasons_; }
-  ActuatorReport report() const;
-  /// The value in force without `probe` and what serves the next batch alone, within the limits.
-  std::vector<double> deployment(std::span<const double> probe, const Limits& limits) const;
+  /// `probe`: as in propose(); `limits`: of the actuator.
+  ActuatorReport report(std::span<const double> probe, const Limits& limits);
+  /// Writes the value in force without `probe` and what serves the next batch alone, within the limits. Returns whether
+  /// it is another one.
+  bool deployment(std::span<const double> probe, const Limits& limits, std::span<double> out) const;
   /// After adopt(): the memory of a policy of the same name, from its saved state, as far as it fits. Returns what is
   /// wrong, and is then to adopt the values once more.
   std::string keep_memory(const StateIo& in);
@@ -91,6 +93,7 @@ class ActuatorLoop {
   std::vector<double> applied_, proposed_, guarded_;
   std::vector<double> base_;            // applied_ without a probe
   std::vector<double> shadow_applied_;  // mode shadow: what would be applied
+  std::vector<double> deployed_;
   LimitReport reasons_;
   std::array<std::vector<double>, 2> before_;
   bool asked_ = false;

@@ -20,7 +20,7 @@ void ConfigComparison::look(const ModelConfig& model, std::span<const double> ta
       same = false;
       continue;
     }
-    had_data_[l] = true;
+    tokens_[l] += stats->tokens();
     const auto counts = stats->counts();
     fewest = std::min(fewest, stats->tokens());
     same = same && (first == nullptr || std::equal(counts.begin(), counts.end(), first->counts().begin()));
@@ -41,20 +41,39 @@ void ConfigComparison::look(const ModelConfig& model, std::span<const double> ta
          " tokens arrived: noise floors of targets are computed from it"});
   }
   if (++steps_ < kSteps) return;
-  for (std::size_t l = 0; l < layers_.size(); ++l) {
-    if (had_data_[l]) continue;
-    say({"layer ", Number(std::int64_t{layers_[l].id}).text(),
-         " has recorded no token so far and other layers have: model.layers is ",
-         Number(std::int64_t{model.layers}).text(), ": is every MoE layer recorded, from layer ",
-         Number(std::int64_t{layers_.front().id}).text(), " on?"});
-    break;
-  }
+  say_missing_layer(model, step, notices);
   if (same_experts_) {
     say(
         {"all layers have recorded the same experts in every step so far: a layer's record must hold the "
          "indices of that layer alone, [tokens, k] or [B, S, k], not [tokens, layers, k]"});
   }
   say_unused_experts(model, targets, step, notices);
+}
+
+// A layer that records under the id of another leaves its own without tokens, and gives the other twice as many.
+void ConfigComparison::say_missing_layer(const ModelConfig& model, std::int64_t step,
+                                         Notices& notices) const {
+  const auto missing = std::find(tokens_.begin(), tokens_.end(), 0);
+  if (missing == tokens_.end()) return;
+  const auto id_of = [&](auto at) {
+    return Number(std::int64_t{layers_[static_cast<std::size_t>(at - tokens_.begin())].id});
+  };
+  const auto most = std::max_element(tokens_.begin(), tokens_.end());
+  const auto least = std::min_element(tokens_.begin(), tokens_.end(), [](std::int64_t a, std::int64_t b) {
+    return a > 0 && (b == 0 || a < b);
+  });
+  if (*most >= 2 * *least) {
+    notices.add(NoticeKind::kConfig, -1, step,
+                {"layer ", id_of(missing).text(), " has recorded no token so far, and layer ",
+                 id_of(most).text(), " twice as many as layer ", id_of(least).text(),
+                 ": does it record under the id of layer ", id_of(most).text(), "?"});
+    return;
+  }
+  notices.add(NoticeKind::kConfig, -1, step,
+              {"layer ", id_of(missing).text(),
+               " has recorded no token so far and other layers have: model.layers is ",
+               Number(std::int64_t{model.layers}).text(), ": is every MoE layer recorded, from layer ",
+               Number(std::int64_t{layers_.front().id}).text(), " on?"});
 }
 
 // The last experts of all layers, without a single token though there were enough for many each.

@@ -14,7 +14,7 @@ namespace moectl {
 
 class ConfigComparison {
  public:
-  explicit ConfigComparison(std::size_t layers) : had_data_(layers) { layers_.reserve(layers); }
+  explicit ConfigComparison(std::size_t layers) : tokens_(layers) { layers_.reserve(layers); }
 
   struct Layer {
     int id;
@@ -35,11 +35,12 @@ class ConfigComparison {
   static constexpr std::int64_t kSteps = 10;
   bool done() const { return steps_ >= kSteps; }
   void look(const ModelConfig& model, std::span<const double> targets, std::int64_t step, Notices& notices);
+  void say_missing_layer(const ModelConfig& model, std::int64_t step, Notices& notices) const;
   void say_unused_experts(const ModelConfig& model, std::span<const double> targets, std::int64_t step,
                           Notices& notices) const;
 
   std::vector<Layer> layers_;
-  std::vector<bool> had_data_;
+  std::vector<std::int64_t> tokens_;  // of each layer, in all steps that were looked at
   std::int64_t steps_ = 0;
   bool same_experts_ = true, tokens_compared_ = false;
   int last_used_expert_ = -1;

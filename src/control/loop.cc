@@ -216,8 +216,9 @@ void Controller::Loop::propose() {
                   .worst = *seen.worst,
                   .monitor = *seen.monitor,
                   .targets = layers_[static_cast<std::size_t>(std::max(layer, 0))]->group->targets,
-                  .info = info_},
-                 probe_of(actuator, layer), notices_);
+                  .info = info_,
+                  .probe = probe_of(actuator, layer)},
+                 notices_);
   });
 }
 
@@ -330,7 +331,7 @@ void Controller::Loop::limit() {
 
 void Controller::Loop::log() {
   for (std::size_t l = 0; l < layer_reports_.size(); ++l) {
-    const Layer& layer = *layers_[l];
+    Layer& layer = *layers_[l];
     LayerReport& out = layer_reports_[l];
     out.layer = layer.id;
     out.targets = &layer.group->load_targets;
@@ -342,14 +343,15 @@ void Controller::Loop::log() {
     out.responsiveness = checked ? layer.response->report() : Responsiveness{};
     for (std::size_t a = 0; a < kActuatorCount; ++a) {
       if (!layer.loops[a]) continue;
-      out.actuators[a] = layer.loops[a]->report();
+      out.actuators[a] = layer.loops[a]->report(probe_of(a, static_cast<int>(l)),
+                                                layer.group->config.actuator(kActuators[a]).limits);
       out.actuators[a].missing = layer.missing[a];
     }
   }
   if (config_.mode != Mode::kOff) {
     for (std::size_t a = 0; a < kActuatorCount; ++a) {
       if (!model_loops_[a]) continue;
-      report_.model[a] = model_loops_[a]->report();
+      report_.model[a] = model_loops_[a]->report({}, model_config_.actuator(kActuators[a]).limits);
       report_.model[a].missing = model_missing_[a];
     }
   }
@@ -396,8 +398,10 @@ std::span<const double> Controller::Loop::in_force(Actuator actuator, int layer)
 std::vector<double> Controller::Loop::deployment_bias(int layer) const {
   const Layer& at = layer_at(layer);
   const auto a = static_cast<std::size_t>(Actuator::kExpertBias);
-  return at.loops[a]->deployment(probe_of(a, static_cast<int>(at.index)),
-                                 at.group->config.expert_bias.limits);
+  std::vector<double> values(at.loops[a]->applied().size());
+  at.loops[a]->deployment(probe_of(a, static_cast<int>(at.index)), at.group->config.expert_bias.limits,
+                          values);
+  return values;
 }
 
 Controller::Loop::DecisionInputs Controller::Loop::inputs(ActuatorLoop& loop, std::size_t actuator,

@@ -121,6 +121,7 @@ class Controller::Loop {
     bool response_told = false;  // that the load does not answer
     bool miswired = false;       // some rank found that the router does not use this layer's bias
     bool held_for_wiring = false;
+    void exchange_response(StateIo& io);
     std::array<std::optional<ActuatorLoop>, kActuatorCount> loops;  // those of `scope: layer`
     std::array<InputWatch, kActuatorCount> inputs;
     std::array<StatsNeeds, kActuatorCount> missing;

@@ -236,16 +236,21 @@ void Controller::Loop::exchange_layer(StateIo& io, Layer& layer) {
   io.section("watch", [&](StateIo& inner) { layer.monitor->exchange(inner); });
   if (layer.guard) io.section("guard", [&](StateIo& inner) { layer.guard->exchange(inner); });
   if (layer.response) {
-    io.section("responsiveness", [&](StateIo& inner) {
-      layer.response->exchange(inner);
-      inner.value("response_told", layer.response_told);
-      inner.value("held_for_wiring", layer.held_for_wiring);
-    });
+    io.section("responsiveness", [&](StateIo& inner) { layer.exchange_response(inner); });
   }
   for (std::size_t a = 0; a < kActuatorCount; ++a) {
     if (!layer.loops[a]) continue;
     io.section(name_of(kActuators[a]), [&](StateIo& inner) { layer.loops[a]->exchange(inner); });
   }
+  // For those who deploy from a saved state: it follows from the rest.
+  std::vector<double> deployed = deployment_bias(layer.id);
+  io.section("deployed", [&](StateIo& inner) { inner.values("values", deployed); });
+}
+
+void Controller::Loop::Layer::exchange_response(StateIo& io) {
+  response->exchange(io);
+  io.value("response_told", response_told);
+  io.value("held_for_wiring", held_for_wiring);
 }
 
 void Controller::Loop::exchange_recorded(StateIo& io, Layer& layer) {
@@ -370,12 +375,7 @@ void Controller::Loop::keep_layer(StateIo in, Layer& layer, std::vector<KeptPart
   // What the load last answered to is no longer known where biases were changed.
   if (!layer.response) return;
   if (report("safety.responsiveness",
-             in.tried("responsiveness",
-                      [&](StateIo& io) {
-                        layer.response->exchange(io);
-                        io.value("response_told", layer.response_told);
-                        io.value("held_for_wiring", layer.held_for_wiring);
-                      }),
+             in.tried("responsiveness", [&](StateIo& io) { layer.exchange_response(io); }),
              {"model.", "safety.responsiveness", "expert_bias.limits"})) {
     layer.start_response();
   }

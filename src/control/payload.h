@@ -56,9 +56,7 @@ class Payload {
   /// Whether the sum over ranks of layer i is surely in range: none of its sums can have wrapped around.
   bool in_range(std::size_t i) const;
   /// Writes whether this rank found that the router of layer i does not use its bias.
-  void put_miswired(std::size_t i, bool miswired) {
-    sums_[begins_.back() + layers() + i] = miswired ? 1 : 0;
-  }
+  void put_miswired(std::size_t i, bool miswired) { sums_[begins_.back() + layers() + i] = miswired ? 1 : 0; }
   /// Whether some rank found that.
   bool miswired(std::size_t i) const { return sums_[begins_.back() + layers() + i] > 0; }
   /// Writes this rank's part of everything else. `failed`: a policy of this rank threw in its last decision. `held`: by

@@ -204,7 +204,7 @@ LayerBiases from_json(const std::string& path, const json& all, int first_layer)
   fail(path, "must be a list of biases or of lists, one a layer, or what `moectl biases -o` writes");
 }
 
-LayerBiases from_state(const std::string& path) {
+LayerBiases from_state(const std::string& path, bool deployed) {
   LayerBiases biases;
   const std::string bytes = read_file(path);
   const StateIo state(bytes);
@@ -212,15 +212,15 @@ LayerBiases from_state(const std::string& path) {
     constexpr std::string_view kLayer = "layer ";
     if (!name.starts_with(kLayer)) continue;
     auto layer = state.find(name);
-    auto actuator = layer ? layer->find("expert_bias") : std::nullopt;
-    if (!actuator) continue;
-    actuator->list("applied", biases[std::stoi(name.substr(kLayer.size()))]);
+    auto section = layer ? layer->find(deployed ? "deployed" : "expert_bias") : std::nullopt;
+    if (!section) continue;
+    section->list(deployed ? "values" : "applied", biases[std::stoi(name.substr(kLayer.size()))]);
   }
   if (biases.empty()) fail(path, "holds no biases");
   return biases;
 }
 
-LayerBiases from_log(const std::string& path) {
+LayerBiases from_log(const std::string& path, bool deployed) {
   LogReader log(path, FaultPolicy::kRepair);
   if (!log.header().is_run) {
     fail(path,
@@ -232,7 +232,9 @@ LayerBiases from_log(const std::string& path) {
   while (const auto record = log.next()) {
     const auto found = record->actuators.find("expert_bias");
     if (record->layer < 0 || record->tag != "train" || found == record->actuators.end()) continue;
-    if (!found->second.applied.empty()) biases[record->layer] = found->second.applied;
+    const LoggedActuator& logged = found->second;
+    if (logged.applied.empty()) continue;
+    biases[record->layer] = deployed && !logged.deployed.empty() ? logged.deployed : logged.applied;
   }
   if (biases.empty()) fail(path, "holds no biases of single experts (log.per_expert is off?)");
   return biases;
@@ -250,7 +252,7 @@ LayerBiases biases_in(const std::string& path, const BiasSource& source) {
   file.read(start, sizeof start);
   const std::string_view begin(start, static_cast<std::size_t>(file.gcount()));
   try {
-    if (begin.starts_with("moectlst")) return from_state(path);
+    if (begin.starts_with("moectlst")) return from_state(path, source.deployed);
     if (begin.starts_with("\x93NUMPY")) return from_npy(path, source.first_layer);
     if (begin.size() > 8 && begin[8] == '{' && begin[7] == '\0') return from_safetensors(path, source.tensor);
     if (begin.starts_with("{\"format\":\"moectl-biases\"")) return read_biases(path);
@@ -262,7 +264,7 @@ LayerBiases biases_in(const std::string& path, const BiasSource& source) {
       if (all.is_discarded()) fail(path, "not JSON");
       return from_json(path, all, source.first_layer);
     }
-    return from_log(path);
+    return from_log(path, source.deployed);
   } catch (const ImportError&) {
     throw;
   } catch (const std::exception& error) {

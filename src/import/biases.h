@@ -11,7 +11,8 @@ struct BiasSource {
   /// Name of the tensors in a safetensors file, with {} in place of the layer's number. Empty = every tensor whose name
   /// ends with a known one (e_score_correction_bias, expert_bias, score_bias).
   std::string tensor{};
-  int first_layer = 0;  ///< Id of the first row of an array without names.
+  int first_layer = 0;    ///< Id of the first row of an array without names.
+  bool deployed = false;  ///< Of a run log or a state: without what serves the next batch alone.
 };
 
 /// Reads a run log (the values in force at its end), a saved state, a file of biases, an .npy array [layers, experts] or

@@ -388,6 +388,14 @@ RoutingStats read_stats(const Line& line, const LogGroup& header, std::optional<
     stats.set_scalar(RoutingStats::kDropped, line.integer("dropped", *dropped, 0, stats.assignments()));
     stats.set_scalar(RoutingStats::kDropTokens, tokens);
   }
+  const auto read_loss = [&](const char* name, RoutingStats::Scalar sum, RoutingStats::Scalar records) {
+    const auto loss = line.find(name);
+    if (!loss || loss->is_null()) return;
+    stats.set_scalar(sum, line.fixed(name, *loss));
+    stats.set_scalar(records, 1);
+  };
+  read_loss("balance_loss", RoutingStats::kBalanceLossSum, RoutingStats::kBalanceLossRecords);
+  read_loss("z_loss", RoutingStats::kZLossSum, RoutingStats::kZLossRecords);
   if (gradients) {
     line.fixed("grad_norm", *gradients, stats.mutable_array(RoutingStats::kGradNormSum));
     stats.set_scalar(RoutingStats::kGradRecords, 1);
@@ -504,6 +512,7 @@ void read_decisions(const Line& line, LogRecord& record) {
       LoggedActuator& actuator = record.actuators[name];
       read_values(line, field, entry, "proposed", actuator.proposed);
       read_values(line, field, entry, "applied", actuator.applied);
+      read_values(line, field, entry, "deployed", actuator.deployed);
       read_extent(line, field, entry, actuator);
       if (const auto reasons = entry.find("reasons")) {
         read_words(line, field + ".reasons", *reasons, actuator.reasons);

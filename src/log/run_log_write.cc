@@ -501,6 +501,8 @@ void RunLogWriter::File::sums(const RoutingStats& stats) {
   }
   if (stats.has_margins()) margins(stats);
   if (stats.dropped()) json.field("dropped", stats.scalar(S::kDropped));
+  if (const auto loss = stats.balance_loss()) json.field("balance_loss", *loss);
+  if (const auto loss = stats.z_loss()) json.field("z_loss", *loss);
   if (const auto n = stats.scalar(S::kGradRecords); n > 0)
     fixed("grad_norm", S::kGradNormSum, 1.0 / static_cast<double>(n));
   if (const auto n = stats.scalar(S::kLatencyRecords); n > 0)
@@ -626,6 +628,10 @@ void RunLogWriter::File::actuators(const ActuatorReport (&reports)[kActuatorCoun
       }
       json.key("applied");
       json.array(report.applied);
+      if (!report.deployed.empty()) {
+        json.key("deployed");
+        json.array(report.deployed);
+      }
     } else {
       const auto [min, max] = std::minmax_element(report.applied.begin(), report.applied.end());
       json.field("min", *min);

@@ -56,6 +56,9 @@ constexpr MetricField kFields[] = {
      &Metrics::expert_token_information},
     {"token_entropy_slope", "nats/step", "slope over the trend window", &Metrics::token_entropy_slope},
     {"entropy_slope", "nats/step", "slope over the trend window", &Metrics::entropy_slope},
+    {"balance_loss", "", "N Σ f_i P_i as the router reports it, mean over micro-batches",
+     &Metrics::balance_loss},
+    {"z_loss", "", "mean (logsumexp z)² as the router reports it, mean over micro-batches", &Metrics::z_loss},
     {"importance_cv", "", "CV of sum_t p_ti", &Metrics::importance_cv},
     {"routing_variance", "", "mean_i var_t p_i over the trend window", &Metrics::routing_variance},
     {"fsi", "rad", "4 asin sqrt(B/2), B = sum (sqrt(p) - sqrt(1/N))^2 / 2", &Metrics::fsi},
@@ -239,6 +242,8 @@ void Measurer::measure(const RoutingStats& stats, Metrics& out) {
   measure_load(counts, t.min, t.max, t.sum, stats.mean_choices(), out);
   if (!targets_.equal()) measure_against_targets(counts, t.sum, out);
   if (const auto dropped = stats.dropped()) out.drop_rate = *dropped / static_cast<double>(t.sum);
+  out.balance_loss = stats.balance_loss();
+  out.z_loss = stats.z_loss();
   measure_floors(stats, t.sum, out);
   measure_router(stats, out);
   measure_experts(stats, out);

@@ -71,10 +71,28 @@ auto below(int end) {
   return [end](std::int64_t index) { return index >= 0 && index < end; };
 }
 
-constexpr auto kScalarNames = std::to_array<const char*>(
-    {"tokens", "choices_sq", "invalid_records", "gap_sum", "gap_tokens", "gap_width_sum", "sequences",
-     "sequence_tokens", "sequence_len_sq", "beyond_split", "prob_tokens", "token_entropy_sum", "dropped",
-     "drop_tokens", "domain_tokens", "grad_records", "latency_records", "margin_tokens"});
+constexpr auto kScalarNames = std::to_array<const char*>({"tokens",
+                                                          "choices_sq",
+                                                          "invalid_records",
+                                                          "gap_sum",
+                                                          "gap_tokens",
+                                                          "gap_width_sum",
+                                                          "sequences",
+                                                          "sequence_tokens",
+                                                          "sequence_len_sq",
+                                                          "beyond_split",
+                                                          "prob_tokens",
+                                                          "token_entropy_sum",
+                                                          "dropped",
+                                                          "drop_tokens",
+                                                          "domain_tokens",
+                                                          "grad_records",
+                                                          "latency_records",
+                                                          "balance_loss",
+                                                          "balance_loss_records",
+                                                          "z_loss",
+                                                          "z_loss_records",
+                                                          "margin_tokens"});
 static_assert(kScalarNames.size() == RoutingStats::kScalarCount);
 constexpr auto kArrayNames =
     std::to_array<const char*>({"counts", "gap_near", "sequence_sq", "sequence_cross", "split_counts",
@@ -207,6 +225,10 @@ Offence first_offence(const StatsShape& shape, const RoutingBatch& batch) {
   }
   if (batch.dropped && *batch.dropped < 0)
     return offence_at("dropped", -1, *batch.dropped, "must be at least 0");
+  for (const auto& [name, loss] : {std::pair{"balance_loss", batch.balance_loss}, {"z_loss", batch.z_loss}}) {
+    if (loss && (!(*loss >= 0) || !fits_fixed(*loss)))
+      return offence_at(name, -1, *loss, "must be finite, from 0 to 2^24");
+  }
   return {};
 }
 

@@ -248,7 +248,8 @@ bool RoutingStats::add(const RoutingBatch& batch) {
   std::fill(delta_.begin(), delta_.end(), 0);
   empty_slots_ = false;
   const bool good = gather_counts(batch) && gather_domains(batch) && gather_gap(batch) &&
-                    gather_margins(batch) && gather_probabilities(batch) && gather_dropped(batch);
+                    gather_margins(batch) && gather_probabilities(batch) && gather_dropped(batch) &&
+                    gather_router_losses(batch);
   if (!good) {
     const Offence offence = first_offence(shape_, batch);
     return reject(offence.empty() ? overflow_of("gap_sum") : offence);
@@ -583,6 +584,23 @@ bool RoutingStats::gather_dropped(const RoutingBatch& batch) {
   delta_[kDropped] = *batch.dropped;
   delta_[kDropTokens] = delta_[kTokens];
   return true;
+}
+
+bool RoutingStats::gather_router_losses(const RoutingBatch& batch) {
+  const auto gather = [&](const std::optional<double>& loss, Scalar sum, Scalar records) {
+    if (!loss) return true;
+    if (!(*loss >= 0) || !fits_fixed(*loss)) return false;
+    delta_[sum] = to_fixed(*loss);
+    delta_[records] = 1;
+    return true;
+  };
+  return gather(batch.balance_loss, kBalanceLossSum, kBalanceLossRecords) &&
+         gather(batch.z_loss, kZLossSum, kZLossRecords);
+}
+
+std::optional<double> RoutingStats::mean_of(Scalar sum, Scalar records) const {
+  if (scalar(records) <= 0) return std::nullopt;
+  return from_fixed(scalar(sum)) / static_cast<double>(scalar(records));
 }
 
 bool RoutingStats::add_counts(std::span<const std::int64_t> counts, std::int64_t tokens,

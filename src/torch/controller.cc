@@ -317,13 +317,14 @@ void TorchController::adopt(int layer, const ::torch::Tensor& biases) {
   publish();
 }
 
-void TorchController::load(::torch::serialize::InputArchive& archive, const std::string& key) {
+std::vector<KeptPart> TorchController::load(::torch::serialize::InputArchive& archive, const std::string& key,
+                                            Keep keep) {
   ::torch::Tensor bytes;
   if (!archive.try_read(key, bytes)) throw StateError("archive: no entry '" + key + "'");
   if (bytes.scalar_type() != ::torch::kUInt8)
     throw StateError("archive: entry '" + key + "' does not hold bytes");
   bytes = bytes.to(::torch::kCPU).contiguous();
-  load(std::string_view(static_cast<const char*>(bytes.data_ptr()), static_cast<std::size_t>(bytes.numel())));
+  return load({static_cast<const char*>(bytes.data_ptr()), static_cast<std::size_t>(bytes.numel())}, keep);
 }
 
 }  // namespace moectl

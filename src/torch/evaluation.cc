@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "control/payload.h"
 #include "torch/host_batch.h"
 
 namespace moectl {
@@ -29,6 +30,22 @@ void EvaluationMeter::record(int layer, const ::torch::Tensor& indices, const Re
   }
   stats_[at].add(HostBatch(stats_[at].shape(), indices, options).batch());
   stats_[at].join_sequences();  // the next batch has other sequences under the same ids
+}
+
+void EvaluationMeter::sum_over_ranks(const Reduction& sum) {
+  std::vector<std::size_t> sizes;
+  for (const RoutingStats& stats : stats_) sizes.push_back(stats.flat().size());
+  Payload payload(sizes, 0);
+  for (std::size_t i = 0; i < stats_.size(); ++i) payload.put(i, stats_[i].flat());
+  payload.put(StepInfo{}, 0, false, false);
+  payload.reduce(sum);
+  for (std::size_t i = 0; i < stats_.size(); ++i) {
+    std::ranges::copy(payload.layer(i), stats_[i].flat().begin());
+    if (!payload.in_range(i)) {
+      stats_[i].set_scalar(RoutingStats::kInvalidRecords,
+                           std::max<std::int64_t>(1, stats_[i].invalid_records()));
+    }
+  }
 }
 
 const StepReport& EvaluationMeter::report(std::int64_t step, const StepInfo& info) {

@@ -67,6 +67,10 @@ void check_record(const StatsShape& shape, const ::torch::Tensor& indices, const
             "must hold integers, in the shape of the indices without k, or [T]");
   if (const auto& dropped = options.dropped; dropped.defined())
     require(dropped.numel() == 1 && is_integer(dropped), "dropped", dropped, "must be one integer");
+  if (const auto& loss = options.balance_loss; loss.defined())
+    require(loss.numel() == 1, "balance_loss", loss, "must be one number");
+  if (const auto& loss = options.z_loss; loss.defined())
+    require(loss.numel() == 1, "z_loss", loss, "must be one number");
 }
 
 ::torch::Tensor whole_counts(const ::torch::Tensor& counts, int experts) {
@@ -127,6 +131,8 @@ HostBatch::HostBatch(const StatsShape& shape, const ::torch::Tensor& indices, co
     batch_.domain_ids = {integers(ids), count};
   }
   if (const auto& dropped = options.dropped; dropped.defined()) batch_.dropped = *integers(dropped);
+  if (const auto& loss = options.balance_loss; loss.defined()) batch_.balance_loss = loss.item<double>();
+  if (const auto& loss = options.z_loss; loss.defined()) batch_.z_loss = loss.item<double>();
 }
 
 }  // namespace moectl

@@ -179,14 +179,19 @@ void TopKRouterImpl::add_losses(const RouterInputs& inputs, RouterOutput& out) c
   const Tensor p = out.probabilities.reshape({-1, n});
   const Tensor flat = out.indices.reshape({-1, k});
   const Tensor mask = inputs.mask.defined() ? inputs.mask.reshape(-1).to(p.scalar_type()) : Tensor();
-  Tensor load = inputs.global_load;
-  if (!load.defined()) {
-    const Tensor real = mask.defined() ? mask.unsqueeze(1).expand({-1, k}).reshape({1, -1}) : Tensor();
-    const Tensor counts = count(flat.reshape({1, -1}), real, n, p).squeeze(0);
-    load = counts / counts.sum().clamp_min(1);
+  const Tensor real = mask.defined() ? mask.unsqueeze(1).expand({-1, k}).reshape({1, -1}) : Tensor();
+  Tensor counts = count(flat.reshape({1, -1}), real, n, p).squeeze(0);
+  if (inputs.counts_over_batch) {
+    const Tensor more = inputs.counts_over_batch(counts.to(::torch::kLong));
+    if (!more.defined() || more.numel() != n) {
+      throw std::invalid_argument("counts_over_batch: must return [N], one for each of the " +
+                                  std::to_string(n) + " experts");
+    }
+    counts = more.detach().reshape({n}).to(p.options());
   }
+  const Tensor load = counts / counts.sum().clamp_min(1);
   const auto scale = static_cast<double>(n);
-  out.balance_loss = (load.to(p.scalar_type()) * masked_mean(p, mask)).sum() * scale;
+  out.balance_loss = (load * masked_mean(p, mask)).sum() * scale;
   out.z_loss = masked_mean(out.logits.reshape({-1, n}).logsumexp(-1).square(), mask);
 
   if (inputs.sequence_ids.defined()) {

@@ -46,6 +46,8 @@ class Summing {
     margins();
     probabilities();
     dropped();
+    router_loss(options_.balance_loss, RoutingStats::kBalanceLossSum, RoutingStats::kBalanceLossRecords);
+    router_loss(options_.z_loss, RoutingStats::kZLossSum, RoutingStats::kZLossRecords);
 
     const RoutingStats layout(shape_);
     // All zeros are one tensor: each operator is a kernel to start.
@@ -258,6 +260,15 @@ class Summing {
     good_ = good_.logical_and(dropped.ge(0));
     scalar(RoutingStats::kDropped) = dropped;
     scalar(RoutingStats::kDropTokens) = scalar(RoutingStats::kTokens);
+  }
+
+  void router_loss(const Tensor& given, RoutingStats::Scalar sum, RoutingStats::Scalar records) {
+    if (!given.defined()) return;
+    const Tensor loss = here(given).to(::torch::kDouble).reshape({});
+    const Tensor good = loss.ge(0).logical_and(loss.le(kFixedMax));
+    good_ = good_.logical_and(good);
+    scalar(sum) = loss.masked_fill(good.logical_not(), 0).mul(16777216.0).round().to(::torch::kLong);
+    scalar(records) = filled(1, 1);
   }
 
   const StatsShape& shape_;

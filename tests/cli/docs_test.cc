@@ -159,6 +159,18 @@ TEST(Docs, TheArchitecturesTableIsInLayerOrder) {
   EXPECT_EQ(folders, 12U);
 }
 
+// ---- D7: figures of others that count otherwise, said where a user would be misled. ----
+
+TEST(FieldCases, D7_WhereOthersCountOtherwiseThePagesSaySo) {
+  const std::string concepts = page("docs/concepts.md");
+  EXPECT_THAT(concepts, HasSubstr("NeMo AutoModel's CV divides by N - 1"));
+  EXPECT_THAT(concepts, HasSubstr("Hugging Face's `router_aux_loss_coef` counts k times as much"));
+  // A step is compared with the stacked update, too.
+  for (const char* name : {"README.md", "docs/results.md"}) {
+    EXPECT_THAT(page(name), HasSubstr("stacked")) << name;
+  }
+}
+
 TEST(Docs, TheHelpOfCommandsThatReadTracesShowsALineOfOne) {
   const TempDir dir;
   for (const std::string command : {"metrics", "replay"}) {

@@ -364,6 +364,8 @@ TEST(FieldCases, A8_AdviceFollowsTheCauseAndNotTheLimits) {
     }
   }
   EXPECT_THAT(advice_on(dir, ""), Not(HasSubstr("expert_bias")));
+  EXPECT_THAT(advice_on(dir, ""), HasSubstr("x its floor though nothing holds the controller"));
+  EXPECT_THAT(advice_on(dir, "frozen"), Not(HasSubstr("though nothing holds")));
   EXPECT_THAT(advice_on(dir, "unresponsive", "aux_loss_weight", "pi"),
               HasSubstr("added to the loss that is trained"));
   EXPECT_THAT(advice_on(dir, "unresponsive", "router_temperature", "pi"), HasSubstr("divides its logits"));

@@ -24,7 +24,8 @@ TEST(Watch, PrintsALineAStep) {
   ASSERT_EQ(result.code, 0) << result.err;
   ASSERT_EQ(result.lines().size(), 2U);
   // MaxVio 0.2 and 0.6; the floor of 100 tokens on 2 experts is 0.0823, that of the CV 0.1.
-  EXPECT_EQ(result.lines()[0], "step 3  loss 2.5  max_vio 0.4 (4.862x noise floor)  cv 0.4 (4x noise floor)  dead 0");
+  EXPECT_EQ(result.lines()[0],
+            "step 3  loss 2.5  max_vio 0.4 (4.862x noise floor)  cv 0.4 (4x noise floor)  dead 0");
   EXPECT_EQ(result.lines()[1], "step 4  loss 2.5  max_vio 0 (0x noise floor)  cv 0 (0x noise floor)  dead 0");
   EXPECT_THAT(result.err, HasSubstr("skipped: <stdin>:3: line: not JSON"));
 }

@@ -9,12 +9,14 @@
 #include <cstdlib>
 #include <functional>
 #include <limits>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "altered_state.h"
 #include "moectl/config.h"
 #include "moectl/controller.h"
+#include "moectl/policy.h"
 #include "moectl/simulation.h"
 #include "test_paths.h"
 
@@ -169,6 +171,47 @@ TEST(FieldCases, A1_WithoutMovesNothingIsKnown) {
   EXPECT_EQ(loop.last.state, Response::kUnknown);
   EXPECT_FALSE(loop.last.gain.has_value());
   EXPECT_EQ(loop.held, 0);
+}
+
+// A policy with a model of the loads must know of every move that they answer to, the test moves as well.
+TEST(Responsiveness, APolicyIsToldOfTestMoves) {
+  struct Told {
+    std::vector<double> in_force;
+    double largest_probe = 0;
+  } told;
+  struct Nudge : Policy {
+    explicit Nudge(Told& told) : told(told) {}
+    void propose(const LayerView& view, std::span<double> value) override {
+      told.in_force.assign(value.begin(), value.end());
+      for (std::size_t i = 0; i < view.probe.size(); ++i) {
+        told.in_force[i] += view.probe[i];
+        told.largest_probe = std::max(told.largest_probe, std::abs(view.probe[i]));
+      }
+      value[0] += 0.01;
+    }
+    Told& told;
+  };
+  PolicyRegistry registry;
+  register_builtin_policies(registry);
+  registry.add(
+      {.name = "nudge",
+       .summary = "",
+       .actuators = {Actuator::kExpertBias},
+       .options = {},
+       .make = [&told](const PolicyContext&, const PolicyOptions&) { return std::make_unique<Nudge>(told); },
+       .check = {}});
+  const SimulationOptions plant{.seed = 40119};
+  SimulatedRouter router(plant);
+  Controller controller(config_of(plant, "nudge"), registry);
+  const std::vector<double> nothing(static_cast<std::size_t>(plant.experts), 0.0);
+  for (int step = 0; step < 100; ++step) {
+    const std::vector<double> in_force(controller.bias(0).begin(), controller.bias(0).end());
+    controller.record(0, router.route(nothing));
+    controller.step();
+    for (std::size_t i = 0; i < in_force.size(); ++i)
+      ASSERT_NEAR(told.in_force[i], in_force[i], 1e-12) << step;
+  }
+  EXPECT_GT(told.largest_probe, 0);
 }
 
 TEST(Responsiveness, ADeclaredDelayIsTakenIntoAccount) {

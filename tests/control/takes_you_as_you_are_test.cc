@@ -509,9 +509,25 @@ TEST(FieldCases, B6_TheDeployedBiasHasNoFeedForward) {
   const Biases deployed = with.deployment_bias(0), in_force = bias_of(with, 0);
   EXPECT_NEAR(std::accumulate(deployed.begin(), deployed.end(), 0.0), 0, 1e-12);
   EXPECT_NE(deployed, in_force);
+  const ActuatorReport& report = with.report().layers[0].actuators[static_cast<int>(Actuator::kExpertBias)];
+  EXPECT_EQ(Biases(report.deployed.begin(), report.deployed.end()), deployed);
+  EXPECT_TRUE(without.report().layers[0].actuators[0].deployed.empty());
   Controller resumed(config);
   resumed.load(with.save());
   EXPECT_EQ(resumed.deployment_bias(0), deployed);
+}
+
+TEST(FieldCases, B6_InShadowWhatIsInForceIsWhatIsDeployed) {
+  SimulationOptions plant = plant_of();
+  plant.scenario = Scenario::kNoise;
+  plant.mixture_spread = 1;
+  ControllerConfig config = config_of("adaptive_bias", plant);
+  config.model.domains = {"a", "b", "c", "d"};
+  config.mode = Mode::kShadow;
+  config.expert_bias.options.set("feedforward", std::string("tags"));
+  Controller controller(config);
+  simulate(controller, plant, 80);
+  EXPECT_EQ(controller.deployment_bias(0), Biases(bias_of(controller, 0).size()));
 }
 
 // ---- C1: layers that differ. ----

@@ -14,6 +14,7 @@
 #include "moectl/controller.h"
 #include "moectl/run_log.h"
 #include "moectl/simulation.h"
+#include "moectl/state_file.h"
 #include "temp_dir.h"
 
 namespace moectl {
@@ -145,6 +146,39 @@ TEST(BiasFiles, TheToolTakesThemOutForAConfig) {
   EXPECT_THAT(same.out, HasSubstr(R"("largest":0.0)"));
   const auto table = run_tool(dir, "biases " + dir.path("b.json"));
   EXPECT_THAT(table.out, HasSubstr("deviation"));
+}
+
+TEST(FieldCases, B6_WhatToDeployIsInTheLogAndInTheState) {
+  const TempDir directory;
+  SimulationOptions plant;
+  plant.layers = 2;
+  plant.mixture_spread = 1;
+  plant.scenario = Scenario::kNoise;
+  ControllerConfig config;
+  config.model.layers = 2;
+  config.model.experts = plant.experts;
+  config.model.top_k = plant.top_k;
+  config.model.score_space = plant.score_space;
+  config.model.domains = {"a", "b", "c", "d"};
+  config.expert_bias.policy = "adaptive_bias";
+  config.expert_bias.options.set("feedforward", std::string("tags"));
+  Controller controller(config);
+  const std::string log = directory.path("run.jsonl"), state = directory.path("controller.state");
+  {
+    RunLogWriter writer(log, config);
+    controller.set_log([&](const StepReport& report) { writer.write(report); });
+    simulate(controller, plant, 40);
+  }
+  write_file_atomically(state, controller.save());
+  for (int layer = 0; layer < 2; ++layer) {
+    const Biases deployed = controller.deployment_bias(layer);
+    const Biases in_force(controller.bias(layer).begin(), controller.bias(layer).end());
+    EXPECT_NE(deployed, in_force);
+    EXPECT_EQ(biases_in(log).at(layer), in_force);
+    EXPECT_EQ(biases_in(state).at(layer), in_force);
+    EXPECT_EQ(biases_in(log, {.deployed = true}).at(layer), deployed);
+    EXPECT_EQ(biases_in(state, {.deployed = true}).at(layer), deployed);
+  }
 }
 
 }  // namespace

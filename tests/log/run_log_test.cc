@@ -289,7 +289,8 @@ TEST(LogReader, SumsThatWouldOverflowAreRefused) {
   for (int i = 0; i < 2047; ++i) counts += ",9007199254740992";
   const std::string path = dir.write(
       "t", R"({"step":0,"layer":0,"tokens":9007199254740992,"top_k":2048,"counts":[)" + counts + "]}");
-  EXPECT_THAT([&] { read_all(path); }, ::testing::ThrowsMessage<LogError>(HasSubstr(":1: counts: the sum is beyond its range")));
+  EXPECT_THAT([&] { read_all(path); },
+              ::testing::ThrowsMessage<LogError>(HasSubstr(":1: counts: the sum is beyond its range")));
 }
 
 TEST(LogReader, SalvageReadsValidRecordsAndReportsTheRest) {
@@ -631,7 +632,8 @@ TEST(RunLogWriter, TheResponseOfTheLoadComesBack) {
   const TempDir dir;
   MadeStep made(4, {.experts = 4, .top_k = 2, .needs = {}}, 3);
   made.reports[1].responsiveness = {.state = Response::kUnknown};
-  made.reports[2].responsiveness = {.state = Response::kAnswers, .gain = 0.75, .error = 0.125, .scaled = true};
+  made.reports[2].responsiveness = {
+      .state = Response::kAnswers, .gain = 0.75, .error = 0.125, .scaled = true};
   made.reports[3].responsiveness = {.state = Response::kUnresponsive, .gain = -40, .error = 2, .late = 3};
   RunLogWriter(dir.path("run.jsonl"), config_of(4, 4, 2)).write(made.report);
   const std::string text = TempDir::read(dir.path("run.jsonl"));

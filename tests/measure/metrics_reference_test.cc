@@ -37,6 +37,7 @@ struct Step {
   std::vector<double> latencies{};  // [N] or empty
   std::vector<double> loss_sums{};  // [N] or empty
   std::optional<std::int64_t> dropped{};
+  std::optional<double> balance_loss{}, z_loss{};
 
   std::size_t n() const { return static_cast<std::size_t>(experts); }
   std::size_t k() const { return static_cast<std::size_t>(top_k); }
@@ -146,6 +147,8 @@ void load_metrics(const Step& step, const MetricsOptions& options, Reference& r)
   r["inactive_fraction"] = inactive / n;
   r["hot_experts"] = hot;
   r["cold_experts"] = cold;
+  if (step.balance_loss) r["balance_loss"] = *step.balance_loss;
+  if (step.z_loss) r["z_loss"] = *step.z_loss;
   if (step.dropped) r["drop_rate"] = static_cast<Real>(*step.dropped) / s;
   r["predicted_drop_rate"] = over / s;
   std::map<int, Real> devices;
@@ -469,6 +472,8 @@ Step random_step(const Kind& kind, std::size_t at, std::mt19937_64& random) {
     if (shape == 2) step.rows[step.rows.size() - n] += 1;  // never all zero
   }
   if (at % 3 != 2) step.dropped = static_cast<std::int64_t>(random() % 9);
+  if (at % 3 != 0) step.balance_loss = 1 + static_cast<double>(random() % 100) / 64;
+  if (at % 3 != 1) step.z_loss = static_cast<double>(random() % 640) / 64;
   if (!kind.experts_known) return step;
   const Counts counts = step.counts();
   for (std::size_t i = 0; i < n; ++i) {
@@ -495,7 +500,9 @@ RoutingStats stats_of(const Step& step) {
                          .sequence_length = static_cast<std::int64_t>(step.length),
                          .probabilities = step.rows,
                          .domain_ids = step.domain_ids,
-                         .dropped = step.dropped}));
+                         .dropped = step.dropped,
+                         .balance_loss = step.balance_loss,
+                         .z_loss = step.z_loss}));
   if (!step.gradients.empty()) {
     EXPECT_TRUE(stats.add_grad_norms(step.gradients));
   }
@@ -566,9 +573,10 @@ TEST(MetricsReference, EveryMetricOfEveryStepOfARandomHistory) {
       EXPECT_GT(present[field.name], 30) << field.name;
     }
   }
-  for (const char* name : {"drop_rate", "sampling_floor_cv", "token_entropy", "domain_information",
-                           "domain_exclusivity", "grad_norm_variance", "stagnant_experts", "latency_p99",
-                           "tail_sensitivity", "fhs", "entropy_normalized", "shift"}) {
+  for (const char* name :
+       {"drop_rate", "sampling_floor_cv", "token_entropy", "domain_information", "domain_exclusivity",
+        "grad_norm_variance", "stagnant_experts", "latency_p99", "tail_sensitivity", "fhs",
+        "entropy_normalized", "shift", "balance_loss", "z_loss"}) {
     EXPECT_GT(absent[name], 0) << name;
   }
 }

@@ -170,6 +170,22 @@ TEST(RoutingDistribution, ByHand) {
   EXPECT_NEAR(*m.importance_cv, .5, 1e-7);
 }
 
+TEST(RouterLosses, AreMeansOverTheMicroBatchesThatReportedThem) {
+  const std::vector<std::int64_t> experts = {0, 1};
+  RoutingStats stats({.experts = 2, .top_k = 1, .needs = {}});
+  EXPECT_TRUE(stats.add({.experts = experts, .balance_loss = 1.25, .z_loss = 9}));
+  EXPECT_TRUE(stats.add({.experts = experts, .balance_loss = 1.75}));
+  EXPECT_TRUE(stats.add({.experts = experts}));
+  Metrics m;
+  Measurer(stats.shape(), {}).measure(stats, m);
+  EXPECT_EQ(m.balance_loss, 1.5);
+  EXPECT_EQ(m.z_loss, 9);
+  for (const double bad : {std::nan(""), -1.0, HUGE_VAL}) {
+    EXPECT_FALSE(stats.add({.experts = experts, .z_loss = bad}));
+  }
+  EXPECT_EQ(stats.offence().words().substr(0, 6), "z_loss");
+}
+
 TEST(RoutingDistribution, AbsentWithoutProbabilities) {
   const Metrics m = of_counts({1, 2, 3});
   EXPECT_FALSE(m.token_entropy || m.router_entropy || m.expert_token_information || m.importance_cv ||

@@ -105,6 +105,23 @@ TEST(Simulation, LateRoutingIsLateByDelaySteps) {
   });
 }
 
+// Late stats tell the slope of the loads as those in time do, once gaps have been seen.
+TEST(Simulation, LateRoutingTellsTheSlope) {
+  for (const int delay : {0, 2}) {
+    ControllerConfig config;
+    config.model.layers = 1;
+    config.model.experts = 4;
+    config.model.top_k = 1;
+    config.model.delay = delay;
+    config.expert_bias.policy = "adaptive_bias";
+    SimulationOptions plant = simulation_options(config);
+    plant.tokens = 256;
+    Controller controller(config);
+    simulate(controller, plant, 10, [](const StepReport&) {});
+    EXPECT_TRUE(controller.report().layers[0].responsiveness.scaled) << delay;
+  }
+}
+
 // A favoured expert's preference grows no faster than twice its share would let it, however much it gets.
 TEST(Simulation, FavouredExpertsLearnBoundedly) {
   SimulationOptions options;

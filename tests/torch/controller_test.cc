@@ -124,13 +124,17 @@ TEST(TorchController, TakesTheGapTheSequencesTheDomainsAndTheDrops) {
            ::torch::tensor({3.0, 2.0, 1.5, 3.0, 2.0, 1.0, 3.0, 2.0, 1.0, 3.0, 2.0, 2.0}).view({4, 3}),
        .probabilities = ::torch::full({4, 4}, 0.25),
        .domain_ids = ::torch::tensor({0, 0, 1, 1}),
-       .dropped = ::torch::tensor(3)});
+       .dropped = ::torch::tensor(3),
+       .balance_loss = ::torch::tensor(1.25),
+       .z_loss = ::torch::tensor(9.5)});
   const RoutingStats& stats = *controller.step().layers[0].stats;
   EXPECT_DOUBLE_EQ(*stats.mean_gap(), (0.5 + 1 + 1 + 0) / 4);
   EXPECT_EQ(stats.scalar(RoutingStats::kSequences), 2);
   EXPECT_THAT(stats.array(RoutingStats::kSequenceSq), ElementsAre(4, 4, 4, 4));
   EXPECT_THAT(stats.domain_counts(1), ElementsAre(0, 0, 2, 2));
   EXPECT_EQ(stats.dropped(), 3.0);
+  EXPECT_EQ(stats.balance_loss(), 1.25);
+  EXPECT_EQ(stats.z_loss(), 9.5);
   EXPECT_TRUE(stats.has_probabilities());
 }
 

@@ -65,6 +65,8 @@ Batch batch_of(int seed) {
   batch.options.probabilities = scores.softmax(-1);
   batch.options.domain_ids = ::torch::randint(0, 3, {sequences, length}, ::torch::kLong);
   batch.options.dropped = ::torch::randint(0, 5, {}, ::torch::kLong);
+  batch.options.balance_loss = ::torch::rand({});
+  batch.options.z_loss = ::torch::rand({}) * 100;
   if (chance(0.5)) batch.options.mask = ::torch::rand({sequences, length}) < 0.7;
   if (chance(0.4)) {
     batch.indices = batch.indices.view({tokens, kTopK});
@@ -79,6 +81,7 @@ Batch batch_of(int seed) {
   if (chance(0.1)) batch.options.probabilities = Tensor();
   if (chance(0.1)) batch.options.domain_ids = Tensor();
   if (chance(0.1)) batch.options.dropped = Tensor();
+  if (chance(0.1)) batch.options.balance_loss = Tensor();
   return batch;
 }
 
@@ -138,6 +141,7 @@ TEST(DevicePath, MalformedRecordsAreCountedAndAddNothing) {
        }},
       {"unknown domain", [](Batch& b) { b.options.domain_ids.view({-1})[0] = 3; }},
       {"negative domain", [](Batch& b) { b.options.domain_ids.view({-1})[0] = -1; }},
+      {"a loss that is no number", [](Batch& b) { b.options.z_loss = ::torch::tensor(std::nan("")); }},
       {"negative drops", [](Batch& b) { b.options.dropped = ::torch::tensor(std::int64_t{-1}); }},
       {"decreasing sequences",
        [](Batch& b) {

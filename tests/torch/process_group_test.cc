@@ -9,13 +9,17 @@
 #include <algorithm>
 #include <chrono>
 #include <functional>
+#include <mutex>
 #include <string>
 #include <thread>
 #include <torch/csrc/distributed/c10d/HashStore.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 #include <vector>
 
+#include "moectl/torch/batch_counts.h"
 #include "moectl/torch/controller.h"
+#include "moectl/torch/evaluation.h"
+#include "moectl/torch/router.h"
 
 namespace moectl {
 namespace {
@@ -351,6 +355,77 @@ TEST(ProcessGroup, AnyCallableWillDo) {
   const auto all = [](int) { return true; };
   EXPECT_EQ(run_stream(controller, 3, all), run_stream(alone, 3, all));
   EXPECT_EQ(calls, 3 + 1) << "one collective a step, and one at the start";
+}
+
+// Qwen, 2501.11873: with f of the global batch, the mean over ranks of the gradients is that of one process with all tokens.
+TEST(ProcessGroup, TheBalanceLossOfTheGlobalBatchIsThatOfOneProcess) {
+  constexpr int kRanks = 2;
+  ::torch::manual_seed(7);
+  TopKRouter whole(TopKRouterOptions(6, kExperts, kTopK).gate(Gate::kSoftmax));
+  whole->to(::torch::kDouble);
+  // The ranks' tokens differ in kind: each prefers experts of its own.
+  const Tensor tokens = ::torch::randn({kRanks, 40, 6}, ::torch::kDouble) +
+                        ::torch::randn({kRanks, 1, 6}, ::torch::kDouble) * 2;
+  const Tensor alone = whole->forward(tokens.reshape({-1, 6})).balance_loss;
+  alone.backward();
+  Tensor sum = ::torch::zeros_like(whole->weight), own = sum.clone();
+  double loss = 0;
+  std::mutex mutex;
+  on_ranks(kRanks, [&](int rank, const Group& group) {
+    TopKRouter router(TopKRouterOptions(6, kExperts, kTopK).gate(Gate::kSoftmax));
+    router->to(::torch::kDouble);
+    {
+      const ::torch::NoGradGuard no_grad;
+      router->weight.copy_(whole->weight);
+    }
+    BatchCounts counts(sum_over(group));
+    const Tensor part =
+        router->forward(tokens[rank], {.counts_over_batch = counts.of(0)}).balance_loss / kRanks;
+    const Tensor gradient = ::torch::autograd::grad({part}, {router->weight})[0];
+    const Tensor local = router->forward(tokens[rank]).balance_loss / kRanks;
+    const std::lock_guard lock(mutex);
+    sum += gradient;
+    own += ::torch::autograd::grad({local}, {router->weight})[0];
+    loss += part.item<double>();
+  });
+  EXPECT_NEAR(loss, alone.item<double>(), 1e-12);
+  EXPECT_LT((sum - whole->weight.grad()).abs().max().item<double>(), 1e-12);
+  EXPECT_GT((own - whole->weight.grad()).abs().max().item<double>(), 1e-3) << "each micro-batch by itself";
+}
+
+TEST(ProcessGroup, AnEvaluationOverRanksIsThatOfOneProcess) {
+  const Controller controller(test_config());
+  EvaluationMeter alone(controller);
+  for (int layer = 0; layer < kLayers; ++layer) {
+    for (int s = 0; s < kSequences; ++s) {
+      const Sequence one = recorded(3, layer, s);
+      alone.record(layer, one.indices, {.top_values = one.top_values});
+    }
+  }
+  const StepReport& expected = alone.report(0);
+  constexpr int kRanks = 3;
+  on_ranks(kRanks, [&](int rank, const Group& group) {
+    EvaluationMeter meter(controller);
+    for (int layer = 0; layer < kLayers; ++layer) {
+      for (int s = 0; s < kSequences; ++s) {
+        if (s % kRanks != rank || rank == 2) continue;  // the last rank has no data
+        const Sequence one = recorded(3, layer, s);
+        meter.record(layer, one.indices, {.top_values = one.top_values});
+      }
+      for (int s = 2; s < kSequences && rank == 0; s += kRanks) {
+        const Sequence one = recorded(3, layer, s);
+        meter.record(layer, one.indices, {.top_values = one.top_values});
+      }
+    }
+    meter.sum_over_ranks(reduce_over(group));
+    const StepReport& report = meter.report(0);
+    for (std::size_t l = 0; l < kLayers; ++l) {
+      const auto sums = report.layers[l].stats->flat(), whole = expected.layers[l].stats->flat();
+      EXPECT_TRUE(std::equal(sums.begin(), sums.end(), whole.begin(), whole.end()));
+      EXPECT_EQ(report.layers[l].metrics->max_vio, expected.layers[l].metrics->max_vio);
+      EXPECT_EQ(report.layers[l].metrics->sampling_floor_cv, expected.layers[l].metrics->sampling_floor_cv);
+    }
+  });
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // TopKRouter: every output against its formula, every gradient against finite differences.
 #include "moectl/torch/router.h"
+#include "moectl/torch/batch_counts.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -222,13 +223,38 @@ TEST(TopKRouter, SequenceLossSeesWhatTheBatchHides) {
   EXPECT_FALSE(router->route(z.view({4, 4})).sequence_loss.defined());
 }
 
-TEST(TopKRouter, GlobalLoadTakesThePlaceOfTheMicroBatchsOwn) {
+CountsOverBatch always(const Tensor& load) {
+  return [load](const Tensor&) { return load; };
+}
+
+TEST(TopKRouter, TheLoadOfTheBatchTakesThePlaceOfTheMicroBatchsOwn) {
   ::torch::manual_seed(4);
   const Tensor z = ::torch::randn({8, 4}, kDouble), load = ::torch::tensor({0.7, 0.1, 0.1, 0.1}, kDouble);
   TopKRouter router(options().gate(Gate::kSoftmax));
-  const RouterOutput out = router->route(z, {.global_load = load});
+  const RouterOutput out = router->route(z, {.counts_over_batch = always(load)});
   EXPECT_NEAR(out.balance_loss.item<double>(), 4 * (load * z.softmax(-1).mean(0)).sum().item<double>(),
               1e-12);
+}
+
+TEST(TopKRouter, CountsOfAnotherSizeAreRefused) {
+  TopKRouter router(options());
+  const auto wrong = always(::torch::ones({3}));
+  EXPECT_THROW(router->route(::torch::randn({8, 4}), {.counts_over_batch = wrong}), std::invalid_argument);
+}
+
+TEST(BatchCounts, MicroBatchesOfAStepAddUpAndARecomputedOneAddsNothing) {
+  int collectives = 0;
+  BatchCounts counts([&](Tensor& sums) { ++collectives, sums.mul_(2); });  // two ranks alike
+  const Tensor one = ::torch::tensor({3, 1, 0, 0}, ::torch::kLong),
+               other = ::torch::tensor({0, 0, 1, 3}, ::torch::kLong);
+  EXPECT_TRUE(counts.of(0, 0)(one).equal(::torch::tensor({6, 2, 0, 0}, ::torch::kLong)));
+  EXPECT_TRUE(counts.of(0, 1)(other).equal(::torch::tensor({6, 2, 2, 6}, ::torch::kLong)));
+  EXPECT_TRUE(counts.of(0, 0)(one).equal(::torch::tensor({6, 2, 0, 0}, ::torch::kLong)))
+      << "as in the first pass";
+  EXPECT_TRUE(counts.of(1, 0)(other).equal(::torch::tensor({0, 0, 2, 6}, ::torch::kLong))) << "another layer";
+  EXPECT_EQ(collectives, 3);
+  counts.next_step();
+  EXPECT_TRUE(counts.of(0, 0)(other).equal(::torch::tensor({0, 0, 2, 6}, ::torch::kLong)));
 }
 
 TEST(TopKRouter, ZLossIsTheMeanSquaredLogSumExp) {
@@ -252,7 +278,7 @@ TEST(TopKRouter, LossGradientsFollowTheirFormulas) {
     loss.backward();
     return z.grad().clone();
   };
-  const RouterOutput out = router->route(z), global = router->route(z, {.global_load = load});
+  const RouterOutput out = router->route(z), global = router->route(z, {.counts_over_batch = always(load)});
   const Tensor p = z.detach().softmax(-1);
   // ∂/∂z_tj of N Σ_i f_i P_i: (N/T) p_tj (f_j - Σ_i f_i p_ti), f a constant.
   const auto balance = [&](const Tensor& f) {
@@ -271,13 +297,16 @@ TEST(TopKRouter, LossGradientsFollowTheirFormulas) {
   EXPECT_TRUE(close(gradient(router->route(z).z_loss), p * lse * (2.0 / static_cast<double>(tokens))));
 }
 
-TEST(TopKRouter, GlobalLoadGradientMatchesFiniteDifferences) {
+TEST(TopKRouter, TheGradientUnderTheLoadOfTheBatchMatchesFiniteDifferences) {
   ::torch::manual_seed(12);
   const Tensor z = ::torch::randn({6, 4}, kDouble), load = ::torch::tensor({0.7, 0.1, 0.1, 0.1}, kDouble);
   for (const Gate gate : {Gate::kSoftmax, Gate::kSigmoid, Gate::kSqrtSoftplus}) {
     TopKRouter router(options().gate(gate));
     EXPECT_LT(gradient_error(
-                  [&](const Tensor& x) { return router->route(x, {.global_load = load}).balance_loss; }, z),
+                  [&](const Tensor& x) {
+                    return router->route(x, {.counts_over_batch = always(load)}).balance_loss;
+                  },
+                  z),
               1e-7);
   }
 }

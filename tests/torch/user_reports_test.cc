@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "moectl/config.h"
 #include "moectl/torch/controller.h"
 #include "moectl/torch/process_group.h"
 #include "moectl/torch/router.h"
@@ -331,6 +332,210 @@ TEST(UserReports, Item18_ASkippedStepHolds) {
   controller.record(0, indices_of({3, 1}));
   controller.step({.loss = 1.0});
   EXPECT_THAT(bias(controller), ElementsAre(-1e-3, 1e-3));
+}
+
+std::vector<std::string> notices_of(const StepReport& report) {
+  std::vector<std::string> out;
+  for (const Notice& notice : report.notices) {
+    out.push_back(std::string(name_of(notice.kind)) + ", layer " + std::to_string(notice.layer) + ": " +
+                  std::string(notice.text));
+  }
+  return out;
+}
+
+/// The numbers of the k largest of each row.
+Tensor largest(const Tensor& rows, std::int64_t k) {
+  return std::get<1>(rows.topk(k));
+}
+
+/// Scores [T, N] of tokens that prefer experts of low number, the same for each number of the step.
+Tensor scores_of(int step, std::int64_t tokens, std::int64_t experts) {
+  ::torch::Generator random = at::detail::createCPUGenerator(static_cast<std::uint64_t>(step));
+  return ::torch::rand({tokens, experts}, random) - ::torch::linspace(0, 0.5, experts);
+}
+
+TEST(UserReports, Item19_ReplayedRoutesDoNotRunAway) {  // prime-rl 2953
+  ControllerConfig config = sign_config(8, 2);
+  config.expert_bias.policy = "adaptive_bias";
+  config.expert_bias.options = {};
+  config.expert_bias.limits = {.min = -1000, .max = 1000, .rate = 100, .center = true};
+  config.model.score_space = ScoreSpace::kLogit;
+  TorchController controller(config);
+  bool held = false, said = false;
+  double furthest = 0;
+  for (int step = 0; step < 400; ++step) {
+    // The routes come from another engine, whatever the biases are here.
+    const auto [values, indices] = scores_of(step, 512, 8).topk(3, -1);
+    controller.record(0, indices.narrow(-1, 0, 2).contiguous(), {.top_values = values});
+    const StepReport& report = controller.step();
+    held = report.layers[0].actuators[0].reasons.has(Reason::kUnresponsive);
+    for (const std::string& notice : notices_of(report)) said |= notice.find("unresponsive") == 0;
+    for (const double b : bias(controller)) furthest = std::max(furthest, std::abs(b));
+  }
+  EXPECT_TRUE(held && said);
+  // Back to where they began, but for probes.
+  for (const double b : bias(controller)) EXPECT_LT(std::abs(b), 0.1);
+  EXPECT_LT(furthest, 5) << "before it was noticed; the scores lie within 1.5 of each other";
+}
+
+TEST(UserReports, Item20_TrainingGoesOnFromAPretrainedBias) {  // Pai-Megatron-Patch 467, Megatron-Bridge 4199
+  // One published model's biases have a mean near 34.5: it changes no choice.
+  const std::vector<double> pretrained = {34.1, 34.3, 34.4, 34.5, 34.5, 34.6, 34.7, 34.9};
+  ControllerConfig config = sign_config(8, 2, true);
+  config.expert_bias.limits = {.min = -100, .max = 100, .rate = 100, .center = true};
+  TorchController controller(config);
+  controller.adopt(0, ::torch::tensor(pretrained, ::torch::kDouble));
+  const Tensor scores = scores_of(1, 512, 8);
+  const Tensor before = largest(scores + ::torch::tensor(pretrained), 2);
+  EXPECT_TRUE(largest(scores + controller.bias(0), 2).equal(before)) << "in force at once";
+  controller.record(0, before);
+  controller.step();
+  const std::vector<double> now = bias(controller);
+  for (std::size_t i = 1; i < 8; ++i) {
+    const double moved = (now[i] - now[0]) - (pretrained[i] - pretrained[0]);
+    EXPECT_LE(std::abs(moved), 2.1e-3) << i << ": two steps of the law and no jump";
+  }
+}
+
+TEST(UserReports, Item21_TheLawChangesMidRun) {  // KempnerForge 9, torchtitan 4394
+  const ControllerConfig config = parse_config(R"(version: 1
+model: {layers: 1, experts: 4, top_k: 1}
+expert_bias: {policy: sign_bias, options: {step: 0.01}, limits: {min: -16, max: 16, rate: 1}}
+timeline:
+  - {from: 5, expert_bias: {policy: sign_bias, options: {step: 0.001}, limits: {min: -16, max: 16, rate: 1}}}
+  - {from: 10, freeze: [0]}
+)");
+  TorchController controller(config);
+  std::vector<double> course;
+  for (int step = 0; step < 15; ++step) {
+    controller.record(0, indices_of({8, 4, 2, 2}));
+    controller.step();
+    course.push_back(bias(controller)[0]);
+  }
+  EXPECT_NEAR(course[4], -5 * 0.0125, 1e-9);  // sign(e) = -1, 0, 1, 1, less its mean
+  EXPECT_NEAR(course[9], -5 * 0.0125 - 5 * 0.00125, 1e-9);
+  EXPECT_EQ(course[14], course[9]) << "the bias is owned and not updated";
+}
+
+TEST(UserReports, Item22_ASlotOfMinusOneIsNotRouted) {  // vLLM 47785
+  TorchController controller(sign_config(4, 2));
+  controller.record(0, ::torch::tensor({0, 1, 0, -1, -1, -1, 2, 3}, ::torch::kLong).view({4, 2}));
+  const StepReport& report = controller.step();
+  EXPECT_THAT(report.layers[0].stats->counts(), ElementsAre(2, 1, 1, 1));
+  EXPECT_EQ(report.layers[0].stats->tokens(), 3) << "the third token was routed nowhere";
+  EXPECT_EQ(report.layers[0].stats->invalid_records(), 0);
+}
+
+TEST(UserReports, Item23_PackedSequencesHaveTheirOwnSequenceLoss) {  // Megatron 6108, 5996
+  ::torch::manual_seed(2);
+  TopKRouter router(TopKRouterOptions(8, 4, 2).sequence_loss_weight(1));
+  const Tensor a = ::torch::randn({5, 8}) + 1, b = ::torch::randn({9, 8}) - 1;
+  const auto loss = [&](const Tensor& tokens, const std::vector<std::int64_t>& ids) {
+    return router->forward(tokens, {.sequence_ids = ::torch::tensor(ids, ::torch::kLong)})
+        .sequence_loss.item<double>();
+  };
+  const std::vector<std::int64_t> five(5, 0), nine(9, 1);
+  std::vector<std::int64_t> both = five;
+  both.insert(both.end(), nine.begin(), nine.end());
+  const double packed = loss(::torch::cat({a, b}), both);
+  EXPECT_NEAR(packed, (loss(a, five) + loss(b, nine)) / 2, 1e-6);
+  EXPECT_GT(std::abs(packed - loss(::torch::cat({a, b}), std::vector<std::int64_t>(14, 0))), 0.05);
+}
+
+TEST(UserReports, Item24_ASequenceThatRanksShareIsOneSequence) {  // torchtitan 3000, MaxText 4931
+  const auto floor_with = [](std::int64_t pieces, bool named) {
+    ControllerConfig config = sign_config(8, 2);
+    config.collect.sequences = true;
+    if (named) config.model.split_sequences = 4;
+    TorchController controller(config);
+    for (std::int64_t s = 0; s < 4; ++s) {
+      const Tensor chosen =
+          largest(scores_of(static_cast<int>(s), 64, 8) + scores_of(50 + static_cast<int>(s), 1, 8) * 2, 2);
+      for (const Tensor& piece : chosen.chunk(pieces)) {
+        controller.record(0, piece,
+                          {.sequence_ids = ::torch::full({piece.size(0)}, named ? s : 0, ::torch::kLong)});
+      }
+    }
+    return *controller.step().layers[0].metrics->sampling_floor_cv;
+  };
+  EXPECT_EQ(floor_with(1, true), floor_with(8, true));
+  EXPECT_EQ(floor_with(1, true), floor_with(1, false));
+  EXPECT_LT(floor_with(8, false), 0.7 * floor_with(8, true)) << "rows without ids count as whole sequences";
+}
+
+TEST(UserReports, Item25_LayersOfDifferentExpertCounts) {  // Megatron 5573, NeMo-RL 3523
+  TorchController controller(parse_config(R"(version: 1
+model: {layers: 2, experts: 4, top_k: 1}
+expert_bias: {policy: sign_bias, options: {step: 0.001}}
+layers:
+  - {ids: [1]}
+  - {ids: [3], experts: 8, top_k: 2}
+)"));
+  EXPECT_EQ(controller.bias(1).numel(), 4);
+  EXPECT_EQ(controller.bias(3).numel(), 8);
+  controller.record(1, indices_of({4, 3, 2, 1}));
+  controller.record(3, largest(scores_of(0, 64, 8), 2));
+  const StepReport& report = controller.step();
+  EXPECT_EQ(report.layers[1].layer, 3);
+  EXPECT_EQ(report.layers[1].stats->counts().size(), 8U);
+  EXPECT_THROW(controller.record(2, indices_of({1})), std::invalid_argument) << "a dense layer between them";
+}
+
+TEST(UserReports, Item26_ALayerThatRecordsUnderAnothersIdIsNoticed) {  // NeMo-RL 3903
+  ControllerConfig config = sign_config(4, 1, false, 3);
+  TorchController controller(config);
+  std::vector<std::string> all;
+  for (int step = 0; step < 40; ++step) {
+    for (const int layer : {0, 1, 1})
+      controller.record(layer, indices_of({4, 3, 2, 1}));  // the last is the MTP layer
+    for (const std::string& notice : notices_of(controller.step())) all.push_back(notice);
+  }
+  EXPECT_THAT(all, ::testing::Contains(
+                       ::testing::AllOf(::testing::HasSubstr("config"), ::testing::HasSubstr("layer 2"))));
+  EXPECT_THAT(all, ::testing::Contains(::testing::HasSubstr(
+                       "layer 2 has recorded no token so far, and layer 1 twice as many as layer 0: does it "
+                       "record under the id of layer 1?")));
+}
+
+TEST(UserReports, Item27_TokensMayHaveDifferentNumbersOfExperts) {  // Megatron 6208
+  TorchController controller(sign_config(4, 3));
+  controller.record(0, ::torch::tensor({0, -1, -1, 1, 2, 3}, ::torch::kLong).view({2, 3}));
+  const StepReport& report = controller.step();
+  EXPECT_EQ(report.layers[0].stats->mean_choices(), 2);
+  // N/S - Σ k_t²/S² with N = 4, S = 4, Σ k_t² = 10.
+  EXPECT_NEAR(*report.layers[0].metrics->noise_floor_cv, std::sqrt(4.0 / 4 - 10.0 / 16), 1e-12);
+}
+
+TEST(UserReports, Item28_TheCoefficientOfHuggingFaceCountsKTimes) {  // transformers 43688
+  ::torch::manual_seed(1);
+  const std::int64_t n = 8, k = 3;
+  const Tensor logits =
+      ::torch::randn({64, n}, ::torch::kDouble) + ::torch::linspace(0, 1, n, ::torch::kDouble);
+  TopKRouter router(TopKRouterOptions(4, n, k).gate(Gate::kSoftmax));
+  // Its loss in our words: N Σ_j Σ_i f_ij P_i, where f_ij is the share of tokens whose j-th choice is expert i.
+  const Tensor p = logits.softmax(-1);
+  const Tensor chosen = ::torch::one_hot(largest(p, k), n).to(::torch::kDouble);  // [T, k, N]
+  const double theirs = (chosen.mean(0) * p.mean(0)).sum().item<double>() * static_cast<double>(n);
+  EXPECT_NEAR(theirs, static_cast<double>(k) * router->route(logits).balance_loss.item<double>(), 1e-12);
+}
+
+TEST(TorchController, ALayerWithFixedRoutesIsWatchedAndNotControlled) {
+  TorchController controller(parse_config(R"(version: 1
+model: {layers: 2, experts: 4, top_k: 1}
+expert_bias: {policy: sign_bias, options: {step: 0.001}}
+layers:
+  - {ids: [0], expert_bias: {policy: fixed}}
+  - {ids: [1]}
+)"));
+  for (int step = 0; step < 60; ++step) {
+    for (const int layer : {0, 1}) controller.record(layer, indices_of({40, 30, 20, 10}));
+    const StepReport& report = controller.step();
+    EXPECT_EQ(report.layers[0].responsiveness.state, Response::kUnknown)
+        << "nothing moves, so nothing is asked";
+    EXPECT_NEAR(*report.layers[0].metrics->max_vio, 0.6, 1e-12);
+  }
+  EXPECT_THAT(bias(controller, 0), Each(0.0));
+  EXPECT_LT(bias(controller, 1)[0], 0);
 }
 
 }  // namespace

@@ -83,7 +83,7 @@ TEST(YourRouter, MissingTopValuesAreAnErrorAtTheFirstStep) {
 }
 
 TEST(YourRouter, AMistakeThatWasMendedLeavesBalance) {
-  const std::string output = output_with("forget-bias --mend-at 10", 60);
+  const std::string output = output_with("forget-bias --mend-at 10", 80);
   EXPECT_THAT(output, HasSubstr("NOTICE"));
   EXPECT_THAT(output, HasSubstr("healthy"));
 }

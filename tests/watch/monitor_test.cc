@@ -218,7 +218,9 @@ TEST(LayerMonitor, MeasuringAndObservingEverythingAllocatesNothing) {
                            .top_values = top,
                            .probabilities = rows,
                            .domain_ids = domains,
-                           .dropped = 1});
+                           .dropped = 1,
+                           .balance_loss = 1,
+                           .z_loss = 9});
                 stats.add_token_losses({.experts = experts, .losses = losses, .domain_ids = domains});
                 stats.add_grad_norms(values);
                 stats.add_latencies(values);

@@ -47,6 +47,8 @@ struct RecordOptions {
   ::torch::Tensor sequence_ids{};
   ::torch::Tensor domain_ids{};  ///< [T] in [0, domains). int64.
   ::torch::Tensor dropped{};     ///< 0-dim: assignments dropped for lack of capacity. int64.
+  /// 0-dim, finite: the router's losses before their weights, as RouterOutput has them.
+  ::torch::Tensor balance_loss{}, z_loss{};
   /// ≥ 0: a second record of (layer, micro-batch) before the next step is ignored. Needed under activation checkpointing
   /// that is not reentrant, whose repeated forward pass counts twice without it.
   std::int64_t micro_batch = -1;
@@ -124,7 +126,8 @@ class TorchController {
   std::vector<KeptPart> load_layer(int layer, std::string_view state, Keep keep = Keep::everything);
   /// Controller::adopt from a tensor [N] of any floating type and device.
   void adopt(int layer, const ::torch::Tensor& biases);
-  void load(::torch::serialize::InputArchive& archive, const std::string& key = "moectl");
+  std::vector<KeptPart> load(::torch::serialize::InputArchive& archive, const std::string& key = "moectl",
+                             Keep keep = Keep::everything);
 
   /// How often a handed-out tensor had lost the controller's memory and was tied to it again, since the start.
   std::int64_t rewired() const { return rewired_; }

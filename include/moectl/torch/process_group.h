@@ -28,6 +28,7 @@
 #include <vector>
 
 #include "moectl/controller.h"
+#include "moectl/torch/batch_counts.h"
 
 namespace moectl {
 
@@ -62,6 +63,15 @@ Reduction reduce_over(c10::intrusive_ptr<Group> group, const ReductionOptions& o
         return group->allreduce(tensors, how);
       },
       ranks, options);
+}
+
+/// The sum over the ranks of a group, for BatchCounts.
+template <typename Group>
+SumOverRanks sum_over(c10::intrusive_ptr<Group> group) {
+  return [group = std::move(group)](::torch::Tensor& sums) {
+    std::vector<at::Tensor> all{sums};
+    group->allreduce(all)->wait();
+  };
 }
 
 }  // namespace moectl

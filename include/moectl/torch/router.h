@@ -9,6 +9,7 @@
 #include <torch/torch.h>
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <vector>
 
@@ -52,6 +53,10 @@ struct TopKRouterOptions {
   TORCH_ARG(double, z_loss_weight) = 0.0;  ///< Of the z-loss, ≥ 0 (ST-MoE: 1e-3).
 };
 
+/// Turns the counts of a micro-batch, int64 [N], into those of what the balance loss is to be even over, int64 or floating
+/// [N]. Called once in each forward pass, before the losses are formed; what it returns carries no gradient.
+using CountsOverBatch = std::function<::torch::Tensor(const ::torch::Tensor& counts)>;
+
 struct RouterInputs {
   RouterActuators actuators{};  ///< Undefined tensors are neutral.
   /// Bool, the shape of the tokens: false = padding, which no loss or capacity counts.
@@ -59,9 +64,8 @@ struct RouterInputs {
   /// The sequence of each token, of the shape of the tokens or [T], of an integer type: neighbours with equal ids are one
   /// sequence. For packed tokens [T]; undefined = each row of [B, S] is a sequence.
   ::torch::Tensor sequence_ids{};
-  /// Share of the assignments of each expert over the *global* batch [N], for a balance loss over more than this
-  /// micro-batch; undefined = the share in this micro-batch.
-  ::torch::Tensor global_load{};
+  /// For a balance loss over more than this micro-batch, as BatchCounts::of; empty = over this micro-batch.
+  CountsOverBatch counts_over_batch{};
 };
 
 /// Leading dimensions [...] are those of the tokens given: [T] or [B, S].
@@ -93,7 +97,9 @@ struct RouterOutput {
             .biased_scores = biased_scores,
             .scores = scores,
             .sequence_ids = sequence_ids,
-            .dropped = dropped};
+            .dropped = dropped,
+            .balance_loss = balance_loss,
+            .z_loss = z_loss};
   }
 };
 
