@@ -30,11 +30,13 @@ class Summing {
     if (options.mask.defined()) real_ = real_.logical_and(here(options.mask).reshape(-1).ne(0));
     weight_ = real_.to(::torch::kLong);
     each_ = routed.to(::torch::kLong) * weight_.unsqueeze(1);
-    const Tensor number = ::torch::arange(shape.top_k, chosen_.options());
-    last_ = (number * each_).amax(1, /*keepdim=*/true);
-    const Tensor outside = chosen_.lt(-1).logical_or(chosen_.ge(shape.experts));
-    good_ = of_real(outside.any(1)).any().logical_not();
-    chosen_ = chosen_.clamp(0, shape.experts - 1);
+    if ((shape.needs.gap || shape.needs.margins) && options.top_values.defined()) {
+      const Tensor number = ::torch::arange(shape.top_k, chosen_.options());
+      last_ = (number * each_).amax(1, /*keepdim=*/true);
+    }
+    const Tensor inside = chosen_.clamp(-1, shape.experts - 1);
+    good_ = inside.ne(chosen_).logical_and(real_.unsqueeze(1)).any().logical_not();
+    chosen_ = inside.clamp_min(0);
   }
 
   Tensor sums() {
@@ -278,7 +280,7 @@ class Summing {
   Tensor real_;                            // [T] bool: not padding, and some slot is routed
   Tensor weight_;                          // [T] 1 = real, 0 = not
   Tensor each_;                            // [T, k] 1 = a slot that counts
-  Tensor last_;                            // [T, 1] the last of them
+  Tensor last_;                            // [T, 1] the last of them, if top_values need it
   Tensor good_;                            // 0-dim bool
   std::array<Tensor, RoutingStats::kScalarCount> scalars_;
   std::array<Tensor, RoutingStats::kArrayCount> arrays_;

@@ -19,8 +19,9 @@ if ! [ -e "$folder/complete" ]; then
       -o Dir::State::Lists="$folder/apt/lists" -o Dir::Cache="$folder/apt/cache" "$@"
   }
   apt update
-  (cd "$folder/packages" && apt download libtorch-cuda-dev libtorch-cuda-2.6 libgloo-dev libcudart12 nvidia-cuda-dev libnccl-dev)
-  for package in libtorch-cuda-dev libtorch-cuda-2.6 libgloo-dev libcudart12; do
+  (cd "$folder/packages" && apt download libtorch-cuda-dev libtorch-cuda-2.6 libgloo-dev libcudart12 libcu++-dev nvidia-cuda-dev \
+    libnccl-dev)
+  for package in libtorch-cuda-dev libtorch-cuda-2.6 libgloo-dev libcudart12 libcu++-dev; do
     dpkg -x "$folder"/packages/${package}_*.deb "$folder"
   done
   for package in nvidia-cuda-dev libnccl-dev; do  # their headers alone, or it would be 5 GB

@@ -66,6 +66,8 @@ inline Batch batch_of(int seed) {
   batch.options.probabilities = scores.softmax(-1);
   batch.options.domain_ids = ::torch::randint(0, 3, {sequences, length}, ::torch::kLong);
   batch.options.dropped = ::torch::randint(0, 5, {}, ::torch::kLong);
+  if (chance(0.5)) batch.options.balance_loss = ::torch::rand({}) + 1;
+  if (chance(0.5)) batch.options.z_loss = ::torch::rand({}) * 30;
   if (chance(0.5)) batch.options.mask = ::torch::rand({sequences, length}) < 0.7;
   if (chance(0.4)) {
     batch.indices = batch.indices.view({tokens, kTopK});
@@ -97,6 +99,8 @@ inline Batch moved(const Batch& batch, ::torch::Device device) {
            .sequence_ids = move(o.sequence_ids),
            .domain_ids = move(o.domain_ids),
            .dropped = move(o.dropped),
+           .balance_loss = move(o.balance_loss),
+           .z_loss = move(o.z_loss),
            .micro_batch = o.micro_batch}};
 }
 
