@@ -315,7 +315,8 @@ void read_counts(const Line& line, JsonValue counts, bool are_shares, std::optio
     tokens = (sum + shape.top_k - 1) / shape.top_k;
     assumptions.say(line, "tokens", "missing: read as the sum of the counts" + shown);
   }
-  if (sum != *tokens * shape.top_k && is_rounded(counts, out)) {
+  const bool all_counted = *tokens <= kLargestInteger / shape.top_k && sum == *tokens * shape.top_k;
+  if (!all_counted && is_rounded(counts, out)) {
     line.fail("counts", "sum " + std::to_string(sum),
               "no count has more than 11 significant bits, and the sum is not tokens * top_k: half precision "
               "(float16, "
