@@ -384,7 +384,9 @@ void Training::validate(std::int64_t step) {
   const bool last = step + 1 == args_.steps;
   if (last) {
     evaluate(/*deployed=*/false);
-    progress_->note("with the biases in force: MaxVio_global " + global_vio(meter_->report(step)));
+    const moectl::StepReport& in_force = meter_->report(step);
+    if (log_ != nullptr) log_->write(in_force, "in_force");
+    progress_->note("with the biases in force: MaxVio_global " + global_vio(in_force));
   }
   const std::vector<double> losses = evaluate(/*deployed=*/true);
   double mean = 0;

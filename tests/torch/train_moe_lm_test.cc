@@ -205,11 +205,13 @@ TEST_F(TrainMoeLm, TheLogHoldsEveryStepAndTheValidationPasses) {
   const Outcome outcome = run("--steps 40 --log " + path("run.jsonl"));
   ASSERT_EQ(outcome.code, 0) << outcome.output;
   std::ifstream in(path("run.jsonl"));
-  int train = 0, validation = 0, with_floor = 0;
+  int train = 0, validation = 0, in_force = 0, with_floor = 0;
   for (std::string line; std::getline(in, line);) {
     if (line.find("\"counts\"") == std::string::npos) continue;
     if (line.find("\"tag\":\"validation\"") != std::string::npos) {
       ++validation;
+    } else if (line.find("\"tag\":\"in_force\"") != std::string::npos) {
+      ++in_force;
     } else {
       ++train;
     }
@@ -217,7 +219,8 @@ TEST_F(TrainMoeLm, TheLogHoldsEveryStepAndTheValidationPasses) {
   }
   EXPECT_EQ(train, 40 * 2);
   EXPECT_EQ(validation, 2 * 2);
-  EXPECT_EQ(with_floor, train + validation);
+  EXPECT_EQ(in_force, 2) << "of the last pass alone";
+  EXPECT_EQ(with_floor, train + validation + in_force);
 }
 
 TEST_F(TrainMoeLm, TheLogSaysWhatEachExpertCostsAndWhichDomainItServes) {
