@@ -157,7 +157,8 @@ std::vector<int> layer_ids(const ControllerConfig& config);
 /// A config that cannot be used. `what()` reads "file:line:column: key: value: constraint".
 class ConfigError : public std::invalid_argument {
  public:
-  using std::invalid_argument::invalid_argument;
+  /// what() is one line that a terminal can show, whatever the config holds.
+  explicit ConfigError(const std::string& what);
 };
 
 /// Strict: an unknown key, a wrong type or a value outside its constraint is a ConfigError that names the place, the

@@ -17,10 +17,11 @@
 
 namespace moectl {
 
-/// Input that is not a trace or a run log. `what()` reads "file:line: field: value: constraint".
+/// Input that is not a trace or a run log. `what()` reads "file:line: field: value: constraint", one line that a
+/// terminal can show.
 class LogError : public std::runtime_error {
  public:
-  using std::runtime_error::runtime_error;
+  explicit LogError(const std::string& what);
 };
 
 /// An actuator's entry in a run log.

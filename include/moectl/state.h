@@ -22,9 +22,10 @@
 namespace moectl {
 
 /// A saved state that cannot be loaded: truncated, altered, of another version or another configuration.
+/// what() is one line that a terminal can show.
 class StateError : public std::runtime_error {
  public:
-  using std::runtime_error::runtime_error;
+  explicit StateError(const std::string& what);
 };
 
 /// What a value that is read must be.

@@ -10,6 +10,8 @@
 #include <filesystem>
 #include <string>
 
+#include "base/input_limits.h"
+
 namespace moectl {
 
 struct GzipFile {
@@ -33,6 +35,16 @@ inline GzipFile open_gzip(const std::string& path) {
   }
   gzbuffer(out.file, 1U << 17);
   return out;
+}
+
+/// What is wrong with a file of which so many bytes were read; empty for a plain one.
+inline std::string inflation_fault(gzFile file, std::int64_t inflated) {
+  if (inflated <= kFreelyInflated || gzdirect(file) != 0) return "";
+  const auto packed = static_cast<std::int64_t>(gzoffset(file));
+  if (!inflates_too_far(inflated, packed)) return "";
+  return std::to_string(inflated) + " bytes from " + std::to_string(packed) + ": must be at most " +
+         std::to_string(kMostInflation) + " times its size beyond the first " +
+         std::to_string(kFreelyInflated) + "; unpack it first if it is meant so";
 }
 
 }  // namespace moectl

@@ -5,6 +5,8 @@
 #include <charconv>
 #include <cmath>
 
+#include "base/printable.h"
+
 namespace moectl {
 namespace {
 
@@ -100,6 +102,8 @@ std::size_t size_of(char type) {
 }
 
 }  // namespace
+
+StateError::StateError(const std::string& what) : std::runtime_error(message_line(what)) {}
 
 void StateIo::fail(std::string_view what, std::string_view expected, std::string_view found) const {
   throw StateError("state: " + path_ + std::string(what) + ": expected " + std::string(expected) +

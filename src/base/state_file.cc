@@ -7,8 +7,11 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
-#include <iterator>
 #include <utility>
+
+#include "base/input_limits.h"
+#include "base/part_file.h"
+#include "base/whole_file.h"
 
 namespace moectl {
 namespace {
@@ -30,9 +33,9 @@ struct Temporary {
 }  // namespace
 
 void write_file_atomically(const std::string& path, std::string_view bytes) {
-  // The process's number keeps two writers apart; what a killed one left behind is overwritten by no one's rename.
+  // The process's number keeps two writers apart; what a killed one left behind is removed.
   Temporary temporary{.path = path + ".tmp" + std::to_string(getpid())};
-  temporary.file = open(temporary.path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+  temporary.file = open_part(temporary.path);
   if (temporary.file < 0) {
     const std::string name = std::exchange(temporary.path, {});
     fail(name, "create");
@@ -58,8 +61,10 @@ void write_file_atomically(const std::string& path, std::string_view bytes) {
 std::string read_file(const std::string& path) {
   std::ifstream in(path, std::ios::binary);
   if (!in) fail(path, "read");
-  std::string bytes{std::istreambuf_iterator<char>(in), {}};
+  std::string bytes = read_up_to(in, kLargestState);
   if (in.bad()) fail(path, "read");
+  if (bytes.size() > kLargestState)
+    throw StateError(path + ": must be at most " + std::to_string(kLargestState) + " bytes");
   return bytes;
 }
 

@@ -4,6 +4,7 @@
 #include <iostream>
 #include <memory>
 
+#include "base/input_limits.h"
 #include "cli/tool.h"
 
 namespace moectl::cli {
@@ -49,7 +50,7 @@ void add_import(CLI::App& app, Tool& tool) {
   command
       ->add_option("--experts", import.experts,
                    "Experts of a layer; default: the largest number in the dump + 1")
-      ->check(whole_number(1, 65535));
+      ->check(whole_number(1, kMostExperts));
   command->add_option("--tokens", import.tokens, "Tokens of a step, for dumps of shares")
       ->check(whole_number(1, std::int64_t{1} << 40));
   command

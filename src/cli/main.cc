@@ -5,6 +5,7 @@
 #include <new>
 
 #include "base/foreign.h"
+#include "cli/terminal.h"
 #include "cli/tool.h"
 #include "moectl/config.h"
 #include "moectl/run_log.h"
@@ -73,6 +74,7 @@ int run(int argc, char** argv) {
 
 int main(int argc, char** argv) {
   std::ios::sync_with_stdio(false);
+  const moectl::cli::PrintableOutput printable_output;
   try {
     const int code = moectl::cli::run(argc, argv);
     std::cout.flush();

@@ -1,10 +1,12 @@
 // moectl report RUN… -o report.html: one self-contained page, several runs side by side.
+#include <algorithm>
 #include <fstream>
-#include <iostream>
+#include <map>
 #include <memory>
 
 #include "cli/report_data.h"
 #include "cli/report_page.h"
+#include "cli/terminal.h"
 #include "cli/tool.h"
 
 namespace moectl::cli {
@@ -16,7 +18,8 @@ struct Options {
   std::string output;
 };
 
-/// JSON that may stand inside a script element: nothing in it can end the element.
+/// JSON that may stand inside a script element: nothing in it can end the element. The one way in which text of others
+/// comes onto the page; its scripts put it there as text, never as HTML.
 std::string embedded(const nlohmann::json& value) {
   std::string text;
   for (const char c : value.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace)) {
@@ -29,10 +32,19 @@ std::string embedded(const nlohmann::json& value) {
   return text;
 }
 
-std::string replaced(std::string_view page, std::string_view mark, std::string_view text) {
-  const std::size_t at = page.find(mark);
-  std::string out(page.substr(0, at));
-  out.append(text).append(page.substr(at + mark.size()));
+/// The page with its marks filled in. A mark counts where the page itself has it: what is filled in may hold any text.
+std::string filled(std::string_view page, const std::map<std::string_view, std::string_view>& texts) {
+  std::string out;
+  for (std::size_t at = 0; at < page.size();) {
+    const auto text = std::ranges::find_if(
+        texts, [&](const auto& entry) { return page.substr(at).starts_with(entry.first); });
+    if (text == texts.end()) {
+      out += page[at++];
+    } else {
+      out += text->second;
+      at += text->first.size();
+    }
+  }
   return out;
 }
 
@@ -42,12 +54,12 @@ int report(const Options& options) {
     ReportRun run(path, options.shift);
     data.push_back(run.json());
   }
-  std::string page = replaced(page_html(), "/*STYLE*/", page_css());
-  page = replaced(page, "/*DATA*/", embedded(data));
-  page = replaced(page, "/*APP*/", page_js());
-  page = replaced(page, "/*CHART*/", chart_js());  // last: it is what could hold a mark
+  const std::string json = embedded(data);
+  const std::string page = filled(
+      page_html(),
+      {{"/*STYLE*/", page_css()}, {"/*DATA*/", json}, {"/*CHART*/", chart_js()}, {"/*APP*/", page_js()}});
   if (options.output == "-") {
-    std::cout << page;
+    untouched_output() << page;
     return 0;
   }
   std::ofstream file(options.output, std::ios::binary);

@@ -29,7 +29,8 @@ std::string name_of_run(const std::string& path) {
       name.resize(name.size() - std::string_view(end).size());
     }
   }
-  return name;
+  // "...jsonl" must not lead out of the folder.
+  return name == "." || name == ".." ? std::filesystem::path(path).filename().string() : name;
 }
 
 std::vector<std::string> metrics_of(const Options& options) {

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "base/format.h"
+#include "base/printable.h"
 #include "moectl/policy.h"
 #include "moectl/run_log.h"
 
@@ -27,7 +28,7 @@ struct Tool {
 /// Input that is wrong in a way that only the tool can see. Exit code 1, like ConfigError and LogError.
 class InputError : public std::runtime_error {
  public:
-  using std::runtime_error::runtime_error;
+  explicit InputError(const std::string& what) : std::runtime_error(message_line(what)) {}
 };
 
 /// A line of a trace, for the help of commands that read one.

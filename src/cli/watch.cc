@@ -54,8 +54,9 @@ class Endpoint {
     if (address.empty()) return;
 #ifdef MOECTL_PROMETHEUS
     feed_ = std::make_unique<PrometheusFeed>(address);
-    std::cerr << "serving http://" << address.substr(0, address.rfind(':')) << ':' << feed_->port()
-              << "/metrics" << std::endl;
+    const std::size_t colon = address.rfind(':');  // a port alone is one of the loopback address
+    const std::string host = colon == std::string::npos ? "127.0.0.1" : address.substr(0, colon);
+    std::cerr << "serving http://" << host << ':' << feed_->port() << "/metrics" << std::endl;
 #else
     throw InputError("--listen: " + address + ": this moectl was built without prometheus-cpp");
 #endif
@@ -193,7 +194,8 @@ void add_watch(CLI::App& app, Tool& tool) {
       ->excludes(once);
   command
       ->add_option("--listen", options->listen,
-                   "Serve metrics for Prometheus at this address, e.g. 127.0.0.1:9464; port 0: any free port")
+                   "Serve metrics for Prometheus at this address, e.g. 127.0.0.1:9464; a PORT alone "
+                   "is one of the loopback address; port 0: any free port")
       ->type_name("ADDR:PORT")
       ->excludes(once);
   command->add_flag("--plain", options->plain, "One line per step, in a terminal as well");

@@ -5,8 +5,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <iostream>
 
+#include "cli/terminal.h"
 #include "cli/tool.h"
 
 namespace moectl::cli {
@@ -25,14 +25,6 @@ std::string decisions(const WatchedStep::Track& track) {
     reasons += (reasons.empty() ? "" : ", ") + reason + (count > 1 ? " x" + std::to_string(count) : "");
   }
   return reasons.empty() ? text : text + " [" + reasons + "]";
-}
-
-/// Names in a log may hold any bytes; control characters are shown as '?'.
-std::string printable(std::string text) {
-  for (char& byte : text) {
-    if (static_cast<unsigned char>(byte) < 0x20 || byte == 0x7f) byte = '?';
-  }
-  return text;
 }
 
 bool starts_character(char byte) {
@@ -99,7 +91,7 @@ std::string plain_line(const WatchedStep& step) {
   text += "  cv " + brief(figures.cv) + times(figures.cv, figures.floor_cv, figures.floor);
   text += "  dead " + brief(figures.dead_experts);
   for (const auto& [name, track] : step.tracks) text += "  " + name + ' ' + decisions(track);
-  return printable(std::move(text));
+  return printable(text);
 }
 
 std::vector<std::string> view_of(const WatchedStep& step, const std::string& title, std::int64_t faults,
@@ -137,7 +129,7 @@ std::vector<std::string> view_of(const WatchedStep& step, const std::string& tit
   }
   lines.insert(lines.end(), last.begin(), last.end());
   if (lines.size() > rows) lines.resize(rows);
-  for (std::string& line : lines) line = cut(printable(std::move(line)), columns);
+  for (std::string& line : lines) line = cut(printable(line), columns);
   return lines;
 }
 
@@ -161,7 +153,7 @@ void Screen::draw_pending() {
   // Each line clears the rest of the line that it replaces, so the view does not flicker.
   for (const std::string& line : pending_) text += line + "\x1b[K\n";
   text += "\x1b[J";
-  std::cout << text << std::flush;
+  untouched_output() << text << std::flush;  // its lines are printable
   drawn_lines_ = pending_.size();
   pending_.clear();
   drawn_ = std::chrono::steady_clock::now();

@@ -5,9 +5,9 @@
 #include <filesystem>
 #include <fstream>
 #include <iostream>
-#include <iterator>
-#include <sstream>
 
+#include "base/input_limits.h"
+#include "base/whole_file.h"
 #include "config/config_yaml.h"
 #include "control/config_check.h"
 #include "control/config_fields.h"
@@ -201,16 +201,13 @@ ControllerConfig load_config(const std::string& path) {
 
 ControllerConfig load_config(const std::string& path, const PolicyRegistry& registry) {
   if (path == "-") {
-    return parse_config(std::string(std::istreambuf_iterator<char>(std::cin), {}), "<stdin>", registry);
+    return parse_config(read_up_to(std::cin, kLargestConfig), "<stdin>", registry);
   }
   std::ifstream file(path, std::ios::binary);
   if (!file.is_open()) throw ConfigError(path + ": cannot be opened: " + std::strerror(errno));
-  std::ostringstream text;
-  // Writing nothing to `text` marks it as failed, so an empty file is told from an unreadable one by `file`
-  // alone; a directory opens, but its first read is bad.
-  if (file.peek() != std::ifstream::traits_type::eof()) text << file.rdbuf();
-  if (file.bad()) throw ConfigError(path + ": cannot be read");
-  ControllerConfig config = parse_config(text.str(), path, registry);
+  const std::string text = read_up_to(file, kLargestConfig);
+  if (file.bad()) throw ConfigError(path + ": cannot be read");  // a directory opens
+  ControllerConfig config = parse_config(text, path, registry);
   place_files(config, std::filesystem::path(path).parent_path());
   return config;
 }

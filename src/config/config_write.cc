@@ -1,6 +1,7 @@
 // ControllerConfig → YAML and JSON: one tree for both, since JSON's values are YAML's.
 #include <nlohmann/json.hpp>
 
+#include "base/printable.h"
 #include "control/config_fields.h"
 #include "moectl/config.h"
 
@@ -64,9 +65,10 @@ Json tree(const ControllerConfig& config) {
   return all;
 }
 
-// What is not UTF-8 cannot be written as JSON; a name made in code may hold anything.
+// What is not UTF-8 cannot be written as JSON; a name made in code may hold anything. What steers a terminal is escaped;
+// YAML refuses some of it otherwise.
 std::string dumped(const Json& value) {
-  return value.dump(-1, ' ', false, Json::error_handler_t::replace);
+  return printable(value.dump(-1, ' ', false, Json::error_handler_t::replace));
 }
 
 /// A value in YAML's flow style. Words that YAML would read as something else are quoted.

@@ -10,6 +10,8 @@
 #include <sstream>
 #include <utility>
 
+#include "base/input_limits.h"
+#include "base/printable.h"
 #include "base/utf8.h"
 #include "control/config_check.h"
 
@@ -38,11 +40,7 @@ std::string shown(const YamlNode& node) {
   if (node.kind == Kind::kMap) return "{...}";
   if (node.kind == Kind::kList) return "[...]";
   if (node.kind == Kind::kNull) return "(empty)";
-  std::string text = node.text.substr(0, 60);
-  for (char& c : text) {
-    if (static_cast<unsigned char>(c) < ' ') c = ' ';
-  }
-  if (node.text.size() > text.size()) text += "...";
+  const std::string text = shown_briefly(node.text);
   return node.quoted ? '"' + text + '"' : text;
 }
 
@@ -151,9 +149,6 @@ std::string words(const yaml_char_t* text) {
   return text ? reinterpret_cast<const char*>(text) : "";
 }
 
-/// No config is nested nearly as deeply; libyaml's time grows with the square of the depth.
-constexpr std::size_t kMostLevels = 64;
-
 bool is_null(std::string_view text) {
   return text.empty() || text == "~" || text == "null" || text == "Null" || text == "NULL";
 }
@@ -161,6 +156,10 @@ bool is_null(std::string_view text) {
 }  // namespace
 
 YamlFile::YamlFile(std::string_view text, std::string name) : name_(std::move(name)) {
+  if (text.size() > kLargestConfig) {
+    throw error(Place{}, {"file", std::to_string(text.size()) + " bytes",
+                          "must be at most " + std::to_string(kLargestConfig)});
+  }
   if (const std::size_t bad = find_not_utf8(text); bad != std::string_view::npos) {
     constexpr char kDigits[] = "0123456789abcdef";
     const auto byte = static_cast<unsigned char>(text[bad]);
@@ -193,7 +192,10 @@ void YamlFile::read(std::string_view text) {
     node.place = place_of(event.start_mark);
     node.tag = words(tag);
     if (anchor) anchors[words(anchor)] = &node;
-    if (open.size() >= kMostLevels) throw wrong(node.place, "nested too deeply");
+    if (open.size() >= kMostLevels) {
+      throw wrong(node.place,
+                  "nested too deeply: must be at most " + std::to_string(kMostLevels) + " levels");
+    }
     put(node);
     return node;
   };
@@ -212,6 +214,11 @@ void YamlFile::read(std::string_view text) {
         break;
       case YAML_SCALAR_EVENT: {
         const auto& scalar = event->data.scalar;
+        if (scalar.length > kLongestWord) {
+          throw wrong(place_of(event->start_mark), "a word of " + std::to_string(scalar.length) +
+                                                       " bytes: must be at most " +
+                                                       std::to_string(kLongestWord));
+        }
         YamlNode& node = add(*event, Kind::kScalar, scalar.anchor, scalar.tag);
         node.text.assign(reinterpret_cast<const char*>(scalar.value), scalar.length);
         node.quoted = scalar.style != YAML_PLAIN_SCALAR_STYLE;

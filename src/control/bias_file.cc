@@ -2,10 +2,11 @@
 
 #include <charconv>
 #include <fstream>
-#include <iterator>
 #include <nlohmann/json.hpp>
 
 #include "base/fields.h"
+#include "base/input_limits.h"
+#include "base/whole_file.h"
 #include "moectl/config.h"
 
 namespace moectl {
@@ -15,7 +16,9 @@ LayerBiases read_biases(const std::string& path) {
   const auto fail = [&](const std::string& what) -> void { throw ConfigError(path + ": " + what); };
   std::ifstream file(path, std::ios::binary);
   if (!file.is_open()) fail("cannot be opened");
-  const json all = json::parse(file, nullptr, false);
+  const std::string text = read_up_to(file, kLargestJson);
+  if (text.size() > kLargestJson) fail("must be at most " + std::to_string(kLargestJson) + " bytes");
+  const json all = json::parse(text, nullptr, false);
   if (!all.is_object() || all.value("format", json()) != "moectl-biases") {
     fail("must be a file of biases, as `moectl biases` writes one: {\"format\":\"moectl-biases\",…}");
   }

@@ -3,7 +3,11 @@
 #include <algorithm>
 #include <cctype>
 
+#include "base/printable.h"
+
 namespace moectl {
+
+ConfigError::ConfigError(const std::string& what) : std::invalid_argument(message_line(what)) {}
 
 std::string_view name_of(Mode mode) {
   switch (mode) {

@@ -5,6 +5,7 @@
 #include <set>
 
 #include "base/foreign.h"
+#include "base/input_limits.h"
 #include "base/utf8.h"
 #include "control/config_fields.h"
 #include "control/config_groups.h"
@@ -264,6 +265,8 @@ void complete_groups(ControllerConfig& config, Checks& checks) {
       const int first = group.first >= 0 ? group.first : next;
       checks.require(first <= kMostLayerId - std::max(group.count, 0), path + "first", first,
                      "must leave all ids up to " + shown(kMostLayerId));
+      checks.require(group.count <= kMostLayers, path + "count", group.count,
+                     "must be at most " + shown(kMostLayers));
       if (checks.problem()) return;
       for (int i = 0; i < group.count; ++i) group.ids.push_back(first + i);
     } else {
@@ -346,6 +349,30 @@ void complete_sections(LayerSettings settings, SectionOverrides& own, const std:
   }
 }
 
+/// What all layers together take, before memory is taken for them.
+void check_size(const ControllerConfig& config, Checks& checks) {
+  double layers = 0, cells = 0, numbers = 0;
+  const auto metrics = static_cast<double>(metric_fields().size());
+  for (const LayerSettings& settings : layer_settings(config)) {
+    const ModelConfig& model = settings.config.model;
+    const double of_group = model.layers, domains = static_cast<double>(model.domains.size());
+    layers += of_group;
+    cells += of_group * model.experts;
+    const double each = model.experts * (1 + 3 * domains + model.split_sequences + config.delay());
+    numbers += of_group * (each + metrics * config.monitor.trend_window);
+  }
+  const std::string key = config.layers.empty() ? "model" : "layers";
+  checks.require(layers <= static_cast<double>(kMostLayers), key, shown(layers) + " layers",
+                 "must be at most " + shown(kMostLayers));
+  checks.require(cells <= static_cast<double>(kMostLayersTimesExperts), key,
+                 shown(cells) + " layers × experts", "must be at most " + shown(kMostLayersTimesExperts));
+  checks.require(numbers <= static_cast<double>(kMostNumbers), key,
+                 shown(numbers) +
+                     " numbers for layers × (experts × (domains, split_sequences, delay) and "
+                     "metrics.trend_window)",
+                 "must be at most " + shown(kMostNumbers));
+}
+
 }  // namespace
 
 std::optional<ConfigProblem> complete(ControllerConfig& config, const PolicyRegistry& registry) {
@@ -357,6 +384,7 @@ std::optional<ConfigProblem> complete(ControllerConfig& config, const PolicyRegi
     check_model(config.model, checks);
     check_placement(config, checks);
   }
+  check_size(config, checks);
   if (checks.problem()) return checks.problem();
   check_measuring(config, checks);
   check_timeline(config, checks);

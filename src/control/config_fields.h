@@ -2,6 +2,7 @@
 // watch_fields.h, measure_fields.h): docs/config.md.
 #pragma once
 
+#include "base/input_limits.h"
 #include "moectl/config.h"
 #include "watch/watch_fields.h"
 
@@ -10,6 +11,10 @@ namespace moectl {
 inline constexpr Range kRate = {.low = 0, .above_low = true, .words = "above 0 and finite"};
 inline constexpr Range kPolicy = {.words = "a policy that serves the actuator"};
 inline constexpr Range kMegabytes = {.low = 0, .high = 1e6, .words = "from 0 (never) to 1e6"};
+inline constexpr Range kLayers = {.low = 1, .high = kMostLayers};
+inline constexpr Range kExperts = {.low = 1, .high = kMostExperts};
+inline constexpr Range kDelay = {.low = 0, .high = kLongestDelay};
+inline constexpr Range kSequences = {.low = 0, .high = 1 << 20};
 inline constexpr Range kLag = {.low = 0, .high = 1, .words = "0 or 1"};
 inline constexpr Range kThreshold = {.low = 0, .high = 1, .above_low = true, .below_high = true};
 inline constexpr Range kShare = {.low = 0, .high = 1, .above_low = true, .words = "in (0, 1]"};
@@ -43,21 +48,21 @@ inline std::optional<ConfigProblem> check_value(const FieldInfo&, const Initial&
 
 template <>
 inline constexpr auto kFieldsOf<ModelConfig> = std::tuple{
-    Field{"layers", &ModelConfig::layers, kRanks, at_least(1), "MoE layers.", Presence::kRequired},
-    Field{"experts", &ModelConfig::experts, kState, at_least(1), "Experts N of each layer.",
+    Field{"layers", &ModelConfig::layers, kRanks, kLayers, "MoE layers.", Presence::kRequired},
+    Field{"experts", &ModelConfig::experts, kState, kExperts, "Experts N of each layer.",
           Presence::kRequired},
-    Field{"top_k", &ModelConfig::top_k, kState, at_least(1), "Experts that a token chooses, at most N.",
+    Field{"top_k", &ModelConfig::top_k, kState, kExperts, "Experts that a token chooses, at most N.",
           Presence::kRequired},
-    Field{"tokens_per_step", &ModelConfig::tokens_per_step, kRanks, at_least(0), "tokens",
+    Field{"tokens_per_step", &ModelConfig::tokens_per_step, kRanks, steps_from(0), "tokens",
           "Tokens of one step over all ranks; 0: not known. Sets the noise floor that targets are compared "
           "with."},
     Field{"score_space", &ModelConfig::score_space, kState,
           "Where the selection bias is added: to the gate's probabilities or to its logits."},
-    Field{"delay", &ModelConfig::delay, kState, at_least(0), "steps",
+    Field{"delay", &ModelConfig::delay, kState, kDelay, "steps",
           "Steps by which the recorded routing is late, beyond the loop's own one."},
     Field{"domains", &ModelConfig::domains, kState, "Names of the domains whose tokens are counted apart."},
     Field{
-        "split_sequences", &ModelConfig::split_sequences, kState, at_least(0), "sequences",
+        "split_sequences", &ModelConfig::split_sequences, kState, kSequences, "sequences",
         "Sequences of a step that may be split over ranks or records: pieces with the same id, from 0 to one "
         "below this, "
         "count as one sequence. Adds as many integers an expert and layer to the collective; 0: ids hold "
@@ -77,11 +82,11 @@ inline constexpr auto kFieldsOf<Limits> = std::tuple{
     Field{"center", &Limits::center, kRanks, "Biases only: keeps the mean of the applied biases at 0."},
     Field{"deadband", &Limits::deadband, kRanks, at_least(0),
           "Moves no larger than this are not made; unit of rate."},
-    Field{"warmup", &Limits::warmup, kRanks, at_least(0), "steps",
+    Field{"warmup", &Limits::warmup, kRanks, steps_from(0), "steps",
           "Steps at the start in which nothing moves."},
-    Field{"cadence", &Limits::cadence, kState, at_least(1), "steps",
+    Field{"cadence", &Limits::cadence, kState, steps_from(1), "steps",
           "Steps between decisions; each is made on the sums of all of them."},
-    Field{"cooldown", &Limits::cooldown, kRanks, at_least(0), "steps",
+    Field{"cooldown", &Limits::cooldown, kRanks, steps_from(0), "steps",
           "Steps without a move after each move."},
 };
 
@@ -116,9 +121,9 @@ inline constexpr auto kFieldsOf<RollbackOptions> = std::tuple{
           "Loss above its moving average that counts as a jump."},
     Field{"drop_jump", &RollbackOptions::drop_jump, kRanks, above(0),
           "Drop rate above its moving average that counts as a jump."},
-    Field{"within", &RollbackOptions::within, kRanks, at_least(1), "steps",
+    Field{"within", &RollbackOptions::within, kRanks, steps_from(1), "steps",
           "Steps after a move during which a jump is blamed on the move."},
-    Field{"cooldown", &RollbackOptions::cooldown, kRanks, at_least(0), "steps",
+    Field{"cooldown", &RollbackOptions::cooldown, kRanks, steps_from(0), "steps",
           "Steps without a move after a rollback."},
 };
 
@@ -134,7 +139,7 @@ inline constexpr auto kFieldsOf<SafetyOptions> = std::tuple{
     Field{"rollback", &SafetyOptions::rollback, kRanks,
           "Goes back to the last good value when loss or drop rate jumps after a move."},
     Field{"oscillation", &SafetyOptions::oscillation, kRanks, "Shortens moves that keep reversing."},
-    Field{"fallback_after", &SafetyOptions::fallback_after, kRanks, at_least(0), "steps",
+    Field{"fallback_after", &SafetyOptions::fallback_after, kRanks, steps_from(0), "steps",
           "Steps in a row with invalid data after which a notice is raised and fallback acts; 0: never."},
     Field{"fallback", &SafetyOptions::fallback, kRanks,
           "hold: invalid data never move a value; initial: after fallback_after, the initial value is "
@@ -178,11 +183,11 @@ inline constexpr auto kFieldsOf<GuardOptions> = std::tuple{
 
 template <>
 inline constexpr auto kFieldsOf<LogConfig> = std::tuple{
-    Field{"every", &LogConfig::every, kNone, at_least(1), "steps", "Steps between records."},
+    Field{"every", &LogConfig::every, kNone, steps_from(1), "steps", "Steps between records."},
     Field{"per_expert", &LogConfig::per_expert, kNone, "Arrays over experts in each record."},
     Field{"rotate_mb", &LogConfig::rotate_mb, kNone, kMegabytes, "10^6 bytes",
           "A piece of the log ends before it grows above this size."},
-    Field{"keep", &LogConfig::keep, kNone, at_least(0),
+    Field{"keep", &LogConfig::keep, kNone, steps_from(0),
           "Finished pieces that stay, older ones are removed; 0: all. Needs rotate_mb."},
 };
 
@@ -204,11 +209,10 @@ inline constexpr auto kFieldsOf<LayerGroup> = std::tuple_cat(
         Field{"first", &LayerGroup::first, kState, at_least(0),
               "The id of the first layer; without it the one after the group before, or 0.",
               Presence::kMinusOneIsAbsent},
-        Field{"count", &LayerGroup::count, kState, at_least(1), "Number of layers.",
+        Field{"count", &LayerGroup::count, kState, kLayers, "Number of layers.", Presence::kMinusOneIsAbsent},
+        Field{"experts", &LayerGroup::experts, kState, kExperts, "Instead of model.experts.",
               Presence::kMinusOneIsAbsent},
-        Field{"experts", &LayerGroup::experts, kState, at_least(1), "Instead of model.experts.",
-              Presence::kMinusOneIsAbsent},
-        Field{"top_k", &LayerGroup::top_k, kState, at_least(1), "Instead of model.top_k.",
+        Field{"top_k", &LayerGroup::top_k, kState, kExperts, "Instead of model.top_k.",
               Presence::kMinusOneIsAbsent},
         Field{"targets", &LayerGroup::targets, kState, at_least(0), "Instead of model.targets."},
         Field{"placement", &LayerGroup::placement, kRanks, at_least(0), "Instead of metrics.placement."},

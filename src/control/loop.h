@@ -25,10 +25,10 @@
 
 namespace moectl {
 
-/// Without what is no number.
+/// Without what is no number, or too large to be added up over ranks: one rank decides as many do.
 inline StepInfo usable(StepInfo info) {
-  if (info.loss && !std::isfinite(*info.loss)) info.loss.reset();
-  if (info.gradient_norm && !std::isfinite(*info.gradient_norm)) info.gradient_norm.reset();
+  if (info.loss && !fits_fixed(*info.loss)) info.loss.reset();
+  if (info.gradient_norm && !fits_fixed(*info.gradient_norm)) info.gradient_norm.reset();
   return info;
 }
 

@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "base/input_limits.h"
 #include "control/config_groups.h"
 #include "control/config_keys.h"
 #include "control/loop.h"
@@ -108,6 +109,16 @@ Controller::Loop::Loop(ControllerConfig config, const PolicyRegistry& registry, 
   for (const StatsNeeds& of_group : needs) common |= of_group;
   for (std::size_t a = 0; a < kActuatorCount; ++a) {
     if (config_.actuator(kActuators[a]).scope == Scope::kModel) needs.assign(needs.size(), common);
+  }
+  double numbers = 0;
+  for (std::size_t g = 0; g < settings.size(); ++g) {
+    const ModelConfig& model = settings[g].config.model;
+    const StatsShape shape{.experts = model.experts, .top_k = model.top_k, .needs = needs[g]};
+    numbers += static_cast<double>(shape.flat_size()) * static_cast<double>(settings[g].ids.size());
+  }
+  if (numbers > static_cast<double>(kMostNumbers)) {
+    throw ConfigError("model: " + shown(numbers) + " numbers in the sums of all layers: must be at most " +
+                      shown(kMostNumbers) + ": fewer layers, experts, domains or needs of policies");
   }
   std::vector<StatsShape> shapes;
   for (std::size_t g = 0; g < settings.size(); ++g) {

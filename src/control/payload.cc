@@ -13,7 +13,8 @@ namespace {
 constexpr std::uint64_t kFnvOffset = 0xcbf29ce484222325ULL;
 constexpr std::uint64_t kFnvPrime = 0x100000001b3ULL;
 constexpr int kMagnitudeBits =
-    20;                        // what a magnitude leaves out, so that those of 2^20 ranks add up below 2^63
+    20;  // what a magnitude leaves out, so that those of 2^20 ranks add up below 2^63
+constexpr std::int64_t kMostRanks = std::int64_t{1} << kMagnitudeBits;
 constexpr int kHashBits = 20;  // so that R ranks' squares add up far below 2^63
 
 std::uint64_t mix(std::uint64_t hash, std::uint64_t word) {
@@ -124,7 +125,7 @@ void Payload::put(std::size_t i, std::span<const std::int64_t> sums) {
 bool Payload::in_range(std::size_t i) const {
   const std::int64_t magnitude = sums_[begins_.back() + i];
   // Each rank left out less than one unit.
-  return magnitude >= 0 && magnitude + word(kRanks) <= std::int64_t{1} << (62 - kMagnitudeBits);
+  return magnitude >= 0 && magnitude <= (std::int64_t{1} << (62 - kMagnitudeBits)) - word(kRanks);
 }
 
 void Payload::put(const StepInfo& info, std::uint64_t actuation, bool failed, bool held) {
@@ -158,12 +159,20 @@ void Payload::reduce(const Reduction& reduction) {
   check();
 }
 
+bool Payload::ranks_known() const {
+  return word(kRanks) >= 1 && word(kRanks) <= kMostRanks;
+}
+
 bool Payload::same_values() const {
   return equal_everywhere(word(kRanks), word(kHash), word(kHashSquare));
 }
 
 void Payload::check() const {
   if (word(kRanks) < 1) throw ReductionError("reduction returned a sum over no ranks");
+  if (word(kRanks) > kMostRanks) {
+    throw ReductionError("reduction returned a sum over " + std::to_string(word(kRanks)) +
+                         " ranks: must be at most " + std::to_string(kMostRanks));
+  }
   if (!same_values() && !some_failed()) {
     throw ReductionError("ranks have applied different values: one of them has diverged");
   }
@@ -179,7 +188,7 @@ void Payload::exchange(StateIo& io, std::string_view name, bool counts) {
     sums_ = saved;
     for (std::size_t i = 0; i < layers(); ++i) magnitudes()[i] = magnitude_of(layer(i));
   }
-  io.check(!counts || (word(kRanks) >= 1 && (same_values() || some_failed())), name,
+  io.check(!counts || (ranks_known() && (same_values() || some_failed())), name,
            "be a sum over ranks that agree");
 }
 
@@ -196,7 +205,7 @@ void Payload::exchange_layer(StateIo& io, std::size_t i, bool counts) {
   if (!io.reads() || !counts) return;
   put(i, sums);
   std::copy(words.begin(), words.end(), sums_.end() - static_cast<std::ptrdiff_t>(kWordCount + domains_));
-  io.check(word(kRanks) >= 1 && (same_values() || some_failed()), "words", "be a sum over ranks that agree");
+  io.check(ranks_known() && (same_values() || some_failed()), "words", "be a sum over ranks that agree");
 }
 
 StepInfo Payload::info(std::span<std::int64_t> mixture) const {
@@ -209,8 +218,11 @@ StepInfo Payload::info(std::span<std::int64_t> mixture) const {
   info.gradient_norm = mean(kGradientSum, kGradientCount, kGradientBad);
   info.skipped = word(kSkipped) != 0;
   if (word(kMixtures) == word(kRanks)) {  // known only if every rank gave its mixture
-    std::copy(sums_.end() - static_cast<std::ptrdiff_t>(domains_), sums_.end(), mixture.begin());
-    info.next_mixture = mixture;
+    const auto begin = sums_.end() - static_cast<std::ptrdiff_t>(domains_);
+    if (std::all_of(begin, sums_.end(), [](std::int64_t n) { return n >= 0; })) {
+      std::copy(begin, sums_.end(), mixture.begin());
+      info.next_mixture = mixture;
+    }
   }
   return info;
 }

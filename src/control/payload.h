@@ -101,6 +101,7 @@ class Payload {
   std::int64_t& word(Word which) { return sums_[sums_.size() - domains_ - kWordCount + which]; }
   std::int64_t word(Word which) const { return sums_[sums_.size() - domains_ - kWordCount + which]; }
 
+  bool ranks_known() const;
   bool same_values() const;
 
   std::size_t layers() const { return begins_.size() - 1; }

@@ -294,13 +294,16 @@ std::optional<Reason> SafetyLimiter::hold_reason(const LimitContext& context) co
   return std::nullopt;
 }
 
+// Larger ones are no losses; averages and differences of these are numbers.
+constexpr double kLargestLoss = 1e15;
+
 // Updates the averages of loss and drop rate. Returns whether one of them jumped soon after a move.
 bool SafetyLimiter::must_roll_back(const LimitContext& context) {
   if (!options_.rollback) return false;
   const RollbackOptions& o = *options_.rollback;
   bool jumped = false;
   const auto follow = [&](std::optional<double> value, double jump, double& ema, bool& seen) {
-    if (!value || !std::isfinite(*value)) return;
+    if (!value || !(std::abs(*value) <= kLargestLoss)) return;
     if (seen && *value - ema > jump) jumped = true;
     ema = seen ? ema + kEma * (*value - ema) : *value;
     seen = true;
@@ -384,11 +387,24 @@ void SafetyLimiter::clip_biases(std::span<const double> applied, LimitReport& re
     sum += next_[i];
     free += next_[i] > lo_[i] && next_[i] < hi_[i] ? 1 : 0;
   }
-  if (!limits_.center || free == 0) return;
-  for (std::size_t i = 0; i < n; ++i) {  // restores the last bits, which are lost where next_ was large
+  if (!limits_.center) return;
+  for (std::size_t i = 0; i < n && free > 0;
+       ++i) {  // restores the last bits, which are lost where next_ was large
     if (next_[i] > lo_[i] && next_[i] < hi_[i]) {
       next_[i] = std::min(std::max(next_[i] - sum / free, lo_[i]), hi_[i]);
     }
+  }
+  // Ranges that reach far on one side only, with proposals beyond them, leave no shift between all and nothing.
+  double rest = 0, scale = 0;
+  for (std::size_t i = 0; i < n; ++i) {
+    rest += next_[i];
+    scale += std::max(std::abs(lo_[i]), std::abs(hi_[i]));
+  }
+  if (std::abs(rest) <= 4 * std::numeric_limits<double>::epsilon() * scale) return;
+  for (std::size_t i = 0; i < n; ++i) {
+    const double next = std::min(std::max(next_[i] - rest, lo_[i]), hi_[i]);
+    rest -= next_[i] - next;
+    next_[i] = next;
   }
 }
 

@@ -17,6 +17,7 @@
 #include <string_view>
 #include <utility>
 
+#include "base/printable.h"
 #include "export/step_sample.h"
 #include "moectl/figures.h"
 #include "moectl/health.h"
@@ -354,7 +355,7 @@ class TensorBoardWriter::File {
     if (!std::exchange(good_, false)) return;
     if (file_) std::fclose(std::exchange(file_, nullptr));
     std::fprintf(stderr, "moectl: %s: event file cannot be written (%s); going on without it\n",
-                 name_.c_str(), std::strerror(why));
+                 message_line(name_).c_str(), std::strerror(why));
   }
 
   TensorBoardOptions options_;

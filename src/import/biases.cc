@@ -14,6 +14,8 @@
 #include <string_view>
 #include <vector>
 
+#include "base/input_limits.h"
+#include "base/whole_file.h"
 #include "import/bytes.h"
 #include "import/import.h"
 #include "moectl/config.h"
@@ -27,7 +29,6 @@ namespace {
 using nlohmann::json;
 
 constexpr std::uint64_t kMostHeader = 100'000'000;  // the limit of the safetensors format itself
-constexpr std::int64_t kMostExperts = 1 << 20;
 
 [[noreturn]] void fail(const std::string& path, const std::string& what) {
   throw ImportError(path + ": " + what);
@@ -260,7 +261,10 @@ LayerBiases biases_in(const std::string& path, const BiasSource& source) {
     if (first != std::string_view::npos && begin[first] == '[') {
       file.clear();
       file.seekg(0);
-      const json all = json::parse(file, nullptr, false);
+      const std::string text = read_up_to(file, kLargestJson);
+      if (text.size() > kLargestJson)
+        fail(path, "must be at most " + std::to_string(kLargestJson) + " bytes");
+      const json all = json::parse(text, nullptr, false);
       if (all.is_discarded()) fail(path, "not JSON");
       return from_json(path, all, source.first_layer);
     }

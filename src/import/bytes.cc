@@ -9,13 +9,13 @@
 #include <utility>
 
 #include "base/gzip_file.h"
+#include "base/input_limits.h"
 #include "import/import.h"
 
 namespace moectl {
 namespace {
 
 constexpr std::size_t kBuffer = std::size_t{1} << 18, kPadding = 64;
-constexpr std::size_t kLongestLine = std::size_t{1} << 25;
 constexpr std::size_t kLongestHeader = std::size_t{1} << 16;  // of .npy; numpy's own limit is 10 000
 constexpr std::int64_t kMostValues = std::int64_t{1} << 48;
 
@@ -91,6 +91,9 @@ bool Bytes::fill() {
   if (got < 0 || (got == 0 && code == Z_BUF_ERROR))
     throw ImportError(name_ + ": gzip: " + (code == Z_BUF_ERROR ? "unexpected end of file" : message));
   end_ += static_cast<std::size_t>(got);
+  inflated_ += got;
+  if (const std::string fault = inflation_fault(file_, inflated_); !fault.empty())
+    throw ImportError(name_ + ": gzip: " + fault);
   return got > 0;
 }
 
@@ -236,7 +239,7 @@ void NpyReader::read(std::span<std::int64_t> out) {
 class NpzReader::Entry : public ByteStream {
  public:
   Entry(Bytes& file, bool deflated, std::uint64_t packed)
-      : file_(file), packed_(packed), deflated_(deflated) {
+      : file_(file), packed_(packed), whole_(static_cast<std::int64_t>(packed)), deflated_(deflated) {
     if (deflated_ && inflateInit2(&inflater_, -MAX_WBITS) != Z_OK) throw std::bad_alloc();
   }
   ~Entry() override {
@@ -259,7 +262,15 @@ class NpzReader::Entry : public ByteStream {
       if (code == Z_STREAM_END) break;
       if (code != Z_OK) throw ImportError(file_.name() + ": zip: damaged data");
     }
-    return wanted - inflater_.avail_out;
+    const std::size_t got = wanted - inflater_.avail_out;
+    inflated_ += static_cast<std::int64_t>(got);
+    const std::int64_t taken = whole_ - static_cast<std::int64_t>(packed_);
+    if (inflates_too_far(inflated_, taken)) {
+      throw ImportError(file_.name() + ": zip: " + std::to_string(inflated_) + " bytes from " +
+                        std::to_string(taken) + ": must be at most " + std::to_string(kMostInflation) +
+                        " times its size beyond the first " + std::to_string(kFreelyInflated));
+    }
+    return got;
   }
   /// Passes over what was not read.
   void skip() {
@@ -277,6 +288,7 @@ class NpzReader::Entry : public ByteStream {
 
   Bytes& file_;
   std::uint64_t packed_;
+  std::int64_t whole_, inflated_ = 0;
   bool deflated_;
   z_stream inflater_{};
   char input_[16384];

@@ -45,7 +45,7 @@ class Bytes : public ByteStream {
   gzFile file_ = nullptr;
   std::vector<char> buffer_;
   std::size_t begin_ = 0, end_ = 0;
-  std::int64_t line_ = 0;
+  std::int64_t line_ = 0, inflated_ = 0;
 };
 
 /// Bytes in memory.

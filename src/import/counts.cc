@@ -48,7 +48,7 @@ class SglangCsvReader : public StepReader {
       layer.top_k = top_k_;
       const auto expert = static_cast<std::size_t>(values[1]);
       if (expert >= layer.counts.size()) layer.counts.resize(expert + 1);
-      layer.counts[expert] += values[2];
+      layer.counts[expert] = added(layer.counts[expert], values[2]);
     }
     return true;
   }

@@ -14,6 +14,8 @@
 #include <limits>
 
 #include "base/format.h"
+#include "base/part_file.h"
+#include "base/printable.h"
 #include "import/steps.h"
 #include "moectl/tensorboard.h"
 
@@ -259,7 +261,9 @@ class TraceWriter {
     } else {
       const bool special = fs::exists(path) && !fs::is_regular_file(path);
       part_ = special ? path : path + ".part";
-      file_ = gzopen(part_.c_str(), mode);
+      const int descriptor = special ? open(path.c_str(), O_WRONLY | O_TRUNC | O_CLOEXEC) : open_part(part_);
+      if (descriptor >= 0) file_ = gzdopen(descriptor, mode);
+      if (descriptor >= 0 && !file_) close(descriptor);
     }
     if (!file_) throw ImportError(path + ": cannot be written: " + std::strerror(errno ? errno : ENOMEM));
   }
@@ -307,13 +311,15 @@ void append(std::string& text, const char* name, const std::vector<T>& values, s
 std::string record_of(std::int64_t step, int layer_id, const std::string& tag, const ImportedLayer& layer,
                       std::size_t experts) {
   std::int64_t assignments = 0;
-  for (const std::int64_t count : layer.counts) assignments += count;
+  // No sum of the dump is beyond what a reader of JSON can hold, and so none overflows.
+  for (const std::int64_t count : layer.counts)
+    assignments = std::min(assignments + std::min(count, kLargestWhole), kLargestWhole + 1);
   const std::int64_t tokens = layer.tokens.value_or((assignments + layer.top_k - 1) / layer.top_k);
   const std::string place = "step " + std::to_string(step) + ", layer " + std::to_string(layer_id);
   if (static_cast<std::size_t>(layer.top_k) > experts)
     throw ImportError("--top-k: " + std::to_string(layer.top_k) +
                       ": must be at most the number of experts (" + std::to_string(experts) + ")");
-  if (assignments > tokens * layer.top_k || assignments > kLargestWhole)
+  if (tokens > kLargestWhole || assignments > kLargestWhole || assignments > tokens * layer.top_k)
     throw ImportError(place + ": " + std::to_string(assignments) + " assignments: more than " +
                       std::to_string(tokens) + " tokens with k = " + std::to_string(layer.top_k) + " make");
   std::string text = "{\"step\":" + std::to_string(step) + ",\"layer\":" + std::to_string(layer_id) +
@@ -342,10 +348,18 @@ std::string record_of(std::int64_t step, int layer_id, const std::string& tag, c
 template <typename T>
 void add_to(std::vector<T>& sums, const std::vector<T>& more) {
   if (sums.size() < more.size()) sums.resize(more.size());
-  for (std::size_t i = 0; i < more.size(); ++i) sums[i] += more[i];
+  for (std::size_t i = 0; i < more.size(); ++i) {
+    if constexpr (std::is_integral_v<T>) {
+      sums[i] = added(sums[i], more[i]);
+    } else {
+      sums[i] += more[i];
+    }
+  }
 }
 
 }  // namespace
+
+ImportError::ImportError(const std::string& what) : std::runtime_error(message_line(what)) {}
 
 void ImportedLayer::add_sequence(const std::vector<std::int64_t>& of_sequence, std::int64_t sequence_tokens) {
   has_sequences = has_sequences || !tokens || *tokens == 0;
@@ -353,13 +367,16 @@ void ImportedLayer::add_sequence(const std::vector<std::int64_t>& of_sequence, s
   std::int64_t length = 0;
   for (const std::int64_t count : of_sequence) length += count;
   ++sequences;
-  sequence_len_sq += length * length;
+  if (length > kMostChoices)
+    throw ImportError("a sequence of " + std::to_string(length) + " choices: must be at most " +
+                      std::to_string(kMostChoices));
+  sequence_len_sq = added(sequence_len_sq, length * length);
   add_to(counts, of_sequence);
   sequence_sq.resize(counts.size());
   sequence_cross.resize(counts.size());
   for (std::size_t i = 0; i < of_sequence.size(); ++i) {
-    sequence_sq[i] += of_sequence[i] * of_sequence[i];
-    sequence_cross[i] += length * of_sequence[i];
+    sequence_sq[i] = added(sequence_sq[i], of_sequence[i] * of_sequence[i]);
+    sequence_cross[i] = added(sequence_cross[i], length * of_sequence[i]);
   }
 }
 
@@ -368,11 +385,11 @@ ImportedLayer& ImportedLayer::operator+=(const ImportedLayer& other) {
     throw ImportError("k differs between the files: " + std::to_string(top_k) + " and " +
                       std::to_string(other.top_k));
   add_to(counts, other.counts);
-  tokens = tokens && other.tokens ? std::optional(*tokens + *other.tokens) : std::nullopt;
+  tokens = tokens && other.tokens ? std::optional(added(*tokens, *other.tokens)) : std::nullopt;
   has_sequences = has_sequences && other.has_sequences;
   has_probabilities = has_probabilities && other.has_probabilities;
-  sequences += other.sequences;
-  sequence_len_sq += other.sequence_len_sq;
+  sequences = added(sequences, other.sequences);
+  sequence_len_sq = added(sequence_len_sq, other.sequence_len_sq);
   add_to(sequence_sq, other.sequence_sq);
   add_to(sequence_cross, other.sequence_cross);
   add_to(prob_sum, other.prob_sum);

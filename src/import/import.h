@@ -12,7 +12,7 @@ namespace moectl {
 /// Input that is not of the format it was said to be. `what()` reads "file: what was expected: what was found".
 class ImportError : public std::runtime_error {
  public:
-  using std::runtime_error::runtime_error;
+  explicit ImportError(const std::string& what);
 };
 
 struct ImportOptions {

@@ -58,13 +58,17 @@ class RouterLogitsReader : public StepReader {
       throw ImportError("--mask: " + path + ": expected [batch, sequence] of booleans or whole numbers, " +
                         std::to_string(tokens_) + " in all: found " + mask.description());
     }
-    std::vector<std::int64_t> row(static_cast<std::size_t>(tokens_));
-    mask.read(row);
-    for (const std::int64_t real : row) {
-      if (real != 0 && real != 1)
-        throw ImportError("--mask: " + path + ": " + std::to_string(real) + ": must be 0 (padding) or 1");
+    // Piece by piece: the shape may promise more than the file holds.
+    std::vector<std::int64_t> row;
+    for (std::int64_t left = tokens_; left > 0; left -= static_cast<std::int64_t>(row.size())) {
+      row.resize(static_cast<std::size_t>(std::min<std::int64_t>(left, 1 << 16)));
+      mask.read(row);
+      for (const std::int64_t real : row) {
+        if (real != 0 && real != 1)
+          throw ImportError("--mask: " + path + ": " + std::to_string(real) + ": must be 0 (padding) or 1");
+      }
+      mask_.insert(mask_.end(), row.begin(), row.end());
     }
-    mask_.assign(row.begin(), row.end());
     if (shape.size() == 2 && sequence_length_ == 0) sequence_length_ = shape[1];
   }
 

@@ -301,7 +301,8 @@ class MegatronReader : public StepReader {
       std::size_t i = 0;
       for (const JsonValue count : counts.elements()) {
         if (!count.is_number()) throw wrong("tpe: expected whole numbers");
-        layer.counts[i++] += whole_of(count.as_double(), file_.place() + ": tpe");
+        layer.counts[i] = added(layer.counts[i], whole_of(count.as_double(), file_.place() + ": tpe"));
+        ++i;
       }
     }
   }

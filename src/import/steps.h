@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <map>
 #include <memory>
 #include <optional>
@@ -9,13 +10,22 @@
 #include <utility>
 #include <vector>
 
+#include "base/input_limits.h"
 #include "import/bytes.h"
 #include "import/import.h"
 
 namespace moectl {
 
-constexpr int kMostExperts = 65535, kMostLayers = 4096;
 constexpr std::int64_t kLargestWhole = std::int64_t{1} << 53;
+
+/// Choices of one sequence: their square is a number that can be added up.
+constexpr std::int64_t kMostChoices = std::int64_t{1} << 31;
+
+/// The sum of two that are not negative; the largest number where that is too large.
+inline std::int64_t added(std::int64_t a, std::int64_t b) {
+  std::int64_t sum = 0;
+  return __builtin_add_overflow(a, b, &sum) ? std::numeric_limits<std::int64_t>::max() : sum;
+}
 
 /// The sums of one layer in one step. Arrays grow with the largest expert that was seen.
 struct ImportedLayer {

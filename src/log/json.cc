@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "base/input_limits.h"
+
 namespace moectl {
 namespace {
 
@@ -66,7 +68,13 @@ void JsonParser::refuse_repeated_keys(JsonValue value) {
 
 void JsonParser::refuse_repeated_keys(simdjson::dom::object object) {
   keys_.clear();
-  for (const auto member : object) keys_.push_back(member.key);
+  for (const auto member : object) {
+    if (member.key.size() > kLongestWord) {
+      throw JsonError("a key of " + std::to_string(member.key.size()) + " bytes: must be at most " +
+                      std::to_string(kLongestWord));
+    }
+    keys_.push_back(member.key);
+  }
   const auto refuse = [](std::string_view key) {
     throw JsonError("key \"" + std::string(key) + "\" stands twice in one object");
   };

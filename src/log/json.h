@@ -63,9 +63,6 @@ class JsonError : public std::runtime_error {
 /// Parses one line after another into memory that the next one uses again.
 class JsonParser {
  public:
-  /// Records are a few levels deep.
-  static constexpr std::size_t kMostLevels = 64;
-
   JsonParser();
   /// Throws JsonError. kPadding bytes after the text must be readable.
   void parse(std::string_view text);

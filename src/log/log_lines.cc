@@ -13,16 +13,18 @@
 #include <utility>
 
 #include "base/gzip_file.h"
+#include "base/input_limits.h"
+#include "base/printable.h"
 #include "moectl/run_log.h"
 
 namespace moectl {
 namespace {
 
 constexpr std::size_t kFirstBuffer = std::size_t{1} << 18;
-// 4096 experts with every optional array and 20 characters a number take under 2 MB.
-constexpr std::size_t kLongestLine = std::size_t{1} << 25;
 
 }  // namespace
+
+LogError::LogError(const std::string& what) : std::runtime_error(message_line(what)) {}
 
 LogLines::LogLines(const std::string& path, std::function<bool()> follow)
     : name_(path == "-" ? "<stdin>" : path), follow_(std::move(follow)), buffer_(kFirstBuffer + kPadding) {
@@ -95,6 +97,11 @@ bool LogLines::fill() {
                    ": gzip: " + (cut ? "unexpected end of file" : message) + ": must be a whole gzip file");
   }
   end_ += static_cast<std::size_t>(got);
+  inflated_ += got;
+  if (const std::string fault = inflation_fault(file_, inflated_); !fault.empty()) {
+    broken_ = true;
+    throw LogError(name_ + ':' + std::to_string(number_ + 1) + ": gzip: " + fault);
+  }
   return got > 0;
 }
 

@@ -51,7 +51,7 @@ class LogLines {
   int descriptor_ = -1;
   std::vector<char> buffer_;
   std::size_t begin_ = 0, end_ = 0;
-  std::int64_t number_ = 0, offset_ = 0;
+  std::int64_t number_ = 0, offset_ = 0, inflated_ = 0;
   bool complete_ = true;
   bool broken_ = false;
   bool replaced_ = false;

@@ -7,6 +7,8 @@
 #include <limits>
 #include <utility>
 
+#include "base/input_limits.h"
+#include "base/printable.h"
 #include "measure/offence.h"
 
 namespace moectl {
@@ -14,6 +16,8 @@ namespace {
 
 // Above 2^53 a reader of JSON that uses doubles no longer gives the integer that was written.
 constexpr std::int64_t kLargestInteger = std::int64_t{1} << 53;
+// Of a rotated log; its file names have six digits at least.
+constexpr std::int64_t kMostPieces = 1'000'000'000;
 // A fixed-point sum holds up to 2^39; beyond it the file holds nothing that this library wrote.
 constexpr double kLargestSum = 5.4e11;
 
@@ -336,6 +340,10 @@ RoutingStats read_stats(const Line& line, const LogGroup& header, std::optional<
   const char* const name = are_shares ? "load" : "counts";
   if (!counts.is_array() || counts.size() == 0)
     line.reject(name, counts, "must be an array, one for each expert");
+  if (counts.size() > static_cast<std::size_t>(kMostExperts)) {
+    line.fail(name, std::to_string(counts.size()) + " values",
+              "must be at most " + std::to_string(kMostExperts));
+  }
   if (header.experts) line.check_array(name, counts, static_cast<std::size_t>(*header.experts));
   StatsShape shape;
   shape.experts = static_cast<int>(counts.size());
@@ -372,6 +380,18 @@ RoutingStats read_stats(const Line& line, const LogGroup& header, std::optional<
                  .domains = domains ? static_cast<int>(domains->size()) : 0};
   const bool near = line.has_all({"gap_width_sum", "gap_near"});
   if (near && !gap) line.fail("gap_sum", "missing", "required with gap_near");
+  // Before memory is taken for them: each array has as many elements as there are experts.
+  if (margins) line.check_array("margins", *margins, counts.size());
+  for (const auto& [field, by_domain] :
+       {std::pair{"domain_counts.", &domains}, std::pair{"domain_loss.", &domain_losses}}) {
+    if (!*by_domain || !(*by_domain)->is_object()) continue;
+    for (const auto member : (*by_domain)->members())
+      line.check_array(field + std::string(member.key), member.value, counts.size());
+  }
+  if (const std::size_t numbers = shape.flat_size(); numbers > static_cast<std::size_t>(kMostNumbers)) {
+    line.fail(name, std::to_string(numbers) + " numbers in all sums",
+              "must be at most " + std::to_string(kMostNumbers));
+  }
   RoutingStats stats(shape);
   read_counts(line, counts, are_shares || are_loads(counts), given_tokens, defaults, assumptions, stats);
   const std::int64_t tokens = stats.tokens();
@@ -559,7 +579,7 @@ void read_groups(const Line& line, JsonValue from, const std::string& key, LogHe
     }
     for (const auto& [name, out] : {std::pair{"experts", &group.experts}, std::pair{"top_k", &group.top_k}}) {
       if (const auto number = value.find(name))
-        *out = static_cast<int>(line.integer(path + name, *number, 1, 1 << 30));
+        *out = static_cast<int>(line.integer(path + name, *number, 1, kMostExperts));
     }
     if (!group.experts) line.fail(path + "experts", "missing", "required");
     if (!group.top_k) line.fail(path + "top_k", "missing", "required");
@@ -590,9 +610,7 @@ void LogLine::refuse(std::string_view words) const {
 }
 
 void LogLine::reject(const std::string& field, JsonValue value, const std::string& constraint) const {
-  std::string text = value.dump();
-  if (text.size() > 60) text = text.substr(0, 60) + "...";
-  fail(field, text, constraint);
+  fail(field, shown_briefly(value.dump()), constraint);
 }
 
 LogHeader read_header(const LogLine& at, bool any_version) {
@@ -606,7 +624,6 @@ LogHeader read_header(const LogLine& at, bool any_version) {
   if (!any_version && line.integer("version", line.need("version")) != 1) {
     line.reject("version", line.need("version"), "must be 1, the only version there is");
   }
-  constexpr std::int64_t kMost = 1 << 30;
   JsonValue from = line.object;
   std::string prefix;
   if (header.is_run) {
@@ -621,7 +638,8 @@ LogHeader read_header(const LogLine& at, bool any_version) {
   for (const auto& [key, out] : {std::pair{"layers", &header.layers}, std::pair{"experts", &header.experts},
                                  std::pair{"top_k", &header.top_k}}) {
     if (const auto value = from.find(key)) {
-      *out = static_cast<int>(line.integer(prefix + key, *value, 1, kMost));
+      *out = static_cast<int>(
+          line.integer(prefix + key, *value, 1, out == &header.layers ? kMostLayers : kMostExperts));
     }
   }
   if (header.top_k && header.experts && *header.top_k > *header.experts) {
@@ -633,7 +651,7 @@ LogHeader read_header(const LogLine& at, bool any_version) {
   const JsonValue groups_of = header.is_run ? line.need("config") : line.object;
   read_groups(line, groups_of, header.is_run ? "layers" : "groups", header);
   if (const auto shift = line.find("shift")) header.shift = line.integer("shift", *shift);
-  if (const auto piece = line.find("piece")) header.piece = line.integer("piece", *piece, 1);
+  if (const auto piece = line.find("piece")) header.piece = line.integer("piece", *piece, 1, kMostPieces);
   return header;
 }
 

@@ -5,6 +5,7 @@
 #include <set>
 #include <utility>
 
+#include "base/input_limits.h"
 #include "log/log_lines.h"
 #include "log/log_record.h"
 #include "moectl/run_log.h"
@@ -17,6 +18,33 @@ using nlohmann::json;
 /// Which (step, layer, tag) have been seen. Files come in the order of the steps, so one number a record is enough.
 class Seen {
  public:
+  /// Throws LogError on a layer whose experts or k change, and on more layers than a model has: whoever reads on takes
+  /// memory for each.
+  void add_layer(const LogLine& here, const LogRecord& record) {
+    const RoutingStats& stats = record.stats;
+    if (stats.experts() == 0) return;
+    const std::string layer = "layer " + std::to_string(record.layer);
+    const auto same = [&](const char* field, int now, int& before, const char* what) {
+      if (before == 0) before = now;
+      if (now != before) {
+        here.fail(field, std::to_string(now) + what,
+                  "must be " + std::to_string(before) + ", as in the lines of " + layer + " before");
+      }
+    };
+    Steps& steps = steps_[{record.layer, record.tag}];
+    if (steps.experts == 0) {
+      cells_ += stats.experts();
+      const auto layers = static_cast<std::int64_t>(steps_.size());
+      if (layers > kMostLayers || cells_ > kMostLayersTimesExperts) {
+        here.fail("layer",
+                  std::to_string(layers) + " layers and tags, " + std::to_string(cells_) + " experts in all",
+                  "must be at most " + std::to_string(kMostLayers) + " and " +
+                      std::to_string(kMostLayersTimesExperts));
+      }
+    }
+    same("counts", stats.experts(), steps.experts, " values");
+    same("top_k", stats.top_k(), steps.top_k, "");
+  }
   bool add(const LogRecord& record) {
     Steps& steps = steps_[{record.layer, record.tag}];
     if (steps.ordered.empty() || record.step > steps.ordered.back()) {
@@ -31,8 +59,10 @@ class Seen {
   struct Steps {
     std::vector<std::int64_t> ordered;
     std::set<std::int64_t> late;
+    int experts = 0, top_k = 0;
   };
   std::map<std::pair<int, std::string>, Steps> steps_;
+  std::int64_t cells_ = 0;
 };
 
 /// Finds steps that are missing between others. The distance of steps is the smallest seen; before it has held
@@ -170,10 +200,11 @@ struct LogReader::File {
       const std::int64_t read = header.piece;
       open(path);
       read_header_again();
-      // It may have been rotated more than once since.
-      for (std::int64_t piece = read + 1; piece < header.piece; ++piece) {
-        if (std::filesystem::exists(piece_path(path, piece))) pending.push_back(piece_path(path, piece));
-      }
+      // It may have been rotated more than once since; the oldest pieces may be gone.
+      std::int64_t oldest = header.piece;
+      while (oldest - 1 > read && std::filesystem::exists(piece_path(path, oldest - 1))) --oldest;
+      for (std::int64_t piece = oldest; piece < header.piece; ++piece)
+        pending.push_back(piece_path(path, piece));
       if (pending.empty()) return true;
       pending.push_back(path);
       header.piece = read;
@@ -255,6 +286,7 @@ struct LogReader::File {
     LogRecord record = read_record(here, header, defaults, assumptions);
     if (record.layer >= 0 && header.layers && header.groups.empty() && !header.is_run)
       count_layer(here, record.layer);
+    seen.add_layer(here, record);
     if (!seen.add(record)) {
       here.fail("step", std::to_string(record.step),
                 "repeated for layer " + (record.layer < 0 ? "null" : std::to_string(record.layer)) +

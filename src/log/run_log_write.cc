@@ -12,6 +12,8 @@
 #include <filesystem>
 #include <utility>
 
+#include "base/part_file.h"
+#include "base/printable.h"
 #include "base/sigpipe.h"
 #include "log/log_lines.h"
 #include "moectl/run_log.h"
@@ -36,15 +38,14 @@ class Json {
   }
   void value(std::string_view v) {
     raw('"');
-    for (const char c : v) {
-      if (c == '"' || c == '\\') raw('\\');
-      if (static_cast<unsigned char>(c) >= ' ') {
-        raw(c);
-      } else {
-        char escape[8];
-        std::snprintf(escape, sizeof escape, "\\u%04x", static_cast<unsigned>(c));
-        raw(escape);
-      }
+    while (!v.empty()) {
+      const std::size_t plain = std::min(v.find_first_of("\"\\"), v.size());
+      append_printable(text_, v.substr(0, plain));
+      v.remove_prefix(plain);
+      if (v.empty()) break;
+      raw('\\');
+      raw(v.front());
+      v.remove_prefix(1);
     }
     raw('"');
   }
@@ -81,15 +82,18 @@ class Json {
 /// Where bytes go. Written to at once, so that a reader of a growing log sees whole steps.
 class Sink {
  public:
-  Sink(const std::string& path, bool append, bool zipped) {
+  enum class How { kAnew, kAppend, kBeside };  // kBeside: a file that takes another's name later
+  Sink(const std::string& path, How how, bool zipped) {
     errno = 0;
-    if (zipped) {
-      zip_ = gzopen(path.c_str(), append ? "ab" : "wb");
-    } else {
-      file_ = path == "-"
-                  ? STDOUT_FILENO
-                  : open(path.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC | (append ? O_APPEND : O_TRUNC), 0666);
-    }
+    file_ = path == "-" ? STDOUT_FILENO
+            : how == How::kBeside
+                ? open_part(path)
+                : open(path.c_str(),
+                       O_WRONLY | O_CREAT | O_CLOEXEC | (how == How::kAppend ? O_APPEND : O_TRUNC), 0666);
+    if (!zipped || file_ < 0) return;
+    zip_ = gzdopen(file_, how == How::kAppend ? "ab" : "wb");
+    if (!zip_) close(file_);
+    file_ = -1;  // zip_ closes it
   }
   explicit Sink(std::function<void(std::string_view)> out) : out_(std::move(out)) {}
   ~Sink() {
@@ -143,8 +147,12 @@ std::int64_t piece_of(const std::string& path) {
   std::int64_t piece = 1;
   LogLines lines(path);
   std::string_view line;
-  if (lines.next(line) && line.starts_with(kStart))
-    std::from_chars(line.data() + kStart.size(), line.data() + line.size(), piece);
+  try {
+    if (lines.next(line) && line.starts_with(kStart))
+      std::from_chars(line.data() + kStart.size(), line.data() + line.size(), piece);
+  } catch (const LogError&) {
+    // Torn before its first line was whole: what is known of it is nothing.
+  }
   return piece;
 }
 
@@ -197,7 +205,7 @@ Kept keep_before(const std::string& path, std::int64_t step) {
     return result;
   }
   const std::string part = path + ".part";
-  Sink sink(part, false, true);
+  Sink sink(part, Sink::How::kBeside, true);
   if (!sink.is_open() || !sink.write(kept) || !sink.flush()) throw LogError(part + ": cannot be written");
   std::filesystem::rename(part, path);
   return result;
@@ -216,7 +224,7 @@ struct RunLogWriter::File {
       : path(name), config(c), first_config(to_json(c)), last_config(first_config) {}
 
   void open(bool append) {
-    sink = std::make_unique<Sink>(path, append, is_zipped(path));
+    sink = std::make_unique<Sink>(path, append ? Sink::How::kAppend : Sink::How::kAnew, is_zipped(path));
     if (!sink->is_open()) give_up(std::strerror(errno ? errno : ENOMEM));
   }
 
@@ -225,8 +233,8 @@ struct RunLogWriter::File {
     if (!good) return;
     good = false;
     sink.reset();
-    std::fprintf(stderr, "moectl: %s: run log cannot be written (%s); going on without it\n", path.c_str(),
-                 why);
+    std::fprintf(stderr, "moectl: %s: run log cannot be written (%s); going on without it\n",
+                 message_line(path).c_str(), message_line(why).c_str());
   }
 
   bool rotates() const { return config.log.rotate_mb > 0 && path != "-"; }
@@ -277,7 +285,7 @@ struct RunLogWriter::File {
   void rotate() {
     const std::string full = piece_path(path, piece++), part = path + ".part";
     std::error_code failed, ignored;
-    sink = std::make_unique<Sink>(part, false, is_zipped(path));
+    sink = std::make_unique<Sink>(part, Sink::How::kBeside, is_zipped(path));
     if (!sink->is_open()) return give_up(std::strerror(errno ? errno : ENOMEM));
     begin(header());
     if (good && !sink->flush()) give_up(std::strerror(errno ? errno : EIO));

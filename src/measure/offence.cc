@@ -262,7 +262,8 @@ Offence first_offence(const RoutingStats& sums) {
       }
     }
   }
-  return sums.invalid_records() == 0 ? overflow_of("counts") : Offence{};
+  if (sums.invalid_records() != 0) return {};
+  return check_counts(sums.shape(), sums.counts(), sums.tokens(), std::nullopt).offence;
 }
 
 }  // namespace moectl

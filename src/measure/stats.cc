@@ -186,16 +186,16 @@ bool RoutingStats::valid() const {
     signs |= beyond_half(sums_[i]);
   }
   if (signs < 0 || invalid_records() != 0) return false;
-  // No sum of N numbers under 2^63 / N overflows; the bits they set together bound the largest of them.
-  std::int64_t bits = 0;
-  for (const std::int64_t count : counts()) bits |= count;
-  if (bits < std::numeric_limits<std::int64_t>::max() / experts() / 2) return true;
   std::int64_t total = 0;
   for (const std::int64_t count : counts()) {
     total = wrapping_add(total, count);
     signs |= total;  // a sum of non-negative numbers turns negative when it first overflows
   }
-  return signs >= 0;
+  // A token chooses at most k experts.
+  std::int64_t most = 0;
+  if (__builtin_mul_overflow(tokens(), std::int64_t{top_k()}, &most))
+    most = std::numeric_limits<std::int64_t>::max();
+  return signs >= 0 && total <= most;
 }
 
 RoutingStats& RoutingStats::operator+=(const RoutingStats& other) {

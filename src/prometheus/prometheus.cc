@@ -2,6 +2,7 @@
 // base units in the name, ratios from 0 to 1, counters ending in _total.
 #include "moectl/prometheus.h"
 
+#include <arpa/inet.h>
 #include <prometheus/collectable.h>
 #include <prometheus/exposer.h>
 #include <prometheus/metric_family.h>
@@ -17,6 +18,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/printable.h"
 #include "export/step_sample.h"
 #include "moectl/health.h"
 
@@ -300,21 +302,29 @@ std::vector<MetricFamily> families_of(const Totals& all) {
   return out.take();
 }
 
-/// Splits HOST:PORT.
-void check_address(const std::string& address) {
+/// The address as the web server takes it. A name, a list of ports or a mark of TLS, which would mean something to the
+/// server underneath, is no address here.
+std::string checked_address(const std::string& address) {
   const std::size_t colon = address.rfind(':');
-  const std::string port = colon == std::string::npos ? "" : address.substr(colon + 1);
-  const bool digits = !port.empty() && port.size() <= 5 &&
-                      std::all_of(port.begin(), port.end(), [](char c) { return c >= '0' && c <= '9'; });
-  const std::string host = address.substr(0, std::min(colon, address.size()));
-  // A comma or a letter would mean something else to the web server underneath: several ports, or TLS.
-  const bool plain =
-      !host.empty() && host.find_first_not_of("0123456789abcdefABCDEF.:[]") == std::string::npos;
-  if (!digits || std::stoi(port) > 65535 || !plain) {
-    throw std::invalid_argument("address: " + address +
-                                ": must be HOST:PORT with a numeric host, as 127.0.0.1:9464");
+  const std::string port = colon == std::string::npos ? address : address.substr(colon + 1);
+  std::string host = colon == std::string::npos ? "127.0.0.1" : address.substr(0, colon);
+  const bool digits =
+      !port.empty() && port.size() <= 5 && port.find_first_not_of("0123456789") == std::string::npos;
+  const bool six = host.size() > 2 && host.front() == '[' && host.back() == ']';
+  in6_addr parsed{};  // room for either
+  const bool numeric = six ? inet_pton(AF_INET6, host.substr(1, host.size() - 2).c_str(), &parsed) == 1
+                           : inet_pton(AF_INET, host.c_str(), &parsed) == 1;
+  if (!digits || std::stoi(port) > 65535 || !numeric) {
+    throw std::invalid_argument("address: " + shown_briefly(address) +
+                                ": must be HOST:PORT with a numeric host, as 127.0.0.1:9464 or [::1]:9464, "
+                                "or a PORT of the loopback address");
   }
+  return host + ':' + port;
 }
+
+/// A request must arrive as a whole within a second, and so many connections may wait for theirs at the same time: others
+/// that idle or trickle hold up a scrape for about a second.
+const std::vector<std::string> kServer = {"num_threads", "32", "request_timeout_ms", "1000"};
 
 }  // namespace
 
@@ -363,9 +373,10 @@ class PrometheusFeed::State : public prometheus::Collectable {
 };
 
 PrometheusFeed::PrometheusFeed(const std::string& address) : state_(std::make_shared<State>()) {
-  check_address(address);
+  std::vector<std::string> options = {"listening_ports", checked_address(address)};
+  options.insert(options.end(), kServer.begin(), kServer.end());
   try {
-    exposer_ = std::make_unique<prometheus::Exposer>(address);
+    exposer_ = std::make_unique<prometheus::Exposer>(options);
   } catch (const std::exception& e) {
     throw std::runtime_error(address + ": cannot be listened at (in use?): " + e.what());
   }

@@ -247,7 +247,9 @@ void LayerMonitor::Impl::smooth(const Metrics& metrics) {
   for (const MetricField& field : metric_fields()) {
     const Metrics::Value& value = metrics.*(field.value);
     Metrics::Value& smoothed = smoothed_metrics_.*(field.value);
-    if (value) smoothed = smoothed ? *smoothed + options_.ema * (*value - *smoothed) : *value;
+    // An infinite one would stay in the average for good.
+    if (value && std::isfinite(*value))
+      smoothed = smoothed ? *smoothed + options_.ema * (*value - *smoothed) : *value;
   }
 }
 
@@ -274,7 +276,7 @@ void LayerMonitor::Impl::exchange(StateIo& io) {
   io.values("monitor.metrics", metrics, StateIo::kAnyNumber);
   for (std::size_t f = 0; f < metrics.size(); ++f) {
     smoothed_metrics_.*(metric_fields()[f].value) =
-        std::isnan(metrics[f]) ? Metrics::Value() : Metrics::Value(metrics[f]);
+        std::isfinite(metrics[f]) ? Metrics::Value(metrics[f]) : Metrics::Value();
   }
   entropy_.exchange(io);
   token_entropy_.exchange(io);

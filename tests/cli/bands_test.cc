@@ -106,7 +106,7 @@ TEST(Bands, WrongHealthSectionsNameThePlace) {
             "c.yaml:3:19: health.alerts[0]: load_cv: must have either above or below");
   EXPECT_EQ(error("health: {alerts: [{above: 1}]}"),
             "c.yaml:3:19: health.alerts[0].metric: missing: required");
-  EXPECT_EQ(error("metrics: {trend_window: 3}"), "c.yaml:3:25: metrics.trend_window: 3: must be at least 4");
+  EXPECT_EQ(error("metrics: {trend_window: 3}"), "c.yaml:3:25: metrics.trend_window: 3: must be from 4 to 10000");
 }
 
 }  // namespace

@@ -32,7 +32,7 @@ TEST(Check, ExplainsEveryKey) {
   dir.write("c.yaml", with_target("load_cv", "0.3", "{rate: 0.2}") + "safety: {rollback: {within: 7}}\n");
   const ToolResult result = run_tool(dir, "check c.yaml --explain");
   EXPECT_EQ(result.code, 0) << result.err;
-  EXPECT_THAT(result.out, HasSubstr("model.layers: 3   # required; at least 1\n    MoE layers.\n"));
+  EXPECT_THAT(result.out, HasSubstr("model.layers: 3   # required; from 1 to 65536\n    MoE layers.\n"));
   EXPECT_THAT(result.out,
               HasSubstr("\naux_loss_weight.limits.rate: 0.2   # default 0.1; above 0 and finite\n"));
   EXPECT_THAT(result.out, HasSubstr("\naux_loss_weight.options.target: 0.3   # default "));

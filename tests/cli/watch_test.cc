@@ -132,8 +132,8 @@ TEST(Watch, ShowsNoControlCharactersOfALog) {
             R"("actuators":{"expert_bias":{"applied":[0,0],"reasons":["rate\u000anext"]}}})"
             "\n");
   const std::string view = drawn(dir, 24, 80);
-  EXPECT_THAT(view, HasSubstr("fine?[2J\x1b[K\n"));
-  EXPECT_THAT(view, HasSubstr("[rate?next]\x1b[K\n"));
+  EXPECT_THAT(view, HasSubstr("fine\\u001b[2J\x1b[K\n"));
+  EXPECT_THAT(view, HasSubstr("[rate\\u000anext]\x1b[K\n"));
   EXPECT_THAT(view, Not(HasSubstr("\x1b[2J")));
 }
 

@@ -259,7 +259,7 @@ INSTANTIATE_TEST_SUITE_P(
         Wrong{"UnknownAlias", "version: *one\n",
               "c.yaml:1:10: syntax: not YAML: no anchor of this name stands before it"},
         Wrong{"Deep", "version: 1\nmodel: " + std::string(200000, '['),
-              "c.yaml:2:71: syntax: not YAML: nested too deeply"},
+              "c.yaml:2:71: syntax: not YAML: nested too deeply: must be at most 64 levels"},
         Wrong{"Control", "version: 1\n# \x01\n",
               "c.yaml:2:3: syntax: not YAML: control characters are not allowed"},
         Wrong{"Tag", "version: !!int 1\n", "c.yaml:1:1: version: tag:yaml.org,2002:int: must carry no tag"},
@@ -326,7 +326,7 @@ INSTANTIATE_TEST_SUITE_P(
               "c.yaml:2:56: model.score_space: logits: must be probability or logit; did you mean 'logit'?"},
         // Ranges and what must fit together.
         Wrong{"NoLayers", "version: 1\nmodel: {layers: 0, experts: 16, top_k: 2}\n",
-              "c.yaml:2:17: model.layers: 0: must be at least 1"},
+              "c.yaml:2:17: model.layers: 0: must be from 1 to 65536"},
         Wrong{"TopKAboveExperts", "version: 1\nmodel:\n  layers: 3\n  experts: 4\n  top_k: 5\n",
               "c.yaml:5:10: model.top_k: 5: must be at most model.experts (4)"},
         Wrong{"NegativeTokens",
@@ -447,7 +447,7 @@ TEST(Config, MadeInCodeIsCheckedAlike) {
       ::testing::ThrowsMessage<ConfigError>("expert_bias.options.zero_mean_move: 1: must be true or false"));
   c = ControllerConfig();
   EXPECT_THAT([&] { validate(c, registry()); },
-              ::testing::ThrowsMessage<ConfigError>("model.layers: 0: must be at least 1"));
+              ::testing::ThrowsMessage<ConfigError>("model.layers: 0: must be from 1 to 65536"));
   c.model = {.layers = 1, .experts = 4, .top_k = 2, .domains = {}, .targets = {}};
   c.expert_bias.limits.max = std::numeric_limits<double>::quiet_NaN();
   EXPECT_THAT([&] { validate(c, registry()); },

@@ -192,14 +192,81 @@ TEST(PrometheusFeed, CountsNotices) {
 }
 
 TEST(PrometheusFeed, InvalidAddressesAndUsedPorts) {
-  for (const char* address : {"", "9464", "localhost:9464", "127.0.0.1", "127.0.0.1:", "127.0.0.1:70000",
-                              "127.0.0.1:9464,9465", "127.0.0.1:443s", "127.0.0.1:-1"}) {
+  for (const char* address :
+       {"", "localhost:9464", "127.0.0.1", "127.0.0.1:", "127.0.0.1:70000", "127.0.0.1:9464,9465",
+        "127.0.0.1:443s", "127.0.0.1:-1", "999.999.999.999:0", "127.1:0", "0x7f.0.0.1:0", "1.2.3.4.5:0",
+        "127.0.0.1 :0", "::1:0", "[::1:0", "[::g]:0", "[127.0.0.1]:0", "70000", "-1"}) {
     EXPECT_THROW(PrometheusFeed{address}, std::invalid_argument) << address;
   }
   PrometheusFeed feed("127.0.0.1:0");
   const std::string taken = "127.0.0.1:" + std::to_string(feed.port());
   EXPECT_THAT([&] { PrometheusFeed{taken}; },
               ::testing::ThrowsMessage<std::runtime_error>(HasSubstr(taken + ": cannot be listened at")));
+}
+
+// By default nobody but this machine is served.
+TEST(PrometheusFeed, APortAloneIsOneOfTheLoopbackAddress) {
+  PrometheusFeed feed("0");
+  EXPECT_THAT(http_get(feed.port(), "/metrics"), HasSubstr("moectl_steps_total"));
+}
+
+/// Connections to the endpoint of which none asks anything.
+struct Silent {
+  Silent(int port, int count) {
+    for (int i = 0; i < count; ++i) connections.push_back(connect_to(port));
+  }
+  ~Silent() {
+    for (const int connection : connections) close(connection);
+  }
+  std::vector<int> connections;
+};
+
+// Connections that idle, and requests that never end, hold up a scrape for a second or two. The bound is far from that, for
+// a machine that is busy; where each is waited for, the answer takes minutes.
+TEST(PrometheusFeed, AnswersWhileOthersIdleOrTrickle) {
+  PrometheusFeed feed("127.0.0.1:0");
+  const auto seconds = [&] {
+    const auto start = std::chrono::steady_clock::now();
+    EXPECT_THAT(http_get(feed.port(), "/metrics"), HasSubstr("moectl_steps_total"));
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  };
+  {
+    const Silent idle(feed.port(), 48);
+    EXPECT_LT(seconds(), 25);
+  }
+  const Silent trickling(feed.port(), 48);
+  std::atomic<bool> done = false;
+  std::thread writer([&] {
+    const std::string start = "GET /metrics HTTP/1.1\r\nX: ";
+    for (const int connection : trickling.connections)
+      send(connection, start.data(), start.size(), MSG_NOSIGNAL);
+    while (!done) {
+      for (const int connection : trickling.connections) send(connection, "a", 1, MSG_NOSIGNAL);
+      std::this_thread::sleep_for(std::chrono::milliseconds(100));
+    }
+  });
+  EXPECT_LT(seconds(), 25);
+  EXPECT_LT(seconds(), 25);
+  done = true;
+  writer.join();
+}
+
+TEST(PrometheusFeed, AnswersNothingButGet) {
+  PrometheusFeed feed("127.0.0.1:0");
+  for (const char* method : {"POST", "PUT", "DELETE", "OPTIONS", "TRACE", "CONNECT", "PATCH", "PROPFIND",
+                             "MKCOL", "GETT", "get", "\x16\x03\x01"}) {
+    const int connection = connect_to(feed.port());
+    const std::string request = std::string(method) + " /metrics HTTP/1.0\r\nHost: x\r\n\r\n";
+    ASSERT_EQ(send(connection, request.data(), request.size(), MSG_NOSIGNAL),
+              static_cast<ssize_t>(request.size()));
+    std::string answer(64, '\0');
+    answer.resize(static_cast<std::size_t>(std::max<ssize_t>(0, read(connection, answer.data(), 64))));
+    close(connection);
+    EXPECT_TRUE(answer.empty() || answer.substr(8, 2) == " 4") << method << ": " << answer;
+  }
+  EXPECT_EQ(http_get(feed.port(), "/"), "");
+  EXPECT_EQ(http_get(feed.port(), "/../../../../etc/passwd"), "");
+  EXPECT_THAT(http_get(feed.port(), "/metrics"), HasSubstr("moectl_steps_total"));
 }
 
 TEST(PrometheusFeed, ScrapesWhileStepsAreWritten) {

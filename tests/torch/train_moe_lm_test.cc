@@ -237,7 +237,7 @@ TEST_F(TrainMoeLm, TheLogSaysWhatEachExpertCostsAndWhichDomainItServes) {
   EXPECT_EQ(lines_with("expert_loss"), 20 * 2) << "of every step and layer";
   EXPECT_EQ(lines_with("latency"), 20 * 2);
   EXPECT_EQ(lines_with("grad_norm"), 2 * 2) << "of every tenth step";
-  EXPECT_EQ(lines_with("domain_counts"), 20 * 2 + 2) << "and of the validation pass";
+  EXPECT_EQ(lines_with("domain_counts"), 20 * 2 + 2 * 2) << "and of the validation pass, with two kinds of biases";
   EXPECT_THAT(outcome.output, HasSubstr("experts that serve each domain most"));
   EXPECT_THAT(outcome.output, HasSubstr("layer 1  first.txt: "));
 }

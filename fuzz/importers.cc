@@ -1,0 +1,33 @@
+#include "import/import.h"
+
+#include "fuzz/choices.h"
+#include "fuzz/memory_file.h"
+#include "import/biases.h"
+
+namespace moectl::fuzz {
+
+void importers(Bytes bytes) {
+  Choices choices(bytes);
+  const auto& formats = import_formats();
+  const std::size_t format = choices.below(formats.size() + 1);
+  ImportOptions options;
+  options.top_k = choices.one_of({1, 2, 0, 8});
+  options.experts = choices.one_of({0, 4, 0, 64});
+  options.tokens = choices.one_of<std::int64_t>({0, 64, 1 << 20});
+  options.tokens_per_step = choices.one_of<std::int64_t>({1, 4, 1024});
+  options.sequence_length = choices.one_of<std::int64_t>({0, 2});
+  options.values = choices.one_of({"auto", "counts", "share", "percent", "ratio"});
+  options.scores = choices.one_of({"softmax", "sigmoid"});
+  const MemoryFile file(choices.rest());
+  try {
+    if (format < formats.size()) {
+      import_trace(formats[format].name, {file.path()}, "/dev/null", options);
+    } else {
+      for (const auto& [layer, biases] : biases_in(file.path(), {})) require(layer >= 0, "layers are from 0");
+    }
+  } catch (const ImportError& error) {
+    require_message(error);
+  }
+}
+
+}  // namespace moectl::fuzz

@@ -1,0 +1,43 @@
+// What an input may ask for. Each limit is checked before memory is taken for the input, and the message names the place,
+// the value and the limit. docs/security.md lists them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace moectl {
+
+/// Bytes of a line of JSON or CSV: 4096 experts with every optional array and 20 characters a number take under 2 MB.
+inline constexpr std::size_t kLongestLine = std::size_t{1} << 25;
+/// Levels of YAML and JSON. Configs and records are a few levels deep; libyaml's time grows with the square of the depth.
+inline constexpr std::size_t kMostLevels = 64;
+/// Bytes of a config: lists of one number an expert are the longest that one holds.
+inline constexpr std::size_t kLargestConfig = std::size_t{1} << 24;
+/// Bytes of a key or a word of a config, and of a name in a log.
+inline constexpr std::size_t kLongestWord = 4096;
+/// Bytes of a file that is held as a whole: a saved state; biases as JSON, whose values take several times their text.
+inline constexpr std::size_t kLargestState = std::size_t{1} << 32;
+inline constexpr std::size_t kLargestJson = std::size_t{1} << 28;
+
+/// Compressed input: bytes that it may inflate to in any case, and how many times its own size beyond them. JSON of
+/// counts shrinks to a tenth, and to a hundredth where a layer has collapsed; gzip's own limit is a thousandth.
+inline constexpr std::int64_t kFreelyInflated = std::int64_t{1} << 26;
+inline constexpr std::int64_t kMostInflation = 200;
+constexpr bool inflates_too_far(std::int64_t inflated, std::int64_t packed) {
+  return inflated > kFreelyInflated && (inflated - kFreelyInflated) / kMostInflation > packed;
+}
+
+/// Experts of a layer, MoE layers (and tags of each in a log), and both together, of one model.
+inline constexpr std::int64_t kMostExperts = 65536;
+inline constexpr std::int64_t kMostLayers = 65536;
+inline constexpr std::int64_t kMostLayersTimesExperts = std::int64_t{1} << 22;
+/// Numbers that a controller, or one record, holds of all its layers: 1 GiB.
+inline constexpr std::int64_t kMostNumbers = std::int64_t{1} << 27;
+/// Steps of the longest window, and of the longest delay.
+inline constexpr int kLongestWindow = 10000;
+inline constexpr int kLongestDelay = 1000;
+
+/// Characters of a foreign value that a message repeats.
+inline constexpr std::size_t kLongestShown = 60;
+
+}  // namespace moectl

@@ -1,0 +1,293 @@
+// Files that someone made to do harm: names that steer terminals or pages, sizes that no memory has, links that lead
+// elsewhere.
+#include <gmock/gmock.h>
+#include <sys/resource.h>
+#include <zlib.h>
+
+#include <filesystem>
+
+#include "base/input_limits.h"
+#include "moectl/run_log.h"
+#include "tool.h"
+
+namespace moectl {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+using ::testing::Not;
+
+const std::string kSteering =
+    "\x1b]0;x\x07\xc2\x9b"
+    "31m\xe2\x80\xae";  // OSC, CSI of C1, right-to-left override
+
+bool steers(const std::string& text) {
+  return text.find_first_of("\x1b\x07") != std::string::npos || text.find("\xc2\x9b") != std::string::npos ||
+         text.find("\xe2\x80\xae") != std::string::npos;
+}
+
+const std::string kRecord = R"({"step":0,"layer":0,"tokens":8,"top_k":2,"counts":[5,4,4,3]})";
+
+std::string json_of(const std::string& text) {
+  return nlohmann::json(text).dump(-1, ' ', true);
+}
+
+/// `text` behind a limit of memory of the tool: 2 GiB. Sanitizers need their own room.
+std::string in_little_memory() {
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+  return "";
+#else
+  return "ulimit -v 2097152 &&";
+#endif
+}
+
+void write_gzip(const std::string& path, const std::string& line, int times) {
+  const gzFile file = gzopen(path.c_str(), "wb9");
+  for (int i = 0; i < times; ++i) gzwrite(file, line.data(), static_cast<unsigned>(line.size()));
+  gzclose(file);
+}
+
+// Names in a log that are marks of the page's template once blanked the page.
+TEST(HostileInput, MarksOfThePageInNamesStayText) {
+  const TempDir dir;
+  const std::string name = "/*APP*//*CHART*//*STYLE*//*DATA*/</script><script>alert(1)</script><!--";
+  dir.write("run.jsonl",
+            R"({"format":"moectl-run","version":1,"config":{"model":{"layers":1,"experts":4,"top_k":2}}})"
+            "\n"
+            R"({"step":0,"layer":0,"tokens":8,"counts":[5,4,4,3],"alerts":[)" +
+                json_of(name) + "]}\n");
+  ASSERT_EQ(run_tool(dir, "report run.jsonl -o page.html").code, 0);
+  const std::string page = TempDir::read(dir.path("page.html"));
+  const std::size_t data = page.find(R"(<script type="application/json" id="data">)");
+  ASSERT_NE(data, std::string::npos);
+  const std::size_t begin = page.find('[', data), end = page.find("</script>", data);
+  const nlohmann::json runs = nlohmann::json::parse(page.substr(begin, end - begin));
+  EXPECT_THAT(runs.dump(), HasSubstr(name));
+  EXPECT_THAT(page, Not(HasSubstr("<script>alert")));
+  // The scripts stand behind the data once each, as without such a name.
+  dir.write("plain.jsonl", kRecord + "\n");
+  ASSERT_EQ(run_tool(dir, "report plain.jsonl -o plain.html").code, 0);
+  const std::string plain = TempDir::read(dir.path("plain.html"));
+  const std::size_t plain_end = plain.find("</script>", plain.find("id=\"data\""));
+  EXPECT_EQ(page.substr(end), plain.substr(plain_end));
+}
+
+TEST(HostileInput, NoNameSteersTheTerminal) {
+  const TempDir dir;
+  const std::string s = json_of(kSteering);  // JSON's strings are YAML's
+  dir.write("good.yaml", "version: 1\nmodel: {layers: 1, experts: 4, top_k: 2, domains: [" + s +
+                             ", b]}\nhealth: {alerts: [{metric: max_vio, above: 1, name: " + s + "}]}\n");
+  dir.write("key.yaml", "version: 1\n" + s + ": 3\nmodel: {layers: 1, experts: 4, top_k: 2}\n");
+  dir.write("word.yaml",
+            "version: 1\nmodel: {layers: 1, experts: 4, top_k: 2}\nexpert_bias: {policy: " + s + "}\n");
+  const std::string counts = R"("tokens":8,"top_k":2,"counts":[5,4,4,3])";
+  dir.write("good.jsonl",
+            R"({"step":0,"layer":0,)" + counts + R"(,"domain_counts":{)" + s + R"(:[1,1,1,1]}})" + "\n");
+  dir.write("tag.jsonl", R"({"step":0,"layer":0,"tag":)" + s + ',' + counts + "}\n" +
+                             R"({"step":0,"layer":0,"tag":)" + s + ',' + counts + "}\n");
+  dir.write("domain.jsonl",
+            R"({"step":0,"layer":0,)" + counts + R"(,"domain_counts":{)" + s + R"(:[9,1,1,1]}})" + "\n");
+  dir.write("run.jsonl",
+            R"({"format":"moectl-run","version":1,"config":{"model":{"layers":1,"experts":4,"top_k":2}}})"
+            "\n"
+            R"({"step":0,"layer":0,)" +
+                counts + R"(,"health":)" + s + R"(,"alerts":[)" + s + R"(],"metrics":{)" + s +
+                R"(:1},"actuators":{)" + s + R"(:{"applied":[1],"reasons":[)" + s + "]}}}\n");
+  dir.write("matrix.csv", "step,layer,expert0" + kSteering + ",expert1\n1,0,x" + kSteering + ",2\n");
+  int good = 0;
+  for (const std::string command : {"check good.yaml",
+                                    "check good.yaml --explain",
+                                    "check good.yaml --format json",
+                                    "check key.yaml",
+                                    "check word.yaml",
+                                    "metrics good.jsonl",
+                                    "metrics good.jsonl --format screen --by domain",
+                                    "metrics tag.jsonl --format screen",
+                                    "metrics domain.jsonl",
+                                    "metrics run.jsonl --trends",
+                                    "metrics run.jsonl --format table",
+                                    "compare run.jsonl run.jsonl",
+                                    "watch run.jsonl --once --plain",
+                                    "replay good.yaml good.jsonl",
+                                    "capacity good.jsonl",
+                                    "placement good.jsonl --devices 2",
+                                    "tensorboard run.jsonl -o board",
+                                    "import wandb matrix.csv -o out.jsonl",
+                                    "report run.jsonl -o r.html",
+                                    "check $'none\\033[31m.yaml'",
+                                    "metrics $'none\\xc2\\x9b.jsonl'",
+                                    "$'\\033[31m'",
+                                    "check --$'\\033[31m'"}) {
+    const ToolResult result = run_tool(dir, command);
+    good += result.code == 0;
+    EXPECT_FALSE(steers(result.out)) << command << ": " << result.out;
+    EXPECT_FALSE(steers(result.err)) << command << ": " << result.err;
+    EXPECT_NE(result.code, -1) << command;
+  }
+  EXPECT_GT(good, 8);
+}
+
+// What is escaped for a terminal reads back as what it was.
+TEST(HostileInput, AnEscapedNameReadsBackAsItself) {
+  const TempDir dir;
+  dir.write("c.yaml", "version: 1\nmodel: {layers: 1, experts: 4, top_k: 2, domains: [" + json_of(kSteering) +
+                          ", b]}\n");
+  const ToolResult first = run_tool(dir, "check c.yaml");
+  ASSERT_EQ(first.code, 0) << first.err;
+  EXPECT_THAT(first.out, HasSubstr("\\u009b31m\\u202e"));
+  dir.write("again.yaml", first.out);
+  EXPECT_EQ(run_tool(dir, "check again.yaml").out, first.out);
+  dir.write("t.jsonl", R"({"step":0,"layer":0,"tokens":8,"top_k":2,"counts":[5,4,4,3],"tag":)" +
+                           json_of(kSteering) + "}\n");
+  EXPECT_EQ(run_tool(dir, "metrics t.jsonl").json()["tag"], kSteering);
+}
+
+TEST(HostileInput, SizesAreCheckedBeforeMemoryIsTaken) {
+  const TempDir dir;
+  const auto refused = [&](const std::string& arguments, const std::string& words) {
+    const ToolResult result = run_tool(dir, arguments, "", in_little_memory());
+    EXPECT_EQ(result.code, 1) << arguments << ": " << result.out.substr(0, 300);
+    EXPECT_THAT(result.err, HasSubstr(words)) << arguments;
+    EXPECT_LT(result.err.size(), 6000U) << arguments;
+  };
+  const auto config = [&](const std::string& model, const std::string& rest = "") {
+    dir.write("c.yaml", "version: 1\nmodel: {" + model + "}\n" + rest);
+    return std::string("check c.yaml");
+  };
+  refused(config("layers: 1000000, experts: 1000000, top_k: 1"),
+          "model.layers: 1000000: must be from 1 to 65536");
+  refused(config("layers: 65536, experts: 65536, top_k: 1"), "layers × experts: must be at most 4194304");
+  refused(config("layers: 64, experts: 65536, top_k: 1, split_sequences: 1000000"),
+          "must be at most 134217728");
+  refused(config("layers: 64, experts: 64, top_k: 1, delay: 2147483647"),
+          "model.delay: 2147483647: must be from 0 to 1000");
+  refused(config("layers: 64, experts: 64, top_k: 1", "metrics: {trend_window: 2000000000}\n"),
+          "metrics.trend_window: 2000000000: must be from 4 to 10000");
+  refused(config("layers: 1, experts: 4, top_k: 1, domains: [" + std::string(1 << 20, 'a') + "]"),
+          "a word of 1048576 bytes: must be at most 4096");
+  refused(config("layers: 1, experts: 4, top_k: 1", std::string(1 << 24, '#')), "must be at most 16777216");
+  refused(config(std::string(70, '[')), "must be at most 64 levels");
+  const auto trace = [&](const std::string& lines) {
+    dir.write("t.jsonl", lines);
+    return std::string("metrics t.jsonl");
+  };
+  const auto array_of = [](int n) {
+    std::string text = "[1";
+    for (int i = 1; i < n; ++i) text += ",1";
+    return text + "]";
+  };
+  const std::string start = R"({"step":0,"layer":0,"tokens":1000000,"top_k":1,"counts":)";
+  refused(trace(start + array_of(65537) + "}\n"), "t.jsonl:1: counts: 65537 values: must be at most 65536");
+  refused(trace(start + array_of(65536) + ",\"margins\":[]}\n"), "margins: 0 values: must have 65536");
+  std::string domains = "{\"d0\":[]";
+  for (int d = 1; d < 50000; ++d) domains += ",\"d" + std::to_string(d) + "\":[]";
+  refused(trace(start + array_of(65536) + ",\"domain_counts\":" + domains + "}}\n"),
+          "0 values: must have 65536");
+  refused(trace(start + "[1],\"" + std::string(10000, 'k') + "\":1}\n"),
+          "a key of 10000 bytes: must be at most 4096");
+  std::string layers;
+  for (int l = 0; l < 65537; ++l) {
+    layers += R"({"step":0,"layer":)" + std::to_string(l) +
+              R"(,"tokens":1,"top_k":1,"counts":[1,0]})"
+              "\n";
+  }
+  refused(trace(layers), "t.jsonl:65537: layer: 65537 layers and tags");
+  const auto npy = [](std::string header) {
+    header.resize(118, ' ');
+    return std::string("\x93NUMPY\1\0\x76\0", 10) + header;
+  };
+  dir.write("huge.npy", npy("{'descr': '<i8', 'fortran_order': False, 'shape': (268435456,), }"));
+  dir.write("logits.npy", npy("{'descr': '<f4', 'fortran_order': False, 'shape': (268435456, 4), }"));
+  refused("import hf logits.npy -o out.jsonl --top-k 1 --mask huge.npy", "huge.npy: ends too early");
+}
+
+TEST(HostileInput, AFileThatInflatesWithoutEndIsRefused) {
+  const TempDir dir;
+  write_gzip(dir.path("blank.gz"), std::string(1 << 20, ' '), 256);
+  ASSERT_LT(std::filesystem::file_size(dir.path("blank.gz")), 400000U);
+  for (const char* command : {"metrics blank.gz", "import csv blank.gz -o out.jsonl --top-k 1"}) {
+    const ToolResult result = run_tool(dir, command, "", in_little_memory());
+    EXPECT_EQ(result.code, 1) << command;
+    EXPECT_THAT(result.err, HasSubstr("longer than 33554432 bytes")) << command;
+  }
+  write_gzip(dir.path("lines.gz"), std::string(1 << 20, ' ') + '\n', 256);
+  for (const char* command : {"metrics lines.gz", "import megatron lines.gz -o out.jsonl --top-k 1"}) {
+    const ToolResult result = run_tool(dir, command, "", in_little_memory());
+    EXPECT_EQ(result.code, 1) << command;
+    EXPECT_THAT(result.err, HasSubstr("must be at most 200 times its size beyond the first 67108864"))
+        << command;
+  }
+}
+
+TEST(HostileInput, TheNumberOfAPieceIsNoLoop) {
+  const TempDir dir;
+  const auto log = [](const std::string& piece) {
+    return R"({"format":"moectl-run","version":1,"piece":)" + piece +
+           R"(,"config":{"model":{"layers":1,"experts":4,"top_k":2}}})"
+           "\n"
+           R"({"step":0,"layer":0,"tokens":8,"counts":[5,4,4,3]})"
+           "\n";
+  };
+  dir.write("run.jsonl", log("9007199254740992"));
+  EXPECT_THAT(run_tool(dir, "watch run.jsonl --once --plain").err,
+              HasSubstr("piece: 9007199254740992: must be at most 1000000000"));
+  // A followed log whose new file claims to be far ahead.
+  dir.write("run.jsonl", log("1"));
+  dir.write("next.jsonl", log("1000000000"));
+  int waits = 0;
+  LogReader reader(dir.path("run.jsonl"), FaultPolicy::kSalvage, [&] {
+    if (++waits == 1) std::filesystem::rename(dir.path("next.jsonl"), dir.path("run.jsonl"));
+    return waits < 3;
+  });
+  while (reader.next()) continue;
+  EXPECT_EQ(reader.header().piece, 1000000000);
+}
+
+TEST(HostileInput, ALayerThatChangesIsNamedByFileAndLine) {
+  const TempDir dir;
+  dir.write("c.yaml", "version: 1\nmodel: {layers: 1, experts: 4, top_k: 2}\n");
+  dir.write("experts.jsonl",
+            kRecord + "\n" + R"({"step":1,"layer":0,"tokens":8,"top_k":2,"counts":[5,4,4,2,1]})" + "\n");
+  dir.write("k.jsonl",
+            kRecord + "\n" + R"({"step":1,"layer":0,"tokens":16,"top_k":1,"counts":[5,4,4,3]})" + "\n");
+  for (const std::string command :
+       {"metrics FILE", "metrics FILE --trends", "metrics FILE --format screen --sum", "replay c.yaml FILE",
+        "compare FILE k.jsonl", "report FILE -o r.html", "watch FILE --once --plain",
+        "placement FILE --devices 2", "capacity FILE", "tensorboard FILE -o board"}) {
+    for (const auto& [file, words] :
+         {std::pair{"experts.jsonl", "experts.jsonl:2: counts: 5 values: must be 4"},
+          std::pair{"k.jsonl", "k.jsonl:2: top_k: 1: must be 2"}}) {
+      std::string with = command;
+      with.replace(with.find("FILE"), 4, file);
+      EXPECT_THAT(run_tool(dir, with).err, HasSubstr(words)) << with;
+    }
+  }
+}
+
+// A file beside the one that is written takes its name at the end: a link under that name leads nowhere.
+TEST(HostileInput, APlantedLinkIsNotFollowed) {
+  const TempDir dir;
+  dir.write("victim", "precious");
+  dir.write("m.csv", "1,2,3\n1,2,4\n");
+  for (const char* output : {"out.jsonl", "out.jsonl.gz"}) {
+    std::filesystem::create_symlink(dir.path("victim"), dir.path(std::string(output) + ".part"));
+    ASSERT_EQ(run_tool(dir, std::string("import csv m.csv --top-k 1 -o ") + output).code, 0);
+    EXPECT_EQ(TempDir::read(dir.path("victim")), "precious");
+    EXPECT_FALSE(std::filesystem::is_symlink(dir.path(output)));
+  }
+}
+
+TEST(HostileInput, ANameOfDotsStaysInItsFolder) {
+  const TempDir dir;
+  for (const char* name : {"...jsonl", "..jsonl", "...jsonl.gz"}) {
+    dir.write(name, kRecord + "\n");
+    std::filesystem::remove_all(dir.path("out"));
+    ASSERT_EQ(run_tool(dir, std::string("tensorboard ") + name + " -o out/board").code, 0) << name;
+    EXPECT_TRUE(std::filesystem::exists(dir.path(std::string("out/board/") + name))) << name;
+    for (const auto& entry : std::filesystem::directory_iterator(dir.path("out")))
+      EXPECT_EQ(entry.path().filename(), "board") << name;
+  }
+}
+
+}  // namespace
+}  // namespace moectl
