@@ -26,6 +26,8 @@ def figures(path):
                 mixture = record['domain_counts']
             else:
                 last[tag, record['layer']] = record
+    if not any(tag == 'in_force' for tag, _ in last):
+        sys.exit(f'{path}: holds no last validation pass: has the run ended?')
     share = {name: sum(counts) for name, counts in mixture.items()}
     deployed = [record for (tag, _), record in last.items() if tag == 'validation']
     weighted = []
