@@ -59,7 +59,7 @@ struct RoutingBatch {
   /// Assignments that the router dropped for lack of capacity; absent = the router does not report drops.
   std::optional<std::int64_t> dropped{};
   /// The router's losses on this micro-batch, before their weights: the balance loss N Σ f_i P_i and the z-loss
-  /// mean (logsumexp z)². In [0, kFixedMax]; absent = not reported. Metrics report the mean over micro-batches.
+  /// mean (logsumexp z)². From 0 to kFixedMax; absent or anything else = not reported. Metrics report the mean over micro-batches.
   std::optional<double> balance_loss{}, z_loss{};
 };
 
@@ -254,7 +254,7 @@ class RoutingStats {
   void keep_margin_rows(const RoutingBatch& batch);
   bool gather_probabilities(const RoutingBatch& batch);
   bool gather_dropped(const RoutingBatch& batch);
-  bool gather_router_losses(const RoutingBatch& batch);
+  void gather_router_losses(const RoutingBatch& batch);
   std::optional<double> mean_of(Scalar sum, Scalar records) const;
   bool add_observation(Array which, Scalar records, std::span<const double> values);
   bool add_losses(Array sums, Array tokens, std::size_t at, std::span<const double> loss_sums,

@@ -41,7 +41,7 @@ inline GzipFile open_gzip(const std::string& path) {
 inline std::string inflation_fault(gzFile file, std::int64_t inflated) {
   if (inflated <= kFreelyInflated || gzdirect(file) != 0) return "";
   const auto packed = static_cast<std::int64_t>(gzoffset(file));
-  if (!inflates_too_far(inflated, packed)) return "";
+  if (packed < 0 || !inflates_too_far(inflated, packed)) return "";  // a pipe has no size
   return std::to_string(inflated) + " bytes from " + std::to_string(packed) + ": must be at most " +
          std::to_string(kMostInflation) + " times its size beyond the first " +
          std::to_string(kFreelyInflated) + "; unpack it first if it is meant so";

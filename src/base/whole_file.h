@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <istream>
 #include <string>
+#include <string_view>
 
 namespace moectl {
 
@@ -16,6 +17,27 @@ inline std::string read_up_to(std::istream& in, std::size_t most) {
     if (in.gcount() == 0) break;
   }
   return text;
+}
+
+/// Whether brackets outside of strings of a JSON text nest deeper than `levels`: to be asked before a parser that recurses
+/// sees it.
+inline bool nests_deeper(std::string_view json, std::size_t levels) {
+  std::size_t depth = 0;
+  bool in_string = false;
+  for (std::size_t i = 0; i < json.size(); ++i) {
+    const char c = json[i];
+    if (in_string) {
+      i += c == '\\' ? 1 : 0;
+      in_string = c != '"';
+    } else if (c == '"') {
+      in_string = true;
+    } else if (c == '[' || c == '{') {
+      if (++depth > levels) return true;
+    } else if ((c == ']' || c == '}') && depth > 0) {
+      --depth;
+    }
+  }
+  return false;
 }
 
 }  // namespace moectl

@@ -192,7 +192,16 @@ bool ActuatorLoop::deployment(std::span<const double> probe, const Limits& limit
   std::copy(applied_.begin(), applied_.end(), out.begin());
   if (shadow_) return false;  // nothing of the policy's is in force
   for (std::size_t i = 0; i < probe.size(); ++i) out[i] -= probe[i];
-  policy_->leave_for_deployment(out);
+  try {
+    policy_->leave_for_deployment(out);
+  } catch (...) {
+    out[0] = std::nan("");
+  }
+  // A policy that throws, or leaves what is no number, has no say in it.
+  if (!std::all_of(out.begin(), out.end(), [](double x) { return std::isfinite(x); })) {
+    std::copy(applied_.begin(), applied_.end(), out.begin());
+    for (std::size_t i = 0; i < probe.size(); ++i) out[i] -= probe[i];
+  }
   if (std::equal(out.begin(), out.end(), applied_.begin())) return false;
   double mean = 0;
   for (const double value : out) mean += value / static_cast<double>(out.size());

@@ -18,6 +18,7 @@ LayerBiases read_biases(const std::string& path) {
   if (!file.is_open()) fail("cannot be opened");
   const std::string text = read_up_to(file, kLargestJson);
   if (text.size() > kLargestJson) fail("must be at most " + std::to_string(kLargestJson) + " bytes");
+  if (nests_deeper(text, kMostLevels)) fail("nested deeper than " + std::to_string(kMostLevels) + " levels");
   const json all = json::parse(text, nullptr, false);
   if (!all.is_object() || all.value("format", json()) != "moectl-biases") {
     fail("must be a file of biases, as `moectl biases` writes one: {\"format\":\"moectl-biases\",…}");

@@ -110,6 +110,8 @@ LayerBiases from_safetensors(const std::string& path, const std::string& pattern
     fail(path, "its header has " + std::to_string(length) + " bytes: must be at most 10^8");
   std::string text(static_cast<std::size_t>(length), '\0');
   if (!file.read(text.data(), static_cast<std::streamsize>(length))) fail(path, "ends within its header");
+  if (nests_deeper(text, kMostLevels))
+    fail(path, "nested deeper than " + std::to_string(kMostLevels) + " levels");
   const json header = json::parse(text, nullptr, false);
   if (!header.is_object()) fail(path, "its header is not JSON");
   LayerBiases biases;
@@ -264,6 +266,8 @@ LayerBiases biases_in(const std::string& path, const BiasSource& source) {
       const std::string text = read_up_to(file, kLargestJson);
       if (text.size() > kLargestJson)
         fail(path, "must be at most " + std::to_string(kLargestJson) + " bytes");
+      if (nests_deeper(text, kMostLevels))
+        fail(path, "nested deeper than " + std::to_string(kMostLevels) + " levels");
       const json all = json::parse(text, nullptr, false);
       if (all.is_discarded()) fail(path, "not JSON");
       return from_json(path, all, source.first_layer);

@@ -97,6 +97,8 @@ bool LogLines::fill() {
                    ": gzip: " + (cut ? "unexpected end of file" : message) + ": must be a whole gzip file");
   }
   end_ += static_cast<std::size_t>(got);
+  // Standard input that is followed is read past zlib, which must not read from it, too.
+  if (follow_ && name_ == "<stdin>") return got > 0;
   inflated_ += got;
   if (const std::string fault = inflation_fault(file_, inflated_); !fault.empty()) {
     broken_ = true;

@@ -248,8 +248,8 @@ bool RoutingStats::add(const RoutingBatch& batch) {
   std::fill(delta_.begin(), delta_.end(), 0);
   empty_slots_ = false;
   const bool good = gather_counts(batch) && gather_domains(batch) && gather_gap(batch) &&
-                    gather_margins(batch) && gather_probabilities(batch) && gather_dropped(batch) &&
-                    gather_router_losses(batch);
+                    gather_margins(batch) && gather_probabilities(batch) && gather_dropped(batch);
+  gather_router_losses(batch);
   if (!good) {
     const Offence offence = first_offence(shape_, batch);
     return reject(offence.empty() ? overflow_of("gap_sum") : offence);
@@ -586,16 +586,15 @@ bool RoutingStats::gather_dropped(const RoutingBatch& batch) {
   return true;
 }
 
-bool RoutingStats::gather_router_losses(const RoutingBatch& batch) {
+void RoutingStats::gather_router_losses(const RoutingBatch& batch) {
+  // Nothing decides on them, so a loss that is none makes no record invalid.
   const auto gather = [&](const std::optional<double>& loss, Scalar sum, Scalar records) {
-    if (!loss) return true;
-    if (!(*loss >= 0) || !fits_fixed(*loss)) return false;
+    if (!loss || !(*loss >= 0) || !fits_fixed(*loss)) return;
     delta_[sum] = to_fixed(*loss);
     delta_[records] = 1;
-    return true;
   };
-  return gather(batch.balance_loss, kBalanceLossSum, kBalanceLossRecords) &&
-         gather(batch.z_loss, kZLossSum, kZLossRecords);
+  gather(batch.balance_loss, kBalanceLossSum, kBalanceLossRecords);
+  gather(batch.z_loss, kZLossSum, kZLossRecords);
 }
 
 std::optional<double> RoutingStats::mean_of(Scalar sum, Scalar records) const {

@@ -8,6 +8,8 @@ CountsOverBatch BatchCounts::of(int layer, std::int64_t micro_batch) {
 }
 
 ::torch::Tensor BatchCounts::add(int layer, std::int64_t micro_batch, const ::torch::Tensor& counts) {
+  // A pass without gradients, as of an evaluation, has no loss to be even over, and must not be taken for one that has.
+  if (!::torch::GradMode::is_enabled()) return counts;
   const ::torch::NoGradGuard no_grad;
   {
     const std::lock_guard lock(mutex_);

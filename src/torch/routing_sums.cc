@@ -266,9 +266,8 @@ class Summing {
     if (!given.defined()) return;
     const Tensor loss = here(given).to(::torch::kDouble).reshape({});
     const Tensor good = loss.ge(0).logical_and(loss.le(kFixedMax));
-    good_ = good_.logical_and(good);
     scalar(sum) = loss.masked_fill(good.logical_not(), 0).mul(16777216.0).round().to(::torch::kLong);
-    scalar(records) = filled(1, 1);
+    scalar(records) = good.to(::torch::kLong);
   }
 
   const StatsShape& shape_;

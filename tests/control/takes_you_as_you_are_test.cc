@@ -530,6 +530,41 @@ TEST(FieldCases, B6_InShadowWhatIsInForceIsWhatIsDeployed) {
   EXPECT_EQ(controller.deployment_bias(0), Biases(bias_of(controller, 0).size()));
 }
 
+class LeavesNothing : public Policy {
+ public:
+  explicit LeavesNothing(bool throws) : throws_(throws) {}
+  void propose(const LayerView&, std::span<double> value) override { value[0] += 0.01; }
+  void leave_for_deployment(std::span<double> biases) const override {
+    if (throws_) throw std::runtime_error("not now");
+    biases[1] = std::nan("");
+  }
+
+ private:
+  bool throws_;
+};
+
+TEST(FieldCases, B6_APolicyThatFailsToLeaveForDeploymentHasNoSayInIt) {
+  for (const bool throws : {false, true}) {
+    PolicyRegistry registry;
+    PolicyDescription description;
+    description.name = "leaves_nothing";
+    description.summary = "test";
+    description.actuators = {Actuator::kExpertBias};
+    description.make = [throws](const PolicyContext&, const PolicyOptions&) {
+      return std::make_unique<LeavesNothing>(throws);
+    };
+    registry.add(description);
+    registry.add(*PolicyRegistry::builtin().find("fixed"));
+    ControllerConfig config = config_of("fixed", plant_of());
+    config.expert_bias.policy = "leaves_nothing";
+    Controller controller(config, registry), again(config, registry);
+    simulate(controller, plant_of(), 5);
+    EXPECT_EQ(controller.deployment_bias(0), bias_of(controller, 0));
+    again.load(controller.save());
+    EXPECT_EQ(again.deployment_bias(0), bias_of(controller, 0));
+  }
+}
+
 // ---- C1: layers that differ. ----
 
 const char* const kGroups = R"(version: 1

@@ -181,5 +181,17 @@ TEST(FieldCases, B6_WhatToDeployIsInTheLogAndInTheState) {
   }
 }
 
+TEST(BiasFiles, DeepNestingIsRefusedBeforeItIsParsed) {
+  const TempDir directory;
+  const std::string deep = std::string(200000, '[') + std::string(200000, ']');
+  const std::string header =
+      R"({"layers.0.expert_bias":{"dtype":"F32","data_offsets":[0,4],"shape":)" + deep + "}}";
+  for (const std::string& text : {R"({"format":"moectl-biases","version":1,"layers":{"0":)" + deep + "}}",
+                                  "[[0.0]," + deep + "]", safetensors(header, "0000")}) {
+    EXPECT_THAT(what_of(directory.write("file", text)), HasSubstr("nested deeper than 64 levels"));
+  }
+  EXPECT_EQ(what_of(directory.write("brackets.json", R"([[0.5, 0.25]])")), "");
+}
+
 }  // namespace
 }  // namespace moectl

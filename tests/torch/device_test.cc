@@ -141,7 +141,6 @@ TEST(DevicePath, MalformedRecordsAreCountedAndAddNothing) {
        }},
       {"unknown domain", [](Batch& b) { b.options.domain_ids.view({-1})[0] = 3; }},
       {"negative domain", [](Batch& b) { b.options.domain_ids.view({-1})[0] = -1; }},
-      {"a loss that is no number", [](Batch& b) { b.options.z_loss = ::torch::tensor(std::nan("")); }},
       {"negative drops", [](Batch& b) { b.options.dropped = ::torch::tensor(std::int64_t{-1}); }},
       {"decreasing sequences",
        [](Batch& b) {

@@ -252,6 +252,10 @@ TEST(BatchCounts, MicroBatchesOfAStepAddUpAndARecomputedOneAddsNothing) {
   EXPECT_TRUE(counts.of(0, 0)(one).equal(::torch::tensor({6, 2, 0, 0}, ::torch::kLong)))
       << "as in the first pass";
   EXPECT_TRUE(counts.of(1, 0)(other).equal(::torch::tensor({0, 0, 2, 6}, ::torch::kLong))) << "another layer";
+  {
+    const ::torch::NoGradGuard evaluation;
+    EXPECT_TRUE(counts.of(0, 7)(one).equal(one));
+  }
   EXPECT_EQ(collectives, 3);
   counts.next_step();
   EXPECT_TRUE(counts.of(0, 0)(other).equal(::torch::tensor({0, 0, 2, 6}, ::torch::kLong)));
