@@ -91,7 +91,7 @@ typedef struct moectl_batch {
   const float* probabilities;  /* [T * N] router probabilities. */
   const int64_t* domain_ids;   /* [T] the domain of each token, from 0. */
   const int64_t* dropped;      /* Assignments dropped for lack of capacity; NULL = not reported. */
-  const double* balance_loss;  /* Of the router on these tokens, before its weight; NULL = not reported. */
+  const double* balance_loss;  /* Before its weight, 0 to 2^24; NULL or anything else = not reported. */
   const double* z_loss;        /* Likewise. */
 } moectl_batch;
 

@@ -174,7 +174,8 @@ class Controller:
         probabilities  [T, N] float32
         domain_ids     [T] int64
         dropped        assignments dropped for lack of capacity
-        balance_loss   the router's balance loss N Σ f_i P_i on these tokens, before its weight; z_loss likewise
+        balance_loss   the router's balance loss N Σ f_i P_i on these tokens, before its weight, from 0 to 2^24;
+                       z_loss likewise. Anything else counts as not given
         micro_batch    from 0: a second record of the same (layer, micro_batch) before the next step is ignored
 
         Malformed data (an expert that does not exist) is no error: the layer holds, and a notice says why."""

@@ -55,10 +55,11 @@ std::string printable(std::string_view text, bool keep_lines) {
 namespace {
 
 std::string cut(std::string_view text, std::size_t most) {
-  if (text.size() <= most) return printable(text);
-  std::size_t end = most;
-  while (end > 0 && (text[end] & 0xc0) == 0x80) --end;  // between characters
-  return printable(text.substr(0, end)) + "...";
+  std::string out = printable(text.substr(0, most + 4));  // escapes are longer than what they stand for
+  if (text.size() <= most && out.size() <= most) return out;
+  std::size_t end = std::min(most, out.size());
+  while (end > 0 && end < out.size() && (out[end] & 0xc0) == 0x80) --end;  // between characters
+  return out.substr(0, end) + "...";
 }
 
 }  // namespace

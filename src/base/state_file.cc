@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cerrno>
 #include <cstring>
 #include <filesystem>
@@ -33,8 +34,9 @@ struct Temporary {
 }  // namespace
 
 void write_file_atomically(const std::string& path, std::string_view bytes) {
-  // The process's number keeps two writers apart; what a killed one left behind is removed.
-  Temporary temporary{.path = path + ".tmp" + std::to_string(getpid())};
+  // Two writers, of one process or of two, have files of their own; what a killed one left behind is removed.
+  static std::atomic<unsigned> writers{0};
+  Temporary temporary{.path = path + ".tmp" + std::to_string(getpid()) + "." + std::to_string(writers++)};
   temporary.file = open_part(temporary.path);
   if (temporary.file < 0) {
     const std::string name = std::exchange(temporary.path, {});

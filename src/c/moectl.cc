@@ -126,6 +126,17 @@ void require_size(const moectl_controller& c, int layer, std::size_t size, const
           std::string(name) + ": " + std::to_string(size) + " values: must be " + std::to_string(wanted));
 }
 
+/// Copies what `biases_of` returns for each layer that is meant.
+template <class BiasesOf>
+int copied_biases(const moectl_controller* c, int layer, double* bias, std::size_t size, BiasesOf biases_of) {
+  return guarded([&] {
+    require_size(deref(c), layer, size, "bias");
+    require(bias != nullptr, "bias: is NULL");
+    for_layers(*c, layer,
+               [&](int id, std::size_t, std::size_t at) { std::ranges::copy(biases_of(id), bias + at); });
+  });
+}
+
 /// What became of the parts of a state, as JSON.
 std::string json_of(const std::vector<moectl::KeptPart>& parts) {
   auto list = nlohmann::ordered_json::array();
@@ -364,23 +375,11 @@ int moectl_report_json(const moectl_controller* c, int arrays, char** text) {
 }
 
 int moectl_biases(const moectl_controller* c, int layer, double* bias, size_t size) {
-  return guarded([&] {
-    require_size(deref(c), layer, size, "bias");
-    require(bias != nullptr, "bias: is NULL");
-    for_layers(*c, layer, [&](int id, std::size_t, std::size_t at) {
-      std::ranges::copy(c->controller.bias(id), bias + at);
-    });
-  });
+  return copied_biases(c, layer, bias, size, [&](int id) { return c->controller.bias(id); });
 }
 
 int moectl_deployment_biases(const moectl_controller* c, int layer, double* bias, size_t size) {
-  return guarded([&] {
-    require_size(deref(c), layer, size, "bias");
-    require(bias != nullptr, "bias: is NULL");
-    for_layers(*c, layer, [&](int id, std::size_t, std::size_t at) {
-      std::ranges::copy(c->controller.deployment_bias(id), bias + at);
-    });
-  });
+  return copied_biases(c, layer, bias, size, [&](int id) { return c->controller.deployment_bias(id); });
 }
 
 int moectl_aux_loss_weight(const moectl_controller* c, int layer, double* weight) {

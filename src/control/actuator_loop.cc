@@ -180,7 +180,7 @@ void ActuatorLoop::remember() {
 }
 
 ActuatorReport ActuatorLoop::report(std::span<const double> probe, const Limits& limits) {
-  const bool others = deployment(probe, limits, deployed_);
+  const bool others = deployment(probe, limits, deployed_) || shadow_;
   return {.proposed = asked_ ? std::span<const double>(proposed_) : std::span<const double>(),
           .applied = shadow_ ? shadow_applied_ : applied_,
           .deployed = others ? std::span<const double>(deployed_) : std::span<const double>(),

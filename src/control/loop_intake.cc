@@ -178,7 +178,9 @@ void Controller::Loop::hold_if_some_failed() {
   ranks_differ_ = true;
   // What a rank made of a probe is not what the others made of it.
   for (const auto& layer : layers_) {
-    if (layer->response) layer->response->restart();
+    if (!layer->response) continue;
+    layer->response->leave_probe();
+    layer->response->restart();
   }
   const std::size_t decisions = pending_ ? 2 : 1;  // since the hash in these sums
   for_each_actuator([&](ActuatorLoop& loop, std::size_t, int) { loop.undo(decisions); });

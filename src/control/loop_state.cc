@@ -232,6 +232,8 @@ void Controller::Loop::exchange_layer(StateIo& io, Layer& layer) {
   io.text("config", saved);
   if (saved != own) throw StateError(first_difference(saved, own));
   io.value("frozen", layer.frozen);
+  bool by_host = layer.frozen != frozen_at(config_, layer.id, steps_);
+  io.value("frozen_by_host", by_host);
   io.section("intake", [&](StateIo& inner) { exchange_recorded(inner, layer); });
   io.section("watch", [&](StateIo& inner) { layer.monitor->exchange(inner); });
   if (layer.guard) io.section("guard", [&](StateIo& inner) { layer.guard->exchange(inner); });
@@ -336,9 +338,15 @@ void Controller::Loop::keep_layer(StateIo in, Layer& layer, std::vector<KeptPart
   const std::string& own = layer.group->description;
   std::string saved;
   in.text("config", saved);
-  bool frozen = false;
+  // What the host changed by freeze() stays; else the config that holds now decides.
+  bool frozen = false, by_host = false;
   in.value("frozen", frozen);
-  layer.frozen = layer.frozen || frozen;  // by the config that holds now, or as it was
+  in.value("frozen_by_host", by_host);
+  if (by_host && frozen != layer.frozen) {
+    layer.frozen = frozen;
+    parts.push_back({layer.id, "frozen", Fate::kAdapted,
+                     frozen ? "freeze() of the host holds the layer" : "the host has thawed the layer"});
+  }
   const auto report = [&](const char* key, const std::string& wrong,
                           std::initializer_list<std::string_view> keys) {
     const std::string because = wrong.empty() ? "" : changes(saved, own, keys);

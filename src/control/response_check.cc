@@ -438,8 +438,6 @@ void ResponseCheck::restart() {
   filled_ = nap_ = compared_ = 0;
   resting_ = referenced_ = false;
   error_over_floor_ = 0;
-  sign_ = 0;
-  std::fill(offset_.begin(), offset_.end(), 0.0);
   if (held_) {
     pause();
   } else {
@@ -477,9 +475,19 @@ void ResponseCheck::adjust(std::span<double> wanted, LimitReport& why) const {
   why.add(Reason::kProbe);
 }
 
+void ResponseCheck::leave_probe() {
+  sign_ = 0;
+  std::fill(offset_.begin(), offset_.end(), 0.0);
+}
+
 void ResponseCheck::on_applied(const LimitReport& why) {
-  if (!probes() && !held_) return;
+  if (!probes() && !held_) {
+    // A probe that was broken off is in force until the biases move again.
+    if (sign_ != 0 && (!why.held() || why.has(Reason::kDeadband))) leave_probe();
+    return;
+  }
   if (why.has(Reason::kGuard) || why.has(Reason::kRollback) || why.has(Reason::kFallback)) {
+    leave_probe();
     restart();
   } else if (!why.held() || why.has(Reason::kDeadband)) {
     sign_ = next_sign();

@@ -59,6 +59,8 @@ class ResponseCheck {
   void hold();
   /// Ends that.
   void release();
+  /// The biases in force hold no probe any more.
+  void leave_probe();
 
   /// Whether the biases are held, whatever the policy proposes.
   bool holds() const { return held_; }

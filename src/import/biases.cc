@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "base/input_limits.h"
+#include "base/printable.h"
 #include "base/whole_file.h"
 #include "import/bytes.h"
 #include "import/import.h"
@@ -214,10 +215,15 @@ LayerBiases from_state(const std::string& path, bool deployed) {
   for (const std::string& name : state.names()) {
     constexpr std::string_view kLayer = "layer ";
     if (!name.starts_with(kLayer)) continue;
+    int id = -1;
+    const char* const end = name.data() + name.size();
+    const auto [at, error] = std::from_chars(name.data() + kLayer.size(), end, id);
+    if (error != std::errc() || at != end || id < 0)
+      fail(path, shown_briefly(name) + ": must be a layer's whole number");
     auto layer = state.find(name);
     auto section = layer ? layer->find(deployed ? "deployed" : "expert_bias") : std::nullopt;
     if (!section) continue;
-    section->list(deployed ? "values" : "applied", biases[std::stoi(name.substr(kLayer.size()))]);
+    section->list(deployed ? "values" : "applied", biases[id]);
   }
   if (biases.empty()) fail(path, "holds no biases");
   return biases;

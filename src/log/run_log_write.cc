@@ -141,6 +141,22 @@ std::int64_t step_of(std::string_view line) {
   return step;
 }
 
+/// One more than the number of the last finished piece beside `path`.
+std::int64_t piece_after_others(const std::string& path) {
+  const std::filesystem::path file(path), folder = file.parent_path().empty() ? "." : file.parent_path();
+  const std::string start = file.filename().string() + '.';
+  std::int64_t last = 0;
+  std::error_code ignored;
+  for (const auto& entry : std::filesystem::directory_iterator(folder, ignored)) {
+    const std::string name = entry.path().filename().string();
+    std::int64_t piece = 0;
+    if (!name.starts_with(start)) continue;
+    const auto [end, error] = std::from_chars(name.data() + start.size(), name.data() + name.size(), piece);
+    if (error == std::errc() && end == name.data() + name.size()) last = std::max(last, piece);
+  }
+  return last + 1;
+}
+
 /// The number of the piece that this writer left under `path`; 1 for a log that was not rotated.
 std::int64_t piece_of(const std::string& path) {
   constexpr std::string_view kStart = "{\"format\":\"moectl-run\",\"version\":1,\"piece\":";
@@ -148,10 +164,11 @@ std::int64_t piece_of(const std::string& path) {
   LogLines lines(path);
   std::string_view line;
   try {
-    if (lines.next(line) && line.starts_with(kStart))
+    if (!lines.next(line)) return piece_after_others(path);
+    if (line.starts_with(kStart))
       std::from_chars(line.data() + kStart.size(), line.data() + line.size(), piece);
   } catch (const LogError&) {
-    // Torn before its first line was whole: what is known of it is nothing.
+    return piece_after_others(path);  // torn before its first line was whole
   }
   return piece;
 }

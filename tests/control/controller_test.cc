@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "allocation_counter.h"
+#include "test_policy.h"
 
 namespace moectl {
 namespace {
@@ -244,16 +245,9 @@ PolicyRegistry spying(Seen& seen) {
    private:
     Seen& seen_;
   };
-  PolicyRegistry registry;
-  register_builtin_policies(registry);
-  registry.add(
-      {.name = "spy",
-       .summary = "keeps what it saw",
-       .actuators = {Actuator::kAuxLossWeight},
-       .options = {},
-       .make = [&seen](const PolicyContext&, const PolicyOptions&) { return std::make_unique<Spy>(seen); },
-       .check = {}});
-  return registry;
+  return registry_with("spy", Actuator::kAuxLossWeight, [&seen](const PolicyContext&, const PolicyOptions&) {
+    return std::make_unique<Spy>(seen);
+  });
 }
 
 ControllerConfig spy_config() {

@@ -21,6 +21,7 @@
 #include "ranks.h"
 #include "simulated_loop.h"
 #include "temp_dir.h"
+#include "test_policy.h"
 
 namespace moectl {
 namespace {
@@ -315,20 +316,13 @@ struct Nudge : Policy {
   int layer;
 };
 
-PolicyRegistry registry_with(const Fault* fault) {
-  PolicyRegistry registry;
-  register_builtin_policies(registry);
-  registry.add(
-      {.name = "nudge",
-       .summary = "",
-       .actuators = {Actuator::kExpertBias},
-       .options = {},
-       .make = [fault](const PolicyContext& context, const PolicyOptions&) -> std::unique_ptr<Policy> {
-         if (*fault == Fault::kNull) return nullptr;
-         return std::make_unique<Nudge>(fault, context.layer);
-       },
-       .check = {}});
-  return registry;
+PolicyRegistry registry_of(const Fault* fault) {
+  return registry_with(
+      "nudge", Actuator::kExpertBias,
+      [fault](const PolicyContext& context, const PolicyOptions&) -> std::unique_ptr<Policy> {
+        if (*fault == Fault::kNull) return nullptr;
+        return std::make_unique<Nudge>(fault, context.layer);
+      });
 }
 
 ControllerConfig nudge_config(int layers = 2) {
@@ -340,7 +334,7 @@ ControllerConfig nudge_config(int layers = 2) {
 TEST(LooseEnds, APolicyThatThrowsIsHeldAndTheStepIsComplete) {
   for (const Fault kind : {Fault::kPropose, Fault::kNumber}) {
     Fault fault = Fault::kNone;
-    const PolicyRegistry registry = registry_with(&fault);
+    const PolicyRegistry registry = registry_of(&fault);
     Controller controller(nudge_config(), registry);
     const auto step = [&] {
       for (int layer = 0; layer < 2; ++layer) record_counts(controller, layer, {16, 16, 20, 12});
@@ -370,7 +364,7 @@ TEST(LooseEnds, APolicyThatThrowsIsHeldAndTheStepIsComplete) {
 
 TEST(LooseEnds, APolicyThatThrowsWhenItIsToldIsHeldAtTheNextDecision) {
   Fault fault = Fault::kNone;
-  const PolicyRegistry registry = registry_with(&fault);
+  const PolicyRegistry registry = registry_of(&fault);
   Controller controller(nudge_config(), registry);
   const auto step = [&] {
     for (int layer = 0; layer < 2; ++layer) record_counts(controller, layer, {16, 16, 20, 12});
@@ -391,7 +385,7 @@ TEST(LooseEnds, APolicyThatThrowsWhenItIsToldIsHeldAtTheNextDecision) {
 
 TEST(LooseEnds, AFactoryThatReturnsNothingIsAnErrorThatNamesThePolicy) {
   Fault fault = Fault::kNull;
-  const PolicyRegistry registry = registry_with(&fault);
+  const PolicyRegistry registry = registry_of(&fault);
   try {
     Controller controller(nudge_config(), registry);
     FAIL();
@@ -434,7 +428,7 @@ TEST(LooseEnds, AFailureOnOneRankTravelsAndAllRanksHoldTheSameValues) {
         threads.emplace_back([&, rank] {
           const auto r = static_cast<std::size_t>(rank);
           Fault fault = Fault::kNone;
-          const PolicyRegistry registry = registry_with(&fault);
+          const PolicyRegistry registry = registry_of(&fault);
           ControllerConfig config = nudge_config();
           config.lag = lag;
           Controller controller(config, registry);
@@ -473,7 +467,7 @@ TEST(LooseEnds, AFailureOnEveryRankIsHeldForThatStepAlone) {
   for (int rank = 0; rank < kRanks; ++rank) {
     threads.emplace_back([&, rank] {
       Fault fault = Fault::kNone;
-      const PolicyRegistry registry = registry_with(&fault);
+      const PolicyRegistry registry = registry_of(&fault);
       Controller controller(nudge_config(), registry);
       controller.set_reduction(ranks.reduction());
       for (int step = 0; step < 10; ++step) {

@@ -19,6 +19,7 @@
 #include "moectl/policy.h"
 #include "moectl/simulation.h"
 #include "test_paths.h"
+#include "test_policy.h"
 
 namespace moectl {
 namespace {
@@ -191,15 +192,9 @@ TEST(Responsiveness, APolicyIsToldOfTestMoves) {
     }
     Told& told;
   };
-  PolicyRegistry registry;
-  register_builtin_policies(registry);
-  registry.add(
-      {.name = "nudge",
-       .summary = "",
-       .actuators = {Actuator::kExpertBias},
-       .options = {},
-       .make = [&told](const PolicyContext&, const PolicyOptions&) { return std::make_unique<Nudge>(told); },
-       .check = {}});
+  const PolicyRegistry registry = registry_with(
+      "nudge", Actuator::kExpertBias,
+      [&told](const PolicyContext&, const PolicyOptions&) { return std::make_unique<Nudge>(told); });
   const SimulationOptions plant{.seed = 40119};
   SimulatedRouter router(plant);
   Controller controller(config_of(plant, "nudge"), registry);
@@ -212,6 +207,23 @@ TEST(Responsiveness, APolicyIsToldOfTestMoves) {
       ASSERT_NEAR(told.in_force[i], in_force[i], 1e-12) << step;
   }
   EXPECT_GT(told.largest_probe, 0);
+}
+
+TEST(Responsiveness, AProbeThatAHoldBreaksOffIsStillNoPartOfWhatIsDeployed) {
+  const SimulationOptions plant{.seed = 40119};
+  SimulatedRouter router(plant);
+  Controller controller(config_of(plant));
+  const std::vector<double> nothing(static_cast<std::size_t>(plant.experts), 0.0);
+  const auto step = [&] {
+    controller.record(0, router.route(nothing));
+    controller.step();
+    return controller.deployment_bias(0);
+  };
+  std::vector<double> deployed = step();
+  for (int i = 0; i < 100 && std::ranges::equal(deployed, controller.bias(0)); ++i) deployed = step();
+  ASSERT_FALSE(std::ranges::equal(deployed, controller.bias(0))) << "no probe came";
+  controller.hold(true);
+  for (int i = 0; i < 5; ++i) EXPECT_EQ(step(), deployed) << i;
 }
 
 TEST(Responsiveness, ADeclaredDelayIsTakenIntoAccount) {

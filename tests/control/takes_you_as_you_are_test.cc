@@ -15,6 +15,7 @@
 #include "moectl/controller.h"
 #include "moectl/simulation.h"
 #include "temp_dir.h"
+#include "test_policy.h"
 
 namespace moectl {
 namespace {
@@ -391,6 +392,32 @@ TEST(FieldCases, B2_WhatTheConfigFreezesIsFrozenWhateverTheStateSays) {
   EXPECT_NE(bias_of(thawed, 0), saved.biases[0]);
 }
 
+TEST(FieldCases, B2_WhatTheConfigNoLongerFreezesIsThawedAndTheHostsWordStays) {
+  const SimulationOptions plant = plant_of(2);
+  ControllerConfig config = config_of("adaptive_bias", plant);
+  config.layers.resize(1);
+  config.layers[0].ids = {0, 1};
+  config.layers[0].frozen = true;
+  const Trained saved = trained(config, plant);
+  config.layers[0].frozen = false;
+  Controller thawed(config);
+  thawed.load(saved.state, Keep::what_fits);
+  simulate(thawed, plant, 5);
+  EXPECT_NE(bias_of(thawed, 0), saved.biases[0]);
+
+  Controller by_hand(config);
+  by_hand.freeze(1);
+  Controller after(config_of("sign_bias", plant));
+  std::vector<std::string> said;
+  for (const KeptPart& part : after.load(by_hand.save(), Keep::what_fits)) {
+    if (part.key == "frozen") said.push_back(std::to_string(part.layer) + ": " + part.why);
+  }
+  EXPECT_EQ(said, std::vector<std::string>{"1: freeze() of the host holds the layer"});
+  simulate(after, plant, 5);
+  EXPECT_NE(bias_of(after, 0), Biases(16));
+  EXPECT_EQ(bias_of(after, 1), Biases(16));
+}
+
 TEST(FieldCases, B3_AStateHasOneLengthForAConfig) {
   const SimulationOptions plant = plant_of(2);
   for (const int lag : {0, 1}) {
@@ -492,10 +519,16 @@ TEST(FieldCases, B5_AGainScheduleMakesMovesSmallerUntilNoneIsLeft) {
 
 // ---- B6: what to deploy. ----
 
-TEST(FieldCases, B6_TheDeployedBiasHasNoFeedForward) {
+/// Batches whose mixtures differ, so that feed-forward has something to do.
+SimulationOptions mixed_plant() {
   SimulationOptions plant = plant_of();
   plant.scenario = Scenario::kNoise;
   plant.mixture_spread = 1;
+  return plant;
+}
+
+TEST(FieldCases, B6_TheDeployedBiasHasNoFeedForward) {
+  const SimulationOptions plant = mixed_plant();
   ControllerConfig config = config_of("adaptive_bias", plant);
   config.model.domains = {"a", "b", "c", "d"};
   config.safety.responsiveness = false;
@@ -518,16 +551,20 @@ TEST(FieldCases, B6_TheDeployedBiasHasNoFeedForward) {
 }
 
 TEST(FieldCases, B6_InShadowWhatIsInForceIsWhatIsDeployed) {
-  SimulationOptions plant = plant_of();
-  plant.scenario = Scenario::kNoise;
-  plant.mixture_spread = 1;
+  const SimulationOptions plant = mixed_plant();
   ControllerConfig config = config_of("adaptive_bias", plant);
   config.model.domains = {"a", "b", "c", "d"};
   config.mode = Mode::kShadow;
   config.expert_bias.options.set("feedforward", std::string("tags"));
   Controller controller(config);
   simulate(controller, plant, 80);
-  EXPECT_EQ(controller.deployment_bias(0), Biases(bias_of(controller, 0).size()));
+  const Biases none(bias_of(controller, 0).size());
+  EXPECT_EQ(controller.deployment_bias(0), none);
+  // The log says so, too: what would be applied was never in force.
+  const ActuatorReport& report =
+      controller.report().layers[0].actuators[static_cast<int>(Actuator::kExpertBias)];
+  EXPECT_EQ(Biases(report.deployed.begin(), report.deployed.end()), none);
+  EXPECT_NE(Biases(report.applied.begin(), report.applied.end()), none);
 }
 
 class LeavesNothing : public Policy {
@@ -545,18 +582,12 @@ class LeavesNothing : public Policy {
 
 TEST(FieldCases, B6_APolicyThatFailsToLeaveForDeploymentHasNoSayInIt) {
   for (const bool throws : {false, true}) {
-    PolicyRegistry registry;
-    PolicyDescription description;
-    description.name = "leaves_nothing";
-    description.summary = "test";
-    description.actuators = {Actuator::kExpertBias};
-    description.make = [throws](const PolicyContext&, const PolicyOptions&) {
-      return std::make_unique<LeavesNothing>(throws);
-    };
-    registry.add(description);
-    registry.add(*PolicyRegistry::builtin().find("fixed"));
+    const PolicyRegistry registry =
+        registry_with("nudge", Actuator::kExpertBias, [throws](const PolicyContext&, const PolicyOptions&) {
+          return std::make_unique<LeavesNothing>(throws);
+        });
     ControllerConfig config = config_of("fixed", plant_of());
-    config.expert_bias.policy = "leaves_nothing";
+    config.expert_bias.policy = "nudge";
     Controller controller(config, registry), again(config, registry);
     simulate(controller, plant_of(), 5);
     EXPECT_EQ(controller.deployment_bias(0), bias_of(controller, 0));

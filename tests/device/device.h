@@ -75,13 +75,19 @@ inline Batch batch_of(int seed) {
       batch.options.sequence_ids = std::get<0>(::torch::randint(-3, 4, {tokens}, ::torch::kLong).sort());
   }
   if (chance(0.1)) batch.options.mask = ::torch::zeros({tokens}, ::torch::kBool);
-  if (chance(0.1)) batch.indices.view({-1})[0] = -1;         // a slot that is not routed
-  if (chance(0.05)) batch.indices.view({-1})[0] = kExperts;  // an invalid record
+  if (chance(0.1)) batch.indices.view({-1})[0] = -1;  // a slot that is not routed
   if (chance(0.1)) batch.options.biased_scores = Tensor();
   if (chance(0.1)) batch.options.top_values = batch.options.biased_scores = Tensor();
   if (chance(0.1)) batch.options.probabilities = Tensor();
   if (chance(0.1)) batch.options.domain_ids = Tensor();
   if (chance(0.1)) batch.options.dropped = Tensor();
+  return batch;
+}
+
+/// One in twenty is an invalid record.
+inline Batch hostile_batch_of(int seed) {
+  Batch batch = batch_of(seed);
+  if (seed % 20 == 7) batch.indices.view({-1})[0] = kExperts;
   return batch;
 }
 
@@ -122,7 +128,7 @@ inline std::string state_after(int steps, int lag, const TorchOptions& options, 
   for (int step = 0; step < steps; ++step) {
     for (int part = 0; part < 3; ++part) {
       for (int layer = 0; layer < kLayers; ++layer) {
-        Batch batch = moved(batch_of((step * 3 + part) * kLayers + layer), options.device);
+        Batch batch = moved(hostile_batch_of((step * 3 + part) * kLayers + layer), options.device);
         batch.options.micro_batch = part;
         controller->record(layer, batch.indices, batch.options);
         controller->record(layer, batch.indices, batch.options);  // recomputation

@@ -72,7 +72,7 @@ TEST(OnDevice, SumsAreThoseOfTheHost) {
   for (int seed = 0; seed < 300; ++seed) {
     TorchController host(device_config(0, true)), device(device_config(0, true), on_device());
     for (int part = 0; part < 3; ++part) {
-      const Batch batch = batch_of(3 * seed + part), there = moved(batch, the_device());
+      const Batch batch = hostile_batch_of(3 * seed + part), there = moved(batch, the_device());
       host.record(0, batch.indices, batch.options);
       device.record(0, there.indices, there.options);
     }

@@ -29,5 +29,26 @@ TEST(TornGzip, AResumedRunGoesOnLogging) {
   }
 }
 
+TEST(TornGzip, ARotatedRunLosesNoneOfItsPieces) {
+  const TempDir dir;
+  const std::string path = dir.path("run.jsonl.gz");
+  Controller controller(
+      parse_config("version: 1\nmodel: {layers: 1, experts: 4, top_k: 2}\nlog: {rotate_mb: 0.004}\n"));
+  {
+    RunLogWriter writer(path, controller.config());
+    for (int step = 0; step < 40; ++step) writer.write(controller.step());
+  }
+  const std::string first = path + ".000001";
+  ASSERT_TRUE(std::filesystem::exists(first));
+  const std::string before = TempDir::read(first);
+  std::filesystem::resize_file(path, 10);
+  {
+    RunLogWriter resumed(path, controller.config(), true);
+    for (int step = 0; step < 40; ++step) resumed.write(controller.step());
+    EXPECT_TRUE(resumed.ok());
+  }
+  EXPECT_TRUE(TempDir::read(first) == before) << "an old piece was replaced";
+}
+
 }  // namespace
 }  // namespace moectl

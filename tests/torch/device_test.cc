@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "device/device.h"
 #include "moectl/torch/controller.h"
 #include "moectl/torch/process_group.h"
 #include "torch/fake_streams.h"
@@ -27,72 +28,11 @@ using ::testing::Each;
 using ::testing::ElementsAre;
 using ::torch::Tensor;
 
-constexpr int kLayers = 2, kExperts = 7, kTopK = 2;
-
-ControllerConfig device_config(int lag = 0) {
-  ControllerConfig config;
-  config.lag = lag;
-  config.model.layers = kLayers;
-  config.model.experts = kExperts;
-  config.model.top_k = kTopK;
-  config.model.domains = {"prose", "code", "tables"};
-  config.collect = {.gap = true, .sequences = true, .probabilities = true, .margins = true};
-  config.expert_bias.policy = "adaptive_bias";
-  config.expert_bias.limits = {.min = -16, .max = 16, .rate = 1, .center = true};
-  return config;
-}
-
 const TorchOptions kByOperators{.count_by_operators = true};
-
-/// One micro-batch with everything that can go with it, which depends on `seed` alone.
-struct Batch {
-  Tensor indices;
-  RecordOptions options;
-};
-
-Batch batch_of(int seed) {
-  ::torch::manual_seed(static_cast<std::uint64_t>(seed));
-  const auto chance = [](double p) { return ::torch::rand({1}).item<double>() < p; };
-  const std::int64_t sequences = ::torch::randint(1, 6, {1}).item<std::int64_t>();
-  const std::int64_t length = ::torch::randint(1, 9, {1}).item<std::int64_t>();
-  const std::int64_t tokens = sequences * length;
-  const Tensor scores = ::torch::randn({sequences, length, kExperts}) * 2;
-  const auto [values, indices] = scores.topk(kTopK + 1, -1);
-  Batch batch{indices.narrow(-1, 0, kTopK).contiguous(), {}};
-  batch.options.top_values = values.contiguous();
-  batch.options.biased_scores = scores;
-  if (chance(0.3)) scores.select(-1, 3).fill_(-std::numeric_limits<float>::infinity());
-  batch.options.probabilities = scores.softmax(-1);
-  batch.options.domain_ids = ::torch::randint(0, 3, {sequences, length}, ::torch::kLong);
-  batch.options.dropped = ::torch::randint(0, 5, {}, ::torch::kLong);
-  batch.options.balance_loss = ::torch::rand({});
-  batch.options.z_loss = ::torch::rand({}) * 100;
-  if (chance(0.5)) batch.options.mask = ::torch::rand({sequences, length}) < 0.7;
-  if (chance(0.4)) {
-    batch.indices = batch.indices.view({tokens, kTopK});
-    if (chance(0.8)) {
-      batch.options.sequence_ids = std::get<0>(::torch::randint(-3, 4, {tokens}, ::torch::kLong).sort());
-    }
-  }
-  if (chance(0.1)) batch.options.mask = ::torch::zeros({tokens}, ::torch::kBool);
-  // Not everything is given every time.
-  if (chance(0.1)) batch.options.biased_scores = Tensor();
-  if (chance(0.1)) batch.options.top_values = batch.options.biased_scores = Tensor();
-  if (chance(0.1)) batch.options.probabilities = Tensor();
-  if (chance(0.1)) batch.options.domain_ids = Tensor();
-  if (chance(0.1)) batch.options.dropped = Tensor();
-  if (chance(0.1)) batch.options.balance_loss = Tensor();
-  return batch;
-}
-
-std::vector<std::int64_t> flat(const LayerReport& layer) {
-  const auto sums = layer.stats->flat();
-  return {sums.begin(), sums.end()};
-}
 
 TEST(DevicePath, CountsTheSameBitsAsReadingTheMemory) {
   for (int seed = 0; seed < 300; ++seed) {
-    TorchController host(device_config()), device(device_config(), kByOperators);
+    TorchController host(device_config(0, true)), device(device_config(0, true), kByOperators);
     for (int part = 0; part < 3; ++part) {
       const Batch batch = batch_of(3 * seed + part);
       for (TorchController* it : {&host, &device}) it->record(0, batch.indices, batch.options);
@@ -109,7 +49,7 @@ TEST(DevicePath, CountsIndicesAndMasksOfAnyIntegerTypeAndScoresOfAnyFloatType) {
                                                                        {::torch::kBFloat16, ::torch::kInt16},
                                                                        {::torch::kFloat64, ::torch::kLong}};
   for (const auto& [type, mask_type] : types) {
-    TorchController host(device_config()), device(device_config(), kByOperators);
+    TorchController host(device_config(0, true)), device(device_config(0, true), kByOperators);
     RecordOptions options = batch.options;
     options.top_values = batch.options.top_values.to(type);
     options.probabilities = batch.options.probabilities.to(type);
@@ -161,7 +101,7 @@ TEST(DevicePath, MalformedRecordsAreCountedAndAddNothing) {
     }
     bad.options.top_values = bad.options.top_values.clone();
     spoil(bad);
-    TorchController host(device_config()), device(device_config(), kByOperators);
+    TorchController host(device_config(0, true)), device(device_config(0, true), kByOperators);
     const Batch good = batch_of(5);
     for (TorchController* it : {&host, &device}) {
       it->record(0, good.indices, good.options);
@@ -184,7 +124,7 @@ TEST(DevicePath, PaddingValuesAreNeverRead) {
   batch.indices[0].fill_(-7);
   batch.options.top_values[0].fill_(std::numeric_limits<float>::quiet_NaN());
   batch.options.probabilities[0].fill_(-1);
-  TorchController host(device_config()), device(device_config(), kByOperators);
+  TorchController host(device_config(0, true)), device(device_config(0, true), kByOperators);
   for (TorchController* it : {&host, &device}) it->record(0, batch.indices, batch.options);
   EXPECT_EQ(flat(device.step().layers[0]), flat(host.step().layers[0]));
   EXPECT_TRUE(device.report().layers[0].stats->valid());
@@ -192,7 +132,7 @@ TEST(DevicePath, PaddingValuesAreNeverRead) {
 }
 
 TEST(DevicePath, MisuseThrowsAsOnTheHost) {
-  TorchController device(device_config(), kByOperators);
+  TorchController device(device_config(0, true), kByOperators);
   EXPECT_THROW(device.record(0, ::torch::zeros({5, 3}, ::torch::kLong)), std::invalid_argument);
   EXPECT_THROW(device.record(0, ::torch::zeros({5, kTopK})), std::invalid_argument);
   EXPECT_THROW(device.record(0, Tensor()), std::invalid_argument);
@@ -204,7 +144,7 @@ TEST(DevicePath, MisuseThrowsAsOnTheHost) {
 /// A run with everything that interferes: micro-batches recorded twice, passes that must not count, saving
 /// and loading halfway.
 std::string state_after(int steps, int lag, const TorchOptions& options, int save_at) {
-  auto controller = std::make_unique<TorchController>(device_config(lag), options);
+  auto controller = std::make_unique<TorchController>(device_config(lag, true), options);
   for (int step = 0; step < steps; ++step) {
     for (int part = 0; part < 3; ++part) {
       for (int layer = 0; layer < kLayers; ++layer) {
@@ -217,7 +157,7 @@ std::string state_after(int steps, int lag, const TorchOptions& options, int sav
       }
       if (step == save_at && part == 1) {
         const std::string state = controller->save();
-        controller = std::make_unique<TorchController>(device_config(lag), options);
+        controller = std::make_unique<TorchController>(device_config(lag, true), options);
         controller->load(state);
       }
     }
@@ -257,7 +197,7 @@ TEST(DevicePath, OverRanksWithLagTheSumsAreTheSame) {
     }
     return std::make_pair(sums, biases);
   };
-  TorchController alone(device_config(1));
+  TorchController alone(device_config(1, true));
   const auto expected = run(alone, 0, kRanks);
   EXPECT_GT(*std::max_element(expected.second.begin(), expected.second.end()), 0.0F);
   for (const bool replicated : {false, true}) {
@@ -268,7 +208,7 @@ TEST(DevicePath, OverRanksWithLagTheSumsAreTheSame) {
         auto gloo = c10d::ProcessGroupGloo::Options::create(std::chrono::seconds(60));
         gloo->devices.push_back(c10d::ProcessGroupGloo::createDeviceForInterface("lo"));
         gloo->threads = 1;
-        TorchController controller(device_config(1), kByOperators);
+        TorchController controller(device_config(1, true), kByOperators);
         controller.controller().set_reduction(
             reduce_over(c10::make_intrusive<c10d::ProcessGroupGloo>(store, rank, kRanks, gloo),
                         {.scope = replicated ? ReductionScope::kReplicated : ReductionScope::kPartial}));
@@ -281,7 +221,7 @@ TEST(DevicePath, OverRanksWithLagTheSumsAreTheSame) {
 }
 
 TEST(DevicePath, SumsOfAFailedReductionAreSentAgainInFull) {
-  TorchController controller(device_config(1), kByOperators), undisturbed(device_config(1));
+  TorchController controller(device_config(1, true), kByOperators), undisturbed(device_config(1, true));
   bool lose = false;
   controller.controller().set_reduction([&](std::span<std::int64_t>) {
     if (lose) throw std::runtime_error("link down");
@@ -357,7 +297,7 @@ TEST(DevicePath, RecordAndStepCallNothingThatSynchronises) {
   FakeStreams streams;
   std::vector<Batch> batches;
   for (int seed = 0; seed < 40; ++seed) batches.push_back(batch_of(seed));
-  TorchController controller(device_config(1), kByOperators);
+  TorchController controller(device_config(1, true), kByOperators);
   for (std::size_t i = 0; i < batches.size(); ++i) {
     const OperatorCalls calls;
     controller.record(0, batches[i].indices, batches[i].options);
@@ -370,7 +310,7 @@ TEST(DevicePath, RecordAndStepCallNothingThatSynchronises) {
 TEST(DevicePath, AStepDoesNotWaitForItsOwnReduction) {
   FakeStreams streams;
   streams.set_delay(3);
-  TorchController controller(device_config(1), kByOperators);
+  TorchController controller(device_config(1, true), kByOperators);
   for (int step = 0; step < 6; ++step) {
     const Batch batch = batch_of(step);
     streams.take();
@@ -393,7 +333,7 @@ TEST(DevicePath, AStepDoesNotWaitForItsOwnReduction) {
 
 TEST(DevicePath, SumsLeaveOnASideStreamBehindAllThatWasRecorded) {
   FakeStreams streams;
-  TorchController controller(device_config(1), kByOperators);
+  TorchController controller(device_config(1, true), kByOperators);
   controller.record(0, batch_of(0).indices);
   streams.take();
   controller.step();
@@ -415,7 +355,7 @@ TEST(DevicePath, SumsLeaveOnASideStreamBehindAllThatWasRecorded) {
 
 TEST(DevicePath, BiasesComeBackInPlaceInFullPrecision) {
   FakeStreams streams;
-  TorchController device(device_config(1), kByOperators), host(device_config(1));
+  TorchController device(device_config(1, true), kByOperators), host(device_config(1, true));
   const Tensor held = device.bias(0);
   const void* address = held.data_ptr();
   for (int step = 0; step < 10; ++step) {

@@ -65,7 +65,8 @@ Reduction reduce_over(c10::intrusive_ptr<Group> group, const ReductionOptions& o
       ranks, options);
 }
 
-/// The sum over the ranks of a group, for BatchCounts.
+/// The sum over the ranks of a group, for BatchCounts: of tensors on the device of the router, which the group's backend
+/// must be able to add. Waits as long as the group does, and throws what it throws.
 template <typename Group>
 SumOverRanks sum_over(c10::intrusive_ptr<Group> group) {
   return [group = std::move(group)](::torch::Tensor& sums) {
