@@ -118,9 +118,9 @@ inline std::vector<std::int64_t> flat(const LayerReport& layer) {
 /// The state at the end of a run with everything that interferes: micro-batches recorded twice, passes that must not
 /// count, saving and loading halfway (`save_at` < 0: not). The same for every way of counting and any reduction of one rank.
 inline std::string state_after(int steps, int lag, const TorchOptions& options, int save_at,
-                               const Reduction& reduction = {}) {
+                               const Reduction& reduction = {}, bool probabilities = false) {
   const auto make = [&] {
-    auto controller = std::make_unique<TorchController>(device_config(lag), options);
+    auto controller = std::make_unique<TorchController>(device_config(lag, probabilities), options);
     if (reduction) controller->controller().set_reduction(reduction);
     return controller;
   };

@@ -141,39 +141,15 @@ TEST(DevicePath, MisuseThrowsAsOnTheHost) {
   EXPECT_EQ(device.step().layers[0].stats->tokens(), 0);
 }
 
-/// A run with everything that interferes: micro-batches recorded twice, passes that must not count, saving
-/// and loading halfway.
-std::string state_after(int steps, int lag, const TorchOptions& options, int save_at) {
-  auto controller = std::make_unique<TorchController>(device_config(lag, true), options);
-  for (int step = 0; step < steps; ++step) {
-    for (int part = 0; part < 3; ++part) {
-      for (int layer = 0; layer < kLayers; ++layer) {
-        Batch batch = batch_of((step * 3 + part) * kLayers + layer);
-        batch.options.micro_batch = part;
-        controller->record(layer, batch.indices, batch.options);
-        controller->record(layer, batch.indices, batch.options);  // recomputation
-        const ::torch::NoGradGuard evaluation;
-        controller->record(layer, batch.indices, batch.options);
-      }
-      if (step == save_at && part == 1) {
-        const std::string state = controller->save();
-        controller = std::make_unique<TorchController>(device_config(lag, true), options);
-        controller->load(state);
-      }
-    }
-    controller->step({.loss = 3 - 0.01 * step});
-  }
-  return controller->save();
-}
-
 TEST(DevicePath, AWholeRunEndsInTheSameState) {
   for (const int lag : {0, 1}) {
-    const std::string host = state_after(40, lag, {}, -1);
-    EXPECT_TRUE(state_after(40, lag, kByOperators, -1) == host) << "lag " << lag;
-    EXPECT_TRUE(state_after(40, lag, {}, 17) == host) << "lag " << lag;
-    EXPECT_TRUE(state_after(40, lag, kByOperators, 17) == host) << "lag " << lag;
+    const std::string host = state_after(40, lag, {}, -1, {}, true);
+    EXPECT_TRUE(state_after(40, lag, kByOperators, -1, {}, true) == host) << "lag " << lag;
+    EXPECT_TRUE(state_after(40, lag, {}, 17, {}, true) == host) << "lag " << lag;
+    EXPECT_TRUE(state_after(40, lag, kByOperators, 17, {}, true) == host) << "lag " << lag;
     const FakeStreams streams;
-    EXPECT_TRUE(state_after(40, lag, kByOperators, 17) == host) << "lag " << lag << ", with streams";
+    EXPECT_TRUE(state_after(40, lag, kByOperators, 17, {}, true) == host)
+        << "lag " << lag << ", with streams";
   }
 }
 
