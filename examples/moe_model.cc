@@ -65,7 +65,7 @@ MoeImpl::MoeImpl(const ModelOptions& options, const MoeShape& shape, int layer)
     : layer_(layer), experts_(shape.experts), top_k_(shape.top_k) {
   router_ =
       register_module("router", moectl::TopKRouter(moectl::TopKRouterOptions(options.width, experts_, top_k_)
-                                                       .gate(moectl::Gate::kSigmoid)
+                                                       .gate(options.gate)
                                                        .score_space(shape.score_space)));
   shared_in_ = register_module("shared_in", torch::nn::Linear(options.width, options.expert_hidden));
   shared_out_ = register_module("shared_out", torch::nn::Linear(options.expert_hidden, options.width));

@@ -20,6 +20,7 @@ struct MoeShape {
 struct ModelOptions {
   std::vector<MoeShape> blocks;
   std::int64_t width = 96, heads = 4, expert_hidden = 96, context = 128;  // the shared expert is as wide
+  moectl::Gate gate = moectl::Gate::kSigmoid;
 };
 
 /// What a layer of experts did in a pass.

@@ -111,6 +111,7 @@ void Arguments::declare(CLI::App& app) {
   app.add_option("--width", width, "Of a token's vector; a multiple of --heads")->check(CLI::Range(1, 65536));
   app.add_option("--heads", heads, "Attention heads")->check(CLI::Range(1, 1024));
   app.add_option("--expert-hidden", expert_hidden, "Width inside each expert")->check(CLI::Range(1, 1 << 20));
+  app.add_option("--gate", gate, "Of the routers")->check(CLI::IsMember({"sigmoid", "softmax"}));
   app.add_option("--device", device, "Where the model computes: cpu, cuda or cuda:N");
   app.add_flag("--bf16", bf16, "Matrix products in bfloat16 (autocast)");
   app.add_option("--learning-rate", learning_rate, "Peak learning rate")->check(CLI::PositiveNumber);
@@ -151,7 +152,8 @@ Training::Training(const Arguments& arguments, Peers peers)
                           .width = args_.width,
                           .heads = args_.heads,
                           .expert_hidden = args_.expert_hidden,
-                          .context = args_.length};
+                          .context = args_.length,
+                          .gate = args_.gate == "softmax" ? moectl::Gate::kSoftmax : moectl::Gate::kSigmoid};
   if (peers_.ranks > 1) stages_.front()->controller().set_reduction(peers_.sum_counts);
   meter_ = std::make_unique<moectl::EvaluationMeter>(moectl::Controller(config));
 

@@ -30,7 +30,7 @@ struct Arguments {
   int stages = 1;
   std::int64_t sequences = 16, length = 128;
   std::int64_t width = 96, heads = 4, expert_hidden = 96;
-  std::string device = "cpu";
+  std::string device = "cpu", gate = "sigmoid";
   int threads = 2;
   bool quiet = false, bf16 = false;
   double learning_rate = 3e-3, shift_at = 0.6;
