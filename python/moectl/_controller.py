@@ -109,6 +109,7 @@ class Controller:
             experts, top_k = c_size_t(), c_size_t()
             check(lib.moectl_shape(handle, layer, byref(experts), byref(top_k)))
             self._shapes[layer] = experts.value, top_k.value
+        self._domains = len(self.config["model"].get("domains", []))
 
     def close(self) -> None:
         """Frees the controller, and closes its log. Otherwise that happens with the last reference to it."""
@@ -264,9 +265,8 @@ class Controller:
         info.skipped = 1 if skipped else 0
         if next_mixture is not None:
             mixture = view("next_mixture", next_mixture, "int64")
-            domains = len(self.config["model"].get("domains", []))
-            if mixture.size != domains:
-                raise ArgumentError(f"next_mixture: {mixture.size} values: must be {domains}")
+            if mixture.size != self._domains:
+                raise ArgumentError(f"next_mixture: {mixture.size} values: must be {self._domains}")
             info.next_mixture = mixture.address
         self._raised = None
         code = lib.moectl_step(self._handle, byref(info))

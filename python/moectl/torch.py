@@ -83,6 +83,7 @@ class Balancer:
         if self.controller.layers != tuple(self._ids):
             raise ArgumentError(f"layer_ids: {self._ids}: the config has the layers {list(self.controller.layers)}")
         self._sizes = [self.controller.experts(layer) for layer in self._ids]
+        self._domains = len(full["model"].get("domains", []))
         self._moves_bias = bias is not None and full["expert_bias"]["policy"] != "fixed"
         # All layers one after another, int64 [ΣN]: of this rank since the last step, and what record_indices() counted.
         self._sums: Optional[torch.Tensor] = None
@@ -178,13 +179,16 @@ class Balancer:
         self._indices.scatter_add_(0, chosen, torch.ones_like(chosen))
 
     @torch.no_grad()
-    def step(self, *, loss: Any = None, gradient_norm: Optional[float] = None, skipped: bool = False) -> Report:
+    def step(self, *, loss: Any = None, gradient_norm: Optional[float] = None, skipped: bool = False,
+             next_mixture: Any = None) -> Report:
         """Once after the optimizer's step, on every rank: sums the counts over the ranks, decides, and writes the biases
-        in place. loss: of this rank, a number or a tensor of one; the mean over ranks counts. Raises
-        moectl.ReductionError with the biases unchanged."""
+        in place. loss: of this rank, a number or a tensor of one; the mean over ranks counts. next_mixture: tokens of
+        each domain of the config [D] in this rank's part of the next batch, for feed-forward; not with `overlap`, where it
+        would come too late. Raises moectl.ReductionError with the biases unchanged."""
+        mixture = self._mixture(next_mixture)
         self.record()
         self._check_ranks()
-        payload = self._reduced(self._payload(loss, skipped))
+        payload = self._reduced(self._payload(loss, skipped, mixture))
         self._sums = self._inexact = None
         if self._overlap:
             payload, self._late = self._arrived(self._late), self._sent(payload)
@@ -195,9 +199,19 @@ class Balancer:
         self._publish()
         return report
 
-    def _payload(self, loss: Any, skipped: bool) -> torch.Tensor:
+    def _mixture(self, given: Any) -> torch.Tensor:
+        if given is None:
+            return torch.zeros(self._domains, dtype=torch.int64)
+        if self._overlap:
+            raise ArgumentError("next_mixture: not with overlap: it would come one step late")
+        mixture = torch.as_tensor(given, dtype=torch.int64).flatten()
+        if mixture.numel() != self._domains:
+            raise ArgumentError(f"next_mixture: {mixture.numel()} values: must be {self._domains}")
+        return mixture
+
+    def _payload(self, loss: Any, skipped: bool, mixture: torch.Tensor) -> torch.Tensor:
         """int64: counts [ΣN], layers whose bias was changed [L], then ranks with inexact counts, with a loss, the sum
-        of the losses in fixed point, ranks that skipped, ranks."""
+        of the losses in fixed point, ranks that skipped, ranks, and the next mixture [D]."""
         device = self._sums.device
         changed = [torch.ne(_whole(self._bias_of(i)), self._written[i].to(device)).any() if i in self._written
                    else torch.zeros((), dtype=torch.bool, device=device) for i in range(len(self._sites))]
@@ -207,7 +221,7 @@ class Balancer:
         fixed = torch.where(known, value * _UNIT, torch.zeros_like(value)).round()
         rest = [inexact, known, fixed, torch.tensor(int(bool(skipped)), device=device), torch.ones((), device=device)]
         return torch.cat([self._sums, torch.stack(changed).to(torch.int64),
-                          torch.stack([x.to(torch.int64) for x in rest])])
+                          torch.stack([x.to(torch.int64) for x in rest]), mixture.to(device)])
 
     def _ranks(self) -> int:
         return dist.get_world_size(self._group) if dist.is_available() and dist.is_initialized() else 1
@@ -251,7 +265,7 @@ class Balancer:
 
     def _decide(self, payload: torch.Tensor, gradient_norm: Optional[float]) -> Report:
         layers = len(self._sites)
-        counts, changed, rest = payload.split([sum(self._sizes), layers, 5])
+        counts, changed, rest, mixture = payload.split([sum(self._sizes), layers, 5, self._domains])
         inexact, losses, loss, skipped, _ = rest.tolist()
         if inexact and not self._warned:
             self._warned = True
@@ -263,7 +277,7 @@ class Balancer:
         if counts.any():  # a single process may also record by the controller itself, more than counts
             self.controller.record_counts(counts)
         return self.controller.step(loss=loss / _UNIT / losses if losses else None, gradient_norm=gradient_norm,
-                                    skipped=skipped > 0)
+                                    skipped=skipped > 0, next_mixture=mixture if mixture.any() else None)
 
     # ---- What the routers read ----
 

@@ -64,6 +64,23 @@ def test_counts_of_the_model_balance_it(counts, overlap):
                           torch.frombuffer(balancer.controller.bias(0), dtype=torch.float64), atol=1e-6)
 
 
+def test_the_mixture_of_the_next_batch_reaches_feed_forward():
+    tagged = config(model={"domains": ["a", "b"]})
+    tagged["expert_bias"]["options"] = {"feedforward": "tags"}
+    sites = gates()
+    balancer = Balancer(tagged, sites)
+    for site in sites:
+        site()
+    balancer.step(next_mixture=torch.tensor([300, 212]))
+    assert balancer.report()[0]["next_mixture"] == {"a": 300, "b": 212}
+    balancer.step()
+    assert "next_mixture" not in balancer.report()[0]
+    with pytest.raises(ValueError, match="next_mixture: 3 values: must be 2"):
+        balancer.step(next_mixture=[1, 2, 3])
+    with pytest.raises(ValueError, match="not with overlap"):
+        Balancer(config(model={"domains": ["a", "b"]}), gates(), overlap=True).step(next_mixture=[1, 2])
+
+
 def test_indices_balance_a_router_without_counts():
     sites = gates()
     balancer = Balancer(config(), sites, counts=None)
