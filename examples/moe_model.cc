@@ -178,6 +178,15 @@ std::map<int, std::vector<Tensor>> MoeLmImpl::expert_parameters() const {
   return layers;
 }
 
+std::vector<std::pair<torch::nn::LayerNorm, Moe>> MoeLmImpl::moes() const {
+  std::vector<std::pair<torch::nn::LayerNorm, Moe>> all;
+  for (const auto& block : *blocks_) {
+    const auto* const own = block->as<BlockImpl>();
+    if (!own->moe().is_empty()) all.emplace_back(own->moe_norm(), own->moe());
+  }
+  return all;
+}
+
 Tensor MoeLmImpl::forward(const Tensor& bytes, Pass& pass) {
   Tensor x = bytes_(bytes) + places_->weight.narrow(0, 0, bytes.size(1));
   for (const auto& block : *blocks_) x = block->as<BlockImpl>()->forward(x, pass);

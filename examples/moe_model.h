@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <map>
+#include <utility>
 #include <vector>
 
 #include "moectl/torch/controller.h"
@@ -49,6 +50,7 @@ class MoeImpl : public torch::nn::Module {
   MoeImpl(const ModelOptions& options, const MoeShape& shape, int layer);
   torch::Tensor forward(const torch::Tensor& x, Pass& pass);  // [B, S, width] → the same
   std::vector<torch::Tensor> expert_parameters() const { return {in_, out_}; }
+  const moectl::TopKRouter& router() const { return router_; }
 
  private:
   int layer_;
@@ -64,6 +66,7 @@ class BlockImpl : public torch::nn::Module {
   BlockImpl(const ModelOptions& options, int layer);
   torch::Tensor forward(const torch::Tensor& x, Pass& pass);
   const Moe& moe() const { return moe_; }  // empty in a dense block
+  const torch::nn::LayerNorm& moe_norm() const { return moe_norm_; }
 
  private:
   torch::Tensor attend(const torch::Tensor& x);
@@ -82,6 +85,8 @@ class MoeLmImpl : public torch::nn::Module {
   explicit MoeLmImpl(const ModelOptions& options);
   /// Logits of the next byte [B, S, 256] for bytes [B, S].
   torch::Tensor forward(const torch::Tensor& bytes, Pass& pass);
+  /// Each with the norm before it.
+  std::vector<std::pair<torch::nn::LayerNorm, Moe>> moes() const;
   /// Those that have a slice for each expert, by layer.
   std::map<int, std::vector<torch::Tensor>> expert_parameters() const;
 

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "autocast.h"
+#include "faults.h"
 #include "moectl/config.h"
 #include "moectl/run_log.h"
 #include "moectl/state_file.h"
@@ -115,6 +116,11 @@ void Arguments::declare(CLI::App& app) {
   app.add_option("--device", device, "Where the model computes: cpu, cuda or cuda:N");
   app.add_flag("--bf16", bf16, "Matrix products in bfloat16 (autocast)");
   app.add_option("--learning-rate", learning_rate, "Peak learning rate")->check(CLI::PositiveNumber);
+  app.add_option("--router-init", router_init, "Factor on the initial weights of the routers")
+      ->check(CLI::PositiveNumber);
+  app.add_option("--fault", fault, "Break the routers in mid-training")
+      ->check(CLI::IsMember(std::vector<std::string>(kFaults.begin(), kFaults.end())));
+  app.add_option("--fault-at", fault_at, "Step before which --fault comes")->check(CLI::Range(0, 100000000));
   app.add_option("--validate-every", validate_every, "Steps between validation passes")
       ->check(CLI::Range(1, 100000000));
   app.add_option("--log", log, "Run log to write (JSON lines)");
@@ -159,6 +165,7 @@ Training::Training(const Arguments& arguments, Peers peers)
 
   torch::manual_seed(static_cast<std::uint64_t>(args_.seed));
   model_ = MoeLm(size);
+  scale_routers(model_, args_.router_init);
   model_->to(device_);
   optimizer_ = std::make_unique<torch::optim::AdamW>(
       model_->parameters(),
@@ -519,6 +526,7 @@ void Training::run() {
 
   next_ = batch_of(first);
   for (std::int64_t step = first; step < end; ++step) {
+    if (!args_.fault.empty() && step == args_.fault_at) break_routers(model_, controllers_, args_.fault);
     train(step);
     if (!first_rank) continue;
     if (!args_.quiet) progress_->show(step + 1, live_line());

@@ -33,7 +33,9 @@ struct Arguments {
   std::string device = "cpu", gate = "sigmoid";
   int threads = 2;
   bool quiet = false, bf16 = false;
-  double learning_rate = 3e-3, shift_at = 0.6;
+  double learning_rate = 3e-3, shift_at = 0.6, router_init = 1;
+  std::string fault;  // and the step before which it comes
+  std::int64_t fault_at = 0;
 
   void declare(CLI::App& app);
 };
