@@ -48,6 +48,7 @@ class Plan:
     arguments: tuple = ()
     base: str = 'none'  # the variant that losses are compared with
     quick: tuple = field(default=('none', 'ours'))  # labels that --quick trains
+    table: str = 'balance'  # the kind of table
 
     def variant(self, label):
         return next(v for v in self.variants if v.label == label)
@@ -79,6 +80,27 @@ def laws(gate, space, layers=3, experts=16, top_k=2):
               for label, title, options in adaptive)
 
 
+# A model of an eighth of the work, so that many runs are possible.
+SMALL = ('--batch', '8', '--length', '64', '--width', '48', '--expert-hidden', '48')
+FAULTS = ('favourite', 'sunk-third', 'flat', 'biases')  # of train_moe_lm --fault
+FAULT_AT = 200
+
+
+def recovery():
+    """Every law with and without guard, on runs that are forced into collapse and on their twins that are not. A run has
+    recovered if over its last 60 steps the MaxVio of no layer is above 1, nor above 1.25 of the twin's: fixed here
+    before the first run."""
+    head = MODEL.format(layers=3, experts=16, top_k=2, space='probability')
+    guard = 'guard: {}\n'
+    laws = (('fixed', 'fixed, aux loss 1e-3', head + aux(1e-3), False),
+            ('fixed-guard', 'the same with guard', head + aux(1e-3) + guard, True),
+            ('sign', 'sign 1e-3', head + bias('sign_bias', 'step: 1.0e-3'), False),
+            ('sign-guard', 'the same with guard', head + bias('sign_bias', 'step: 1.0e-3') + guard, True),
+            ('ours', 'adaptive_bias', head + bias('adaptive_bias', '', WIDE), True))
+    return tuple(Variant(f'{law}-{fault or "healthy"}', title, config, ('--fault', fault, '--fault-at', str(FAULT_AT)) if fault else (), ours)
+                 for law, title, config, ours in laws for fault in ('', *FAULTS))
+
+
 # Seeds no law was tuned on: 1 to 3 are those of ./dev demo.
 FRESH = (501, 502, 503, 504, 505)
 
@@ -101,4 +123,6 @@ PLANS = {plan.name: plan for plan in (
          tuple(v for v in laws('sigmoid', 'probability', layers=4, experts=64, top_k=6)
                if v.label in ('none', 'aux-1e-3', 'aux-1e-2', 'sign-1e-3', 'k3', 'ours', 'ours-plain')),
          FRESH, arguments=('--expert-hidden', '32')),
+    Plan('recovery', 'Four kinds of forced collapse, with and without guard', recovery(), (601, 602, 603, 604), arguments=SMALL,
+         base='fixed-healthy', quick=('fixed-healthy', 'fixed-favourite'), table='recovery'),
 )}

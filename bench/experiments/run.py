@@ -9,9 +9,11 @@ not repeated; logs and checkpoints in runs/experiments/NAME/. `tables.py NAME` m
 --quick: few steps of few runs, to see that everything works; its summaries stand beside the logs.
 """
 import argparse
+import fcntl
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -201,6 +203,13 @@ def main():
             of_plan = [run for run in runs if run.plan is plan]
             print(f'{plan.name}: {plan.what}. {sum(r.done() for r in of_plan)} of {len(of_plan)} runs done')
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the trainings end too
+    os.makedirs(options.work, exist_ok=True)
+    lock = open(os.path.join(options.work, 'lock'), 'w')
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        sys.exit(f'{options.work}: another run.py is at work there')
     waiting = [run for run in runs if not run.done()]
     print(f'{len(runs) - len(waiting)} runs done before, {len(waiting)} to go', file=sys.stderr)
     if waiting:

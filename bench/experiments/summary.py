@@ -4,6 +4,7 @@ import math
 import statistics
 import subprocess
 
+END = 60        # steps at the end of a run
 WINDOW = 100    # steps before the shift, and at the end of the run
 SETTLED = 1.6   # floors
 DEVICES = (4, 8, 16, 64)
@@ -120,9 +121,15 @@ def figures(log, moectl):
         result['deployed_max_vio_global'] = over_layers(deployed, lambda r: r['metrics']['max_vio'])
         result['deployed_floor'] = over_layers(deployed, floor)
 
+    # For recoveries: MaxVio of each layer at the end, and when the mean over layers came down.
+    result['end_max_vio'] = [mean(step[layer]['metrics']['max_vio'] for step in steps[-END:]) for layer in layers]
+
     def finish(value):
+        if isinstance(value, list):
+            return [rounded(v) for v in value]
         return {k: rounded(v) for k, v in value.items()} if isinstance(value, dict) else rounded(value)
 
     result = {name: finish(value) for name, value in result.items()}
+    result['series_max_vio'] = [rounded(statistics.median(vio[t:t + 5])) for t in range(0, end, 5)]
     result['series'] = [rounded(statistics.median(ratios[t:t + 5])) for t in range(0, end, 5)]
     return result

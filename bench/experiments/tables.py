@@ -131,6 +131,52 @@ def balance(plan, found):
     return text
 
 
+def recovered(run, twin):
+    return all(v <= max(1.0, 1.25 * t) for v, t in zip(run['end_max_vio'], twin['end_max_vio']))
+
+
+def steps_to(run, twin, fault_at):
+    """Steps from the fault until MaxVio, the mean over layers, stays within the bound to the end."""
+    bound = max(1.0, 1.25 * mean_and_error(twin['end_max_vio'])[0])
+    series, place = run['series_max_vio'], fault_at // 5
+    out = [i for i in range(place, len(series)) if series[i] > bound]
+    return 5 * (out[-1] + 1 - place) if out else 0
+
+
+def wilson(count, of):
+    """A 95 % interval of a share, in percent."""
+    z, p = 1.96, count / of
+    middle, half = p + z * z / (2 * of), z * math.sqrt(p * (1 - p) / of + z * z / (4 * of * of))
+    return [100 * (middle + sign * half) / (1 + z * z / of) for sign in (-1, 1)]
+
+
+def recovery(plan, found):
+    laws = dict.fromkeys(v.label[:-len('-healthy')] for v in plan.variants if v.label.endswith('-healthy'))
+    rows = []
+    for law in laws:
+        twins = found.get(f'{law}-healthy', {})
+        every = []
+        for fault in (*plans.FAULTS, 'all'):
+            pairs = every if fault == 'all' else [(run, twins[seed]) for seed, run in found.get(f'{law}-{fault}', {}).items()
+                                                  if seed in twins]
+            if fault != 'all':
+                every += pairs
+            if not pairs:
+                continue
+            good = [(r, t) for r, t in pairs if recovered(r, t)]
+            low, high = wilson(len(good), len(pairs))
+            title = plan.variant(f'{law}-healthy').title
+            rows.append([law, title, fault, f'{len(good)} of {len(pairs)}', f'{low:.0f} to {high:.0f} %',
+                         middle(steps_to(r, t, plans.FAULT_AT) for r, t in good) if good else '–',
+                         with_error([loss(r) - loss(t) for r, t in pairs], 3, sign=True)])
+    return table(['', 'law', 'collapse', 'recovered', '95 % interval', 'steps (median)', 'validation loss − twin\'s'], rows)
+
+
+RECOVERY_NOTE = '''Routers are broken before step 200 of 600 (`train_moe_lm --fault`): favourite, every token prefers one expert; sunk-third, no token
+wants a third of them; flat, the router forgets all; biases, the first k experts take every token. The twin has the same seed and law and
+no fault. Recovered: over the last 60 steps no layer's MaxVio is above 1, nor above 1.25 of the twin's. Intervals: Wilson's.
+'''
+
 NOTE = '''MaxVio, its floor (the sampling floor), CV, deviation (standard deviation from step to step within a layer), drops,
 slowdown, FSI and moves: means over layers, over the last 100 steps before the shift. Deployed: the validation text at the end under the biases to deploy,
 over the floor of that text. Settle: median over seeds of the first step after which MaxVio stays under 1.6 floors
@@ -192,7 +238,8 @@ def main():
             continue
         steps = 5 * max(len(f['series']) for runs in found.values() for f in runs.values())
         made = {f'{name}.md': f'# {plan.what}\n\n`./dev experiments {name}`; the summaries of the runs: [{name}/]({name}/).\n\n'
-                              f'![MaxVio over its floor by step]({name}.svg)\n\n' + balance(plan, found) + '\n' + NOTE,
+                              f'![MaxVio over its floor by step]({name}.svg)\n\n' + (recovery if plan.table == 'recovery' else balance)(plan, found) + '\n' +
+                (RECOVERY_NOTE if plan.table == 'recovery' else NOTE),
                 f'{name}.svg': picture(plan, found, steps)}
         for file, text in made.items():
             path = os.path.join(options.results, file)
