@@ -101,6 +101,27 @@ def recovery():
                  for law, title, config, ours in laws for fault in ('', *FAULTS))
 
 
+def population():
+    """Runs of which a part fails: over gate, learning rate, aux weight and initial routers, and routers that are broken at a
+    tenth of the run; and the healthy twin of each, under adaptive_bias."""
+    head = MODEL.format(layers=3, experts=16, top_k=2, space='probability') + 'metrics: {trend_window: 20, dead_after: 20}\n'
+    found = []
+    for gate in ('sigmoid', 'softmax'):
+        for rate in ('1e-3', '1e-2', '3e-2'):
+            for init in ('1', '8'):
+                more = ('--gate', gate, '--learning-rate', rate, '--router-init', init, '--validate-every', '30')
+                found.append(Variant(f'twin-{gate}-{rate}-{init}', 'healthy twin',
+                                     head.replace('score_space: probability', 'score_space: logit' if gate == 'softmax' else
+                                                  'score_space: probability') + bias('adaptive_bias', '', WIDE), more, ours=True))
+                for weight in (0.0, 1e-3, 1e-2):
+                    found.append(Variant(f'run-{gate}-{rate}-{init}-{weight:g}', 'population', head + aux(weight), more))
+            for fault in FAULTS[:3]:
+                more = ('--gate', gate, '--learning-rate', rate, '--router-init', '1', '--validate-every', '30',
+                        '--fault', fault, '--fault-at', '60')
+                found.append(Variant(f'fault-{gate}-{rate}-1-{fault}', 'injected', head + aux(1e-2), more))
+    return tuple(found)
+
+
 # Seeds no law was tuned on: 1 to 3 are those of ./dev demo.
 FRESH = (501, 502, 503, 504, 505)
 
@@ -123,6 +144,8 @@ PLANS = {plan.name: plan for plan in (
          tuple(v for v in laws('sigmoid', 'probability', layers=4, experts=64, top_k=6)
                if v.label in ('none', 'aux-1e-3', 'aux-1e-2', 'sign-1e-3', 'k3', 'ours', 'ours-plain')),
          FRESH, arguments=('--expert-hidden', '32')),
+    Plan('early-warning', 'Which figures tell early that a run will fail', population(), (701, 702, 703, 704), arguments=SMALL,
+         base='twin-sigmoid-1e-3-1', quick=('twin-sigmoid-1e-2-1', 'run-sigmoid-1e-2-1-0'), table='early'),
     Plan('recovery', 'Four kinds of forced collapse, with and without guard', recovery(), (601, 602, 603, 604), arguments=SMALL,
          base='fixed-healthy', quick=('fixed-healthy', 'fixed-favourite'), table='recovery'),
 )}

@@ -107,7 +107,7 @@ class Run:
                              + ''.join(open(self.said).readlines()[-5:]))
         result = {'experiment': self.plan.name, 'label': self.variant.label, 'title': self.variant.title,
                   'seed': self.seed, 'config': self.variant.config, 'arguments': self.arguments,
-                  'versions': about, 'figures': summary.figures(self.log, moectl)}
+                  'versions': about, 'figures': summary.figures(self.log, moectl, self.plan.table == 'early')}
         write(self.summary, json.dumps(result, indent=0) + '\n')
         os.remove(self.checkpoint)
 

@@ -4,6 +4,8 @@ import math
 import statistics
 import subprocess
 
+import early
+
 END = 60        # steps at the end of a run
 WINDOW = 100    # steps before the shift, and at the end of the run
 SETTLED = 1.6   # floors
@@ -12,8 +14,8 @@ CAPACITY = (1.0, 1.25)
 
 
 def read(log):
-    """(shift, training records by step and layer, records of the last validation by tag and layer)."""
-    shift, steps, validations = None, {}, {}
+    """(shift, training records by step and layer, records of the last validation by tag and layer, validation losses)."""
+    shift, steps, validations, losses = None, {}, {}, {}
     with open(log) as file:
         for line in file:
             record = json.loads(line)
@@ -24,7 +26,9 @@ def read(log):
                     steps.setdefault(record['step'], {})[record['layer']] = record
                 else:
                     validations.setdefault(record['tag'], {})[record['layer']] = record
-    return shift, [steps[step] for step in sorted(steps)], validations
+                    if record['tag'] == 'validation':
+                        losses[record['step']] = record['loss']
+    return shift, [steps[step] for step in sorted(steps)], validations, sorted(losses.items())
 
 
 def floor(record):
@@ -84,8 +88,9 @@ def rounded(value):
     return value if value is None or isinstance(value, int) else float(f'{value:.5g}')
 
 
-def figures(log, moectl):
-    shift, steps, validations = read(log)
+def figures(log, moectl, warns=False):
+    """warns: with the figures of early.py."""
+    shift, steps, validations, losses = read(log)
     end = len(steps)
     at = shift if shift is not None and shift < end else end
     window = steps[max(0, at - WINDOW):at]
@@ -124,10 +129,13 @@ def figures(log, moectl):
     # For recoveries: MaxVio of each layer at the end, and when the mean over layers came down.
     result['end_max_vio'] = [mean(step[layer]['metrics']['max_vio'] for step in steps[-END:]) for layer in layers]
 
+    if warns:
+        result['early'] = early.figures(steps, losses, floor)
+
     def finish(value):
         if isinstance(value, list):
-            return [rounded(v) for v in value]
-        return {k: rounded(v) for k, v in value.items()} if isinstance(value, dict) else rounded(value)
+            return [finish(v) for v in value]
+        return {k: finish(v) for k, v in value.items()} if isinstance(value, dict) else rounded(value)
 
     result = {name: finish(value) for name, value in result.items()}
     result['series_max_vio'] = [rounded(statistics.median(vio[t:t + 5])) for t in range(0, end, 5)]

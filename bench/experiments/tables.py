@@ -12,6 +12,7 @@ import os
 import statistics
 import sys
 
+import early
 import plans
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -177,6 +178,58 @@ wants a third of them; flat, the router forgets all; biases, the first k experts
 no fault. Recovered: over the last 60 steps no layer's MaxVio is above 1, nor above 1.25 of the twin's. Intervals: Wilson's.
 '''
 
+def warnings(plan, found):
+    runs = []  # (figures, failed, injected, seed)
+    for label, by_seed in found.items():
+        kind, gate, rate, init, *_ = label.replace('e-', 'e~').split('-')
+        twins = found.get(f'twin-{gate}-{rate.replace("~", "-")}-{init}', {})
+        if kind != 'twin':
+            runs += [(f, early.failed(f, twins[seed]), kind == 'fault', seed) for seed, f in by_seed.items() if seed in twins]
+    text = ''
+    for title, chosen in (('With the injected faults', runs), ('Without them', [r for r in runs if not r[2]])):
+        bad = sum(r[1] for r in chosen)
+        text += f'## {title}: {bad} of {len(chosen)} runs failed\n\n'
+        if not 0 < bad < len(chosen):
+            continue
+        test, train = [[r for r in chosen if r[3] % 2 == odd] for odd in (1, 0)]
+        rows = []
+        for name, sign in early.PREDICTORS.items():
+            row = [name]
+            for fraction in map(str, early.FRACTIONS):
+                values = [r[0]['early']['early'][fraction][name] for r in chosen]
+                known = [(sign * v, r[1]) for v, r in zip(values, chosen) if v is not None]
+                scores, labels = [s for s, _ in known], [l for _, l in known]
+                low, high = early.interval(scores, labels)
+                row.append(f'{number(early.auc(scores, labels), 2)} ({number(low, 2)} to {number(high, 2)})')
+            rows.append(row)
+        row = [f'all of them, logistic, on {sum(r[1] for r in test)} failed and {sum(not r[1] for r in test)} other runs']
+        for fraction in map(str, early.FRACTIONS):
+            if len({r[1] for r in train}) < 2:
+                row.append('–')
+                continue
+            scores = early.combined([(r[0], r[1]) for r in train], [(r[0], r[1]) for r in test], fraction)
+            labels = [r[1] for r in test]
+            low, high = early.interval(scores, labels)
+            row.append(f'{number(early.auc(scores, labels), 2)} ({number(low, 2)} to {number(high, 2)})')
+        rows.append(row)
+        text += table(['predictor', 'AUC at 5 % of the run', 'at 10 %', 'at 20 %'], rows) + '\n'
+        rows = []
+        for name in ('health', 'fhs_alarm'):
+            timed = [r for r in chosen if r[1] and r[0]['early']['failed_at'] is not None]
+            warned = [r for r in timed if r[0]['early']['alarms'][name]['first'] is not None
+                      and r[0]['early']['alarms'][name]['first'] <= r[0]['early']['failed_at']]
+            healthy = [r for r in chosen if not r[1]]
+            steps = sum(r[0]['early']['steps'] for r in healthy)
+            leads = [r[0]['early']['failed_at'] - r[0]['early']['alarms'][name]['first'] for r in warned]
+            rows.append([name, f'{len(warned)} of {len(timed)}', str(statistics.median(leads)) if leads else '–',
+                         number(1000 * sum(r[0]['early']['alarms'][name]['onsets'] for r in healthy) / steps, 2) if steps else '–'])
+        text += table(['alarm as shipped', 'rang before the failure', 'lead, steps (median)', 'onsets in 1000 steps of runs that did not fail'],
+                      rows) + '\n'
+    return text
+
+
+EARLY_NOTE = early.__doc__.split('\n\n', 1)[1]
+
 NOTE = '''MaxVio, its floor (the sampling floor), CV, deviation (standard deviation from step to step within a layer), drops,
 slowdown, FSI and moves: means over layers, over the last 100 steps before the shift. Deployed: the validation text at the end under the biases to deploy,
 over the floor of that text. Settle: median over seeds of the first step after which MaxVio stays under 1.6 floors
@@ -236,11 +289,13 @@ def main():
         found = load(os.path.join(options.results, name), plan)
         if not found:
             continue
+        make, note = {'balance': (balance, NOTE), 'recovery': (recovery, RECOVERY_NOTE), 'early': (warnings, EARLY_NOTE)}[plan.table]
         steps = 5 * max(len(f['series']) for runs in found.values() for f in runs.values())
-        made = {f'{name}.md': f'# {plan.what}\n\n`./dev experiments {name}`; the summaries of the runs: [{name}/]({name}/).\n\n'
-                              f'![MaxVio over its floor by step]({name}.svg)\n\n' + (recovery if plan.table == 'recovery' else balance)(plan, found) + '\n' +
-                (RECOVERY_NOTE if plan.table == 'recovery' else NOTE),
-                f'{name}.svg': picture(plan, found, steps)}
+        pictured = plan.table == 'balance'  # few enough lines to tell apart
+        made = {f'{name}.md': f'# {plan.what}\n\n`./dev experiments {name}`; the summaries of the runs: [{name}/]({name}/).\n\n' +
+                              (f'![MaxVio over its floor by step]({name}.svg)\n\n' if pictured else '') + make(plan, found) + '\n' + note}
+        if pictured:
+            made[f'{name}.svg'] = picture(plan, found, steps)
         for file, text in made.items():
             path = os.path.join(options.results, file)
             if not options.check:

@@ -162,7 +162,9 @@ std::vector<std::string> Advice::sentences(const nlohmann::json& now, double dea
         "(moectl simulate CONFIG --set compares them)");
   }
   if (dead > 0.5 && policy_of("expert_bias") == "fixed")
-    says.push_back("about " + brief(dead) + " experts are dead: a bias policy brings them back");
+    says.push_back(dead < 1.5 ? "one expert is dead: a bias policy brings it back"
+                              : "about " + brief(std::round(dead)) +
+                                    " experts are dead: a bias policy brings them back");
   if (now["floor"] == "noise floor")
     says.emplace_back("only the noise floor is known: collect sequences for the sampling floor of real text");
   if (says.empty()) says.emplace_back("nothing to change");

@@ -399,7 +399,7 @@ TEST(FieldCases, A8_DeadExpertsAndTheFloorAreAdvisedOnlyWhereItHelps) {
     return data_of(TempDir::read(dir.path("r.html"))).at(0)["advice"].dump();
   };
   EXPECT_THAT(says_of({100, 0}, "fixed", false),
-              HasSubstr("about 1 experts are dead: a bias policy brings them back"));
+              HasSubstr("one expert is dead: a bias policy brings it back"));
   EXPECT_THAT(says_of({100, 0}, "sign_bias", false), Not(HasSubstr("dead")));
   EXPECT_THAT(says_of({50, 50}, "fixed", false), Not(HasSubstr("dead")));
   EXPECT_THAT(says_of({50, 50}, "fixed", false), HasSubstr("only the noise floor is known"));
