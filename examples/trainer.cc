@@ -454,7 +454,6 @@ void Training::save(std::int64_t step) {
 }
 
 void Training::load_controller(torch::serialize::InputArchive& archive) {
-  if (args_.resume_controller == "none") return;  // the config says what it begins with
   const bool all = args_.resume_controller == "all";
   const bool one = stages_.size() == 1;
   moectl::TorchController whole(config_);
@@ -483,9 +482,13 @@ std::int64_t Training::load() {
   archive.read("optimizer", optimizer);
   model_->load(model);
   optimizer_->load(optimizer);
-  load_controller(archive);
   Tensor step, log_size, losses;
   archive.read("step", step);
+  if (args_.resume_controller == "none") {  // the config says what it begins with
+    for (const auto& stage : stages_) stage->controller().begin_at(step.item<std::int64_t>());
+  } else {
+    load_controller(archive);
+  }
   archive.read("log_size", log_size);
   archive.read("losses", losses);
   loss_ = losses[0].item<double>();

@@ -158,6 +158,10 @@ int moectl_temperature(const moectl_controller* c, int layer, double* temperatur
 
 /* ---- Holding, ranks, logs ---- */
 
+/* For a controller that is new in the middle of a training: `step` is the training's next one. Warm-ups, schedules, the
+   timeline and the log go on from there. Before the first moectl_step, on every rank alike. */
+int moectl_begin_at(moectl_controller* c, int64_t step);
+
 /* `on` not 0: holds every actuator where it is, and keeps measuring. */
 int moectl_hold(moectl_controller* c, int on);
 /* `on` not 0: holds one layer's actuators. */

@@ -192,7 +192,12 @@ class Controller {
   const StepReport& step(const StepInfo& info = {});
   /// The report of the last step.
   const StepReport& report() const;
+  /// The step that comes next: those before it, counted from 0.
   std::int64_t steps() const;
+  /// For a controller that is new in the middle of a training: `step` is the training's next one. The log goes on from
+  /// there, and so do warm-ups, schedules and the timeline. On every rank alike, before the first step(). Throws
+  /// std::invalid_argument otherwise, or if `step` is negative.
+  void begin_at(std::int64_t step);
 
   /// Sets the sum over ranks. Without it, this process is the only rank. The first reduction checks that all ranks have
   /// the same layers, shape and config; every reduction checks that all applied the same values (else ReductionError).

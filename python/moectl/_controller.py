@@ -324,6 +324,11 @@ class Controller:
 
     # ---- Holding, ranks, logs ----
 
+    def begin_at(self, step: int) -> None:
+        """For a controller that is new in the middle of a training: `step` is the training's next one. Warm-ups, schedules,
+        the timeline and the log go on from there. Before the first step(), on every rank alike."""
+        check(lib.moectl_begin_at(self._handle, step))
+
     def hold(self, on: bool = True) -> None:
         """Holds every actuator where it is, and keeps measuring."""
         check(lib.moectl_hold(self._handle, 1 if on else 0))

@@ -64,6 +64,7 @@ _FUNCTIONS = {
     "moectl_deployment_biases": [_HANDLE, c_int, c_void_p, c_size_t],
     "moectl_aux_loss_weight": [_HANDLE, c_int, POINTER(c_double)],
     "moectl_temperature": [_HANDLE, c_int, POINTER(c_double)],
+    "moectl_begin_at": [_HANDLE, c_int64],
     "moectl_hold": [_HANDLE, c_int],
     "moectl_freeze": [_HANDLE, c_int, c_int],
     "moectl_set_reduction": [_HANDLE, Sum, c_void_p],

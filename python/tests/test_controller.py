@@ -257,6 +257,16 @@ def test_a_reduction_that_raises_is_a_reduction_error(trace):
         controller.step()
 
 
+def test_a_new_controller_begins_at_the_trainings_step(trace):
+    controller = moectl.Controller(config())
+    controller.begin_at(1000)
+    for layer in controller.layers:
+        controller.record(layer, trace[0][layer])
+    assert controller.step().step == 1000 and controller.steps == 1001
+    with pytest.raises(ValueError, match="before its first step"):
+        controller.begin_at(2000)
+
+
 def test_holding_and_freezing(trace):
     controller = moectl.Controller(config())
     run(controller, trace[:5])

@@ -396,6 +396,10 @@ int moectl_temperature(const moectl_controller* c, int layer, double* temperatur
   });
 }
 
+int moectl_begin_at(moectl_controller* c, int64_t step) {
+  return guarded([&] { deref(c).controller.begin_at(step); });
+}
+
 int moectl_hold(moectl_controller* c, int on) {
   return guarded([&] { deref(c).controller.hold(on != 0); });
 }

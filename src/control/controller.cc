@@ -52,6 +52,14 @@ std::int64_t Controller::steps() const {
   return loop_->steps();
 }
 
+void Controller::begin_at(std::int64_t step) {
+  if (step < 0) throw std::invalid_argument("step: " + std::to_string(step) + ": must be at least 0");
+  if (!loop_->report().layers.empty()) {
+    throw std::invalid_argument("begin_at: this controller has stepped: must come before its first step");
+  }
+  loop_->begin_at(step);
+}
+
 void Controller::set_reduction(Reduction reduction) {
   loop_->set_reduction(std::move(reduction));
 }

@@ -57,6 +57,7 @@ class Controller::Loop {
   void set_reduction(Reduction reduction);
   void set_exchange(Exchange exchange) { exchange_ = std::move(exchange); }
   void set_log(std::function<void(const StepReport&)> log) { log_ = std::move(log); }
+  void begin_at(std::int64_t step) { steps_ = step; }
   void hold(bool held) { held_ = held; }
   void freeze(int layer, bool frozen) { layer_at(layer).frozen = frozen; }
   void adopt(Actuator actuator, int layer, std::span<const double> values);

@@ -73,6 +73,7 @@ TEST_F(C, NoNullIsFollowed) {
   EXPECT_EQ(moectl_deployment_biases(c_, 0, nullptr, 4), MOECTL_INVALID);
   EXPECT_EQ(moectl_aux_loss_weight(nullptr, 0, &x), MOECTL_INVALID);
   EXPECT_EQ(moectl_temperature(c_, 0, nullptr), MOECTL_INVALID);
+  EXPECT_EQ(moectl_begin_at(nullptr, 1), MOECTL_INVALID);
   EXPECT_EQ(moectl_hold(nullptr, 1), MOECTL_INVALID);
   EXPECT_EQ(moectl_freeze(nullptr, 0, 1), MOECTL_INVALID);
   EXPECT_EQ(moectl_set_reduction(nullptr, nullptr, nullptr), MOECTL_INVALID);

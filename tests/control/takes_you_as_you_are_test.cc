@@ -496,6 +496,32 @@ TEST(FieldCases, B5_ATimelineIsResumedToTheBit) {
   }
 }
 
+TEST(FieldCases, B1_ANewControllerInMidTrainingGoesOnFromTheTrainingsStep) {
+  const SimulationOptions plant = plant_of(2);
+  ControllerConfig config = config_of("sign_bias", plant);
+  config.timeline.resize(1);
+  config.timeline[0].from = 400;
+  config.timeline[0].freeze = {1};
+  config.expert_bias.limits.warmup = 50;  // long over
+  Controller controller(config);
+  controller.begin_at(399);
+  EXPECT_EQ(controller.steps(), 399);
+  std::vector<std::int64_t> steps;
+  Biases first;
+  simulate(controller, plant, 3, [&](const StepReport& report) {
+    steps.push_back(report.step);
+    if (steps.size() == 1) {
+      EXPECT_NE(Biases(controller.bias(1).begin(), controller.bias(1).end()), Biases(16, 0.0))
+          << "no warm-up";
+      first.assign(controller.bias(1).begin(), controller.bias(1).end());
+    }
+  });
+  EXPECT_THAT(steps, ElementsAre(399, 400, 401));
+  EXPECT_EQ(Biases(controller.bias(1).begin(), controller.bias(1).end()), first) << "frozen from step 400";
+  EXPECT_THROW(controller.begin_at(500), std::invalid_argument);
+  EXPECT_THROW(Controller(config).begin_at(-1), std::invalid_argument);
+}
+
 TEST(FieldCases, B5_AGainScheduleMakesMovesSmallerUntilNoneIsLeft) {
   const SimulationOptions plant = plant_of(1);
   ControllerConfig config = config_of("sign_bias", plant);

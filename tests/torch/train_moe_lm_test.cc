@@ -163,6 +163,14 @@ TEST_F(TrainMoeLm, UnderAnotherPolicyTheRunGoesOnFromTheBiasesInForceHoweverItsL
   EXPECT_THAT(one.output, HasSubstr("expert_bias.policy: dropped: sign_bias, now adaptive_bias"));
   EXPECT_EQ(final_loss(two.output), final_loss(one.output));
   EXPECT_TRUE(read("a.jsonl") == read("b.jsonl")) << "the run logs differ";
+
+  const Outcome anew = run(resume + " --resume-controller none --log " + path("b.jsonl"));
+  ASSERT_EQ(anew.code, 0) << anew.output;
+  const std::string log = read("b.jsonl");
+  const std::size_t before = log.find("\"step\":29,"), after = log.rfind("\"step\":30,");
+  EXPECT_NE(before, std::string::npos) << "the steps before the checkpoint are lost";
+  EXPECT_GT(after, before) << "a new controller goes on from the training's step";
+  EXPECT_EQ(log.rfind("\"step\":0,"), log.rfind("\"step\":0,", before));
 }
 
 TEST_F(TrainMoeLm, BlocksAreAsTheLayerGroupsSayAndTheOthersDense) {
@@ -237,7 +245,8 @@ TEST_F(TrainMoeLm, TheLogSaysWhatEachExpertCostsAndWhichDomainItServes) {
   EXPECT_EQ(lines_with("expert_loss"), 20 * 2) << "of every step and layer";
   EXPECT_EQ(lines_with("latency"), 20 * 2);
   EXPECT_EQ(lines_with("grad_norm"), 2 * 2) << "of every tenth step";
-  EXPECT_EQ(lines_with("domain_counts"), 20 * 2 + 2 * 2) << "and of the validation pass, with two kinds of biases";
+  EXPECT_EQ(lines_with("domain_counts"), 20 * 2 + 2 * 2)
+      << "and of the validation pass, with two kinds of biases";
   EXPECT_THAT(outcome.output, HasSubstr("experts that serve each domain most"));
   EXPECT_THAT(outcome.output, HasSubstr("layer 1  first.txt: "));
 }
