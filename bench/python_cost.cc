@@ -49,7 +49,7 @@ int main() {
     for (int layer = 0; layer < 58; ++layer) {
       std::int64_t sum = 0;
       for (int i = 0; i < 256; ++i)
-        sum += counts[static_cast<std::size_t>(i)] = 100 + (i * 7 + step * 13 + layer) % 200;
+        sum += counts[static_cast<std::size_t>(i)] = 100 + (i * 7 + step % 4 * 13 + layer) % 200;
       stepping.record(layer, [&](moectl::RoutingStats& stats) { stats.add_counts(counts, (sum + 7) / 8); });
     }
   };

@@ -31,7 +31,8 @@ ControllerConfig gap_config() {
   return config;
 }
 
-const StepReport& step(Controller& controller, const RoutingBatch& batch) {
+// By value: GCC 14 takes what is returned for a part of the batch.
+const StepReport& step(Controller& controller, RoutingBatch batch) {
   for (int layer = 0; layer < 2; ++layer) controller.record(layer, batch);
   return controller.step();
 }
