@@ -34,6 +34,7 @@ done
 
 # A killed rank. The job has steps for days.
 for lag in 0 1; do
+  : >"$scratch/killed"  # so that it is there however late the job begins
   job 4 1000000000 $lag >"$scratch/killed" 2>"$scratch/errors" &
   launcher=$!
   victim="" tries=0
