@@ -103,6 +103,10 @@ int moectl_record(moectl_controller* c, int layer, const moectl_batch* batch, in
  * the layer, or [layers]; NULL = as many as the counts need, the sum over top_k, rounded up. */
 int moectl_record_counts(moectl_controller* c, int layer, const int64_t* counts, size_t size,
                          const int64_t* tokens);
+/* A value that the host computes itself: "router_similarity", "router_condition", "expert_output_norm" or
+ * "gradient_ratio"; also "balance_loss" and "z_loss". Metrics report the mean over calls. A negative value or NaN is left
+ * out. */
+int moectl_record_value(moectl_controller* c, int layer, const char* name, double value);
 /* A few tokens of one layer, to see whether the router chooses by its bias: experts [tokens * top_k], biased scores
  * [tokens * N] and, if not NULL, the same before the bias was added. A wrong wiring is a notice. */
 int moectl_check_choices(moectl_controller* c, int layer, size_t tokens, const int64_t* experts,

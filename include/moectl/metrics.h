@@ -14,6 +14,7 @@
 #include <optional>
 #include <span>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "moectl/load_targets.h"
@@ -51,6 +52,13 @@ struct Metrics {
   Value
       predicted_drop_rate;  ///< Σ max(0, c - ⌈capacity_factor · S/N⌉) / S: the same capacity for every expert.
   Value straggler_slowdown;  ///< max over devices of load / mean device load, ≥ 1.
+  Value balancedness;        ///< 1 / straggler_slowdown: mean over largest device load, (0, 1].
+  Value
+      minority_share;  ///< N · min p, [0, 1]; (w) the smallest relative load, over experts with a target above 0.
+  Value
+      sequence_cv;  ///< RMS over sequences of the CV in each, weighted by their assignments²: √(N Σ_ij c_ji² / Σ_j n_j² - 1).
+  // Percentiles over experts of N p, (w) the relative load; with MetricsOptions::details.
+  Value load_p5, load_p25, load_p50, load_p75, load_p95;
 
   // Floors: the value that perfectly balanced routing would still show on this number of tokens.
   /// For independent tokens: √((N/k - 1)/T), (w) √(mean of (1/(k w) - 1)/T over experts with a target above 0). Where
@@ -69,7 +77,15 @@ struct Metrics {
   Value token_entropy_slope;       ///< of token_entropy, per step, over the trend window.
   Value entropy_slope;             ///< of entropy, per step, over the trend window.
   Value balance_loss;              ///< N Σ f_i P_i as the router reports it, mean over micro-batches.
-  Value z_loss;            ///< mean (logsumexp z)² as the router reports it, mean over micro-batches.
+  Value z_loss;  ///< mean (logsumexp z)² as the router reports it, mean over micro-batches.
+  Value
+      router_similarity;  ///< mean |cos| between the router's weights of two experts, as the host reports it.
+  Value router_condition;    ///< largest over smallest singular value of the router's weights, likewise.
+  Value expert_output_norm;  ///< mean norm of an expert's output, likewise.
+  Value gradient_ratio;      ///< norm of the balance loss's gradient over that of the task's, likewise.
+  /// Estimated share of tokens whose top-k changes under the next biases, from a sample of the gaps (estimate_churn); set
+  /// by the controller with MetricsOptions::details, and by the code that knows two biases.
+  Value churn;
   Value importance_cv;     ///< CV of Σ_t p_ti.
   Value routing_variance;  ///< variance of p_i over the steps of the trend window, mean over experts.
 
@@ -111,6 +127,8 @@ struct Metrics {
 struct MetricsOptions {
   double capacity_factor = 1.25;  ///< > 0; also the threshold of hot_experts.
   double cold_fraction = 0.1;     ///< in [0, 1].
+  /// Percentiles of the load, and churn: they sort, so they are computed only where they are asked for.
+  bool details = false;
   /// Device of each expert [N], numbered from 0; empty = one expert a device.
   std::vector<int> placement{};
   /// Wanted share of the load of each expert [N], in [0, 1], summing to 1; empty = equal.
@@ -179,6 +197,7 @@ class Measurer {
   void measure_floors(const RoutingStats& stats, std::int64_t sum, Metrics& out);
   void measure_router(const RoutingStats& stats, Metrics& out);
   void measure_experts(const RoutingStats& stats, Metrics& out);
+  void measure_details(std::span<const std::int64_t> counts, std::int64_t sum, Metrics& out);
   double gini(std::span<const std::int64_t> counts, std::int64_t min, std::int64_t max, std::int64_t sum);
   double gini_by_rank(std::span<const std::int64_t> counts, std::int64_t min, std::int64_t max,
                       std::int64_t sum);
@@ -208,6 +227,14 @@ Metrics measure(const RoutingStats& stats, const MetricsOptions& options = {});
 /// The metrics of a load that meets its targets exactly, p = w: entropies, kl_to_uniform, load_std, largest and
 /// smallest load, gini, inactive experts and straggler_slowdown; load_cv and max_vio are 0. Other metrics are absent.
 Metrics metrics_on_target(const StatsShape& shape, const MetricsOptions& options);
+
+/// The share of tokens whose top-k would change if the biases [N] moved by `change` [N], in units of the scores: an
+/// estimate, from the sample of tokens whose gap is near (RoutingStats::set_gap_width), which takes the last chosen and the
+/// first unchosen expert as independent. Small moves are what it is for: where a third of the tokens change, it is some 10 % low.
+/// Absent if the sample is not known, or has all its gaps at one expert. `scratch` is resized to N: given again, nothing
+/// is allocated. Throws std::invalid_argument on another number of changes.
+std::optional<double> estimate_churn(const RoutingStats& stats, std::span<const double> change,
+                                     std::vector<std::pair<double, double>>& scratch);
 
 /// √((N/k - 1)/T): CV of perfectly balanced routing of T independent tokens. Absent for T ≤ 0.
 std::optional<double> noise_floor_cv(int experts, int top_k, double tokens);

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "moectl/controller.h"
 #include "moectl/run_log.h"
@@ -18,6 +19,16 @@ class Exposer;
 }
 
 namespace moectl {
+
+/// How many series there are: what a server keeps is chosen by its user.
+struct PrometheusOptions {
+  /// Metrics served for each layer, of metric_fields(); empty: all.
+  std::vector<std::string> metrics{};
+  /// -1: a series for each expert's load, assignments and bias. K ≥ 0: instead of them, the K most and the K least loaded
+  /// experts of each layer, by load and by number (`moectl_load_extreme_ratio`, `moectl_load_extreme_expert` with `end`,
+  /// most or least, and `rank`): 4K series a layer, however many experts there are.
+  int extremes = -1;
+};
 
 /// Serves the state after the last step at http://ADDRESS/metrics. Every name begins with `moectl_` and contains its
 /// unit: gauges for each metric of metric_fields() by `layer`, the load and bias of each expert by `layer`
@@ -31,9 +42,9 @@ class PrometheusFeed {
   /// HOST:PORT with a numeric host, [::1]:9464 for IPv6; PORT alone is one of 127.0.0.1; port 0 takes any free port. There
   /// is no authentication and no encryption: use an address other than loopback only in a trusted network. It answers GET
   /// alone, and a request that does not arrive within a second is dropped, so that connections that idle or trickle do
-  /// not keep others waiting. Throws std::invalid_argument if `address` is not an address,
+  /// not keep others waiting. Throws std::invalid_argument if `address` is not an address or an option is out of range,
   /// std::runtime_error if it cannot listen there.
-  explicit PrometheusFeed(const std::string& address);
+  explicit PrometheusFeed(const std::string& address, PrometheusOptions options = {});
   ~PrometheusFeed();
 
   /// Writes one step. Call from one thread; scrapes may come at any time. Does not allocate in the steady state.

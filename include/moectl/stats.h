@@ -171,6 +171,11 @@ class RoutingStats {
   bool add_expert_losses(std::span<const double> loss_sums, std::span<const std::int64_t> tokens);
   /// The same for the experts of one domain. Throws std::invalid_argument for an unknown domain.
   bool add_domain_losses(int domain, std::span<const double> loss_sums, std::span<const std::int64_t> tokens);
+  /// A value that the host computes itself, such as router_condition; each call adds one observation, and metrics report the
+  /// mean over observations and ranks. `name` is one of recorded_values() (else std::invalid_argument). Above 2^24 counts as
+  /// 2^24. Nothing decides on it: a negative value or NaN is left out, and returns false.
+  bool add_value(std::string_view name, double value);
+
   /// Forms the losses per expert and per (domain, expert), as far as they are among the needs, from the losses of
   /// tokens. Sizes that do not fit together throw std::invalid_argument.
   bool add_token_losses(const TokenLosses& batch);
@@ -202,6 +207,14 @@ class RoutingStats {
     kBalanceLossRecords,
     kZLossSum,  ///< Fixed point.
     kZLossRecords,
+    kRouterSimilaritySum,  ///< Fixed point, as the next three sums.
+    kRouterSimilarityRecords,
+    kRouterConditionSum,
+    kRouterConditionRecords,
+    kExpertOutputNormSum,
+    kExpertOutputNormRecords,
+    kGradientRatioSum,
+    kGradientRatioRecords,
     kMarginTokens,
     kScalarCount
   };
@@ -226,6 +239,14 @@ class RoutingStats {
     kArrayCount,
     kFirstSigned = kExpertLossSum
   };
+  /// What the host may report as one number: its losses, and what it computes from its own tensors.
+  struct RecordedValue {
+    std::string_view name;  ///< Of the metric, and of the field in traces.
+    Scalar sum, records;
+  };
+  static std::span<const RecordedValue> recorded_values();
+  /// Mean over the observations of a fixed-point sum; absent without any.
+  std::optional<double> mean_of(Scalar sum, Scalar records) const;
   std::int64_t scalar(Scalar which) const {
     return sums_.empty() ? 0 : sums_[static_cast<std::size_t>(which)];
   }
@@ -255,7 +276,6 @@ class RoutingStats {
   bool gather_probabilities(const RoutingBatch& batch);
   bool gather_dropped(const RoutingBatch& batch);
   void gather_router_losses(const RoutingBatch& batch);
-  std::optional<double> mean_of(Scalar sum, Scalar records) const;
   bool add_observation(Array which, Scalar records, std::span<const double> values);
   bool add_losses(Array sums, Array tokens, std::size_t at, std::span<const double> loss_sums,
                   std::span<const std::int64_t> covered);

@@ -231,6 +231,12 @@ class Controller:
             raise ArgumentError(f"tokens: {length.size} values: must be one a layer")
         check(lib.moectl_record_counts(self._handle, where, given.address, given.size, length and length.address))
 
+    def record_values(self, layer: int, **values: float) -> None:
+        """What the host computes itself, by name: router_similarity, router_condition, expert_output_norm, gradient_ratio;
+        also balance_loss and z_loss. Metrics report the mean over calls; a negative value or NaN is left out."""
+        for name, value in values.items():
+            check(lib.moectl_record_value(self._handle, layer, name.encode(), value))
+
     def check_choices(self, layer: int, experts: Any, biased_scores: Any, scores: Any = None) -> None:
         """Whether the router chooses by its bias: a few tokens' experts [T, k] int64, biased scores [T, N] float32 and,
         where known, the same before the bias was added. What is wrong in three steps is a notice `wiring`."""

@@ -53,6 +53,7 @@ _FUNCTIONS = {
     "moectl_shape": [_HANDLE, c_int, POINTER(c_size_t), POINTER(c_size_t)],
     "moectl_config": [_HANDLE, POINTER(c_void_p)],
     "moectl_record": [_HANDLE, c_int, POINTER(Batch), c_int64],
+    "moectl_record_value": [_HANDLE, c_int, c_char_p, c_double],
     "moectl_record_counts": [_HANDLE, c_int, c_void_p, c_size_t, c_void_p],
     "moectl_check_choices": [_HANDLE, c_int, c_size_t, c_void_p, c_void_p, c_void_p],
     "moectl_say": [_HANDLE, c_char_p, c_int, c_char_p],

@@ -38,6 +38,22 @@ def _write(target: torch.Tensor, values: torch.Tensor) -> None:
     target.copy_(values)
 
 
+@torch.no_grad()
+def router_values(weight: torch.Tensor) -> Dict[str, float]:
+    """How well a router's weight [N, d] tells its experts apart: router_similarity, the mean absolute cosine between the rows
+    of two experts (N > 1), and router_condition, the largest over the smallest singular value. For
+    `controller.record_values(layer, **router_values(weight))`, every few hundred steps: it takes a singular value
+    decomposition, and waits for the device."""
+    full = _whole(weight.detach()).double()
+    rows = torch.nn.functional.normalize(full, dim=1)
+    n = len(rows)
+    singular = torch.linalg.svdvals(full)
+    values = {"router_condition": (singular[0] / singular[-1]).item()}
+    if n > 1:
+        values["router_similarity"] = ((rows @ rows.T).fill_diagonal_(0).abs().sum() / (n * (n - 1))).item()
+    return values
+
+
 class Balancer:
     """Reads what the routers counted, and gives them their biases.
 

@@ -404,3 +404,17 @@ def test_numpy_arrays_are_read_in_place(trace):
     controller.record(0, arrays[0][0], mask=numpy.arange(64) < 10)
     assert controller.step().tokens in (5, 10)  # the mean over layers, one of which has none
     assert numpy.asarray(controller.bias(0)).shape == (8,)
+
+
+def test_values_of_the_host_come_back_as_metrics():
+    controller = moectl.Controller(config())
+    for layer in controller.layers:
+        controller.record_counts([4] * 8, layer=layer)
+        controller.record_values(layer, router_condition=3.0, gradient_ratio=0.5)
+        controller.record_values(layer, router_condition=5.0, gradient_ratio=math.nan)
+    with pytest.raises(ValueError, match="router_conditon"):
+        controller.record_values(0, router_conditon=1.0)
+    metrics = controller.step().records()[0]["metrics"]
+    assert metrics["router_condition"] == 4
+    assert metrics["gradient_ratio"] == 0.5
+    assert metrics["z_loss"] is None

@@ -301,3 +301,14 @@ def test_recording_survives_compilation():
     balancer.record_indices(0, torch.zeros(0, 2, dtype=torch.int64))  # makes the buffer
     route(torch.rand(128, 8))
     assert balancer.step() and balancer.report()[0]["tokens"] == 128
+
+
+def test_router_values_of_a_weight():
+    # Rows (1, 0), (0, 2): at right angles, singular values 2 and 1.
+    apart = moectl.torch.router_values(torch.tensor([[1.0, 0], [0, 2]]))
+    assert apart == {"router_condition": 2.0, "router_similarity": 0.0}
+    # Rows that differ in length and sign alone cannot be told apart.
+    alike = moectl.torch.router_values(torch.tensor([[1.0, 1], [-2, -2]]))
+    assert alike["router_similarity"] == pytest.approx(1)
+    assert alike["router_condition"] > 1e12
+    assert "router_similarity" not in moectl.torch.router_values(torch.tensor([[1.0, 0]]))

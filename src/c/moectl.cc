@@ -294,6 +294,13 @@ int moectl_record_counts(moectl_controller* c, int layer, const int64_t* counts,
   });
 }
 
+int moectl_record_value(moectl_controller* c, int layer, const char* name, double value) {
+  return guarded([&] {
+    require(name != nullptr, "name: is NULL");
+    deref(c).controller.record(layer, [&](moectl::RoutingStats& stats) { stats.add_value(name, value); });
+  });
+}
+
 int moectl_check_choices(moectl_controller* c, int layer, size_t tokens, const int64_t* experts,
                          const float* biased_scores, const float* scores) {
   return guarded([&] {

@@ -10,6 +10,7 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 
+#include "cli/metrics_loads.h"
 #include "cli/metrics_screen.h"
 #include "cli/reshape.h"
 #include "cli/tool.h"
@@ -28,7 +29,8 @@ using Json = nlohmann::ordered_json;
 struct Options {
   std::string trace, config, format;
   std::vector<std::string> compare;
-  bool trends = false, format_given = false;
+  bool trends = false, loads = false, format_given = false;
+  std::size_t extremes = 4;
   ScreenOptions screen;
 };
 
@@ -41,6 +43,7 @@ struct Measuring {
 
   MetricsOptions options(const LogRecord& record) const {
     MetricsOptions options = metrics;
+    options.details = true;
     if (!model) options.targets = targets_of(record);
     return options;
   }
@@ -111,12 +114,14 @@ class Histories {
       monitor = std::make_unique<LayerMonitor>(shape, options_, how);
     }
     monitor->observe(record.stats, metrics, record.loss);
+    metrics.churn = churn_.of(record);
     return *monitor;
   }
 
  private:
   MonitorOptions options_;
   std::map<std::tuple<int, std::string, int>, std::unique_ptr<LayerMonitor>> monitors_;
+  Churn churn_;
 };
 
 int print_records(LogReader& reader, const Measuring& how, const std::string& format) {
@@ -415,6 +420,22 @@ int metrics(const Options& options, const PolicyRegistry& registry) {
   }
   LogReader reader(options.trace);
   if (how.model) reader.set_defaults(defaults_of(*how.model));
+  if (options.loads) {
+    const bool known = options.format_given && options.format != "screen";
+    const bool on_terminal = isatty(STDOUT_FILENO) == 1;
+    const int code = print_loads(
+        reader,
+        [&how](const LogRecord& record) {
+          how.check(record);
+          return how.options(record);
+        },
+        options.extremes,
+        known         ? options.format
+        : on_terminal ? "table"
+                      : "json");
+    say_faults(reader, options.trace);
+    return code;
+  }
   const bool summary = options.screen.sum || !options.screen.by.empty();
   const bool terminal = !options.format_given && isatty(STDOUT_FILENO) == 1;
   if (options.format == "screen" || (options.compare.empty() && !options.trends && (summary || terminal))) {
@@ -466,6 +487,7 @@ void add_metrics(CLI::App& app, Tool& tool) {
                   "\nExamples:\n"
                   "  moectl metrics trace.jsonl --format screen   # what a terminal shows: is it balanced?\n"
                   "  moectl metrics trace.jsonl --sum\n"
+                  "  moectl metrics trace.jsonl --loads --extremes 8\n"
                   "  moectl metrics trace.jsonl.gz --format csv > metrics.csv\n"
                   "  moectl metrics run.jsonl --compare train validation --format table\n"
                   "  moectl metrics run.jsonl --compare train@0:360 train@360: --format table\n"
@@ -491,6 +513,20 @@ void add_metrics(CLI::App& app, Tool& tool) {
           "How each metric of each layer moved over the trend window at the end, its correlation with the "
           "loss, health, and a review of the auxiliary loss")
       ->excludes("--compare");
+  CLI::Option* loads =
+      command
+          ->add_flag(
+              "--loads", options->loads,
+              "Percentiles of the load over the experts of each layer and over those of all layers, and the "
+              "most and least loaded experts, of the counts summed over all steps")
+          ->excludes("--compare")
+          ->excludes("--trends");
+  command
+      ->add_option("--extremes", options->extremes,
+                   "With --loads: so many of the most and of the least loaded experts")
+      ->check(whole_number(0, 65536))
+      ->capture_default_str()
+      ->needs(loads);
   command
       ->add_flag("--sum", options->screen.sum,
                  "The screen for the counts summed over all steps: is there an imbalance that stays?")

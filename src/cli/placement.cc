@@ -2,6 +2,8 @@
 #include "moectl/placement.h"
 
 #include <algorithm>
+#include <fstream>
+#include <functional>
 #include <iostream>
 #include <map>
 #include <memory>
@@ -9,6 +11,7 @@
 #include <optional>
 
 #include "cli/intervals.h"
+#include "cli/placement_svg.h"
 #include "cli/tool.h"
 
 namespace moectl::cli {
@@ -17,7 +20,7 @@ namespace {
 using Json = nlohmann::ordered_json;
 
 struct Options {
-  std::string trace, format, tag = "train";
+  std::string trace, format, svg, tag = "train";
   PlacementOptions placement;
   double train = 0.5, min_gain = 0.02;
   FaultPolicy fault_policy = FaultPolicy::kRepair;
@@ -107,7 +110,8 @@ std::vector<double> samples_of(const History& history, std::size_t to) {
 
 struct Judged {
   int layer = 0, moves = 0;
-  Placement plan;
+  Placement today, start, plan;
+  std::vector<double> later;  // loads of the steps that the plan has not seen
   BlockMeans linear, planned, told, gain;
 };
 
@@ -133,6 +137,9 @@ Judged judge(int layer, const History& history, const Options& options) {
   std::vector<double> later(static_cast<std::size_t>(history.experts), 0.0);
   const auto rows = rows_of(history, split, steps);
   for (std::size_t i = 0; i < rows.size(); ++i) later[i % later.size()] += rows[i];
+  judged.today = today;
+  judged.start = linear;
+  judged.later = later;
   const Placement told = plan_placement(later, options.placement, samples);
   for (std::size_t s = split; s < steps; ++s) {
     const std::vector<double> loads = history.step(s);
@@ -168,6 +175,23 @@ std::string range(const Estimate& e) {
 Json json_of(const Estimate& e) {
   return {
       {"mean", e.mean}, {"low", e.low ? Json(*e.low) : Json()}, {"high", e.high ? Json(*e.high) : Json()}};
+}
+
+/// The layers that gain most come first.
+void write_svg(const std::vector<Judged>& layers, const std::string& path) {
+  std::vector<DrawnLayer> drawn;
+  for (const Judged& layer : layers) {
+    drawn.push_back({layer.layer, layer.today, layer.plan, layer.start, layer.later,
+                     layer.linear.estimate().mean, layer.planned.estimate().mean});
+  }
+  if (drawn.size() > kMostDrawn) {
+    std::ranges::stable_sort(drawn, std::greater<>(),
+                             [](const DrawnLayer& d) { return d.balanced_plan - d.balanced_today; });
+  }
+  std::ofstream file(path, std::ios::binary);
+  file << placement_svg(drawn);
+  file.close();
+  if (!file) throw InputError("--svg: " + path + ": cannot be written");
 }
 
 /// The file that vLLM-Ascend's expert_map_path takes: layers are numbered over MoE layers.
@@ -240,6 +264,7 @@ int placement(const Options& options) {
     gain.high = high;
   }
   const Verdict verdict = verdict_of(gain, options.min_gain);
+  if (!options.svg.empty()) write_svg(layers, options.svg);
   if (options.format == "ascend") {
     std::cout << ascend_map(layers).dump() << '\n';
   } else if (options.format == "phy2log") {
@@ -324,6 +349,7 @@ void add_placement(CLI::App& app, Tool& tool) {
       "vLLM-Ascend's expert_map_path. With the last two the verdict goes to standard error.\n\n"
       "Examples:\n"
       "  moectl placement trace.jsonl --devices 8\n"
+      "  moectl placement trace.jsonl --devices 8 --slots 72 --svg placement.svg\n"
       "  moectl placement trace.jsonl --devices 32 --nodes 4 --groups 8 --slots 288\n"
       "  moectl placement trace.jsonl --devices 8 --slots 72 --max-moves 8 --format ascend > "
       "expert_map.json");
@@ -359,6 +385,12 @@ void add_placement(CLI::App& app, Tool& tool) {
       ->add_option("--min-gain", options->min_gain, "Balancedness that a plan must add to be worth its moves")
       ->check(number_from_zero())
       ->capture_default_str();
+  command
+      ->add_option(
+          "--svg", options->svg,
+          "Also draw what each device carries on the steps that the plan has not seen, today and as planned, "
+          "into this file")
+      ->type_name("FILE");
   command->add_option("--tag", options->tag, "Which records")->capture_default_str();
   add_salvage(*command, options->fault_policy);
   add_format(*command, options->format, {"table", "json", "phy2log", "ascend"});

@@ -316,6 +316,10 @@ void ReportRun::add(const LogRecord& record) {
   }
   if (record.layer < 0) return;
   Layer& layer = layers_[record.layer];
+  if (metrics.max_load) {
+    layer.last.push_back(metrics);
+    if (layer.last.size() > kSteadyWindow) layer.last.pop_front();
+  }
   if (metrics.max_vio) {
     put(layer.max_vio, column, *metrics.max_vio);
     LayerMean mean(record.step);
@@ -419,6 +423,40 @@ json ReportRun::now_json() const {
   return now;
 }
 
+/// Every metric that has a value in the last hundred steps: its mean over them, in the layers from the lowest to the
+/// highest and over all.
+json ReportRun::table_json() const {
+  nlohmann::json rows = nlohmann::json::array();
+  for (const MetricField& field : metric_fields()) {
+    Extremes layers;
+    int lowest = 0, highest = 0;
+    for (const auto& [number, layer] : layers_) {
+      double sum = 0, count = 0;
+      for (const Metrics& metrics : layer.last) {
+        const Metrics::Value& value = metrics.*field.value;
+        if (!value || !std::isfinite(*value)) continue;
+        sum += *value;
+        count += 1;
+      }
+      if (count == 0) continue;
+      const double mean = sum / count;
+      if (layers.count == 0 || mean < layers.min) lowest = number;
+      if (layers.count == 0 || mean > layers.max) highest = number;
+      layers.add(mean);
+    }
+    if (layers.count == 0) continue;
+    rows.push_back({{"name", field.name},
+                    {"unit", field.unit},
+                    {"formula", field.formula},
+                    {"mean", rounded(layers.sum / static_cast<double>(layers.count))},
+                    {"low", rounded(layers.min)},
+                    {"low_layer", lowest},
+                    {"high", rounded(layers.max)},
+                    {"high_layer", highest}});
+  }
+  return rows;
+}
+
 json ReportRun::json() const {
   const std::size_t columns = static_cast<std::size_t>((last_ - *first_) / width_) + 1;
   nlohmann::json out = {
@@ -438,6 +476,7 @@ json ReportRun::json() const {
   }
   out["floor"] = name_of(figures.floor);
   out["now"] = now_json();
+  out["metrics"] = table_json();
   out["advice"] = advice_.sentences(out["now"], figures.dead_experts.value_or(0));
   out["validation"] = nlohmann::json::array();
   for (const auto& [step, loss] : validation_) out["validation"].push_back({step, rounded(loss)});

@@ -58,6 +58,7 @@ class ReportRun {
     std::vector<Health> health;                          // worst in each column
     Responsiveness response;                             // the last that was known
     std::int64_t held = 0, first_held = 0;               // steps in which the load did not answer
+    std::deque<Metrics> last;                            // of the last hundred steps
     std::map<std::string, std::vector<double>> domains;  // counts of the whole run, [N]
   };
   /// One actuator over all layers.
@@ -80,6 +81,7 @@ class ReportRun {
 
   void add(const LogRecord& record);
   void add_alert(const std::string& name, const LogRecord& record, std::size_t column);
+  nlohmann::json table_json() const;
   void tell_config_changes(const std::vector<ConfigChange>& changes);
   nlohmann::json alerts_json() const;
   nlohmann::json now_json() const;
@@ -96,7 +98,7 @@ class ReportRun {
   std::string name_;
   LogHeader header_;
   std::optional<std::int64_t> shift_;
-  RecordMetrics metrics_;
+  RecordMetrics metrics_{true};
   std::vector<double> loads_;  // scratch space
   RunFigures figures_{std::nullopt};
   Advice advice_{nlohmann::json::object()};

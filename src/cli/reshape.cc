@@ -16,8 +16,8 @@ RoutingStats reshaped(const RoutingStats& stats, const std::vector<std::string>&
       std::ranges::copy(stats.array(which), out.mutable_array(which).begin());
   };
   const StatsNeeds& has = stats.shape().needs;
-  copy_scalars({S::kTokens, S::kChoicesSq, S::kInvalidRecords, S::kDropped, S::kDropTokens,
-                S::kBalanceLossSum, S::kBalanceLossRecords, S::kZLossSum, S::kZLossRecords});
+  copy_scalars({S::kTokens, S::kChoicesSq, S::kInvalidRecords, S::kDropped, S::kDropTokens});
+  for (const auto& [name, sum, records] : S::recorded_values()) copy_scalars({sum, records});
   copy_arrays({S::kCounts});
   if (needs.gap && has.gap) {
     copy_scalars({S::kGapSum, S::kGapTokens, S::kGapWidthSum});

@@ -16,6 +16,7 @@
 #include <set>
 #include <sstream>
 #include <thread>
+#include <utility>
 
 #include "cli/tool.h"
 #include "config/config_yaml.h"
@@ -24,6 +25,7 @@
 #include "moectl/figures.h"
 #include "moectl/run_log.h"
 #include "moectl/simulation.h"
+#include "simulation/fit.h"
 #include "simulation/simulation_options.h"
 
 namespace moectl::cli {
@@ -43,6 +45,7 @@ struct Variant {
 
 struct Options {
   std::vector<std::string> configs, sets;
+  std::string like;
   std::string scenario = "steady", gate = "sigmoid", format, output;
   std::optional<std::string> collapse, score_space;
   std::int64_t steps = 600;
@@ -312,6 +315,82 @@ std::vector<Figures> simulate_variants(const Options& options, const std::vector
   return figures;
 }
 
+/// The plant of the options, fitted to the trace of --like; options that were given stay as given.
+Options like_trace(Options options, const std::set<std::string>& given, const PolicyRegistry& registry) {
+  LogReader reader(options.like);
+  // Early in training routers sharpen, and the end is not known: the sums begin anew at 1, 2, 4, 8, … steps, and the last but
+  // one hold the later half of the steps or more.
+  MomentSums sums, next;
+  std::optional<std::int64_t> first;
+  std::int64_t next_from = 0;
+  while (const auto record = reader.next()) {
+    if (record->layer < 0 || record->tag != "train" || record->stats.assignments() == 0) continue;
+    if (!first) {
+      first = record->step;
+      next_from = record->step + 1;
+    }
+    if (record->step - *first >= 2 * (next_from - *first)) {
+      sums = std::exchange(next, {});
+      next_from = record->step;
+    }
+    sums.add(record->layer, record->stats);
+    if (record->step >= next_from) next.add(record->layer, record->stats);
+  }
+  say_faults(reader, options.like);
+  const TraceMoments trace = sums.moments();
+  if (trace.layers == 0)
+    throw InputError("--like: " + options.like + ": no record tagged 'train' has tokens and counts");
+  // Scores are those of the first config: gaps are in their units.
+  const Variant lead{options.configs[0], {}};
+  SimulationOptions start = options.plant;
+  start.gate = *gate_of(options.gate);
+  const ControllerConfig config = config_of(options, lead, registry);
+  start.score_space = config.model.score_space;
+  if (!config.model.domains.empty()) start.domains = static_cast<int>(config.model.domains.size());
+  const SimulationFit fit = fit_simulation(trace, start);
+
+  Table table({"moment", "trace", "simulated"});
+  for (const auto& moment : fit.moments)
+    table.add({moment.name, brief(moment.trace), brief(moment.simulated)});
+  std::cerr << table.text() << "misfit " << brief(fit.misfit)
+            << " (root mean square of the logarithms of simulated / trace), later half of "
+            << (options.like == "-" ? "standard input" : options.like) << '\n';
+  for (const std::string& text : fit.untold) std::cerr << "not told by the trace: " << text << '\n';
+  if (fit.coherence) {
+    std::cerr << "coherence: " << brief(fit.coherence->first) << " to " << brief(fit.coherence->second)
+              << " (95 %)\n";
+  }
+  std::cerr << "clusters: " << fit.clusters_from << " to " << fit.clusters_to
+            << " fit alike; loads tell little of them\n";
+  std::string command;
+  const auto take = [&](const char* option, auto& to, const auto& value) {
+    if (given.count(option)) return;
+    to = value;
+    std::ostringstream text;
+    text << value;
+    command += std::string(" ") + option + ' ' + text.str();
+  };
+  const auto three = [](double value) { return std::stod(moectl::brief(value, 3)); };
+  take("--clusters", options.plant.clusters, fit.options.clusters);
+  take("--token-spread", options.plant.token_spread, three(fit.options.token_spread));
+  take("--coherence", options.plant.coherence, three(fit.options.coherence));
+  take("--preference", options.plant.preference, three(fit.options.preference));
+  take("--mixture-spread", options.plant.mixture_spread, three(fit.options.mixture_spread));
+  take("--sequence-length", options.plant.sequence_length, fit.options.sequence_length);
+  const auto take_model = [&](const char* option, auto& to, const auto& value) {
+    if (!to) take(option, to.emplace(), value);
+  };
+  take_model("--layers", options.layers, trace.layers);
+  take_model("--experts", options.experts, trace.experts);
+  take_model("--top-k", options.top_k, trace.top_k);
+  if (!options.tokens) {
+    const std::int64_t unit = std::max<std::int64_t>(1, options.plant.sequence_length);
+    take("--tokens", options.tokens.emplace(), std::max<std::int64_t>(1, trace.tokens / unit) * unit);
+  }
+  std::cerr << "as if given:" << command << '\n';
+  return options;
+}
+
 int simulate_all(const Options& options, const PolicyRegistry& registry) {
   const std::vector<Variant> variants = variants_of(options);
   if (options.output == "-" && variants.size() > 1) {
@@ -406,6 +485,7 @@ void add_simulate(CLI::App& app, Tool& tool) {
       "  moectl simulate policies/pi.yaml --scenario collapse --collapse cold_start --gate softmax\n"
       "  moectl simulate policies/sign_bias.yaml --set expert_bias.options.step=1e-4,1e-3,1e-2 --scenario "
       "shift\n"
+      "  moectl simulate policies/sign_bias.yaml policies/adaptive_bias.yaml --like run.jsonl\n"
       "  moectl simulate policies/adaptive_bias.yaml --clusters 12 --token-spread 0.02 --capacity-factor "
       "1.25");
   auto options = std::make_shared<Options>();
@@ -437,6 +517,15 @@ void add_simulate(CLI::App& app, Tool& tool) {
       ->type_name("KEY=VALUES")
       ->expected(1)
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)
+      ->group(run);
+
+  command
+      ->add_option(
+          "--like", options->like,
+          "Fit the simulated router to this trace, by the method of moments, and say how well it fits; "
+          "options "
+          "that are given stay as given. --gate and the config's score space must be those of the trace")
+      ->type_name("TRACE")
       ->group(run);
 
   const char* const scenario = "Scenario";
@@ -518,8 +607,26 @@ void add_simulate(CLI::App& app, Tool& tool) {
       ->check(number_from_zero())
       ->capture_default_str()
       ->group(tokens);
-  command->callback(
-      [&tool, options] { tool.run = [&tool, options] { return simulate_all(*options, tool.registry); }; });
+  command
+      ->add_option("--coherence", plant.coherence,
+                   "Share of a sequence's tokens that come from three clusters of its own")
+      ->check(CLI::Range(0.0, 1.0))
+      ->capture_default_str()
+      ->group(tokens);
+  command->add_option("--preference", plant.preference, "Spread of what the router prefers, logits")
+      ->check(number_from_zero())
+      ->capture_default_str()
+      ->group(tokens);
+  command->callback([&tool, options, command] {
+    std::set<std::string> given;
+    for (const CLI::Option* option : command->get_options()) {
+      if (option->count() > 0) given.insert(option->get_name());
+    }
+    tool.run = [&tool, options, given] {
+      return simulate_all(options->like.empty() ? *options : like_trace(*options, given, tool.registry),
+                          tool.registry);
+    };
+  });
 }
 
 }  // namespace moectl::cli

@@ -46,7 +46,7 @@ void write(const std::string& run, const std::string& directory, const Options& 
   TensorBoardWriter board(
       directory,
       {.histogram_every = options.histogram_every, .metrics = metrics_of(options), .wall_time = {}});
-  RecordMetrics metrics;
+  RecordMetrics metrics(true);
   std::int64_t records = 0;
   while (const auto record = log.next()) {
     ++records;

@@ -18,12 +18,15 @@
 #endif
 #include "export/run_figures.h"
 #include "moectl/run_log.h"
+#include "watch/watch_fields.h"
 
 namespace moectl::cli {
 namespace {
 
 struct Options {
   std::string run, listen;
+  std::vector<std::string> metrics;
+  int extremes = -1;
   std::int64_t every = 1;
   pid_t process = 0;
   bool once = false, plain = false;
@@ -50,10 +53,12 @@ void wait_for_file(const Options& options) {
 /// The endpoint of `--listen`; does nothing without it.
 class Endpoint {
  public:
-  explicit Endpoint(const std::string& address) {
+  explicit Endpoint(const Options& options) {
+    const std::string& address = options.listen;
     if (address.empty()) return;
 #ifdef MOECTL_PROMETHEUS
-    feed_ = std::make_unique<PrometheusFeed>(address);
+    feed_ = std::make_unique<PrometheusFeed>(
+        address, PrometheusOptions{.metrics = options.metrics, .extremes = options.extremes});
     const std::size_t colon = address.rfind(':');  // a port alone is one of the loopback address
     const std::string host = colon == std::string::npos ? "127.0.0.1" : address.substr(0, colon);
     std::cerr << "serving http://" << host << ':' << feed_->port() << "/metrics" << std::endl;
@@ -82,7 +87,7 @@ class Watch {
   explicit Watch(const Options& options)
       : options_(options),
         live_(!options.plain && isatty(STDOUT_FILENO) == 1),
-        endpoint_(options.listen),
+        endpoint_(options),
         reader_(
             options.run, FaultPolicy::kSalvage,
             options.once ? std::function<bool()>() : [this] { return pause(); }) {}
@@ -150,7 +155,7 @@ class Watch {
   Endpoint endpoint_;
   Screen screen_;
   LogReader reader_;
-  RecordMetrics metrics_;
+  RecordMetrics metrics_{true};
   std::unique_ptr<WatchedStep> step_;
   std::int64_t shown_ = 0;
   std::size_t said_ = 0, assumed_ = 0;
@@ -198,6 +203,19 @@ void add_watch(CLI::App& app, Tool& tool) {
                    "is one of the loopback address; port 0: any free port")
       ->type_name("ADDR:PORT")
       ->excludes(once);
+  command
+      ->add_option(
+          "--metric", options->metrics,
+          "With --listen: serve this metric of each layer, instead of all; may be given more than once")
+      ->check(CLI::IsMember(metric_names()))
+      ->type_name("NAME")
+      ->expected(1)
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
+  command
+      ->add_option("--extremes", options->extremes,
+                   "With --listen: instead of series for every expert, so many of the most and of the least "
+                   "loaded experts of each layer")
+      ->check(whole_number(0, 65536));
   command->add_flag("--plain", options->plain, "One line per step, in a terminal as well");
   command->callback([&tool, options] {
     if (options->run == "-" && options->process != 0) {

@@ -23,7 +23,10 @@ bool acts(GuardState state) {
 // For metrics that fall as balance gets worse, the worst layer has the smallest value.
 bool falls_with_imbalance(const MetricField& field) {
   return field.value == &Metrics::entropy || field.value == &Metrics::entropy_normalized ||
-         field.value == &Metrics::effective_experts || field.value == &Metrics::min_load;
+         field.value == &Metrics::effective_experts || field.value == &Metrics::min_load ||
+         field.value == &Metrics::minority_share || field.value == &Metrics::balancedness ||
+         field.value == &Metrics::load_p5 || field.value == &Metrics::load_p25 ||
+         field.value == &Metrics::load_p50;
 }
 
 }  // namespace
@@ -40,6 +43,7 @@ const StepReport& Controller::Loop::step(const StepInfo& info) {
     propose();
     guard();
     limit();
+    measure_churn();
   }
   take_what_was_said();
   log();
@@ -305,6 +309,12 @@ StatsNeeds Controller::Loop::missing(ActuatorLoop& loop, std::size_t actuator, i
 
 void Controller::Loop::limit() {
   const bool many_ranks = reduction_ || exchange_;
+  constexpr auto kBias = static_cast<std::size_t>(Actuator::kExpertBias);
+  for (const auto& layer : layers_) {
+    if (layer->move.empty()) continue;
+    const std::span<const double> before = layer->loops[kBias]->applied();
+    std::copy(before.begin(), before.end(), layer->move.begin());
+  }
   for_each_actuator([&](ActuatorLoop& loop, std::size_t actuator, int layer) {
     if (many_ranks) loop.remember();
     if (ranks_differ_) return loop.hold_ranks();
@@ -327,6 +337,17 @@ void Controller::Loop::limit() {
                 .drop_rate = seen.drop_rate},
                check != nullptr && *check ? &**check : nullptr, notices_);
   });
+}
+
+void Controller::Loop::measure_churn() {
+  constexpr auto kBias = static_cast<std::size_t>(Actuator::kExpertBias);
+  for (const auto& layer : layers_) {
+    if (layer->move.empty()) continue;
+    const std::span<const double> after = layer->loops[kBias]->applied();
+    for (std::size_t i = 0; i < after.size(); ++i) layer->move[i] = after[i] - layer->move[i];
+    if (layer->metrics.max_load)
+      layer->metrics.churn = estimate_churn(layer->stats, layer->move, churn_scratch_);
+  }
 }
 
 void Controller::Loop::log() {

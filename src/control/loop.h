@@ -126,6 +126,7 @@ class Controller::Loop {
     std::array<std::optional<ActuatorLoop>, kActuatorCount> loops;  // those of `scope: layer`
     std::array<InputWatch, kActuatorCount> inputs;
     std::array<StatsNeeds, kActuatorCount> missing;
+    std::vector<double> move;  // of the biases in this step, with metrics.details [N]; else empty
   };
   // The inputs of one decision.
   struct DecisionInputs {
@@ -148,6 +149,7 @@ class Controller::Loop {
   void propose();
   void guard();
   void limit();
+  void measure_churn();
   void log();
 
   bool logs(std::int64_t step) const { return step % config_.log.every == 0; }
@@ -207,6 +209,7 @@ class Controller::Loop {
   // have moved it already.
   std::array<double, kActuatorCount> before_guards_{};
   std::array<Metrics, kActuatorCount> model_mean_, model_worst_;
+  std::vector<std::pair<double, double>> churn_scratch_;
 
   bool held_ = false;        // by the host of this rank
   bool host_holds_ = false;  // in this step, by the host of some rank

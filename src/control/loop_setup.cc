@@ -78,6 +78,7 @@ Controller::Loop::Layer::Layer(Group& of, const PolicyRegistry& registry, std::s
   stats = RoutingStats(of.shape);
   monitor.emplace(of.shape, of.config.monitor, metrics_options(of.config));
   if (of.config.guard.enabled) guard.emplace(of.config.guard, of.shape, of.load_targets);
+  if (of.config.metrics.details) move.resize(static_cast<std::size_t>(of.shape.experts));
   start_response();
 }
 

@@ -12,13 +12,38 @@ Metrics RecordMetrics::of(const LogRecord& record) {
       if (const MetricField* field = find_metric(name)) metrics.*field->value = value;
     }
   } else if (record.stats.experts() > 0) {
-    const MetricsOptions options{.targets = targets_of(record)};
+    const MetricsOptions options{.details = details_, .targets = targets_of(record)};
     metrics = measurer_.measure(record.stats, options);
     auto& monitor = monitors_[record.layer];
     if (!monitor) monitor = std::make_unique<LayerMonitor>(record.stats.shape(), MonitorOptions(), options);
     monitor->observe(record.stats, metrics);
   }
+  if (!details_ || record.stats.experts() == 0) return metrics;
+  if (!metrics.load_p50) {
+    const Metrics more =
+        measurer_.measure(record.stats, MetricsOptions{.details = true, .targets = targets_of(record)});
+    for (const MetricField& field : metric_fields()) {
+      if (!(metrics.*field.value)) metrics.*field.value = more.*field.value;
+    }
+  }
+  const std::optional<double> churn = churn_.of(record);
+  if (!metrics.churn) metrics.churn = churn;
   return metrics;
+}
+
+std::optional<double> Churn::of(const LogRecord& record) {
+  const auto it = record.actuators.find(std::string(name_of(Actuator::kExpertBias)));
+  const auto experts = static_cast<std::size_t>(record.stats.experts());
+  if (it == record.actuators.end() || it->second.applied.size() != experts) return std::nullopt;
+  const std::vector<double>& biases = it->second.applied;
+  Before& before = before_[{record.layer, record.tag}];
+  // Only the step after the last one: what lies between others is not known.
+  const bool known = before.biases.size() == experts && before.step + 1 == record.step;
+  change_.resize(experts);
+  for (std::size_t i = 0; i < experts && known; ++i) change_[i] = biases[i] - before.biases[i];
+  before.biases = biases;
+  before.step = record.step;
+  return known ? estimate_churn(record.stats, change_, scratch_) : std::nullopt;
 }
 
 std::vector<double> targets_of(const LogRecord& record) {

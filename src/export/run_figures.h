@@ -4,6 +4,8 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "export/step_sample.h"
@@ -15,13 +17,32 @@ namespace moectl {
 
 inline constexpr std::size_t kSteadyWindow = 100;  // steps
 
+/// The churn that each record's biases make of its routing: from the biases in force before it.
+class Churn {
+ public:
+  std::optional<double> of(const LogRecord& record);
+
+ private:
+  struct Before {
+    std::int64_t step = 0;
+    std::vector<double> biases;
+  };
+  std::map<std::pair<int, std::string>, Before> before_;
+  std::vector<double> change_;
+  std::vector<std::pair<double, double>> scratch_;
+};
+
 /// The metrics of training records: those they carry, else those of their counts against their targets (with the default
 /// options). Other records, and those of whole-model actuators, have none.
 class RecordMetrics {
  public:
+  /// `details`: also what the record does not carry and its sums tell: percentiles of the load, churn.
+  explicit RecordMetrics(bool details = false) : details_(details) {}
   Metrics of(const LogRecord& record);
 
  private:
+  bool details_;
+  Churn churn_;
   CachedMeasurer measurer_;
   std::map<int, std::unique_ptr<LayerMonitor>> monitors_;
 };

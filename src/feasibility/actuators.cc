@@ -66,6 +66,9 @@ std::optional<Extent> bounds_of(std::string_view metric, const LoadSpace& space)
   if (is("load_std")) return Extent{0, 100 * whole(kCv, room_of(space)).max / n};
   if (is("max_load")) return Extent{1 / n, 1 / k};
   if (is("min_load")) return Extent{0, 1 / n};
+  if (is("load_p5", "load_p25", "load_p50", "load_p75", "load_p95"))
+    return Extent{0, targets.equal() ? n / k : kOpen};
+  if (is("sequence_cv")) return Extent{0, std::sqrt(n / k - 1)};
   if (is("gini")) return whole(kGini, room_of(space));
   if (is("entropy")) return Extent{std::log(k), std::log(n)};
   if (is("entropy_normalized") && n > 1) return Extent{std::log(k) / std::log(n), 1};
@@ -75,18 +78,21 @@ std::optional<Extent> bounds_of(std::string_view metric, const LoadSpace& space)
   if (is("inactive_fraction")) return Extent{0, 1 - k / n};
   if (is("hot_experts", "cold_experts", "stagnant_experts")) return Extent{0, n};
   if (is("straggler_slowdown")) return Extent{1, n};
+  if (is("balancedness")) return Extent{1 / n, 1};
+  if (is("router_condition")) return Extent{1, kOpen};
   if (is("token_entropy", "router_entropy", "expert_token_information", "domain_information"))
     return Extent{0, std::log(n)};
   if (is("importance_cv")) return Extent{0, std::sqrt(n - 1)};
   if (is("fsi")) return Extent{0, 2 * std::acos(std::sqrt(k / n))};
   if (is("router_fsi", "fsi_max")) return Extent{0, 2 * std::acos(1 / std::sqrt(n))};
   if (is("drop_rate", "predicted_drop_rate", "fhs_alarm", "path_efficiency", "domain_exclusivity",
-         "oscillation", "swing"))
+         "oscillation", "swing", "minority_share", "router_similarity", "churn"))
     return Extent{0, 1};
   if (is("load_autocorrelation", "tail_correlation")) return Extent{-1, 1};
   if (is("utilization_variance", "noise_floor_cv", "noise_floor_max_vio", "sampling_floor_cv",
          "sampling_floor_max_vio", "routing_variance", "fhs", "router_fhs", "grad_norm_variance",
-         "latency_p50", "latency_p95", "latency_p99", "shift", "balance_loss", "z_loss"))
+         "latency_p50", "latency_p95", "latency_p99", "shift", "balance_loss", "z_loss", "expert_output_norm",
+         "gradient_ratio"))
     return Extent{0, kOpen};
   return std::nullopt;
 }

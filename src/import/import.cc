@@ -12,6 +12,7 @@
 #include <cstring>
 #include <filesystem>
 #include <limits>
+#include <tuple>
 
 #include "base/format.h"
 #include "base/part_file.h"
@@ -395,6 +396,7 @@ ImportedLayer& ImportedLayer::operator+=(const ImportedLayer& other) {
   add_to(prob_sum, other.prob_sum);
   add_to(sqrt_prob_sum, other.sqrt_prob_sum);
   token_entropy_sum += other.token_entropy_sum;
+  pairs += other.pairs;
   gap_sum = gap_sum && other.gap_sum ? std::optional(*gap_sum + *other.gap_sum) : std::nullopt;
   return *this;
 }
@@ -468,9 +470,22 @@ ImportReport import_trace(std::string_view name, const std::vector<std::string>&
       of_layer.empty() ? ",\"experts\":" + std::to_string(std::max<std::size_t>(experts, 1)) : "";
   writer.line("{\"format\":\"moectl-trace\",\"version\":1" + common + ",\"source\":\"" + std::string(name) +
               "\"}\n");
+  struct Pairs {
+    PairCounts both;
+    std::vector<std::int64_t> counts;
+    std::int64_t tokens = 0;
+  };
+  std::map<int, Pairs> pairs;
   for (Source source(*format, inputs, options, notes); source.next(step);) {
     ++report.steps;
     for (const auto& [key, layer] : step.layers) {
+      if (options.pairs > 0 && !key.second.starts_with("mtp")) {
+        Pairs& of = pairs[key.first];
+        of.both += layer.pairs;
+        of.tokens += layer.tokens.value_or(0);
+        of.counts.resize(std::max(of.counts.size(), layer.counts.size()));
+        for (std::size_t i = 0; i < layer.counts.size(); ++i) of.counts[i] += layer.counts[i];
+      }
       if (layer.counts.size() > experts)
         throw ImportError("--experts: " + std::to_string(experts) + ": the files hold expert " +
                           std::to_string(layer.counts.size() - 1));
@@ -485,6 +500,22 @@ ImportReport import_trace(std::string_view name, const std::vector<std::string>&
   if (report.records == 0)
     throw ImportError((files.empty() ? std::string("no file") : files[0]) + ": expected " +
                       std::string(format->shown.expects) + ": found no counts");
+  for (const auto& [layer, of] : pairs) {
+    std::vector<ExpertPair> all;
+    of.both.each([&, layer = layer, &of = of](int a, int b, std::int64_t both) {
+      const auto count = [&](int e) { return static_cast<double>(of.counts[static_cast<std::size_t>(e)]); };
+      all.push_back({layer, a, b, both,
+                     static_cast<double>(both) * static_cast<double>(of.tokens) / (count(a) * count(b))});
+    });
+    std::ranges::sort(all, [](const ExpertPair& x, const ExpertPair& y) {
+      return std::tuple(-x.lift, -x.tokens, x.first, x.second) <
+             std::tuple(-y.lift, -y.tokens, y.first, y.second);
+    });
+    all.resize(std::min(all.size(), static_cast<std::size_t>(options.pairs)));
+    report.pairs.insert(report.pairs.end(), all.begin(), all.end());
+  }
+  if (options.pairs > 0 && report.pairs.empty())
+    notes.say("--pairs: the files do not say which experts a token chose together");
   writer.finish();
   report.notes = notes.all();
   return report;

@@ -17,6 +17,7 @@ class RouterLogitsReader : public StepReader {
       : file_(file),
         array_(file, file.name()),
         top_k_(needed_top_k(file, options)),
+        pairs_(options.pairs > 0),
         sigmoid_(options.scores == "sigmoid"),
         sequence_length_(options.sequence_length) {
     const auto& shape = array_.shape();
@@ -85,6 +86,7 @@ class RouterLogitsReader : public StepReader {
     std::vector<double> row(n);
     std::vector<std::int64_t> of_sequence(n);
     std::vector<std::size_t> order(n);
+    std::vector<std::int64_t> chosen;
     std::int64_t in_sequence = 0;
     const auto close = [&] {
       if (in_sequence > 0) layer.add_sequence(of_sequence, in_sequence);
@@ -116,6 +118,10 @@ class RouterLogitsReader : public StepReader {
         if (p > 0) entropy -= p * std::log(p);
       }
       layer.token_entropy_sum += std::max(0.0, entropy);
+      if (pairs_) {
+        chosen.assign(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(k));
+        layer.pairs.add(chosen);
+      }
       for (std::size_t j = 0; j < k; ++j) ++(sequence_length_ > 0 ? of_sequence : layer.counts)[order[j]];
       if (sequence_length_ > 0) {
         ++in_sequence;
@@ -140,6 +146,7 @@ class RouterLogitsReader : public StepReader {
   Bytes& file_;
   NpyReader array_;
   int top_k_;
+  bool pairs_;
   bool sigmoid_;
   std::int64_t sequence_length_;
   std::int64_t experts_ = 0, tokens_ = 0, layers_ = 0, steps_ = 0, step_ = 0;

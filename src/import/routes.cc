@@ -16,7 +16,8 @@ static_assert(JsonParser::kPadding <= 64);
 /// The choices of one sequence, layer by layer, in the order [tokens, layers, k].
 class Sequence {
  public:
-  Sequence(ImportedStep& step, std::int64_t layers, int top_k) : step_(step), top_k_(top_k) {
+  Sequence(ImportedStep& step, std::int64_t layers, int top_k, bool pairs)
+      : step_(step), top_k_(top_k), pairs_(pairs) {
     layers_.resize(static_cast<std::size_t>(layers));
   }
   /// One token of one layer; -1 = a slot that was not routed.
@@ -36,6 +37,7 @@ class Sequence {
       ++of.counts[static_cast<std::size_t>(expert)];
       routed = true;
     }
+    if (pairs_ && routed) of.pairs.add(experts);
     of.tokens += routed;
     of.dense += same;
   }
@@ -49,6 +51,7 @@ class Sequence {
       ImportedLayer& layer = step_.layers[{static_cast<int>(l), ""}];
       layer.top_k = top_k_;
       layer.add_sequence(layers_[l].counts, layers_[l].tokens);
+      layer.pairs += layers_[l].pairs;
     }
   }
 
@@ -56,14 +59,17 @@ class Sequence {
   struct Layer {
     std::vector<std::int64_t> counts;
     std::int64_t tokens = 0, dense = 0;
+    PairCounts pairs;
   };
   ImportedStep& step_;
   int top_k_;
+  bool pairs_;
   std::vector<Layer> layers_;
 };
 
 /// Adds an array [tokens, layers, k] as one sequence; returns its tokens.
-std::int64_t add_array(NpyReader& array, const std::string& place, ImportedStep& step, ImportNotes& notes) {
+std::int64_t add_array(NpyReader& array, const std::string& place, bool pairs, ImportedStep& step,
+                       ImportNotes& notes) {
   const auto& shape = array.shape();
   if (shape.size() != 3 || array.is_float() || shape[1] > kMostLayers || shape[2] < 1 || shape[2] > 1024) {
     throw ImportError(
@@ -71,7 +77,7 @@ std::int64_t add_array(NpyReader& array, const std::string& place, ImportedStep&
         ": expected an array [tokens, layers, k] of whole numbers, the experts of each token: found " +
         array.description());
   }
-  Sequence sequence(step, shape[1], static_cast<int>(shape[2]));
+  Sequence sequence(step, shape[1], static_cast<int>(shape[2]), pairs);
   std::vector<std::int64_t> experts(static_cast<std::size_t>(shape[2]));
   for (std::int64_t t = 0; t < shape[0]; ++t) {
     for (std::int64_t l = 0; l < shape[1]; ++l) {
@@ -117,14 +123,14 @@ class VllmReader : public StepReader {
     if (kind_ == Kind::kArray) {
       if (file_.peek(1).empty()) return -1;  // arrays may stand one after another in a stream
       NpyReader array(file_, file_.name());
-      return add_array(array, file_.name(), step, notes_);
+      return add_array(array, file_.name(), options_.pairs > 0, step, notes_);
     }
     if (kind_ == Kind::kArchive) {
       std::string name;
       ByteStream* const entry = archive_->next(name);
       if (!entry) return -1;
       NpyReader array(*entry, file_.name() + ": " + name);
-      return add_array(array, file_.name() + ": " + name, step, notes_);
+      return add_array(array, file_.name() + ": " + name, options_.pairs > 0, step, notes_);
     }
     std::string_view line;
     do {
@@ -156,7 +162,7 @@ class VllmReader : public StepReader {
       const std::string bytes = decode_base64(field->text(), place);
       MemoryStream stream(bytes);
       NpyReader array(stream, place);
-      tokens += add_array(array, place, step, notes_);
+      tokens += add_array(array, place, options_.pairs > 0, step, notes_);
       return true;
     }
     const auto wrong = [&] { return ImportError(place + ": expected whole numbers as [tokens, layers, k]"); };
@@ -179,7 +185,8 @@ class VllmReader : public StepReader {
           layers = token.size();
           top_k = experts.size();
           if (top_k < 1 || top_k > 1024) throw wrong();
-          sequence.emplace(step, static_cast<std::int64_t>(layers), static_cast<int>(top_k));
+          sequence.emplace(step, static_cast<std::int64_t>(layers), static_cast<int>(top_k),
+                           options_.pairs > 0);
         }
         if (experts.size() != top_k) throw wrong();
         sequence->add(l++, experts, place);
@@ -277,6 +284,7 @@ class MegatronReader : public StepReader {
                     std::to_string(layer.top_k));
       layer.top_k = k;
       bool routed = false;
+      chosen_.clear();
       for (const JsonValue expert : token.elements()) {
         if (!expert.is_integer() || expert.is_large() || expert.as_integer() < -1 ||
             expert.as_integer() >= kMostExperts)
@@ -284,8 +292,10 @@ class MegatronReader : public StepReader {
                       std::to_string(kMostExperts - 1));
         if (expert.as_integer() < 0) continue;
         layer.choose(static_cast<int>(expert.as_integer()));
+        chosen_.push_back(expert.as_integer());
         routed = true;
       }
+      if (options_.pairs > 0) layer.pairs.add(chosen_);
       *layer.tokens += routed;
     }
   }
@@ -311,6 +321,7 @@ class MegatronReader : public StepReader {
   const ImportOptions& options_;
   ImportNotes& notes_;
   JsonParser parser_;
+  std::vector<std::int64_t> chosen_;  // by one token
   std::int64_t step_ = 0;
   bool more_ = false;
 };

@@ -1,12 +1,15 @@
 // What a reader of a dump hands on: one step after another, each layer with its sums.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <map>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -27,6 +30,35 @@ inline std::int64_t added(std::int64_t a, std::int64_t b) {
   return __builtin_add_overflow(a, b, &sum) ? std::numeric_limits<std::int64_t>::max() : sum;
 }
 
+/// How many tokens chose both of two experts. Where a token's experts are known and ImportOptions::pairs asks for it.
+class PairCounts {
+ public:
+  /// The experts of one token, each once; -1 = a slot that was not routed.
+  void add(std::span<const std::int64_t> experts) {
+    for (std::size_t i = 0; i < experts.size(); ++i) {
+      for (std::size_t j = 0; j < i; ++j) {
+        if (experts[i] >= 0 && experts[j] >= 0) ++tokens_[key(experts[i], experts[j])];
+      }
+    }
+  }
+  PairCounts& operator+=(const PairCounts& other) {
+    for (const auto& [pair, tokens] : other.tokens_) tokens_[pair] += tokens;
+    return *this;
+  }
+  template <typename Visit>
+  void each(Visit visit) const {
+    for (const auto& [pair, tokens] : tokens_)
+      visit(static_cast<int>(pair >> 32), static_cast<int>(pair & 0xffffffff), tokens);
+  }
+  friend bool operator==(const PairCounts&, const PairCounts&) = default;
+
+ private:
+  static std::uint64_t key(std::int64_t a, std::int64_t b) {
+    return static_cast<std::uint64_t>(std::min(a, b)) << 32 | static_cast<std::uint64_t>(std::max(a, b));
+  }
+  std::unordered_map<std::uint64_t, std::int64_t> tokens_;
+};
+
 /// The sums of one layer in one step. Arrays grow with the largest expert that was seen.
 struct ImportedLayer {
   int top_k = 0;
@@ -39,6 +71,7 @@ struct ImportedLayer {
   std::vector<double> prob_sum, sqrt_prob_sum;
   double token_entropy_sum = 0;
   std::optional<double> gap_sum;
+  PairCounts pairs;
 
   /// Counts one choice; grows the arrays.
   void choose(int expert) {

@@ -409,14 +409,12 @@ RoutingStats read_stats(const Line& line, const LogGroup& header, std::optional<
     stats.set_scalar(RoutingStats::kDropped, line.integer("dropped", *dropped, 0, stats.assignments()));
     stats.set_scalar(RoutingStats::kDropTokens, tokens);
   }
-  const auto read_loss = [&](const char* name, RoutingStats::Scalar sum, RoutingStats::Scalar records) {
-    const auto loss = line.find(name);
-    if (!loss || loss->is_null()) return;
-    stats.set_scalar(sum, line.fixed(name, *loss));
+  for (const auto& [name, sum, records] : RoutingStats::recorded_values()) {
+    const auto value = line.find(name);
+    if (!value || value->is_null()) continue;
+    stats.set_scalar(sum, line.fixed(std::string(name), *value));
     stats.set_scalar(records, 1);
-  };
-  read_loss("balance_loss", RoutingStats::kBalanceLossSum, RoutingStats::kBalanceLossRecords);
-  read_loss("z_loss", RoutingStats::kZLossSum, RoutingStats::kZLossRecords);
+  }
   if (gradients) {
     line.fixed("grad_norm", *gradients, stats.mutable_array(RoutingStats::kGradNormSum));
     stats.set_scalar(RoutingStats::kGradRecords, 1);

@@ -353,12 +353,14 @@ struct RunLogWriter::File {
   Json json;
   std::optional<std::int64_t> shift;
   std::int64_t piece = 1;
-  std::int64_t written = 0, header_size = 0;  // bytes of this piece before compression
+  std::int64_t written = 0, header_size = 0;                 // bytes of this piece before compression
+  std::vector<std::pair<std::int64_t, std::int64_t>> order;  // of experts: count, number
 
   void record(const StepReport& report, const LayerReport& layer, std::string_view tag);
   void model_record(const StepReport& report, std::string_view tag);
   void info(const StepReport& report, std::string_view tag);
   void sums(const RoutingStats& stats);
+  void extremes(std::span<const std::int64_t> counts);
   void margins(const RoutingStats& stats);
   void means(std::span<const std::int64_t> sums, std::span<const std::int64_t> tokens);
   void metrics(const LayerReport& layer);
@@ -496,6 +498,7 @@ void RunLogWriter::File::sums(const RoutingStats& stats) {
   const bool valid = stats.valid();
   json.field("tokens", valid ? stats.tokens() : 0);
   json.field("top_k", std::int64_t{stats.top_k()});
+  if (config.log.extremes > 0 && valid && stats.assignments() > 0) extremes(stats.counts());
   if (!config.log.per_expert || !valid) return;
   const auto whole = [&](std::string_view name, S::Array which) {
     json.key(name);
@@ -526,8 +529,9 @@ void RunLogWriter::File::sums(const RoutingStats& stats) {
   }
   if (stats.has_margins()) margins(stats);
   if (stats.dropped()) json.field("dropped", stats.scalar(S::kDropped));
-  if (const auto loss = stats.balance_loss()) json.field("balance_loss", *loss);
-  if (const auto loss = stats.z_loss()) json.field("z_loss", *loss);
+  for (const auto& [name, sum, records] : S::recorded_values()) {
+    if (const auto value = stats.mean_of(sum, records)) json.field(name, *value);
+  }
   if (const auto n = stats.scalar(S::kGradRecords); n > 0)
     fixed("grad_norm", S::kGradNormSum, 1.0 / static_cast<double>(n));
   if (const auto n = stats.scalar(S::kLatencyRecords); n > 0)
@@ -554,6 +558,30 @@ void RunLogWriter::File::sums(const RoutingStats& stats) {
           stats.array(S::kDomainLossTokens).subspan(d * n, n));
   }
   json.raw('}');
+}
+
+/// The most and the least loaded experts, as [number, count]; of equal counts the lower number first.
+void RunLogWriter::File::extremes(std::span<const std::int64_t> counts) {
+  order.resize(counts.size());
+  for (std::size_t i = 0; i < counts.size(); ++i) order[i] = {counts[i], static_cast<std::int64_t>(i)};
+  const auto shown = std::min(static_cast<std::size_t>(config.log.extremes), order.size());
+  const auto write = [&](std::string_view name, auto before) {
+    std::partial_sort(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(shown), order.end(), before);
+    json.key(name);
+    json.raw('[');
+    for (std::size_t r = 0; r < shown; ++r) {
+      json.raw(r ? ",[" : "[");
+      json.value(order[r].second);
+      json.raw(',');
+      json.value(order[r].first);
+      json.raw(']');
+    }
+    json.raw(']');
+  };
+  write("most_loaded", [](const auto& a, const auto& b) {
+    return a.first != b.first ? a.first > b.first : a.second < b.second;
+  });
+  write("least_loaded", std::less<>());
 }
 
 /// For each expert the number of its first bin that holds a token, then the counts from there to the last

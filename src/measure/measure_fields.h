@@ -19,6 +19,8 @@ inline constexpr auto kFieldsOf<MetricsOptions> = std::tuple{
           {.low = 0, .high = 1},
           "mean loads",
           "Load below which an expert counts as cold."},
+    Field{"details", &MetricsOptions::details, kRanks,
+          "Percentiles of the load, and the churn that the next biases make: they sort."},
     Field{"placement", &MetricsOptions::placement, kRanks, at_least(0),
           "Device of each expert, numbered from 0; without it each expert has a device of its own."},
 };

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -39,6 +40,16 @@ constexpr MetricField kFields[] = {
     {"predicted_drop_rate", "", "sum max(0, c - ceil(capacity_factor S/N)) / S",
      &Metrics::predicted_drop_rate},
     {"straggler_slowdown", "", "max device load / mean device load", &Metrics::straggler_slowdown},
+    {"balancedness", "", "mean device load / max device load", &Metrics::balancedness},
+    {"minority_share", "", "N min p; with targets min c / (w S)", &Metrics::minority_share},
+    {"sequence_cv", "", "sqrt(N sum_ij c_ji^2 / sum_j n_j^2 - 1), c_ji and n_j of sequence j",
+     &Metrics::sequence_cv},
+    {"load_p5", "mean loads", "5th percentile over experts of N p; with targets of c / (w S)",
+     &Metrics::load_p5},
+    {"load_p25", "mean loads", "25th percentile over experts, likewise", &Metrics::load_p25},
+    {"load_p50", "mean loads", "median over experts, likewise", &Metrics::load_p50},
+    {"load_p75", "mean loads", "75th percentile over experts, likewise", &Metrics::load_p75},
+    {"load_p95", "mean loads", "95th percentile over experts, likewise", &Metrics::load_p95},
     {"noise_floor_cv", "",
      "sqrt((N/k - 1) / T); with targets sqrt(mean(1/(k w) - 1) / T); where tokens choose k_t experts, k = "
      "sum "
@@ -59,6 +70,18 @@ constexpr MetricField kFields[] = {
     {"balance_loss", "", "N Σ f_i P_i as the router reports it, mean over micro-batches",
      &Metrics::balance_loss},
     {"z_loss", "", "mean (logsumexp z)² as the router reports it, mean over micro-batches", &Metrics::z_loss},
+    {"router_similarity", "",
+     "mean |cos| between the router's weights of two experts, as the host reports it",
+     &Metrics::router_similarity},
+    {"router_condition", "",
+     "largest / smallest singular value of the router's weights, as the host reports it",
+     &Metrics::router_condition},
+    {"expert_output_norm", "", "mean norm of an expert's output, as the host reports it",
+     &Metrics::expert_output_norm},
+    {"gradient_ratio", "", "gradient norm of the balance loss / of the task's loss, as the host reports it",
+     &Metrics::gradient_ratio},
+    {"churn", "", "share of tokens whose top-k changes under the next biases: an estimate from sampled gaps",
+     &Metrics::churn},
     {"importance_cv", "", "CV of sum_t p_ti", &Metrics::importance_cv},
     {"routing_variance", "", "mean_i var_t p_i over the trend window", &Metrics::routing_variance},
     {"fsi", "rad", "4 asin sqrt(B/2), B = sum (sqrt(p) - sqrt(1/N))^2 / 2", &Metrics::fsi},
@@ -210,7 +233,7 @@ Measurer::Measurer(const StatsShape& shape, MetricsOptions options)
   sorted_.resize(static_cast<std::size_t>(shape.experts));
   histogram_.resize(kBinsPerExpert * sorted_.size());
   swap_.resize(sorted_.size());
-  if (shape.needs.probabilities || shape.needs.gradients || shape.needs.latencies) {
+  if (shape.needs.probabilities || shape.needs.gradients || shape.needs.latencies || options_.details) {
     mean_.resize(sorted_.size());
     mean_root_.resize(sorted_.size());
   }
@@ -242,8 +265,14 @@ void Measurer::measure(const RoutingStats& stats, Metrics& out) {
   measure_load(counts, t.min, t.max, t.sum, stats.mean_choices(), out);
   if (!targets_.equal()) measure_against_targets(counts, t.sum, out);
   if (const auto dropped = stats.dropped()) out.drop_rate = *dropped / static_cast<double>(t.sum);
+  using S = RoutingStats;
   out.balance_loss = stats.balance_loss();
   out.z_loss = stats.z_loss();
+  out.router_similarity = stats.mean_of(S::kRouterSimilaritySum, S::kRouterSimilarityRecords);
+  out.router_condition = stats.mean_of(S::kRouterConditionSum, S::kRouterConditionRecords);
+  out.expert_output_norm = stats.mean_of(S::kExpertOutputNormSum, S::kExpertOutputNormRecords);
+  out.gradient_ratio = stats.mean_of(S::kGradientRatioSum, S::kGradientRatioRecords);
+  if (options_.details) measure_details(counts, t.sum, out);
   measure_floors(stats, t.sum, out);
   measure_router(stats, out);
   measure_experts(stats, out);
@@ -282,6 +311,8 @@ void Measurer::measure_load(std::span<const std::int64_t> counts, std::int64_t m
   out.cold_experts = sums.cold;
   out.predicted_drop_rate = static_cast<double>(predicted_drops(counts, t, options_.capacity_factor)) / s;
   out.straggler_slowdown = straggler(counts, max, sum);
+  out.balancedness = 1 / *out.straggler_slowdown;
+  out.minority_share = static_cast<double>(min) / mean;
 
   // With √p = √q / √N: B = ½ Σ (√q - 1)² / N; hard choices of equal weight give W = 1 - √k Σ p^1.5. If tokens choose
   // different numbers, k is their mean S/T: an expert has at most one assignment of each token, so p ≤ T/S and W ≥ 0,
@@ -294,13 +325,14 @@ void Measurer::measure_load(std::span<const std::int64_t> counts, std::int64_t m
 
 void Measurer::measure_against_targets(std::span<const std::int64_t> counts, std::int64_t sum, Metrics& out) {
   const auto s = static_cast<double>(sum);
-  double largest = 0, squares = 0, roots = 0;
+  double largest = 0, smallest = std::numeric_limits<double>::infinity(), squares = 0, roots = 0;
   std::int64_t hot = 0, cold = 0;
   for (std::size_t i = 0; i < counts.size(); ++i) {
     const auto c = static_cast<double>(counts[i]);
     const double wanted = targets_.load(i, s), relative = targets_.relative(i, c, s);
     const double root = std::sqrt(c / s) - std::sqrt(wanted / s);
     largest = std::max(largest, relative);
+    if (targets_.is_wanted(i)) smallest = std::min(smallest, relative);
     squares += (relative - 1) * (relative - 1);
     roots += root * root;
     hot += c > options_.capacity_factor * wanted ? 1 : 0;
@@ -309,6 +341,7 @@ void Measurer::measure_against_targets(std::span<const std::int64_t> counts, std
   out.load_cv = std::sqrt(squares / targets_.wanted());
   out.max_to_mean = largest;
   out.max_vio = largest - 1;
+  out.minority_share = smallest;
   out.hot_experts = static_cast<double>(hot);
   out.cold_experts = static_cast<double>(cold);
   target_displacement_ = roots / 2;
@@ -405,6 +438,13 @@ void Measurer::measure_floors(const RoutingStats& stats, std::int64_t sum, Metri
     out.sampling_floor_cv = sampling_floor(stats, sum);
     if (has_max_vio) out.sampling_floor_max_vio = max_vio(*out.sampling_floor_cv);
   }
+  if (stats.has_sequences() && stats.scalar(RoutingStats::kSequenceLenSq) > 0) {
+    double squares_of_sequences = 0;
+    for (const std::int64_t square : stats.array(RoutingStats::kSequenceSq))
+      squares_of_sequences += static_cast<double>(square);
+    const auto length_sq = static_cast<double>(stats.scalar(RoutingStats::kSequenceLenSq));
+    out.sequence_cv = std::sqrt(std::max(0.0, shape_.experts * squares_of_sequences / length_sq - 1));
+  }
   if (const auto excess = signed_excess_cv_sq(out)) out.excess_cv = std::sqrt(std::max(0.0, *excess));
   const auto floor = floor_of(out).cv;
   if (out.fhs && floor) {
@@ -487,11 +527,13 @@ Metrics metrics_on_target(const StatsShape& shape, const MetricsOptions& options
   out.min_load = loads.front();
   out.max_to_mean = 1;
   out.max_vio = 0;
+  out.minority_share = 1;
   out.gini = targets.equal() ? 0 : ranked / n;
   out.inactive_experts = n - targets.wanted();
   out.inactive_fraction = *out.inactive_experts / n;
   out.straggler_slowdown =
       *std::max_element(devices.begin(), devices.end()) * static_cast<double>(devices.size());
+  out.balancedness = 1 / *out.straggler_slowdown;
   return out;
 }
 

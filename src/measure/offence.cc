@@ -92,6 +92,14 @@ constexpr auto kScalarNames = std::to_array<const char*>({"tokens",
                                                           "balance_loss_records",
                                                           "z_loss",
                                                           "z_loss_records",
+                                                          "router_similarity",
+                                                          "router_similarity_records",
+                                                          "router_condition",
+                                                          "router_condition_records",
+                                                          "expert_output_norm",
+                                                          "expert_output_norm_records",
+                                                          "gradient_ratio",
+                                                          "gradient_ratio_records",
                                                           "margin_tokens"});
 static_assert(kScalarNames.size() == RoutingStats::kScalarCount);
 constexpr auto kArrayNames =

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "base/fast_log.h"
+#include "base/printable.h"
 #include "measure/offence.h"
 
 namespace moectl {
@@ -595,6 +596,30 @@ void RoutingStats::gather_router_losses(const RoutingBatch& batch) {
   };
   gather(batch.balance_loss, kBalanceLossSum, kBalanceLossRecords);
   gather(batch.z_loss, kZLossSum, kZLossRecords);
+}
+
+std::span<const RoutingStats::RecordedValue> RoutingStats::recorded_values() {
+  static constexpr RecordedValue kValues[] = {
+      {"balance_loss", kBalanceLossSum, kBalanceLossRecords},
+      {"z_loss", kZLossSum, kZLossRecords},
+      {"router_similarity", kRouterSimilaritySum, kRouterSimilarityRecords},
+      {"router_condition", kRouterConditionSum, kRouterConditionRecords},
+      {"expert_output_norm", kExpertOutputNormSum, kExpertOutputNormRecords},
+      {"gradient_ratio", kGradientRatioSum, kGradientRatioRecords},
+  };
+  return kValues;
+}
+
+bool RoutingStats::add_value(std::string_view name, double value) {
+  const auto values = recorded_values();
+  const auto it = std::ranges::find(values, name, &RecordedValue::name);
+  if (it == values.end())
+    throw std::invalid_argument("value: " + shown_briefly(name) + ": must be one of recorded_values()");
+  if (!(value >= 0)) return false;
+  std::fill(delta_.begin(), delta_.end(), 0);
+  delta_[it->sum] = to_fixed(std::min(value, kFixedMax));
+  delta_[it->records] = 1;
+  return commit();
 }
 
 std::optional<double> RoutingStats::mean_of(Scalar sum, Scalar records) const {

@@ -161,8 +161,10 @@ void add_run(const Totals& all, Families& out) {
   out.add({}, all.log_faults);
 }
 
-void add_metrics(const Totals& all, Families& out) {
+void add_metrics(const Totals& all, const PrometheusOptions& options, Families& out) {
   for (const MetricField& field : metric_fields()) {
+    if (!options.metrics.empty() && std::ranges::find(options.metrics, field.name) == options.metrics.end())
+      continue;
     const auto [name, factor] = base_units(field);
     out.gauge(name, std::string(field.formula) + ", of the last step.");
     for (const auto& [layer, state] : all.layers) {
@@ -173,7 +175,36 @@ void add_metrics(const Totals& all, Families& out) {
   }
 }
 
-void add_loads(const Totals& all, Families& out) {
+/// The most and the least loaded experts of each layer.
+void add_extremes(const Totals& all, std::size_t most, Families& out) {
+  std::vector<std::pair<double, std::size_t>> order;
+  const auto each = [&](auto value_of) {
+    for (const auto& [layer, state] : all.layers) {
+      order.clear();
+      for (std::size_t i = 0; i < state.loads.size(); ++i) order.emplace_back(state.loads[i], i);
+      const std::size_t shown = std::min(most, order.size());
+      const auto middle = order.begin() + static_cast<std::ptrdiff_t>(shown);
+      for (const char* const end : {"most", "least"}) {
+        // Of equal loads, the lower number first.
+        const double sign = end == std::string_view("most") ? -1 : 1;
+        std::partial_sort(order.begin(), middle, order.end(), [sign](const auto& a, const auto& b) {
+          return std::pair(sign * a.first, a.second) < std::pair(sign * b.first, b.second);
+        });
+        for (std::size_t r = 0; r < shown; ++r) {
+          out.add({{"layer", label_of(layer)}, {"end", end}, {"rank", std::to_string(r + 1)}},
+                  value_of(order[r]));
+        }
+      }
+    }
+  };
+  out.gauge("moectl_load_extreme_ratio",
+            "Load of the most and the least loaded experts over their target loads, in the last step.");
+  each([](const auto& entry) { return entry.first; });
+  out.gauge("moectl_load_extreme_expert", "The number of that expert.");
+  each([](const auto& entry) { return static_cast<double>(entry.second); });
+}
+
+void add_loads(const Totals& all, const PrometheusOptions& options, Families& out) {
   out.counter("moectl_tokens_total", "Tokens routed.");
   for (const auto& [layer, state] : all.layers) {
     if (!state.assigned.empty()) out.add({{"layer", label_of(layer)}}, state.tokens);
@@ -182,6 +213,10 @@ void add_loads(const Totals& all, Families& out) {
               "Choices of an expert that were dropped, where the router says.");
   for (const auto& [layer, state] : all.layers) {
     if (state.reports_drops) out.add({{"layer", label_of(layer)}}, state.dropped);
+  }
+  if (options.extremes >= 0) {
+    add_extremes(all, static_cast<std::size_t>(options.extremes), out);
+    return;
   }
   const auto each_expert = [&](const auto LayerState::*values) {
     for (const auto& [layer, state] : all.layers) {
@@ -198,12 +233,12 @@ void add_loads(const Totals& all, Families& out) {
   each_expert(&LayerState::loads);
 }
 
-void add_actuators(const Totals& all, Families& out) {
+void add_actuators(const Totals& all, const PrometheusOptions& options, Families& out) {
   constexpr auto kBias = static_cast<std::size_t>(Actuator::kExpertBias);
   out.gauge("moectl_expert_bias", "Selection bias of the expert, in units of its score.");
   for (const auto& [layer, state] : all.layers) {
     const auto& applied = state.actuators[kBias].applied;
-    for (std::size_t i = 0; i < applied.size(); ++i) {
+    for (std::size_t i = 0; i < applied.size() && options.extremes < 0; ++i) {
       out.add({{"layer", label_of(layer)}, {"expert", std::to_string(i)}}, applied[i]);
     }
   }
@@ -290,12 +325,12 @@ void add_notices(const Totals& all, Families& out) {
   }
 }
 
-std::vector<MetricFamily> families_of(const Totals& all) {
+std::vector<MetricFamily> families_of(const Totals& all, const PrometheusOptions& options) {
   Families out;
   add_run(all, out);
-  add_metrics(all, out);
-  add_loads(all, out);
-  add_actuators(all, out);
+  add_metrics(all, options, out);
+  add_loads(all, options, out);
+  add_actuators(all, options, out);
   add_health(all, out);
   add_responsiveness(all, out);
   add_notices(all, out);
@@ -330,11 +365,20 @@ const std::vector<std::string> kServer = {"num_threads", "32", "request_timeout_
 
 class PrometheusFeed::State : public prometheus::Collectable {
  public:
+  explicit State(PrometheusOptions options) : options_(std::move(options)) {
+    for (const std::string& name : options_.metrics) {
+      if (!find_metric(name))
+        throw std::invalid_argument("metrics: " + shown_briefly(name) + ": must be a metric");
+    }
+    if (options_.extremes < -1)
+      throw std::invalid_argument("extremes: " + std::to_string(options_.extremes) + ": must be at least -1");
+  }
+
   std::vector<MetricFamily> Collect() const override {
     std::unique_lock lock(mutex_);
     const Totals copy = totals_;
     lock.unlock();
-    return families_of(copy);
+    return families_of(copy, options_);
   }
 
   void add(const StepReport& report) {
@@ -367,16 +411,18 @@ class PrometheusFeed::State : public prometheus::Collectable {
     totals_.layers[sample.layer].add(sample);
   }
 
+  const PrometheusOptions options_;
   mutable std::mutex mutex_;
   Totals totals_;
   std::vector<std::string_view> alerts_;  // scratch space of add()
 };
 
-PrometheusFeed::PrometheusFeed(const std::string& address) : state_(std::make_shared<State>()) {
-  std::vector<std::string> options = {"listening_ports", checked_address(address)};
-  options.insert(options.end(), kServer.begin(), kServer.end());
+PrometheusFeed::PrometheusFeed(const std::string& address, PrometheusOptions options)
+    : state_(std::make_shared<State>(std::move(options))) {
+  std::vector<std::string> server = {"listening_ports", checked_address(address)};
+  server.insert(server.end(), kServer.begin(), kServer.end());
   try {
-    exposer_ = std::make_unique<prometheus::Exposer>(options);
+    exposer_ = std::make_unique<prometheus::Exposer>(server);
   } catch (const std::exception& e) {
     throw std::runtime_error(address + ": cannot be listened at (in use?): " + e.what());
   }

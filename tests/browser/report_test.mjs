@@ -344,3 +344,31 @@ test('loads are shown over unequal targets', async () => {
   assert.deepEqual(complaints, []);
   await page.close();
 });
+
+test('every metric that has a value stands in a table', async () => {
+  const [page, complaints] = await open();
+  await page.click('#metrics-section > summary');
+  const row = page.locator('#metrics tr[data-metric="load_p50"]').first();
+  assert.match(await row.innerText(), /^load_p50\s+[\d.]+\s+[\d.]+ \(\d\)\s+[\d.]+ \(\d\)\s+mean loads/);
+  assert.equal(await page.locator('#metrics tr[data-metric="z_loss"]').count(), 0, 'what nobody reported is not there');
+  assert.deepEqual(complaints, []);
+  if (process.env.SCREENSHOTS) await page.screenshot({path: join(process.env.SCREENSHOTS, 'metrics.png'), fullPage: true});
+  await page.close();
+});
+
+test('the picture of a placement shows whole bars and their numbers', async () => {
+  execFileSync(tool, ['placement', 'trace.jsonl', '--devices', '2', '--slots', '6', '--svg', 'placement.svg'], {cwd: dir});
+  for (const colorScheme of ['light', 'dark']) {
+    const [page, complaints] = await open({viewport: {width: 1000, height: 560}, colorScheme}, 'placement.svg');
+    const outside = await page.evaluate(() => {
+      const view = document.documentElement.viewBox.baseVal;
+      return [...document.querySelectorAll('rect, text')].map((e) => e.getBBox())
+          .filter((b) => b.x < 0 || b.y < 0 || b.x + b.width > view.width || b.y + b.height > view.height).length;
+    });
+    assert.equal(outside, 0, 'nothing lies outside');
+    assert.equal(await page.locator('rect > title').count(), 20, 'two layers: four copies today, six as planned');
+    assert.deepEqual(complaints, []);
+    if (process.env.SCREENSHOTS) await page.screenshot({path: join(process.env.SCREENSHOTS, `placement-${colorScheme}.png`), fullPage: true});
+    await page.close();
+  }
+});

@@ -3,11 +3,16 @@
 
 #include <algorithm>
 #include <cctype>
+#include <cmath>
+#include <cstdlib>
 #include <filesystem>
+#include <map>
+#include <optional>
 #include <regex>
 
 #include "moectl/health.h"
 #include "moectl/limits.h"
+#include "moectl/metrics.h"
 #include "tool.h"
 
 namespace moectl {
@@ -130,6 +135,88 @@ TEST(Docs, EveryReasonAndHealthStateIsExplained) {
   for (int h = 0; h < kHealthCount; ++h) {
     EXPECT_THAT(formats, HasSubstr('`' + std::string(name_of(static_cast<Health>(h))) + '`'));
   }
+}
+
+/// Rows of the tables of docs/metrics.md, by the metric's name: cells without spaces around them.
+std::map<std::string, std::vector<std::string>> metric_rows() {
+  std::map<std::string, std::vector<std::string>> rows;
+  std::istringstream lines(page("docs/metrics.md"));
+  for (std::string line; std::getline(lines, line);) {
+    if (line.rfind("| `", 0) != 0) continue;
+    std::vector<std::string> cells;
+    std::istringstream parts(line.substr(1));
+    for (std::string cell; std::getline(parts, cell, '|');) {
+      const std::size_t from = cell.find_first_not_of(' '), to = cell.find_last_not_of(' ');
+      cells.push_back(from == std::string::npos ? "" : cell.substr(from, to + 1 - from));
+    }
+    if (cells.size() != 5) continue;
+    EXPECT_TRUE(rows.try_emplace(cells[0].substr(1, cells[0].size() - 2), cells).second) << cells[0];
+  }
+  return rows;
+}
+
+/// The number at the end of "1.75/2 = 0.875", and half a unit of its last digit.
+std::optional<std::pair<double, double>> last_number(const std::string& cell) {
+  const std::size_t space = cell.rfind(' ');
+  const std::string word = space == std::string::npos ? cell : cell.substr(space + 1);
+  char* end = nullptr;
+  const double value = std::strtod(word.c_str(), &end);
+  if (word.empty() || *end != '\0') return std::nullopt;
+  const std::size_t point = word.find('.');
+  const double digits = point == std::string::npos ? 0 : static_cast<double>(word.size() - point - 1);
+  return std::pair{value, point == std::string::npos ? 1e-6 : 0.501 * std::pow(10, -digits)};
+}
+
+TEST(Docs, EveryMetricStandsOnItsPageWithItsUnitAndItsValueByHand) {
+  const auto rows = metric_rows();
+  const std::string text = page("docs/metrics.md"), begin = "```json\n";
+  const std::size_t from = text.find(begin) + begin.size();
+  const TempDir dir;
+  const ToolResult result = run_tool(dir, "metrics -", text.substr(from, text.find("```", from) - from));
+  ASSERT_EQ(result.code, 0) << result.err;
+  ASSERT_EQ(result.lines().size(), 2U);
+  const nlohmann::json values = result.json(1)["metrics"];
+  // 60 steps in which two loads take turns.
+  std::string turns;
+  for (int step = 0; step < 60; ++step) {
+    turns += nlohmann::json({{"step", step},
+                             {"layer", 0},
+                             {"tokens", 16},
+                             {"top_k", 1},
+                             {"counts", step % 2 ? std::vector<int>{6, 10} : std::vector<int>{10, 6}}})
+                 .dump() +
+             '\n';
+  }
+  const ToolResult alternating = run_tool(dir, "metrics -", turns);
+  ASSERT_EQ(alternating.lines().size(), 60U);
+  const nlohmann::json time = alternating.json(59)["metrics"];
+  int compared = 0;
+  for (const MetricField& field : metric_fields()) {
+    const std::string name(field.name);
+    const auto row = rows.find(name);
+    ASSERT_NE(row, rows.end()) << name << " is not on docs/metrics.md";
+    EXPECT_EQ(row->second[1], field.unit) << name;
+    EXPECT_GT(row->second[2].size(), 5U) << name;
+    const std::string& by_hand = row->second[4];
+    if (by_hand == "absent") {
+      EXPECT_TRUE(values[name].is_null()) << name << ' ' << values[name];
+    } else if (by_hand.rfind("near ", 0) == 0) {
+      EXPECT_NEAR(time[name].get<double>(), std::stod(by_hand.substr(5)), 0.15) << name;
+    } else if (by_hand == "below 1") {
+      EXPECT_LT(time[name].get<double>(), 1) << name;
+    } else {
+      const auto number = last_number(by_hand);
+      ASSERT_TRUE(number) << name << ": " << by_hand;
+      ASSERT_TRUE(values[name].is_number()) << name;
+      EXPECT_NEAR(values[name].get<double>(), number->first, number->second) << name;
+    }
+    ++compared;
+  }
+  EXPECT_EQ(static_cast<std::size_t>(compared), rows.size()) << "the page has a metric that is none";
+  for (const ExpertField& field : expert_fields())
+    EXPECT_THAT(text, HasSubstr('`' + std::string(field.name) + '`'));
+  for (const DomainField& field : domain_fields())
+    EXPECT_THAT(text, HasSubstr('`' + std::string(field.name) + '`'));
 }
 
 TEST(Docs, EveryPublicHeaderStandsOnTheApiPageAndInTheArchitecture) {

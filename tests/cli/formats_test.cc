@@ -205,8 +205,9 @@ TEST(Formats, TheWriterWritesWhatThePageSaysAndNothingElse) {
 // Fields are the first words that the functions of src/log are called with.
 TEST(Formats, EveryFieldThatTheSourcesNameStandsOnThePage) {
   std::set<std::string> documented;
-  for (const char* heading : {kFirstLine, kRecord, kForeign, kRunFirstLine, kRunRecord, "A notice",
-                              "The response of the load", "An actuator", "The guard"}) {
+  for (const char* heading :
+       {kFirstLine, kRecord, kForeign, kRunFirstLine, kRunRecord, "A notice", "The response of the load",
+        "An actuator", "The guard", "The most and the least loaded"}) {
     for (const Row& row : table(heading)) documented.insert(row.field);
   }
   documented.insert({"guard", "update_frequency", "model", "targets"});  // described in the text

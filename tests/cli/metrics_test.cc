@@ -45,6 +45,66 @@ TEST(MetricsCommand, PrintsEveryMetricOfEveryRecord) {
   EXPECT_EQ(result.json(2)["metrics"]["load_cv"], 0.0);
 }
 
+TEST(MetricsCommand, LoadsOfSingleExpertsWithinALayerAndOverLayers) {
+  const std::string trace =
+      R"({"step":0,"layer":0,"tokens":8,"top_k":2,"counts":[5,1,1,1]})"
+      "\n"
+      R"({"step":1,"layer":0,"tokens":4,"top_k":2,"counts":[3,3,1,1]})"
+      "\n"
+      R"({"step":1,"layer":1,"tokens":4,"top_k":2,"counts":[2,2,2,2]})"
+      "\n"
+      R"({"step":1,"layer":1,"tokens":4,"top_k":2,"counts":[8,0,0,0],"tag":"validation"})"
+      "\n";
+  const TempDir dir;
+  dir.write("t.jsonl", trace);
+  const ToolResult result = run_tool(dir, "metrics t.jsonl --loads --extremes 1 --format json");
+  ASSERT_EQ(result.code, 0) << result.err;
+  ASSERT_EQ(result.lines().size(), 3U);
+  const auto layer = result.json(0);  // 8, 4, 2, 2 of 16
+  EXPECT_EQ(layer["layer"], 0);
+  EXPECT_DOUBLE_EQ(layer["p50"].get<double>(), 0.75);
+  EXPECT_DOUBLE_EQ(layer["p95"].get<double>(), 1.85);
+  EXPECT_EQ(layer["most"], nlohmann::json::parse("[[0,2.0]]"));
+  EXPECT_EQ(layer["least"], nlohmann::json::parse("[[2,0.5]]"));
+  const auto all = result.json(2);  // ½, ½, 1, 1, 1, 1, 1, 2
+  EXPECT_EQ(all["layer"], "all");
+  EXPECT_DOUBLE_EQ(all["p5"].get<double>(), 0.5);
+  EXPECT_DOUBLE_EQ(all["p25"].get<double>(), 0.875);
+  EXPECT_DOUBLE_EQ(all["p50"].get<double>(), 1);
+  EXPECT_THAT(run_tool(dir, "metrics t.jsonl --loads --format table").out, HasSubstr("e0 x2"));
+  EXPECT_EQ(run_tool(dir, "metrics t.jsonl --loads --format csv").lines().size(), 4U);
+}
+
+TEST(MetricsCommand, ChurnOfALogIsThatOfTheController) {
+  const TempDir dir;
+  const std::string simulate =
+      "simulate " MOECTL_SOURCE_DIR "/policies/adaptive_bias.yaml --steps 30 --format json";
+  ASSERT_EQ(run_tool(dir, simulate + " --set metrics.details=true -o run.jsonl").code, 0);
+  std::istringstream lines(TempDir::read(dir.path("run.jsonl")));
+  const ToolResult tool = run_tool(dir, "metrics run.jsonl");
+  std::string line;
+  std::getline(lines, line);  // the config
+  std::map<std::string, int> seen;
+  double first = 0, last = 0;
+  for (std::size_t i = 0; std::getline(lines, line);) {
+    const auto record = nlohmann::json::parse(line);
+    if (record["layer"].is_null()) continue;
+    const auto &logged = record["metrics"], found = tool.json(i++)["metrics"];
+    EXPECT_EQ(logged["load_p95"], found["load_p95"]);
+    if (record["step"] < 2) continue;  // gaps are near from the second step on
+    ASSERT_TRUE(logged["churn"].is_number()) << line;
+    EXPECT_NEAR(logged["churn"].get<double>(), found["churn"].get<double>(), 1e-12);
+    ++seen["records"];
+    (record["step"] < 5 ? first : last) = logged["churn"];
+  }
+  EXPECT_GT(seen["records"], 25);
+  EXPECT_GT(first, 2 * last) << "the biases come to rest";
+  // Without details a step sorts nothing.
+  ASSERT_EQ(run_tool(dir, simulate + " -o plain.jsonl").code, 0);
+  EXPECT_THAT(TempDir::read(dir.path("plain.jsonl")), HasSubstr("\"churn\":null"));
+  EXPECT_THAT(TempDir::read(dir.path("plain.jsonl")), HasSubstr("\"load_p50\":null"));
+}
+
 TEST(MetricsCommand, CsvAndTableHaveOneColumnAMetric) {
   const TempDir dir;
   dir.write("t.jsonl", kTrace);

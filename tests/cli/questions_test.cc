@@ -283,6 +283,99 @@ TEST(PlacementCommand, MaxMovesAndWrongOptions) {
               HasSubstr("no record tagged 'train'"));
 }
 
+TEST(PlacementCommand, DrawsWhatEachDeviceCarries) {
+  const TempDir dir;
+  const std::string text = steady(1, 5) + steady(1, 6);
+  const ToolResult result =
+      run_tool(dir, "placement - --devices 4 --slots 20 --format json --svg p.svg", steady(1, 5));
+  ASSERT_EQ(result.code, 0) << result.err;
+  const json plan = json::parse(result.out);
+  const std::string svg = TempDir::read(dir.path("p.svg"));
+  EXPECT_THAT(svg, HasSubstr("layer 3, today: balancedness"));
+  char planned[64];
+  std::snprintf(planned, sizeof planned, "planned: balancedness %.3f", plan["planned"].get<double>());
+  EXPECT_THAT(svg, HasSubstr(planned));
+  // 16 copies today, 20 as planned; the bars of each add up to four mean device loads.
+  const auto count = [&](const std::string& what) {
+    std::size_t n = 0;
+    for (std::size_t at = svg.find(what); at != std::string::npos; at = svg.find(what, at + 1)) ++n;
+    return n;
+  };
+  EXPECT_EQ(count("<title>device"), 36U);
+  EXPECT_EQ(count("moves here</title>"), plan["moves"].get<std::size_t>());
+  double sum = 0;
+  for (std::size_t at = svg.find("<title>device"); at != std::string::npos;
+       at = svg.find("<title>device", at + 1))
+    sum += std::stod(svg.substr(svg.find(": ", at) + 2));
+  EXPECT_NEAR(sum, 8, 0.05);
+  EXPECT_EQ(run_tool(dir, "placement - --devices 4 --svg none/p.svg", text).code, 1);
+}
+
+// ---- simulate --like ----
+
+// Routers of known options, without and under control, are fitted back from their logs: the spread within a quarter, the
+// preference within a third; the coherence and the clusters lie in their stated ranges.
+TEST(SimulateLike, FindsTheOptionsOfASimulatedTrace) {
+  struct Case {
+    double spread, coherence;
+    bool controlled;
+  };
+  for (const Case& c : {Case{0.6, 0.3, false}, Case{2, 0.8, true}}) {
+    const TempDir dir;
+    const std::string config =
+        dir.write("c.yaml", std::string("version: 1\n"
+                                        "model: {layers: 8, experts: 16, top_k: 2, tokens_per_step: 1024}\n"
+                                        "collect: {gap: true, sequences: true}\n") +
+                                (c.controlled ? "expert_bias: {policy: adaptive_bias}\n" : ""));
+    const std::string run = "simulate " + config + " --steps 1000 --seed 7 --sequence-length 128 " +
+                            "--token-spread " + std::to_string(c.spread) + " --coherence " +
+                            std::to_string(c.coherence);
+    ASSERT_EQ(run_tool(dir, run + " -o run.jsonl").code, 0);
+    const ToolResult fit = run_tool(dir, "simulate " + config + " --like run.jsonl --steps 20 --format json");
+    ASSERT_EQ(fit.code, 0) << fit.err;
+    const auto found = [&](const std::string& option) {
+      const std::size_t at = fit.err.find(' ' + option + ' ', fit.err.find("as if given:"));
+      EXPECT_NE(at, std::string::npos) << option;
+      return at == std::string::npos ? 0 : std::stod(fit.err.substr(at + option.size() + 2));
+    };
+    EXPECT_NEAR(std::log(found("--token-spread") / c.spread), 0, 0.25) << fit.err;
+    std::size_t at = fit.err.find("coherence: ");
+    ASSERT_NE(at, std::string::npos);
+    const double low = std::stod(fit.err.substr(at + 11)),
+                 high = std::stod(fit.err.substr(fit.err.find(" to ", at) + 4));
+    EXPECT_LE(low, c.coherence) << fit.err;
+    EXPECT_GE(high, c.coherence) << fit.err;
+    if (c.controlled) {
+      EXPECT_LT(high - low, 0.9) << "a range that says something\n" << fit.err;
+    }
+    EXPECT_EQ(found("--clusters"), 48) << fit.err;
+    at = fit.err.find("clusters: ");
+    EXPECT_LE(std::stoi(fit.err.substr(at + 10)), 48) << fit.err;
+    EXPECT_GE(std::stoi(fit.err.substr(fit.err.find(" to ", at) + 4)), 48) << fit.err;
+    EXPECT_EQ(found("--sequence-length"), 128);
+    EXPECT_EQ(found("--mixture-spread"), 0);
+    if (!c.controlled) {
+      EXPECT_NEAR(std::log(found("--preference")), 0, 0.3) << fit.err;
+    }
+    at = fit.err.find("misfit ");
+    EXPECT_LT(std::stod(fit.err.substr(at + 7)), 0.15) << fit.err;
+  }
+}
+
+TEST(SimulateLike, SaysWhatATraceDoesNotTell) {
+  const TempDir dir;
+  const std::string config = MOECTL_SOURCE_DIR "/policies/sign_bias.yaml";
+  const ToolResult fit = run_tool(
+      dir, "simulate " + config + " --like - --steps 20 --tokens 512 --format json", steady(1, 9, 30));
+  ASSERT_EQ(fit.code, 0) << fit.err;
+  EXPECT_THAT(fit.err, HasSubstr("neither gaps nor probabilities"));
+  EXPECT_THAT(fit.err, HasSubstr("no sums by sequence"));
+  EXPECT_THAT(fit.err, HasSubstr("--experts 16"));
+  EXPECT_THAT(fit.err, HasSubstr("clusters: "));
+  EXPECT_THAT(fit.err, Not(HasSubstr("--tokens"))) << "given, and so kept";
+  EXPECT_EQ(run_tool(dir, "simulate " + config + " --like -", "").code, 1);
+}
+
 // ---- simulate --set ----
 
 TEST(SimulateSet, RunsTheGridAndSaysWhatEachRunHad) {

@@ -102,6 +102,26 @@ TEST(Import, SglangLogicalCount) {
   EXPECT_THAT(notes, HasSubstr("dense"));
 }
 
+// Four tokens: {0, 1}, {0, 1}, {2, 3}, {0, 2}.
+TEST(Import, PairsOfExpertsThatTheSameTokensChoose) {
+  const TempDir dir;
+  dir.write("r.jsonl", R"({"routed_experts":[[[0,1]],[[1,0]],[[2,3]],[[0,2]]]})"
+                       "\n");
+  const ToolResult result = run_tool(dir, "import vllm r.jsonl --pairs 2 -o t.jsonl");
+  ASSERT_EQ(result.code, 0) << result.err;
+  ASSERT_EQ(result.lines().size(), 3U) << result.out;
+  EXPECT_THAT(result.lines()[1], ::testing::ContainsRegex("0 +2 3 +1 +2$"));        // 1 · 4/(2 · 1)
+  EXPECT_THAT(result.lines()[2], ::testing::ContainsRegex("0 +0 1 +2 +1\\.333$"));  // 2 · 4/(3 · 2)
+  // The same tokens as a router trace; and a dump that does not say it.
+  dir.write("m.jsonl", R"({"iter":0,"layer":0,"top_indices":[[0,1],[1,0],[2,3],[0,2]]})"
+                       "\n");
+  EXPECT_EQ(run_tool(dir, "import megatron m.jsonl --pairs 2 -o t.jsonl").out, result.out);
+  dir.write("c.csv", "layer_id,expert_id,count\n0,0,3\n0,1,1\n");
+  const ToolResult none = run_tool(dir, "import sglang c.csv --top-k 1 --pairs 2 -o t.jsonl");
+  EXPECT_EQ(none.code, 0);
+  EXPECT_THAT(none.err, HasSubstr("do not say which experts a token chose together"));
+}
+
 TEST(Import, VllmRoutedExpertsAsArrayArchiveAndJsonLines) {
   std::string notes;
   const auto one = imported("vllm " + kFiles + "routed_experts.npy", &notes);

@@ -699,6 +699,26 @@ TEST(RunLogWriter, WithoutPerExpertArraysTheRecordIsShort) {
   EXPECT_LT(text.size() - text.find('\n'), 2000U);
 }
 
+TEST(RunLogWriter, TheMostAndTheLeastLoadedExpertsWithoutAllOfThem) {
+  const TempDir dir;
+  const std::string path = dir.path("run.jsonl");
+  ControllerConfig config = config_of(1, 4, 1);
+  config.log.per_expert = false;
+  config.log.extremes = 2;
+  MadeStep made(1, {.experts = 4, .top_k = 1, .needs = {}}, 3);
+  made.stats[0].clear();
+  ASSERT_TRUE(made.stats[0].add_counts(std::vector<std::int64_t>{5, 9, 5, 1}, 20));
+  RunLogWriter(path, config).write(made.report);
+  const std::string text = TempDir::read(path);
+  const auto record = nlohmann::json::parse(text.substr(text.find('\n') + 1));
+  EXPECT_EQ(record["most_loaded"], nlohmann::json::parse("[[1,9],[0,5]]"));
+  EXPECT_EQ(record["least_loaded"], nlohmann::json::parse("[[3,1],[0,5]]"));
+  EXPECT_FALSE(record.contains("counts"));
+  config.log.extremes = 99;
+  RunLogWriter(dir.path("all.jsonl"), config).write(made.report);
+  EXPECT_EQ(read_all(dir.path("all.jsonl")).size(), 1U);
+}
+
 TEST(RunLogWriter, AnInvalidStepCanStillBeRead) {
   const TempDir dir;
   const std::string path = dir.path("run.jsonl");

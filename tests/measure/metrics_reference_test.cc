@@ -38,6 +38,7 @@ struct Step {
   std::vector<double> loss_sums{};  // [N] or empty
   std::optional<std::int64_t> dropped{};
   std::optional<double> balance_loss{}, z_loss{};
+  std::map<std::string, double> values{};  // of the host, by name
 
   std::size_t n() const { return static_cast<std::size_t>(experts); }
   std::size_t k() const { return static_cast<std::size_t>(top_k); }
@@ -149,6 +150,7 @@ void load_metrics(const Step& step, const MetricsOptions& options, Reference& r)
   r["cold_experts"] = cold;
   if (step.balance_loss) r["balance_loss"] = *step.balance_loss;
   if (step.z_loss) r["z_loss"] = *step.z_loss;
+  for (const auto& [name, value] : step.values) r[name] = fixed(value);
   if (step.dropped) r["drop_rate"] = static_cast<Real>(*step.dropped) / s;
   r["predicted_drop_rate"] = over / s;
   std::map<int, Real> devices;
@@ -158,6 +160,27 @@ void load_metrics(const Step& step, const MetricsOptions& options, Reference& r)
   Real slowest = 0;
   for (const auto& [device, load] : devices) slowest = std::max(slowest, load);
   r["straggler_slowdown"] = slowest * static_cast<Real>(devices.size());
+  r["balancedness"] = 1 / (slowest * static_cast<Real>(devices.size()));
+  r["minority_share"] = n * *r["min_load"];
+  if (options.details) {
+    Row relative;
+    for (const Real q : p) relative.push_back(n * q);
+    r["load_p5"] = percentile(relative, 0.05L);
+    r["load_p25"] = percentile(relative, 0.25L);
+    r["load_p50"] = percentile(relative, 0.5L);
+    r["load_p75"] = percentile(relative, 0.75L);
+    r["load_p95"] = percentile(relative, 0.95L);
+  }
+  // The CV in each sequence; all are of one length.
+  Real within = 0;
+  for (std::size_t j = 0; j < step.sequences; ++j) {
+    const Counts of = step.counts(j * step.length, (j + 1) * step.length);
+    for (const std::int64_t count : of) {
+      const Real off = n * static_cast<Real>(count) / (static_cast<Real>(step.length) * k) - 1;
+      within += off * off / n / static_cast<Real>(step.sequences);
+    }
+  }
+  r["sequence_cv"] = std::sqrt(within);
 
   // Floors.
   const auto tokens = static_cast<Real>(step.tokens());
@@ -474,6 +497,11 @@ Step random_step(const Kind& kind, std::size_t at, std::mt19937_64& random) {
   if (at % 3 != 2) step.dropped = static_cast<std::int64_t>(random() % 9);
   if (at % 3 != 0) step.balance_loss = 1 + static_cast<double>(random() % 100) / 64;
   if (at % 3 != 1) step.z_loss = static_cast<double>(random() % 640) / 64;
+  const char* const of_host[] = {"router_similarity", "router_condition", "expert_output_norm",
+                                 "gradient_ratio"};
+  for (std::size_t v = 0; v < 4; ++v) {
+    if (at % 4 != v) step.values[of_host[v]] = uniform(random) * 8;
+  }
   if (!kind.experts_known) return step;
   const Counts counts = step.counts();
   for (std::size_t i = 0; i < n; ++i) {
@@ -503,6 +531,7 @@ RoutingStats stats_of(const Step& step) {
                          .dropped = step.dropped,
                          .balance_loss = step.balance_loss,
                          .z_loss = step.z_loss}));
+  for (const auto& [name, value] : step.values) EXPECT_TRUE(stats.add_value(name, value));
   if (!step.gradients.empty()) {
     EXPECT_TRUE(stats.add_grad_norms(step.gradients));
   }
@@ -523,6 +552,7 @@ TEST(MetricsReference, EveryMetricOfEveryStepOfARandomHistory) {
         Kind{5, 2, 8, 4, 0, false, false}, Kind{8, 2, 4, 32, 4, true, true},
         Kind{17, 4, 4, 16, 3, true, true}, Kind{64, 1, 4, 16, 0, true, false}}) {
     MetricsOptions options;
+    options.details = kind.experts != 64;
     if (kind.experts == 8) options.placement = {0, 0, 1, 1, 2, 2, 2, 2};
     const MonitorOptions monitoring{.ema = static_cast<double>(kEma),
                                     .dead_fraction = 0.1,
@@ -564,10 +594,10 @@ TEST(MetricsReference, EveryMetricOfEveryStepOfARandomHistory) {
       references.push_back(std::move(want));
     }
   }
-  // Nothing was passed over: every metric but the one of whole windows was compared, and all that have
+  // Nothing was passed over: every metric but those of two windows or two biases was compared, and all that have
   // conditions were seen without as well.
   for (const MetricField& field : metric_fields()) {
-    if (field.name == "max_vio_global") {
+    if (field.name == "max_vio_global" || field.name == "churn") {
       EXPECT_EQ(present[field.name], 0);
     } else {
       EXPECT_GT(present[field.name], 30) << field.name;
@@ -576,7 +606,7 @@ TEST(MetricsReference, EveryMetricOfEveryStepOfARandomHistory) {
   for (const char* name :
        {"drop_rate", "sampling_floor_cv", "token_entropy", "domain_information", "domain_exclusivity",
         "grad_norm_variance", "stagnant_experts", "latency_p99", "tail_sensitivity", "fhs",
-        "entropy_normalized", "shift", "balance_loss", "z_loss"}) {
+        "entropy_normalized", "shift", "balance_loss", "z_loss", "router_condition", "load_p50"}) {
     EXPECT_GT(absent[name], 0) << name;
   }
 }

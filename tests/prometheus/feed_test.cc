@@ -126,6 +126,31 @@ TEST(PrometheusFeed, ShowsTheValuesOfTheSteps) {
   EXPECT_THAT(text, Not(HasSubstr("moectl_latency")));
 }
 
+TEST(PrometheusFeed, AUserChoosesHowManySeries) {
+  Controller controller(small_config());
+  PrometheusFeed all("127.0.0.1:0"),
+      few("127.0.0.1:0", {.metrics = {"max_vio", "balancedness"}, .extremes = 1});
+  controller.set_log([&](const StepReport& report) {
+    all.write(report);
+    few.write(report);
+  });
+  record(controller, 0, {70, 10, 5, 15});
+  record(controller, 1, {25, 25, 25, 25});
+  controller.step();
+  const std::string text = few.text();
+  EXPECT_DOUBLE_EQ(sample(text, R"(moectl_load_extreme_ratio{layer="0",end="most",rank="1"})"), 2.8);
+  EXPECT_DOUBLE_EQ(sample(text, R"(moectl_load_extreme_expert{layer="0",end="most",rank="1"})"), 0);
+  EXPECT_DOUBLE_EQ(sample(text, R"(moectl_load_extreme_ratio{layer="0",end="least",rank="1"})"), 0.2);
+  EXPECT_DOUBLE_EQ(sample(text, R"(moectl_load_extreme_expert{layer="0",end="least",rank="1"})"), 2);
+  EXPECT_DOUBLE_EQ(sample(text, R"(moectl_balancedness{layer="0"})"), 1 / 2.8);
+  EXPECT_THAT(text, Not(HasSubstr("moectl_gini")));
+  EXPECT_THAT(text, Not(HasSubstr("expert=")));
+  EXPECT_THAT(all.text(), HasSubstr("moectl_gini"));
+  EXPECT_THAT(all.text(), Not(HasSubstr("extreme")));
+  EXPECT_THROW(PrometheusFeed("127.0.0.1:0", {.metrics = {"max_voi"}}), std::invalid_argument);
+  EXPECT_THROW(PrometheusFeed("127.0.0.1:0", {.extremes = -2}), std::invalid_argument);
+}
+
 TEST(PrometheusFeed, ARecordOfALogGivesTheSame) {
   const TempDir dir;
   Controller controller(small_config());

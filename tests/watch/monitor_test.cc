@@ -207,7 +207,7 @@ TEST(LayerMonitor, MeasuringAndObservingEverythingAllocatesNothing) {
   std::vector<double> values(kExperts);
   for (double& value : values) value = static_cast<double>(random() % 1000 + 1) * 1e-3;
   RoutingStats stats(shape);
-  Measurer measurer(shape, {});
+  Measurer measurer(shape, {.details = true});
   LayerMonitor monitor(shape, {.trends = true, .health = {.bands = {{"load_cv", {0, 0.1}}}}});
   Metrics metrics;
   EXPECT_EQ(testing::allocations_of([&] {
@@ -224,6 +224,7 @@ TEST(LayerMonitor, MeasuringAndObservingEverythingAllocatesNothing) {
                 stats.add_token_losses({.experts = experts, .losses = losses, .domain_ids = domains});
                 stats.add_grad_norms(values);
                 stats.add_latencies(values);
+                for (const auto& value : RoutingStats::recorded_values()) stats.add_value(value.name, 1);
                 measurer.measure(stats, metrics);
                 monitor.observe(stats, metrics, 2.0);
               }
@@ -232,7 +233,7 @@ TEST(LayerMonitor, MeasuringAndObservingEverythingAllocatesNothing) {
   // And it was all of it: only what is known of whole windows is absent.
   for (const MetricField& field : metric_fields()) {
     EXPECT_EQ((metrics.*field.value).has_value(),
-              field.name != "max_vio_global" && field.name != "tail_sensitivity" &&
+              field.name != "max_vio_global" && field.name != "churn" && field.name != "tail_sensitivity" &&
                   field.name != "tail_correlation" && field.name != "path_efficiency")
         << field.name;
   }

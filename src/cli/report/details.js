@@ -136,6 +136,18 @@ const oneLayer = (what, has, draw) => {
 };
 oneLayer('domains', (l) => l.domains, domainsOf);
 oneLayer('loss', (l) => l.loss, lossesOf);
+// A row a metric that has a value.
+runs.forEach((run, r) => {
+  if (!run.metrics.length) return;
+  const head = ['metric', 'mean', 'lowest layer', 'highest layer', 'unit', 'formula'].map((t) => element('th', {scope: 'col'}, t));
+  const row = (m) => element('tr', {'data-metric': m.name}, element('th', {scope: 'row'}, m.name),
+                             ...[number(m.mean), `${number(m.low)} (${m.low_layer})`, `${number(m.high)} (${m.high_layer})`, m.unit, m.formula]
+                                 .map((v) => element('td', {}, v)));
+  $('metrics').append(element('h3', {}, shortNames[r]),
+                      element('div', {class: 'scroll'}, element('table', {}, element('thead', {}, element('tr', {}, ...head)),
+                                                                element('tbody', {}, ...run.metrics.map(row)))));
+});
+$('metrics-section').hidden = !$('metrics').children.length;
 runs.forEach((run) => run.faults.forEach((f) => $('faults').append(element('li', {}, f))));
 const faults = runs.reduce((n, run) => n + run.fault_count, 0);
 $('faults-section').hidden = faults === 0;

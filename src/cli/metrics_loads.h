@@ -1,0 +1,17 @@
+// `moectl metrics TRACE --loads`: how the loads of single experts are spread, and the most and least loaded ones.
+#pragma once
+
+#include <functional>
+#include <string>
+
+#include "cli/tool.h"
+#include "moectl/metrics.h"
+
+namespace moectl::cli {
+
+/// Loads of the counts summed over all training records: percentiles over the experts of each layer, and over those of all
+/// layers; the `extremes` most and least loaded experts of each. `format`: table, csv or json.
+int print_loads(LogReader& reader, const std::function<MetricsOptions(const LogRecord&)>& options_of,
+                std::size_t extremes, const std::string& format);
+
+}  // namespace moectl::cli
