@@ -144,6 +144,8 @@ void ResponseCheck::observe(const RoutingStats* stats, double load_cv, double fl
 bool ResponseCheck::rests(double load_cv) {
   const double ratio = std::min(load_cv * load_cv / std::max(floor_sq_, 1e-12), 1e6);
   error_over_floor_ += (error_over_floor_ > 0 ? kNoiseEma : 1) * (ratio - error_over_floor_);
+  // The average of a layer that balanced itself at once is still high for thirty steps.
+  unbalanced_ = std::min(ratio, error_over_floor_) > kImbalance;
   const bool balanced = error_over_floor_ <= kImbalance && !adjusts();
   if (nap_ > 0) {
     --nap_;
@@ -290,7 +292,7 @@ void ResponseCheck::judge() {
     found_ = by_moves ? moves : travel;
     nap_ = kNap;
     filled_ = 0;
-  } else if (falls_short && full() && quiet_ == 0 && error_over_floor_ > kImbalance) {
+  } else if (falls_short && full() && quiet_ == 0 && unbalanced_) {
     start_probe();
     // Where the load seems to go the other way, the policy waits for the answer: it would run away.
     const auto reversed = [](const std::optional<Estimate>& found) {

@@ -133,6 +133,7 @@ class ResponseCheck {
   bool scaled_ = false;  // slope_ was measured
   bool resting_ = false, referenced_ = false;
   bool in_probabilities_;
+  bool unbalanced_ = false;  // at this step, and for some time
   std::size_t experts_, delay_;
   double token_range_;  // N/k: the relative load of an expert that gets every token
   double slope_sum_ = 0;

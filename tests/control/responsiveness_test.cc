@@ -209,6 +209,31 @@ TEST(Responsiveness, APolicyIsToldOfTestMoves) {
   EXPECT_GT(told.largest_probe, 0);
 }
 
+// The policy under test moves a bias that nobody follows, while another keeps the layer balanced from the first steps on.
+// The average error is still high then, but there is nothing to ask for.
+TEST(Responsiveness, ALayerThatBalancedItselfAtOnceIsNotProbed) {
+  struct Nudge : Policy {
+    void propose(const LayerView&, std::span<double> value) override { value[0] += 0.01; }
+  };
+  const PolicyRegistry registry =
+      registry_with("nudge", Actuator::kExpertBias,
+                    [](const PolicyContext&, const PolicyOptions&) { return std::make_unique<Nudge>(); });
+  for (std::uint64_t seed = 1; seed <= 5; ++seed) {
+    const SimulationOptions plant{.seed = seed};
+    SimulatedRouter router(plant);
+    Controller balances(config_of(plant)), asks(config_of(plant, "nudge"), registry);
+    int probes = 0;
+    for (int step = 0; step < 40; ++step) {
+      const RoutingBatch batch = router.route(balances.bias(0));
+      balances.record(0, batch);
+      balances.step();
+      asks.record(0, batch);
+      probes += asks.step().layers[0].responsiveness.state == Response::kProbing ? 1 : 0;
+    }
+    EXPECT_EQ(probes, 0) << seed;
+  }
+}
+
 TEST(Responsiveness, AProbeThatAHoldBreaksOffIsStillNoPartOfWhatIsDeployed) {
   const SimulationOptions plant{.seed = 40119};
   SimulatedRouter router(plant);
