@@ -23,6 +23,8 @@ struct MonitorOptions {
   /// Trends of the load vector and of every metric, which `oscillating` and `shift` need. They cost as much as a second
   /// set of metrics, so they are off by default.
   bool trends = false;
+  /// With `trends`: those of the load vector alone. trend() then has nothing, and a layer takes far less memory.
+  bool loads_only = false;
   HealthOptions health{};
 };
 

@@ -104,7 +104,10 @@ void print_csv(const std::vector<std::string>& cells) {
 /// The history that smoothed metrics need, a layer and tag at a time.
 class Histories {
  public:
-  explicit Histories(const MonitorOptions& options) : options_(options) { options_.trends = true; }
+  explicit Histories(const MonitorOptions& options, bool loads_only) : options_(options) {
+    options_.trends = true;
+    options_.loads_only = loads_only;
+  }
   const LayerMonitor& observe(const LogRecord& record, Metrics& metrics, const MetricsOptions& how) {
     auto& monitor = monitors_[{record.layer, record.tag, record.stats.experts()}];
     if (!monitor) {
@@ -125,7 +128,7 @@ class Histories {
 };
 
 int print_records(LogReader& reader, const Measuring& how, const std::string& format) {
-  Histories histories(how.monitor);
+  Histories histories(how.monitor, true);
   CachedMeasurer measurer;
   std::vector<std::string> header = {"step", "layer"};
   for (const std::string& name : names()) header.push_back(name);
@@ -220,7 +223,7 @@ void print_course(int layer, const std::string& tag, const Course& course, const
 }
 
 int print_trends(LogReader& reader, const Measuring& how, const std::string& format) {
-  Histories histories(how.monitor);
+  Histories histories(how.monitor, false);
   CachedMeasurer measurer;
   std::map<std::pair<int, std::string>, Course> courses;
   std::optional<double> model_weight;

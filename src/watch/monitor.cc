@@ -104,7 +104,7 @@ LayerMonitor::Impl::Impl(const StatsShape& shape, const MonitorOptions& options,
   const auto window = static_cast<std::size_t>(options.trend_window);
   if (options.trends) {
     load_trend_.emplace(targets_, options.trend_window, options.ema);
-    history_.emplace(window, metric_fields().size() + 1);
+    if (!options.loads_only) history_.emplace(window, metric_fields().size() + 1);
   }
   const StatsNeeds& needs = shape.needs;
   if (needs.gradients || needs.losses || needs.latencies) values_.resize(experts);
@@ -282,7 +282,7 @@ void LayerMonitor::Impl::exchange(StateIo& io) {
   token_entropy_.exchange(io);
   if (load_trend_) {
     load_trend_->exchange(io);
-    history_->exchange(io);
+    if (history_) history_->exchange(io);
   }
   io.values("monitor.grad_norm", grad_norm_, StateIo::kNotNegative);
   io.values("monitor.update_frequency", update_frequency_, {0, 1});

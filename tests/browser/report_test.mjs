@@ -358,15 +358,16 @@ test('every metric that has a value stands in a table', async () => {
 
 test('the picture of a placement shows whole bars and their numbers', async () => {
   execFileSync(tool, ['placement', 'trace.jsonl', '--devices', '2', '--slots', '6', '--svg', 'placement.svg'], {cwd: dir});
+  writeFileSync(join(dir, 'placement.html'), `<!DOCTYPE html><meta charset="utf-8">${readFileSync(join(dir, 'placement.svg'), 'utf8')}`);
   for (const colorScheme of ['light', 'dark']) {
-    const [page, complaints] = await open({viewport: {width: 1000, height: 560}, colorScheme}, 'placement.svg');
+    const [page, complaints] = await open({viewport: {width: 1000, height: 560}, colorScheme}, 'placement.html');
     const outside = await page.evaluate(() => {
-      const view = document.documentElement.viewBox.baseVal;
+      const view = document.querySelector('svg').viewBox.baseVal;
       return [...document.querySelectorAll('rect, text')].map((e) => e.getBBox())
           .filter((b) => b.x < 0 || b.y < 0 || b.x + b.width > view.width || b.y + b.height > view.height).length;
     });
     assert.equal(outside, 0, 'nothing lies outside');
-    assert.equal(await page.locator('rect > title').count(), 20, 'two layers: four copies today, six as planned');
+    assert.equal(await page.evaluate(() => document.querySelectorAll('rect > title').length), 20, 'two layers: four copies today, six as planned');
     assert.deepEqual(complaints, []);
     if (process.env.SCREENSHOTS) await page.screenshot({path: join(process.env.SCREENSHOTS, `placement-${colorScheme}.png`), fullPage: true});
     await page.close();

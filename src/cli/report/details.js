@@ -139,9 +139,9 @@ oneLayer('loss', (l) => l.loss, lossesOf);
 // A row a metric that has a value.
 runs.forEach((run, r) => {
   if (!run.metrics.length) return;
-  const head = ['metric', 'mean', 'lowest layer', 'highest layer', 'unit', 'formula'].map((t) => element('th', {scope: 'col'}, t));
-  const row = (m) => element('tr', {'data-metric': m.name}, element('th', {scope: 'row'}, m.name),
-                             ...[number(m.mean), `${number(m.low)} (${m.low_layer})`, `${number(m.high)} (${m.high_layer})`, m.unit, m.formula]
+  const head = ['metric', 'mean', 'lowest layer', 'highest layer', 'unit'].map((t) => element('th', {scope: 'col'}, t));
+  const row = (m) => element('tr', {'data-metric': m.name}, element('th', {scope: 'row', title: m.formula}, m.name),
+                             ...[number(m.mean), `${number(m.low)} (${m.low_layer})`, `${number(m.high)} (${m.high_layer})`, m.unit]
                                  .map((v) => element('td', {}, v)));
   $('metrics').append(element('h3', {}, shortNames[r]),
                       element('div', {class: 'scroll'}, element('table', {}, element('thead', {}, element('tr', {}, ...head)),
