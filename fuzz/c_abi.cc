@@ -129,6 +129,9 @@ void c_abi(Bytes bytes) {
       case 6:
         require_code(moectl_freeze(made, layer, choices.flag()));
         require_code(moectl_hold(made, choices.flag()));
+        require_code(moectl_begin_at(made, static_cast<std::int64_t>(choices.word())));
+        require_code(
+            moectl_record_value(made, layer, "router_condition", static_cast<double>(choices.word())));
         break;
       case 7: {
         char* text = nullptr;

@@ -18,7 +18,8 @@ StatsNeeds SetPoint::needs() const {
   const auto is_one_of = [this](std::initializer_list<Metrics::Value Metrics::*> fields) {
     return std::find(fields.begin(), fields.end(), metric->value) != fields.end();
   };
-  return {.probabilities = is_one_of({&Metrics::token_entropy, &Metrics::router_entropy,
+  return {.sequences = is_one_of({&Metrics::sequence_cv}),
+          .probabilities = is_one_of({&Metrics::token_entropy, &Metrics::router_entropy,
                                       &Metrics::expert_token_information, &Metrics::token_entropy_slope,
                                       &Metrics::importance_cv, &Metrics::routing_variance,
                                       &Metrics::router_fsi, &Metrics::router_fhs}),

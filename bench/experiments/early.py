@@ -46,14 +46,15 @@ def figures(steps, losses, floor):
             values = [v for v in values if v is not None]
             return pick(values) if values else None
 
-        ratios = [mean(s[layer]['metrics']['max_vio'] for s in window) / mean(floor(s[layer]) for s in window) for layer in layers]
+        pairs = [(mean(s[layer]['metrics']['max_vio'] for s in window), mean(floor(s[layer]) for s in window)) for layer in layers]
+        ratios = [vio / least for vio, least in pairs if vio is not None and least]
         squares = [sum(g * g for layer in layers for g in step[layer]['grad_norm']) for step in window
                    if all(step[layer].get('grad_norm') for layer in layers)]
-        seen = [loss for step, loss in losses if step < at]
+        seen = [loss for step, loss in losses if step < at and loss is not None]
         early[str(fraction)] = {
             'fhs': worst('fhs', max), 'fsi': worst('fsi', max), 'entropy_slope': worst('entropy_slope', min),
             'dead_experts': sum(window[-1][layer]['metrics'].get('dead_experts') or 0 for layer in layers),
-            'max_vio_over_floor': max(ratios), 'validation_loss': seen[-1] if seen else None,
+            'max_vio_over_floor': max(ratios, default=None), 'validation_loss': seen[-1] if seen else None,
             'gradient_norm': math.sqrt(mean(squares)) if squares else None}
     worst_at = [max(unused_share(steps[max(0, t - END):t], layer) for layer in layers) for t in range(END, total + 1)]
     since = None  # the step from which the first half of the definition holds to the end
@@ -75,7 +76,7 @@ def figures(steps, losses, floor):
 def failed(run, twin):
     loss, healthy = run['validation_loss'], twin['validation_loss']
     unused = run['early']['unused'] >= QUARTER
-    return unused or loss is None or not math.isfinite(loss) or loss - healthy > LOSS
+    return unused or loss is None or not math.isfinite(loss) or (healthy is not None and loss - healthy > LOSS)
 
 
 def auc(scores, labels):

@@ -45,7 +45,7 @@ def versions(moectl):
 
 def write(path, text):
     """Whole or not at all."""
-    with open(path + '.part', 'w') as file:
+    with open(path + '.part', 'w', encoding='utf-8') as file:
         file.write(text)
     os.replace(path + '.part', path)
 
@@ -74,14 +74,14 @@ class Run:
         return (kept['config'], kept['arguments']) == (self.variant.config, self.arguments)
 
     def start(self, train, core):
-        again = os.path.exists(self.checkpoint) and os.path.exists(self.log)
-        if again and (not os.path.exists(self.config) or open(self.config).read() != self.variant.config):
-            again = False
+        config = f'# train_moe_lm {" ".join(self.arguments)}\n{self.variant.config}'
+        again = all(map(os.path.exists, (self.checkpoint, self.log, self.config)))
+        again = again and open(self.config, encoding='utf-8').read() == config  # of the same arguments
         if not again:
             for path in (self.log, self.checkpoint):
                 if os.path.exists(path):
                     os.remove(path)
-        write(self.config, self.variant.config)
+        write(self.config, config)
         command = [train, '--policy', self.config, '--seed', str(self.seed), '--log', self.log, '--threads', '1', '--quiet',
                    '--checkpoint', self.checkpoint, '--checkpoint-every', str(self.checkpoint_every), *self.arguments]
         if again:
@@ -182,7 +182,7 @@ def main():
     parser.add_argument('--work', default=os.path.join(ROOT, 'runs', 'experiments'), help='for logs and checkpoints')
     parser.add_argument('--seeds', type=int, nargs='+')
     parser.add_argument('--only', nargs='+', metavar='LABEL', help='these variants')
-    parser.add_argument('--jobs', type=int, default=os.cpu_count(), help='runs at once, each on a core of its own')
+    parser.add_argument('--jobs', type=int, default=os.cpu_count(), choices=range(1, 1025), metavar='N', help='runs at once, each on a core of its own')
     parser.add_argument('--steps', type=int, help='of a run, in place of the plan\'s')
     parser.add_argument('--checkpoint-every', type=int, default=50, metavar='STEPS')
     parser.add_argument('--text', nargs='+', metavar='FILE', help='train on these files, each a domain, in place of the machine\'s')

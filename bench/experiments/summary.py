@@ -14,20 +14,26 @@ CAPACITY = (1.0, 1.25)
 
 
 def read(log):
-    """(shift, training records by step and layer, records of the last validation by tag and layer, validation losses)."""
-    shift, steps, validations, losses = None, {}, {}, {}
+    """(shift, training records by step and layer, records of the last validation by tag and layer, validation losses).
+    Actuators of the whole model, in a record of their own, are given to each layer's."""
+    shift, steps, validations, losses, whole = None, {}, {}, {}, {}
     with open(log) as file:
         for line in file:
             record = json.loads(line)
             if 'format' in record:
                 shift = record.get('shift', shift)
+            elif record.get('layer', 0) is None:
+                whole[record['step']] = record.get('actuators', {})
             elif 'metrics' in record:
                 if record.get('tag', 'train') == 'train':
                     steps.setdefault(record['step'], {})[record['layer']] = record
                 else:
                     validations.setdefault(record['tag'], {})[record['layer']] = record
                     if record['tag'] == 'validation':
-                        losses[record['step']] = record['loss']
+                        losses[record['step']] = record.get('loss')
+    for step, actuators in whole.items():
+        for record in steps.get(step, {}).values():
+            record['actuators'] = {**actuators, **record['actuators']}
     return shift, [steps[step] for step in sorted(steps)], validations, sorted(losses.items())
 
 
@@ -47,11 +53,27 @@ def mean(values):
     return sum(values) / len(values) if values else None
 
 
+def ratio(a, b):
+    """Absent where the run has diverged: its metrics are."""
+    return a / b if a is not None and b else None
+
+
+def median(values):
+    values = [v for v in values if v is not None]
+    return statistics.median(values) if values else None
+
+
+def deviation(values):
+    values = [v for v in values if v is not None]
+    return statistics.pstdev(values) if values else None
+
+
 def settle(vio, floor):
     """As `moectl compare`: the step from which the five-step median of MaxVio stays under 1.6 floors for 20 steps."""
     settled = 0
     for t in range(4, len(vio)):
-        settled = settled + 1 if statistics.median(vio[t - 4:t + 1]) <= SETTLED * floor else 0
+        known = None not in vio[t - 4:t + 1] and floor is not None
+        settled = settled + 1 if known and statistics.median(vio[t - 4:t + 1]) <= SETTLED * floor else 0
         if settled == 20:
             return t - 19
     return None
@@ -97,7 +119,7 @@ def figures(log, moectl, warns=False):
     last = steps[-WINDOW:]
     vio = [over_layers(step, lambda r: r['metrics']['max_vio']) for step in steps]
     floors = [over_layers(step, floor) for step in steps]
-    ratios = [v / f for v, f in zip(vio, floors)]
+    ratios = [ratio(v, f) for v, f in zip(vio, floors)]
     layers = sorted(steps[0])
 
     def metric(name, over=window):
@@ -111,7 +133,7 @@ def figures(log, moectl, warns=False):
     result['settle_after_shift'] = settle(vio[at:], mean(floors[-WINDOW:])) if at < end else None
     # From step to step, of single layers: what is left of MaxVio's mean.
     result['max_vio_deviation'] = mean(
-        statistics.pstdev([step[layer]['metrics']['max_vio'] for step in window]) for layer in layers)
+        deviation(step[layer]['metrics']['max_vio'] for step in window) for layer in layers)
     result['drops'] = {str(f): mean(over_layers(step, lambda r: overflow(r['counts'], f)) for step in window)
                        for f in CAPACITY}
     result['straggler'] = {str(d): mean(over_layers(step, lambda r: straggler(r['counts'], d)) for step in window)
@@ -138,6 +160,6 @@ def figures(log, moectl, warns=False):
         return {k: finish(v) for k, v in value.items()} if isinstance(value, dict) else rounded(value)
 
     result = {name: finish(value) for name, value in result.items()}
-    result['series_max_vio'] = [rounded(statistics.median(vio[t:t + 5])) for t in range(0, end, 5)]
-    result['series'] = [rounded(statistics.median(ratios[t:t + 5])) for t in range(0, end, 5)]
+    result['series_max_vio'] = [rounded(median(vio[t:t + 5])) for t in range(0, end, 5)]
+    result['series'] = [rounded(median(ratios[t:t + 5])) for t in range(0, end, 5)]
     return result

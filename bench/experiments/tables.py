@@ -23,12 +23,14 @@ def load(folder, plan):
     found = {}
     for variant in plan.variants:
         by_seed = {}
-        prefix = variant.label + '-s'
+        prefix, expected = variant.label + '-s', [*variant.arguments, *plan.arguments]
         for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
             if name.startswith(prefix) and name.endswith('.json') and name[len(prefix):-5].isdigit():
                 with open(os.path.join(folder, name)) as file:
                     summary = json.load(file)
-                if summary['config'] == variant.config:
+                # Quick ones have other steps, and those on other texts other domains.
+                given = summary['arguments'][2:]
+                if summary['config'] == variant.config and given[:len(expected)] == expected:
                     by_seed[summary['seed']] = summary['figures']
         if by_seed:
             found[variant.label] = by_seed
@@ -36,7 +38,8 @@ def load(folder, plan):
 
 
 def mean_and_error(values):
-    values = list(values)
+    """Of those that are there: a run that has diverged lacks some."""
+    values = [v for v in values if v is not None]
     if not values:
         return None, None
     mean = sum(values) / len(values)
@@ -50,6 +53,10 @@ def number(value, digits=3):
         return '–'
     text = f'{value:.{digits}f}'
     return text.replace('0.', '.', 1) if text.lstrip('-').startswith('0.') else text
+
+
+def percent(share):
+    return None if share is None else 100 * share
 
 
 def with_error(values, digits=3, sign=False):
@@ -71,7 +78,13 @@ def middle(values):
 
 
 def paired(a, b, figure):
-    return [figure(a[seed]) - figure(b[seed]) for seed in sorted(set(a) & set(b))]
+    both = [(figure(a[seed]), figure(b[seed])) for seed in sorted(set(a) & set(b))]
+    return [x - y for x, y in both if x is not None and y is not None]
+
+
+def deployed(f):
+    vio, floor = f.get('deployed_max_vio_global'), f.get('deployed_floor')
+    return vio / floor if vio is not None and floor else None
 
 
 def loss(f):
@@ -84,7 +97,8 @@ def best_peer(plan, found):
     if not peers:
         return None
     seeds = set.intersection(*(set(found[p]) for p in peers))
-    return min(peers, key=lambda p: sum(loss(found[p][s]) for s in seeds)) if seeds else None
+    whole = [p for p in peers if all(loss(found[p][s]) is not None for s in seeds)]
+    return min(whole, key=lambda p: sum(loss(found[p][s]) for s in seeds)) if seeds and whole else None
 
 
 def table(header, rows):
@@ -105,7 +119,7 @@ def balance(plan, found):
         rows.append([
             f'**{variant.title}**' if variant.ours else variant.title, str(len(f)),
             with_error([x['max_vio_over_floor'] for x in f]), number(mean_and_error(x['max_vio_deviation'] for x in f)[0]),
-            number(mean_and_error(x['deployed_max_vio_global'] / x['deployed_floor'] for x in f)[0], 1),
+            number(mean_and_error(deployed(x) for x in f)[0], 1),
             with_error([x['cv_over_floor'] for x in f]),
             middle(x['settle'] for x in f), middle(x['settle_after_shift'] for x in f),
             number(mean_and_error(x['excess_area'] for x in f)[0], 1),
@@ -123,7 +137,7 @@ def balance(plan, found):
         if f:
             rows.append([f'**{variant.title}**' if variant.ours else variant.title,
                          *(number(mean_and_error(x['straggler'][str(d)] for x in f)[0], 2) for d in devices),
-                         *(number(100 * mean_and_error(x['drops'][c] for x in f)[0], 1) for c in ('1.0', '1.25')),
+                         *(number(percent(mean_and_error(x['drops'][c] for x in f)[0]), 1) for c in ('1.0', '1.25')),
                          number(mean_and_error(x['domain_information'] for x in f)[0]),
                          number(mean_and_error(x['fsi'] for x in f)[0]),
                          number(mean_and_error(x['moves'] for x in f if x['moves'] is not None)[0])])
@@ -133,14 +147,14 @@ def balance(plan, found):
 
 
 def recovered(run, twin):
-    return all(v <= max(1.0, 1.25 * t) for v, t in zip(run['end_max_vio'], twin['end_max_vio']))
+    return all(v is not None and v <= max(1.0, 1.25 * t) for v, t in zip(run['end_max_vio'], twin['end_max_vio']))
 
 
 def steps_to(run, twin, fault_at):
     """Steps from the fault until MaxVio, the mean over layers, stays within the bound to the end."""
     bound = max(1.0, 1.25 * mean_and_error(twin['end_max_vio'])[0])
     series, place = run['series_max_vio'], fault_at // 5
-    out = [i for i in range(place, len(series)) if series[i] > bound]
+    out = [i for i in range(place, len(series)) if series[i] is None or series[i] > bound]
     return 5 * (out[-1] + 1 - place) if out else 0
 
 
@@ -169,7 +183,7 @@ def recovery(plan, found):
             title = plan.variant(f'{law}-healthy').title
             rows.append([law, title, fault, f'{len(good)} of {len(pairs)}', f'{low:.0f} to {high:.0f} %',
                          middle(steps_to(r, t, plans.FAULT_AT) for r, t in good) if good else '–',
-                         with_error([loss(r) - loss(t) for r, t in pairs], 3, sign=True)])
+                         with_error([loss(r) - loss(t) for r, t in pairs if None not in (loss(r), loss(t))], 3, sign=True)])
     return table(['', 'law', 'collapse', 'recovered', '95 % interval', 'steps (median)', 'validation loss − twin\'s'], rows)
 
 
@@ -266,7 +280,7 @@ def picture(plan, found, steps):
                'MaxVio ÷ sampling floor</text>')
     for place, variant in enumerate(v for v in plan.variants if v.label in found):
         series = [f['series'] for f in found[variant.label].values()]
-        line = [statistics.median(values) for values in zip(*series)]
+        line = [statistics.median([32.0 if v is None else v for v in values]) for values in zip(*series)]
         colour = COLOURS[place % len(COLOURS)]
         points = ' '.join(f'{x(5 * i + 2.5):.1f},{y(v):.1f}' for i, v in enumerate(line))
         weight = 2.2 if variant.ours else 1.2
@@ -292,17 +306,18 @@ def main():
         make, note = {'balance': (balance, NOTE), 'recovery': (recovery, RECOVERY_NOTE), 'early': (warnings, EARLY_NOTE)}[plan.table]
         steps = 5 * max(len(f['series']) for runs in found.values() for f in runs.values())
         pictured = plan.table == 'balance'  # few enough lines to tell apart
-        made = {f'{name}.md': f'# {plan.what}\n\n`./dev experiments {name}`; the summaries of the runs: [{name}/]({name}/).\n\n' +
+        done, wanted = sum(map(len, found.values())), len(plan.variants) * len(plan.seeds)
+        made = {f'{name}.md': f'# {plan.what}\n\n{done} of {wanted} runs. `./dev experiments {name}`; the summaries of the runs: [{name}/]({name}/).\n\n' +
                               (f'![MaxVio over its floor by step]({name}.svg)\n\n' if pictured else '') + make(plan, found) + '\n' + note}
         if pictured:
             made[f'{name}.svg'] = picture(plan, found, steps)
         for file, text in made.items():
             path = os.path.join(options.results, file)
             if not options.check:
-                with open(path, 'w') as out:
+                with open(path, 'w', encoding='utf-8') as out:
                     out.write(text)
                 print(path)
-            elif not os.path.exists(path) or open(path).read() != text:
+            elif not os.path.exists(path) or open(path, encoding='utf-8').read() != text:
                 wrong.append(path)
     if wrong:
         sys.exit('not what the summaries give; run bench/experiments/tables.py: ' + ', '.join(wrong))

@@ -13,6 +13,9 @@ import sys
 import tempfile
 import time
 
+import early
+import summary
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
 STEPS = 24
@@ -22,18 +25,19 @@ def text_files(folder):
     """Two domains: the sources and the documents of this project."""
     files = []
     for name, endings in (('code', ('.cc', '.h')), ('words', ('.md',))):
-        parts = [open(os.path.join(base, f)).read()
-                 for base, _, names in sorted(os.walk(ROOT)) if '/build' not in base and '/.git' not in base
+        parts = [open(os.path.join(base, f), encoding='utf-8').read()
+                 for base, _, names in sorted(os.walk(ROOT))
+                 if os.path.relpath(base, ROOT).split(os.sep)[0] not in ('build', 'runs', '.git')
                  for f in sorted(names) if f.endswith(endings)]
         files.append(os.path.join(folder, name + '.txt'))
-        with open(files[-1], 'w') as out:
+        with open(files[-1], 'w', encoding='utf-8') as out:
             out.write('\n'.join(parts)[:400000])
     return files
 
 
 def command(build, work, text, *more):
     return [sys.executable, os.path.join(HERE, 'run.py'), 'balance', '--quick', '--build', build, '--work', work, '--seeds', '501',
-            '--steps', str(STEPS), '--checkpoint-every', '5', *more, '--text', *text]
+            '--steps', str(STEPS), '--checkpoint-every', '5', '--only', 'none', 'ours', 'pi', *more, '--text', *text]
 
 
 def last_step(log):
@@ -52,6 +56,21 @@ def log_of(work):
     return os.path.join(work, 'quick', 'balance', 'ours-s501.jsonl')
 
 
+def look_at_a_diverged_run(build, log, path):
+    """Its last metrics are absent, and so is its validation loss: that is a result, and no error."""
+    with open(log, encoding='utf-8') as read, open(path, 'w', encoding='utf-8') as out:
+        for line in read:
+            record = json.loads(line)
+            if 'metrics' in record and (record['step'] > 15 or record.get('tag') == 'validation'):
+                record['metrics'] = {name: None for name in record['metrics']}
+                record.pop('loss', None)
+            out.write(json.dumps(record) + '\n')
+    found = summary.figures(path, os.path.join(build, 'moectl'), warns=True)
+    json.dumps(found, allow_nan=False)
+    assert early.failed(found, {'validation_loss': 2.0}), 'a run without a loss has failed'
+    assert found['series'][-1] is None
+
+
 def main(build):
     with tempfile.TemporaryDirectory() as folder:
         text = text_files(folder)
@@ -68,7 +87,8 @@ def main(build):
         subprocess.run(command(build, cut, text), check=True)
 
         once, again = summaries(whole), summaries(cut)
-        assert sorted(once) == ['none-s501.json', 'ours-s501.json'], sorted(once)
+        assert sorted(once) == ['none-s501.json', 'ours-s501.json', 'pi-s501.json'], sorted(once)
+        assert once['pi-s501.json']['figures']['aux_loss_weight'] > 0, 'of the whole model'
         for name in once:
             assert once[name]['figures'] == again[name]['figures'], name
             assert once[name]['versions'] == again[name]['versions'], name
@@ -76,14 +96,15 @@ def main(build):
 
         before = os.stat(log_of(cut)).st_mtime_ns
         done = subprocess.run(command(build, cut, text), check=True, capture_output=True, text=True)
-        assert '2 runs done before, 0 to go' in done.stderr and os.stat(log_of(cut)).st_mtime_ns == before, done.stderr
+        assert '3 runs done before, 0 to go' in done.stderr and os.stat(log_of(cut)).st_mtime_ns == before, done.stderr
 
         tables = os.path.join(HERE, 'tables.py')
         subprocess.run([sys.executable, tables, 'balance', '--results', os.path.join(whole, 'quick')], check=True)
-        page = open(os.path.join(whole, 'quick', 'balance.md')).read()
+        page = open(os.path.join(whole, 'quick', 'balance.md'), encoding='utf-8').read()
         assert '| **adaptive_bias, feed-forward** | 1 |' in page and '| none | 1 |' in page, page
         picture = open(os.path.join(whole, 'quick', 'balance.svg')).read()
-        assert picture.count('<polyline') == 2, picture
+        assert picture.count('<polyline') == 3, picture
+        look_at_a_diverged_run(build, log_of(whole), os.path.join(folder, 'diverged.jsonl'))
         subprocess.run([sys.executable, tables, '--check'], check=True)
 
 

@@ -173,7 +173,7 @@ class RoutingStats {
   bool add_domain_losses(int domain, std::span<const double> loss_sums, std::span<const std::int64_t> tokens);
   /// A value that the host computes itself, such as router_condition; each call adds one observation, and metrics report the
   /// mean over observations and ranks. `name` is one of recorded_values() (else std::invalid_argument). Above 2^24 counts as
-  /// 2^24. Nothing decides on it: a negative value or NaN is left out, and returns false.
+  /// 2^24. A negative value or NaN is left out, and returns false. A policy told to may decide on it.
   bool add_value(std::string_view name, double value);
 
   /// Forms the losses per expert and per (domain, expert), as far as they are among the needs, from the losses of

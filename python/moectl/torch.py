@@ -43,8 +43,11 @@ def router_values(weight: torch.Tensor) -> Dict[str, float]:
     """How well a router's weight [N, d] tells its experts apart: router_similarity, the mean absolute cosine between the rows
     of two experts (N > 1), and router_condition, the largest over the smallest singular value. For
     `controller.record_values(layer, **router_values(weight))`, every few hundred steps: it takes a singular value
-    decomposition, and waits for the device."""
+    decomposition, and waits for the device. Of a weight that is not finite: nothing. On several ranks, record the same on each:
+    `step` sums counts, not these."""
     full = _whole(weight.detach()).double()
+    if not torch.isfinite(full).all():
+        return {}
     rows = torch.nn.functional.normalize(full, dim=1)
     n = len(rows)
     singular = torch.linalg.svdvals(full)
@@ -199,8 +202,9 @@ class Balancer:
              next_mixture: Any = None) -> Report:
         """Once after the optimizer's step, on every rank: sums the counts over the ranks, decides, and writes the biases
         in place. loss: of this rank, a number or a tensor of one; the mean over ranks counts. next_mixture: tokens of
-        each domain of the config [D] in this rank's part of the next batch, for feed-forward; not with `overlap`, where it
-        would come too late. Raises moectl.ReductionError with the biases unchanged."""
+        each domain of the config [D] in this rank's part of the next batch, for feed-forward: from every rank, else it
+        counts as not given; not with `overlap`, where it would come too late. Raises moectl.ReductionError with the
+        biases unchanged."""
         mixture = self._mixture(next_mixture)
         self.record()
         self._check_ranks()
@@ -217,17 +221,18 @@ class Balancer:
 
     def _mixture(self, given: Any) -> torch.Tensor:
         if given is None:
-            return torch.zeros(self._domains, dtype=torch.int64)
+            return torch.zeros(self._domains + 1, dtype=torch.int64)
         if self._overlap:
             raise ArgumentError("next_mixture: not with overlap: it would come one step late")
         mixture = torch.as_tensor(given, dtype=torch.int64).flatten()
         if mixture.numel() != self._domains:
             raise ArgumentError(f"next_mixture: {mixture.numel()} values: must be {self._domains}")
-        return mixture
+        known = bool((mixture >= 0).all())  # else as if not given
+        return torch.cat([mixture if known else torch.zeros_like(mixture), torch.tensor([int(known)])])
 
     def _payload(self, loss: Any, skipped: bool, mixture: torch.Tensor) -> torch.Tensor:
         """int64: counts [ΣN], layers whose bias was changed [L], then ranks with inexact counts, with a loss, the sum
-        of the losses in fixed point, ranks that skipped, ranks, and the next mixture [D]."""
+        of the losses in fixed point, ranks that skipped, ranks, the next mixture [D], and ranks that gave one."""
         device = self._sums.device
         changed = [torch.ne(_whole(self._bias_of(i)), self._written[i].to(device)).any() if i in self._written
                    else torch.zeros((), dtype=torch.bool, device=device) for i in range(len(self._sites))]
@@ -281,8 +286,8 @@ class Balancer:
 
     def _decide(self, payload: torch.Tensor, gradient_norm: Optional[float]) -> Report:
         layers = len(self._sites)
-        counts, changed, rest, mixture = payload.split([sum(self._sizes), layers, 5, self._domains])
-        inexact, losses, loss, skipped, _ = rest.tolist()
+        counts, changed, rest, mixture, mixtures = payload.split([sum(self._sizes), layers, 5, self._domains, 1])
+        inexact, losses, loss, skipped, ranks = rest.tolist()
         if inexact and not self._warned:
             self._warned = True
             warnings.warn("moectl: counts in float32 have reached 2^24, from where on they lose tokens: reset them more "
@@ -293,7 +298,7 @@ class Balancer:
         if counts.any():  # a single process may also record by the controller itself, more than counts
             self.controller.record_counts(counts)
         return self.controller.step(loss=loss / _UNIT / losses if losses else None, gradient_norm=gradient_norm,
-                                    skipped=skipped > 0, next_mixture=mixture if mixture.any() else None)
+                                    skipped=skipped > 0, next_mixture=mixture if mixtures.item() == ranks else None)
 
     # ---- What the routers read ----
 

@@ -5,6 +5,7 @@
 #include <map>
 #include <nlohmann/json.hpp>
 
+#include "import/steps.h"
 #include "measure/percentiles.h"
 #include "moectl/load_targets.h"
 
@@ -53,7 +54,7 @@ int print_loads(LogReader& reader, const std::function<MetricsOptions(const LogR
     }
     if (layer.counts.size() != counts.size())
       throw InputError("layer " + std::to_string(record->layer) + ": experts must not change within a trace");
-    for (std::size_t i = 0; i < counts.size(); ++i) layer.counts[i] += counts[i];
+    for (std::size_t i = 0; i < counts.size(); ++i) layer.counts[i] = added(layer.counts[i], counts[i]);
   }
   if (layers.empty()) throw InputError("no record tagged 'train' has counts");
 
@@ -100,10 +101,14 @@ int print_loads(LogReader& reader, const std::function<MetricsOptions(const LogR
     std::vector<double> values;
     for (const auto& [load, expert] : loads) values.push_back(load);
     all.insert(all.end(), values.begin(), values.end());
+    Loads falling = loads;  // of equals the lower number first here too
+    std::ranges::sort(falling, [](const auto& a, const auto& b) {
+      return a.first != b.first ? a.first > b.first : a.second < b.second;
+    });
     Json least = Json::array(), most = Json::array();
     for (std::size_t r = 0; r < std::min(extremes, loads.size()); ++r) {
       least.push_back({loads[r].second, loads[r].first});
-      most.push_back({loads[loads.size() - 1 - r].second, loads[loads.size() - 1 - r].first});
+      most.push_back({falling[r].second, falling[r].first});
     }
     print(number, std::move(values), least, most);
   }
@@ -111,8 +116,7 @@ int print_loads(LogReader& reader, const std::function<MetricsOptions(const LogR
   if (format == "table") {
     std::cout << table.text()
               << "\nLoads over the mean (or over the target) of the counts summed over all training records; "
-                 "percentiles "
-                 "over experts.\n";
+                 "percentiles over experts.\n";
   }
   return 0;
 }

@@ -315,7 +315,7 @@ std::vector<Figures> simulate_variants(const Options& options, const std::vector
   return figures;
 }
 
-/// The plant of the options, fitted to the trace of --like; options that were given stay as given.
+/// The plant of the options, fitted to the trace of --like; options that were given replace what was fitted.
 Options like_trace(Options options, const std::set<std::string>& given, const PolicyRegistry& registry) {
   LogReader reader(options.like);
   // Early in training routers sharpen, and the end is not known: the sums begin anew at 1, 2, 4, 8, … steps, and the last but
@@ -386,6 +386,11 @@ Options like_trace(Options options, const std::set<std::string>& given, const Po
   if (!options.tokens) {
     const std::int64_t unit = std::max<std::int64_t>(1, options.plant.sequence_length);
     take("--tokens", options.tokens.emplace(), std::max<std::int64_t>(1, trace.tokens / unit) * unit);
+  }
+  for (const char* option :
+       {"--clusters", "--token-spread", "--coherence", "--preference", "--mixture-spread"}) {
+    if (given.count(option) != 0)
+      std::cerr << option << " was given and replaces what was fitted: the misfit is that of the fit\n";
   }
   std::cerr << "as if given:" << command << '\n';
   return options;
@@ -523,8 +528,8 @@ void add_simulate(CLI::App& app, Tool& tool) {
       ->add_option(
           "--like", options->like,
           "Fit the simulated router to this trace, by the method of moments, and say how well it fits; "
-          "options "
-          "that are given stay as given. --gate and the config's score space must be those of the trace")
+          "options that are given replace what was fitted. --gate and the config's score space must be those "
+          "of the trace")
       ->type_name("TRACE")
       ->group(run);
 

@@ -197,12 +197,13 @@ void add_watch(CLI::App& app, Tool& tool) {
                    "Stop when this process has ended and all its output has been shown")
       ->check(whole_number(1, std::numeric_limits<pid_t>::max()))
       ->excludes(once);
-  command
-      ->add_option("--listen", options->listen,
-                   "Serve metrics for Prometheus at this address, e.g. 127.0.0.1:9464; a PORT alone "
-                   "is one of the loopback address; port 0: any free port")
-      ->type_name("ADDR:PORT")
-      ->excludes(once);
+  CLI::Option* listen =
+      command
+          ->add_option("--listen", options->listen,
+                       "Serve metrics for Prometheus at this address, e.g. 127.0.0.1:9464; a PORT alone "
+                       "is one of the loopback address; port 0: any free port")
+          ->type_name("ADDR:PORT")
+          ->excludes(once);
   command
       ->add_option(
           "--metric", options->metrics,
@@ -210,12 +211,14 @@ void add_watch(CLI::App& app, Tool& tool) {
       ->check(CLI::IsMember(metric_names()))
       ->type_name("NAME")
       ->expected(1)
-      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)
+      ->needs(listen);
   command
       ->add_option("--extremes", options->extremes,
                    "With --listen: instead of series for every expert, so many of the most and of the least "
                    "loaded experts of each layer")
-      ->check(whole_number(0, 65536));
+      ->check(whole_number(0, 65536))
+      ->needs(listen);
   command->add_flag("--plain", options->plain, "One line per step, in a terminal as well");
   command->callback([&tool, options] {
     if (options->run == "-" && options->process != 0) {

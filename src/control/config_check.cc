@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <set>
+#include <variant>
 
 #include "base/foreign.h"
 #include "base/input_limits.h"
@@ -85,6 +86,24 @@ void check_measuring(const ControllerConfig& config, Checks& checks) {
   checks.add("health.", problem_in(config.monitor.health));
   checks.require(config.log.keep == 0 || config.log.rotate_mb > 0, "log.keep", config.log.keep,
                  "must be 0 without log.rotate_mb: only finished pieces are removed");
+}
+
+/// Metrics that nothing can act on: churn is known after the decision alone, percentiles only with metrics.details.
+void check_usable(const std::string& metric, bool details, const std::string& key, Checks& checks) {
+  checks.require(metric != "churn", key, metric,
+                 "must be another metric: churn is known only after the step has decided");
+  checks.require(details || !metric.starts_with("load_p"), key, metric,
+                 "must be another metric, or metrics.details must be true: it sorts the loads");
+}
+
+void check_watched(const HealthOptions& health, bool details, Checks& checks) {
+  const auto bands = [&](const Bands& of, const std::string& key) {
+    for (const auto& [metric, band] : of) check_usable(metric, details, key, checks);
+  };
+  bands(health.bands, "health.bands");
+  for (const Phase& phase : health.phases) bands(phase.bands, "health.phases.bands");
+  for (const AlertRule& alert : health.alerts)
+    check_usable(alert.metric, details, "health.alerts.metric", checks);
 }
 
 void check_limits_of(Actuator which, const ActuatorConfig& actuator, int experts, const std::string& path,
@@ -194,6 +213,11 @@ void complete_actuator(Actuator which, ControllerConfig& config, const PolicyReg
   const PolicyDescription& policy = *registry.find(actuator.policy);
   complete_options(policy, path + ".options", actuator.options, checks);
   if (checks.problem()) return;
+  if (const auto metric = actuator.options.values().find("metric");
+      metric != actuator.options.values().end()) {
+    if (const auto* const name = std::get_if<std::string>(&metric->second))
+      check_usable(*name, config.metrics.details, path + ".options.metric", checks);
+  }
   const PolicyContext context{.actuator = which,
                               .layer = actuator.scope == Scope::kModel ? -1 : 0,
                               .experts = model.experts,
@@ -387,6 +411,7 @@ std::optional<ConfigProblem> complete(ControllerConfig& config, const PolicyRegi
   check_size(config, checks);
   if (checks.problem()) return checks.problem();
   check_measuring(config, checks);
+  check_watched(config.monitor.health, config.metrics.details, checks);
   check_timeline(config, checks);
   // The config's own names say which domains there are.
   config.collect.domains = static_cast<int>(config.model.domains.size());

@@ -1,5 +1,7 @@
 #include "moectl/controller.h"
 
+#include <stdexcept>
+#include <string>
 #include <utility>
 
 #include "control/loop.h"
@@ -53,9 +55,12 @@ std::int64_t Controller::steps() const {
 }
 
 void Controller::begin_at(std::int64_t step) {
-  if (step < 0) throw std::invalid_argument("step: " + std::to_string(step) + ": must be at least 0");
-  if (!loop_->report().layers.empty()) {
-    throw std::invalid_argument("begin_at: this controller has stepped: must come before its first step");
+  if (step < 0 || step > StateIo::kMostCount)
+    throw std::invalid_argument("step: " + std::to_string(step) + ": must be in [0, 2^60]");
+  if (!loop_->report().layers.empty() || loop_->steps() != 0) {
+    throw std::invalid_argument(
+        "begin_at: this controller has stepped, or goes on from a state: must come before its first step, "
+        "once");
   }
   loop_->begin_at(step);
 }

@@ -132,6 +132,7 @@ Controller::Loop::Loop(ControllerConfig config, const PolicyRegistry& registry, 
     for (const int id : ids) {
       layers_.push_back(std::make_unique<Layer>(group, registry_, layers_.size(), id));
       layers_.back()->frozen = frozen_at(config_, id, step);
+      churn_scratch_.reserve(layers_.back()->move.size());  // a step allocates nothing
       shapes.push_back(group.shape);
     }
   }

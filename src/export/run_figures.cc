@@ -22,9 +22,14 @@ Metrics RecordMetrics::of(const LogRecord& record) {
   if (!metrics.load_p50) {
     const Metrics more =
         measurer_.measure(record.stats, MetricsOptions{.details = true, .targets = targets_of(record)});
+    // What older logs do not hold. What is absent for another reason stays so.
     for (const MetricField& field : metric_fields()) {
-      if (!(metrics.*field.value)) metrics.*field.value = more.*field.value;
+      const bool newer =
+          field.name.starts_with("load_p") || field.name == "minority_share" || field.name == "sequence_cv";
+      if (newer && !(metrics.*field.value)) metrics.*field.value = more.*field.value;
     }
+    if (!metrics.balancedness && metrics.straggler_slowdown)
+      metrics.balancedness = 1 / *metrics.straggler_slowdown;
   }
   const std::optional<double> churn = churn_.of(record);
   if (!metrics.churn) metrics.churn = churn;

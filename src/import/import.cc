@@ -482,9 +482,10 @@ ImportReport import_trace(std::string_view name, const std::vector<std::string>&
       if (options.pairs > 0 && !key.second.starts_with("mtp")) {
         Pairs& of = pairs[key.first];
         of.both += layer.pairs;
-        of.tokens += layer.tokens.value_or(0);
+        of.tokens = added(of.tokens, layer.tokens.value_or(0));
         of.counts.resize(std::max(of.counts.size(), layer.counts.size()));
-        for (std::size_t i = 0; i < layer.counts.size(); ++i) of.counts[i] += layer.counts[i];
+        for (std::size_t i = 0; i < layer.counts.size(); ++i)
+          of.counts[i] = added(of.counts[i], layer.counts[i]);
       }
       if (layer.counts.size() > experts)
         throw ImportError("--experts: " + std::to_string(experts) + ": the files hold expert " +

@@ -33,11 +33,12 @@ inline std::int64_t added(std::int64_t a, std::int64_t b) {
 /// How many tokens chose both of two experts. Where a token's experts are known and ImportOptions::pairs asks for it.
 class PairCounts {
  public:
-  /// The experts of one token, each once; -1 = a slot that was not routed.
+  /// The experts of one token; -1 = a slot that was not routed. One that stands twice makes no pair with itself.
   void add(std::span<const std::int64_t> experts) {
     for (std::size_t i = 0; i < experts.size(); ++i) {
       for (std::size_t j = 0; j < i; ++j) {
-        if (experts[i] >= 0 && experts[j] >= 0) ++tokens_[key(experts[i], experts[j])];
+        if (experts[i] >= 0 && experts[j] >= 0 && experts[i] != experts[j])
+          ++tokens_[key(experts[i], experts[j])];
       }
     }
   }

@@ -21,6 +21,7 @@ constexpr double kBetweenSeeds = 0.1;
 constexpr double kSure = 1.96;  // standard errors of a 95 % interval
 // A difference of misfits that may be chance.
 constexpr double kSameMisfit = 0.05;
+constexpr double kAbsent = 10;  // misfit of a moment that the simulated router does not show
 // Below this excess of the summed counts a trace counts as balanced.
 constexpr double kBalancedCv = 0.15;
 constexpr double kMixtureNoise = 1.1;  // step variance that is none
@@ -200,7 +201,7 @@ SimulationFit fit_simulation(const TraceMoments& trace, const SimulationOptions&
     const auto miss = [&](const std::optional<double>& of_trace, double found) {
       if (of_trace) out.misfit += std::pow(std::log(found / *of_trace), 2);
     };
-    if (trace.design_effect) {
+    if (trace.design_effect && apart.design_effect && alike.design_effect) {
       const double low = *apart.design_effect, high = *alike.design_effect;
       const auto square_at = [&](double effect) {
         return high > low ? std::clamp((effect - low) / (high - low), 0.0, 1.0) : 0;
@@ -214,7 +215,13 @@ SimulationFit fit_simulation(const TraceMoments& trace, const SimulationOptions&
       miss(trace.design_effect, low + square * (high - low));
     }
     const auto both = [&](std::optional<double> TraceMoments::*moment) {
-      if (trace.*moment) miss(trace.*moment, (*(apart.*moment) + *(alike.*moment)) / 2);
+      // Such a router shows none: it is not the one sought.
+      if (!(trace.*moment)) return;
+      if (!(apart.*moment) || !(alike.*moment)) {
+        out.misfit += kAbsent;
+        return;
+      }
+      miss(trace.*moment, (*(apart.*moment) + *(alike.*moment)) / 2);
     };
     both(&TraceMoments::gap);
     both(&TraceMoments::near);
@@ -237,7 +244,8 @@ SimulationFit fit_simulation(const TraceMoments& trace, const SimulationOptions&
     const auto value_at = [&](double x) { return by_ratio ? std::exp(x) : x; };
     for (int h = 0; h < halvings; ++h) {
       trial.*knob.option = value_at((low + high) / 2);
-      (*(moments_of(trial).*knob.moment) < *(trace.*knob.moment) ? low : high) = (low + high) / 2;
+      const std::optional<double> found = moments_of(trial).*knob.moment;
+      (found && *found < *(trace.*knob.moment) ? low : high) = (low + high) / 2;
     }
     trial.*knob.option = value_at((low + high) / 2);
   };

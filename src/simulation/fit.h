@@ -40,7 +40,7 @@ class MomentSums {
  private:
   struct Layer {
     std::vector<double> counts;
-    double assignments = 0, steps = 0, cv_sq = 0, floor_sq = 0, noise_sq = 0, ratio = 0, ratios = 0;
+    double assignments = 0, steps = 0, cv_sq = 0, floor_sq = 0, ratio = 0, ratios = 0;
     double gap = 0, gaps = 0, near = 0, nears = 0, entropy = 0, entropies = 0, tokens = 0, sequences = 0;
   };
   int experts_ = 0, top_k_ = 0;
@@ -55,12 +55,12 @@ struct SimulationFit {
     double trace = 0, simulated = 0;
   };
   std::vector<Moment> moments;
-  double misfit =
-      0;  ///< Root mean square of ln(simulated / trace) over the moments, but for a step variance of about 1.
+  /// Root mean square of ln(simulated / trace) over the moments, but for a step variance of about 1.
+  double misfit = 0;
   /// The 95 % interval of the coherence, from that of the design effect; absent without sums by sequence.
   std::optional<std::pair<double, double>> coherence{};
-  int clusters_from = 0,
-      clusters_to = 0;              ///< Cluster counts whose misfit is at most 0.05 larger than the best.
+  /// Cluster counts whose misfit is at most 0.05 larger than the best.
+  int clusters_from = 0, clusters_to = 0;
   bool balanced = false;            ///< The trace is: the router was fitted under control.
   std::vector<std::string> untold;  ///< Options that the trace says nothing of, and why.
 };

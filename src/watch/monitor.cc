@@ -61,6 +61,7 @@ struct LayerMonitor::Impl {
   Trend trend(const MetricField& field) const;
   void exchange(StateIo& io);
   void watch_loads(const RoutingStats& stats, Metrics& metrics);
+  void follow_needs(const StatsNeeds& needs);
   void watch_experts(const RoutingStats& stats, Metrics& metrics);
   void watch_tail(const RoutingStats& stats, Metrics& metrics);
   void smooth(const Metrics& metrics);
@@ -100,23 +101,28 @@ LayerMonitor::Impl::Impl(const StatsShape& shape, const MonitorOptions& options,
       entropy_(static_cast<std::size_t>(options.trend_window)),
       token_entropy_(static_cast<std::size_t>(options.trend_window)),
       health_(shape, options.health, targets_.equal() ? Metrics{} : metrics_on_target(shape, metrics)) {
-  const auto experts = static_cast<std::size_t>(shape.experts);
   const auto window = static_cast<std::size_t>(options.trend_window);
   if (options.trends) {
     load_trend_.emplace(targets_, options.trend_window, options.ema);
     if (!options.loads_only) history_.emplace(window, metric_fields().size() + 1);
   }
-  const StatsNeeds& needs = shape.needs;
-  if (needs.gradients || needs.losses || needs.latencies) values_.resize(experts);
-  if (needs.gradients) {
+  follow_needs(shape.needs);
+}
+
+// Records of a file may hold what those before did not; those of a controller have one shape.
+void LayerMonitor::Impl::follow_needs(const StatsNeeds& needs) {
+  const std::size_t experts = smoothed_.size();
+  const auto window = static_cast<std::size_t>(options_.trend_window);
+  if (values_.empty() && (needs.gradients || needs.losses || needs.latencies)) values_.resize(experts);
+  if (needs.gradients && grad_norm_.empty()) {
     grad_norm_.assign(experts, 0.0);
     update_frequency_.assign(experts, 0.0);
   }
-  if (needs.losses) {
+  if (needs.losses && fast_loss_.empty()) {
     fast_loss_.assign(experts, std::nan(""));
     slow_loss_.assign(experts, std::nan(""));
   }
-  if (needs.latencies) {
+  if (needs.latencies && !tail_) {
     tail_.emplace(window);
     tail_load_.emplace(window);
   }
@@ -137,6 +143,7 @@ void LayerMonitor::Impl::observe(const RoutingStats& stats, Metrics& metrics, st
                                 std::to_string(smoothed_.size()));
   }
   watch_loads(stats, metrics);
+  follow_needs(stats.shape().needs);
   if (!values_.empty()) watch_experts(stats, metrics);
   if (tail_) watch_tail(stats, metrics);
   smooth(metrics);

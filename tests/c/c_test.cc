@@ -74,6 +74,8 @@ TEST_F(C, NoNullIsFollowed) {
   EXPECT_EQ(moectl_aux_loss_weight(nullptr, 0, &x), MOECTL_INVALID);
   EXPECT_EQ(moectl_temperature(c_, 0, nullptr), MOECTL_INVALID);
   EXPECT_EQ(moectl_begin_at(nullptr, 1), MOECTL_INVALID);
+  EXPECT_EQ(moectl_record_value(nullptr, 0, "router_condition", 1), MOECTL_INVALID);
+  EXPECT_EQ(moectl_record_value(c_, 0, nullptr, 1), MOECTL_INVALID);
   EXPECT_EQ(moectl_hold(nullptr, 1), MOECTL_INVALID);
   EXPECT_EQ(moectl_freeze(nullptr, 0, 1), MOECTL_INVALID);
   EXPECT_EQ(moectl_set_reduction(nullptr, nullptr, nullptr), MOECTL_INVALID);

@@ -151,6 +151,27 @@ TEST(LayerMonitor, TrendsOfEveryMetricAndItsCorrelationWithTheLoss) {
   EXPECT_FALSE(LayerMonitor(shape, {}).trend(*find_metric("max_load")).slope);
 }
 
+// Records of a file: gradients stand in every tenth, and the first of a layer may have none.
+TEST(LayerMonitor, RecordsMayHoldWhatTheFirstOneDidNot) {
+  const StatsShape bare{.experts = 4, .top_k = 1, .needs = {}};
+  StatsShape full = bare;
+  full.needs = {.gradients = true, .losses = true, .latencies = true};
+  StatsShape with_losses = bare;
+  with_losses.needs = {.losses = true};
+  for (const StatsShape& first : {bare, with_losses}) {
+    LayerMonitor monitor(first, {}, {});
+    for (const StatsShape& shape : {first, full, bare, full}) {
+      RoutingStats stats(shape);
+      ASSERT_TRUE(stats.add_counts(Counts{1, 2, 3, 4}, 10));
+      stats.add_grad_norms(std::vector<double>{1, 2, 0, 4});  // what is not among the needs is ignored
+      stats.add_latencies(std::vector<double>{1, 2, 3, 4});
+      Metrics metrics = measure(stats);
+      monitor.observe(stats, metrics);
+    }
+    EXPECT_THAT(monitor.update_frequency(), ::testing::ElementsAre(1, 1, 0, 1));
+  }
+}
+
 TEST(LayerMonitor, TailSensitivityByHand) {
   const StatsShape shape{2, 1, {.latencies = true}};
   LayerMonitor monitor(shape, {});
