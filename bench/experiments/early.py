@@ -56,12 +56,13 @@ def figures(steps, losses, floor):
             'dead_experts': sum(window[-1][layer]['metrics'].get('dead_experts') or 0 for layer in layers),
             'max_vio_over_floor': max(ratios, default=None), 'validation_loss': seen[-1] if seen else None,
             'gradient_norm': math.sqrt(mean(squares)) if squares else None}
-    worst_at = [max(unused_share(steps[max(0, t - END):t], layer) for layer in layers) for t in range(END, total + 1)]
+    first = min(END, total)
+    worst_at = [max(unused_share(steps[max(0, t - END):t], layer) for layer in layers) for t in range(first, total + 1)]
     since = None  # the step from which the first half of the definition holds to the end
     for t in range(len(worst_at) - 1, -1, -1):
         if worst_at[t] < QUARTER:
             break
-        since = t + END
+        since = t + first
     alarms = {}
     for name, on in (('health', lambda r: r.get('health') in ('collapsing', 'collapsed')),
                      ('fhs_alarm', lambda r: bool(r['metrics'].get('fhs_alarm')))):

@@ -98,12 +98,13 @@ void check_usable(const std::string& metric, bool details, const std::string& ke
 
 void check_watched(const HealthOptions& health, bool details, Checks& checks) {
   const auto bands = [&](const Bands& of, const std::string& key) {
-    for (const auto& [metric, band] : of) check_usable(metric, details, key, checks);
+    for (const auto& [metric, band] : of) check_usable(metric, details, key + '.' + metric, checks);
   };
   bands(health.bands, "health.bands");
-  for (const Phase& phase : health.phases) bands(phase.bands, "health.phases.bands");
-  for (const AlertRule& alert : health.alerts)
-    check_usable(alert.metric, details, "health.alerts.metric", checks);
+  for (std::size_t p = 0; p < health.phases.size(); ++p)
+    bands(health.phases[p].bands, "health.phases[" + std::to_string(p) + "].bands");
+  for (std::size_t a = 0; a < health.alerts.size(); ++a)
+    check_usable(health.alerts[a].metric, details, "health.alerts[" + std::to_string(a) + "].metric", checks);
 }
 
 void check_limits_of(Actuator which, const ActuatorConfig& actuator, int experts, const std::string& path,

@@ -102,11 +102,25 @@ TEST(Bands, WrongHealthSectionsNameThePlace) {
             "c.yaml:3:19: health.phases[0].until: missing: must be given in all phases but the last");
   EXPECT_EQ(error("health: {alerts: [{metric: load_cvs, above: 1}]}"),
             "c.yaml:3:28: health.alerts[0].metric: load_cvs: must be a metric; did you mean 'load_cv'?");
+  EXPECT_EQ(error("health: {alerts: [{metric: churn, above: 1}]}"),
+            "c.yaml:3:28: health.alerts[0].metric: churn: must be another metric: churn is known only after "
+            "the step "
+            "has decided");
+  EXPECT_EQ(error("health: {bands: {load_p5: [0, 1]}}"),
+            "c.yaml:3:27: health.bands.load_p5: load_p5: must be another metric, or metrics.details must be "
+            "true: it "
+            "sorts the loads");
+  EXPECT_EQ(error("health: {bands: {load_p5: [0, 1]}}\nmetrics: {details: true}"), "");
+  EXPECT_THAT(
+      error(
+          "aux_loss_weight: {policy: pi, options: {metric: load_p95}, initial: 0.01, limits: {min: 1.0e-4}}"),
+      HasSubstr("aux_loss_weight.options.metric: load_p95: must be another metric"));
   EXPECT_EQ(error("health: {alerts: [{metric: load_cv}]}"),
             "c.yaml:3:19: health.alerts[0]: load_cv: must have either above or below");
   EXPECT_EQ(error("health: {alerts: [{above: 1}]}"),
             "c.yaml:3:19: health.alerts[0].metric: missing: required");
-  EXPECT_EQ(error("metrics: {trend_window: 3}"), "c.yaml:3:25: metrics.trend_window: 3: must be from 4 to 10000");
+  EXPECT_EQ(error("metrics: {trend_window: 3}"),
+            "c.yaml:3:25: metrics.trend_window: 3: must be from 4 to 10000");
 }
 
 }  // namespace
