@@ -4,7 +4,6 @@
 #include <zlib.h>
 
 #include <algorithm>
-#include <functional>
 #include <cerrno>
 #include <charconv>
 #include <cmath>

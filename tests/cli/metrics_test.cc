@@ -66,6 +66,9 @@ TEST(MetricsCommand, LoadsOfSingleExpertsWithinALayerAndOverLayers) {
   EXPECT_DOUBLE_EQ(layer["p95"].get<double>(), 1.85);
   EXPECT_EQ(layer["most"], nlohmann::json::parse("[[0,2.0]]"));
   EXPECT_EQ(layer["least"], nlohmann::json::parse("[[2,0.5]]"));
+  // Of equals the lower number, at both ends.
+  EXPECT_EQ(result.json(1)["most"], nlohmann::json::parse("[[0,1.0]]"));
+  EXPECT_EQ(result.json(1)["least"], nlohmann::json::parse("[[0,1.0]]"));
   const auto all = result.json(2);  // ½, ½, 1, 1, 1, 1, 1, 2
   EXPECT_EQ(all["layer"], "all");
   EXPECT_DOUBLE_EQ(all["p5"].get<double>(), 0.5);

@@ -116,6 +116,11 @@ TEST(Import, PairsOfExpertsThatTheSameTokensChoose) {
   dir.write("m.jsonl", R"({"iter":0,"layer":0,"top_indices":[[0,1],[1,0],[2,3],[0,2]]})"
                        "\n");
   EXPECT_EQ(run_tool(dir, "import megatron m.jsonl --pairs 2 -o t.jsonl").out, result.out);
+  // An expert that stands twice in a row is no pair with itself.
+  dir.write("twice.jsonl", R"({"iter":0,"layer":0,"top_indices":[[3,3],[3,3],[0,1]]})"
+                           "\n");
+  EXPECT_THAT(run_tool(dir, "import megatron twice.jsonl --pairs 3 -o t.jsonl").out,
+              ::testing::Not(HasSubstr("3 3")));
   dir.write("c.csv", "layer_id,expert_id,count\n0,0,3\n0,1,1\n");
   const ToolResult none = run_tool(dir, "import sglang c.csv --top-k 1 --pairs 2 -o t.jsonl");
   EXPECT_EQ(none.code, 0);
