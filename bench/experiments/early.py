@@ -28,8 +28,13 @@ def unused_share(steps, layer):
     return sum(c < UNUSED * mean for c in sums) / len(sums)
 
 
+def present(values):
+    """Those that are there: a run that has diverged lacks some."""
+    return [v for v in values if v is not None]
+
+
 def mean(values):
-    values = [v for v in values if v is not None]
+    values = present(values)
     return sum(values) / len(values) if values else None
 
 
@@ -42,8 +47,7 @@ def figures(steps, losses, floor):
         window = steps[max(0, at - WINDOW):at]
 
         def worst(name, pick):
-            values = [mean(step[layer]['metrics'].get(name) for step in window) for layer in layers]
-            values = [v for v in values if v is not None]
+            values = present(mean(step[layer]['metrics'].get(name) for step in window) for layer in layers)
             return pick(values) if values else None
 
         pairs = [(mean(s[layer]['metrics']['max_vio'] for s in window), mean(floor(s[layer]) for s in window)) for layer in layers]

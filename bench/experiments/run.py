@@ -6,7 +6,8 @@
 One run a core, with one thread each: what runs beside it cannot change its result. A run that was interrupted goes on from
 its last checkpoint, and then has the bits of one that was not. Summaries of finished runs stand in results/NAME/ and are
 not repeated; logs and checkpoints in runs/experiments/NAME/. `tables.py NAME` makes tables and pictures of the summaries.
---quick: few steps of few runs, to see that everything works; its summaries stand beside the logs.
+--quick: few steps of few runs, to see that everything works. Its summaries, and those of other steps or texts than the
+plan's, stand beside the logs in runs/experiments/quick/NAME/.
 """
 import argparse
 import fcntl
@@ -108,7 +109,7 @@ class Run:
         result = {'experiment': self.plan.name, 'label': self.variant.label, 'title': self.variant.title,
                   'seed': self.seed, 'config': self.variant.config, 'arguments': self.arguments,
                   'versions': about, 'figures': summary.figures(self.log, moectl, self.plan.table == 'early')}
-        write(self.summary, json.dumps(result, indent=0) + '\n')
+        write(self.summary, json.dumps(result) + '\n')
         os.remove(self.checkpoint)
 
 
@@ -118,8 +119,9 @@ def runs_of(plan, options):
     work = os.path.join(options.work, plan.name)
     results = os.path.join(HERE, 'results', plan.name)
     labels = options.only or [v.label for v in plan.variants]
-    if options.quick:
+    if options.quick or options.steps or options.text:  # not what the plan says
         work = results = os.path.join(options.work, 'quick', plan.name)
+    if options.quick:
         seeds, labels = seeds[:2], options.only or plan.quick
     for folder in (work, results):
         os.makedirs(folder, exist_ok=True)

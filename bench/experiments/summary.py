@@ -5,6 +5,7 @@ import statistics
 import subprocess
 
 import early
+from early import mean, present
 
 END = 60        # steps at the end of a run
 WINDOW = 100    # steps before the shift, and at the end of the run
@@ -43,14 +44,7 @@ def floor(record):
 
 
 def over_layers(step, figure):
-    values = [figure(record) for record in step.values()]
-    values = [v for v in values if v is not None]
-    return sum(values) / len(values) if values else None
-
-
-def mean(values):
-    values = [v for v in values if v is not None]
-    return sum(values) / len(values) if values else None
+    return mean(figure(record) for record in step.values())
 
 
 def ratio(a, b):
@@ -59,12 +53,12 @@ def ratio(a, b):
 
 
 def median(values):
-    values = [v for v in values if v is not None]
+    values = present(values)
     return statistics.median(values) if values else None
 
 
 def deviation(values):
-    values = [v for v in values if v is not None]
+    values = present(values)
     return statistics.pstdev(values) if values else None
 
 

@@ -38,8 +38,7 @@ def load(folder, plan):
 
 
 def mean_and_error(values):
-    """Of those that are there: a run that has diverged lacks some."""
-    values = [v for v in values if v is not None]
+    values = early.present(values)
     if not values:
         return None, None
     mean = sum(values) / len(values)
@@ -192,6 +191,7 @@ wants a third of them; flat, the router forgets all; biases, the first k experts
 no fault. Recovered: over the last 60 steps no layer's MaxVio is above 1, nor above 1.25 of the twin's. Intervals: Wilson's.
 '''
 
+
 def warnings(plan, found):
     runs = []  # (figures, failed, injected, seed)
     for label, by_seed in found.items():
@@ -240,6 +240,7 @@ def warnings(plan, found):
         text += table(['alarm as shipped', 'rang before the failure', 'lead, steps (median)', 'onsets in 1000 steps of runs that did not fail'],
                       rows) + '\n'
     return text
+
 
 
 EARLY_NOTE = early.__doc__.split('\n\n', 1)[1]

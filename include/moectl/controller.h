@@ -89,8 +89,8 @@ struct ActuatorReport {
   std::span<const double> proposed;  ///< Empty if the policy was not asked.
   /// In force from the next step on. Mode shadow: what would be in force if the controller acted in this step.
   std::span<const double> applied;
-  /// Biases to deploy or validate with: `applied` without feed-forward and probes. Empty where it has neither. Mode shadow: what is in
-  /// force.
+  /// Biases to deploy or validate with: `applied` without feed-forward and probes. Empty where it has neither.
+  /// Mode shadow: what is in force.
   std::span<const double> deployed{};
   LimitReport reasons;
   StatsNeeds missing{};  ///< What the policy requires and this decision's sums lack (`missing_input`).

@@ -53,10 +53,10 @@ struct Metrics {
       predicted_drop_rate;  ///< Σ max(0, c - ⌈capacity_factor · S/N⌉) / S: the same capacity for every expert.
   Value straggler_slowdown;  ///< max over devices of load / mean device load, ≥ 1.
   Value balancedness;        ///< 1 / straggler_slowdown: mean over largest device load, (0, 1].
-  Value
-      minority_share;  ///< N · min p, [0, 1]; (w) the smallest relative load, over experts with a target above 0.
-  Value
-      sequence_cv;  ///< RMS over sequences of the CV in each, weighted by their assignments²: √(N Σ_ij c_ji² / Σ_j n_j² - 1).
+  /// N · min p, [0, 1]; (w) the smallest relative load, over experts with a target above 0.
+  Value minority_share;
+  /// RMS over sequences of the CV in each, weighted by their assignments²: √(N Σ_ij c_ji² / Σ_j n_j² - 1).
+  Value sequence_cv;
   // Percentiles over experts of N p, (w) the relative load; with MetricsOptions::details.
   Value load_p5, load_p25, load_p50, load_p75, load_p95;
 
@@ -78,8 +78,8 @@ struct Metrics {
   Value entropy_slope;             ///< of entropy, per step, over the trend window.
   Value balance_loss;              ///< N Σ f_i P_i as the router reports it, mean over micro-batches.
   Value z_loss;  ///< mean (logsumexp z)² as the router reports it, mean over micro-batches.
-  Value
-      router_similarity;  ///< mean |cos| between the router's weights of two experts, as the host reports it.
+  /// mean |cos| between the router's weights of two experts, as the host reports it.
+  Value router_similarity;
   Value router_condition;    ///< largest over smallest singular value of the router's weights, likewise.
   Value expert_output_norm;  ///< mean norm of an expert's output, likewise.
   Value gradient_ratio;      ///< norm of the balance loss's gradient over that of the task's, likewise.
@@ -230,7 +230,7 @@ Metrics metrics_on_target(const StatsShape& shape, const MetricsOptions& options
 
 /// The share of tokens whose top-k would change if the biases [N] moved by `change` [N], in units of the scores: an
 /// estimate, from the sample of tokens whose gap is near (RoutingStats::set_gap_width), which takes the last chosen and the
-/// first unchosen expert as independent. Small moves are what it is for: where a third of the tokens change, it is some 10 % low.
+/// first unchosen expert as independent. Small moves are what it is for: with larger ones it is a little low.
 /// Absent if the sample is not known, or has all its gaps at one expert. `scratch` is resized to N: given again, nothing
 /// is allocated. Throws std::invalid_argument on another number of changes.
 std::optional<double> estimate_churn(const RoutingStats& stats, std::span<const double> change,

@@ -59,7 +59,8 @@ struct RoutingBatch {
   /// Assignments that the router dropped for lack of capacity; absent = the router does not report drops.
   std::optional<std::int64_t> dropped{};
   /// The router's losses on this micro-batch, before their weights: the balance loss N Σ f_i P_i and the z-loss
-  /// mean (logsumexp z)². From 0 to kFixedMax; absent or anything else = not reported. Metrics report the mean over micro-batches.
+  /// mean (logsumexp z)². From 0 to kFixedMax; absent or anything else = not reported. Metrics report the mean over
+  /// micro-batches.
   std::optional<double> balance_loss{}, z_loss{};
 };
 

@@ -34,9 +34,9 @@ class BatchCounts {
   /// Without `sum` one process is all there is.
   explicit BatchCounts(SumOverRanks sum = {}) : sum_(std::move(sum)) {}
   /// For one forward pass. `micro_batch` numbers the micro-batches of a step: a second pass of one, as activation
-  /// checkpointing makes it, gets the counts of the first, and starts no collective; so the numbers of a step must be distinct. With gradients off it
-  /// returns the counts given. Takes and returns int64 [N] on the device of the router, where `sum` must be able to add;
-  /// what `sum` throws has added nothing. Refers to this object.
+  /// checkpointing makes it, gets the counts of the first, and starts no collective; so the numbers of a step must be
+  /// distinct. With gradients off it returns the counts given. Takes and returns int64 [N] on the device of the router,
+  /// where `sum` must be able to add; what `sum` throws has added nothing. Refers to this object.
   CountsOverBatch of(int layer, std::int64_t micro_batch = 0);
   /// Once an optimizer step.
   void next_step();

@@ -22,8 +22,8 @@ class EvaluationMeter {
   /// As TorchController::record, but always. Pieces of a sequence (`model.split_sequences`) join within a record.
   void record(int layer, const ::torch::Tensor& indices, const RecordOptions& options = {});
   /// Joins the passes of all ranks, each of which recorded other tokens: afterwards every rank holds the sums of all. Once
-  /// before report(), on every rank: a second time would add up the sums. All ranks have the same config. `sum`: as for Controller::set_reduction, such as reduce_over(group). Throws
-  /// ReductionError; the sums are then those of this rank.
+  /// before report(), on every rank: a second time would add up the sums. All ranks have the same config. `sum`: as for
+  /// Controller::set_reduction, such as reduce_over(group). Throws ReductionError; the sums are then those of this rank.
   void sum_over_ranks(const Reduction& sum);
   /// Measures all records since the last clear(). Valid until the next record or clear; RunLogWriter writes it under a
   /// tag.
