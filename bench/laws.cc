@@ -1,8 +1,8 @@
 // law_table [SECTION…] [--seeds N] [--first-seed S]: every bias policy on the simulated router, side by side on the
 // same seeds, S to S + N - 1 (1 to 3). Prints Markdown; figures are medians over the seeds. Sections (all by default):
-// summary, feedforward, grid, hindsight, policies, scale, first_gain, delay, dead, lumpy. `summary` is the table of
+// summary, feedforward, grid, laws, scale, delay, dead, lumpy. `summary` is the table of
 // policies/README.md; `grid` holds adaptive_bias against its bounds, run by run, and can be narrowed to some plants:
-// `--experts 8,16`, `--tokens 1024,2048,8192` (2048: rescaled scores, first gains and delays).
+// `--experts 8,16`, `--tokens 1024,2048,8192` (2048: rescaled scores and delays).
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -23,7 +23,7 @@ namespace {
 // What is asked for on the command line.
 Grid which;
 
-// A policy, and the option by which its gain is scaled, with its default.
+// A policy, and the option by which its gain is scaled, with its default; empty: it has none.
 struct TunedLaw : Law {
   std::string gain_option;
   double gain = 0;
@@ -31,8 +31,6 @@ struct TunedLaw : Law {
   Law scaled(double factor) const {
     Law law = *this;
     law.options.emplace_back(gain_option, gain * factor);
-    // Its bound moves along, or it would be the bound that is measured.
-    if (policy == "adaptive_bias") law.options.emplace_back("gain_max", std::max(1.0, gain * factor));
     return law;
   }
 };
@@ -47,8 +45,8 @@ const std::vector<TunedLaw> kTunedLaws = {
     {{"proportional", "proportional_bias", {}}, "step", 1e-2},
     {{"tanh momentum", "tanh_momentum_bias", {}}, "step", 5e-4},
     {{"quantile", "quantile_bias", {}}, "gain", 0.3},
-    {{"adaptive", "adaptive_bias", {}}, "gain", 0.25},
-    {{"adaptive counts", "adaptive_bias", {{"form", std::string("counts")}}}, "gain", 1e-3},
+    {{"adaptive", "adaptive_bias", {}}, "", 0},
+    {{"adaptive counts", "adaptive_bias", {{"form", std::string("counts")}}}, "", 0},
 };
 
 std::vector<Law> all_laws() {
@@ -62,43 +60,6 @@ std::string all_three(const RunFigures& f) {
 }
 std::string ratio_only(const RunFigures& f) {
   return number(f.ratio);
-}
-
-// What the walk of affinities leaves to any policy that knows past counts alone: the same policy with one constant
-// gain, for every expert and every error alike, of which the best is chosen afterwards.
-void hindsight() {
-  const std::vector<double> gains = {0.1, 0.15, 0.2, 0.3, 0.4, 0.6};
-  std::vector<std::pair<std::string, SimulationOptions>> rows;
-  for (const Space& space : kSpaces) {
-    for (int k : {2, 8}) {
-      for (std::int64_t t : {8192, 65536}) {
-        if (!which.tokens.empty() && !which.tokens.count(t)) continue;
-        SimulationOptions plant = plant_of(16, k, t, space);
-        plant.scenario = Scenario::kShift;
-        rows.emplace_back(name_of_plant(plant, space.name), plant);
-      }
-    }
-  }
-  const std::size_t columns = gains.size() + 1;
-  std::vector<RunFigures> figures(rows.size() * columns);
-  in_parallel(figures.size(), [&](std::size_t i) {
-    Law law = kAdaptive;
-    if (const std::size_t column = i % columns) {
-      law.options = {{"gain", gains[column - 1]}, {"adaptation", 0.0}, {"per_expert", false}};
-    }
-    figures[i] = measure(law, rows[i / columns].second, which.seeds);
-  });
-  std::printf(
-      "\n### One constant gain, chosen afterwards: × floor · settle · back after the shift\n\n| plant | "
-      "adaptive |");
-  for (const double gain : gains) std::printf(" %g |", gain);
-  std::printf("\n|---|");
-  for (std::size_t i = 0; i < columns; ++i) std::printf("---|");
-  for (std::size_t i = 0; i < figures.size(); ++i) {
-    if (i % columns == 0) std::printf("\n| %s |", rows[i / columns].first.c_str());
-    std::printf(" %s |", all_three(figures[i]).c_str());
-  }
-  std::printf("\n");
 }
 
 // One table: a row a plant, a column a policy.
@@ -125,6 +86,7 @@ void side_by_side(const char* title, const std::vector<std::pair<std::string, Si
 // Largest power of two by which the gain can be multiplied with the loop still settled at the end; 0 = not even one.
 int gain_margin(const TunedLaw& law, SimulationOptions plant) {
   int margin = 0;
+  if (law.gain_option.empty()) return -1;
   for (int factor = 1; factor <= 64; factor *= 2) {
     // Relaxation by more than two diverges by construction; the option ends before.
     if (law.policy == "quantile_bias" && law.gain * factor > 2) break;
@@ -164,7 +126,10 @@ void summary() {
       const std::size_t i = row * kSpaceCount + at;
       const RunFigures& f = figures[i];
       std::printf(" %s · %s · %s · %s |", steps_text(f.settle).c_str(), steps_text(f.back).c_str(),
-                  number(f.ratio).c_str(), margins[i] > 0 ? std::to_string(margins[i]).c_str() : "< 1");
+                  number(f.ratio).c_str(),
+                  margins[i] < 0   ? "–"
+                  : margins[i] > 0 ? std::to_string(margins[i]).c_str()
+                                   : "< 1");
     }
     std::printf("\n");
   }
@@ -235,28 +200,6 @@ void scale() {
   side_by_side("Scores rescaled: × floor · settle · back (16 experts, top-2, T 2048)", rows, all_three);
 }
 
-void first_gain() {
-  std::printf(
-      "\n### First gain of counts-only wrong by a factor: × floor · settle · back (16/2, T 2048)\n\n");
-  std::printf("| scores | ÷ 100 | ÷ 10 | × 1 | × 10 | × 100 |\n|---|---|---|---|---|---|\n");
-  const std::vector<double> factors = {0.01, 0.1, 1, 10, 100};
-  std::vector<RunFigures> figures(kSpaceCount * factors.size());
-  in_parallel(figures.size(), [&](std::size_t i) {
-    const Space& space = kSpaces[i / factors.size()];
-    SimulationOptions plant = plant_of(16, 2, 2048, space);
-    plant.scenario = Scenario::kShift;
-    Law law = kCounts;
-    const double right = space.space == ScoreSpace::kLogit ? 1e-2 : 1e-3;
-    law.options.emplace_back("gain", right * factors[i % factors.size()]);
-    figures[i] = measure(law, plant, which.seeds);
-  });
-  for (std::size_t i = 0; i < figures.size(); ++i) {
-    if (i % factors.size() == 0) std::printf("| %s |", kSpaces[i / factors.size()].name);
-    std::printf(" %s |%s", all_three(figures[i]).c_str(),
-                i % factors.size() + 1 == factors.size() ? "\n" : "");
-  }
-}
-
 void delay() {
   std::vector<std::pair<std::string, SimulationOptions>> rows;
   for (int late : {0, 1, 2, 4, 8}) {
@@ -319,10 +262,8 @@ int main_of(int argc, char** argv) {
   const std::vector<std::pair<std::string, void (*)()>> sections = {{"summary", summary},
                                                                     {"feedforward", feedforward},
                                                                     {"grid", [] { grid(which); }},
-                                                                    {"hindsight", hindsight},
                                                                     {"laws", laws},
                                                                     {"scale", scale},
-                                                                    {"first_gain", first_gain},
                                                                     {"delay", delay},
                                                                     {"dead", dead},
                                                                     {"lumpy", lumpy}};
@@ -350,7 +291,7 @@ int main_of(int argc, char** argv) {
     if (!known) {
       std::fprintf(stderr,
                    "usage: law_table [--seeds N] [--first-seed S] [--experts N,…] [--tokens T,…] "
-                   "[summary|feedforward|grid|hindsight|laws|scale|first_gain|delay|dead|lumpy]…\n");
+                   "[summary|feedforward|grid|laws|scale|delay|dead|lumpy]…\n");
       return 2;
     }
     wanted.insert(arg);

@@ -3,21 +3,20 @@
 // The idea. The data loader knows the domain mixture w of the next batch. From counts tagged by domain, the policy
 // learns the effect ε_d of each domain on the loads. So it can cancel the effect of the next mixture before it happens.
 //
-//   ê = Σ_d (w_d - w̄_d) ε_d              w̄ running mean mixture
-//   b_applied = b + f · Ḡ · clip(ê, -1, 1)
+//   ê_i = Σ_d (w_d - w̄_d) ε_di           w̄ running mean mixture
+//   b_applied,i = b_i + f · clip(ê_i, -1, 1) / s_i       s_i the measured slope of expert i, f the share below
 //   after the step, for each domain with n_d tokens:
-//   ε_d += 0.1 · min(1, n_d/512) · (e_d + ê - ε_d)
+//   ε_d += 0.1 · min(1, n_d/512) · (e_d + f ê - ε_d)
 //   w̄ += 0.02 (w - w̄)
 //
-// ê belongs to the biases that routed the batch; adding it removes the feed-forward's own effect from e_d. The policy
+// f ê belongs to the biases that routed the batch; adding it removes the feed-forward's own effect from e_d. The policy
 // keeps its own bias b separate: b is the applied bias minus the feed-forward, so the feed-forward is never integrated.
 //
-// Limits. If a limit cuts the applied bias, the cut is taken from the feed-forward first, and ê shrinks with it. So a
-// switch of the mixture that `rate` spreads over several steps leaves b unchanged. If a decision is held, the last
-// feed-forward and its ê stay in force. Mixtures that change at every step need a large `rate`, because a part that
-// arrives a step late cancels the wrong mixture (policies/adaptive_bias.yaml with four domains, `moectl simulate
-// --scenario noise`, seeds 1–3, end_over_floor: with a rate of 0.01 4.9 without feed-forward and 4.6 with it; without a
-// rate limit 4.8 and 2.3).
+// Limits. If a limit cuts the applied bias, the cut is taken from the feed-forward first, so b is unchanged by it. A part
+// that arrives a step late cancels the wrong mixture. So f, the share of the plan that is asked for, falls until the limits
+// let it be made in time: f *= (1 + made/asked)/2 after a cut, f *= 1.05 (at most 1) without one. If a decision is held,
+// the last feed-forward stays in force (policies/adaptive_bias.yaml with four domains, `moectl simulate --scenario
+// noise`, seeds 1–3, end_over_floor: without feed-forward 5.3; with it 2.0, with a rate of 0.1 2.6, of 0.01 4.9).
 //
 // Causality. The router learns which domains a batch holds, and nothing about a single token, so the model stays
 // causal.
@@ -49,9 +48,13 @@ class Feedforward {
         planned_(experts, 0.0),
         next_(experts, 0.0),
         own_(experts, 0.0),
-        missing_(experts, 0.0) {}
+        missing_(experts, 0.0),
+        unit_(experts, 0.0) {}
 
   std::span<const double> in_force() const { return in_force_; }
+  /// The error that the mixture of the last plan causes and that the feed-forward in force leaves: 0 unless a hold or a
+  /// limit came between.
+  double left_over(std::size_t expert) const { return planned_[expert] - expected_[expert]; }
 
   /// Learns from a window that was routed under the feed-forward in force.
   void learn(const RoutingStats& stats, std::span<const double> targets) {
@@ -71,10 +74,9 @@ class Feedforward {
     }
   }
 
-  /// Adds the feed-forward for the next batch to `bias`, which holds b. `unit`: score units for an error of 1. The mean
-  /// of the feed-forward is zero.
-  void plan(std::span<const std::int64_t> mixture, double unit, std::span<double> bias) {
-    unit_ = unit;
+  /// Adds the feed-forward for the next batch to `bias`, which holds b. `slope`: by which share the load of each expert
+  /// rises per unit of its bias [N], above 0. The mean of the feed-forward is zero.
+  void plan(std::span<const std::int64_t> mixture, std::span<const double> slope, std::span<double> bias) {
     std::fill(planned_.begin(), planned_.end(), 0.0);
     double total = 0;
     for (const std::int64_t tokens : mixture) total += static_cast<double>(tokens);
@@ -88,8 +90,10 @@ class Feedforward {
       }
       mixture_known_ = true;
     }
-    if (!(unit > 0)) std::fill(planned_.begin(), planned_.end(), 0.0);  // nothing can be cancelled
-    for (std::size_t i = 0; i < experts_; ++i) next_[i] = unit * std::min(std::max(planned_[i], -1.0), 1.0);
+    for (std::size_t i = 0; i < experts_; ++i) {
+      unit_[i] = 1 / slope[i];
+      next_[i] = share_ * unit_[i] * std::min(std::max(planned_[i], -1.0), 1.0);
+    }
     const double mean = sum_of(next_) / static_cast<double>(experts_);
     for (std::size_t i = 0; i < experts_; ++i) {
       next_[i] -= mean;
@@ -98,14 +102,17 @@ class Feedforward {
     }
   }
 
-  /// The planned feed-forward is in force in full.
-  void commit() {
-    in_force_ = next_;
-    expected_ = planned_;
-  }
-  /// A limit reduced the bias to `applied`: b is served first, the feed-forward takes the rest. Centring shifts all
-  /// experts equally and moves no token, so the shift that most experts share (the median) counts for neither.
-  void commit_cut(std::span<const double> applied) {
+  /// What came of the plan: it is in force in full, or a limit `cut` the bias to `applied`. Then b is served first, and
+  /// the feed-forward takes the rest. Centring shifts all experts equally and moves no token, so the shift that most
+  /// experts share (the median) counts for neither.
+  void commit(std::span<const double> applied, bool cut) {
+    if (!cut) {
+      in_force_ = next_;
+      for (std::size_t i = 0; i < experts_; ++i) expected_[i] = share_ * planned_[i];
+      share_ = std::min(1.0, share_ * kShareGrowth);
+      return;
+    }
+    double wanted = 0, made = 0;
     for (std::size_t i = 0; i < experts_; ++i) missing_[i] = applied[i] - own_[i] - next_[i];
     const auto upper = missing_.begin() + static_cast<std::ptrdiff_t>(experts_ / 2);
     std::nth_element(missing_.begin(), upper, missing_.end());
@@ -114,21 +121,27 @@ class Feedforward {
     for (std::size_t i = 0; i < experts_; ++i) {
       const auto [low, high] = std::minmax(in_force_[i], next_[i]);
       const double left = std::min(std::max(applied[i] - shift - own_[i], low), high);
-      expected_[i] = unit_ > 0 ? planned_[i] - (next_[i] - left) / unit_ : 0;
+      wanted += std::abs(next_[i] - in_force_[i]);
+      made += std::abs(left - in_force_[i]);
+      expected_[i] = share_ * planned_[i] - (next_[i] - left) / unit_[i];
       in_force_[i] = left;
     }
+    if (wanted > 0) share_ = std::max(kLeastShare, share_ * (0.5 + made / wanted / 2));
   }
 
   void exchange(StateIo& io) {
     io.values("feedforward.effect", effect_);
     io.values("feedforward.mean_mixture", mean_mixture_);
+    io.values("feedforward.planned", planned_);
     io.values("feedforward.expected", expected_);
     io.values("feedforward.in_force", in_force_);
     io.value("feedforward.mixture_known", mixture_known_);
+    io.value("feedforward.share", share_, {kLeastShare, 1});
   }
 
  private:
   static constexpr double kLearning = 0.1;
+  static constexpr double kShareGrowth = 1.05, kLeastShare = 0.01;
   static constexpr double kFullWeightTokens = 512;
   static constexpr double kMixtureEma = 0.02;
 
@@ -137,11 +150,13 @@ class Feedforward {
   std::vector<double> mean_mixture_;  // w̄ [domains]
   std::vector<double> expected_;      // ê that in_force_ was meant to cancel [N]
   std::vector<double> in_force_;      // the feed-forward's part of the applied bias, score units [N]
+  std::vector<double> planned_;       // ê of the last plan [N]
   bool mixture_known_ = false;
-  // From plan to commit: ê, the same in score units, b, and the unit.
-  std::vector<double> planned_, next_, own_;
+  double share_ = 1;  // f
+  // From plan to commit: ê in score units, b, and the unit.
+  std::vector<double> next_, own_;
   std::vector<double> missing_;  // part of each bias that limits and centring removed [N]
-  double unit_ = 0;
+  std::vector<double> unit_;     // score units for an error of 1 [N]
 };
 
 }  // namespace moectl::policies

@@ -130,7 +130,6 @@ void ResponseCheck::observe(const RoutingStats* stats, double load_cv, double fl
   ++filled_;
   if (filled_ <= static_cast<std::int64_t>(delay_)) return;
   if (!referenced_) {
-    if (!full()) return;
     set_reference(/*answered=*/false);
     std::fill(move_mean_.begin(), move_mean_.end(), 0.0);
     return;
@@ -294,11 +293,9 @@ void ResponseCheck::judge() {
     filled_ = 0;
   } else if (falls_short && full() && quiet_ == 0 && unbalanced_) {
     start_probe();
-    // Where the load seems to go the other way, the policy waits for the answer: it would run away.
-    const auto reversed = [](const std::optional<Estimate>& found) {
-      return found && found->gain + kVerySure * found->error < 0;
-    };
-    pinned_ = state_ == Response::kProbing && (reversed(travel) || reversed(moves));
+    // Where the load seems to go the other way, the policy waits for the answer: it would run away. Only moves tell: along
+    // the whole way, an expert that sank for a reason of its own looks the same.
+    pinned_ = state_ == Response::kProbing && moves && moves->gain + kVerySure * moves->error < 0;
   }
 }
 
@@ -404,7 +401,10 @@ void ResponseCheck::finish_block() {
   if (size_ == 1 && finds_answer(kLags)) return;
   ++blocks_;
   const std::optional<Estimate> found = answer(0).estimate(1);
-  if (size_ == 1 && found && found->gain + kVerySure * found->error < kSilent) {
+  // Surely no answer, or surely one of the wrong sign.
+  const double unsure = found ? kVerySure * found->error : 0;
+  const bool told = found && (found->gain + unsure < 0 || std::abs(found->gain) + unsure < kSilent);
+  if (size_ == 1 && told) {
     state_ = Response::kUnresponsive;
     found_ = found;
     late_ = 0;
@@ -417,8 +417,10 @@ void ResponseCheck::finish_block() {
     give_up();
     return;
   }
-  // Blocks of one size add up.
-  for (std::size_t late = 0; late < kLags; ++late) probe_[late] = size_ < 1 ? Sums{} : answer(late);
+  // Blocks of one size add up, but for one whose pattern the policy's own moves have covered.
+  const bool clear = found && found->error < kSharp;
+  pinned_ |= size_ == 1 && !clear;
+  for (std::size_t late = 0; late < kLags; ++late) probe_[late] = size_ == 1 && clear ? answer(late) : Sums{};
   size_ = std::min(size_ * kSizeStep, 1.0);
   start_block();
 }

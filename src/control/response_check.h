@@ -15,9 +15,10 @@
 //             signs hardly correlate with themselves some steps later, so an answer that is late is told from a wrong
 //             sign. The size is chosen so that eight decisions give the gain a standard error of 0.08: 1.1 floors at 16 experts, .3 at 256.
 //
-// If the load seems to go the other way, the policy is not followed during the probe. If the probe gets no answer, the biases go back to where they were when the load last answered, and are held there.
-// The probe is repeated from time to time. At the first answer the policy goes on. An answer that comes up to four steps
-// later than the declared delay is one too, and is reported as late.
+// If the load seems to go the other way, or if the policy's own moves have covered the pattern of a probe, the biases go
+// back to where they were when the load last answered, and the probe is made there. If it gets no answer, they are held
+// there. The probe is repeated from time to time. At the first answer the policy goes on. An answer that comes up to four
+// steps later than the declared delay is one too, and is reported as late.
 //
 // A check costs several passes over the experts, and a balanced layer has nothing to answer. So the check of a balanced
 // layer rests, and wakes for some steps in a hundred, or when the layer is no longer balanced. After each answer it pauses

@@ -176,12 +176,14 @@ TEST(ClosedLoop, AdaptiveFollowsTheUnitOfTheScores) {
   }
 }
 
-TEST(ClosedLoop, CountsOnlyFindsItsGain) {
-  for (double gain : {1e-5, 1e-1}) {
+// Without the gap the slope is learnt from what the moves do, from a guess that is wrong by more than ten.
+TEST(ClosedLoop, CountsOnlyFindsTheSlope) {
+  for (double scale : {0.05, 1.0, 20.0}) {
     SimulationOptions plant;
-    const Series r = run(
-        config_for(plant, "adaptive_bias", {{"form", std::string("counts")}, {"gain", gain}}), plant, 400);
-    EXPECT_LE(r.ratio(300, 400), 1.25) << gain;
+    plant.score_scale = scale;
+    if (scale > 1) plant.score_space = ScoreSpace::kLogit;  // no probability exceeds 1
+    const Series r = run(config_for(plant, "adaptive_bias", {{"form", std::string("counts")}}), plant, 400);
+    EXPECT_LE(r.ratio(300, 400), 1.25) << scale;
   }
 }
 

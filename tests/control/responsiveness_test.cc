@@ -333,6 +333,27 @@ TEST(Responsiveness, AHostileStateIsRefusedOrTheRunGoesOn) {
   }
 }
 
+// One expert sinks for a reason of its own while its bias rises. That is no proof of a wrong sign, and the policy is not
+// kept from bringing it back.
+TEST(Responsiveness, AnExpertThatSinksIsBroughtBackAtOnce) {
+  for (std::uint64_t seed = 40151; seed <= 40158; ++seed) {
+    Loop loop({.seed = seed, .scenario = Scenario::kDead, .event_step = 150});
+    loop.run(150, Loop::as_told);
+    double lowest = 0;
+    int steps = 0;
+    while (lowest < 0.5 && steps < 40) {
+      loop.run(1, Loop::as_told);
+      const std::span<const std::int64_t> counts = loop.controller.report().layers[0].stats->counts();
+      lowest = static_cast<double>(*std::min_element(counts.begin(), counts.end())) /
+               (static_cast<double>(loop.router.options().tokens * loop.router.options().top_k) /
+                static_cast<double>(counts.size()));
+      ++steps;
+    }
+    EXPECT_LE(steps, 15) << seed;
+    EXPECT_EQ(loop.held, 0) << seed;
+  }
+}
+
 // The check of a balanced layer rests, and is awake as soon as the layer is no longer balanced.
 TEST(Responsiveness, ALoopThatBreaksAfterLongBalanceIsNoticed) {
   for (const double gain : {0.0, -1.0}) {

@@ -221,8 +221,7 @@ TEST(FieldCases, B2_AppliedValuesSurviveEveryChangeOfTheConfig) {
   const Trained saved = trained(base, plant);
   const std::map<std::string, std::function<void(ControllerConfig&)>> changes = {
       {"another policy", [](ControllerConfig& c) { c.expert_bias.policy = "proportional_bias"; }},
-      {"an option", [](ControllerConfig& c) { c.expert_bias.options.set("correlation_ema", 0.3); }},
-      {"another form", [](ControllerConfig& c) { c.expert_bias.options.set("form", std::string("counts")); }},
+      {"an option", [](ControllerConfig& c) { c.expert_bias.options.set("form", std::string("counts")); }},
       {"the guard", [](ControllerConfig& c) { c.guard.enabled = true; }},
       {"lag", [](ControllerConfig& c) { c.lag = 1; }},
       {"ema", [](ControllerConfig& c) { c.monitor.ema = 0.5; }},
@@ -288,9 +287,9 @@ TEST(FieldCases, B2_WhatCannotBeKeptIsNamedInTheWordsOfTheConfig) {
   };
   EXPECT_EQ(part_after([](ControllerConfig& c) { c.expert_bias.policy = "sign_bias"; }, "expert_bias.policy"),
             "dropped: adaptive_bias, now sign_bias: starts without memory");
-  EXPECT_EQ(part_after([](ControllerConfig& c) { c.expert_bias.options.set("correlation_ema", 0.3); },
+  EXPECT_EQ(part_after([](ControllerConfig& c) { c.expert_bias.options.set("form", std::string("gap")); },
                        "expert_bias.policy"),
-            "adapted: expert_bias.options.correlation_ema: 0.2, now 0.3");
+            "adapted: expert_bias.options.form: auto, now gap");
   EXPECT_EQ(part_after([](ControllerConfig& c) { c.monitor.trend_window = 17; }, "health"),
             "dropped: metrics.trend_window: 50, now 17");
   EXPECT_THAT(

@@ -33,27 +33,32 @@ RoutingStats window(const std::vector<Tokens>& parts) {
 
 const std::vector<double> kTargets = {0.5, 0.5};
 
+using Pair = std::array<double, 2>;
+constexpr Pair kOnes = {1, 1};
+
 // What it adds to biases of zero.
-std::array<double, 2> planned(Feedforward& feedforward, const std::vector<std::int64_t>& mixture,
-                              double unit = 1) {
-  std::array<double, 2> bias{};
-  feedforward.plan(mixture, unit, bias);
+Pair planned(Feedforward& feedforward, const std::vector<std::int64_t>& mixture, Pair slope = kOnes) {
+  Pair bias{};
+  feedforward.plan(mixture, slope, bias);
   return bias;
+}
+void commit(Feedforward& feedforward) {
+  feedforward.commit({}, /*cut=*/false);
 }
 
 TEST(Feedforward, LearnsEachDomainsEffectAndPlansForTheChange) {
   Feedforward feedforward(2, 2);
   EXPECT_THAT(planned(feedforward, {1, 3}),
               ElementsAre(0, 0));  // the first mixture is the mean: nothing to expect
-  feedforward.commit();
+  commit(feedforward);
   // Domain 0: 512 tokens, e = (-1, 1), weight .1. Domain 1: 256 tokens, e = (.5, -.5), weight .05.
   const RoutingStats seen = window({{0, 0, 512}, {1, 0, 64}, {1, 1, 192}});
   feedforward.learn(seen, kTargets);
   // ε = (-.1, .1) and (.025, -.025); w - w̄ = (.5, -.5); twice ê = .5 (-.1) - .5 (.025).
-  EXPECT_THAT(planned(feedforward, {3, 1}, 2), ElementsAre(DoubleEq(-0.125), DoubleEq(0.125)));
+  EXPECT_THAT(planned(feedforward, {3, 1}, {0.5, 0.5}), ElementsAre(DoubleEq(-0.125), DoubleEq(0.125)));
   // Only what is committed is in force.
   EXPECT_THAT(feedforward.in_force(), ElementsAre(0, 0));
-  feedforward.commit();
+  commit(feedforward);
   EXPECT_THAT(feedforward.in_force(), ElementsAre(DoubleEq(-0.125), DoubleEq(0.125)));
   // The same errors in spite of ê: ε_0 += .1 (-1 - .0625 + .1), ε_1 += .05 (.5 - .0625 - .025).
   feedforward.learn(seen, kTargets);
@@ -64,7 +69,7 @@ TEST(Feedforward, LearnsEachDomainsEffectAndPlansForTheChange) {
 TEST(Feedforward, TokensOfAnExpertWithTargetZeroAreExcess) {
   Feedforward feedforward(2, 2);
   planned(feedforward, {1, 3});
-  feedforward.commit();
+  commit(feedforward);
   feedforward.learn(window({{0, 0, 256}, {0, 1, 256}}), std::vector<double>{1, 0});
   // e = (.5, -1), weight .1, w - w̄ = .5: ê = (.025, -.05), of which the mean goes out.
   EXPECT_THAT(planned(feedforward, {3, 1}), ElementsAre(DoubleEq(0.0375), DoubleEq(-0.0375)));
@@ -95,10 +100,10 @@ TEST(Feedforward, CancelsAtMostTheWholeLoad) {
 TEST(Feedforward, AHeldDecisionIsNotUsedForLearning) {
   Feedforward feedforward(2, 2);
   planned(feedforward, {1, 1});
-  feedforward.commit();
+  commit(feedforward);
   feedforward.learn(window({{0, 0, 512}, {1, 1, 512}}), kTargets);  // ε = (-.1, .1) and (.1, -.1)
   planned(feedforward, {1, 0});                                     // ê = (-.1, .1)
-  feedforward.commit();
+  commit(feedforward);
   planned(feedforward, {0, 1});  // w̄ = (.51, .49): ê = (.102, -.102), and nothing comes of it
   EXPECT_THAT(feedforward.in_force(), ElementsAre(DoubleEq(-0.1), DoubleEq(0.1)));
   // The batch was routed with (-.1, .1) still in force: ε_1 += .1 (1 - .1 - .1).
@@ -108,17 +113,30 @@ TEST(Feedforward, AHeldDecisionIsNotUsedForLearning) {
               ElementsAre(DoubleNear(0.4998 * 0.28, 1e-15), DoubleNear(-0.4998 * 0.28, 1e-15)));
 }
 
-// Without a unit nothing is added, so there is nothing to take out again.
-TEST(Feedforward, WithoutAUnitItExpectsNothing) {
+// An expert whose load rises fast needs a small bias for the same change.
+TEST(Feedforward, EachExpertIsMovedByItsOwnSlope) {
   Feedforward feedforward(2, 2);
-  planned(feedforward, {1, 1}, 0);
-  feedforward.commit();
+  planned(feedforward, {1, 1});
+  commit(feedforward);
   feedforward.learn(window({{0, 0, 512}, {1, 1, 512}}), kTargets);  // ε = (-.1, .1) and (.1, -.1)
-  EXPECT_THAT(planned(feedforward, {1, 0}, 0), ElementsAre(0, 0));
-  feedforward.commit();
-  feedforward.learn(window({{0, 0, 512}}), kTargets);  // ε_0 += .1 (-1 + .1); w̄ = (.51, .49)
-  EXPECT_THAT(planned(feedforward, {1, 0}),
-              ElementsAre(DoubleNear(-0.49 * 0.29, 1e-15), DoubleNear(0.49 * 0.29, 1e-15)));
+  // ê = (-.1, .1): by the slopes (-.02, .1), less their mean.
+  EXPECT_THAT(planned(feedforward, {1, 0}, {5, 1}),
+              ElementsAre(DoubleNear(-0.06, 1e-15), DoubleNear(0.06, 1e-15)));
+}
+
+// What a hold or a limit keeps from happening is known to be left over.
+TEST(Feedforward, AHoldOrALimitLeavesTheEffectOfTheMixture) {
+  Feedforward feedforward(2, 2);
+  planned(feedforward, {1, 1});
+  commit(feedforward);
+  feedforward.learn(window({{0, 0, 512}, {1, 1, 512}}), kTargets);
+  planned(feedforward, {1, 0});  // ê = (-.1, .1)
+  EXPECT_DOUBLE_EQ(feedforward.left_over(1), 0.1);
+  Feedforward cut = feedforward;
+  commit(feedforward);
+  EXPECT_EQ(feedforward.left_over(1), 0);
+  cut.commit(Pair{-0.01, 0.01}, /*cut=*/true);
+  EXPECT_DOUBLE_EQ(cut.left_over(1), 0.09);
 }
 
 // A rate limit lets a tenth of the way through at a time. The policy's own b comes out as it went in, and what could
@@ -127,28 +145,29 @@ TEST(Feedforward, ALimitCutsTheFeedforwardBeforeTheBiases) {
   Feedforward feedforward(2, 2);
   const std::vector<std::int64_t> even = {1, 1}, one = {1, 0};
   std::array<double, 2> bias{};
-  feedforward.plan(even, 1, bias);
-  feedforward.commit();
+  feedforward.plan(even, kOnes, bias);
+  commit(feedforward);
   feedforward.learn(window({{0, 0, 512}, {1, 1, 512}}), kTargets);  // ε = (-.1, .1) and (.1, -.1)
   bias = {0.3, -0.3};
-  feedforward.plan(one, 1, bias);  // ê = (-.1, .1)
+  feedforward.plan(one, kOnes, bias);  // ê = (-.1, .1)
   EXPECT_THAT(bias, ElementsAre(DoubleEq(0.2), DoubleEq(-0.2)));
-  feedforward.commit_cut(std::array{0.29, -0.29});
+  feedforward.commit(Pair{0.29, -0.29}, /*cut=*/true);
   EXPECT_THAT(feedforward.in_force(), ElementsAre(DoubleNear(-0.01, 1e-15), DoubleNear(0.01, 1e-15)));
   // The next window shows e_0 = (-1, 1): ε_0 += .1 (-1 - .01 + .1), not .1 (-1 - .1 + .1). w̄ is (.51, .49).
   feedforward.learn(window({{0, 0, 512}}), kTargets);
   bias = {0.3, -0.3};
-  feedforward.plan(one, 1, bias);
+  feedforward.plan(one, kOnes, bias);
   const double effect = -0.1 + 0.1 * (-1 - 0.01 + 0.1);
-  const double next = 0.49 * (effect - 0.1);
+  const double share = 0.55;  // (1 + .01/.1)/2: a tenth came in time
+  const double next = share * 0.49 * (effect - 0.1);
   EXPECT_THAT(bias, ElementsAre(DoubleEq(0.3 + next), DoubleEq(-0.3 - next)));
   // Centring moves both by the same after the limit: it belongs to neither part.
-  feedforward.plan(one, 1, bias = {0.3, -0.3});
-  feedforward.commit_cut(std::array{0.28 + 7, -0.28 + 7});
+  feedforward.plan(one, kOnes, bias = {0.3, -0.3});
+  feedforward.commit(Pair{0.28 + 7, -0.28 + 7}, /*cut=*/true);
   EXPECT_THAT(feedforward.in_force(), ElementsAre(DoubleNear(-0.02, 1e-14), DoubleNear(0.02, 1e-14)));
   // Never outside what was and what was planned, whatever came of it.
-  feedforward.plan(one, 1, bias = {0.3, -0.3});
-  feedforward.commit_cut(std::array{5.0, -5.0});
+  feedforward.plan(one, kOnes, bias = {0.3, -0.3});
+  feedforward.commit(Pair{5.0, -5.0}, /*cut=*/true);
   EXPECT_THAT(feedforward.in_force(), ElementsAre(DoubleNear(-0.02, 1e-14), DoubleNear(0.02, 1e-14)));
 }
 

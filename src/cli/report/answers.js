@@ -114,7 +114,7 @@ const reach = ({value}) => {
 };
 const WHY = {
   sign_bias: 'each expert by a fixed step towards the mean load',
-  adaptive_bias: 'each expert by its load error, in units of the score gap',
+  adaptive_bias: 'each expert by its load error over the slope of its load, as much as the filter believes it',
 };
 const whyOf = (run, actuator) => {
   if (!decides(run, actuator)) return 'by the guard or a roll-back alone';

@@ -1,0 +1,88 @@
+// How late is the load? Delays beyond the declared one, found from the changes of the errors.
+//
+// The idea. If the biases moved by Δb and the routing is l steps later than declared, the errors change by -s Δb l steps
+// later. So for each l from 0 to 4: how much of the last change of the errors is left over after the moves made then are
+// subtracted?
+//
+//   evidence_l = 0.9 evidence_l - M/2 ln(1 + Σ_i ((e_i - e_i(t-1) + s_i Δb_i(t-l))² + κ² (s_i Δb_i(t-l))²) / (2 M R))
+//
+// The sum is over the M experts that are not far (under a tenth of the target, or twice it). The expression is the
+// logarithm of the likelihood of M changes whose variance is not known; with a known variance a wrong slope would soon
+// look like a wrong delay. Another l is believed if its evidence is 10 above that of the present one and that of "moves have
+// no effect at all", so that the wrong one is e^10 times less likely. The factor 0.9 forgets in ten steps. Where all moves
+// together are below the noise, nothing is added: at rest the loop's own correlation would decide.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "base/lanes.h"
+#include "moectl/state.h"
+#include "policies/load_error.h"
+
+namespace moectl::policies {
+
+class Lateness {
+ public:
+  /// Steps beyond the declared delay that are looked for.
+  static constexpr std::size_t kMost = 4;
+
+  std::size_t steps() const { return static_cast<std::size_t>(steps_); }
+
+  /// `errors`, `last`: of this decision and the one before, clipped to ±1 [N]. `slope`: [N]. `past(d)`: the biases of
+  /// the declared delay and d more decisions ago, d up to kMost + 1 [N]. `noise`: R. `doubt_sq`: κ².
+  template <class Past>
+  void observe(std::span<const double> errors, std::span<const double> last, std::span<const double> slope,
+               double noise, double doubt_sq, Past past) {
+    const std::size_t n = errors.size();
+    const auto tells = [&](std::size_t i, auto at) {
+      const Double8 far = is_far(at.get(&errors[i])) + is_far(at.get(&last[i]));
+      return at.keep(equal(far, splat(0)));
+    };
+    std::copy_backward(moved_.begin(), moved_.end() - 1, moved_.end());
+    const std::span<const double> newest = past(0), before = past(1);
+    moved_[0] = sum_over(n, [&](std::size_t i, auto at) -> Double8 {
+      const Double8 move = effect(slope, newest, before, i, at);
+      return tells(i, at) * move * move;
+    });
+    for (double& evidence : evidence_) evidence *= kKept;
+    const double told = sum_over(n, tells), largest = *std::max_element(moved_.begin(), moved_.end());
+    if (!(told > 1 && largest > told * noise)) return;
+    for (std::size_t late = 0; late <= kMost + 1; ++late) {
+      const bool none = late > kMost;
+      const std::span<const double> to = past(none ? 0 : late), from = past(none ? 0 : late + 1);
+      const double left = sum_over(n, [&](std::size_t i, auto at) -> Double8 {
+        const Double8 move = none ? splat(0) : effect(slope, to, from, i, at);
+        const Double8 change = at.get(&errors[i]) - at.get(&last[i]) + move;
+        return tells(i, at) * (change * change + doubt_sq * move * move);
+      });
+      evidence_[late] -= told / 2 * std::log1p(left / (2 * told * noise));
+    }
+    const auto best = std::max_element(evidence_.begin(), evidence_.end() - 1);
+    if (*best > std::max(evidence_[steps()], evidence_.back()) + kClear) steps_ = best - evidence_.begin();
+  }
+
+  void exchange(StateIo& io) {
+    io.value("lateness.steps", steps_, {0, static_cast<std::int64_t>(kMost)});
+    io.values("lateness.evidence", evidence_, {-1e10, 0});
+    io.values("lateness.moved", moved_, {0, 1e120});
+  }
+
+ private:
+  template <class At>
+  static Double8 effect(std::span<const double> slope, std::span<const double> to,
+                        std::span<const double> from, std::size_t i, At at) {
+    return within(at.get(&slope[i]) * (at.get(&to[i]) - at.get(&from[i])), splat(kMostEffect));
+  }
+
+  static constexpr double kKept = 0.9, kClear = 10;
+  std::array<double, kMost + 2> evidence_{};  // the last entry: no effect at all
+  std::array<double, kMost + 1> moved_{};     // Σ (s Δb)² of the last moves, the newest first
+  std::int64_t steps_ = 0;
+};
+
+}  // namespace moectl::policies
