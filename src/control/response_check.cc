@@ -274,10 +274,8 @@ void ResponseCheck::judge() {
     return;
   }
   if (held_) return;
-  // An instrument that hardly moved says nothing, however large its gain.
   const auto answered = [](const std::optional<Estimate>& found) {
-    return found && found->gain - kSure * found->error > kAnswers &&
-           found->error < std::max(kSharp, kSharp * found->gain / 2);
+    return found && found->gain - kSure * found->error > kAnswers && sharp(*found);
   };
   const std::optional<Estimate> travel = travel_.estimate(2 * noise()),
                                 moves = full() ? moves_.estimate(2 * noise()) : std::nullopt;
@@ -378,10 +376,16 @@ ResponseCheck::Sums ResponseCheck::answer(std::size_t late) const {
   return sums;
 }
 
+// An instrument that hardly moved says nothing, however large its gain.
+bool ResponseCheck::sharp(const Estimate& found) {
+  return found.error < std::max(kSharp, kSharp * found.gain / 2);
+}
+
 bool ResponseCheck::finds_answer(std::size_t lags) {
   for (std::size_t late = 0; late < lags; ++late) {
     const std::optional<Estimate> found = answer(late).estimate(1);
     if (!found || found->gain - kVerySure * found->error <= 0 || found->gain <= kAnswers) continue;
+    if (!sharp(*found)) continue;
     const double in_time = answer(0).estimate(1).value_or(Estimate{}).gain;
     if (late > 0 && found->gain <= 2 * std::abs(in_time)) continue;
     state_ = Response::kAnswers;
@@ -401,10 +405,7 @@ void ResponseCheck::finish_block() {
   if (size_ == 1 && finds_answer(kLags)) return;
   ++blocks_;
   const std::optional<Estimate> found = answer(0).estimate(1);
-  // Surely no answer, or surely one of the wrong sign.
-  const double unsure = found ? kVerySure * found->error : 0;
-  const bool told = found && (found->gain + unsure < 0 || std::abs(found->gain) + unsure < kSilent);
-  if (size_ == 1 && told) {
+  if (size_ == 1 && found && found->gain + kVerySure * found->error < kSilent) {
     state_ = Response::kUnresponsive;
     found_ = found;
     late_ = 0;

@@ -113,6 +113,7 @@ class ResponseCheck {
   void start_probe();
   void start_block();
   Sums answer(std::size_t late) const;
+  static bool sharp(const Estimate& found);
   bool finds_answer(std::size_t lags);
   void finish_block();
   void give_up();
