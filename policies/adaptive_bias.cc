@@ -81,6 +81,7 @@
 #include <cmath>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "base/lanes.h"
@@ -100,7 +101,7 @@ constexpr double kMostDrift = 0.25, kLeastDrift = 0.003, kDriftWhitening = 0.4, 
 constexpr double kCorrelationEma = 0.2, kSignificance = 0.8, kLoudSq = 4, kNoiseEma = 0.1, kNoiseStep = 4;
 constexpr std::size_t kLags = 12, kNearLags = 4;
 constexpr double kFarGrowth = 1.3, kFarMost = 4;
-constexpr double kRescue = 0.5, kLeastNoise = 1e-8, kLeastError = 1e-5;
+constexpr double kRounding = 1e-12, kRescue = 0.5, kLeastNoise = 1e-8, kLeastError = 1e-5;
 // What a state may hold, so that every product is a number.
 constexpr NumberRange kNumber{-1e100, 1e100}, kNotNegative{0, 1e100};
 
@@ -110,13 +111,14 @@ class AdaptiveBias final : public Policy {
       : form_(options.text("form")),
         rescue_(options.flag("rescue")),
         n_(static_cast<std::size_t>(context.experts)),
-        delay_(static_cast<std::size_t>(context.delay)),
+        // In decisions: a window of several steps was routed by the biases of most of them.
+        delay_(static_cast<std::size_t>((context.delay + context.cadence / 2) / context.cadence)),
         slope_(form_, context.score_space == ScoreSpace::kLogit, n_),
         past_((delay_ + Lateness::kMost + 2) * n_),
         innovations_(kLags * n_),
         norms_(kLags),
         correlations_(kLags) {
-    for (auto* of_experts : {&estimate_, &drift_, &scratch_}) of_experts->resize(n_);
+    for (auto* of_experts : {&estimate_, &drift_, &scratch_, &proposed_}) of_experts->resize(n_);
     for (auto* of_experts : {&variance_, &farther_}) of_experts->resize(n_, 1.0);
     if (options.text("feedforward") == "tags") feedforward_.emplace(context.domains, n_);
   }
@@ -143,20 +145,20 @@ class AdaptiveBias final : public Policy {
       feedforward_->learn(layer.stats, layer.targets);
       feedforward_->plan(layer.info.next_mixture, slope_.values(), bias);
     }
+    std::copy(bias.begin(), bias.end(), proposed_.begin());
     planned_ = true;
   }
 
   void on_applied(std::span<const double> applied, const LimitReport& why) override {
-    LimitReport probe;
-    probe.add(Reason::kProbe);
-    limited_ = !why.empty() && why != probe;
-    if (feedforward_ && planned_ && !why.held()) feedforward_->commit(applied, limited_);
-    planned_ = false;
+    if (!std::exchange(planned_, false)) return;
+    limited_ = differ(applied, proposed_);
+    if (feedforward_ && !why.held()) feedforward_->commit(applied, limited_);
     if (!limited_) return;
-    // No windup: what a limit or a hold kept from happening is believed no longer, and brought nothing farther.
+    // No windup: what was not done is believed no longer, and brought nothing farther.
     if (why.held()) std::fill(farther_.begin(), farther_.end(), 1.0);
     for (std::size_t i = 0; i < n_; ++i)
       estimate_[i] = applied[i] - (feedforward_ ? feedforward_->in_force()[i] : 0);
+    centre(estimate_);
   }
 
   void leave_for_deployment(std::span<double> bias) const override {
@@ -205,6 +207,16 @@ class AdaptiveBias final : public Policy {
     for (std::size_t at = n_; at < past_.size(); ++at) past_[at] = past_[at - n_];
   }
 
+  // Whether two sets of biases differ by more than a common shift, which moves no token.
+  bool differ(std::span<const double> a, std::span<const double> b) const {
+    const double shift = (sum_of(a) - sum_of(b)) / static_cast<double>(n_);
+    double most = 0, size = 0;
+    for (std::size_t i = 0; i < n_; ++i) {
+      most = std::max(most, std::abs(a[i] - b[i] - shift));
+      size = std::max(size, std::abs(b[i]));
+    }
+    return most > kRounding * size;
+  }
   void centre(std::span<double> biases) const {
     const double mean = sum_of(biases) / static_cast<double>(n_);
     for_each_eight(n_, [&](std::size_t i, auto at) { at.put(&biases[i], at.get(&biases[i]) - mean); });
@@ -247,12 +259,12 @@ class AdaptiveBias final : public Policy {
     norms_[newest % kLags] = norm;
     swings_ = lowest < -kSignificance / std::sqrt(std::max(1.0, n - 1));
     // A limit keeps innovations alike, whatever q is.
-    const double drive = swings_ ? lowest : nearest, most = limited_ ? 0 : 1;
-    q_ = std::clamp(q_ * std::exp(kWhitening * std::min(drive, most)), kLeastQ, kMostQ);
-    drift_share_ *= std::exp(kDriftWhitening * std::min(distant, most));
+    const double drive = swings_ ? lowest : limited_ ? 0 : nearest;
+    q_ = std::clamp(q_ * std::exp(kWhitening * drive), kLeastQ, kMostQ);
+    drift_share_ *= std::exp(limited_ ? 0 : kDriftWhitening * distant);
     drift_share_ = std::clamp(drift_share_, kLeastDrift, kMostDrift);
     if (slope_.from_counts() && newest > 0)
-      slope_.learn(std::min(drive, most), row(innovations_, 0), row(innovations_, 1), swings_);
+      slope_.learn(drive, row(innovations_, 0), row(innovations_, 1), swings_, limited_);
     const double unlike = newest > 0 ? 1 - std::max(nearest, 0.0) : 0;
     noise_ += kNoiseEma * (std::min(square / n / floor_sq, kNoiseStep * noise_) * unlike - noise_);
     noise_ = std::max(noise_, 1.0);
@@ -290,6 +302,7 @@ class AdaptiveBias final : public Policy {
       // No windup of what the bound cut.
       at.put(&drift_[i], select(surprised + equal(made, move), drift, old));
     });
+    centre(drift_);
   }
 
   void rescue(const LayerView& layer) {
@@ -315,7 +328,7 @@ class AdaptiveBias final : public Policy {
   std::vector<double> past_;                                  // own biases in force [rows × N], a ring
   std::vector<double> estimate_, variance_, drift_;           // m, P, v [N]
   std::vector<double> farther_;                               // growth of far steps [N]
-  std::vector<double> scratch_;                               // [N]
+  std::vector<double> scratch_, proposed_;                    // [N]
   std::vector<double> errors_ = std::vector<double>(2 * n_);  // e, a ring
   std::vector<double> innovations_, norms_, correlations_;  // z and |z|, rings [kLags × N] and [kLags]; a_l
 };

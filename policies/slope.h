@@ -54,7 +54,7 @@ class Slope {
   std::span<const double> values() const { return slope_; }
   /// What a bias may move in a step, score units. Where all scores are equal, as in a router that starts at zero, the gap
   /// is no unit.
-  double unit() const { return uses_gap_ && gap_ > 0 ? gap_ : counts_step_; }
+  double unit() const { return uses_gap_ && gap_ > kLeastStep * kLeastStep ? gap_ : counts_step_; }
   bool from_counts() const { return !uses_gap_; }
 
   /// False if no step can be made: the slope is to come from the gap, and none was ever seen.
@@ -74,13 +74,15 @@ class Slope {
   }
 
   /// Counts only. `drive`: the layer's correlation of innovations; `z`, `last`: two in a row [N]; `swings`: the layer does.
-  void learn(double drive, std::span<const double> z, std::span<const double> last, bool swings) {
+  /// `limited`: the last move was cut, so innovations stay alike whatever the slope is.
+  void learn(double drive, std::span<const double> z, std::span<const double> last, bool swings,
+             bool limited) {
     counts_step_ = std::clamp(counts_step_ * std::exp(kWhitening * drive), kLeastStep, most_step_);
     double moved = 0;
     for (std::size_t i = 0; i < share_.size(); ++i) {
       const double square = z[i] * z[i] + last[i] * last[i];
       alike_[i] += kAlikeEma * ((square > kLeastSquare ? 2 * z[i] * last[i] / square : 0) - alike_[i]);
-      const double rate = alike_[i] < -kAlike ? 0.3 : alike_[i] > kAlike && !swings ? 0.1 : 0;
+      const double rate = alike_[i] < -kAlike ? 0.3 : alike_[i] > kAlike && !swings && !limited ? 0.1 : 0;
       if (rate == 0) continue;
       const double before = share_[i];
       share_[i] = std::clamp(before * std::exp(-rate * alike_[i]), kLeastShare, kMostShare);
@@ -94,7 +96,7 @@ class Slope {
   }
 
   void exchange(StateIo& io) {
-    constexpr NumberRange not_negative{0, 1e100};
+    constexpr NumberRange not_negative{0, 1e12};
     bool form_known = form_known_, uses_gap = uses_gap_;
     io.value("slope.form_known", form_known);
     io.value("slope.uses_gap", uses_gap);
@@ -108,7 +110,7 @@ class Slope {
     io.values("slope.alike", alike_, {-1, 1});
     io.values("slope.near_load", near_load_, not_negative);
     io.values("slope.load", load_, not_negative);
-    io.values("slope.values", slope_, {1e-100, 1e100});
+    io.values("slope.values", slope_, {1e-12, 1e12});
   }
 
  private:
@@ -126,7 +128,7 @@ class Slope {
     near_share_ += weight * (near / n - near_share_);
     mean_slope_ += weight * (sum_of(now_) / n - mean_slope_);
     const double scale = n / static_cast<double>(stats.assignments());
-    const double prior = kPriorNear * kEma / std::max(near_share_, 1e-9);
+    const double prior = kPriorNear * weight / std::max(near_share_, 1e-9);
     for_each_eight(slope_.size(), [&](std::size_t i, auto at) {
       const Double8 old_near = at.get(&near_load_[i]), old_load = at.get(&load_[i]);
       const Double8 near_load = old_near + weight * (at.get(&now_[i]) - old_near);
