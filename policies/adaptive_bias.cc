@@ -7,65 +7,69 @@
 // variance. The estimate m_i is the bias that is applied.
 //
 //   symbol     meaning                                                                   unit
-//   N, d       experts; steps by which the routing is late, declared and found           -, steps
+//   N, d       experts; decisions by which the routing is late, declared and found       -, decisions
 //   c̄_i, c_i   target and load of expert i in this window                                tokens
 //   e_i, z_i   error, and the part of it that was not expected                           relative load
 //   P_i        variance of s_i (b*_i - m_i): what the estimate is off, as a load         relative load²
-//   R          variance of e_i by chance: n floor²                                       relative load²
+//   R          variance of e_i by chance: the floor squared, times a measured n ≥ 1      relative load²
 //   b_i(t-d)   the bias that routed this window, without feed-forward                    score units
-//   gap        k · mean(v_k - v_(k+1)), v biased scores in falling order (slope.h)       score units
+//   gap        by how much the last chosen score exceeds the first rejected one, on
+//              average, times k: a bias that moves by it changes a load by about the
+//              load's own size (slope.h)                                                 score units
 //
-//   model      e_i = (c̄_i - c_i)/c̄_i = σ_i (b*_i - b_i(t-d)) + noise of variance R
-//              σ_i = s_i (1 ± κ), κ = ½: the slope is known to a half.   s_i b*_i: a random walk of variance q R a step
+//   model      e_i = (c̄_i - c_i)/c̄_i = σ_i (b*_i - b_i(t-d)) + noise of variance R.   s_i b*_i: a random walk, q R a step.
+//              σ_i is the true slope. It is known roughly: its standard deviation is half of s_i (κ = ½).
 //
-// One decision, in this order:
+// Before the first decision P_i = mean(z²) - R, at least q R, the same for all experts. One decision, in this order:
 //
-//   1 under way    w_i = s_i (b_i(t-d) - m_i)      effect of the moves that this window does not show yet; 0 if d = 0
+//   1 under way    w_i = s_i (b_i(t-d) - m_i)      minus what moves will still do that this window does not show
 //   2 innovation   z_i = clip(e_i, ±1) + w_i       seen minus expected
 //   3 tuning       q, R and the drift's share h follow from the correlations of z (below)
-//   4 surprise     if z_i² > 16 (P_i + R + κ² w_i²): P_i = z_i² - R, and v_i = 0
+//   4 surprise     if z_i² > 16 (P_i + R + κ² w_i²) and the loop does not swing: P_i = z_i² - R, and v_i = 0
 //   5 gain         K_i = P_i / S_i,   S_i = P_i + R + κ² (P_i + w_i²)
-//   6 variance     P_i = (1 - K_i) P_i + q R       first mean(z²) - R, at least q R
-//   7 drift        v_i += h K²/(2 - K) z_i / s_i,  K the gain at which P reproduces itself if κ = 0: K²/(1 - K) = q
-//   8 estimate     m_i += clip(K_i z_i / s_i + v_i, ± one gap),   then m -= mean(m)
+//   6 variance     P_i = (1 - K_i) P_i + q R
+//   7 drift        v_i += h K²/(2 - K) z_i / s_i,  K the gain at rest: K²/(1 - K) = q
+//   8 estimate     m_i += clip(K_i z_i / s_i + v_i, ± one gap),   then m -= mean(m), v -= mean(v)
 //
-// S is the variance of z and P its covariance with what is sought, so K = P/S is the best linear weight; the uncertainty of
-// the slope counts in the belief and in the moves under way. It follows that K ≤ 1/(1 + κ²) = 0.8. At the start P is
-// large, and the first step goes four fifths of the way. At rest P settles where drift adds as much variance per step as
-// measuring removes. Moves under way are part of what is expected, so the loop does not repeat them; while many are under
-// way the gain falls. The loop stays stable while the true slope is less than twice the measured one.
+// S is the variance of z and P its covariance with what is sought, so K = P/S is the best linear weight. A wrong slope
+// makes two things wrong, and S holds both: the step that is taken now (κ² P) and what is expected of earlier steps
+// (κ² w²). It follows that K ≤ 1/(1 + κ²) = 0.8. If the first errors are far above the noise, the first step goes four fifths
+// of the way, at most one gap. At rest P settles where the wandering of b* adds as much variance a step as a measurement
+// removes. Moves under way are part of what is expected, so the loop does not repeat them; while many are under way the
+// gain falls. As long as the true slope is less than twice the measured one, each step goes less than twice the right
+// way, and the loop is stable.
 //
 // Tuning. A filter with the right q has innovations that do not resemble each other. ρ_l is the correlation over the N
 // experts between the innovations now and l decisions ago, a_l its average over decisions (weight 0.2).
 //
-//   q        ln q += 0.2 drive; q is first 0.05. drive = ρ_1: alike raises q, alternating lowers it. If the lowest a_l is
-//            below -0.8/√(N-1), drive is that a_l: the loop swings. Looked at are the lags 1 to 4 + 2d, at most 12. All
-//            twelve are looked at while the mean z² is above 4 R, because then a slow swing is likely. At rest the lowest
-//            of twelve lies below the bound by chance and would hold the gain down (in training: q .2 in place of .4).
-//   noise    R = n floor². n ≥ 1 is an average, weight 0.1, of mean(z²)(1 - max(ρ_1, 0))/floor². Mixtures that vary from
-//            batch to batch are noise that the floor does not include.
+//   q        If neighbours are alike, the filter is too slow: q rises. If they alternate, it is too fast: q falls.
+//            ln q += 0.2 ρ_1, from 1e-4 to 10; q is first 0.05. A swing has a longer period, so more lags are looked at: 1 to
+//            4 + 2d, and 12 while the mean z² is above 4 R. If the lowest a_l is below -0.8/√(N-1), the loop swings, and
+//            that a_l stands for ρ_1. At rest the lowest of twelve would look like a swing by chance.
+//   noise    Mixtures vary from batch to batch. That is noise too, but the floor does not include it. n measures it: the
+//            average, weight 0.1, of mean(z²)(1 - max(ρ_1, 0))/floor², the part that is unlike the last one; each at most 4 n.
 //   drift    Routers sharpen, so b* moves on steadily, and a filter without v stays behind it. K²/(2 - K) is the weight for a
-//            steady trend (h = 1). A quarter of it is the most, since v must also end; ln h += 0.4 mean(a_5 … a_12), between
-//            0.003 and ¼: if v misses a trend, innovations stay correlated over many steps. v fades by 0.9 while the loop
-//            swings.
+//            steady trend. But a trend stops at some time, and v must then forget it: h is at most ¼, as at first. If
+//            innovations stay alike over 5 to 12 decisions, v misses a trend: ln h += 0.4 mean(a_5 … a_12), from 0.003.
+//            While the loop swings, and where targets are met exactly, v fades by 0.9. It learns nothing from a cut move.
 //
-// What else there is:
+// Special cases.
 //
-//   surprise  four standard deviations: by chance once in 16 000 errors of one expert.
+//   surprise  Four standard deviations, the doubt of the slope in P left out: by chance once in 16 000 errors.
 //   far       An expert with under a tenth of its target, or with twice its target or more, has an error that says only
-//             "at least so far". Each such step in a row goes 1.3 times farther than the one before, up to 4 times, and so
-//             does the bound of one gap: the local slope does not predict the slope far away. With biases that begin wrong
-//             this settles in half of the steps (`plant_table --only "wrong biases"`).
-//   lateness  of more than the declared delay, up to four steps more (lateness.h).
-//   rescue    (`rescue: true`) An expert with under a tenth of its target for three steps goes half of the way that its
+//             "at least so far". So its part of the step grows, and so does the bound of one gap: each further such step in
+//             a row is 1.3 times the last, up to 4 times, while the loop does not swing. With biases that begin wrong this
+//             settles in half of the steps (`plant_table --only "wrong biases"`).
+//   lateness  Up to four decisions beyond the declared delay are found (lateness.h).
+//   rescue    (`rescue: true`) An expert with under a tenth of its target for two steps goes half of the way that its
 //             margins say (margins.h): the whole way overshoots, because other experts move too.
-//   limits    After a step that a limit cut, innovations stay alike whatever q is: q and h may fall then and not rise, and v
-//             waits.
+//   limits    What a limit, a hold or a schedule did not apply is not believed: m becomes what was applied. Innovations then
+//             stay alike whatever q is. So only a swing tunes q, h stays, and v does not learn.
 //
 // Form. `gap` needs the k+1 largest scores of each token from the router. `counts` does without and takes longer to settle:
-// there the slope, too, follows from whiteness (slope.h), and the bound of a move is the slope's inverse.
+// the slope, too, is tuned until innovations are white (slope.h), and the bound of a move is the layer's u there.
 // Feed-forward (`feedforward: tags`, feedforward.h) is the filter's known input: converted by the same slopes, and not
-// part of b_i(t-d).
+// part of b_i(t-d). Errors that it knows to be left over are taken out of e.
 //
 // Sources: Kalman, "A new approach to linear filtering and prediction problems", 1960; whiteness as a test of q: Mehra,
 // "On the identification of variances and adaptive Kalman filtering", 1970; K²/(2 - K): Benedict and Bordner, "Synthesis
@@ -75,7 +79,8 @@
 // Limitations
 // - Lumpy routing (a dozen clusters of nearly identical tokens) moves whole clusters at once; no slope describes it.
 // - With a delay, two experts that take tokens from each other answer at up to twice their slopes and may swing.
-// - A lateness of more than four steps beyond the declared delay is not looked for, and a shorter one is not always found.
+// - A lateness of more than four decisions beyond the declared delay is not looked for, a shorter one not always found.
+// - One R serves all experts: one with a small target of its own is surprised more often.
 // - It balances every window as it comes. Errors from the data's order are seen once they have happened.
 #include <algorithm>
 #include <cmath>
