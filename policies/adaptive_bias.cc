@@ -7,88 +7,92 @@
 // variance. The estimate m_i is the bias that is applied.
 //
 //   symbol     meaning                                                                   unit
-//   N, d       experts; steps by which the routing is late, declared and found           -, steps
+//   N, d       experts; decisions by which the routing is late, declared and found       -, decisions
 //   c̄_i, c_i   target and load of expert i in this window                                tokens
 //   e_i, z_i   error, and the part of it that was not expected                           relative load
 //   P_i        variance of s_i (b*_i - m_i): what the estimate is off, as a load         relative load²
-//   R          variance of e_i by chance: n floor²                                       relative load²
+//   R          variance of e_i by chance: the floor squared, times a measured n ≥ 1      relative load²
 //   b_i(t-d)   the bias that routed this window, without feed-forward                    score units
-//   gap        k · mean(v_k - v_(k+1)), v biased scores in falling order (slope.h)       score units
+//   gap        mean distance of the last chosen and the first rejected score, times k: a
+//              bias that moves by it changes a load by about the load's size (slope.h)   score units
 //
-//   model      e_i = (c̄_i - c_i)/c̄_i = σ_i (b*_i - b_i(t-d)) + noise of variance R
-//              σ_i = s_i (1 ± κ), κ = ½: the slope is known to a half.   s_i b*_i: a random walk of variance q R a step
+//   model      e_i = (c̄_i - c_i)/c̄_i = σ_i (b*_i - b_i(t-d)) + noise of variance R.   s_i b*_i: a random walk, q R a step.
+//              σ_i is the true slope. It is known roughly: its standard deviation is half of s_i (κ = ½).
 //
-// One decision, in this order:
+// Before the first decision P_i = mean(z²) - R, at least q R, the same for all experts. One decision, in this order:
 //
-//   1 under way    w_i = s_i (b_i(t-d) - m_i)      effect of the moves that this window does not show yet; 0 if d = 0
+//   1 under way    w_i = s_i (b_i(t-d) - m_i)      minus what moves will still do that this window does not show
 //   2 innovation   z_i = clip(e_i, ±1) + w_i       seen minus expected
 //   3 tuning       q, R and the drift's share h follow from the correlations of z (below)
-//   4 surprise     if z_i² > 16 (P_i + R + κ² w_i²): P_i = z_i² - R, and v_i = 0
+//   4 surprise     if z_i² > 16 (P_i + R + κ² w_i²) and the loop does not swing: P_i = z_i² - R, and v_i = 0
 //   5 gain         K_i = P_i / S_i,   S_i = P_i + R + κ² (P_i + w_i²)
-//   6 variance     P_i = (1 - K_i) P_i + q R       first mean(z²) - R, at least q R
-//   7 drift        v_i += h K²/(2 - K) z_i / s_i,  K the gain at which P reproduces itself if κ = 0: K²/(1 - K) = q
-//   8 estimate     m_i += clip(K_i z_i / s_i + v_i, ± one gap),   then m -= mean(m)
+//   6 variance     P_i = (1 - K_i) P_i + q R
+//   7 drift        v_i += h K²/(2 - K) z_i / s_i,  K the gain at rest: K²/(1 - K) = q
+//   8 estimate     m_i += clip(K_i z_i / s_i + v_i, ± one gap),   then m -= mean(m), v -= mean(v)
 //
-// S is the variance of z and P its covariance with what is sought, so K = P/S is the best linear weight; the uncertainty of
-// the slope counts in the belief and in the moves under way. It follows that K ≤ 1/(1 + κ²) = 0.8. At the start P is
-// large, and the first step goes four fifths of the way. At rest P settles where drift adds as much variance per step as
-// measuring removes. Moves under way are part of what is expected, so the loop does not repeat them; while many are under
-// way the gain falls. The loop stays stable while the true slope is less than twice the measured one.
+// S is the variance of z and P its covariance with what is sought, so K = P/S is the best linear weight. A wrong slope
+// makes two things wrong, and S holds both: the step that is taken now (κ² P) and what is expected of earlier steps
+// (κ² w²). So K ≤ 1/(1 + κ²) = 0.8: the first step, if errors are far above the noise, goes four fifths of the way, at most
+// one gap. At rest P settles where the wandering of b* adds as much variance a step as a measurement removes. Moves under
+// way are expected, so the loop does not repeat them, and while many are under way the gain falls. While the true slope is
+// less than twice the measured one, a step goes less than twice the right way, and the loop is stable.
 //
-// Tuning. A filter with the right q has innovations that do not resemble each other. ρ_l is the correlation over the N
-// experts between the innovations now and l decisions ago, a_l its average over decisions (weight 0.2).
+// Tuning. A filter with the right q has innovations that do not resemble each other. ρ_l and a_l are their correlation
+// over l decisions, and its average (whiteness.h).
 //
-//   q        ln q += 0.2 drive; q is first 0.05. drive = ρ_1: alike raises q, alternating lowers it. If the lowest a_l is
-//            below -0.8/√(N-1), drive is that a_l: the loop swings. Looked at are the lags 1 to 4 + 2d, at most 12. All
-//            twelve are looked at while the mean z² is above 4 R, because then a slow swing is likely. At rest the lowest
-//            of twelve lies below the bound by chance and would hold the gain down (in training: q .2 in place of .4).
-//   noise    R = n floor². n ≥ 1 is an average, weight 0.1, of mean(z²)(1 - max(ρ_1, 0))/floor². Mixtures that vary from
-//            batch to batch are noise that the floor does not include.
+//   q        If neighbours are alike, the filter is too slow: q rises. If they alternate, it is too fast: q falls.
+//            ln q += 0.2 ρ_1, from 1e-4 to 10; q is first 0.05. A swing has a longer period, so more lags are looked at: 1 to
+//            4 + 2d, and 12 while the mean z² is above 4 R. If the lowest a_l is clear of chance, the loop swings, and that
+//            a_l stands for ρ_1. At rest the lowest of twelve would look like a swing by chance.
+//   noise    Mixtures vary from batch to batch. That is noise too, but the floor does not include it. n measures it: the
+//            average, weight 0.1, of mean(z²)(1 - max(ρ_1, 0))/floor², the part that is unlike the last one; each at most 4 n.
 //   drift    Routers sharpen, so b* moves on steadily, and a filter without v stays behind it. K²/(2 - K) is the weight for a
-//            steady trend (h = 1). A quarter of it is the most, since v must also end; ln h += 0.4 mean(a_5 … a_12), between
-//            0.003 and ¼: if v misses a trend, innovations stay correlated over many steps. v fades by 0.9 while the loop
-//            swings.
+//            steady trend. But a trend stops at some time, and v must then forget it: h is at most ¼, as at first. If
+//            innovations stay alike over 5 to 12 decisions, v misses a trend: ln h += 0.4 mean(a_5 … a_12), from 0.003.
+//            While the loop swings, and where targets are met exactly, v fades by 0.9. A cut move teaches it nothing.
 //
-// What else there is:
+// Special cases.
 //
-//   surprise  four standard deviations: by chance once in 16 000 errors of one expert.
+//   surprise  Four standard deviations: by chance once in 16 000 errors.
 //   far       An expert with under a tenth of its target, or with twice its target or more, has an error that says only
-//             "at least so far". Each such step in a row goes 1.3 times farther than the one before, up to 4 times, and so
-//             does the bound of one gap: the local slope does not predict the slope far away. With biases that begin wrong
-//             this settles in half of the steps (`plant_table --only "wrong biases"`).
-//   lateness  of more than the declared delay, up to four steps more (lateness.h).
-//   rescue    (`rescue: true`) An expert with under a tenth of its target for three steps goes half of the way that its
-//             margins say (margins.h): the whole way overshoots, because other experts move too.
-//   limits    After a step that a limit cut, innovations stay alike whatever q is: q and h may fall then and not rise, and v
-//             waits.
+//             "at least so far". So its part of the step grows, and so does the bound of one gap: each further such step in
+//             a row is 1.3 times the last, up to 4 times, while the loop does not swing. Wrong biases at the start settle so
+//             in half of the steps (`plant_table --only "wrong biases"`).
+//   lateness  Up to four decisions beyond the declared delay are found (lateness.h).
+//   rescue    (`rescue: true`) An expert with under a tenth of its target for two steps goes half of what its margins say
+//             (margins.h): the whole way overshoots, because other experts move too.
+//   limits    m becomes what was applied. Innovations stay alike then: only a swing tunes q, h stays, and v does not learn.
 //
 // Form. `gap` needs the k+1 largest scores of each token from the router. `counts` does without and takes longer to settle:
-// there the slope, too, follows from whiteness (slope.h), and the bound of a move is the slope's inverse.
-// Feed-forward (`feedforward: tags`, feedforward.h) is the filter's known input: converted by the same slopes, and not
-// part of b_i(t-d).
+// the slope, too, is tuned until innovations are white (slope.h), and the bound of a move is the layer's u there.
+// Feed-forward (`feedforward: tags`, feedforward.h) is the filter's known input: not part of b_i(t-d), and what it knows to
+// leave over is not part of e_i.
 //
-// Sources: Kalman, "A new approach to linear filtering and prediction problems", 1960; whiteness as a test of q: Mehra,
-// "On the identification of variances and adaptive Kalman filtering", 1970; K²/(2 - K): Benedict and Bordner, "Synthesis
-// of an optimal set of radar track-while-scan smoothing equations", 1962; moves under way: Smith, "Closer control of loops
-// with dead time", 1957.
+// Sources: Kalman, "A new approach to linear filtering and prediction problems", 1960; whiteness: Mehra, "On the
+// identification of variances and adaptive Kalman filtering", 1970; K²/(2 - K): Benedict and Bordner, "Synthesis of an optimal
+// set of radar track-while-scan smoothing equations", 1962; moves under way: Smith, "Closer control of loops with dead time".
 //
 // Limitations
 // - Lumpy routing (a dozen clusters of nearly identical tokens) moves whole clusters at once; no slope describes it.
 // - With a delay, two experts that take tokens from each other answer at up to twice their slopes and may swing.
-// - A lateness of more than four steps beyond the declared delay is not looked for, and a shorter one is not always found.
-// - It balances every window as it comes. Errors from the data's order are seen once they have happened.
+// - A lateness of more than four decisions beyond the declared delay is not looked for, a shorter one not always found.
+// - One R serves all experts: one with a small target is surprised more often.
+// - Errors from the data's order are seen once they have happened.
 #include <algorithm>
 #include <cmath>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "base/lanes.h"
+#include "policies/biases.h"
 #include "policies/builtin.h"
 #include "policies/feedforward.h"
 #include "policies/lateness.h"
 #include "policies/load_error.h"
 #include "policies/slope.h"
+#include "policies/whiteness.h"
 
 namespace moectl::policies {
 namespace {
@@ -97,8 +101,7 @@ namespace {
 constexpr double kDoubtSq = 0.25, kSurpriseSq = 16;
 constexpr double kFirstQ = 0.05, kLeastQ = 1e-4, kMostQ = 10, kWhitening = 0.2;
 constexpr double kMostDrift = 0.25, kLeastDrift = 0.003, kDriftWhitening = 0.4, kDriftKept = 0.9;
-constexpr double kCorrelationEma = 0.2, kSignificance = 0.8, kLoudSq = 4, kNoiseEma = 0.1, kNoiseStep = 4;
-constexpr std::size_t kLags = 12, kNearLags = 4;
+constexpr double kLoudSq = 4, kNoiseEma = 0.1, kNoiseStep = 4;
 constexpr double kFarGrowth = 1.3, kFarMost = 4;
 constexpr double kRescue = 0.5, kLeastNoise = 1e-8, kLeastError = 1e-5;
 // What a state may hold, so that every product is a number.
@@ -110,13 +113,13 @@ class AdaptiveBias final : public Policy {
       : form_(options.text("form")),
         rescue_(options.flag("rescue")),
         n_(static_cast<std::size_t>(context.experts)),
-        delay_(static_cast<std::size_t>(context.delay)),
+        // In decisions: a window of several steps was routed by the biases of most of them.
+        delay_(static_cast<std::size_t>((context.delay + context.cadence / 2) / context.cadence)),
         slope_(form_, context.score_space == ScoreSpace::kLogit, n_),
         past_((delay_ + Lateness::kMost + 2) * n_),
-        innovations_(kLags * n_),
-        norms_(kLags),
-        correlations_(kLags) {
-    for (auto* of_experts : {&estimate_, &drift_, &scratch_}) of_experts->resize(n_);
+        errors_(2 * n_),
+        white_(n_) {
+    for (auto* of_experts : {&estimate_, &drift_, &proposed_}) of_experts->resize(n_);
     for (auto* of_experts : {&variance_, &farther_}) of_experts->resize(n_, 1.0);
     if (options.text("feedforward") == "tags") feedforward_.emplace(context.domains, n_);
   }
@@ -130,7 +133,7 @@ class AdaptiveBias final : public Policy {
     measure_errors(layer);
     const double floor = floor_of(layer.metrics).cv.value_or(0);
     const double floor_sq = std::max(floor * floor, kLeastNoise);
-    if (decisions_ > 0)
+    if (decisions() > 0)
       lateness_.observe(errors(0), errors(1), slope_.values(), floor_sq * noise_, kDoubtSq,
                         [&](std::size_t late) { return past(delay_ + late); });
     innovate(floor_sq);
@@ -138,25 +141,25 @@ class AdaptiveBias final : public Policy {
     if (rescue_ && layer.stats.has_margins()) rescue(layer);
     centre(estimate_);
     std::copy(estimate_.begin(), estimate_.end(), bias.begin());
-    ++decisions_;
+    white_.next();
     if (feedforward_) {
       feedforward_->learn(layer.stats, layer.targets);
       feedforward_->plan(layer.info.next_mixture, slope_.values(), bias);
     }
+    std::copy(bias.begin(), bias.end(), proposed_.begin());
     planned_ = true;
   }
 
   void on_applied(std::span<const double> applied, const LimitReport& why) override {
-    LimitReport probe;
-    probe.add(Reason::kProbe);
-    limited_ = !why.empty() && why != probe;
-    if (feedforward_ && planned_ && !why.held()) feedforward_->commit(applied, limited_);
-    planned_ = false;
+    if (!std::exchange(planned_, false)) return;
+    limited_ = differ(applied, proposed_);
+    if (feedforward_ && !why.held()) feedforward_->commit(applied, limited_);
     if (!limited_) return;
-    // No windup: what a limit or a hold kept from happening is believed no longer, and brought nothing farther.
+    // No windup: what was not done is believed no longer, and brought nothing farther.
     if (why.held()) std::fill(farther_.begin(), farther_.end(), 1.0);
     for (std::size_t i = 0; i < n_; ++i)
       estimate_[i] = applied[i] - (feedforward_ ? feedforward_->in_force()[i] : 0);
+    centre(estimate_);
   }
 
   void leave_for_deployment(std::span<double> bias) const override {
@@ -165,7 +168,6 @@ class AdaptiveBias final : public Policy {
 
   void exchange(StateIo& io) override {
     io.value("adaptive.limited", limited_);
-    io.value("adaptive.decisions", decisions_);
     io.value("adaptive.q", q_, {kLeastQ, kMostQ});
     io.value("adaptive.drift_share", drift_share_, {kLeastDrift, kMostDrift});
     io.value("adaptive.noise", noise_, {1, kNotNegative.most});
@@ -175,9 +177,7 @@ class AdaptiveBias final : public Policy {
     io.values("adaptive.drift", drift_, kNumber);
     io.values("adaptive.farther", farther_, {1, kFarMost});
     io.values("adaptive.errors", errors_, {-1, 1});
-    io.values("adaptive.innovations", innovations_, kNumber);
-    io.values("adaptive.norms", norms_, kNotNegative);
-    io.values("adaptive.correlations", correlations_, {-1, 1});
+    white_.exchange(io);
     slope_.exchange(io);
     lateness_.exchange(io);
     if (feedforward_) feedforward_->exchange(io);
@@ -187,10 +187,11 @@ class AdaptiveBias final : public Policy {
   // The row of a ring, `back` decisions ago.
   std::span<double> row(std::vector<double>& ring, std::size_t back) const {
     const std::size_t rows = ring.size() / n_;
-    return std::span(ring).subspan((static_cast<std::size_t>(decisions_) + rows - back) % rows * n_, n_);
+    return std::span(ring).subspan((static_cast<std::size_t>(decisions()) + rows - back) % rows * n_, n_);
   }
   std::span<double> past(std::size_t back) { return row(past_, back); }
   std::span<double> errors(std::size_t back) { return row(errors_, back); }
+  std::int64_t decisions() const { return white_.decisions(); }
   std::size_t delay() const { return delay_ + lateness_.steps(); }
 
   // The bias that routed this window or, with a delay, a later one. Without what feed-forward added for the data's sake.
@@ -200,14 +201,9 @@ class AdaptiveBias final : public Policy {
     for (std::size_t i = 0; i < probe.size(); ++i) now[i] += probe[i];
     for (std::size_t i = 0; feedforward_ && i < n_; ++i) now[i] -= feedforward_->in_force()[i];
     centre(now);
-    if (decisions_ > 0) return;
+    if (decisions() > 0) return;
     std::copy(now.begin(), now.end(), estimate_.begin());
     for (std::size_t at = n_; at < past_.size(); ++at) past_[at] = past_[at - n_];
-  }
-
-  void centre(std::span<double> biases) const {
-    const double mean = sum_of(biases) / static_cast<double>(n_);
-    for_each_eight(n_, [&](std::size_t i, auto at) { at.put(&biases[i], at.get(&biases[i]) - mean); });
   }
 
   void measure_errors(const LayerView& layer) {
@@ -226,51 +222,39 @@ class AdaptiveBias final : public Policy {
   // Innovations, their correlation with earlier ones, and what follows for q, the noise and the drift.
   void innovate(double floor_sq) {
     const std::span<const double> then = past(delay()), error = errors(0), slope = slope_.values();
+    const std::span<double> newest = white_.newest();
     for_each_eight(n_, [&](std::size_t i, auto at) {
       const Double8 z = at.get(&error[i]) + at.get(&slope[i]) * (at.get(&then[i]) - at.get(&estimate_[i]));
-      at.put(&scratch_[i], within(z, splat(kMostEffect)));
+      at.put(&newest[i], within(z, splat(kMostEffect)));
     });
-    const double n = static_cast<double>(n_), square = dot(scratch_, scratch_), norm = std::sqrt(square);
-    const auto newest = static_cast<std::size_t>(decisions_);
+    const double n = static_cast<double>(n_), square = white_.measure();
     const bool loud = square > kLoudSq * n * floor_sq * noise_;
-    double lowest = 0, nearest = 0, distant = 0;
-    for (std::size_t lag = 1; lag <= kLags && lag <= newest; ++lag) {
-      const double scale = norm * norms_[(newest + kLags - lag) % kLags];
-      const double r = scale > 0 ? dot(scratch_, row(innovations_, lag)) / scale : 0;
-      double& average = correlations_[lag - 1];
-      average += kCorrelationEma * (std::clamp(r, -1.0, 1.0) - average);
-      if (loud || lag <= kNearLags + 2 * delay()) lowest = std::min(lowest, average);
-      if (lag == 1) nearest = r;
-      if (lag > kNearLags) distant += average / (kLags - kNearLags);
-    }
-    std::copy(scratch_.begin(), scratch_.end(), row(innovations_, 0).begin());
-    norms_[newest % kLags] = norm;
-    swings_ = lowest < -kSignificance / std::sqrt(std::max(1.0, n - 1));
+    white_.compare(loud ? Whiteness::kLags : Whiteness::kNear + 2 * delay());
     // A limit keeps innovations alike, whatever q is.
-    const double drive = swings_ ? lowest : nearest, most = limited_ ? 0 : 1;
-    q_ = std::clamp(q_ * std::exp(kWhitening * std::min(drive, most)), kLeastQ, kMostQ);
-    drift_share_ *= std::exp(kDriftWhitening * std::min(distant, most));
+    const double drive = white_.swings() ? white_.lowest() : limited_ ? 0 : white_.nearest();
+    q_ = std::clamp(q_ * std::exp(kWhitening * drive), kLeastQ, kMostQ);
+    drift_share_ *= std::exp(limited_ ? 0 : kDriftWhitening * white_.distant());
     drift_share_ = std::clamp(drift_share_, kLeastDrift, kMostDrift);
-    if (slope_.from_counts() && newest > 0)
-      slope_.learn(std::min(drive, most), row(innovations_, 0), row(innovations_, 1), swings_);
-    const double unlike = newest > 0 ? 1 - std::max(nearest, 0.0) : 0;
+    if (slope_.from_counts() && decisions() > 0)
+      slope_.learn(drive, white_.newest(), white_.last(), white_.swings(), limited_);
+    const double unlike = decisions() > 0 ? 1 - std::max(white_.nearest(), 0.0) : 0;
     noise_ += kNoiseEma * (std::min(square / n / floor_sq, kNoiseStep * noise_) * unlike - noise_);
     noise_ = std::max(noise_, 1.0);
     // What swings is no trend; and targets that are met exactly would never end one.
-    if (swings_ || norm < kLeastError * std::sqrt(n))
+    if (white_.swings() || square < kLeastError * kLeastError * n)
       for (double& v : drift_) v *= kDriftKept;
   }
 
   void update(double noise) {
     const double at_rest = (std::sqrt(q_ * q_ + 4 * q_) - q_) / 2;  // the K whose P reproduces itself
     const double learning = limited_ ? 0 : drift_share_ * at_rest * at_rest / (2 - at_rest);
-    const std::span<const double> z = row(innovations_, 0), error = errors(0), last = errors(1);
+    const std::span<const double> z = white_.newest(), error = errors(0), last = errors(1);
     const std::span<const double> slope = slope_.values();
     // Biases that were adopted may be right from the first step on: as far as the first errors are noise.
-    if (decisions_ == 0)
+    if (decisions() == 0)
       std::fill(variance_.begin(), variance_.end(),
                 std::max(dot(z, z) / static_cast<double>(n_) - noise, q_ * noise));
-    const Double8 steady = splat(swings_ ? 0 : 1), one = splat(1), zero = splat(0);
+    const Double8 steady = splat(white_.swings() ? 0 : 1), one = splat(1), zero = splat(0);
     for_each_eight(n_, [&](std::size_t i, auto at) {
       const Double8 e = at.get(&error[i]), seen = at.get(&z[i]), under_way = seen - e, square = seen * seen;
       const Double8 unsure = noise + kDoubtSq * under_way * under_way, before = at.get(&variance_[i]);
@@ -290,6 +274,7 @@ class AdaptiveBias final : public Policy {
       // No windup of what the bound cut.
       at.put(&drift_[i], select(surprised + equal(made, move), drift, old));
     });
+    centre(drift_);
   }
 
   void rescue(const LayerView& layer) {
@@ -308,22 +293,18 @@ class AdaptiveBias final : public Policy {
   Slope slope_;
   Lateness lateness_;
   std::optional<Feedforward> feedforward_;
-  bool limited_ = false, swings_ = false;
+  bool limited_ = false;
   bool planned_ = false;                                       // the last propose() went through to its end
   double q_ = kFirstQ, noise_ = 1, drift_share_ = kMostDrift;  // q, n in floors squared, h
-  std::int64_t decisions_ = 0;
-  std::vector<double> past_;                                  // own biases in force [rows × N], a ring
-  std::vector<double> estimate_, variance_, drift_;           // m, P, v [N]
-  std::vector<double> farther_;                               // growth of far steps [N]
-  std::vector<double> scratch_;                               // [N]
-  std::vector<double> errors_ = std::vector<double>(2 * n_);  // e, a ring
-  std::vector<double> innovations_, norms_, correlations_;  // z and |z|, rings [kLags × N] and [kLags]; a_l
+  std::vector<double> past_, errors_;                          // own biases in force and e, rings [rows × N]
+  std::vector<double> estimate_, variance_, drift_, farther_, proposed_;  // m, P, v, growth of far steps [N]
+  Whiteness white_;
 };
 
 std::string check(const PolicyContext& context, const PolicyOptions& options) {
   const std::string form = options.text("form");
-  const bool tags = options.text("feedforward") == "tags", rescue = options.flag("rescue");
-  const bool all = context.top_k >= context.experts;
+  const bool tags = options.text("feedforward") == "tags", rescue = options.flag("rescue"),
+             all = context.top_k >= context.experts;
   if (form == "gap" && all) return "form: gap: needs top_k below the number of experts";
   if (tags && context.domains < 2) return "feedforward: tags: needs at least two domains in model.domains";
   if (tags && form == "counts") return "feedforward: tags: needs the gap";

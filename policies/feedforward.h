@@ -3,18 +3,19 @@
 // The idea. The data loader knows the domain mixture w of the next batch. From counts tagged by domain, the policy
 // learns the effect ε_d of each domain on the loads. So it can cancel the effect of the next mixture before it happens.
 //
-//   ê_i = Σ_d (w_d - w̄_d) ε_di           w̄ running mean mixture
-//   b_applied,i = b_i + f · clip(ê_i, -1, 1) / s_i       s_i the measured slope of expert i, f the share below
+//   ê_i = clip(Σ_d (w_d - w̄_d) ε_di, -1, 1)      w̄ running mean mixture
+//   b_applied,i = b_i + f ê_i / s_i, less the mean of f ê / s       s_i the measured slope of expert i
 //   after the step, for each domain with n_d tokens:
 //   ε_d += 0.1 · min(1, n_d/512) · (e_d + f ê - ε_d)
 //   w̄ += 0.02 (w - w̄)
 //
-// f ê belongs to the biases that routed the batch; adding it removes the feed-forward's own effect from e_d. The policy
-// keeps its own bias b separate: b is the applied bias minus the feed-forward, so the feed-forward is never integrated.
+// f is the part of the plan that the limits let be made in time (below). e_d was measured with the feed-forward in force.
+// So what it cancelled is added back: the rest is the effect of the domain alone. The policy keeps its own bias b
+// separate: b is the applied bias minus the feed-forward, so the feed-forward is never integrated.
 //
 // Limits. If a limit cuts the applied bias, the cut is taken from the feed-forward first, so b is unchanged by it. A part
 // that arrives a step late cancels the wrong mixture. So f, the share of the plan that is asked for, falls until the limits
-// let it be made in time: f *= (1 + made/asked)/2 after a cut, f *= 1.05 (at most 1) without one. If a decision is held,
+// let it be made in time: f *= (1 + made/asked)/2 after a cut (at least 0.01), f *= 1.05 without one (at most 1). If a decision is held,
 // the last feed-forward stays in force (policies/adaptive_bias.yaml with four domains, `moectl simulate --scenario
 // noise`, seeds 1–3, end_over_floor: without feed-forward 5.3; with it 2.0, with a rate of 0.1 2.6, of 0.01 4.9).
 //
@@ -92,7 +93,8 @@ class Feedforward {
     }
     for (std::size_t i = 0; i < experts_; ++i) {
       unit_[i] = 1 / slope[i];
-      next_[i] = share_ * unit_[i] * std::min(std::max(planned_[i], -1.0), 1.0);
+      planned_[i] = std::min(std::max(planned_[i], -1.0), 1.0);
+      next_[i] = share_ * unit_[i] * planned_[i];
     }
     const double mean = sum_of(next_) / static_cast<double>(experts_);
     for (std::size_t i = 0; i < experts_; ++i) {
@@ -130,11 +132,12 @@ class Feedforward {
   }
 
   void exchange(StateIo& io) {
-    io.values("feedforward.effect", effect_);
-    io.values("feedforward.mean_mixture", mean_mixture_);
-    io.values("feedforward.planned", planned_);
-    io.values("feedforward.expected", expected_);
-    io.values("feedforward.in_force", in_force_);
+    constexpr NumberRange effect{-1e50, 1e50}, bias{-1e100, 1e100};
+    io.values("feedforward.effect", effect_, effect);
+    io.values("feedforward.mean_mixture", mean_mixture_, {0, 1});
+    io.values("feedforward.planned", planned_, {-1, 1});
+    io.values("feedforward.expected", expected_, effect);
+    io.values("feedforward.in_force", in_force_, bias);
     io.value("feedforward.mixture_known", mixture_known_);
     io.value("feedforward.share", share_, {kLeastShare, 1});
   }

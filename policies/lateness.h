@@ -1,16 +1,17 @@
-// How late is the load? Delays beyond the declared one, found from the changes of the errors.
+// By how many decisions is the routing later than declared? Found from the changes of the errors.
 //
-// The idea. If the biases moved by Δb and the routing is l steps later than declared, the errors change by -s Δb l steps
-// later. So for each l from 0 to 4: how much of the last change of the errors is left over after the moves made then are
-// subtracted?
+// The idea. If the biases moved by Δb and the routing is l decisions later than the declared d, the errors change by -s Δb
+// d + l decisions later. So for each l from 0 to 4: how much of the last change of the errors is left over after the moves
+// made then are subtracted?
 //
-//   evidence_l = 0.9 evidence_l - M/2 ln(1 + Σ_i ((e_i - e_i(t-1) + s_i Δb_i(t-l))² + κ² (s_i Δb_i(t-l))²) / (2 M R))
+//   evidence_l = 0.9 evidence_l
+//                - M/2 ln(1 + Σ_i ((e_i - e_i(t-1) + s_i Δb_i(t-d-l))² + κ² (s_i Δb_i(t-d-l))²) / (2 M R))
 //
-// The sum is over the M experts that are not far (under a tenth of the target, or twice it). The expression is the
-// logarithm of the likelihood of M changes whose variance is not known; with a known variance a wrong slope would soon
-// look like a wrong delay. Another l is believed if its evidence is 10 above that of the present one and that of "moves have
-// no effect at all", so that the wrong one is e^10 times less likely. The factor 0.9 forgets in ten steps. Where all moves
-// together are below the noise, nothing is added: at rest the loop's own correlation would decide.
+// The sum is over the M experts that are not far (under a tenth of the target, or twice it). R is not trusted here: with a
+// fixed variance, a wrong slope would soon look like a wrong delay. So this is the logarithm of the likelihood of M changes
+// whose variance is unknown. Another l is believed if its evidence is 10 above that of the present one and that of "moves
+// have no effect at all", so that the wrong one is e^10 times less likely. The factor 0.9 forgets in ten decisions. Nothing is
+// added unless one of the last five moves is above the noise: at rest the loop's own correlation would decide.
 #pragma once
 
 #include <algorithm>

@@ -1,23 +1,22 @@
 // The slope of each expert: the relative rise of its load per unit of its bias.
 //
-// From the gap. v_k and v_(k+1) are the last chosen and the first rejected biased score of a token, and their difference
-// is the token's gap. Tokens with a small gap lie near the threshold. The expert's chosen tokens with a gap below a width,
-// over its load and that width, are the density there, which is the slope (RoutingStats::load_slope). Near tokens and load
-// are averaged with weight 0.3 each. Four tokens with the layer's mean slope are added, so that an expert with few tokens
-// near the threshold has about the mean slope and no accidental one. Until a slope is known: one over
-// the layer's gap, k mean(v_k - v_(k+1)).
+// From the gap. A token's gap is the distance between its last chosen and its first rejected biased score. Count the tokens
+// whose last choice is expert i and whose gap is below a small width; divide by the width and by the expert's load: that
+// is the slope (RoutingStats::load_slope, which also corrects for the width). Near tokens and load are averaged with weight
+// 0.3 each. Four tokens with the layer's mean slope are added, so that an expert with few tokens near the threshold has
+// about the mean slope and no accidental one. Until a slope is known: one over the layer's gap, k mean(v_k - v_(k+1)).
 //
-// From counts only. s_i = x_i / u. u, the layer's own, is first 0.001 and at most 0.25 (logits 0.01 and 100); x_i is what expert i differs by, with
-// geometric mean 1, between 1/8 and 16. Both are tuned until innovations z are white: if they stay alike, the slope is
-// smaller than believed; if they alternate, it is larger.
+// From counts only. s_i = x_i / u. u belongs to the layer: first 0.001, at most 0.25 (logits 0.01 and 100), at least 1e-6.
+// x_i belongs to the expert: about 1 in the geometric mean, from 1/8 to 16. Both are tuned until innovations z are white: if
+// they stay alike, the slope is smaller than believed; if they alternate, it is larger.
 //
-//   ln u  += 0.2 drive                                                 drive as in adaptive_bias.cc
+//   ln u  += 0.2 drive                                                 drive as in adaptive_bias.cc, 0 after a cut
 //   ρ_i   += 0.1 (2 z_i z_i(t-1) / (z_i² + z_i(t-1)²) - ρ_i)           each pair counts the same, whatever its size
-//   ln x_i -= 0.1 ρ_i if ρ_i > 0.4 and the layer does not swing;  0.3 ρ_i if ρ_i < -0.4
+//   ln x_i -= 0.1 ρ_i if ρ_i > 0.4, without a swing or a cut;  0.3 ρ_i if ρ_i < -0.4
 //
 // 0.4 is two and a half standard errors of ρ_i. The slope rises faster than it falls, because an expert that oscillates does
-// more harm than one that is slow. q of the filter follows the same drive: u moves all steps alike, also the first ones,
-// where the gain is near its most and q has no part.
+// more harm than one that is slow. q of the filter follows the same drive, but the first steps have nearly the largest
+// gain whatever q is: only u can make those smaller or larger.
 #pragma once
 
 #include <algorithm>
@@ -54,7 +53,7 @@ class Slope {
   std::span<const double> values() const { return slope_; }
   /// What a bias may move in a step, score units. Where all scores are equal, as in a router that starts at zero, the gap
   /// is no unit.
-  double unit() const { return uses_gap_ && gap_ > 0 ? gap_ : counts_step_; }
+  double unit() const { return uses_gap_ && gap_ > kLeastStep * kLeastStep ? gap_ : counts_step_; }
   bool from_counts() const { return !uses_gap_; }
 
   /// False if no step can be made: the slope is to come from the gap, and none was ever seen.
@@ -74,13 +73,15 @@ class Slope {
   }
 
   /// Counts only. `drive`: the layer's correlation of innovations; `z`, `last`: two in a row [N]; `swings`: the layer does.
-  void learn(double drive, std::span<const double> z, std::span<const double> last, bool swings) {
+  /// `limited`: the last move was cut, so innovations stay alike whatever the slope is.
+  void learn(double drive, std::span<const double> z, std::span<const double> last, bool swings,
+             bool limited) {
     counts_step_ = std::clamp(counts_step_ * std::exp(kWhitening * drive), kLeastStep, most_step_);
     double moved = 0;
     for (std::size_t i = 0; i < share_.size(); ++i) {
       const double square = z[i] * z[i] + last[i] * last[i];
       alike_[i] += kAlikeEma * ((square > kLeastSquare ? 2 * z[i] * last[i] / square : 0) - alike_[i]);
-      const double rate = alike_[i] < -kAlike ? 0.3 : alike_[i] > kAlike && !swings ? 0.1 : 0;
+      const double rate = alike_[i] < -kAlike ? 0.3 : alike_[i] > kAlike && !swings && !limited ? 0.1 : 0;
       if (rate == 0) continue;
       const double before = share_[i];
       share_[i] = std::clamp(before * std::exp(-rate * alike_[i]), kLeastShare, kMostShare);
@@ -94,7 +95,7 @@ class Slope {
   }
 
   void exchange(StateIo& io) {
-    constexpr NumberRange not_negative{0, 1e100};
+    constexpr NumberRange not_negative{0, 1e12};
     bool form_known = form_known_, uses_gap = uses_gap_;
     io.value("slope.form_known", form_known);
     io.value("slope.uses_gap", uses_gap);
@@ -108,7 +109,7 @@ class Slope {
     io.values("slope.alike", alike_, {-1, 1});
     io.values("slope.near_load", near_load_, not_negative);
     io.values("slope.load", load_, not_negative);
-    io.values("slope.values", slope_, {1e-100, 1e100});
+    io.values("slope.values", slope_, {1e-12, 1e12});
   }
 
  private:
@@ -126,7 +127,7 @@ class Slope {
     near_share_ += weight * (near / n - near_share_);
     mean_slope_ += weight * (sum_of(now_) / n - mean_slope_);
     const double scale = n / static_cast<double>(stats.assignments());
-    const double prior = kPriorNear * kEma / std::max(near_share_, 1e-9);
+    const double prior = kPriorNear * weight / std::max(near_share_, 1e-9);
     for_each_eight(slope_.size(), [&](std::size_t i, auto at) {
       const Double8 old_near = at.get(&near_load_[i]), old_load = at.get(&load_[i]);
       const Double8 near_load = old_near + weight * (at.get(&now_[i]) - old_near);
@@ -141,7 +142,7 @@ class Slope {
   double gap_ = 0, counts_step_, most_step_;
   double near_share_ = 0, mean_slope_ = 0;  // tokens near the threshold an expert; all relative to the mean
   std::vector<double> slope_, near_load_, load_, now_;  // [N]
-  std::vector<double> share_, alike_;                   // h, ρ [N]
+  std::vector<double> share_, alike_;                   // x, ρ [N]
 };
 
 }  // namespace moectl::policies

@@ -75,9 +75,11 @@ ResponseCheck::ResponseCheck(const ControllerConfig& config, int layer, std::spa
       code_(1 + static_cast<std::size_t>(layer) % (std::max<std::size_t>(std::bit_floor(experts_), 2) - 1)),
       offset_(experts_, 0.0),
       signs_(delay_ + 3, 0.0),
-      sign_seen_((kSigns.size() + 1) * static_cast<std::size_t>(config.expert_bias.limits.cadence) + delay_ +
-                     kLags + 1,
-                 0.0),
+      sign_seen_(
+          (kSigns.size() + 1) * static_cast<std::size_t>(std::max(config.expert_bias.limits.cadence,
+                                                                  config.expert_bias.limits.cooldown + 1)) +
+              delay_ + kLags + 1,
+          0.0),
       bias_along_(sign_seen_.size(), 0.0),
       load_along_(sign_seen_.size(), 0.0) {
   slope_sum_ = sum_of(slope_);
@@ -291,9 +293,10 @@ void ResponseCheck::judge() {
     filled_ = 0;
   } else if (falls_short && full() && quiet_ == 0 && unbalanced_) {
     start_probe();
-    // Where the load seems to go the other way, the policy waits for the answer: it would run away. Only moves tell: along
-    // the whole way, an expert that sank for a reason of its own looks the same.
-    pinned_ = state_ == Response::kProbing && moves && moves->gain + kVerySure * moves->error < 0;
+    // Where the load seems to go the other way, the policy would run away. Only moves tell: along the whole way, an
+    // expert that sank for a reason of its own looks the same.
+    const bool reversed = moves && moves->gain + kVerySure * moves->error < 0;
+    waits_ = state_ == Response::kProbing && reversed ? Waits::kAtBase : Waits::kNo;
   }
 }
 
@@ -418,10 +421,15 @@ void ResponseCheck::finish_block() {
     give_up();
     return;
   }
-  // Blocks of one size add up, but for one whose pattern the policy's own moves have covered.
-  const bool clear = found && found->error < kSharp;
-  pinned_ |= size_ == 1 && !clear;
-  for (std::size_t late = 0; late < kLags; ++late) probe_[late] = size_ == 1 && clear ? answer(late) : Sums{};
+  // Blocks of one size add up, but for one whose pattern the policy's own moves may have covered. That is made again
+  // without the policy; if it is no clearer then, something else covers it.
+  const bool clear = found && found->error < kSharp, waited = held_ || waits_ != Waits::kNo;
+  if (size_ == 1 && !clear && !held_) {
+    if (waited) return give_up();
+    waits_ = Waits::kWhereItIs;
+  }
+  for (std::size_t late = 0; late < kLags; ++late)
+    probe_[late] = size_ == 1 && (clear || held_) ? answer(late) : Sums{};
   size_ = std::min(size_ * kSizeStep, 1.0);
   start_block();
 }
@@ -473,8 +481,12 @@ double ResponseCheck::next_sign() const {
 
 void ResponseCheck::adjust(std::span<double> wanted, LimitReport& why) const {
   if (held_) why.add(Reason::kUnresponsive);
-  if (held_ || (probes() && pinned_)) std::copy(base_.begin(), base_.end(), wanted.begin());
+  if (held_ || (probes() && waits_ == Waits::kAtBase)) std::copy(base_.begin(), base_.end(), wanted.begin());
   if (!probes()) return;
+  if (!held_ && waits_ == Waits::kWhereItIs) {
+    const std::span<const double> now = bias(0);
+    for (std::size_t i = 0; i < experts_; ++i) wanted[i] = now[i] - (sign_ != 0 ? offset_[i] : 0);
+  }
   const double sign = next_sign();
   for (std::size_t i = 0; i < experts_; ++i) wanted[i] += sign * pattern_[i];
   why.add(Reason::kProbe);
@@ -575,7 +587,9 @@ void ResponseCheck::exchange(StateIo& io) {
   io.value("response.late", late, {0, static_cast<std::int64_t>(kLags) - 1});
   late_ = static_cast<int>(late);
   io.value("response.held", held_);
-  io.value("response.pinned", pinned_);
+  std::int64_t waits = static_cast<std::int64_t>(waits_);
+  io.value("response.waits", waits, {0, 2});
+  waits_ = static_cast<Waits>(waits);
   io.value("response.based", based_);
   bool found = found_.has_value();
   Estimate estimate = found_.value_or(Estimate{});

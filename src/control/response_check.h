@@ -15,10 +15,11 @@
 //             signs hardly correlate with themselves some steps later, so an answer that is late is told from a wrong
 //             sign. The size is chosen so that eight decisions give the gain a standard error of 0.08: 1.1 floors at 16 experts, .3 at 256.
 //
-// If the load seems to go the other way, or if the policy's own moves have covered the pattern of a probe, the biases go
-// back to where they were when the load last answered, and the probe is made there. If it gets no answer, they are held
-// there. The probe is repeated from time to time. At the first answer the policy goes on. An answer that comes up to four
-// steps later than the declared delay is one too, and is reported as late.
+// If moves say that the load goes the other way, the biases go back to where they were when the load last answered, and the
+// probe is made there. If the policy's own moves cover the pattern of a probe, it is made again while the policy waits. If
+// it gets no answer, the biases go back to where the load last answered, and are held there. The probe is repeated from
+// time to time. At the first answer the policy goes on. An answer that comes up to four steps later than the declared
+// delay is one too, and is reported as late.
 //
 // A check costs several passes over the experts, and a balanced layer has nothing to answer. So the check of a balanced
 // layer rests, and wakes for some steps in a hundred, or when the layer is no longer balanced. After each answer it pauses
@@ -95,6 +96,7 @@ class ResponseCheck {
   struct Line {
     double mean = 0, slope = 0;
   };
+  enum class Waits { kNo, kWhereItIs, kAtBase };
   struct Sums {  // of a regression through an instrument
     double zy = 0, zx = 0;
     double zz = 0;  // Σ z² times the relative load: counts scatter in proportion to what is counted
@@ -129,10 +131,10 @@ class ResponseCheck {
   // What a resting check reads lies together, since a step finds little of it in the caches.
   Response state_ = Response::kUnknown;
   int late_ = 0;
-  bool held_ = false;    // the last probe had no answer
-  bool pinned_ = false;  // they stay at base_ during this probe
-  bool based_ = true;    // base_ is known
-  bool scaled_ = false;  // slope_ was measured
+  bool held_ = false;         // the last probe had no answer
+  Waits waits_ = Waits::kNo;  // the policy, during this probe
+  bool based_ = true;         // base_ is known
+  bool scaled_ = false;       // slope_ was measured
   bool resting_ = false, referenced_ = false;
   bool in_probabilities_;
   bool unbalanced_ = false;  // at this step, and for some time

@@ -208,11 +208,11 @@ TEST(SavedStates, NumbersThatNoRunCanHaveAreRefusedByName) {
   const std::int64_t most = std::numeric_limits<std::int64_t>::max();
   EXPECT_TRUE(refused("steps", most));
   EXPECT_TRUE(refused("steps", std::int64_t{-1}));
-  EXPECT_TRUE(refused("adaptive.decisions", std::int64_t{-1}));
-  EXPECT_TRUE(refused("adaptive.decisions", most));
+  EXPECT_TRUE(refused("whiteness.decisions", std::int64_t{-1}));
+  EXPECT_TRUE(refused("whiteness.decisions", most));
   EXPECT_TRUE(refused("adaptive.q", std::nan("")));
   EXPECT_TRUE(refused("adaptive.q", -1.0));
-  EXPECT_TRUE(refused("adaptive.innovations", std::nan("")));
+  EXPECT_TRUE(refused("whiteness.innovations", std::nan("")));
   EXPECT_TRUE(refused("adaptive.drift_share", 0.0));
   EXPECT_TRUE(refused("limiter.invalid_in_row", most));
   EXPECT_TRUE(refused("limiter.last_move_step", most));

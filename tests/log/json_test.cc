@@ -61,7 +61,7 @@ std::optional<json> expected_of(const std::string& text, bool& repeated) {
     return true;
   };
   try {
-    return json::parse(text, watch);
+    return std::make_optional<json>(json::parse(text, watch));  // GCC 16 sees two conversions
   } catch (const json::exception&) {
     return std::nullopt;
   }

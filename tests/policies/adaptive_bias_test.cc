@@ -83,22 +83,48 @@ TEST(AdaptiveBias, WithoutAGapTheGapFormHolds) {
   EXPECT_EQ(rig.value[1], 0);
 }
 
-// Thirty windows with errors near the noise, all alike. The move of the last is K e / s, and K follows from q.
-double last_move(const LimitReport& why) {
+// Thirty windows with errors near the noise, all alike, of each proposal `share` made. What the last proposes is K e / s,
+// and K follows from q.
+double last_move(double share) {
   PolicyRig rig = gap_rig(2);
-  double before = 0;
+  double move = 0;
   for (int i = 0; i < 30; ++i) {
-    before = rig.value[1];
-    rig.step(gap_window(rig, {21, 19}), {}, why);
+    const std::vector<double> before = rig.value;
+    std::vector<double> applied = rig.propose(gap_window(rig, {21, 19}));
+    move = applied[1] - before[1];
+    for (std::size_t e = 0; e < 2; ++e) applied[e] = before[e] + share * (applied[e] - before[e]);
+    rig.settle(applied);
   }
-  return rig.value[1] - before;
+  return move;
 }
 
 TEST(AdaptiveBias, ALimitedMoveDoesNotRaiseTheGain) {
-  LimitReport limited;
-  limited.add(Reason::kRate);
-  EXPECT_GT(last_move({}), 2 * last_move(limited));
-  EXPECT_NEAR(last_move(limited) / (0.05 * kGap), at_rest(kFirstQ), 0.1);
+  EXPECT_GT(last_move(1), 2 * last_move(0.5));
+  EXPECT_NEAR(last_move(0.5) / (0.05 * kGap), at_rest(kFirstQ), 0.1);
+}
+
+// Errors of chance while nothing is applied: what they say of the gain is not believed.
+TEST(AdaptiveBias, AHoldDoesNotWearTheGainDown) {
+  const auto first_move = [](int held) {
+    PolicyRig rig = gap_rig(16);
+    std::mt19937_64 random(3);
+    const auto noisy = [&] {
+      std::vector<std::int64_t> counts(16, 100);
+      for (std::int64_t& c : counts) c += static_cast<std::int64_t>(random() % 41) - 20;
+      return counts;
+    };
+    for (int i = 0; i < held; ++i) {
+      const std::vector<double> before = rig.value;
+      rig.propose(gap_window(rig, noisy()));
+      LimitReport why;
+      why.add(Reason::kShadow);
+      rig.settle(before, why);
+    }
+    std::vector<std::int64_t> counts = noisy();
+    counts[0] += 30, counts[1] -= 30;
+    return std::abs(rig.propose(gap_window(rig, counts))[1]);
+  };
+  EXPECT_GT(first_move(400), 0.5 * first_move(20));
 }
 
 // The load of a move is seen three steps later. Until then it is expected, and the move is not made again.

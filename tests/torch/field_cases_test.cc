@@ -217,7 +217,8 @@ ControllerConfig gap_config() {
   return config;
 }
 
-const StepReport& step_with(TorchController& controller, const Tensor& top_values) {
+// By value: newer compilers take what is returned for a part of the tensor.
+const StepReport& step_with(TorchController& controller, Tensor top_values) {
   for (int layer = 0; layer < 2; ++layer)
     controller.record(layer, ::torch::zeros({8, 1}, ::torch::kLong), {.top_values = top_values});
   return controller.step();
