@@ -5,11 +5,11 @@ MOECTL_TRAINERS names a folder with checkouts `megatron-lm`, `torchtitan`, `olmo
 checkout is missing is skipped. transformers is taken from where Python finds it. These versions ran, with Debian's torch
 2.6 (trixie) and 2.14 (forky):
 
-    Megatron-Core    0.20.0 in development, d98e8a6 of 2026-08-22
-    torchtitan       b5bcd76 of 2026-08-21
-    OLMo-core        2.5.0, fa6c501 of 2026-06-22
-    NeMo AutoModel   0.5.0 in development, 36044ad of 2026-08-22
-    transformers     5.12.1 (forky alone)
+    Megatron-Core    0.20.0, commit d98e8a6 of 2026-08-22
+    torchtitan       commit b5bcd76 of 2026-08-21
+    OLMo-core        2.5.0, commit fa6c501 of 2026-06-22
+    NeMo AutoModel   0.5.0, commit 36044ad of 2026-08-22
+    transformers     5.12.1, forky alone, with accelerate 1.14.0
 
 The trainers import much that a router does not need. What cannot be imported is replaced by an empty module; routers,
 counts, biases and updates are always the trainer's own."""
