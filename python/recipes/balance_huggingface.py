@@ -1,8 +1,8 @@
 """Hugging Face transformers: a callback for Trainer.
 
-The models count nothing: a hook before `experts` reads the choices, its second argument [T, k]. The auxiliary
-coefficient of the model follows the controller; where the gates have an `e_score_correction_bias`, so does the bias.
-Gradient checkpointing calls the hook twice: shares stay right.
+The models count nothing: a hook before `experts` reads the choices, its second argument [T, k]. Where the config has an
+auxiliary loss, the model's coefficient follows the controller. Where the gates have an `e_score_correction_bias`, give
+its name as `bias`. Gradient checkpointing calls the hook twice: shares stay right.
 
     trainer = Trainer(model, ..., callbacks=[Balance(model, "pi.yaml")])
 """
@@ -25,4 +25,6 @@ class Balance(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **_):
         self.balancer.step()
-        model.router_aux_loss_coef = self.balancer.aux_loss_weight(0)
+        weight = self.balancer.aux_loss_weight(0)
+        if weight:
+            model.router_aux_loss_coef = weight

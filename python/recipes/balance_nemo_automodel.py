@@ -1,7 +1,8 @@
-"""NeMo AutoModel, with a gate bias update factor above 0, without which nothing is counted.
+"""NeMo AutoModel, with a `gate_bias_update_factor` above 0, without which nothing is counted.
 
 Its gates count in `_cumulative_expert_load`, which is None before the first token, and add `e_score_correction_bias`. The
-recipe calls `update_moe_gate_bias` of the model after each optimizer step: that call is replaced.
+recipe calls `update_moe_gate_bias` of the model after each optimizer step: that call is replaced. Where the config has
+an auxiliary loss, the gates get its weight.
 
     balancer = balance(model, "adaptive_bias.yaml", group)
 """
@@ -17,7 +18,7 @@ def balance(model, config, group=None):
     def update():
         balancer.step()
         for layer, gate in enumerate(gates):
-            gate.aux_loss_coeff = balancer.aux_loss_weight(layer)
+            gate.aux_loss_coeff = balancer.aux_loss_weight(layer) or gate.aux_loss_coeff
 
     model.update_moe_gate_bias = update
     return balancer
