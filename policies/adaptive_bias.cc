@@ -24,7 +24,7 @@
 //   1 under way    w_i = s_i (b_i(t-d) - m_i)      minus what moves will still do that this window does not show
 //   2 innovation   z_i = clip(e_i, ±1) + w_i       seen minus expected
 //   3 tuning       q, R and the drift's share h follow from the correlations of z (below)
-//   4 surprise     if z_i² > 16 (P_i + R + κ² w_i²) and the loop does not swing: P_i = z_i² - R, and v_i = 0
+//   4 surprise     if z_i² > 16 (P_i + R + κ² w_i²), by chance once in 16 000, without a swing: P_i = z_i² - R, v_i = 0
 //   5 gain         K_i = P_i / S_i,   S_i = P_i + R + κ² (P_i + w_i²)
 //   6 variance     P_i = (1 - K_i) P_i + q R
 //   7 drift        v_i += h K²/(2 - K) z_i / s_i,  K the gain at rest: K²/(1 - K) = q
@@ -53,18 +53,17 @@
 //
 // Special cases.
 //
-//   surprise  Four standard deviations: by chance once in 16 000 errors.
 //   far       An expert with under a tenth of its target, or with twice its target or more, has an error that says only
 //             "at least so far". So its part of the step grows, and so does the bound of one gap: each further such step in
 //             a row is 1.3 times the last, up to 4 times, while the loop does not swing. Wrong biases at the start settle so
 //             in half of the steps (`plant_table --only "wrong biases"`).
-//   lateness  Up to four decisions beyond the declared delay are found (lateness.h).
+//   lateness  Up to four decisions beyond the declared delay are found (lateness.h), not always.
 //   rescue    (`rescue: true`) An expert with under a tenth of its target for two steps goes half of what its margins say
 //             (margins.h): the whole way overshoots, because other experts move too.
 //   limits    m becomes what was applied. Innovations stay alike then: only a swing tunes q, h stays, and v does not learn.
 //
-// Form. `gap` needs the k+1 largest scores of each token from the router. `counts` does without and takes longer to settle:
-// the slope, too, is tuned until innovations are white (slope.h), and the bound of a move is the layer's u there.
+// Form. `gap` needs the k+1 largest scores of each token. `counts` does without and settles later: the slope, too, is tuned
+// by whiteness (slope.h), predicts nothing (w_i = 0), and with a delay q and u are tuned 1 + d times as slowly.
 // Feed-forward (`feedforward: tags`, feedforward.h) is the filter's known input: not part of b_i(t-d), and what it knows to
 // leave over is not part of e_i.
 //
@@ -74,10 +73,9 @@
 //
 // Limitations
 // - Lumpy routing (a dozen clusters of nearly identical tokens) moves whole clusters at once; no slope describes it.
-// - With a delay, two experts that take tokens from each other answer at up to twice their slopes and may swing.
-// - A lateness of more than four decisions beyond the declared delay is not looked for, a shorter one not always found.
+// - With a delay, two experts that take tokens from each other answer at up to twice their slopes and may swing. Counts
+//   only do not stand a softmax four decisions late, anything eight late, or two that are not declared.
 // - One R serves all experts: one with a small target is surprised more often.
-// - Errors from the data's order are seen once they have happened.
 #include <algorithm>
 #include <cmath>
 #include <optional>
@@ -221,7 +219,9 @@ class AdaptiveBias final : public Policy {
 
   // Innovations, their correlation with earlier ones, and what follows for q, the noise and the drift.
   void innovate(double floor_sq) {
-    const std::span<const double> then = past(delay()), error = errors(0), slope = slope_.values();
+    const bool rough = slope_.from_counts();
+    const std::span<const double> then = past(rough ? 0 : delay()), error = errors(0),
+                                  slope = slope_.values();
     const std::span<double> newest = white_.newest();
     for_each_eight(n_, [&](std::size_t i, auto at) {
       const Double8 z = at.get(&error[i]) + at.get(&slope[i]) * (at.get(&then[i]) - at.get(&estimate_[i]));
@@ -230,13 +230,13 @@ class AdaptiveBias final : public Policy {
     const double n = static_cast<double>(n_), square = white_.measure();
     const bool loud = square > kLoudSq * n * floor_sq * noise_;
     white_.compare(loud ? Whiteness::kLags : Whiteness::kNear + 2 * delay());
-    // A limit keeps innovations alike, whatever q is.
     const double drive = white_.swings() ? white_.lowest() : limited_ ? 0 : white_.nearest();
-    q_ = std::clamp(q_ * std::exp(kWhitening * drive), kLeastQ, kMostQ);
+    const double tuned = kWhitening * drive / static_cast<double>(rough ? 1 + delay() : 1);
+    q_ = std::clamp(q_ * std::exp(tuned), kLeastQ, kMostQ);
     drift_share_ *= std::exp(limited_ ? 0 : kDriftWhitening * white_.distant());
     drift_share_ = std::clamp(drift_share_, kLeastDrift, kMostDrift);
-    if (slope_.from_counts() && decisions() > 0)
-      slope_.learn(drive, white_.newest(), white_.last(), white_.swings(), limited_);
+    if (rough && decisions() > 0)
+      slope_.learn(tuned, white_.newest(), white_.last(), white_.swings() || delay() > 0, limited_);
     const double unlike = decisions() > 0 ? 1 - std::max(white_.nearest(), 0.0) : 0;
     noise_ += kNoiseEma * (std::min(square / n / floor_sq, kNoiseStep * noise_) * unlike - noise_);
     noise_ = std::max(noise_, 1.0);

@@ -10,9 +10,9 @@
 // x_i belongs to the expert: about 1 in the geometric mean, from 1/8 to 16. Both are tuned until innovations z are white: if
 // they stay alike, the slope is smaller than believed; if they alternate, it is larger.
 //
-//   ln u  += 0.2 drive                                                 drive as in adaptive_bias.cc, 0 after a cut
+//   ln u  += 0.2 drive                                                 drive as in adaptive_bias.cc; over 1 + d with a delay
 //   ρ_i   += 0.1 (2 z_i z_i(t-1) / (z_i² + z_i(t-1)²) - ρ_i)           each pair counts the same, whatever its size
-//   ln x_i -= 0.1 ρ_i if ρ_i > 0.4, without a swing or a cut;  0.3 ρ_i if ρ_i < -0.4
+//   ln x_i -= 0.1 ρ_i if ρ_i > 0.4, without a swing, a delay or a cut;  0.3 ρ_i if ρ_i < -0.4
 //
 // 0.4 is two and a half standard errors of ρ_i. The slope rises faster than it falls, because an expert that oscillates does
 // more harm than one that is slow. q of the filter follows the same drive, but the first steps have nearly the largest
@@ -72,11 +72,11 @@ class Slope {
     return gap_seen_;
   }
 
-  /// Counts only. `drive`: the layer's correlation of innovations; `z`, `last`: two in a row [N]; `swings`: the layer does.
+  /// Counts only. `tuned`: by how much ln u rises; `z`, `last`: two in a row [N]; `swings`: the layer does.
   /// `limited`: the last move was cut, so innovations stay alike whatever the slope is.
-  void learn(double drive, std::span<const double> z, std::span<const double> last, bool swings,
+  void learn(double tuned, std::span<const double> z, std::span<const double> last, bool swings,
              bool limited) {
-    counts_step_ = std::clamp(counts_step_ * std::exp(kWhitening * drive), kLeastStep, most_step_);
+    counts_step_ = std::clamp(counts_step_ * std::exp(tuned), kLeastStep, most_step_);
     double moved = 0;
     for (std::size_t i = 0; i < share_.size(); ++i) {
       const double square = z[i] * z[i] + last[i] * last[i];
@@ -115,8 +115,7 @@ class Slope {
  private:
   static constexpr double kLeastStep = 1e-6;  // score units
   static constexpr double kEma = 0.3, kPriorNear = 4, kLeastSquare = 1e-10;
-  static constexpr double kWhitening = 0.2, kAlikeEma = 0.1, kAlike = 0.4, kLeastShare = 1.0 / 8,
-                          kMostShare = 16;
+  static constexpr double kAlikeEma = 0.1, kAlike = 0.4, kLeastShare = 1.0 / 8, kMostShare = 16;
 
   void average(const RoutingStats& stats) {
     const double n = static_cast<double>(slope_.size()), weight = mean_slope_ == 0 ? 1 : kEma;
