@@ -254,7 +254,7 @@ TEST(FieldCases, A4_ARequiredTensorThatWasNeverGivenIsAnErrorAtTheFirstStep) {
 TEST(FieldCases, A4_ATensorThatStaysAwayLaterIsAReason) {
   TorchController controller(gap_config());
   step_with(controller, some_top_values());
-  const StepReport& report = step_with(controller, {});
+  const StepReport report = step_with(controller, {});
   EXPECT_TRUE(report.layers[1].actuators[0].reasons.has(Reason::kMissingInput));
 }
 
