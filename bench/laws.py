@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Tables of plant_table's lines.
 
-laws.py NEW [OLD] [--laws A B]: two files, or two laws of one file, side by side: medians over the seeds (x floor: means),
+laws.py NEW [OLD] [--laws A B] [--only TEXT]: two files, or two laws of one file, side by side: medians over the seeds (x floor: means),
 the paired difference of x floor with its standard error, settle, excess area.
 laws.py FILE --all: a row a law, means over the plants that every law ran on.
 """
@@ -60,9 +60,9 @@ def side_by_side(old, new):
         print(f"| {plant} | {of_a:.3f} → {of_b:.3f} | {mean:+.3f} ± {error:.3f} | {settle(a)} → {settle(b)} | {told} |")
     means = [geometric(column) for column in zip(*ratios)]
     steps = [statistics.fmean(column) for column in zip(*settles)]
-    area_means = [geometric(column) for column in zip(*areas)]
+    area_text = " → ".join(f"{geometric(column):.1f}" for column in zip(*areas)) or "–"
     print(f"| **mean over {len(ratios)} plants** | {means[0]:.3f} → {means[1]:.3f} | | {steps[0]:.0f} → {steps[1]:.0f} | "
-          f"{area_means[0]:.1f} → {area_means[1]:.1f} |")
+          f"{area_text} |")
     print(f"\nWorse by more than .02 and two standard errors: {', '.join(worse) or 'none'}.")
 
 
@@ -85,6 +85,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", metavar="FILE", help="lines of plant_table; the second: what came before")
     parser.add_argument("--laws", nargs=2, metavar=("OLD", "NEW"), default=("adaptive", "adaptive"))
+    parser.add_argument("--only", default="", metavar="TEXT", help="plants whose name holds it")
     parser.add_argument("--all", action="store_true", help="a row a law")
     args = parser.parse_args()
     runs = read(args.files[0])
@@ -94,7 +95,7 @@ def main():
     before = read(args.files[-1])
 
     def of(all_runs, law):
-        return {plant: seeds for (name, plant), seeds in all_runs.items() if name == law}
+        return {plant: seeds for (name, plant), seeds in all_runs.items() if name == law and args.only in plant}
 
     side_by_side(of(before, args.laws[0]), of(runs, args.laws[1]))
 
