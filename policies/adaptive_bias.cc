@@ -151,10 +151,10 @@ class AdaptiveBias final : public Policy {
   void on_applied(std::span<const double> applied, const LimitReport& why) override {
     if (!std::exchange(planned_, false)) return;
     limited_ = differ(applied, proposed_);
+    // Nothing goes farther while it is asked whether the load answers at all, or where it was not done.
+    if (why.held() || why.has(Reason::kProbe)) std::fill(farther_.begin(), farther_.end(), 1.0);
     if (feedforward_ && !why.held()) feedforward_->commit(applied, limited_);
     if (!limited_) return;
-    // No windup: what was not done is believed no longer, and brought nothing farther.
-    if (why.held()) std::fill(farther_.begin(), farther_.end(), 1.0);
     for (std::size_t i = 0; i < n_; ++i)
       estimate_[i] = applied[i] - (feedforward_ ? feedforward_->in_force()[i] : 0);
     centre(estimate_);

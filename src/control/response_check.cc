@@ -421,15 +421,11 @@ void ResponseCheck::finish_block() {
     give_up();
     return;
   }
-  // Blocks of one size add up, but for one whose pattern the policy's own moves may have covered. That is made again
-  // without the policy; if it is no clearer then, something else covers it.
-  const bool clear = found && found->error < kSharp, waited = held_ || waits_ != Waits::kNo;
-  if (size_ == 1 && !clear && !held_) {
-    if (waited) return give_up();
-    waits_ = Waits::kWhereItIs;
-  }
-  for (std::size_t late = 0; late < kLags; ++late)
-    probe_[late] = size_ == 1 && (clear || held_) ? answer(late) : Sums{};
+  // A block that did not tell is made again without the policy, whose own moves may have covered it. Blocks of one size add
+  // up, but for one that was covered.
+  const bool clear = held_ || waits_ != Waits::kNo || (found && found->error < kSharp);
+  for (std::size_t late = 0; late < kLags; ++late) probe_[late] = size_ == 1 && clear ? answer(late) : Sums{};
+  if (size_ == 1 && waits_ == Waits::kNo) waits_ = Waits::kWhereItIs;
   size_ = std::min(size_ * kSizeStep, 1.0);
   start_block();
 }
@@ -438,7 +434,7 @@ void ResponseCheck::give_up() {
   state_ = Response::kUnknown;
   found_.reset();
   quiet_ = kLastBackoff;
-  set_reference(/*answered=*/true);
+  set_reference(/*answered=*/false);
 }
 
 void ResponseCheck::pause() {

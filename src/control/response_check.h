@@ -16,7 +16,7 @@
 //             sign. The size is chosen so that eight decisions give the gain a standard error of 0.08: 1.1 floors at 16 experts, .3 at 256.
 //
 // If moves say that the load goes the other way, the biases go back to where they were when the load last answered, and the
-// probe is made there. If the policy's own moves cover the pattern of a probe, it is made again while the policy waits. If
+// probe is made there. If a probe does not tell, it is made again while the policy waits, whose moves may have covered it. If
 // it gets no answer, the biases go back to where the load last answered, and are held there. The probe is repeated from
 // time to time. At the first answer the policy goes on. An answer that comes up to four steps later than the declared
 // delay is one too, and is reported as late.

@@ -121,9 +121,10 @@ class Wire {
 };
 
 TEST(Lag, DecidesOnTheStreamOneStepLaterAndOtherwiseOnTheSameBits) {
-  ControllerConfig late = lag_config(0);
-  late.model.delay = 1;  // what the lag declares by itself
-  Controller lagging(lag_config(1)), shifted(late);
+  ControllerConfig late = lag_config(0), lag = lag_config(1);
+  late.model.delay = 1;                                            // what the lag declares by itself
+  late.safety.responsiveness = lag.safety.responsiveness = false;  // the stream does not answer
+  Controller lagging(lag), shifted(late);
   shifted.set_reduction([](std::span<std::int64_t>) {});  // as with lag, a loss is rounded to its fixed point
   const auto info = [](int step) {
     return StepInfo{.loss = 3 - 0.01 * step, .gradient_norm = 1.0 + step % 3, .skipped = step % 17 == 4};

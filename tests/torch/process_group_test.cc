@@ -224,8 +224,10 @@ TEST(ProcessGroup, WithLagOneStreamSplitOverRanksGivesTheSameBits) {
 TEST(ProcessGroup, WithLagTheBiasesAreThoseWithoutOnAStreamShiftedByAStep) {
   constexpr int kSteps = 60;
   ControllerConfig late = test_config();
-  late.model.delay = 1;                // what the lag declares by itself
-  late.safety.responsiveness = false;  // the width of near gaps is one step older with lag
+  late.model.delay = 1;  // what the lag declares by itself
+  late.safety.responsiveness = false;
+  late.expert_bias.options.set("form",
+                               std::string("counts"));  // the width of near gaps is one step older with lag
   TorchController shifted(late);
   shifted.step();  // nothing has arrived yet
   std::vector<float> expected(kLayers * kExperts, 0.0F);
@@ -233,6 +235,7 @@ TEST(ProcessGroup, WithLagTheBiasesAreThoseWithoutOnAStreamShiftedByAStep) {
   expected.insert(expected.end(), rest.begin(), rest.end());
   ControllerConfig lagging = test_config(1);
   lagging.safety.responsiveness = false;
+  lagging.expert_bias.options = late.expert_bias.options;
   on_ranks(2, [&](int rank, const Group& group) {
     TorchController controller(lagging);
     controller.controller().set_reduction(reduce_over(group));
