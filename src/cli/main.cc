@@ -45,6 +45,13 @@ int run(int argc, char** argv) {
       ->type_name("FILE")
       ->expected(1)
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
+  // Newer versions of CLI11 reflow text. Examples are lines.
+  [](auto& formatter) {
+    if constexpr (requires { formatter.enable_footer_formatting(false); }) {
+      formatter.enable_footer_formatting(false);
+      formatter.enable_description_formatting(false);
+    }
+  }(*app.get_formatter());
   add_biases(app, tool);
   add_capacity(app, tool);
   add_check(app, tool);
