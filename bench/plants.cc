@@ -33,7 +33,7 @@ struct Plant {
 const std::vector<Law> kLaws = {
     {"adaptive", "adaptive_bias", {}},
     {"counts", "adaptive_bias", {{"form", std::string("counts")}}},
-    {"K3", "quantile_bias", {{"form", std::string("k3")}}},
+    {"K3", "quantile_bias", {{"form", std::string("k3")}, {"gain", 1.0}}},
     {"quantile", "quantile_bias", {}},
     {"sign 1e-3", "sign_bias", {{"step", 1e-3}}},
     {"sign 1e-2", "sign_bias", {{"step", 1e-2}}},
@@ -104,7 +104,7 @@ std::vector<StepFigures> run(const Law& law, const Plant& plant) {
   config.collect.sequences = plant.options.sequence_length > 0;
   Controller controller(config);
   SimulationOptions options = plant.options;
-  options.biased_scores = controller.shape(0).needs.margins;
+  options.biased_scores = controller.shape(0).needs.margins || controller.shape(0).needs.margin_rows;
   SimulatedRouter router(options);
   std::deque<RoutingStats> late;
   std::vector<StepFigures> steps;

@@ -1,8 +1,6 @@
 // What several places do to the biases of a layer. A shift that all have in common moves no token.
 #pragma once
 
-#include <algorithm>
-#include <cmath>
 #include <cstddef>
 #include <span>
 
@@ -21,12 +19,13 @@ inline void centre(std::span<double> biases) {
 inline bool differ(std::span<const double> a, std::span<const double> b) {
   constexpr double kRounding = 1e-12;
   const double shift = (sum_of(a) - sum_of(b)) / static_cast<double>(b.size());
-  double most = 0, size = 0;
-  for (std::size_t i = 0; i < b.size(); ++i) {
-    most = std::max(most, std::abs(a[i] - b[i] - shift));
-    size = std::max(size, std::abs(b[i]));
-  }
-  return most > kRounding * size;
+  Double8 most = splat(0), size = splat(0);
+  for_each_eight(b.size(), [&](std::size_t i, auto at) {
+    const Double8 then = at.get(&b[i]), change = at.keep(at.get(&a[i]) - then - shift);
+    most = larger(most, larger(change, -change));
+    size = larger(size, larger(then, -then));
+  });
+  return largest_of(most) > kRounding * largest_of(size);
 }
 
 }  // namespace moectl::policies

@@ -13,7 +13,8 @@
 //             + + - + - - - + over eight decisions, and serves as the instrument. A line is taken out of what is seen,
 //             so neither noise nor a steady drift correlates with the pattern, and the regression on it is sure. The
 //             signs hardly correlate with themselves some steps later, so an answer that is late is told from a wrong
-//             sign. The size is chosen so that eight decisions give the gain a standard error of 0.08: 1.1 floors at 16 experts, .3 at 256.
+//             sign. The size is chosen so that eight decisions give the gain a standard error of 0.08: 1.1 floors at 16
+//             experts, .3 at 256.
 //
 // If moves say that the load goes the other way, the biases go back to where they were when the load last answered, and the
 // probe is made there. If a probe does not tell, it is made again while the policy waits, whose moves may have covered it. If
