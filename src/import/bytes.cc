@@ -8,7 +8,6 @@
 #include <optional>
 #include <utility>
 
-#include "base/gzip_file.h"
 #include "base/input_limits.h"
 #include "import/import.h"
 
@@ -61,14 +60,9 @@ Bytes::Bytes(const std::string& path, std::string name)
     : name_(!name.empty() ? std::move(name)
             : path == "-" ? "<stdin>"
                           : path),
+      file_(path),
       buffer_(kBuffer + kPadding) {
-  const GzipFile opened = open_gzip(path);
-  if (opened.file == nullptr) throw ImportError(name_ + ": cannot be opened: " + opened.fault);
-  file_ = opened.file;
-}
-
-Bytes::~Bytes() {
-  gzclose(file_);
+  if (!file_.fault().empty()) throw ImportError(name_ + ": cannot be opened: " + file_.fault());
 }
 
 bool Bytes::fill() {
@@ -84,16 +78,10 @@ bool Bytes::fill() {
     }
     buffer_.resize(end_ * 2 + kPadding);
   }
-  const int got =
-      gzread(file_, buffer_.data() + end_, static_cast<unsigned>(buffer_.size() - kPadding - end_));
-  int code = Z_OK;
-  const char* message = gzerror(file_, &code);
-  if (got < 0 || (got == 0 && code == Z_BUF_ERROR))
-    throw ImportError(name_ + ": gzip: " + (code == Z_BUF_ERROR ? "unexpected end of file" : message));
-  end_ += static_cast<std::size_t>(got);
-  inflated_ += got;
-  if (const std::string fault = inflation_fault(file_, inflated_); !fault.empty())
-    throw ImportError(name_ + ": gzip: " + fault);
+  const std::size_t got = file_.read(buffer_.data() + end_, buffer_.size() - kPadding - end_);
+  if (!file_.fault().empty()) throw ImportError(name_ + ": " + file_.fault());
+  if (got == 0 && file_.torn()) throw ImportError(name_ + ": gzip: unexpected end of file");
+  end_ += got;
   return got > 0;
 }
 

@@ -1,14 +1,14 @@
 // Streams of bytes, plain or gzip, file or pipe; lines and .npy arrays in them. Nothing is held beyond a buffer.
 #pragma once
 
-#include <zlib.h>
-
 #include <cstdint>
 #include <memory>
 #include <span>
 #include <string>
 #include <string_view>
 #include <vector>
+
+#include "base/input_file.h"
 
 namespace moectl {
 
@@ -23,9 +23,6 @@ class ByteStream {
 class Bytes : public ByteStream {
  public:
   explicit Bytes(const std::string& path, std::string name = "");
-  ~Bytes() override;
-  Bytes(const Bytes&) = delete;
-  Bytes& operator=(const Bytes&) = delete;
 
   std::size_t read(char* to, std::size_t size) override;
   /// The next bytes, at most 64 KiB, without taking them; fewer at the end.
@@ -42,10 +39,10 @@ class Bytes : public ByteStream {
   bool fill();
 
   std::string name_;
-  gzFile file_ = nullptr;
+  InputFile file_;
   std::vector<char> buffer_;
   std::size_t begin_ = 0, end_ = 0;
-  std::int64_t line_ = 0, inflated_ = 0;
+  std::int64_t line_ = 0;
 };
 
 /// Bytes in memory.

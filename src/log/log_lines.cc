@@ -2,17 +2,13 @@
 
 #include <poll.h>
 #include <sys/stat.h>
-#include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <chrono>
 #include <cstring>
-#include <filesystem>
 #include <thread>
 #include <utility>
 
-#include "base/gzip_file.h"
 #include "base/input_limits.h"
 #include "base/printable.h"
 #include "moectl/run_log.h"
@@ -27,36 +23,24 @@ constexpr std::size_t kFirstBuffer = std::size_t{1} << 18;
 LogError::LogError(const std::string& what) : std::runtime_error(message_line(what)) {}
 
 LogLines::LogLines(const std::string& path, std::function<bool()> follow)
-    : name_(path == "-" ? "<stdin>" : path), follow_(std::move(follow)), buffer_(kFirstBuffer + kPadding) {
-  const GzipFile opened = open_gzip(path);
-  if (opened.file == nullptr) throw LogError(name_ + ": cannot be opened: " + opened.fault);
-  file_ = opened.file;
-  descriptor_ = opened.descriptor;
+    : name_(path == "-" ? "<stdin>" : path),
+      follow_(std::move(follow)),
+      file_(path),
+      buffer_(kFirstBuffer + kPadding) {
+  if (!file_.fault().empty()) throw LogError(name_ + ": cannot be opened: " + file_.fault());
 }
 
-LogLines::~LogLines() {
-  gzclose(file_);
-}
-
-int LogLines::read_some(char* to, std::size_t size) {
-  // gzread passes plain files through, and reads the members of a file that was appended to one after the
-  // other. But it waits for a full buffer, which is not what a pipe that is followed should do.
-  if (!follow_) return gzread(file_, to, static_cast<unsigned>(size));
+std::size_t LogLines::read_some(char* to, std::size_t size) {
+  if (!follow_) return file_.read(to, size);
   if (name_ == "<stdin>") {
     // Before a wait, as with files.
     pollfd input{STDIN_FILENO, POLLIN, 0};
     if (poll(&input, 1, 0) == 0) follow_();
-    ssize_t got;
-    do {
-      got = ::read(STDIN_FILENO, to, size);
-    } while (got < 0 && errno == EINTR);
-    return static_cast<int>(got);
+    return file_.read(to, size);
   }
   for (;;) {
-    const int got = gzread(file_, to, static_cast<unsigned>(size));
-    if (got != 0) return got;
-    gzclearerr(file_);
-    if (replaced_ || finished_) return 0;
+    const std::size_t got = file_.read(to, size);
+    if (got != 0 || !file_.fault().empty() || replaced_ || finished_) return got;
     // What was written between the last read and the replacement, or the end, is still to come.
     replaced_ = was_replaced();
     finished_ = !replaced_ && !follow_();
@@ -69,8 +53,8 @@ int LogLines::read_some(char* to, std::size_t size) {
 bool LogLines::was_replaced() const {
   struct stat here {
   }, there{};
-  if (fstat(descriptor_, &here) != 0 || stat(name_.c_str(), &there) != 0) return false;
-  return here.st_ino != there.st_ino || here.st_dev != there.st_dev || here.st_size < gzoffset(file_);
+  if (fstat(file_.descriptor(), &here) != 0 || stat(name_.c_str(), &there) != 0) return false;
+  return here.st_ino != there.st_ino || here.st_dev != there.st_dev || here.st_size < file_.offset();
 }
 
 bool LogLines::fill() {
@@ -87,23 +71,15 @@ bool LogLines::fill() {
     }
     buffer_.resize(end_ * 2 + kPadding);
   }
-  const int got = read_some(buffer_.data() + end_, std::min(buffer_.size() - kPadding - end_, kFirstBuffer));
-  int code = Z_OK;
-  const char* message = gzerror(file_, &code);
-  if (got < 0 || (got == 0 && code == Z_BUF_ERROR)) {
-    const bool cut = code == Z_BUF_ERROR;
+  const std::size_t got =
+      read_some(buffer_.data() + end_, std::min(buffer_.size() - kPadding - end_, kFirstBuffer));
+  const bool torn = got == 0 && !follow_ && file_.fault().empty() && file_.torn();
+  if (torn || !file_.fault().empty()) {
     broken_ = true;
-    throw LogError(name_ + ':' + std::to_string(number_ + 1) +
-                   ": gzip: " + (cut ? "unexpected end of file" : message) + ": must be a whole gzip file");
+    throw LogError(name_ + ':' + std::to_string(number_ + 1) + ": " +
+                   (torn ? "gzip: unexpected end of file: must be a whole gzip file" : file_.fault()));
   }
-  end_ += static_cast<std::size_t>(got);
-  // Standard input that is followed is read past zlib, which must not read from it, too.
-  if (follow_ && name_ == "<stdin>") return got > 0;
-  inflated_ += got;
-  if (const std::string fault = inflation_fault(file_, inflated_); !fault.empty()) {
-    broken_ = true;
-    throw LogError(name_ + ':' + std::to_string(number_ + 1) + ": gzip: " + fault);
-  }
+  end_ += got;
   return got > 0;
 }
 

@@ -1,13 +1,13 @@
 // Lines of a file, plain or gzip, or of standard input.
 #pragma once
 
-#include <zlib.h>
-
 #include <cstdint>
 #include <functional>
 #include <string>
 #include <string_view>
 #include <vector>
+
+#include "base/input_file.h"
 
 namespace moectl {
 
@@ -17,12 +17,8 @@ class LogLines {
 
   /// `-` is standard input. Throws LogError if the file cannot be opened. With `follow`, the end of a file
   /// that is still being written is waited at until another file stands under its name, it was cut short, or
-  /// `follow`, which is called before each wait, says false; standard input ends when its writer does, and
-  /// must not be gzip.
+  /// `follow`, which is called before each wait, says false; standard input ends when its writer does.
   explicit LogLines(const std::string& path, std::function<bool()> follow = {});
-  ~LogLines();
-  LogLines(const LogLines&) = delete;
-  LogLines& operator=(const LogLines&) = delete;
 
   /// The next line without its end; false at the end of the file. The view holds until the next call, and kPadding bytes
   /// after it can be read, as simdjson wants. Throws
@@ -42,16 +38,15 @@ class LogLines {
 
  private:
   bool fill();
-  int read_some(char* to, std::size_t size);
+  std::size_t read_some(char* to, std::size_t size);
   bool was_replaced() const;
 
   std::string name_;
   std::function<bool()> follow_;
-  gzFile file_ = nullptr;
-  int descriptor_ = -1;
+  InputFile file_;
   std::vector<char> buffer_;
   std::size_t begin_ = 0, end_ = 0;
-  std::int64_t number_ = 0, offset_ = 0, inflated_ = 0;
+  std::int64_t number_ = 0, offset_ = 0;
   bool complete_ = true;
   bool broken_ = false;
   bool replaced_ = false;
