@@ -62,7 +62,7 @@ What a state needs the same, ranks need the same, too. **-**: the key changes no
 To add a key: add the member to its struct in `include/moectl/`, and one line to the list of that struct in
 `src/control/config_fields.h`, `src/watch/watch_fields.h` or `src/measure/measure_fields.h`. Reading, writing, range
 check, comparison of states and ranks, `--explain` and the tests of all that follow from the line. Then write this page anew:
-`build/release/moectl check --reference > docs/config.md`. The option of a policy is one line in the list of the policy.
+`build/core/moectl check --reference > docs/config.md`. The option of a policy is one line in the list of the policy.
 )";
 
 std::string shared_words(Shared shared) {
