@@ -302,7 +302,7 @@ class AdaptiveBias final : public Policy {
 };
 
 std::string check(const PolicyContext& context, const PolicyOptions& options) {
-  const std::string form = options.text("form");
+  const std::string& form = options.text("form");
   const bool tags = options.text("feedforward") == "tags", rescue = options.flag("rescue"),
              all = context.top_k >= context.experts;
   if (form == "gap" && all) return "form: gap: needs top_k below the number of experts";
