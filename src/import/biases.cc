@@ -124,7 +124,8 @@ LayerBiases from_safetensors(const std::string& path, const std::string& pattern
       if (others.size() < 1000 && name.find("bias") != std::string::npos) others.insert(name);
       continue;
     }
-    const auto wrong = [&](const std::string& what) { fail(path, name + ": " + what); };
+    // By value: Clang 14 lets no lambda capture a structured binding by reference.
+    const auto wrong = [&path, name = name](const std::string& what) { fail(path, name + ": " + what); };
     if (!tensor.is_object() || !tensor.contains("dtype") || !tensor["dtype"].is_string() ||
         !tensor.contains("data_offsets") || !tensor.contains("shape")) {
       wrong("must have dtype, shape and data_offsets");

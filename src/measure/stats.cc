@@ -591,8 +591,8 @@ void RoutingStats::gather_router_losses(const RoutingBatch& batch) {
   // No policy needs them, so a loss that is none makes no record invalid.
   const auto gather = [&](const std::optional<double>& loss, Scalar sum, Scalar records) {
     if (!loss || !(*loss >= 0) || !fits_fixed(*loss)) return;
-    delta_[sum] = to_fixed(*loss);
-    delta_[records] = 1;
+    delta_[static_cast<std::size_t>(sum)] = to_fixed(*loss);
+    delta_[static_cast<std::size_t>(records)] = 1;
   };
   gather(batch.balance_loss, kBalanceLossSum, kBalanceLossRecords);
   gather(batch.z_loss, kZLossSum, kZLossRecords);
@@ -617,8 +617,8 @@ bool RoutingStats::add_value(std::string_view name, double value) {
     throw std::invalid_argument("value: " + shown_briefly(name) + ": must be one of recorded_values()");
   if (!(value >= 0)) return false;
   std::fill(delta_.begin(), delta_.end(), 0);
-  delta_[it->sum] = to_fixed(std::min(value, kFixedMax));
-  delta_[it->records] = 1;
+  delta_[static_cast<std::size_t>(it->sum)] = to_fixed(std::min(value, kFixedMax));
+  delta_[static_cast<std::size_t>(it->records)] = 1;
   return commit();
 }
 

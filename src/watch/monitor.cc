@@ -221,7 +221,8 @@ void LayerMonitor::Impl::watch_experts(const RoutingStats& stats, Metrics& metri
   const auto stagnant_under = [&](double limit) {
     std::int64_t stagnant = 0;
     for (std::size_t i = 0; i < below_.size(); ++i) {
-      const bool alive = (below_[i] == 0) & targets_.is_wanted(i), learns = fast_loss_[i] < slow_loss_[i];
+      const bool wanted = targets_.is_wanted(i), alive = (below_[i] == 0) & wanted;
+      const bool learns = fast_loss_[i] < slow_loss_[i];
       stagnant += (alive & !learns & (grad_norm_[i] < limit)) ? 1 : 0;
     }
     return stagnant;
