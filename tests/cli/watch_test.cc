@@ -98,6 +98,18 @@ TEST(Watch, EndsWithTheProcessThatWrites) {
   EXPECT_EQ(TempDir::read(dir.path("err")), "");
 }
 
+TEST(Watch, StandardInputMayBeGzip) {
+  const TempDir dir;
+  const std::string command =
+      "gzip '" + dir.write("log", record(3, 0, "[60,40]") + record(4, 0, "[50,50]")) + "'";
+  ASSERT_EQ(std::system(command.c_str()), 0);
+  const std::string zipped = TempDir::read(dir.path("log.gz"));
+  const ToolResult whole = run_tool(dir, "watch -", zipped);
+  EXPECT_EQ(whole.code, 0) << whole.err;
+  EXPECT_THAT(whole.out, HasSubstr("step 4  loss 2.5  max_vio 0 "));
+  EXPECT_EQ(whole.err, "");
+}
+
 TEST(Watch, RefusesAProcessForStandardInput) {
   const TempDir dir;
   const ToolResult result = run_tool(dir, "watch - --pid 1");
