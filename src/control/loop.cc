@@ -66,6 +66,8 @@ void Controller::Loop::measure() {
       layer->gap_width = layer->stats.next_gap_width().value_or(layer->gap_width);
     }
     layer->intake.set_gap_width(layer->gap_width);
+    layer->stats.set_routed_under(layer->biases_then(steps_, layer->group->config.delay()));
+    layer->remember_biases(steps_);
   }
   say_why_invalid();
   compare_with_config();

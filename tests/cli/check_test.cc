@@ -87,6 +87,23 @@ TEST(Check, ATargetBelowTheNoiseFloorIsInfeasible) {
   EXPECT_EQ(run_tool(dir, "check vio.yaml").code, 1);
 }
 
+// 58 layers × 256 experts × 500 words of two counts, and under one per cent of other sums.
+TEST(Check, SaysWhatKimiK3sBinsCostOverRanksAndRefusesThemForLogits) {
+  const TempDir dir;
+  const auto config = [](const std::string& space) {
+    return "version: 1\nmodel: {layers: 58, experts: 256, top_k: 8, score_space: " + space +
+           "}\nexpert_bias: {policy: quantile_bias, options: {form: k3, gain: 1}}\n";
+  };
+  dir.write("k3.yaml", config("probability"));
+  const ToolResult checked = run_tool(dir, "check k3.yaml");
+  EXPECT_EQ(checked.code, 0);
+  EXPECT_THAT(checked.out, HasSubstr("# form: k3: over ranks, each step sums up 59.53 MB"));
+  dir.write("logits.yaml", config("logit"));
+  const ToolResult refused = run_tool(dir, "check logits.yaml");
+  EXPECT_EQ(refused.code, 1);
+  EXPECT_THAT(refused.err, HasSubstr("form: k3: bins scores within [0, 1], and logits are not"));
+}
+
 TEST(FieldCases, A4_CheckListsWhatAConfigNeedsFromTheRouter) {
   const TempDir dir;
   const std::string model = "version: 1\nmodel: {layers: 1, experts: 8, top_k: 2}\n";
