@@ -221,7 +221,7 @@ void Controller::Loop::propose() {
                   .monitor = *seen.monitor,
                   .targets = layers_[static_cast<std::size_t>(std::max(layer, 0))]->group->targets,
                   .info = info_,
-                  .probe = probe_of(actuator, layer)},
+                  .probe = loop.checks_entropy() ? loop.entropy_probe() : probe_of(actuator, layer)},
                  notices_);
   });
 }
@@ -307,6 +307,14 @@ StatsNeeds Controller::Loop::missing(ActuatorLoop& loop, std::size_t actuator, i
   return missing;
 }
 
+// ln N: of a layer, or the mean over all.
+double Controller::Loop::largest_entropy(int layer) const {
+  if (layer >= 0) return std::log(layers_[static_cast<std::size_t>(layer)]->group->config.model.experts);
+  double sum = 0;
+  for (const auto& one : layers_) sum += std::log(one->group->config.model.experts);
+  return sum / static_cast<double>(layers_.size());
+}
+
 void Controller::Loop::limit() {
   const bool many_ranks = reduction_ || exchange_;
   constexpr auto kBias = static_cast<std::size_t>(Actuator::kExpertBias);
@@ -322,6 +330,14 @@ void Controller::Loop::limit() {
     const bool decides = seen.valid && seen.has_data && loop.due(steps_);
     const StatsNeeds lacking = decides ? missing(loop, actuator, layer) : StatsNeeds{};
     (layer < 0 ? model_missing_ : layers_[static_cast<std::size_t>(layer)]->missing)[actuator] = lacking;
+    if (loop.checks_entropy() && loop.due(steps_)) {
+      const bool applies = config_.mode == Mode::kActive && !seen.frozen && !host_holds_;
+      const Metrics::Value entropy =
+          seen.valid && seen.has_data ? seen.metrics->token_entropy : Metrics::Value();
+      std::optional<ActuatorLoop::EntropySeen> found;
+      if (entropy) found = {*entropy, largest_entropy(layer)};
+      loop.watch_entropy(applies, found, steps_, notices_);
+    }
     const bool biases = kActuators[actuator] == Actuator::kExpertBias;
     std::optional<ResponseCheck>* check =
         biases ? &layers_[static_cast<std::size_t>(layer)]->response : nullptr;
@@ -336,7 +352,21 @@ void Controller::Loop::limit() {
                 .loss = info_.loss,
                 .drop_rate = seen.drop_rate},
                check != nullptr && *check ? &**check : nullptr, notices_);
+    if (check != nullptr && *check) say_stuck_at_reach(*layers_[static_cast<std::size_t>(layer)]);
   });
+}
+
+// An expert that a foreign bias keeps from all tokens looks like one that is masked: no effect can be seen until the bias
+// made up for it. So the reach does not give way; the user knows more.
+void Controller::Loop::say_stuck_at_reach(const Layer& layer) {
+  constexpr auto kBias = static_cast<std::size_t>(Actuator::kExpertBias);
+  if (!layer.response->stuck_at_reach()) return;
+  if (!layer.loops[kBias]->reasons().has(Reason::kReach)) return;
+  const Number reach(layer.response->reach().value_or(0));
+  notices_.add(NoticeKind::kUnresponsive, layer.id, steps_,
+               {"biases are as far from the mean as the scores can justify (", reach.text(),
+                "), and the load is still uneven: if the router holds biases of its own, hand them to the "
+                "controller with adopt() or expert_bias.initial, or set them to 0; look for masked experts"});
 }
 
 void Controller::Loop::measure_churn() {

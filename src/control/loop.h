@@ -148,6 +148,8 @@ class Controller::Loop {
   std::span<const double> probe_of(std::size_t actuator, int layer) const;
   void propose();
   void guard();
+  double largest_entropy(int layer) const;
+  void say_stuck_at_reach(const Layer& layer);
   void limit();
   void measure_churn();
   void log();

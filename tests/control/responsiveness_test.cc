@@ -251,6 +251,38 @@ TEST(Responsiveness, AProbeThatAHoldBreaksOffIsStillNoPartOfWhatIsDeployed) {
   for (int i = 0; i < 5; ++i) EXPECT_EQ(step(), deployed) << i;
 }
 
+// Biases of the router's own that no scores justify: what keeps the controller from making up for them is said, once, with
+// the remedy, and the remedy helps.
+TEST(Responsiveness, ForeignBiasesBeyondTheReachAreSaidAndCanBeAdopted) {
+  for (const bool adopted : {false, true}) {
+    Loop loop({.seed = 40125});
+    std::vector<double> foreign(16, 0.0);
+    foreign[3] = 2.5;  // of probabilities
+    foreign[7] = -2.5;
+    if (adopted) {
+      // The router's own are set to 0, and the controller goes on from them.
+      loop.controller.adopt(Actuator::kExpertBias, 0, foreign);
+      loop.run(100, Loop::as_told);
+    } else {
+      loop.run(100, [&](std::span<const double> bias) {
+        std::vector<double> used = Loop::as_told(bias);
+        for (std::size_t i = 0; i < used.size(); ++i) used[i] += foreign[i];
+        return used;
+      });
+    }
+    const std::string words = "as far from the mean as the scores can justify";
+    const std::size_t first = loop.notices.find(words);
+    if (adopted) {
+      EXPECT_EQ(first, std::string::npos) << loop.notices;
+      EXPECT_LT(loop.max_vio_over_floor, 2);
+    } else {
+      ASSERT_NE(first, std::string::npos) << loop.notices;
+      EXPECT_EQ(loop.notices.find(words, first + 1), std::string::npos);
+      EXPECT_THAT(loop.notices, HasSubstr("adopt()"));
+    }
+  }
+}
+
 TEST(Responsiveness, ADeclaredDelayIsTakenIntoAccount) {
   const SimulationOptions model{.seed = 40115, .delay = 3};
   Controller controller(config_of(model));

@@ -253,10 +253,14 @@ TEST(TensorBoard, TheGainOfTheResponseIsACurveOfEachLayer) {
     LogRecord record;
     record.layer = 3;
     record.responsiveness = {.state = Response::kAnswers, .gain = 0.75, .error = 0.125};
+    record.actuators["router_temperature"].responsiveness = {
+        .state = Response::kUnresponsive, .gain = -1, .error = 0.125};
     board.write(record, Metrics());
   }
   auto scalars = scalars_of(read_events(only_file(dir.path("run"))));
   EXPECT_EQ(scalars["response_gain/layer_3"][0], 0.75);
+  EXPECT_EQ(scalars["router_temperature_response_gain/layer_3"][0], -1);
+  EXPECT_EQ(scalars["router_temperature_response/unresponsive"][0], 1);
   EXPECT_EQ(scalars["response/answers"][0], 1);
 }
 
