@@ -1,4 +1,5 @@
 #include "law_runs.h"
+#include "base/format.h"
 
 #include <cstdio>
 #include <tuple>
@@ -97,9 +98,7 @@ std::string steps_text(int steps) {
 }
 
 std::string number(double value) {
-  char text[32];
-  std::snprintf(text, sizeof text, "%.2f", value);
-  return text;
+  return fixed(value, 2);
 }
 
 std::string name_of_plant(const SimulationOptions& p, const char* space) {

@@ -17,6 +17,7 @@
 #include <string>
 #include <vector>
 
+#include "base/format.h"
 #include "closed_loop.h"
 #include "moectl/controller.h"
 #include "moectl/metrics.h"
@@ -163,8 +164,7 @@ std::string cell(const ScalarLaw& law, SimulatedGate gate, Run run_one, double s
     if (!(run_one(law, gate, first_seed, factor).end < settled)) break;
     margin = factor;
   }
-  char end[32];
-  std::snprintf(end, sizeof end, settled > 1 ? "%.2f" : "%.3f", median(ends));
+  const std::string end = fixed(median(ends), settled > 1 ? 2 : 3);
   return steps_text(median(settles)) + " · " + steps_text(median(backs)) + " · " + end + " · " +
          (!law.scale   ? "–"
           : margin > 0 ? std::to_string(margin)

@@ -180,6 +180,7 @@ Json json_of(const Estimate& e) {
 /// The layers that gain most come first.
 void write_svg(const std::vector<Judged>& layers, const std::string& path) {
   std::vector<DrawnLayer> drawn;
+  drawn.reserve(layers.size());
   for (const Judged& layer : layers) {
     drawn.push_back({layer.layer, layer.today, layer.plan, layer.start, layer.later,
                      layer.linear.estimate().mean, layer.planned.estimate().mean});

@@ -19,11 +19,11 @@ namespace {
 class Checks {
  public:
   template <class T>
-  void require(bool good, std::string key, T value, std::string constraint) {
-    if (!good) fail(std::move(key), shown(value), std::move(constraint));
+  void require(bool good, const std::string& key, const T& value, const std::string& constraint) {
+    if (!good) fail(key, shown(value), constraint);
   }
-  void fail(std::string key, std::string value, std::string constraint) {
-    if (!problem_) problem_ = ConfigProblem{std::move(key), std::move(value), std::move(constraint)};
+  void fail(const std::string& key, const std::string& value, const std::string& constraint) {
+    if (!problem_) problem_ = ConfigProblem{key, value, constraint};
   }
   void add(const std::string& path, const std::optional<ConfigProblem>& problem) {
     if (problem) fail(path + problem->key, problem->value, problem->constraint);

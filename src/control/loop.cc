@@ -194,8 +194,8 @@ void Controller::Loop::watch_response(Layer& layer) {
   } else {
     notices_.add(NoticeKind::kUnresponsive, layer.id, steps_,
                  {"the load does not answer (gain ", gain.text(), " ± ", error.text(),
-                  "): does the router add this layer's bias to the scores that top-k compares? Are routes "
-                  "replayed or masked? Held where the load last answered"});
+                  ("): does the router add this layer's bias to the scores that top-k compares? Are routes "
+                   "replayed or masked? Held where the load last answered")});
   }
 }
 
@@ -301,8 +301,8 @@ StatsNeeds Controller::Loop::missing(ActuatorLoop& loop, std::size_t actuator, i
     notices_.add(
         NoticeKind::kMissingInput, one == nullptr ? -1 : one->id, steps_,
         {name_of(kActuators[actuator]), ": policy ", own.policy, " needs ", input_name(missing),
-         ", which are not recorded for all tokens: held. `moectl check` lists what a config needs from the "
-         "router"});
+         (", which are not recorded for all tokens: held. `moectl check` lists what a config needs from the "
+          "router")});
   }
   return missing;
 }

@@ -154,6 +154,7 @@ Controller::Loop::Loop(ControllerConfig config, const PolicyRegistry& registry, 
   mixture_.assign(config_.model.domains.size(), 0);
   notices_ = Notices(layers_.size());
   std::vector<std::size_t> sizes;
+  sizes.reserve(shapes.size());
   for (const StatsShape& shape : shapes) sizes.push_back(shape.flat_size());
   payload_ = Payload(sizes, config_.model.domains.size());
   if (config_.lag == 1) pending_.emplace(payload_);

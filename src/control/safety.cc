@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 #include <stdexcept>
+#include <tuple>
 
 #include "base/lanes.h"
 #include "control/config_check.h"
@@ -160,21 +161,16 @@ std::optional<ConfigProblem> problem_in(Actuator actuator, const Limits& limits,
   const std::string range = '[' + shown(limits.min) + ", " + shown(limits.max) + ']';
   if (limits.min > limits.max)
     return wrong("min", limits.min, "must not exceed max (" + shown(limits.max) + ")");
-  if (actuator == Actuator::kAuxLossWeight && limits.min < 0)
-    return wrong("min", limits.min, "must be at least 0 for an auxiliary loss weight");
-  if (actuator == Actuator::kRouterTemperature && limits.min <= 0)
-    return wrong("min", limits.min, "must be above 0 for a temperature");
-  // Beyond these, sums over experts and factors e^rate would no longer be numbers, and means would lose their digits.
-  constexpr double kFarthest = 1e9, kLargestRatio = 100;
-  for (const auto& [key, value] : {std::pair{"min", limits.min}, std::pair{"max", limits.max}}) {
-    if (std::abs(value) > kFarthest) return wrong(key, value, "must be of magnitude at most 1e9");
+  // What an actuator allows less of than the list of the keys.
+  const Range of_value = actuator == Actuator::kAuxLossWeight       ? kWeight
+                         : actuator == Actuator::kRouterTemperature ? kTemperature
+                                                                    : kApplied;
+  const Range of_rate = is_multiplicative(actuator) ? kScalarRate : kRate;
+  for (const auto& [key, value, range_of_key] :
+       {std::tuple{"min", limits.min, of_value}, std::tuple{"rate", limits.rate, of_rate}}) {
+    const std::string constraint = violated(range_of_key, value);
+    if (!constraint.empty()) return wrong(key, value, constraint + " for " + std::string(name_of(actuator)));
   }
-  if (actuator == Actuator::kRouterTemperature && limits.min < 1 / kFarthest)
-    return wrong("min", limits.min, "must be at least 1e-9: a float32 that the router divides by");
-  if (!is_multiplicative(actuator) && limits.rate > kFarthest)
-    return wrong("rate", limits.rate, "must be at most 1e9");
-  if (is_multiplicative(actuator) && limits.rate > kLargestRatio)
-    return wrong("rate", limits.rate, "must be at most 100: a factor of e^100 in one decision");
   if (limits.center && is_multiplicative(actuator))
     return wrong("center", true, "only expert biases can be centred");
   if (limits.center && (limits.min > 0 || limits.max < 0))

@@ -503,7 +503,7 @@ Metrics metrics_on_target(const StatsShape& shape, const MetricsOptions& options
   std::vector<double> devices = loads;
   if (!options.placement.empty()) {
     devices.assign(
-        static_cast<std::size_t>(*std::max_element(options.placement.begin(), options.placement.end()) + 1),
+        static_cast<std::size_t>(*std::max_element(options.placement.begin(), options.placement.end())) + 1,
         0.0);
     for (std::size_t i = 0; i < loads.size(); ++i)
       devices[static_cast<std::size_t>(options.placement[i])] += loads[i];

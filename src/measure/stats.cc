@@ -588,7 +588,7 @@ bool RoutingStats::gather_dropped(const RoutingBatch& batch) {
 }
 
 void RoutingStats::gather_router_losses(const RoutingBatch& batch) {
-  // No policy needs them, so a loss that is none makes no record invalid.
+  // No policy needs them, so a loss that is not a number does not make a record invalid.
   const auto gather = [&](const std::optional<double>& loss, Scalar sum, Scalar records) {
     if (!loss || !(*loss >= 0) || !fits_fixed(*loss)) return;
     delta_[static_cast<std::size_t>(sum)] = to_fixed(*loss);

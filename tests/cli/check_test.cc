@@ -34,7 +34,7 @@ TEST(Check, ExplainsEveryKey) {
   EXPECT_EQ(result.code, 0) << result.err;
   EXPECT_THAT(result.out, HasSubstr("model.layers: 3   # required; from 1 to 65536\n    MoE layers.\n"));
   EXPECT_THAT(result.out,
-              HasSubstr("\naux_loss_weight.limits.rate: 0.2   # default 0.1; above 0 and finite\n"));
+              HasSubstr("\naux_loss_weight.limits.rate: 0.2   # default 0.1; above 0 and at most 1e9\n"));
   EXPECT_THAT(result.out, HasSubstr("\naux_loss_weight.options.target: 0.3   # default "));
   EXPECT_THAT(result.out, HasSubstr("\nsafety.rollback.within: 7   # default 5; at least 1; steps\n"));
   EXPECT_THAT(result.out, HasSubstr("\nsafety.oscillation: off   # default off; off, on or its keys\n"));

@@ -232,7 +232,7 @@ TEST(Import, LlamaCppRowsOfChoices) {
 TEST(UserReports, Item29_WandbExportsAsFloatsWithAKeyForEachExpert) {
   std::string notes;
   const auto all = imported("wandb " + kFiles + "wandb_history.csv --top-k 2", &notes);
-  ASSERT_EQ(all.size(), 4U) << "rows of other metrics are passed over";
+  ASSERT_EQ(all.size(), 4U) << "rows of other metrics are skipped";
   EXPECT_EQ(at(all, 10, 0)["counts"], json({16384, 8192, 4096, 4096}));
   EXPECT_EQ(at(all, 10, 0)["tokens"], 16384);
   EXPECT_EQ(at(all, 20, 1)["counts"], json({8190, 8194, 8192, 8192}));

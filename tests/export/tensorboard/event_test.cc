@@ -47,7 +47,7 @@ std::uint32_t unmasked(std::uint32_t masked) {
 std::vector<nlohmann::json> read_events(const std::string& path) {
   google::protobuf::FileDescriptorProto schema;
   EXPECT_TRUE(google::protobuf::TextFormat::ParseFromString(
-      TempDir::read(MOECTL_SOURCE_DIR "/tests/tensorboard/event.textproto"), &schema));
+      TempDir::read(MOECTL_SOURCE_DIR "/tests/export/tensorboard/event.textproto"), &schema));
   google::protobuf::DescriptorPool pool;
   google::protobuf::DynamicMessageFactory factory;
   const auto* type = factory.GetPrototype(pool.BuildFile(schema)->FindMessageTypeByName("Event"));
