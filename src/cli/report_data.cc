@@ -1,6 +1,7 @@
 #include "cli/report_data.h"
 
 #include "base/format.h"
+#include "cli/parts.h"
 #include "cli/tool.h"
 #include "export/step_sample.h"
 
@@ -125,7 +126,8 @@ ReportRun::ReportRun(const std::string& path, std::optional<std::int64_t> shift)
     rows += 2U * group.layers.size() * static_cast<std::size_t>(group.experts.value_or(1));
   }
   while (kColumns / (2 * expert_each_) >= 4 * map_columns(rows)) expert_each_ *= 2;
-  while (const auto record = reader.next()) add(*record);
+  WholeRecords records(reader);
+  while (const auto record = records.next()) add(*record);
   tell_config_changes(reader.config_changes());
   say_faults(reader, path);
   faults_ = reader.faults();

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdio>
 #include <exception>
 #include <filesystem>
 #include <fstream>
@@ -11,6 +12,7 @@
 #include <limits>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <set>
@@ -18,6 +20,7 @@
 #include <thread>
 #include <utility>
 
+#include "cli/parts.h"
 #include "cli/tool.h"
 #include "config/config_yaml.h"
 #include "moectl/config.h"
@@ -252,8 +255,51 @@ std::string output_of(const Options& options, const Variant& variant, bool sever
   return (run.parent_path() / name).string();
 }
 
+/// A bar on standard error, where that is a terminal: how many steps of all runs are done, and how many runs.
+class Progress {
+ public:
+  Progress(std::size_t runs, std::int64_t steps_of_run)
+      : on_(runs > 1 && isatty(STDERR_FILENO) == 1),
+        runs_(static_cast<std::int64_t>(runs)),
+        steps_(runs_ * steps_of_run) {}
+  void step() {
+    if (on_) show(++steps_done_);
+  }
+  void run() {
+    if (on_) ++runs_done_;
+  }
+  void end() {
+    if (!on_) return;
+    draw(steps_done_);
+    std::fputs("\n", stderr);
+  }
+
+ private:
+  void show(std::int64_t done) {
+    // Once a hundredth.
+    if (done * 100 / steps_ != (done - 1) * 100 / steps_) draw(done);
+  }
+  void draw(std::int64_t done) {
+    constexpr std::int64_t kWidth = 40;
+    const std::lock_guard lock(mutex_);
+    // Threads that were overtaken must not turn it back.
+    drawn_ = std::max(drawn_, done);
+    const auto filled = static_cast<std::size_t>(drawn_ * kWidth / steps_);
+    const std::string text = "\r[" + std::string(filled, '#') + std::string(kWidth - filled, ' ') + "] " +
+                             std::to_string(drawn_ * 100 / steps_) + " %, " + std::to_string(runs_done_) +
+                             " of " + std::to_string(runs_) + " runs";
+    // Not by std::cerr: there a carriage return is text of others, and made visible.
+    std::fputs(text.c_str(), stderr);
+    std::fflush(stderr);
+  }
+  bool on_;
+  std::int64_t runs_, steps_, drawn_ = 0;
+  std::atomic<std::int64_t> steps_done_ = 0, runs_done_ = 0;
+  std::mutex mutex_;
+};
+
 Figures simulate_one(const Options& options, const Variant& variant, const std::string& run,
-                     const PolicyRegistry& registry) {
+                     const PolicyRegistry& registry, Progress& progress) {
   const ControllerConfig config = config_of(options, variant, registry);
   const SimulationOptions plant = plant_of(options, config);
   Controller controller(config, registry);
@@ -265,8 +311,10 @@ Figures simulate_one(const Options& options, const Variant& variant, const std::
     controller.set_log([&](const StepReport& report) { writer->write(report); });
   }
   std::vector<StepFigures> steps;
-  simulate(controller, plant, options.steps,
-           [&](const StepReport& report) { steps.push_back(figures_of(report)); });
+  simulate(controller, plant, options.steps, [&](const StepReport& report) {
+    steps.push_back(figures_of(report));
+    progress.step();
+  });
   if (writer) {
     writer->flush();
     if (!writer->ok()) throw InputError("output: " + run + ": cannot be written");
@@ -287,19 +335,17 @@ std::vector<Figures> simulate_variants(const Options& options, const std::vector
                                        const PolicyRegistry& registry) {
   std::vector<Figures> figures(variants.size());
   std::vector<std::exception_ptr> errors(variants.size());
-  std::atomic<std::size_t> next = 0, done = 0;
-  const bool progress = variants.size() > 1 && isatty(STDERR_FILENO) == 1;
+  std::atomic<std::size_t> next = 0;
+  Progress progress(variants.size(), options.steps);
   const auto work = [&] {
     for (std::size_t i = next++; i < variants.size(); i = next++) {
       try {
-        figures[i] = simulate_one(options, variants[i], outputs[i], registry);
+        figures[i] = simulate_one(options, variants[i], outputs[i], registry, progress);
       } catch (...) {
         errors[i] = std::current_exception();
         next = variants.size();
       }
-      const std::string text =
-          "\r" + std::to_string(++done) + " of " + std::to_string(variants.size()) + " runs";
-      if (progress) std::cerr << text << std::flush;
+      progress.run();
     }
   };
   std::vector<std::thread> threads;
@@ -308,7 +354,7 @@ std::vector<Figures> simulate_variants(const Options& options, const std::vector
   for (std::size_t t = 1; t < most; ++t) threads.emplace_back(work);
   work();
   for (std::thread& thread : threads) thread.join();
-  if (progress) std::cerr << '\n';
+  progress.end();
   for (const std::exception_ptr& error : errors) {
     if (error) std::rethrow_exception(error);
   }
@@ -323,7 +369,8 @@ Options like_trace(Options options, const std::set<std::string>& given, const Po
   MomentSums sums, next;
   std::optional<std::int64_t> first;
   std::int64_t next_from = 0;
-  while (const auto record = reader.next()) {
+  WholeRecords records(reader);
+  while (const auto record = records.next()) {
     if (record->layer < 0 || record->tag != "train" || record->stats.assignments() == 0) continue;
     if (!first) {
       first = record->step;
