@@ -49,7 +49,7 @@ if(MOECTL_C)
   install(FILES include/moectl.h DESTINATION ${CMAKE_INSTALL_INCLUDEDIR} COMPONENT c)
   set(MOECTL_PYTHON_DIR lib/python3/dist-packages CACHE STRING "Where the Python package is installed, below the prefix")
   install(DIRECTORY python/moectl DESTINATION ${MOECTL_PYTHON_DIR} COMPONENT python
-    FILES_MATCHING PATTERN "*.py" PATTERN "__pycache__" EXCLUDE)
+    FILES_MATCHING PATTERN "*.py" PATTERN "py.typed" PATTERN "*.jsonl" PATTERN "__pycache__" EXCLUDE)
   list(APPEND components c python)
 endif()
 
