@@ -6,6 +6,7 @@
 #include <string>
 
 #include "base/foreign.h"
+#include "base/lanes.h"
 #include "measure/offence.h"
 #include "measure/saved_sums.h"
 
@@ -198,11 +199,11 @@ bool ActuatorLoop::deployment(std::span<const double> probe, const Limits& limit
     out[0] = std::nan("");
   }
   // A policy that throws, or leaves what is no number, has no say in it.
-  if (!std::all_of(out.begin(), out.end(), [](double x) { return std::isfinite(x); })) {
+  if (!all_finite(out)) {
     std::copy(applied_.begin(), applied_.end(), out.begin());
     for (std::size_t i = 0; i < probe.size(); ++i) out[i] -= probe[i];
   }
-  if (std::equal(out.begin(), out.end(), applied_.begin())) return false;
+  if (all_equal(out, applied_)) return false;
   double mean = 0;
   for (const double value : out) mean += value / static_cast<double>(out.size());
   for (double& value : out) value = std::clamp(value - (limits.center ? mean : 0), limits.min, limits.max);

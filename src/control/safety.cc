@@ -83,12 +83,6 @@ double take_mean_out(std::span<double> values) {
   return shift;
 }
 
-bool all_finite(std::span<const double> v) {
-  // x - x is zero for finite x and NaN otherwise; NaN survives the sum.
-  return sum_over(v.size(),
-                  [&](std::size_t i, auto at) -> Double8 { return at.get(&v[i]) - at.get(&v[i]); }) == 0;
-}
-
 // The largest of measure(i, at), at least 0.
 template <class Measure>
 double largest(std::size_t size, Measure measure) {
@@ -101,13 +95,6 @@ bool all_inside(std::span<const double> v, std::span<const double> lo, std::span
   return largest(v.size(), [&](std::size_t i, auto at) {
            const Double8 x = at.get(&v[i]);
            return larger(at.get(&lo[i]) - x, x - at.get(&hi[i]));
-         }) == 0;
-}
-
-bool all_equal(std::span<const double> a, std::span<const double> b) {
-  return largest(a.size(), [&](std::size_t i, auto at) {
-           const Double8 difference = at.get(&a[i]) - at.get(&b[i]);
-           return larger(difference, -difference);
          }) == 0;
 }
 
