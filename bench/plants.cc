@@ -104,7 +104,7 @@ std::vector<StepFigures> run(const Law& law, const Plant& plant) {
   config.collect.sequences = plant.options.sequence_length > 0;
   Controller controller(config);
   SimulationOptions options = plant.options;
-  options.biased_scores = controller.shape(0).needs.margins || controller.shape(0).needs.margin_rows;
+  options.biased_scores = controller.shape(0).needs.biased_scores();
   SimulatedRouter router(options);
   std::deque<RoutingStats> late;
   std::vector<StepFigures> steps;

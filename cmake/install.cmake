@@ -47,9 +47,15 @@ set(components core)
 if(MOECTL_C)
   install_library(c)
   install(FILES include/moectl.h DESTINATION ${CMAKE_INSTALL_INCLUDEDIR} COMPONENT c)
+  if(MOECTL_HWCAPS)
+    foreach(processor x86-64-v3 x86-64-v4)
+      install(TARGETS moectl_c_${processor} LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR}/glibc-hwcaps/${processor}
+        NAMELINK_SKIP COMPONENT c)
+    endforeach()
+  endif()
   set(MOECTL_PYTHON_DIR lib/python3/dist-packages CACHE STRING "Where the Python package is installed, below the prefix")
   install(DIRECTORY python/moectl DESTINATION ${MOECTL_PYTHON_DIR} COMPONENT python
-    FILES_MATCHING PATTERN "*.py" PATTERN "__pycache__" EXCLUDE)
+    FILES_MATCHING PATTERN "*.py" PATTERN "py.typed" PATTERN "*.jsonl" PATTERN "__pycache__" EXCLUDE)
   list(APPEND components c python)
 endif()
 

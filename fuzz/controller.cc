@@ -109,7 +109,11 @@ ControllerConfig drawn_config(Choices& choices) {
     }
     if (own.policy == "adaptive_bias" && choices.flag()) own.options.set("rescue", true);
     if (own.policy == "adaptive_bias" && choices.flag()) own.options.set("feedforward", std::string("tags"));
-    if (own.policy == "quantile_bias" && choices.flag()) own.options.set("form", std::string("exact"));
+    if (own.policy == "quantile_bias" && choices.flag()) {
+      const bool k3 = choices.flag();
+      own.options.set("form", std::string(k3 ? "k3" : "local_mean"));
+      if (k3) own.options.set("gain", 1.0);
+    }
     if (own.policy == "pi") {
       own.options.set("metric", std::string("load_cv"));
       own.options.set("target", 0.3);
@@ -166,7 +170,7 @@ Batch drawn_batch(Choices& choices, std::size_t n, std::size_t k, const StatsSha
   }
   const std::uint8_t given = choices.byte();
   batch.has_top = k < n && (given & 1) == 0;
-  batch.has_scores = batch.has_top && (shape.needs.margins || shape.needs.margin_rows) && (given & 2) == 0;
+  batch.has_scores = batch.has_top && shape.needs.biased_scores() && (given & 2) == 0;
   batch.has_probabilities = shape.needs.probabilities && (given & 4) == 0;
   batch.has_domains = shape.needs.domains > 0 && (given & 8) == 0;
   if (given & 16) batch.sequence_length = 2;
@@ -227,8 +231,7 @@ class Subject {
   void reload() {
     const std::string state = controller_->save();
     if (size_ == 0) size_ = state.size();
-    // Rows of margins go with their tokens.
-    require(state.size() == size_ || controller_->shape(0).needs.margin_rows, "a state has one length");
+    require(state.size() == size_, "a state has one length");
     make();
     controller_->load(state);
     controller_->hold(held_);
@@ -300,8 +303,8 @@ void controller(Bytes bytes) {
   }
   Subject subject(config);
   Controller twin(config, registry());
-  const bool exact = twin.shape(0).needs.margin_rows;
-  const bool reduces = choices.flag() && !exact;
+  const bool by_record = twin.shape(0).needs.required_local;
+  const bool reduces = choices.flag();
   if (reduces) {
     twin.set_reduction([](std::span<std::int64_t>) {});
     subject.reduce();
@@ -322,8 +325,7 @@ void controller(Bytes bytes) {
       if (micro_batch >= 0) {  // recomputed
         subject->record(layer, whole, micro_batch);
         subject->record(layer, whole, micro_batch);
-      } else if (disturbance % 2 == 0 && !batch.odd && tokens >= 4 && !twin.shape(layer).needs.margin_rows &&
-                 disturbance % 16 != 2) {
+      } else if (disturbance % 2 == 0 && !batch.odd && tokens >= 4 && !by_record && disturbance % 16 != 2) {
         // Pieces in another order.
         const std::size_t half = tokens / 4 * 2;
         subject->record(layer, batch.part(half, tokens, n, k));

@@ -24,7 +24,7 @@ ControllerConfig config_of(std::size_t which) {
       "guard: {enabled: true}\n",
       "expert_bias: {policy: adaptive_bias, options: {feedforward: tags, rescue: true}}\n"
       "collect: {gradients: true, losses: true, latencies: true, probabilities: true}\n",
-      "expert_bias: {policy: quantile_bias, options: {form: exact}}\naux_loss_weight: {policy: "
+      "expert_bias: {policy: quantile_bias, options: {form: k3, gain: 1}}\naux_loss_weight: {policy: "
       "multiplicative, "
       "initial: 0.01, options: {metric: load_cv, target: 0.3}}\n"};
   const std::string domains = which == 4 ? ", domains: [a, b]" : "";
@@ -45,7 +45,7 @@ void record(Controller& controller, std::uint64_t seed) {
     domains.push_back(static_cast<std::int64_t>(t % 2));
   }
   RoutingBatch batch{.experts = experts, .sequence_length = 8, .top_values = top};
-  if (needs.margins || needs.margin_rows) batch.biased_scores = scores;
+  if (needs.biased_scores()) batch.biased_scores = scores;
   if (needs.probabilities) batch.probabilities = scores;
   if (needs.domains > 0) batch.domain_ids = domains;
   for (const int layer : controller.layers()) controller.record(layer, batch);

@@ -47,7 +47,7 @@ class Slope {
         load_(experts),
         now_(experts),
         share_(experts, 1.0),
-        alike_(experts) {}
+        lag_similarity_(experts) {}
 
   /// Relative load per unit of bias, above 0 [N].
   std::span<const double> values() const { return slope_; }
@@ -80,11 +80,14 @@ class Slope {
     double moved = 0;
     for (std::size_t i = 0; i < share_.size(); ++i) {
       const double square = z[i] * z[i] + last[i] * last[i];
-      alike_[i] += kAlikeEma * ((square > kLeastSquare ? 2 * z[i] * last[i] / square : 0) - alike_[i]);
-      const double rate = alike_[i] < -kAlike ? 0.3 : alike_[i] > kAlike && !swings && !limited ? 0.1 : 0;
+      lag_similarity_[i] +=
+          kAlikeEma * ((square > kLeastSquare ? 2 * z[i] * last[i] / square : 0) - lag_similarity_[i]);
+      const double rate = lag_similarity_[i] < -kAlike                         ? 0.3
+                          : lag_similarity_[i] > kAlike && !swings && !limited ? 0.1
+                                                                               : 0;
       if (rate == 0) continue;
       const double before = share_[i];
-      share_[i] = std::clamp(before * std::exp(-rate * alike_[i]), kLeastShare, kMostShare);
+      share_[i] = std::clamp(before * std::exp(-rate * lag_similarity_[i]), kLeastShare, kMostShare);
       moved += std::log(share_[i] / before);
     }
     const double common = std::exp(-moved / static_cast<double>(share_.size()));
@@ -106,7 +109,7 @@ class Slope {
     io.value("slope.near_share", near_share_, not_negative);
     io.value("slope.mean", mean_slope_, not_negative);
     io.values("slope.share", share_, {kLeastShare, kMostShare});
-    io.values("slope.alike", alike_, {-1, 1});
+    io.values("slope.lag_similarity", lag_similarity_, {-1, 1});
     io.values("slope.near_load", near_load_, not_negative);
     io.values("slope.load", load_, not_negative);
     io.values("slope.values", slope_, {1e-12, 1e12});
@@ -141,7 +144,7 @@ class Slope {
   double gap_ = 0, counts_step_, most_step_;
   double near_share_ = 0, mean_slope_ = 0;  // tokens near the threshold an expert; all relative to the mean
   std::vector<double> slope_, near_load_, load_, now_;  // [N]
-  std::vector<double> share_, alike_;                   // x, ρ [N]
+  std::vector<double> share_, lag_similarity_;          // x, ρ [N]
 };
 
 }  // namespace moectl::policies

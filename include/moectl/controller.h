@@ -93,6 +93,9 @@ struct ActuatorReport {
   /// Mode shadow: what is in force.
   std::span<const double> deployed{};
   LimitReport reasons;
+  /// Of a temperature: whether the token entropy answers it. Of biases: LayerReport::responsiveness. Not applicable to the
+  /// weight of the auxiliary loss, which acts through the learning, and not within the steps of a test.
+  Responsiveness responsiveness{};
   StatsNeeds missing{};  ///< What the policy requires and this decision's sums lack (`missing_input`).
 };
 

@@ -24,7 +24,7 @@ struct PlacementOptions {
       0;  ///< Of all devices; a multiple of devices, at least the experts; 0 = the smallest such number.
   bool refine = true;  ///< false: EPLB's rules alone.
   int max_moves =
-      -1;  ///< Copies that may be loaded onto devices that lack them; -1 = any number. Needs nodes = 1.
+      -1;  ///< Experts that may be loaded onto devices that lack them; -1 = any number. Needs nodes = 1.
   friend bool operator==(const PlacementOptions&, const PlacementOptions&) = default;
 };
 
@@ -38,14 +38,18 @@ struct Placement {
 
 /// Slot s holds expert s mod N: what engines start with. Throws std::invalid_argument on options that do not fit.
 Placement linear_placement(int experts, const PlacementOptions& options);
+/// One copy of each expert, in order, where the devices divide the experts: what a plan has to beat. Slots beyond that are free:
+/// each holds another copy of an expert that its device has, which changes no load. Else linear_placement. Throws likewise.
+Placement single_placement(int experts, const PlacementOptions& options);
 /// The plan for these loads [N], finite and ≥ 0, in any unit. `samples`, if given, are rows of N loads of single steps: then
 /// copies are exchanged while that lowers the mean over the samples of the largest device load, so that experts which are
-/// heavy in the same steps come apart. Each expert's samples are scaled to its load. Throws std::invalid_argument.
+/// heavy in the same steps come apart. Each expert's samples are scaled to its load. With `max_moves` ≥ 0 the plan starts from
+/// single_placement and its largest device load is never above that one's. Throws std::invalid_argument.
 Placement plan_placement(std::span<const double> loads, const PlacementOptions& options,
                          std::span<const double> samples = {});
 /// The same plan with its devices (and nodes) renamed, so that few copies have to move from `current`.
 Placement renamed_for(const Placement& plan, const Placement& current, int nodes);
-/// Copies that a device holds under `to` and not under `from`.
+/// Experts that devices hold under `to` and not under `from`: another copy on the same device is no move.
 int moves_between(const Placement& from, const Placement& to);
 
 /// Load of each device [devices].

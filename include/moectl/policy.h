@@ -49,8 +49,8 @@ struct LayerView {
   const LayerMonitor& monitor;      ///< For `scope: model`, the first layer's.
   std::span<const double> targets;  ///< Wanted share of the load of each expert, summing to 1. [N]
   const StepInfo& info;
-  /// The part of the biases in force that is a test move of `safety.responsiveness`: the value that `propose` starts from
-  /// is without it, but the loads answer to both. Empty = none. [N]
+  /// The part of the value in force that is a test move of `safety.responsiveness`: the value that `propose` starts from
+  /// is without it, but the router uses both. Empty = none. [N] for biases, [1] for a temperature.
   std::span<const double> probe{};
 };
 

@@ -1,4 +1,4 @@
-// Responsiveness: does the load of a layer answer the moves of its biases?
+// Responsiveness: does the load of a layer answer the moves of its biases, and the token entropy those of the temperature?
 #pragma once
 
 #include <optional>
@@ -6,13 +6,13 @@
 
 namespace moectl {
 
-/// What is known about one layer's biases.
+/// What is known about one layer's biases. Of a temperature, read "token entropy" for "load".
 enum class Response {
   kNotApplicable,  ///< Nothing is applied or checked: mode shadow or off, a frozen layer, `safety.responsiveness: off`.
   kUnknown,       ///< No move so far that is large enough to tell.
   kAnswers,       ///< The load follows the moves.
   kProbing,       ///< A small test move asks.
-  kUnresponsive,  ///< The load does not follow, or goes the other way: the biases are held.
+  kUnresponsive,  ///< The load does not follow, or goes the other way: the actuator is held.
 };
 inline constexpr int kResponseCount = 5;
 std::string_view name_of(Response response);

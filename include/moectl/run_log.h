@@ -30,6 +30,7 @@ struct LoggedActuator {
   std::vector<double> deployed;  ///< Of biases, without what serves the next batch alone; empty = as applied.
   std::optional<double> min, max;  ///< Of `applied`; the only values in a log without per-expert arrays.
   std::vector<std::string> reasons;
+  Responsiveness responsiveness;  ///< Of a temperature; not applicable if there is none.
 };
 
 /// A notice of a run log.

@@ -147,18 +147,29 @@ class RoutingStats {
   bool has_probabilities() const;
   bool has_domains() const;
   bool has_margins() const;
-  bool has_margin_rows() const;
+  bool has_required_bins() const;  ///< And no more than kMostRequiredTokens tokens.
+  bool has_required_local() const;
   std::span<const std::int64_t, kMarginBins> margins(int expert) const;  ///< Counts by margin_bin().
-  /// v_{k+1} - v_ti of every counted token [tokens × N], in the order recorded. Not part of the payload.
-  std::span<const float> margin_rows() const { return margin_rows_; }
+  /// Counts by required_bin(), two a word: bin 2j in the low 32 bits of word j, bin 2j + 1 above them.
+  std::span<const std::int64_t, kRequiredWords> required_bins(int expert) const;
+  /// Where their bins lie.
+  const RequiredRange& required_range() const { return required_range_; }
+  /// Mean over the micro-batches (calls of add) of the bias that the expert required in each: of r_ti = v_{k+1} - s_ti over
+  /// the tokens the one above the ⌊S/N⌋ smallest, S the micro-batch's assignments; the bias in force where that is no
+  /// number up to kFixedMax. Only with has_required_local().
+  double required_local(int expert) const;
+  /// The biases [N] that the tokens recorded from now on are routed under; at first zeros. Required biases are counted from
+  /// them. The controller sets them, the same on every rank. Neither added nor cleared; sums of required bins join only
+  /// those of the same range, else they count as not given.
+  void set_routed_under(std::span<const double> biases);
+  /// Forgets the required biases recorded so far: their tokens count as given without scores.
+  void drop_required();
   /// Gaps below this width, in score units, count as near in add(); 0 (the default) = none. Rounded to kFixedUnit. The
   /// controller sets it from the last step's sums, the same on every rank. Neither added nor cleared.
   void set_gap_width(double width);
   double gap_width() const { return from_fixed(gap_width_); }
   /// The width for the next records: a fifth of the gaps counted here would be near. Absent without gaps.
   std::optional<double> next_gap_width() const;
-  /// For readers of a saved state.
-  void set_margin_rows(std::vector<float> rows) { margin_rows_ = std::move(rows); }
   std::int64_t domain_tokens(int domain) const;  ///< Tokens of the domain (its assignments over the mean k).
   std::span<const std::int64_t> domain_counts(int domain) const;  ///< [N]
 
@@ -217,6 +228,7 @@ class RoutingStats {
     kGradientRatioSum,
     kGradientRatioRecords,
     kMarginTokens,
+    kRequiredRecords,  ///< Micro-batches in kRequiredSum.
     kScalarCount
   };
   /// The arrays that follow the scalars; arrays that StatsNeeds does not ask for are empty.
@@ -232,11 +244,13 @@ class RoutingStats {
     kLatencySum,        ///< Seconds, fixed point. [N]
     kExpertLossTokens,  ///< [N]
     kMargins,           ///< [N × kMarginBins]
+    kRequiredBins,      ///< Two counts a word. [N × kRequiredWords]
     kDomainCounts,      ///< [domains × N]
     kDomainLossTokens,  ///< [domains × N]
     // Sums of either sign come last.
     kExpertLossSum,  ///< Fixed point. [N]
     kDomainLossSum,  ///< Fixed point. [domains × N]
+    kRequiredSum,    ///< Required biases by micro-batch, fixed point. [N]
     kArrayCount,
     kFirstSigned = kExpertLossSum
   };
@@ -273,7 +287,7 @@ class RoutingStats {
   bool gather_domains(const RoutingBatch& batch);
   bool gather_gap(const RoutingBatch& batch);
   bool gather_margins(const RoutingBatch& batch);
-  void keep_margin_rows(const RoutingBatch& batch);
+  void gather_required(const RoutingBatch& batch);
   bool gather_probabilities(const RoutingBatch& batch);
   bool gather_dropped(const RoutingBatch& batch);
   void gather_router_losses(const RoutingBatch& batch);
@@ -292,7 +306,9 @@ class RoutingStats {
   // Scratch, kept so that adding never allocates: one record's sums, one sequence's counts, one token's probabilities.
   std::vector<std::int64_t> delta_, histogram_;
   std::vector<double> row_;
-  std::vector<float> margin_rows_;
+  std::vector<double> routed_under_;  // [N] with required_bins or required_local
+  RequiredRange required_range_;
+  std::vector<double> column_;  // one expert's required biases [tokens]
   Offence offence_;
 };
 

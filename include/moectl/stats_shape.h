@@ -16,12 +16,15 @@ struct StatsNeeds {
   bool domain_losses = false;  ///< Loss per (domain, expert); nothing without domains.
   bool latencies = false;      ///< Host-timed latency per expert, seconds.
   bool margins = false;        ///< Histogram of each expert's margins over tokens (margins.h).
-  /// The margins themselves, [tokens × N] floats. Concatenated, so single-process only; memory grows with the window.
-  bool margin_rows = false;
+  bool required_bins = false;  ///< Histogram of each expert's required biases (RoutingStats::required_bin).
+  bool required_local =
+      false;        ///< Required bias of each expert, by micro-batch (RoutingStats::required_local).
   int domains = 0;  ///< Number of domains whose tokens are counted separately.
   /// With `sequences`: how many sequences of a step may come in pieces, over records or ranks, to be joined by their ids.
   int split_sequences = 0;
 
+  /// Whether RoutingBatch::biased_scores serves one of them.
+  bool biased_scores() const { return margins || required_bins || required_local; }
   StatsNeeds& operator|=(const StatsNeeds& other);
   friend bool operator==(const StatsNeeds&, const StatsNeeds&) = default;
 };

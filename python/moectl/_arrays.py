@@ -2,7 +2,7 @@
 
 import array
 import ctypes
-from typing import Any, NamedTuple, Tuple
+from typing import Any, Iterator, NamedTuple, Sequence, Tuple
 
 from ._errors import ArgumentError
 
@@ -53,12 +53,12 @@ def view(name: str, values: Any, *wanted: str) -> Array:
     if hasattr(values, "__array_interface__"):  # of NumPy
         import numpy
 
-        given = numpy.asarray(values)
-        to = _fits(given.dtype.name, wanted)
+        numbers = numpy.asarray(values)
+        to = _fits(numbers.dtype.name, wanted)
         if not to:
-            raise _wrong(name, given.dtype.name, wanted)
-        given = numpy.ascontiguousarray(given, None if given.dtype.name in ("bool", to) else to)
-        return Array(given.ctypes.data, given.size, to, given)
+            raise _wrong(name, numbers.dtype.name, wanted)
+        numbers = numpy.ascontiguousarray(numbers, None if numbers.dtype.name in ("bool", to) else to)
+        return Array(numbers.ctypes.data, numbers.size, to, numbers)
     if isinstance(values, (list, tuple)):
         values = array.array(_CODES[wanted[0]], _flat(name, values, wanted))
     try:
@@ -77,7 +77,7 @@ def view(name: str, values: Any, *wanted: str) -> Array:
     return Array(ctypes.addressof(keep), size, given, keep)
 
 
-def _flat(name, values, wanted):
+def _flat(name: str, values: Sequence[Any], wanted: Tuple[str, ...]) -> Iterator[Any]:
     for value in values:
         if isinstance(value, (list, tuple)):
             yield from _flat(name, value, wanted)

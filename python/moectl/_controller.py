@@ -7,7 +7,7 @@ import math
 import os
 import weakref
 from ctypes import byref, c_double, c_int, c_int64, c_size_t, c_void_p
-from typing import Any, Callable, Dict, List, Optional, Union
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 from ._arrays import view
 from ._errors import ArgumentError, MoectlError
@@ -18,6 +18,16 @@ def _free(handle: c_void_p, keep: Dict[str, Any]) -> None:
     # The callbacks in `keep` outlive the controller, which may call them until it is freed.
     lib.moectl_free(handle)
     keep.clear()
+
+
+def _no_callback(kind: Any) -> Any:
+    return kind()  # NULL
+
+
+def _living(controller: "weakref.ref[Controller]") -> "Controller":
+    found = controller()
+    assert found is not None  # its callbacks run in its own calls
+    return found
 
 
 def _plain(value: Any) -> Any:
@@ -38,6 +48,15 @@ class Report:
 
     __slots__ = ("_controller", "_notices", "step", "tokens", "max_vio", "floor_max_vio", "cv", "floor_cv", "drop_rate",
                  "dead_experts", "limit_hits")
+    step: int
+    tokens: int
+    max_vio: Optional[float]
+    floor_max_vio: Optional[float]
+    cv: Optional[float]
+    floor_cv: Optional[float]
+    drop_rate: Optional[float]
+    dead_experts: Optional[float]
+    limit_hits: int
 
     def __init__(self, controller: "Controller", figures: Figures):
         self._controller = controller
@@ -51,14 +70,14 @@ class Report:
         """MaxVio over its floor: 1 is as even as chance allows."""
         return self.max_vio / self.floor_max_vio if self.max_vio is not None and self.floor_max_vio else None
 
-    def records(self, arrays: bool = False) -> List[dict]:
+    def records(self, arrays: bool = False) -> List[Dict[str, Any]]:
         """One dict a layer, as in a run log (docs/formats.md); with `arrays`, values for each expert too."""
         if self._controller.report().step != self.step:
             raise MoectlError(f"report: of step {self.step}: the controller has stepped on")
         return self._controller._records(arrays)
 
     @property
-    def notices(self) -> List[dict]:
+    def notices(self) -> List[Dict[str, Any]]:
         """What was found in this step: dicts of layer, kind, step and text."""
         if not self._notices:
             return []
@@ -80,17 +99,16 @@ class Controller:
     else that has a buffer, or lists; those of the type that is named are read in place, others are converted first.
     `record` and `say` may run in several threads at once, every other call alone."""
 
-    def __init__(self, config: Union[dict, str, os.PathLike], *, name: Optional[str] = None):
+    def __init__(self, config: Union[Dict[str, Any], str, "os.PathLike[str]"], *, name: Optional[str] = None):
         handle = c_void_p()
         if isinstance(config, dict):
             text = json.dumps(config, ensure_ascii=False, default=_plain)
         elif isinstance(config, str) and ("\n" in config or config.lstrip().startswith("{")):
             text = config
         else:
-            text = None
-        if text is None:
+            text = ""
             check(lib.moectl_new_from_file(os.fsencode(config), byref(handle)))
-        else:
+        if not handle:  # not of a file
             if "\0" in text:
                 raise ArgumentError("config: must not contain a zero byte")
             check(lib.moectl_new(text.encode("utf-8", "surrogatepass"), name.encode() if name else None, byref(handle)))
@@ -125,7 +143,7 @@ class Controller:
     # ---- What it was made for ----
 
     @property
-    def layers(self) -> tuple:
+    def layers(self) -> Tuple[int, ...]:
         """The ids of the layers, [L]."""
         return self._layers
 
@@ -138,7 +156,7 @@ class Controller:
         return self._shape(layer)[1]
 
     @property
-    def config(self) -> dict:
+    def config(self) -> Dict[str, Any]:
         """The whole config, every default filled in."""
         text = c_void_p()
         check(lib.moectl_config(self._handle, byref(text)))
@@ -151,7 +169,7 @@ class Controller:
         check(lib.moectl_steps(self._handle, byref(steps)))
         return steps.value
 
-    def _shape(self, layer: int) -> tuple:
+    def _shape(self, layer: int) -> Tuple[int, int]:
         try:
             return self._shapes[layer]
         except KeyError:
@@ -292,7 +310,7 @@ class Controller:
         check(lib.moectl_figures_of(self._handle, byref(figures)))
         return Report(self, figures)
 
-    def _records(self, arrays: bool) -> List[dict]:
+    def _records(self, arrays: bool) -> List[Dict[str, Any]]:
         text = c_void_p()
         check(lib.moectl_report_json(self._handle, 1 if arrays else 0, byref(text)))
         return json.loads(taken(text))
@@ -343,29 +361,37 @@ class Controller:
         """Holds one layer's actuators: a frozen router, replayed routes."""
         check(lib.moectl_freeze(self._handle, layer, 1 if on else 0))
 
-    def set_reduction(self, reduce: Optional[Callable[[memoryview], None]]) -> None:
+    def set_reduction(self, reduce: Optional[Callable[[memoryview], Any]]) -> None:
         """`reduce` adds a memoryview of int64 in place over all ranks that share the layers. numpy.asarray() and
         torch.frombuffer(…, dtype=torch.int64) take it as it is. What it raises is the cause of step()'s
         ReductionError. None: this process is the only rank."""
-        def call(_, values, size):
-            whole = (c_int64 * size).from_address(ctypes.addressof(values.contents))
-            return self_()._guard(reduce, memoryview(whole).cast("B").cast("q"))
-
         self_ = weakref.ref(self)
-        callback = Sum(call) if reduce else Sum()
+        callback = _no_callback(Sum)
+        if reduce is not None:
+            callable_ = reduce
+
+            def call(_: Any, values: Any, size: int) -> int:
+                whole = (c_int64 * size).from_address(ctypes.addressof(values.contents))
+                return _living(self_)._guard(callable_, memoryview(whole).cast("B").cast("q"))
+
+            callback = Sum(call)
         check(lib.moectl_set_reduction(self._handle, callback, None))
         self._keep["reduction"] = callback
 
-    def set_log(self, log: Union[None, str, os.PathLike, Callable[[str], None]], append: bool = False) -> None:
+    def set_log(self, log: Union[None, str, "os.PathLike[str]", Callable[[str], Any]], append: bool = False) -> None:
         """Where the run log goes, which `moectl report` and `moectl compare` read: the path of a file, gzip if it ends
         in .gz, with `append` continued by a resumed run; or a callable, which receives whole lines: the header now,
         those of a step at its end. What it raises is a notice. None: nowhere."""
         if log is None or callable(log):
-            def call(_, text, size):
-                return self_()._guard(log, ctypes.string_at(text, size).decode())
-
             self_ = weakref.ref(self)
-            callback = Log(call) if log else Log()
+            callback = _no_callback(Log)
+            if log is not None:
+                callable_ = log
+
+                def call(_: Any, text: Any, size: int) -> int:
+                    return _living(self_)._guard(callable_, ctypes.string_at(text, size).decode())
+
+                callback = Log(call)
             self._raised = None
             try:
                 check(lib.moectl_set_log(self._handle, callback, None))
@@ -376,7 +402,7 @@ class Controller:
             check(lib.moectl_log_to_file(self._handle, os.fsencode(log), 1 if append else 0))
             self._keep.pop("log", None)
 
-    def _guard(self, callback: Callable, argument: Any) -> int:
+    def _guard(self, callback: Callable[[Any], Any], argument: Any) -> int:
         try:
             callback(argument)
             return 0
@@ -409,7 +435,7 @@ class Controller:
         check(lib.moectl_save(self._handle, byref(state), byref(size)))
         return taken(state, size.value)
 
-    def load(self, state: bytes, keep: str = "everything") -> List[dict]:
+    def load(self, state: bytes, keep: str = "everything") -> List[Dict[str, Any]]:
         """keep: "everything", for a state of the same config; or "what_fits", for one of another config: values in force
         in any case, memories where they fit. Returns what became of each part: dicts of layer, key, fate ("kept",
         "adapted", "dropped") and why. Raises StateError; the running state is then untouched."""
@@ -423,7 +449,7 @@ class Controller:
         check(lib.moectl_save_layer(self._handle, layer, byref(state), byref(size)))
         return taken(state, size.value)
 
-    def load_layer(self, layer: int, state: bytes, keep: str = "everything") -> List[dict]:
+    def load_layer(self, layer: int, state: bytes, keep: str = "everything") -> List[Dict[str, Any]]:
         """As load(), of one layer. All layers of a checkpoint must be of one step."""
         kept = c_void_p()
         check(lib.moectl_load_layer(self._handle, layer, bytes(state), len(state), _keep(keep), byref(kept)))

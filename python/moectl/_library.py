@@ -4,6 +4,7 @@ import ctypes
 import os
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_size_t, c_uint8, c_void_p
 from pathlib import Path
+from typing import Optional
 
 from ._errors import ArgumentError, ConfigError, MoectlError, ReductionError, StateError
 
@@ -81,7 +82,7 @@ _FUNCTIONS = {
 }
 
 
-def _open():
+def _open() -> ctypes.CDLL:
     # The one that was named, the one installed with this package, the system's.
     named = os.environ.get("MOECTL_LIBRARY")
     beside = Path(__file__).parent / _NAME
@@ -117,7 +118,7 @@ def check(code: int) -> None:
         raise _ERRORS.get(code, MoectlError)(lib.moectl_error().decode("utf-8", "replace"))
 
 
-def taken(text: c_void_p, size=None) -> bytes:
+def taken(text: c_void_p, size: Optional[int] = None) -> bytes:
     """What a call returned as char**, copied and freed."""
     try:
         return ctypes.string_at(text, -1 if size is None else size)

@@ -6,11 +6,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, List, Union
+from typing import Any, Dict, List, Literal, Union, overload
 
 from ._errors import MoectlError
 
-PathLike = Union[str, os.PathLike]
+PathLike = Union[str, "os.PathLike[str]"]
 
 
 def tool() -> str:
@@ -29,8 +29,17 @@ def _ask(*arguments: str) -> str:
     return done.stdout.decode()
 
 
+@overload
+def metrics(trace: PathLike, *, pandas: Literal[False] = False) -> List[Dict[str, Any]]: ...
+@overload
+def metrics(trace: PathLike, *, pandas: Literal[True]) -> Any: ...
+
+
 def metrics(trace: PathLike, *, pandas: bool = False) -> Any:
-    """Every metric of every record of a trace or run log: a list of dicts, or a DataFrame."""
+    """Every metric of every record of a trace or run log. Plain data: a list of dicts, one a step and layer, as
+    {"step": 0, "layer": 0, "tokens": 512, "metrics": {"max_vio": 0.2, …}}; a metric that is not known is None. With
+    `pandas`: a DataFrame of one row a record, whose columns of metrics are named "metrics.max_vio" and so on; raises
+    ImportError where pandas is not installed. Raises MoectlError with the tool's words."""
     records = [json.loads(line) for line in _ask("metrics", os.fspath(trace), "--format", "json").splitlines()]
     if not pandas:
         return records
@@ -39,21 +48,23 @@ def metrics(trace: PathLike, *, pandas: bool = False) -> Any:
     return pd.json_normalize(records)
 
 
-def simulate(*configs: PathLike, **options: Any) -> List[dict]:
+def simulate(*configs: PathLike, **options: Any) -> List[Dict[str, Any]]:
     """The loop closed on the simulated router: one dict of figures a config. Options as those of `moectl simulate`, as
-    steps=300, scenario="shift"."""
+    steps=300, scenario="shift". Raises MoectlError with the tool's words."""
     given = [word for name, value in options.items() for word in ("--" + name.replace("_", "-"), str(value))]
-    return json.loads(_ask("simulate", *map(os.fspath, configs), *given, "--format", "json"))
+    return json.loads(_ask("simulate", *[os.fspath(config) for config in configs], *given, "--format", "json"))
 
 
-def compare(*runs: PathLike) -> List[dict]:
-    """The figures of runs, side by side: one dict a run."""
-    return json.loads(_ask("compare", *map(os.fspath, runs), "--format", "json"))
+def compare(*runs: PathLike) -> List[Dict[str, Any]]:
+    """The figures of runs (docs/tool.md), side by side: one dict a run, None where not known. Raises MoectlError with the
+    tool's words."""
+    return json.loads(_ask("compare", *[os.fspath(run) for run in runs], "--format", "json"))
 
 
 def report(*runs: PathLike, output: PathLike) -> None:
-    """Writes one self-contained HTML page about one or several runs or traces."""
-    _ask("report", *map(os.fspath, runs), "-o", os.fspath(output))
+    """Writes one self-contained HTML page about one or several runs or traces to `output`. Raises MoectlError with the
+    tool's words."""
+    _ask("report", *[os.fspath(run) for run in runs], "-o", os.fspath(output))
 
 
 def main() -> None:

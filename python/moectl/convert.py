@@ -2,29 +2,59 @@
 
 Reads SGLang's expert distribution in mode `stat`: a dict whose `logical_count` holds the tokens of each expert, [steps,
 layers, experts] or [layers, experts] (python/sglang/srt/eplb/expert_distribution.py of sgl-project/sglang). What the dump
-does not say, how many experts a token chooses, is asked for. The files are pickles: they are read without running code
-in them where PyTorch can, which is from 1.13 on."""
+does not say, how many experts a token chooses, is asked for. The files are pickles, which could hold code: they are read
+with `weights_only`, which runs none, by PyTorch from 1.13 on; an older one is refused."""
 
 import argparse
+import inspect
 import json
 import sys
-from typing import Any, Iterator
+from typing import Any, Dict, Iterator
 
 from ._errors import MoectlError
 
+try:
+    import torch
+except ImportError:
+    sys.exit("moectl.convert: PyTorch is not installed (Debian: python3-torch)")
 
-def records(dump: Any, top_k: int) -> Iterator[dict]:
-    """The lines of a trace, of a dump that was loaded: header first."""
-    counts = dump.get("logical_count") if isinstance(dump, dict) else None
-    if counts is None or counts.dim() not in (2, 3) or counts.is_floating_point():
-        raise MoectlError("logical_count: missing: must be whole numbers [steps, layers, experts]")
-    counts = counts if counts.dim() == 3 else counts[None]
-    _, layers, experts = counts.shape
+
+def records(dump: Any, top_k: int) -> Iterator[Dict[str, Any]]:
+    """The lines of a trace, header first, of a dump that was loaded. Raises MoectlError, which says what was expected."""
+    if not isinstance(dump, dict) or "logical_count" not in dump:
+        found = f"a dict of {', '.join(map(str, dump)) or 'nothing'}" if isinstance(dump, dict) else type(dump).__name__
+        raise MoectlError(f"{found}: must be a dict with logical_count, as SGLang's expert distribution in mode stat")
+    counts = dump["logical_count"]
+    if not hasattr(counts, "dim"):
+        raise MoectlError(f"logical_count: {type(counts).__name__}: must be a tensor of whole numbers [steps, layers, experts]")
+    shape = list(counts.shape)
+    if len(shape) not in (2, 3) or 0 in shape[-2:]:
+        raise MoectlError(f"logical_count: {shape}: must be [steps, layers, experts] or [layers, experts]")
+    if counts.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
+        raise MoectlError(f"logical_count: {counts.dtype}: must be whole numbers")
+    layers, experts = shape[-2:]
+    if not 1 <= top_k <= experts:
+        raise MoectlError(f"--top-k: {top_k}: must be from 1 to the {experts} experts of the dump")
+    if (counts < 0).any():
+        raise MoectlError(f"logical_count: {int(counts.min())}: must not be negative")
     yield {"format": "moectl-trace", "version": 1, "layers": layers, "experts": experts, "top_k": top_k}
-    for step, of_step in enumerate(counts.tolist()):
+    for step, of_step in enumerate(counts.reshape(-1, layers, experts).tolist()):
         for layer, of_layer in enumerate(of_step):
             if sum(of_layer):  # the recorder's buffer may have room left
                 yield {"step": step, "layer": layer, "tokens": -(-sum(of_layer) // top_k), "counts": of_layer}
+
+
+def load(path: str) -> Any:
+    """What torch.save wrote, without running any code that the file may hold. Raises MoectlError."""
+    if "weights_only" not in inspect.signature(torch.load).parameters:
+        raise MoectlError(f"PyTorch {torch.__version__} would run code that the file may hold: must be 1.13 or later")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise MoectlError(error.strerror or str(error)) from error
+    except Exception as error:  # pylint: disable=broad-except; what a torn or foreign file makes of the unpickler is anything
+        raise MoectlError("must be a file of torch.save that holds tensors, numbers and words alone, and is whole "
+                          f"({str(error).splitlines()[0] if str(error) else type(error).__name__})") from error
 
 
 def main() -> None:
@@ -34,15 +64,14 @@ def main() -> None:
     parser.add_argument("-o", "--output", default="-", help="trace to write; - is standard output")
     given = parser.parse_args()
     try:
-        import torch
-    except ImportError:
-        sys.exit("moectl.convert: PyTorch is not installed (Debian: python3-torch)")
-    try:
-        lines = list(records(torch.load(given.dump, map_location="cpu", weights_only=True), given.top_k))
-    except (MoectlError, OSError, RuntimeError) as error:
+        lines = list(records(load(given.dump), given.top_k))
+    except MoectlError as error:
         sys.exit(f"moectl.convert: {given.dump}: {error}")
-    with sys.stdout if given.output == "-" else open(given.output, "w", encoding="utf-8") as out:
-        out.writelines(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
+    try:
+        with sys.stdout if given.output == "-" else open(given.output, "w", encoding="utf-8") as out:
+            out.writelines(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
+    except OSError as error:
+        sys.exit(f"moectl.convert: {given.output}: {error.strerror}: must be a file that can be written")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ step, so that trainers may swap or re-create the tensors behind them."""
 import hashlib
 import warnings
 from itertools import groupby
-from typing import Any, Callable, Dict, Iterable, Optional, Sequence, Union
+from typing import Any, Callable, Dict, Iterable, Optional, Sequence, Set, Tuple, Union, cast
 
 import torch
 import torch.distributed as dist
@@ -22,20 +22,58 @@ from ._errors import ArgumentError, ReductionError, StateError
 _EXACT = 1 << 24  # float32 holds every whole number below
 _UNIT = 1 << 24  # of the loss in fixed point
 
+_Late = Tuple[torch.Tensor, Any]  # a payload on the host, and the event after which it is there, or None
 _Name = Union[None, str, Callable[[torch.nn.Module], Optional[torch.Tensor]]]
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     """All of a DTensor; a plain tensor as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return cast(Any, tensor).full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _write(target: torch.Tensor, values: torch.Tensor) -> None:
     if hasattr(target, "full_tensor"):  # every rank has the same values; each keeps its shard
         from torch.distributed.tensor import distribute_tensor
 
-        values = distribute_tensor(values.to(target.dtype), target.device_mesh, target.placements)
+        sharded = cast(Any, target)
+        values = distribute_tensor(values.to(target.dtype), sharded.device_mesh, sharded.placements)
     target.copy_(values)
+
+
+def _members(group: Any) -> Set[int]:
+    return set(dist.get_process_group_ranks(group))
+
+
+def _own_part(tensor: torch.Tensor, group: Any) -> torch.Tensor:
+    """What this rank adds to the sum over `group`, so that the sum has all of the tensor once: [N].
+
+    A plain tensor is this rank's own. Of a DTensor, each rank of the mesh adds its part where it holds one (Partial). What
+    several ranks hold (Replicate), or hold in pieces (Shard), is added by the first of them, and by the others as zeros.
+    Along a dimension of the mesh that runs across the group, each group has the whole."""
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    sharded = cast(Any, tensor)
+    mesh, placements = sharded.device_mesh, sharded.placements
+    ranks = None if group is None else _members(group)
+    inside = [True] * len(placements)
+    if ranks is not None:
+        for dim in range(len(placements)):
+            others = _members(mesh.get_group(dim))
+            inside[dim] = others <= ranks
+            if not inside[dim] and len(others & ranks) > 1:
+                raise ArgumentError(f"counts: a DTensor over the ranks {sorted(others)}: `group` must hold all of them or "
+                                    f"one, and it holds {sorted(others & ranks)}")
+    parts = [within and placement.is_partial() and getattr(placement, "reduce_op", "sum") == "sum"
+             for within, placement in zip(inside, placements)]
+    if all(part or placement.is_replicate() for part, placement in zip(parts, placements)):
+        local = sharded.to_local()
+    else:  # nothing can be made a part again
+        parts = [False] * len(parts)
+        local = sharded.full_tensor()
+    at = mesh.get_coordinate()  # None on a rank that is not in the mesh
+    if at is None or any(within and not part and place for within, part, place in zip(inside, parts, at)):
+        local = torch.zeros(tensor.shape, dtype=local.dtype, device=local.device)
+    return cast(torch.Tensor, local)
 
 
 @torch.no_grad()
@@ -109,7 +147,7 @@ class Balancer:
         self._indices: Optional[torch.Tensor] = None
         self._written: Dict[int, torch.Tensor] = {}  # by layer, what the bias should still be
         self._inexact: Optional[torch.Tensor] = None
-        self._late = None  # (payload on the host, event) of the step before
+        self._late: Optional[_Late] = None  # of the step before
         self._warned = False
         self._ranks_checked = False
         self._adopt()
@@ -157,13 +195,13 @@ class Balancer:
         if found.dtype in (torch.bfloat16, torch.float16):
             raise ArgumentError(f"layer {self._ids[index]}: counts in {found.dtype} are not exact: keep them in int64 or "
                                 "float32")
-        whole = _whole(found.detach())
-        if whole.numel() != self._sizes[index]:
-            raise ArgumentError(f"layer {self._ids[index]}: {whole.numel()} counts: must be {self._sizes[index]}")
-        if whole.dtype == torch.float32:
-            inexact = (whole.max() >= _EXACT).to(torch.int64)
+        if found.numel() != self._sizes[index]:
+            raise ArgumentError(f"layer {self._ids[index]}: {found.numel()} counts: must be {self._sizes[index]}")
+        own = _own_part(found.detach(), self._group)
+        if own.dtype == torch.float32:
+            inexact = (own.max() >= _EXACT).to(torch.int64)
             self._inexact = inexact if self._inexact is None else self._inexact + inexact
-        return (whole.round() if whole.is_floating_point() else whole).to(torch.int64).flatten()
+        return (own.round() if own.is_floating_point() else own).to(torch.int64).flatten()
 
     # ---- Once an optimizer step, or more often ----
 
@@ -208,10 +246,10 @@ class Balancer:
         mixture = self._mixture(next_mixture)
         self.record()
         self._check_ranks()
-        payload = self._reduced(self._payload(loss, skipped, mixture))
+        payload: Optional[torch.Tensor] = self._reduced(self._payload(loss, skipped, mixture))
         self._sums = self._inexact = None
         if self._overlap:
-            payload, self._late = self._arrived(self._late), self._sent(payload)
+            payload, self._late = self._arrived(self._late), self._sent(cast(torch.Tensor, payload))
         if payload is None:  # the first step with overlap
             report = self.controller.step()
         else:
@@ -233,7 +271,8 @@ class Balancer:
     def _payload(self, loss: Any, skipped: bool, mixture: torch.Tensor) -> torch.Tensor:
         """int64: counts [ΣN], layers whose bias was changed [L], then ranks with inexact counts, with a loss, the sum
         of the losses in fixed point, ranks that skipped, ranks, the next mixture [D], and ranks that gave one."""
-        device = self._sums.device
+        sums = cast(torch.Tensor, self._sums)
+        device = sums.device
         changed = [torch.ne(_whole(self._bias_of(i)), self._written[i].to(device)).any() if i in self._written
                    else torch.zeros((), dtype=torch.bool, device=device) for i in range(len(self._sites))]
         value = torch.as_tensor(float("nan") if loss is None else loss, dtype=torch.float64, device=device).reshape(())
@@ -241,7 +280,7 @@ class Balancer:
         inexact = torch.zeros((), dtype=torch.int64, device=device) if self._inexact is None else self._inexact
         fixed = torch.where(known, value * _UNIT, torch.zeros_like(value)).round()
         rest = [inexact, known, fixed, torch.tensor(int(bool(skipped)), device=device), torch.ones((), device=device)]
-        return torch.cat([self._sums, torch.stack(changed).to(torch.int64),
+        return torch.cat([sums, torch.stack(changed).to(torch.int64),
                           torch.stack([x.to(torch.int64) for x in rest]), mixture.to(device)])
 
     def _ranks(self) -> int:
@@ -268,7 +307,7 @@ class Balancer:
                                  "share these layers")
         self._ranks_checked = True
 
-    def _sent(self, payload: torch.Tensor) -> tuple:
+    def _sent(self, payload: torch.Tensor) -> _Late:
         if payload.device.type != "cuda":
             return payload, None
         host = torch.empty(payload.shape, dtype=payload.dtype, pin_memory=True)
@@ -277,7 +316,7 @@ class Balancer:
         event.record()
         return host, event
 
-    def _arrived(self, late: Optional[tuple]) -> Optional[torch.Tensor]:
+    def _arrived(self, late: Optional[_Late]) -> Optional[torch.Tensor]:
         if late is None:
             return None
         if late[1] is not None:
@@ -303,7 +342,7 @@ class Balancer:
     # ---- What the routers read ----
 
     def _bias_of(self, index: int) -> torch.Tensor:
-        found = getattr(self._sites[index], self._bias, None)
+        found = getattr(self._sites[index], cast(str, self._bias), None)
         if found is None:
             raise ArgumentError(f"layer {self._ids[index]}: {type(self._sites[index]).__name__} has no bias {self._bias}")
         return found
@@ -348,7 +387,7 @@ class Balancer:
         """As moectl.Controller.set_log; on one rank, since all would write the same."""
         self.controller.set_log(log, append)
 
-    def report(self, arrays: bool = False) -> Dict[int, dict]:
+    def report(self, arrays: bool = False) -> Dict[int, Dict[str, Any]]:
         """The last step's records by layer id, as in a run log; with `arrays`, values for each expert too."""
         return {record["layer"]: record for record in self.controller.report().records(arrays)
                 if record["layer"] is not None}

@@ -1,5 +1,6 @@
 import array
 import gc
+import importlib.util
 import json
 import math
 import os
@@ -340,11 +341,80 @@ def test_the_tool_answers(trace, tmp_path):
     controller.close()
     records = moectl.metrics(tmp_path / "run.jsonl")
     assert len(records) == 80 and records[0]["layer"] == 0
+    assert json.loads(json.dumps(records)) == records  # plain data
+    assert isinstance(records[0]["metrics"]["max_vio"], float)
     assert moectl.compare(tmp_path / "run.jsonl")
     moectl.report(tmp_path / "run.jsonl", output=tmp_path / "report.html")
     assert "<html" in (tmp_path / "report.html").read_text()[:200].lower()
     with pytest.raises(moectl.MoectlError, match="none.jsonl"):
         moectl.metrics(tmp_path / "none.jsonl")
+
+
+def test_metrics_are_a_table_where_pandas_is_installed():
+    if not os.environ.get("MOECTL_TOOL"):
+        pytest.skip("MOECTL_TOOL is not set")
+    trace = os.path.join(os.path.dirname(moectl.__file__), "example_trace.jsonl")
+    records = moectl.metrics(trace)
+    assert len(records) == 200
+    if importlib.util.find_spec("pandas") is None:
+        with pytest.raises(ImportError, match="pandas"):
+            moectl.metrics(trace, pandas=True)
+        pytest.skip("python3-pandas is not installed: only its absence was seen")
+    table = moectl.metrics(trace, pandas=True)
+    assert len(table) == 200 and list(table["step"]) == [record["step"] for record in records]
+    assert list(table["metrics.max_vio"]) == [record["metrics"]["max_vio"] for record in records]
+    by_layer = table.groupby("layer")["metrics.max_vio"].mean()
+    assert by_layer[1] > 3 * by_layer[0]  # one expert of layer 1 grows
+
+
+def resident():
+    """kB now, not at most."""
+    with open("/proc/self/statm", encoding="ascii") as statm:
+        return int(statm.read().split()[1]) * resource.getpagesize() // 1024
+
+
+def test_a_hundred_thousand_steps_leak_nothing():
+    """11 bytes a step would be seen."""
+    controller = moectl.Controller(config(layers=1, experts=4, policy="sign_bias"))
+    counts, tokens = array.array("q", [5, 1, 1, 1]), array.array("q", [4])
+
+    def many(steps):
+        for _ in range(steps):
+            controller.record_counts(counts, tokens=tokens)
+            controller.step(loss=1.0)
+
+    many(2000)
+    gc.collect()
+    before = resident()
+    many(100_000)
+    gc.collect()
+    assert resident() - before < 1024
+    assert controller.steps == 102_000
+
+
+def test_the_interpreter_lock_is_free_in_calls(tmp_path):
+    """A step that waits for the reader of its log, which is this thread: were the lock held, both would wait for ever."""
+    os.mkfifo(tmp_path / "log")
+    program = """
+import json, sys, threading
+import moectl
+from conftest import config
+controller = moectl.Controller(config(layers=8, experts=256))
+def log():
+    controller.set_log(sys.argv[1])     # waits in C until the other end is opened
+    for _ in range(20):                 # more than a pipe holds
+        controller.record_counts([2] * 2048)
+        controller.step()
+    controller.close()
+thread = threading.Thread(target=log)
+thread.start()
+with open(sys.argv[1]) as reader:
+    print(sum('"counts"' in line for line in reader))
+thread.join()
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "log")], stdout=subprocess.PIPE, check=True, timeout=120,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert int(done.stdout) == 20 * 8
 
 
 def test_many_steps_leak_nothing(trace):

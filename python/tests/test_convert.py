@@ -7,7 +7,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="python3-torch is not installed")
 
-import moectl  # noqa: E402
+import moectl.convert  # noqa: E402
 
 
 def convert(*arguments):
@@ -27,8 +27,62 @@ def test_a_dump_becomes_a_trace(tmp_path):
         assert [r["metrics"]["max_vio"] for r in moectl.metrics(tmp_path / "trace.jsonl")][1] == 0
 
 
-def test_what_is_no_dump_is_said(tmp_path):
-    torch.save({"rank": 0}, tmp_path / "dump.pt")
+@pytest.mark.parametrize("dump, top_k, words", [
+    ({"rank": 0}, 2, "a dict of rank: must be a dict with logical_count"),
+    ([1, 2], 2, "list: must be a dict with logical_count"),
+    ({"logical_count": [[1, 2]]}, 2, "logical_count: list: must be a tensor of whole numbers"),
+    ({"logical_count": torch.zeros(4, dtype=torch.int64)}, 2, "logical_count: [4]: must be [steps, layers, experts] or"),
+    ({"logical_count": torch.zeros(1, 2, 4)}, 2, "logical_count: torch.float32: must be whole numbers"),
+    ({"logical_count": torch.tensor([[1, -2, 3, 4]])}, 2, "logical_count: -2: must not be negative"),
+    ({"logical_count": torch.ones(2, 4, dtype=torch.int64)}, 5, "--top-k: 5: must be from 1 to the 4 experts"),
+    ({"logical_count": torch.ones(2, 4, dtype=torch.int64)}, 0, "--top-k: 0: must be from 1 to the 4 experts"),
+])
+def test_what_is_no_dump_is_said(dump, top_k, words, tmp_path, monkeypatch, capsys):
+    torch.save(dump, tmp_path / "dump.pt")
+    file = str(tmp_path / "dump.pt")
+    monkeypatch.setattr(sys, "argv", ["convert", file, "--top-k", str(top_k)])
+    with pytest.raises(SystemExit) as ended:
+        moectl.convert.main()
+    assert str(ended.value).startswith(f"moectl.convert: {file}: {words}")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_file_that_cannot_be_read_or_written_is_named(tmp_path):
+    (tmp_path / "text.pt").write_text("no pickle")
+    torch.save({"logical_count": torch.ones(2, 4, dtype=torch.int64)}, tmp_path / "good.pt")
+    (tmp_path / "torn.pt").write_bytes((tmp_path / "good.pt").read_bytes()[:300])
+    for name, words in (("none.pt", b"No such file"), ("text.pt", b"must be a file of torch.save"),
+                        ("torn.pt", b"must be a file of torch.save")):
+        done = convert(tmp_path / name, "--top-k", 2)
+        assert done.returncode == 1 and words in done.stderr and b"Traceback" not in done.stderr
+        assert done.stderr.startswith(f"moectl.convert: {tmp_path / name}: ".encode())
+    done = convert(tmp_path / "good.pt", "--top-k", 2, "-o", tmp_path / "no/trace")
+    assert done.returncode == 1 and done.stderr.startswith(f"moectl.convert: {tmp_path}/no/trace: No such file".encode())
+
+
+class Hostile:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_code_in_a_dump_never_runs(legacy, tmp_path):
+    made = tmp_path / "made"
+    torch.save({"logical_count": torch.ones(2, 4, dtype=torch.int64), "more": Hostile(str(made))}, tmp_path / "dump.pt",
+               _use_new_zipfile_serialization=not legacy)
     done = convert(tmp_path / "dump.pt", "--top-k", 2)
-    assert done.returncode == 1 and b"logical_count: missing" in done.stderr
-    assert b"none.pt" in convert(tmp_path / "none.pt", "--top-k", 2).stderr
+    assert not made.exists()
+    assert done.returncode == 1 and b"must be a file of torch.save that holds tensors" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_a_pytorch_that_would_run_code_is_refused(tmp_path, monkeypatch):
+    torch.save({"logical_count": torch.ones(2, 4, dtype=torch.int64)}, tmp_path / "dump.pt")
+    monkeypatch.setattr(torch, "load", lambda file, map_location=None: pytest.fail("loaded"))
+    with pytest.raises(moectl.MoectlError, match="must be 1.13 or later"):
+        moectl.convert.load(str(tmp_path / "dump.pt"))

@@ -1,3 +1,4 @@
+import importlib
 import os
 import pickle
 import subprocess
@@ -273,14 +274,24 @@ except Exception as error:
 """
 
 
+def run_ranks(program, ranks, folder, *arguments):
+    """Runs a program on that many ranks, each given its rank, their number and the path of the store, which is returned."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    store = str(folder / "store")
+    command = [sys.executable, "-c", program % ([here, os.path.dirname(here)],)]
+    workers = [subprocess.Popen([*command, str(rank), str(ranks), store, *arguments]) for rank in range(ranks)]
+    try:
+        assert [worker.wait(timeout=300) for worker in workers] == [0] * ranks
+    finally:
+        for worker in workers:
+            worker.kill()
+    return store
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch.distributed is not available")
 def test_ranks_agree_to_the_bit(ranks, tmp_path):
-    here = os.path.dirname(os.path.abspath(__file__))
-    program = WORKER % ([here, os.path.dirname(here)],)
-    store = str(tmp_path / "store")
-    workers = [subprocess.Popen([sys.executable, "-c", program, str(rank), str(ranks), store]) for rank in range(ranks)]
-    assert [worker.wait(timeout=300) for worker in workers] == [0] * ranks
+    store = run_ranks(WORKER, ranks, tmp_path)
     states = [torch.load(f"{store}.{rank}") for rank in range(ranks)]
     for state, biases in states[1:]:
         assert state == states[0][0]
@@ -312,3 +323,141 @@ def test_router_values_of_a_weight():
     assert alike["router_similarity"] == pytest.approx(1)
     assert alike["router_condition"] > 1e12
     assert "router_similarity" not in moectl.torch.router_values(torch.tensor([[1.0, 0]]))
+
+
+SHARDED = """
+import sys, torch, torch.distributed as dist
+sys.path[:0] = %r
+import stand_in
+from conftest import config
+from moectl.torch import Balancer
+rank, ranks, store, real = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4] == "DTensor"
+dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=ranks)
+if real:
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+    mesh = dist.device_mesh.init_device_mesh("cpu", (ranks,))
+    kinds = {"replicate": Replicate(), "partial": Partial(), "shard": Shard(0)}
+    make = lambda local, kind: DTensor.from_local(local, mesh, [kinds[kind]])
+else:
+    stand_in.install()
+    make = stand_in.DTensor
+whole = torch.arange(8, dtype=torch.float32) * 2 + 1  # 64, of all ranks together
+mine = whole.chunk(ranks)[rank]
+apart = torch.full((8,), float(rank)) + torch.arange(8) %% 2
+
+
+class Site(torch.nn.Module):
+    def __init__(self, counts, bias):
+        super().__init__()
+        self.tokens_per_expert, self.expert_bias = counts, bias
+
+
+sites = [Site(make(whole.clone(), "replicate"), make(torch.zeros(8), "replicate")),
+         Site(make(mine.clone(), "shard"), make(torch.zeros(8 // ranks), "shard")),
+         Site(make(apart.clone(), "partial"), torch.zeros(8)),
+         Site(apart.clone(), make(torch.zeros(8), "replicate"))]
+balancer = Balancer(config(layers=4, policy="sign_bias"), sites)
+balancer.step()
+counted = [torch.tensor(record["counts"]) for record in balancer.report(arrays=True).values()]
+added = sum(torch.full((8,), float(r)) + torch.arange(8) %% 2 for r in range(ranks))
+for got, wanted in zip(counted, (whole, whole, added, added)):
+    assert got.tolist() == wanted.tolist(), (got, wanted)
+biases = torch.frombuffer(balancer.controller.biases(), dtype=torch.float64).float().view(4, 8)
+assert biases.any(dim=1).all()
+for site, bias in zip(sites, biases):
+    own = site.expert_bias
+    assert torch.equal(own.full_tensor() if hasattr(own, "full_tensor") else own, bias)
+    counts = site.tokens_per_expert
+    assert not (counts.to_local() if hasattr(counts, "to_local") else counts).any()
+balancer.step()
+assert not [n for r in balancer.report().values() for n in r.get("notices", []) if n["kind"] == "wiring"]
+
+if real and ranks == 4:
+    # Two dimensions, and groups that hold one of them: each group has all that lies along the other.
+    square = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    site = Site(DTensor.from_local(apart, square, [Partial(), Partial()]), torch.zeros(8))
+    for group in (None, square["data"].get_group(), square["tensor"].get_group()):
+        site.tokens_per_expert = DTensor.from_local(apart.clone(), square, [Partial(), Partial()])
+        balancer = Balancer(config(layers=1), [site], group=group)
+        balancer.step()
+        assert balancer.report(arrays=True)[0]["counts"] == added.tolist()
+        site.tokens_per_expert = DTensor.from_local(whole.clone(), square, [Replicate(), Replicate()])
+        balancer.step()
+        assert balancer.report(arrays=True)[0]["counts"] == whole.tolist()
+    three = dist.new_group([0, 1, 2])
+    site.tokens_per_expert = DTensor.from_local(apart.clone(), mesh, [Partial()])
+    if rank < 3:
+        try:
+            Balancer(config(layers=1), [site], group=three).record()
+            sys.exit("a group that holds a part of the mesh was not noticed")
+        except ValueError as error:
+            assert "must hold all of them or one" in str(error), error
+dist.barrier()
+"""
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("kind", ["DTensor", "stand-in"])
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch.distributed is not available")
+def test_a_dtensor_is_counted_once(kind, ranks, tmp_path):
+    if kind == "DTensor" and not hasattr(torch.distributed, "tensor"):
+        try:
+            importlib.import_module("torch.distributed.tensor")
+        except ImportError:
+            pytest.skip("this PyTorch has no torch.distributed.tensor")
+    run_ranks(SHARDED, ranks, tmp_path, kind)
+
+
+def test_the_state_has_the_shape_that_checkpoints_need():
+    """Flat, the same keys at each step, and bytes: distributed checkpoints fill tensors in place, which a state whose size
+    grows with its history would not fit; bytes they replace."""
+    sites = gates()
+    balancer = Balancer(config(), sites, layer_ids=[4, 9])
+    keys = []
+    for _ in range(3):
+        state = balancer.state_dict()
+        keys.append(list(state))
+        assert all(type(value) is bytes for value in state.values())
+        for site in sites:
+            site()
+        balancer.step()
+    assert keys == [["layer.4", "layer.9"]] * 3
+
+
+CHECKPOINT = """
+import sys, torch, torch.distributed as dist
+sys.path[:0] = %r
+import torch.distributed.checkpoint as dcp
+from conftest import config
+from test_torch import Gate
+from moectl.torch import Balancer
+rank, ranks, store, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=ranks)
+groups = [dist.new_group([r]) for r in range(ranks)]  # each rank a pipeline stage
+first = [[10, 11, 12], [13]][rank]
+sites = [Gate(seed=layer) for layer in first]
+balancer = Balancer(config(), sites, layer_ids=first, group=groups[rank])
+for _ in range(10):
+    for site in sites:
+        site(256)
+    balancer.step()
+dcp.save({"moectl": balancer.state_dict()}, checkpoint_id=folder)
+everywhere = [None] * ranks
+dist.all_gather_object(everywhere, balancer.state_dict())
+saved = {**everywhere[0], **everywhere[1]}
+second = [[10, 11], [12, 13]][rank]
+sites = [Gate(seed=layer) for layer in second]
+other = Balancer(config(), sites, layer_ids=second, group=groups[rank])
+state = {"moectl": other.state_dict()}
+dcp.load(state, checkpoint_id=folder)
+other.load_state_dict(state["moectl"])
+assert other.state_dict() == {key: saved[key] for key in other.state_dict()}
+assert all(site.expert_bias.any() for site in sites)
+"""
+
+
+def test_the_state_survives_a_distributed_checkpoint_and_another_split(tmp_path):
+    checkpoint = pytest.importorskip("torch.distributed.checkpoint", reason="this PyTorch has no distributed checkpoints")
+    if not hasattr(checkpoint, "save"):
+        pytest.skip("this PyTorch is older than the checkpoints that take any value")
+    run_ranks(CHECKPOINT, 2, tmp_path, str(tmp_path / "checkpoint"))

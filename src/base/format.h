@@ -18,4 +18,10 @@ inline std::string brief(double value, int digits = 4) {
   return {text, std::to_chars(text, text + sizeof text, value, std::chars_format::general, digits).ptr};
 }
 
+/// For tables and pictures: with so many decimal places.
+inline std::string fixed(double value, int places) {
+  char text[512];  // the largest double has 309 digits before its point
+  return {text, std::to_chars(text, text + sizeof text, value, std::chars_format::fixed, places).ptr};
+}
+
 }  // namespace moectl

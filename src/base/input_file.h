@@ -11,7 +11,7 @@
 namespace moectl {
 
 /// Gzip is known by its first two bytes; members that follow one another are read as one text, and what stands behind the
-/// last one is passed over, as gzip does. zlib's own gzread is not used: from version 1.3.2 it takes a file that was torn
+/// last one is skipped, as gzip does. zlib's own gzread is not used: from version 1.3.2 it takes a file that was torn
 /// within a member for a whole one.
 class InputFile {
  public:

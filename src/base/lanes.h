@@ -25,6 +25,9 @@
 #ifdef EIGEN_CORE_H
 #error "base/lanes.h: must come before Eigen's headers, which it includes under a private name"
 #endif
+// What Eigen asks the compiler to inline, GCC leaves as calls in long loops for the narrower registers: a step would take
+// three times as long there.
+#define EIGEN_STRONG_INLINE __attribute__((always_inline)) inline
 #define EIGEN_MPL2_ONLY
 #define Eigen MOECTL_EIGEN
 #pragma GCC diagnostic push
@@ -185,6 +188,22 @@ double sum_over(std::size_t size, Term term) {
 
 inline double sum_of(std::span<const double> v) {
   return sum_over(v.size(), [&](std::size_t i, auto at) { return at.get(&v[i]); });
+}
+
+/// x - x is zero for finite x and NaN otherwise; NaN survives the sum.
+inline bool all_finite(std::span<const double> v) {
+  return sum_over(v.size(),
+                  [&](std::size_t i, auto at) -> Double8 { return at.get(&v[i]) - at.get(&v[i]); }) == 0;
+}
+
+/// Both must have the same length and be finite.
+inline bool all_equal(std::span<const double> a, std::span<const double> b) {
+  Double8 most = splat(0);
+  for_each_eight(a.size(), [&](std::size_t i, auto at) {
+    const Double8 difference = at.get(&a[i]) - at.get(&b[i]);
+    most = larger(most, larger(difference, -difference));
+  });
+  return largest_of(most) == 0;
 }
 
 /// Both must have the same length.

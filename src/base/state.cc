@@ -2,9 +2,9 @@
 #include "moectl/state.h"
 
 #include <bit>
-#include <charconv>
 #include <cmath>
 
+#include "base/format.h"
 #include "base/printable.h"
 
 namespace moectl {
@@ -75,8 +75,7 @@ std::string quoted(std::string_view text) {
 }
 
 std::string shown(double x) {
-  char text[32];
-  return {text, std::to_chars(text, text + sizeof text, x).ptr};
+  return exact(x);
 }
 std::string shown(std::int64_t x) {
   return std::to_string(x);

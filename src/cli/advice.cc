@@ -46,8 +46,7 @@ const std::vector<Cause> kCauses = {
      "kept reversing its moves: lower its gain, and declare model.delay if routing is recorded late"},
     {"reach",
      "reached as far as the scores can justify: wider limits would change nothing; look at what holds the "
-     "load "
-     "(few kinds of tokens, masked experts)"},
+     "load (few kinds of tokens, masked experts, biases of the router's own: hand them over with adopt())"},
     {"guard",
      "was taken over by the guard: its policy alone does not keep the balance; a faster one, such as "
      "adaptive_bias, would"}};

@@ -8,6 +8,7 @@
 #include <set>
 
 #include "cli/intervals.h"
+#include "cli/parts.h"
 #include "cli/tool.h"
 
 namespace moectl::cli {
@@ -106,13 +107,15 @@ int capacity(const Options& options) {
   LogReader reader(options.trace, options.fault_policy);
   std::map<int, Layer> layers;
   std::set<std::string> ranks;
-  bool of_whole = false;
+  bool of_whole = false, of_parts = false, micro_batches = false;
   while (const auto record = reader.next()) {
     if (record->layer < 0 || record->stats.experts() == 0 || record->stats.assignments() == 0) continue;
-    // Records of single ranks, as `import --by rank` writes them, are what capacity acts on.
-    const bool of_rank = options.tag == "train" && record->tag.starts_with("rank");
-    if (record->tag != options.tag && !of_rank) continue;
-    of_rank ? void(ranks.insert(record->tag)) : void(of_whole = true);
+    // Records of ranks and micro-batches, as `import --by` writes them, are what capacity acts on.
+    const TagParts parts = parts_of(record->tag);
+    if (record->tag != options.tag && (!parts.any() || parts.rest != options.tag)) continue;
+    if (parts.rank) ranks.insert(parts.of_rank);
+    (parts.any() ? of_parts : of_whole) = true;
+    micro_batches = micro_batches || parts.micro_batch;
     Layer& layer = layers[record->layer];
     layer.at_factor.resize(options.factors.size());
     const Drops drops(record->stats.counts(), options.parts);
@@ -129,9 +132,15 @@ int capacity(const Options& options) {
   }
   say_faults(reader, options.trace);
   if (layers.empty()) throw InputError(options.trace + ": no record tagged '" + options.tag + "' has counts");
-  if (of_whole && !ranks.empty())
-    throw InputError(options.trace + ": holds records of ranks and of all ranks together: --tag chooses");
+  if (of_whole && of_parts)
+    throw InputError(options.trace +
+                     ": holds records of whole steps and of their ranks or micro-batches: --tag chooses");
   const bool bound = of_whole && options.parts == 1;
+  const std::string granularity = options.parts > 1                 ? "parts"
+                                  : micro_batches && !ranks.empty() ? "ranks and micro-batches"
+                                  : micro_batches                   ? "micro-batches"
+                                  : of_parts                        ? "ranks"
+                                                                    : "steps";
   // The model's factor is one number: the worst layer decides.
   double worst = 0;
   for (const auto& [id, layer] : layers) worst = std::max(worst, layer.factor_for(options.drop));
@@ -155,6 +164,7 @@ int capacity(const Options& options) {
     std::cout << Json{{"wanted_drop_rate", options.drop},
                       {"factor", json(worst)},
                       {"lower_bound", bound},
+                      {"granularity", granularity},
                       {"layers", list}}
                      .dump(2)
               << '\n';
@@ -179,13 +189,23 @@ int capacity(const Options& options) {
   if (bound) {
     std::cout << "These are LOWER BOUNDS: the counts are those of whole steps. Capacity acts in each rank "
                  "and micro-batch, whose loads scatter "
-                 "more.\n--parts N adds what N independent parts of a step would scatter; `import --by rank` "
-                 "keeps the counts of ranks.\n";
-  } else if (!ranks.empty()) {
-    std::cout << "From the counts of " << ranks.size()
-              << " ranks; with micro-batches in a step it is still a lower bound.\n";
+                 "more.\n--parts N adds what N independent parts of a step would scatter; `import --by "
+                 "micro-batch` "
+                 "and `--by rank` keep the counts of parts.\n";
+  } else if (options.parts == 1) {
+    std::cout << "From the counts of " << (micro_batches ? "each micro-batch" : "each step");
+    if (!ranks.empty())
+      std::cout << " in each of " << ranks.size() << (ranks.size() == 1 ? " rank" : " ranks");
+    std::cout << (micro_batches
+                      ? ", which is where capacity acts.\n"
+                      : "; with several micro-batches in a step it is still a LOWER BOUND: `import --by "
+                        "micro-batch`, or --parts N.\n");
   } else {
-    std::cout << "As if each step were split into " << options.parts
+    std::cout << "As if each "
+              << (micro_batches ? "micro-batch"
+                  : of_parts    ? "step of a rank"
+                                : "step")
+              << " were split into " << options.parts
               << " parts of independent tokens; tokens that are alike scatter more.\n";
   }
   std::cout << "At most " << percent(options.drop) << " in every layer: capacity factor "
@@ -207,7 +227,7 @@ void add_capacity(CLI::App& app, Tool& tool) {
       "Examples:\n"
       "  moectl capacity trace.jsonl --drop 0.01\n"
       "  moectl capacity trace.jsonl --factors 1 1.25 2 --parts 64   # 8 ranks x 8 micro-batches\n"
-      "  moectl import megatron router_trace_rank*.jsonl --by rank -o - | moectl capacity -");
+      "  moectl import megatron router_trace_rank*.jsonl --by micro-batch -o - | moectl capacity -");
   auto options = std::make_shared<Options>();
   command
       ->add_option(
@@ -225,7 +245,9 @@ void add_capacity(CLI::App& app, Tool& tool) {
                    "Ranks x micro-batches that a step is split into, each with a capacity of its own")
       ->check(whole_number(1, 1 << 24))
       ->capture_default_str();
-  command->add_option("--tag", options->tag, "Which records; train takes those of ranks as well")
+  command
+      ->add_option("--tag", options->tag,
+                   "Which records; those of its ranks and micro-batches are taken as well")
       ->capture_default_str();
   add_salvage(*command, options->fault_policy);
   add_format(*command, options->format, {"table", "json"});

@@ -60,6 +60,8 @@ std::vector<Conflict> judge_targets(const ControllerConfig& config) {
 struct NeededInputs {
   std::vector<std::string> required;  ///< Without these a policy is held.
   std::vector<std::string> used;      ///< These are used where they are recorded.
+  bool bins = false;                  ///< Required biases in bins, which make up nearly all of the payload.
+  double payload = 0;                 ///< Of one reduction over ranks, bytes.
 };
 NeededInputs inputs_of(const ControllerConfig& config, const PolicyRegistry& registry) {
   StatsNeeds required, all = config.collect;
@@ -69,7 +71,12 @@ NeededInputs inputs_of(const ControllerConfig& config, const PolicyRegistry& reg
     required |= loop.required();
     all |= loop.needs();
   }
-  NeededInputs inputs{input_names(required), {}};
+  NeededInputs inputs{input_names(required), {}, all.required_bins};
+  all.domains = static_cast<int>(config.model.domains.size());
+  all.split_sequences = config.model.split_sequences;
+  all.sequences |= all.split_sequences > 0;
+  const StatsShape shape{.experts = config.model.experts, .top_k = config.model.top_k, .needs = all};
+  inputs.payload = static_cast<double>(shape.flat_size()) * sizeof(std::int64_t) * config.model.layers;
   for (std::string& name : input_names(all)) {
     if (std::find(inputs.required.begin(), inputs.required.end(), name) == inputs.required.end())
       inputs.used.push_back(std::move(name));
@@ -115,6 +122,8 @@ struct Judgement {
     const NeededInputs needed = inputs_of(config, registry);
     join(inputs.required, needed.required);
     join(inputs.used, needed.used);
+    inputs.bins |= needed.bins;
+    inputs.payload += needed.payload;
   }
 };
 
@@ -136,11 +145,13 @@ int check(const Options& options, const PolicyRegistry& registry) {
   for (const TimelineEntry& entry : config.timeline) steps.push_back(entry.from);
   for (const std::int64_t step : steps) {
     const std::vector<LayerSettings> groups = layer_settings(config, step);
+    const double before = std::exchange(judgement.inputs.payload, 0);
     for (std::size_t g = 0; g < groups.size(); ++g) {
       std::string where = step == 0 ? "" : "from step " + std::to_string(step) + ": ";
       if (!config.layers.empty()) where += "layers[" + std::to_string(g) + "]: ";
       judgement.add(groups[g].config, where, registry);
     }
+    judgement.inputs.payload = std::max(judgement.inputs.payload, before);
   }
   const std::vector<Conflict>& conflicts = judgement.conflicts;
   const Feasibility& bands = judgement.bands;
@@ -170,6 +181,11 @@ int check(const Options& options, const PolicyRegistry& registry) {
   recorded.insert(recorded.begin(), "the chosen experts");
   std::cout << "# the router must record: " << listed(recorded) << '\n';
   if (!inputs.used.empty()) std::cout << "# used where it is recorded: " << listed(inputs.used) << '\n';
+  if (inputs.bins) {
+    std::cout << "# form: k3: over ranks, each step sums up " << brief(inputs.payload / 1e6)
+              << " MB (two counts of a bin in 8 bytes; exact up to " << kMostRequiredTokens
+              << " tokens a step)\n";
+  }
   if (config.model.tokens_per_step == 0 && !targets_of(config).empty()) {
     std::cout << "# model.tokens_per_step is not given: no target was compared with a noise floor\n";
   }

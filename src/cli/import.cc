@@ -23,15 +23,17 @@ void add_import(CLI::App& app, Tool& tool) {
     footer +=
         "  " + names.back() + std::string(13 - names.back().size(), ' ') + std::string(format.expects) + '\n';
   }
-  command->footer(footer +
-                  "The command of each system that writes its dump: docs/import.md. What was assumed is said "
-                  "on standard error.\n\n"
-                  "Examples:\n"
-                  "  moectl import sglang expert_distribution_rank*.csv --top-k 8 -o trace.jsonl\n"
-                  "  moectl import vllm routed_experts.npy -o trace.jsonl.gz\n"
-                  "  moectl import wandb export.csv --top-k 2 -o trace.jsonl && moectl report trace.jsonl -o "
-                  "report.html\n"
-                  "  zcat dump.jsonl.gz | moectl import megatron - -o - | moectl metrics -");
+  command->footer(
+      footer +
+      "The command of each system that writes its dump: docs/import.md. What was assumed is said "
+      "on standard error.\n\n"
+      "Examples:\n"
+      "  moectl import sglang expert_distribution_rank*.csv --top-k 8 -o trace.jsonl\n"
+      "  moectl import vllm routed_experts.npy -o trace.jsonl.gz\n"
+      "  moectl import wandb export.csv --top-k 2 -o trace.jsonl && moectl report trace.jsonl -o "
+      "report.html\n"
+      "  moectl import megatron router_trace_rank*.jsonl --by micro-batch -o - | moectl capacity -\n"
+      "  zcat dump.jsonl.gz | moectl import megatron - -o - | moectl metrics -");
   auto options = std::make_shared<Options>();
   ImportOptions& import = options->import;
   command->add_option("FORMAT", options->format, "See below")->required()->check(CLI::IsMember(names));
@@ -81,12 +83,15 @@ void add_import(CLI::App& app, Tool& tool) {
       ->check(whole_number(1, 1000000));
   command->add_option("--tag", import.tag, "Tag of the records")->capture_default_str();
   command
-      ->add_option("--by", options->by,
-                   "rank: keep ranks apart, under the tags rank0, rank1, ...; else they are summed")
-      ->check(CLI::IsMember({"rank"}));
+      ->add_option(
+          "--by", options->by,
+          "rank: keep ranks apart, under the tags rank0, rank1, ...; micro-batch: micro-batches as well, "
+          "under rank0/mb0, rank0/mb1, ..., for megatron, hf and llama.cpp; else they are summed")
+      ->check(CLI::IsMember({"rank", "micro-batch"}));
   command->callback([&tool, options] {
     tool.run = [options] {
       options->import.by_rank = options->by == "rank";
+      options->import.by_micro_batch = options->by == "micro-batch";
       if (options->import.tag.find_first_of("\"\\\n") != std::string::npos)
         throw InputError("--tag: must hold no quote, backslash or line break");
       const ImportReport report =

@@ -439,13 +439,13 @@ int metrics(const Options& options, const PolicyRegistry& registry) {
     say_faults(reader, options.trace);
     return code;
   }
-  const bool summary = options.screen.sum || !options.screen.by.empty();
+  const bool summary = options.screen.sum || options.screen.all || !options.screen.by.empty();
   const bool terminal = !options.format_given && isatty(STDOUT_FILENO) == 1;
   if (options.format == "screen" || (options.compare.empty() && !options.trends && (summary || terminal))) {
     ScreenOptions screen = options.screen;
     screen.json = options.format_given && options.format == "json";
     if (summary && options.format_given && options.format != "json" && options.format != "screen")
-      throw InputError("--format: " + options.format + ": must be screen or json with --sum or --by");
+      throw InputError("--format: " + options.format + ": must be screen or json with --sum, --by or --all");
     const int code = print_screen(
         reader,
         [&how](const LogRecord& record) {
@@ -533,6 +533,11 @@ void add_metrics(CLI::App& app, Tool& tool) {
   command
       ->add_flag("--sum", options->screen.sum,
                  "The screen for the counts summed over all steps: is there an imbalance that stays?")
+      ->excludes("--compare")
+      ->excludes("--trends");
+  command
+      ->add_flag("--all", options->screen.all,
+                 "The screen with all its rows, in order; else the worst of many")
       ->excludes("--compare")
       ->excludes("--trends");
   command

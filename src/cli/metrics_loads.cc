@@ -5,6 +5,7 @@
 #include <map>
 #include <nlohmann/json.hpp>
 
+#include "cli/parts.h"
 #include "import/steps.h"
 #include "measure/percentiles.h"
 #include "moectl/load_targets.h"
@@ -44,7 +45,8 @@ Loads loads_of(const Layer& layer) {
 int print_loads(LogReader& reader, const std::function<MetricsOptions(const LogRecord&)>& options_of,
                 std::size_t extremes, const std::string& format) {
   std::map<int, Layer> layers;
-  while (const auto record = reader.next()) {
+  WholeRecords records(reader);
+  while (const auto record = records.next()) {
     if (record->layer < 0 || record->stats.experts() == 0 || record->tag != "train") continue;
     Layer& layer = layers[record->layer];
     const auto counts = record->stats.counts();
@@ -95,12 +97,13 @@ int print_loads(LogReader& reader, const std::function<MetricsOptions(const LogR
     for (std::size_t i = 0; i < row.size(); ++i) std::cout << (i ? "," : "") << row[i];
     std::cout << '\n';
   };
-  std::vector<double> all;
+  std::vector<double> all, max_vios;
   for (const auto& [number, layer] : layers) {
     const Loads loads = loads_of(layer);
     std::vector<double> values;
     for (const auto& [load, expert] : loads) values.push_back(load);
     all.insert(all.end(), values.begin(), values.end());
+    if (!loads.empty()) max_vios.push_back(loads.back().first - 1);
     Loads falling = loads;  // of equals the lower number first here too
     std::ranges::sort(falling, [](const auto& a, const auto& b) {
       return a.first != b.first ? a.first > b.first : a.second < b.second;
@@ -113,10 +116,11 @@ int print_loads(LogReader& reader, const std::function<MetricsOptions(const LogR
     print(number, std::move(values), least, most);
   }
   print("all", std::move(all), Json::array(), Json::array());
+  print("max_vio", std::move(max_vios), Json::array(), Json::array());
   if (format == "table") {
     std::cout << table.text()
               << "\nLoads over the mean (or over the target) of the counts summed over all training records; "
-                 "percentiles over experts.\n";
+                 "percentiles over experts. max_vio: percentiles over layers of the largest load - 1.\n";
   }
   return 0;
 }

@@ -8,8 +8,10 @@
 #include <set>
 
 #include "cli/intervals.h"
+#include "cli/parts.h"
 #include "cli/reshape.h"
 #include "measure/cached_measurer.h"
+#include "measure/percentiles.h"
 #include "moectl/figures.h"
 #include "moectl/health.h"
 
@@ -18,7 +20,8 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-constexpr double kSure = 1.959964;  // standard errors of a 95 % interval
+constexpr double kSure = 1.959964;        // standard errors of a 95 % interval
+constexpr std::int64_t kFewestSteps = 4;  // for an interval from the scatter of steps
 
 /// A value over its floor, with the interval of the quotient.
 struct OverFloor {
@@ -48,6 +51,7 @@ struct Judgement {
   Verdict verdict = Verdict::kNoData;
   std::optional<double>
       tokens_to_be_sure;  ///< In all, where it is not sure yet; in a sum: from where on 1.6 floors are passed.
+  bool few_steps = false;  ///< Too few steps for an interval: kFewestSteps are needed.
   std::vector<std::string> dead, cold, hot;
 };
 
@@ -105,6 +109,11 @@ Judgement judge(const Row& row, bool sum) {
     const double half = kSure * std::sqrt((2 + 4 * std::max(0.0, square - 1)) / (n - 1));
     out.cv.low = std::sqrt(std::max(0.0, square - half));
     out.cv.high = std::sqrt(square + half);
+    // The most loaded expert is known to its own standard error, that of a count; which one it is was chosen by its count, so
+    // that this bounds its excess from below alone.
+    out.max_vio.low =
+        std::max(0.0, out.max_vio.ratio() -
+                          kSure * *sum_floor.cv * std::sqrt(1 + out.max_vio.value) / out.max_vio.floor);
   } else {
     const auto over = [](const BlockMeans& value, const BlockMeans& floor) {
       const Estimate v = value.estimate();
@@ -116,20 +125,30 @@ Judgement judge(const Row& row, bool sum) {
     out.cv = over(row.cv, row.floor_cv);
     out.max_vio = over(row.max_vio, row.floor_max_vio);
   }
-  // MaxVio of a sum has no interval of its own; it counts by its value.
-  const auto low = [](const OverFloor& x) { return x.low.value_or(x.ratio()); };
-  const auto high = [](const OverFloor& x) { return x.high.value_or(x.ratio()); };
-  if (low(out.cv) > kBalancedFloors || low(out.max_vio) > kBalancedFloors) {
+  // No verdict without an interval. That of a sum is the CV's; its MaxVio has a lower end alone and must agree by its value.
+  const auto beyond = [](const OverFloor& x) { return x.low && *x.low > kBalancedFloors; };
+  out.few_steps = !out.cv.low;
+  if (beyond(out.cv) || beyond(out.max_vio)) {
     out.verdict = Verdict::kImbalanced;
-  } else if (high(out.cv) <= kBalancedFloors && high(out.max_vio) <= kBalancedFloors) {
+  } else if (out.cv.high && *out.cv.high <= kBalancedFloors &&
+             out.max_vio.high.value_or(out.max_vio.ratio()) <= kBalancedFloors) {
     out.verdict = Verdict::kBalanced;
   } else {
     out.verdict = Verdict::kUnsure;
   }
-  if (sum) {
+  if (out.few_steps) {
+    out.tokens_to_be_sure = tokens * static_cast<double>(kFewestSteps) / static_cast<double>(row.steps);
+  } else if (sum || row.steps == 1) {
     // The floor falls with the root of the tokens, this CV would stay.
-    if (out.cv.ratio() <= kBalancedFloors && out.cv.value > 0)
-      out.tokens_to_be_sure = tokens * std::pow(kBalancedFloors / out.cv.ratio(), 2);
+    const double square = out.cv.ratio() * out.cv.ratio(), bound = kBalancedFloors * kBalancedFloors;
+    if (square <= bound) {
+      if (square > 0 && (sum || out.verdict == Verdict::kUnsure))
+        out.tokens_to_be_sure = tokens * bound / square;
+    } else if (out.verdict == Verdict::kUnsure) {
+      // From where on the lower end is beyond the bound: u - kSure √((4u - 2)/(N - 1)) = bound, with u = square · times.
+      const double a = 2 * kSure * kSure / (n - 1), b = bound + a;
+      out.tokens_to_be_sure = tokens * (b + std::sqrt(b * b - bound * bound - a)) / square;
+    }
   } else if (out.verdict == Verdict::kUnsure) {
     double times = 1;
     for (const OverFloor& x : {out.cv, out.max_vio}) {
@@ -141,12 +160,11 @@ Judgement judge(const Row& row, bool sum) {
   return out;
 }
 
-std::string joined(const std::vector<std::string>& names) {
-  constexpr std::size_t kMost = 4;
+std::string joined(const std::vector<std::string>& names, std::size_t most) {
   if (names.empty()) return "-";
   std::string text;
-  for (std::size_t i = 0; i < std::min(kMost, names.size()); ++i) text += (i ? " " : "") + names[i];
-  return text + (names.size() > kMost ? " +" + std::to_string(names.size() - kMost) : "");
+  for (std::size_t i = 0; i < std::min(most, names.size()); ++i) text += (i ? " " : "") + names[i];
+  return text + (names.size() > most ? " +" + std::to_string(names.size() - most) : "");
 }
 
 std::string percent(double value) {
@@ -206,7 +224,10 @@ int print_screen(LogReader& reader, const std::function<MetricsOptions(const Log
     row.floor_max_vio.add(*floor.max_vio, tokens);
     row.sampling.insert(floor.sampling);
   };
-  while (const auto record = reader.next()) {
+  // Parts of a step are one sample of the whole, or of their rank.
+  WholeRecords whole(reader, options.by == "rank");
+  const bool joins = options.by.empty() || options.by == "rank";
+  while (const auto record = joins ? whole.next() : reader.next()) {
     if (!has_counts(*record)) continue;
     const MetricsOptions how = options_of(*record);
     if (options.by == "domain") {
@@ -218,8 +239,7 @@ int print_screen(LogReader& reader, const std::function<MetricsOptions(const Log
       }
       continue;
     }
-    const bool of_rank = record->tag.starts_with("rank");
-    if (options.by == "rank" && !of_rank) continue;
+    if (options.by == "rank" && !parts_of(record->tag).rank) continue;
     if (options.by.empty() && record->tag != "train") other_tags.insert(record->tag);
     // Without --by: the training records.
     if (options.by.empty() && record->tag != "train") continue;
@@ -239,13 +259,22 @@ int print_screen(LogReader& reader, const std::function<MetricsOptions(const Log
   for (const char* name : {"CV", "x floor", "MaxVio", "x floor", "dead", "cold", "hot", "verdict"})
     header.emplace_back(name);
   header.emplace_back(options.sum ? "1.6 floors from" : "sure at");
-  Table table(header);
+  struct Line {
+    Verdict verdict;
+    double worst;
+    std::vector<std::string> cells;
+  };
+  std::vector<Line> lines;
+  std::vector<double> cvs, max_vios;  // of the rows, in floors
+  std::int64_t with_few_steps = 0;
   Json list = Json::array();
   std::map<Verdict, std::vector<std::string>> by_verdict;
   std::set<std::string> floors;
   std::int64_t steps = 0;
   double tokens = 0;
   std::string shapes;  // of the layers
+  const std::size_t names_shown =
+      rows.size() > 8 ? 1 : 4;  // of experts: many rows must not break lines as well
   for (const auto& [key, row] : rows) {
     const Judgement j = judge(row, options.sum);
     steps = std::max(steps, row.steps);
@@ -262,12 +291,18 @@ int print_screen(LogReader& reader, const std::function<MetricsOptions(const Log
     for (const std::string& cell :
          {known ? percent(j.cv.value) : "-", known ? floors_text(j.cv) : "-",
           known ? moectl::brief(j.max_vio.value, 3) : "-", known ? floors_text(j.max_vio) : "-",
-          joined(j.dead), joined(j.cold), joined(j.hot), std::string(name_of(j.verdict)),
+          joined(j.dead, names_shown), joined(j.cold, names_shown), joined(j.hot, names_shown),
+          std::string(name_of(j.verdict)),
           j.tokens_to_be_sure ? rounded(*j.tokens_to_be_sure) + " tokens"
-                              : std::string(options.sum ? "-" : "now")}) {
+                              : std::string(options.sum || !known ? "-" : "now")}) {
       cells.push_back(cell);
     }
-    table.add(std::move(cells));
+    lines.push_back({j.verdict, known ? std::max(j.cv.ratio(), j.max_vio.ratio()) : 0, std::move(cells)});
+    if (known) {
+      cvs.push_back(j.cv.ratio());
+      max_vios.push_back(j.max_vio.ratio());
+      with_few_steps += j.few_steps;
+    }
     Json entry = {{"layer", key.first}};
     if (!group.empty()) entry[group] = key.second;
     entry["steps"] = row.steps;
@@ -280,18 +315,45 @@ int print_screen(LogReader& reader, const std::function<MetricsOptions(const Log
     entry["cold"] = j.cold;
     entry["hot"] = j.hot;
     entry["tokens_to_be_sure"] = j.tokens_to_be_sure ? Json(std::ceil(*j.tokens_to_be_sure)) : Json();
+    entry["steps_needed"] = known && j.few_steps ? Json(kFewestSteps) : Json();
     list.push_back(entry);
   }
   if (options.json) {
     for (const Json& entry : list) std::cout << entry.dump() << '\n';
     return 0;
   }
-  const auto names = [&](Verdict verdict) { return joined(by_verdict[verdict]); };
+  const auto names = [&](Verdict verdict) { return joined(by_verdict[verdict], 4); };
+  // The worst first: imbalanced, unsure, balanced, without data; of each the one that is most floors away.
+  const std::size_t shown = options.all ? lines.size() : std::min(lines.size(), kScreenRows);
+  if (!options.all) {
+    std::ranges::stable_sort(lines, [](const Line& a, const Line& b) {
+      return a.verdict != b.verdict ? a.verdict > b.verdict : a.worst > b.worst;
+    });
+  }
+  Table table(header);
+  for (std::size_t i = 0; i < shown; ++i) table.add(std::move(lines[i].cells));
   std::cout << rows.size() << (group.empty() ? " layers" : " rows") << ", " << shapes << ", " << steps
             << " steps, " << std::to_string(static_cast<std::int64_t>(tokens)) << " tokens a layer; "
             << (options.sum ? "counts summed over the steps" : "means over steps, with 95 % intervals")
             << "\n\n"
-            << table.text() << '\n';
+            << table.text();
+  if (shown < lines.size()) {
+    std::cout << "... the worst " << shown << " of " << lines.size() << "; --all shows the other "
+              << lines.size() - shown << ", in order\n";
+  }
+  std::cout << '\n';
+  if (cvs.size() > 1) {
+    const auto spread = [](std::vector<double>& values) {
+      Percentiles percentiles(values);
+      std::string text;
+      for (const auto& [name, share] : {std::pair("p5", 0.05), {"p50", 0.5}, {"p95", 0.95}})
+        text +=
+            std::string(text.empty() ? "" : ", ") + name + ' ' + moectl::brief(percentiles.next(share), 3);
+      return text;
+    };
+    std::cout << "Over " << (group.empty() ? "layers" : "rows") << ", x floor: CV " << spread(cvs)
+              << "; MaxVio " << spread(max_vios) << ".\n";
+  }
   const bool noise = floors.count("noise floor") > 0;
   if (!by_verdict[Verdict::kImbalanced].empty()) {
     std::cout << "IMBALANCED: layers " << names(Verdict::kImbalanced) << " stand beyond " << kBalancedFloors
@@ -299,8 +361,13 @@ int print_screen(LogReader& reader, const std::function<MetricsOptions(const Log
     std::cout << "`moectl check` and policies/adaptive_bias.yaml show how a controller is set up.\n";
   }
   if (!by_verdict[Verdict::kUnsure].empty()) {
-    std::cout << "UNSURE: layers " << names(Verdict::kUnsure) << ": the interval holds " << kBalancedFloors
-              << " floors; more tokens decide (sure at).\n";
+    std::cout << "UNSURE: layers " << names(Verdict::kUnsure) << ": ";
+    if (with_few_steps > 0) {
+      std::cout << "too few steps for an interval: at least " << kFewestSteps
+                << " are needed; --sum judges the counts of all steps together.\n";
+    } else {
+      std::cout << "the interval holds " << kBalancedFloors << " floors; more tokens decide (sure at).\n";
+    }
   }
   if (!by_verdict[Verdict::kBalanced].empty()) {
     std::cout << (by_verdict[Verdict::kImbalanced].empty() && by_verdict[Verdict::kUnsure].empty()

@@ -9,10 +9,14 @@
 
 namespace moectl::cli {
 
+/// Rows of the screen: with what stands above and below them, 40 lines.
+inline constexpr std::size_t kScreenRows = 24;
+
 struct ScreenOptions {
   bool sum = false;  ///< The counts of all steps as one window, instead of the mean over steps.
   std::string
       by;  ///< tag, domain or rank: a row for each; empty = tag train alone, or all records if it has none.
+  bool all = false;  ///< Every row; else the worst kScreenRows, and how to see the rest.
   bool json = false;
 };
 

@@ -9,8 +9,10 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <set>
 
 #include "cli/intervals.h"
+#include "cli/parts.h"
 #include "cli/placement_svg.h"
 #include "cli/tool.h"
 
@@ -110,6 +112,7 @@ std::vector<double> samples_of(const History& history, std::size_t to) {
 
 struct Judged {
   int layer = 0, moves = 0;
+  bool kept = false;  // --max-moves: no plan was found that beats the experts where they are
   Placement today, start, plan;
   std::vector<double> later;  // loads of the steps that the plan has not seen
   BlockMeans linear, planned, told, gain;
@@ -120,7 +123,7 @@ Judged judge(int layer, const History& history, const Options& options) {
   const std::size_t steps = history.steps();
   const auto split = std::clamp<std::size_t>(
       static_cast<std::size_t>(options.train * static_cast<double>(steps)), 1, steps - 1);
-  const Placement linear = linear_placement(history.experts, options.placement);
+  const Placement start = single_placement(history.experts, options.placement);
   // Free slots are no reason to fill them with the first experts: what the plan has to beat has one copy of each, if it can.
   PlacementOptions single = options.placement;
   if (history.experts % single.devices == 0) single.slots = history.experts;
@@ -131,14 +134,22 @@ Judged judge(int layer, const History& history, const Options& options) {
   const std::vector<double> samples = samples_of(history, split);
   judged.plan =
       plan_placement(forecast_loads(rows_of(history, 0, split), history.experts), options.placement, samples);
-  if (free) judged.plan = renamed_for(judged.plan, linear, options.placement.nodes);
-  judged.moves = moves_between(linear, judged.plan);
+  if (free) judged.plan = renamed_for(judged.plan, start, options.placement.nodes);
+  // A few moves may lower the mean of single steps while they lower the load of all steps together.
+  const auto mean_of = [&](const Placement& placement) {
+    const auto n = static_cast<std::size_t>(history.experts);
+    double sum = 0;
+    for (std::size_t at = 0; at < samples.size(); at += n) sum += balancedness(placement, {&samples[at], n});
+    return sum;
+  };
+  judged.kept = !free && mean_of(judged.plan) <= mean_of(start);
+  if (judged.kept) judged.plan = start;
   // The same planner, told what came: its mean, without any forecast.
   std::vector<double> later(static_cast<std::size_t>(history.experts), 0.0);
   const auto rows = rows_of(history, split, steps);
   for (std::size_t i = 0; i < rows.size(); ++i) later[i % later.size()] += rows[i];
   judged.today = today;
-  judged.start = linear;
+  judged.start = start;
   judged.later = later;
   const Placement told = plan_placement(later, options.placement, samples);
   for (std::size_t s = split; s < steps; ++s) {
@@ -151,7 +162,31 @@ Judged judge(int layer, const History& history, const Options& options) {
     judged.told.add(balancedness(told, loads), tokens);
     judged.gain.add(after - before, tokens);
   }
+  // With a limit of moves what is written is never below today: a plan that the later steps speak against is dropped.
+  if (!free && judged.gain.estimate().mean < 0) {
+    judged.kept = true;
+    judged.plan = start;
+    judged.planned = judged.linear;
+    judged.gain = BlockMeans();
+    for (std::size_t s = split; s < steps; ++s) judged.gain.add(0);
+  }
+  judged.moves = moves_between(start, judged.plan);
   return judged;
+}
+
+/// What is to be loaded where: experts that a device does not hold yet.
+Json loads_of(const Judged& layer) {
+  Json list = Json::array();
+  const auto room = [](const Placement& p) { return p.experts.size() / static_cast<std::size_t>(p.devices); };
+  for (std::size_t d = 0; d < static_cast<std::size_t>(layer.plan.devices); ++d) {
+    const auto from = layer.start.experts.begin() + static_cast<std::ptrdiff_t>(d * room(layer.start));
+    std::set<int> held(from, from + static_cast<std::ptrdiff_t>(room(layer.start)));
+    for (std::size_t s = d * room(layer.plan); s < (d + 1) * room(layer.plan); ++s) {
+      if (held.insert(layer.plan.experts[s]).second)
+        list.push_back({{"device", d}, {"expert", layer.plan.experts[s]}});
+    }
+  }
+  return list;
 }
 
 enum class Verdict { kWorth, kNotWorth };
@@ -180,6 +215,7 @@ Json json_of(const Estimate& e) {
 /// The layers that gain most come first.
 void write_svg(const std::vector<Judged>& layers, const std::string& path) {
   std::vector<DrawnLayer> drawn;
+  drawn.reserve(layers.size());
   for (const Judged& layer : layers) {
     drawn.push_back({layer.layer, layer.today, layer.plan, layer.start, layer.later,
                      layer.linear.estimate().mean, layer.planned.estimate().mean});
@@ -192,6 +228,31 @@ void write_svg(const std::vector<Judged>& layers, const std::string& path) {
   file << placement_svg(drawn);
   file.close();
   if (!file) throw InputError("--svg: " + path + ": cannot be written");
+}
+
+/// The file that SGLang's --init-expert-location takes: a row for each layer of the model from 0 on, and no other key. Layers that
+/// the trace lacks (dense ones) stay in order.
+Json sglang_map(const std::vector<Judged>& layers, const PlacementOptions& options) {
+  Json rows = Json::array();
+  std::string in_order;
+  for (const Judged& layer : layers) {
+    if (layer.plan.experts.size() != layers[0].plan.experts.size())
+      throw InputError("--format: sglang: layers " + std::to_string(layers[0].layer) + " and " +
+                       std::to_string(layer.layer) + " have different numbers of slots: SGLang knows one");
+    const int experts = 1 + std::ranges::max(layer.start.experts);
+    for (auto missing = static_cast<int>(rows.size()); missing < layer.layer; ++missing) {
+      rows.push_back(linear_placement(experts, options).experts);
+      in_order += (in_order.empty() ? "" : ", ") + std::to_string(missing);
+    }
+    rows.push_back(layer.plan.experts);
+  }
+  std::cerr << rows.size() << " layers, numbered as in the trace";
+  if (!in_order.empty()) std::cerr << "; not in the trace, and so in order: " << in_order;
+  std::cerr << ". SGLang wants a row for each hidden layer of the model, and --ep-num-redundant-experts "
+            << layers[0].plan.experts.size() -
+                   static_cast<std::size_t>(1 + std::ranges::max(layers[0].start.experts))
+            << ".\n";
+  return {{"physical_to_logical_map", rows}};
 }
 
 /// The file that vLLM-Ascend's expert_map_path takes: layers are numbered over MoE layers.
@@ -215,7 +276,8 @@ Json ascend_map(const std::vector<Judged>& layers) {
 int placement(const Options& options) {
   LogReader reader(options.trace, options.fault_policy);
   Histories histories;
-  while (const auto record = reader.next()) {
+  WholeRecords records(reader);
+  while (const auto record = records.next()) {
     if (record->layer < 0 || record->stats.experts() == 0 || record->tag != options.tag ||
         record->stats.assignments() == 0)
       continue;
@@ -265,7 +327,9 @@ int placement(const Options& options) {
   }
   const Verdict verdict = verdict_of(gain, options.min_gain);
   if (!options.svg.empty()) write_svg(layers, options.svg);
-  if (options.format == "ascend") {
+  if (options.format == "sglang") {
+    std::cout << sglang_map(layers, options.placement).dump() << '\n';
+  } else if (options.format == "ascend") {
     std::cout << ascend_map(layers).dump() << '\n';
   } else if (options.format == "phy2log") {
     Json maps = Json::array(), ids = Json::array();
@@ -273,7 +337,7 @@ int placement(const Options& options) {
       maps.push_back(layer.plan.experts);
       ids.push_back(layer.layer);
     }
-    std::cout << Json{{"layers", ids}, {"physical_to_logical_map", maps}}.dump() << '\n';
+    std::cout << Json{{"layers", ids}, {"phy2log", maps}}.dump() << '\n';
   } else if (options.format == "json") {
     Json list = Json::array();
     for (const Judged& layer : layers) {
@@ -284,6 +348,7 @@ int placement(const Options& options) {
                       {"told", json_of(layer.told.estimate())},
                       {"gain", json_of(g)},
                       {"moves", layer.moves},
+                      {"loads", loads_of(layer)},
                       {"verdict", name_of(verdict_of(g, options.min_gain))},
                       {"phy2log", layer.plan.experts}});
     }
@@ -315,7 +380,24 @@ int placement(const Options& options) {
               << " %, on which the plan was made. told: the same planner told those steps.\n";
   }
   std::ostream& say = options.format == "table" ? std::cout : std::cerr;
+  if (options.placement.max_moves >= 0) {
+    int most = 0, kept = 0;
+    for (const Judged& layer : layers) {
+      most = std::max(most, layer.moves);
+      kept += layer.kept || layer.moves == 0;
+    }
+    say << "At most " << options.placement.max_moves << " moves a layer: " << moves << " in all, " << most
+        << " in the layer with the most";
+    if (kept > 0)
+      say << "; " << kept << " of " << layers.size()
+          << " layers stay as they are, since no such plan beats today's placement";
+    say << ".\n";
+  }
   const std::string change = digits(linear.mean) + " -> " + digits(planned.mean);
+  if (moves == 0) {
+    say << "No expert moves: balancedness " << digits(linear.mean) << " on the later steps.\n";
+    return 0;
+  }
   say << (verdict == Verdict::kWorth ? "Worth its " : "Not worth its ") << moves << " moves: " << change
       << " on steps that the plan has not seen";
   if (verdict == Verdict::kWorth) {
@@ -339,18 +421,26 @@ void add_placement(CLI::App& app, Tool& tool) {
       "trace:\n"
       "recent steps count as far as they predict better, and what is noise is shrunk. It is judged on the "
       "rest, against\n"
-      "the experts in order (linear), one copy each where the devices divide them. Moves are counted from "
-      "slot s holding\n"
-      "expert s mod N; devices are renamed so that there are few. A plan is worth its moves if its gain is "
+      "the experts in order (linear), one copy each where the devices divide them. From there moves are "
+      "counted: "
+      "experts that\n"
+      "a device has to load; devices are renamed so that there are few. With --max-moves the plan is never "
+      "below "
+      "today's. A plan is worth its moves if its gain is "
       "at least\n"
       "--min-gain and no chance.\n\n"
-      "Formats: table, json; phy2log: {\"layers\", \"physical_to_logical_map\"}, rows as EPLB and SGLang "
-      "name them; ascend: the file of\n"
-      "vLLM-Ascend's expert_map_path. With the last two the verdict goes to standard error.\n\n"
+      "Formats: table, json; phy2log: {\"layers\", \"phy2log\"}, rows as EPLB names them; sglang: the file "
+      "of "
+      "SGLang's\n"
+      "--init-expert-location, whose name must end in .json; ascend: the file of vLLM-Ascend's "
+      "expert_map_path. With "
+      "the last\n"
+      "three the verdict goes to standard error.\n\n"
       "Examples:\n"
       "  moectl placement trace.jsonl --devices 8\n"
       "  moectl placement trace.jsonl --devices 8 --slots 72 --svg placement.svg\n"
       "  moectl placement trace.jsonl --devices 32 --nodes 4 --groups 8 --slots 288\n"
+      "  moectl placement trace.jsonl --devices 8 --slots 72 --format sglang > placement.json\n"
       "  moectl placement trace.jsonl --devices 8 --slots 72 --max-moves 8 --format ascend > "
       "expert_map.json");
   auto options = std::make_shared<Options>();
@@ -376,7 +466,8 @@ void add_placement(CLI::App& app, Tool& tool) {
                    "Copies of experts on all devices together; default: one of each expert")
       ->check(whole_number(1, kMost));
   command
-      ->add_option("--max-moves", plan.max_moves, "Copies that may be moved in a layer; default: any number")
+      ->add_option("--max-moves", plan.max_moves,
+                   "Experts that devices may have to load in a layer; default: any number")
       ->check(whole_number(0, kMost));
   command->add_option("--train", options->train, "Share of the steps on which the plan is made")
       ->check(CLI::Range(0.05, 0.95))
@@ -393,7 +484,7 @@ void add_placement(CLI::App& app, Tool& tool) {
       ->type_name("FILE");
   command->add_option("--tag", options->tag, "Which records")->capture_default_str();
   add_salvage(*command, options->fault_policy);
-  add_format(*command, options->format, {"table", "json", "phy2log", "ascend"});
+  add_format(*command, options->format, {"table", "json", "phy2log", "sglang", "ascend"});
   command->callback([&tool, options] { tool.run = [options] { return placement(*options); }; });
 }
 

@@ -20,18 +20,16 @@ std::string text_at(double x, double y, const std::string& text, const char* mor
   return "<text x=\"" + digits(x) + "\" y=\"" + digits(y) + "\"" + more + ">" + text + "</text>\n";
 }
 
-/// The copies on a device that were not on it before.
+/// The copies of experts that were not on the device before; the first one, where a device holds several.
 std::vector<bool> moved(const Placement& from, const Placement& to) {
   const std::size_t room = to.experts.size() / static_cast<std::size_t>(to.devices);
   const std::size_t room_before = from.experts.size() / static_cast<std::size_t>(from.devices);
   std::vector<bool> out(to.experts.size(), false);
   for (std::size_t d = 0; d < static_cast<std::size_t>(to.devices); ++d) {
     const auto first = from.experts.begin() + static_cast<std::ptrdiff_t>(d * room_before);
-    std::multiset<int> held(first, first + static_cast<std::ptrdiff_t>(room_before));
+    std::set<int> held(first, first + static_cast<std::ptrdiff_t>(room_before));
     for (std::size_t s = d * room; s < (d + 1) * room; ++s) {
-      const auto it = held.find(to.experts[s]);
-      out[s] = it == held.end();
-      if (it != held.end()) held.erase(it);
+      out[s] = held.insert(to.experts[s]).second;
     }
   }
   return out;

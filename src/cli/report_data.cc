@@ -1,6 +1,7 @@
 #include "cli/report_data.h"
 
 #include "base/format.h"
+#include "cli/parts.h"
 #include "cli/tool.h"
 #include "export/step_sample.h"
 
@@ -125,7 +126,8 @@ ReportRun::ReportRun(const std::string& path, std::optional<std::int64_t> shift)
     rows += 2U * group.layers.size() * static_cast<std::size_t>(group.experts.value_or(1));
   }
   while (kColumns / (2 * expert_each_) >= 4 * map_columns(rows)) expert_each_ *= 2;
-  while (const auto record = reader.next()) add(*record);
+  WholeRecords records(reader);
+  while (const auto record = records.next()) add(*record);
   tell_config_changes(reader.config_changes());
   say_faults(reader, path);
   faults_ = reader.faults();
@@ -219,6 +221,34 @@ void ReportRun::tell_config_changes(const std::vector<ConfigChange>& changes) {
   }
 }
 
+void ReportRun::add_response(const LogRecord& record, const std::string& actuator,
+                             const Responsiveness& found) {
+  if (found.state == Response::kNotApplicable) return;
+  Answer& answer = answers_[{record.layer, actuator}];
+  answer.last = found;
+  if (found.state == Response::kUnresponsive && answer.held++ == 0) answer.first_held = record.step;
+}
+
+json ReportRun::responses_json() const {
+  auto out = nlohmann::json::array();
+  for (const auto& [where, answer] : answers_) {
+    const Responsiveness& found = answer.last;
+    nlohmann::json one = {{"layer", where.first < 0 ? nlohmann::json(nullptr) : nlohmann::json(where.first)},
+                          {"actuator", where.second},
+                          {"state", name_of(found.state)},
+                          {"late", found.late},
+                          {"held", answer.held}};
+    if (found.gain && found.error) {
+      one["gain"] = rounded(*found.gain);
+      one["error"] = rounded(*found.error);
+      one["slope"] = found.scaled ? "measured" : "assumed";
+    }
+    if (answer.held > 0) one["first_held"] = answer.first_held;
+    out.push_back(one);
+  }
+  return out;
+}
+
 json ReportRun::notices_json() const {
   nlohmann::json all = nlohmann::json::array();
   for (const auto& [which, told] : notices_) {
@@ -303,7 +333,9 @@ void ReportRun::add(const LogRecord& record) {
     }
     if (track.reasons.size() <= column) track.reasons.resize(column + 1);
     for (const std::string& reason : actuator.reasons) ++track.reasons[column][reason];
+    add_response(record, name, actuator.responsiveness);
   }
+  add_response(record, std::string(name_of(Actuator::kExpertBias)), record.responsiveness);
   for (const std::string& alert : record.alerts) {
     add_alert(alert, record, column);
   }
@@ -332,9 +364,6 @@ void ReportRun::add(const LogRecord& record) {
     Health& worst = layer.health[column];
     worst = std::max(worst, health_of(record.health).value_or(Health::kNoData));
   }
-  if (record.responsiveness.state != Response::kNotApplicable) layer.response = record.responsiveness;
-  if (record.responsiveness.state == Response::kUnresponsive && layer.held++ == 0)
-    layer.first_held = record.step;
   const std::size_t coarse = column / expert_each_;
   const RoutingStats& stats = record.stats;
   const auto n = static_cast<std::size_t>(stats.experts());
@@ -476,6 +505,7 @@ json ReportRun::json() const {
   }
   out["floor"] = name_of(figures.floor);
   out["now"] = now_json();
+  out["responses"] = responses_json();
   out["metrics"] = table_json();
   out["advice"] = advice_.sentences(out["now"], figures.dead_experts.value_or(0));
   out["validation"] = nlohmann::json::array();
@@ -512,16 +542,6 @@ json ReportRun::json() const {
     if (!layer.load.empty()) one["load"] = expert_map(layer.load, for_maps, 3, true);
     if (!layer.bias.empty()) one["bias"] = expert_map(layer.bias, for_maps, widest, false);
     if (!layer.health.empty()) one["health"] = layer.health;
-    if (const Responsiveness& found = layer.response; found.state != Response::kNotApplicable) {
-      nlohmann::json& out_of = one["response"];
-      out_of = {{"state", name_of(found.state)}, {"late", found.late}, {"held", layer.held}};
-      if (found.gain && found.error) {
-        out_of["gain"] = rounded(*found.gain);
-        out_of["error"] = rounded(*found.error);
-        out_of["slope"] = found.scaled ? "measured" : "assumed";
-      }
-      if (layer.held > 0) out_of["first_held"] = layer.first_held;
-    }
     if (!layer.domains.empty()) one["domains"] = layer.domains;
     if (!layer.loss.empty()) one["loss"] = loss_lines(layer, loss_columns);
     out["layers"].push_back(one);

@@ -56,8 +56,6 @@ class ReportRun {
     std::deque<StepFigures> now;                         // the last steps, of this layer
     std::vector<Row> load, bias, loss;                   // [N]
     std::vector<Health> health;                          // worst in each column
-    Responsiveness response;                             // the last that was known
-    std::int64_t held = 0, first_held = 0;               // steps in which the load did not answer
     std::deque<Metrics> last;                            // of the last hundred steps
     std::map<std::string, std::vector<double>> domains;  // counts of the whole run, [N]
   };
@@ -65,6 +63,12 @@ class ReportRun {
   struct Track {
     Row value;
     std::vector<std::map<std::string, std::int64_t>> reasons;  // how often, by column
+  };
+
+  /// Whether an actuator was answered.
+  struct Answer {
+    Responsiveness last;                    // that was known
+    std::int64_t held = 0, first_held = 0;  // steps without an answer
   };
 
   /// When an alert stood, and in which layers.
@@ -86,6 +90,8 @@ class ReportRun {
   nlohmann::json alerts_json() const;
   nlohmann::json now_json() const;
   nlohmann::json notices_json() const;
+  nlohmann::json responses_json() const;
+  void add_response(const LogRecord& record, const std::string& actuator, const Responsiveness& found);
   nlohmann::json loss_lines(const Layer& layer, std::size_t columns) const;
   std::size_t column_of(std::int64_t step);
   std::size_t expert_columns() const;
@@ -107,6 +113,7 @@ class ReportRun {
   std::int64_t last_ = 0, width_ = 1;
   std::size_t expert_each_ = 1;  // columns that a row of one expert keeps as one
   std::map<int, Layer> layers_;
+  std::map<std::pair<int, std::string>, Answer> answers_;  // by layer (-1: the whole model) and actuator
   std::map<std::string, Track> tracks_;
   std::map<std::string, Row> series_;
   std::map<std::int64_t, double> validation_;

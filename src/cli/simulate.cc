@@ -3,14 +3,15 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdio>
 #include <exception>
 #include <filesystem>
-#include <fstream>
 #include <iostream>
 #include <iterator>
 #include <limits>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <set>
@@ -18,8 +19,9 @@
 #include <thread>
 #include <utility>
 
+#include "cli/simulate_fit.h"
+#include "cli/simulate_variants.h"
 #include "cli/tool.h"
-#include "config/config_yaml.h"
 #include "moectl/config.h"
 #include "moectl/controller.h"
 #include "moectl/figures.h"
@@ -30,18 +32,6 @@
 
 namespace moectl::cli {
 namespace {
-
-/// One run: a config, and what --set changes in it.
-struct Variant {
-  std::string config;
-  std::vector<std::pair<std::string, std::string>> changes;  // key, value
-
-  std::string name() const {
-    std::string text = config;
-    for (const auto& [key, value] : changes) text += ' ' + key + '=' + value;
-    return text;
-  }
-};
 
 struct Options {
   std::vector<std::string> configs, sets;
@@ -61,103 +51,6 @@ constexpr int kDelay = 4;  // of scenario delay, where the config declares none
 const std::vector<std::string> kColumns = {"settle",        "max_vio",     "max_vio_over_floor",
                                            "cv_over_floor", "excess_area", "end_over_floor",
                                            "dead_experts",  "drop_rate",   "limit_hits"};
-
-/// The runs: every config with every combination of the values of --set.
-std::vector<Variant> variants_of(const Options& options) {
-  std::vector<Variant> variants;
-  for (const std::string& config : options.configs) variants.push_back({config, {}});
-  for (const std::string& set : options.sets) {
-    const std::size_t equals = set.find('=');
-    if (equals == 0 || equals == std::string::npos || equals + 1 == set.size())
-      throw InputError("--set: " + set + ": must be KEY=VALUE or KEY=VALUE,VALUE,...");
-    // Commas inside brackets belong to a value.
-    std::vector<std::string> values(1);
-    int depth = 0;
-    for (const char c : set.substr(equals + 1)) {
-      depth += c == '[' || c == '{' ? 1 : c == ']' || c == '}' ? -1 : 0;
-      if (c == ',' && depth == 0) {
-        values.emplace_back();
-      } else {
-        values.back() += c;
-      }
-    }
-    std::vector<Variant> more;
-    for (const Variant& variant : variants) {
-      for (const std::string& value : values) {
-        more.push_back(variant);
-        more.back().changes.emplace_back(set.substr(0, equals), value);
-      }
-    }
-    variants = std::move(more);
-    constexpr std::size_t kMost = 10000;
-    if (variants.size() > kMost) throw InputError("--set: more than 10000 runs");
-  }
-  return variants;
-}
-
-/// A tree of YAML in which keys can be set: scalars are texts behind '"' if they stood in quotes, else behind '='.
-nlohmann::ordered_json tree_of(const YamlNode& node) {
-  using Tree = nlohmann::ordered_json;
-  if (node.kind == YamlNode::Kind::kScalar) return (node.quoted ? '"' : '=') + node.text;
-  if (node.kind == YamlNode::Kind::kNull) return nullptr;
-  Tree tree = node.kind == YamlNode::Kind::kList ? Tree::array() : Tree::object();
-  if (tree.is_array()) {
-    for (const YamlNode* item : node.items) tree.push_back(tree_of(*item));
-  } else {
-    for (std::size_t i = 0; i + 1 < node.items.size(); i += 2)
-      tree[node.items[i]->text] = tree_of(*node.items[i + 1]);
-  }
-  return tree;
-}
-
-/// The tree as YAML in one line. In it, plain words with signs of YAML need quotes; numbers have none.
-std::string flow_of(const nlohmann::ordered_json& tree) {
-  if (tree.is_string()) {
-    const std::string text = tree.get<std::string>().substr(1);
-    const bool quoted =
-        tree.get<std::string>().front() == '"' || text.find_first_of(",[]{}:#\"' ") != std::string::npos;
-    return quoted ? nlohmann::json(text).dump() : text;
-  }
-  if (!tree.is_structured()) return tree.dump();
-  std::string text;
-  for (const auto& [key, item] : tree.items()) {
-    text += (text.empty() ? "" : ", ") + (tree.is_object() ? nlohmann::json(key).dump() + ": " : "") +
-            flow_of(item);
-  }
-  return tree.is_object() ? '{' + text + '}' : '[' + text + ']';
-}
-
-/// Sets a key, as "expert_bias.options.step".
-void set_key(nlohmann::ordered_json& node, std::string_view key, const nlohmann::ordered_json& value) {
-  const std::size_t dot = key.find('.');
-  const std::string name(key.substr(0, dot));
-  if (!node.is_null() && !node.is_object())
-    throw InputError("--set: " + name + ": stands in no map of the config");
-  if (dot == std::string_view::npos) {
-    node[name] = value;
-  } else {
-    set_key(node[name], key.substr(dot + 1), value);
-  }
-}
-
-ControllerConfig load_variant(const Variant& variant, const PolicyRegistry& registry) {
-  if (variant.changes.empty()) return load_config(variant.config, registry);
-  std::ifstream file(variant.config);
-  if (!file) throw InputError(variant.config + ": cannot be opened; with --set a config must be a file");
-  std::ostringstream text;
-  text << file.rdbuf();
-  // A text that is no YAML is reported by the reader, with its place.
-  parse_config(text.str(), variant.config, registry);
-  nlohmann::ordered_json root = tree_of(YamlFile(text.str(), variant.config).node());
-  for (const auto& [key, value] : variant.changes) {
-    try {
-      set_key(root, key, tree_of(*YamlFile("value: " + value, "--set").node().items[1]));
-    } catch (const ConfigError&) {
-      throw InputError("--set: " + key + ": " + value + ": must be a value of YAML");
-    }
-  }
-  return parse_config(flow_of(root), variant.name(), registry);
-}
 
 ControllerConfig config_of(const Options& options, const Variant& variant, const PolicyRegistry& registry) {
   ControllerConfig config = load_variant(variant, registry);
@@ -252,8 +145,51 @@ std::string output_of(const Options& options, const Variant& variant, bool sever
   return (run.parent_path() / name).string();
 }
 
+/// A bar on standard error, where that is a terminal: how many steps of all runs are done, and how many runs.
+class Progress {
+ public:
+  Progress(std::size_t runs, std::int64_t steps_of_run)
+      : on_(runs > 1 && isatty(STDERR_FILENO) == 1),
+        runs_(static_cast<std::int64_t>(runs)),
+        steps_(runs_ * steps_of_run) {}
+  void step() {
+    if (on_) show(++steps_done_);
+  }
+  void run() {
+    if (on_) ++runs_done_;
+  }
+  void end() {
+    if (!on_) return;
+    draw(steps_done_);
+    std::fputs("\n", stderr);
+  }
+
+ private:
+  void show(std::int64_t done) {
+    // Once a hundredth.
+    if (done * 100 / steps_ != (done - 1) * 100 / steps_) draw(done);
+  }
+  void draw(std::int64_t done) {
+    constexpr std::int64_t kWidth = 40;
+    const std::lock_guard lock(mutex_);
+    // Threads that were overtaken must not turn it back.
+    drawn_ = std::max(drawn_, done);
+    const auto filled = static_cast<std::size_t>(drawn_ * kWidth / steps_);
+    const std::string text = "\r[" + std::string(filled, '#') + std::string(kWidth - filled, ' ') + "] " +
+                             std::to_string(drawn_ * 100 / steps_) + " %, " + std::to_string(runs_done_) +
+                             " of " + std::to_string(runs_) + " runs";
+    // Not by std::cerr: there a carriage return is text of others, and made visible.
+    std::fputs(text.c_str(), stderr);
+    std::fflush(stderr);
+  }
+  bool on_;
+  std::int64_t runs_, steps_, drawn_ = 0;
+  std::atomic<std::int64_t> steps_done_ = 0, runs_done_ = 0;
+  std::mutex mutex_;
+};
+
 Figures simulate_one(const Options& options, const Variant& variant, const std::string& run,
-                     const PolicyRegistry& registry) {
+                     const PolicyRegistry& registry, Progress& progress) {
   const ControllerConfig config = config_of(options, variant, registry);
   const SimulationOptions plant = plant_of(options, config);
   Controller controller(config, registry);
@@ -265,8 +201,10 @@ Figures simulate_one(const Options& options, const Variant& variant, const std::
     controller.set_log([&](const StepReport& report) { writer->write(report); });
   }
   std::vector<StepFigures> steps;
-  simulate(controller, plant, options.steps,
-           [&](const StepReport& report) { steps.push_back(figures_of(report)); });
+  simulate(controller, plant, options.steps, [&](const StepReport& report) {
+    steps.push_back(figures_of(report));
+    progress.step();
+  });
   if (writer) {
     writer->flush();
     if (!writer->ok()) throw InputError("output: " + run + ": cannot be written");
@@ -287,19 +225,17 @@ std::vector<Figures> simulate_variants(const Options& options, const std::vector
                                        const PolicyRegistry& registry) {
   std::vector<Figures> figures(variants.size());
   std::vector<std::exception_ptr> errors(variants.size());
-  std::atomic<std::size_t> next = 0, done = 0;
-  const bool progress = variants.size() > 1 && isatty(STDERR_FILENO) == 1;
+  std::atomic<std::size_t> next = 0;
+  Progress progress(variants.size(), options.steps);
   const auto work = [&] {
     for (std::size_t i = next++; i < variants.size(); i = next++) {
       try {
-        figures[i] = simulate_one(options, variants[i], outputs[i], registry);
+        figures[i] = simulate_one(options, variants[i], outputs[i], registry, progress);
       } catch (...) {
         errors[i] = std::current_exception();
         next = variants.size();
       }
-      const std::string text =
-          "\r" + std::to_string(++done) + " of " + std::to_string(variants.size()) + " runs";
-      if (progress) std::cerr << text << std::flush;
+      progress.run();
     }
   };
   std::vector<std::thread> threads;
@@ -308,7 +244,7 @@ std::vector<Figures> simulate_variants(const Options& options, const std::vector
   for (std::size_t t = 1; t < most; ++t) threads.emplace_back(work);
   work();
   for (std::thread& thread : threads) thread.join();
-  if (progress) std::cerr << '\n';
+  progress.end();
   for (const std::exception_ptr& error : errors) {
     if (error) std::rethrow_exception(error);
   }
@@ -317,27 +253,7 @@ std::vector<Figures> simulate_variants(const Options& options, const std::vector
 
 /// The plant of the options, fitted to the trace of --like; options that were given replace what was fitted.
 Options like_trace(Options options, const std::set<std::string>& given, const PolicyRegistry& registry) {
-  LogReader reader(options.like);
-  // Early in training routers sharpen, and the end is not known: the sums begin anew at 1, 2, 4, 8, … steps, and the last but
-  // one hold the later half of the steps or more.
-  MomentSums sums, next;
-  std::optional<std::int64_t> first;
-  std::int64_t next_from = 0;
-  while (const auto record = reader.next()) {
-    if (record->layer < 0 || record->tag != "train" || record->stats.assignments() == 0) continue;
-    if (!first) {
-      first = record->step;
-      next_from = record->step + 1;
-    }
-    if (record->step - *first >= 2 * (next_from - *first)) {
-      sums = std::exchange(next, {});
-      next_from = record->step;
-    }
-    sums.add(record->layer, record->stats);
-    if (record->step >= next_from) next.add(record->layer, record->stats);
-  }
-  say_faults(reader, options.like);
-  const TraceMoments trace = sums.moments();
+  const TraceMoments trace = moments_of(options.like);
   if (trace.layers == 0)
     throw InputError("--like: " + options.like + ": no record tagged 'train' has tokens and counts");
   // Scores are those of the first config: gaps are in their units.
@@ -348,20 +264,8 @@ Options like_trace(Options options, const std::set<std::string>& given, const Po
   start.score_space = config.model.score_space;
   if (!config.model.domains.empty()) start.domains = static_cast<int>(config.model.domains.size());
   const SimulationFit fit = fit_simulation(trace, start);
+  print_fit(fit, options.like);
 
-  Table table({"moment", "trace", "simulated"});
-  for (const auto& moment : fit.moments)
-    table.add({moment.name, brief(moment.trace), brief(moment.simulated)});
-  std::cerr << table.text() << "misfit " << brief(fit.misfit)
-            << " (root mean square of the logarithms of simulated / trace), later half of "
-            << (options.like == "-" ? "standard input" : options.like) << '\n';
-  for (const std::string& text : fit.untold) std::cerr << "not told by the trace: " << text << '\n';
-  if (fit.coherence) {
-    std::cerr << "coherence: " << brief(fit.coherence->first) << " to " << brief(fit.coherence->second)
-              << " (95 %)\n";
-  }
-  std::cerr << "clusters: " << fit.clusters_from << " to " << fit.clusters_to
-            << " fit alike; loads tell little of them\n";
   std::string command;
   const auto take = [&](const char* option, auto& to, const auto& value) {
     if (given.count(option)) return;
@@ -397,7 +301,7 @@ Options like_trace(Options options, const std::set<std::string>& given, const Po
 }
 
 int simulate_all(const Options& options, const PolicyRegistry& registry) {
-  const std::vector<Variant> variants = variants_of(options);
+  const std::vector<Variant> variants = variants_of(options.configs, options.sets);
   if (options.output == "-" && variants.size() > 1) {
     throw InputError("output: -: standard output can hold one run; name a file for several configs");
   }

@@ -128,8 +128,10 @@ class Reader {
   }
 
   void read_actuator(YamlMap& map, std::string_view name, ActuatorConfig& actuator) {
-    const Actuator which = *std::find_if(std::begin(kActuators), std::end(kActuators),
-                                         [&](Actuator one) { return name_of(one) == name; });
+    Actuator which = kActuators[0];
+    for (const Actuator one : kActuators) {
+      if (name_of(one) == name) which = one;
+    }
     // Default limits depend on these two. A policy that moves gets the range that suits one; a fixed value needs no more
     // than to lie in its own.
     map.read("policy", actuator.policy);

@@ -290,7 +290,7 @@ YamlMap::YamlMap(YamlFile& file, std::string path, const YamlNode& node, Place p
                              "given twice, first in line " + std::to_string(it->second.key_place.line)});
     }
     order_.push_back(key);
-    entries_.emplace(key, std::move(entry));
+    entries_.emplace(key, entry);
   }
 }
 

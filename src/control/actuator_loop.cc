@@ -6,6 +6,7 @@
 #include <string>
 
 #include "base/foreign.h"
+#include "base/lanes.h"
 #include "measure/offence.h"
 #include "measure/saved_sums.h"
 
@@ -54,9 +55,51 @@ ActuatorLoop::ActuatorLoop(Actuator actuator, const ControllerConfig& config, co
       safety_(config.safety),
       gain_schedule_(config.actuator(actuator).gain_schedule),
       cadence_(config.actuator(actuator).limits.cadence),
-      shadow_(config.mode == Mode::kShadow) {
+      shadow_(config.mode == Mode::kShadow),
+      limits_(config.actuator(actuator).limits),
+      delay_(config.delay()) {
   applied_.assign(static_cast<std::size_t>(size_of(actuator, config)), config.actuator(actuator).initial);
   proposed_ = guarded_ = base_ = shadow_applied_ = deployed_ = before_[0] = before_[1] = applied_;
+  start_entropy_check();
+}
+
+// A fixed temperature makes no move, so nothing can be known of it.
+void ActuatorLoop::start_entropy_check() {
+  entropy_check_.reset();
+  entropy_offset_ = 0;
+  if (actuator_ == Actuator::kRouterTemperature && safety_.responsiveness && name_ != "fixed")
+    entropy_check_.emplace(limits_, delay_, applied_[0]);
+}
+
+std::span<const double> ActuatorLoop::entropy_probe() const {
+  return entropy_offset_ != 0 ? std::span(&entropy_offset_, 1) : std::span<const double>();
+}
+
+void ActuatorLoop::watch_entropy(bool applies, const std::optional<EntropySeen>& seen, std::int64_t step,
+                                 Notices& notices) {
+  entropy_checked_ = applies;
+  if (!applies || !seen) return entropy_check_->restart(applied_[0]);
+  entropy_check_->observe(seen->entropy, seen->largest, applied_[0]);
+  if (!entropy_check_->has_news()) return;
+  const Responsiveness now = entropy_check_->report();
+  const Number gain(*now.gain), error(*now.error);
+  if (now.state == Response::kAnswers) {
+    notices.add(NoticeKind::kUnresponsive, layer_, step,
+                {"router_temperature: the token entropy answers again (gain ", gain.text(), " ± ",
+                 error.text(), "): the policy goes on"});
+  } else if (*now.gain + 3 * *now.error < 0) {
+    notices.add(NoticeKind::kUnresponsive, layer_, step,
+                {"router_temperature: the token entropy falls where the temperature rises (gain ",
+                 gain.text(), " ± ", error.text(),
+                 "): are the logits multiplied by the temperature? Or are they nearly all positive, under "
+                 "sigmoids? Held where the entropy last answered"});
+  } else {
+    notices.add(
+        NoticeKind::kUnresponsive, layer_, step,
+        {"router_temperature: the token entropy does not answer (gain ", gain.text(), " ± ", error.text(),
+         "): does the router divide its logits by the temperature in force? Held where the entropy "
+         "last answered"});
+  }
 }
 
 void ActuatorLoop::make_windows(std::span<const StatsShape> shapes) {
@@ -72,6 +115,7 @@ void ActuatorLoop::adopt(std::span<const double> values, const ControllerConfig&
   proposed_ = guarded_ = base_ = shadow_applied_ = before_[0] = before_[1] = applied_;
   policy_ = std::move(policy);
   limiter_.start_from(applied_);
+  start_entropy_check();
   asked_ = failed_ = failing_ = owed_ = guard_took_over_ = false;
   for (RoutingStats& window : windows_) window.clear();
 }
@@ -110,12 +154,20 @@ void ActuatorLoop::limit(LimitContext context, ResponseCheck* check, Notices& no
   context.policy_failed = failed_ && !guard_took_over_;
   LimitReport held;
   if (check != nullptr) {
-    if (!check->holds() && !guard_took_over_) context.reach = check->reach();
+    if (!check->holds() && !guard_took_over_) {
+      context.reach = check->reach();
+      context.known_good = check->known_good();
+    }
     if (asked_ && !guard_took_over_ && check->adjusts()) {
       std::copy(proposed_.begin(), proposed_.end(), guarded_.begin());
       check->adjust(guarded_, held);
       wanted = guarded_;
     }
+  }
+  const bool entropy = entropy_check_ && entropy_checked_;
+  if (entropy && asked_ && !guard_took_over_ && entropy_check_->adjusts()) {
+    guarded_[0] = entropy_check_->adjust(held);
+    wanted = guarded_;
   }
   if (shadow_) {
     // What was not applied must not be built upon: each step starts from what is in force.
@@ -127,11 +179,15 @@ void ActuatorLoop::limit(LimitContext context, ResponseCheck* check, Notices& no
   }
   if (guard_took_over_) reasons_.add(Reason::kGuard);
   if (check != nullptr) check->on_applied(reasons_);
+  if (entropy) {
+    entropy_check_->on_applied(reasons_, applied_[0]);
+    entropy_offset_ = entropy_check_->offset();
+  }
   reasons_.add(held);
   if (reasons_.has(Reason::kInvalid)) say_invalid(context, notices);
   if (asked_) {
     std::span<const double> told = applied_;
-    const std::span<const double> probe = check != nullptr ? check->offset() : std::span<const double>();
+    const std::span<const double> probe = check != nullptr ? check->offset() : entropy_probe();
     if (!probe.empty()) {
       for (std::size_t i = 0; i < base_.size(); ++i) base_[i] = applied_[i] - probe[i];
       told = base_;
@@ -184,7 +240,8 @@ ActuatorReport ActuatorLoop::report(std::span<const double> probe, const Limits&
   return {.proposed = asked_ ? std::span<const double>(proposed_) : std::span<const double>(),
           .applied = shadow_ ? shadow_applied_ : applied_,
           .deployed = others ? std::span<const double>(deployed_) : std::span<const double>(),
-          .reasons = reasons_};
+          .reasons = reasons_,
+          .responsiveness = entropy_check_ && entropy_checked_ ? entropy_check_->report() : Responsiveness{}};
 }
 
 bool ActuatorLoop::deployment(std::span<const double> probe, const Limits& limits,
@@ -198,11 +255,11 @@ bool ActuatorLoop::deployment(std::span<const double> probe, const Limits& limit
     out[0] = std::nan("");
   }
   // A policy that throws, or leaves what is no number, has no say in it.
-  if (!std::all_of(out.begin(), out.end(), [](double x) { return std::isfinite(x); })) {
+  if (!all_finite(out)) {
     std::copy(applied_.begin(), applied_.end(), out.begin());
     for (std::size_t i = 0; i < probe.size(); ++i) out[i] -= probe[i];
   }
-  if (std::equal(out.begin(), out.end(), applied_.begin())) return false;
+  if (all_equal(out, applied_)) return false;
   double mean = 0;
   for (const double value : out) mean += value / static_cast<double>(out.size());
   for (double& value : out) value = std::clamp(value - (limits.center ? mean : 0), limits.min, limits.max);
@@ -217,6 +274,12 @@ void ActuatorLoop::exchange(StateIo& io) {
   io.section("limits", [&](StateIo& inner) { limiter_.exchange(inner); });
   io.section("memory", [&](StateIo& inner) { policy_->exchange(inner); });
   io.section("windows", [&](StateIo& inner) { exchange_windows(inner); });
+  if (entropy_check_) io.section("responsiveness", [&](StateIo& inner) { exchange_entropy_check(inner); });
+}
+
+void ActuatorLoop::exchange_entropy_check(StateIo& io) {
+  entropy_check_->exchange(io);
+  entropy_offset_ = entropy_check_->offset();
 }
 
 void ActuatorLoop::exchange_windows(StateIo& io) {
@@ -231,6 +294,10 @@ std::string ActuatorLoop::keep_memory(const StateIo& in) {
   }
   if (!in.tried("windows", [&](StateIo& io) { exchange_windows(io); }).empty()) {
     for (RoutingStats& window : windows_) window.clear();
+  }
+  if (entropy_check_ &&
+      !in.tried("responsiveness", [&](StateIo& io) { exchange_entropy_check(io); }).empty()) {
+    start_entropy_check();
   }
   return "";
 }

@@ -13,6 +13,7 @@
 #include "control/notices.h"
 #include "control/response_check.h"
 #include "control/safety.h"
+#include "control/scalar_response.h"
 #include "moectl/config.h"
 #include "moectl/controller.h"
 #include "moectl/metrics.h"
@@ -46,6 +47,17 @@ class ActuatorLoop {
   /// Room for what a guard wants instead of the proposal; take_over() makes it so, if a decision is due.
   std::span<double> guarded() { return guarded_; }
   void take_over() { guard_took_over_ = asked_ || failed_; }
+  /// Whether it is checked that the token entropy answers this temperature.
+  bool checks_entropy() const { return entropy_check_.has_value(); }
+  /// Before limit(): what the decision of this step saw. `applies`: whether what is decided comes into force. Absent: nothing
+  /// is known of this step.
+  struct EntropySeen {
+    double entropy, largest;  // nats; the mean over layers, and of ln N
+  };
+  void watch_entropy(bool applies, const std::optional<EntropySeen>& seen, std::int64_t step,
+                     Notices& notices);
+  /// The part of the value in force that is none of the policy's: [1], or empty.
+  std::span<const double> entropy_probe() const;
   /// Applies the proposal within the limits, tells the policy, and starts a new window if the old one was used or
   /// cannot be. `check`, if any, may hold the biases. In mode shadow nothing is applied.
   void limit(LimitContext context, ResponseCheck* check, Notices& notices);
@@ -78,6 +90,8 @@ class ActuatorLoop {
 
  private:
   void exchange_windows(StateIo& io);
+  void start_entropy_check();
+  void exchange_entropy_check(StateIo& io);
   void say_invalid(const LimitContext& context, Notices& notices);
   void fail(std::int64_t step, std::string_view message, Notices& notices);
 
@@ -94,6 +108,11 @@ class ActuatorLoop {
   std::vector<double> base_;            // applied_ without a probe
   std::vector<double> shadow_applied_;  // mode shadow: what would be applied
   std::vector<double> deployed_;
+  Limits limits_;
+  int delay_;
+  std::optional<ScalarResponse> entropy_check_;
+  bool entropy_checked_ = false;  // in this step
+  double entropy_offset_ = 0;
   LimitReport reasons_;
   std::array<std::vector<double>, 2> before_;
   bool asked_ = false;

@@ -19,11 +19,11 @@ namespace {
 class Checks {
  public:
   template <class T>
-  void require(bool good, std::string key, T value, std::string constraint) {
-    if (!good) fail(std::move(key), shown(value), std::move(constraint));
+  void require(bool good, const std::string& key, const T& value, const std::string& constraint) {
+    if (!good) fail(key, shown(value), constraint);
   }
-  void fail(std::string key, std::string value, std::string constraint) {
-    if (!problem_) problem_ = ConfigProblem{std::move(key), std::move(value), std::move(constraint)};
+  void fail(const std::string& key, const std::string& value, const std::string& constraint) {
+    if (!problem_) problem_ = ConfigProblem{key, value, constraint};
   }
   void add(const std::string& path, const std::optional<ConfigProblem>& problem) {
     if (problem) fail(path + problem->key, problem->value, problem->constraint);
@@ -231,18 +231,18 @@ void complete_actuator(Actuator which, ControllerConfig& config, const PolicyReg
                               .max = actuator.limits.max,
                               .cadence = actuator.limits.cadence};
   const std::string who = path + ".policy: " + policy.name;
-  if (config.lag == 1) {
-    const auto made = call_foreign(who, [&] { return policy.make(context, actuator.options); });
-    checks.require(!made || !made->needs().margin_rows, "lag", config.lag,
-                   "must be 0 with " + policy.name +
-                       ", which wants every token's margins (quantile_bias: form: "
-                       "exact or k3): those are not sums and do not travel; use its histogram form");
+  if (policy.check) {
+    const std::string fault = call_foreign(who, [&] { return policy.check(context, actuator.options); });
+    if (!fault.empty()) return checks.fail(path + ".options", policy.name, fault);
   }
-  if (!policy.check) return;
-  const std::string fault = call_foreign(who, [&] { return policy.check(context, actuator.options); });
-  if (!fault.empty()) {
-    checks.fail(path + ".options", policy.name, fault);
-  }
+  const auto made = call_foreign(who, [&] { return policy.make(context, actuator.options); });
+  const StatsNeeds needs = made ? made->needs() : StatsNeeds{};
+  checks.require(!needs.required_bins || model.tokens_per_step <= kMostRequiredTokens,
+                 "model.tokens_per_step", model.tokens_per_step,
+                 "must be at most 536870912 with form: k3, whose counts are packed into 32 bits each");
+  checks.require(!needs.required_local || LoadTargets(model.experts, model.targets).equal(), "model.targets",
+                 std::string("unequal"),
+                 "must be equal with form: local_mean, which gives every expert an equal share");
 }
 
 /// The names of the policies that can serve the actuator.

@@ -8,7 +8,16 @@
 
 namespace moectl {
 
-inline constexpr Range kRate = {.low = 0, .above_low = true, .words = "above 0 and finite"};
+// Beyond these, sums over experts and factors e^rate would no longer be numbers, and means would lose their digits.
+inline constexpr double kFarthest = 1e9;
+inline constexpr Range kApplied = {.low = -kFarthest, .high = kFarthest, .words = "from -1e9 to 1e9"};
+inline constexpr Range kRate = {
+    .low = 0, .high = kFarthest, .above_low = true, .words = "above 0 and at most 1e9"};
+/// Of the two scalars, which move by ratios: a factor of e^100 in one decision.
+inline constexpr Range kScalarRate = {.low = 0, .high = 100, .above_low = true};
+inline constexpr Range kWeight = {.low = 0, .high = kFarthest, .words = "from 0 to 1e9"};
+/// A float32 that the router divides by.
+inline constexpr Range kTemperature = {.low = 1 / kFarthest, .high = kFarthest, .words = "from 1e-9 to 1e9"};
 inline constexpr Range kPolicy = {.words = "a policy that serves the actuator"};
 inline constexpr Range kMegabytes = {.low = 0, .high = 1e6, .words = "from 0 (never) to 1e6"};
 inline constexpr Range kLayers = {.low = 1, .high = kMostLayers};
@@ -75,10 +84,12 @@ inline constexpr auto kFieldsOf<ModelConfig> = std::tuple{
 
 template <>
 inline constexpr auto kFieldsOf<Limits> = std::tuple{
-    Field{"min", &Limits::min, kRanks, "Smallest value that is applied."},
-    Field{"max", &Limits::max, kRanks, "Largest value that is applied."},
+    Field{"min", &Limits::min, kRanks, kApplied,
+          "Smallest value that is applied; a loss weight: at least 0, a temperature: at least 1e-9."},
+    Field{"max", &Limits::max, kRanks, kApplied, "Largest value that is applied."},
     Field{"rate", &Limits::rate, kRanks, kRate,
-          "Largest move of one decision: score units for biases, |ln(new/old)| for the two scalars."},
+          "Largest move of one decision: score units for biases, |ln(new/old)| for the two scalars, at most "
+          "100."},
     Field{"center", &Limits::center, kRanks, "Biases only: keeps the mean of the applied biases at 0."},
     Field{"deadband", &Limits::deadband, kRanks, at_least(0),
           "Moves no larger than this are not made; unit of rate."},

@@ -61,6 +61,7 @@ class Flat {
           add(path + '[' + std::to_string(i) + ']', field, value[i], given);
       } else if (complete_) {
         std::vector<std::string> all;
+        all.reserve(value.size());
         for (const Inner& one : value) all.push_back(shown(one));
         put(path, '[' + listed(all) + ']', !value.empty());
       } else {

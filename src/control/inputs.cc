@@ -21,7 +21,7 @@ struct Input {
   bool (*given)(const RoutingStats& stats);
 };
 
-// Margins last: their two forms have one name.
+// Margins and required biases last: they have one name.
 constexpr std::array kInputs = {
     Input{&StatsNeeds::gap, "top_values", [](const S& s) { return s.mean_gap().has_value(); }},
     Input{&StatsNeeds::sequences, "sequence_length or sequence_ids",
@@ -33,7 +33,8 @@ constexpr std::array kInputs = {
           [](const S& s) { return any(s, S::kDomainLossTokens); }},
     Input{&StatsNeeds::latencies, "latencies", [](const S& s) { return s.scalar(S::kLatencyRecords) > 0; }},
     Input{&StatsNeeds::margins, "biased_scores", [](const S& s) { return s.has_margins(); }},
-    Input{&StatsNeeds::margin_rows, "biased_scores", [](const S& s) { return s.has_margin_rows(); }},
+    Input{&StatsNeeds::required_bins, "biased_scores", [](const S& s) { return s.has_required_bins(); }},
+    Input{&StatsNeeds::required_local, "biased_scores", [](const S& s) { return s.has_required_local(); }},
 };
 
 }  // namespace

@@ -66,6 +66,8 @@ void Controller::Loop::measure() {
       layer->gap_width = layer->stats.next_gap_width().value_or(layer->gap_width);
     }
     layer->intake.set_gap_width(layer->gap_width);
+    layer->stats.set_routed_under(layer->biases_then(steps_, layer->group->config.delay()));
+    layer->remember_biases(steps_);
   }
   say_why_invalid();
   compare_with_config();
@@ -194,8 +196,8 @@ void Controller::Loop::watch_response(Layer& layer) {
   } else {
     notices_.add(NoticeKind::kUnresponsive, layer.id, steps_,
                  {"the load does not answer (gain ", gain.text(), " ± ", error.text(),
-                  "): does the router add this layer's bias to the scores that top-k compares? Are routes "
-                  "replayed or masked? Held where the load last answered"});
+                  ("): does the router add this layer's bias to the scores that top-k compares? Are routes "
+                   "replayed or masked? Held where the load last answered")});
   }
 }
 
@@ -221,7 +223,7 @@ void Controller::Loop::propose() {
                   .monitor = *seen.monitor,
                   .targets = layers_[static_cast<std::size_t>(std::max(layer, 0))]->group->targets,
                   .info = info_,
-                  .probe = probe_of(actuator, layer)},
+                  .probe = loop.checks_entropy() ? loop.entropy_probe() : probe_of(actuator, layer)},
                  notices_);
   });
 }
@@ -301,10 +303,18 @@ StatsNeeds Controller::Loop::missing(ActuatorLoop& loop, std::size_t actuator, i
     notices_.add(
         NoticeKind::kMissingInput, one == nullptr ? -1 : one->id, steps_,
         {name_of(kActuators[actuator]), ": policy ", own.policy, " needs ", input_name(missing),
-         ", which are not recorded for all tokens: held. `moectl check` lists what a config needs from the "
-         "router"});
+         (", which are not recorded for all tokens: held. `moectl check` lists what a config needs from the "
+          "router")});
   }
   return missing;
+}
+
+// ln N: of a layer, or the mean over all.
+double Controller::Loop::largest_entropy(int layer) const {
+  if (layer >= 0) return std::log(layers_[static_cast<std::size_t>(layer)]->group->config.model.experts);
+  double sum = 0;
+  for (const auto& one : layers_) sum += std::log(one->group->config.model.experts);
+  return sum / static_cast<double>(layers_.size());
 }
 
 void Controller::Loop::limit() {
@@ -322,6 +332,14 @@ void Controller::Loop::limit() {
     const bool decides = seen.valid && seen.has_data && loop.due(steps_);
     const StatsNeeds lacking = decides ? missing(loop, actuator, layer) : StatsNeeds{};
     (layer < 0 ? model_missing_ : layers_[static_cast<std::size_t>(layer)]->missing)[actuator] = lacking;
+    if (loop.checks_entropy() && loop.due(steps_)) {
+      const bool applies = config_.mode == Mode::kActive && !seen.frozen && !host_holds_;
+      const Metrics::Value entropy =
+          seen.valid && seen.has_data ? seen.metrics->token_entropy : Metrics::Value();
+      std::optional<ActuatorLoop::EntropySeen> found;
+      if (entropy) found = {*entropy, largest_entropy(layer)};
+      loop.watch_entropy(applies, found, steps_, notices_);
+    }
     const bool biases = kActuators[actuator] == Actuator::kExpertBias;
     std::optional<ResponseCheck>* check =
         biases ? &layers_[static_cast<std::size_t>(layer)]->response : nullptr;

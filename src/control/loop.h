@@ -32,7 +32,8 @@ inline StepInfo usable(StepInfo info) {
   return info;
 }
 
-class Controller::Loop {
+// Members stand in the order of their meaning; there is one Loop a controller, so that its padding costs nothing.
+class Controller::Loop {  // NOLINT(clang-analyzer-optin.performance.Padding)
  public:
   /// `step`: of the config's timeline.
   Loop(ControllerConfig config, const PolicyRegistry& registry, std::int64_t step = 0);
@@ -126,6 +127,13 @@ class Controller::Loop {
     std::array<std::optional<ActuatorLoop>, kActuatorCount> loops;  // those of `scope: layer`
     std::array<InputWatch, kActuatorCount> inputs;
     std::array<StatsNeeds, kActuatorCount> missing;
+    /// The biases that routers had in a step, up to config.delay() steps ago; `step` is the one now.
+    std::span<const double> biases_then(std::int64_t step, std::int64_t steps_ago) const;
+    void remember_biases(std::int64_t step);
+    /// As if they had been in force all the time.
+    void forget_biases();
+    // With required biases: those of the last config.delay() steps, of step s in row s mod delay [delay × N]; else empty.
+    std::vector<double> past_biases;
     std::vector<double> move;  // of the biases in this step, with metrics.details [N]; else empty
   };
   // The inputs of one decision.
@@ -148,6 +156,7 @@ class Controller::Loop {
   std::span<const double> probe_of(std::size_t actuator, int layer) const;
   void propose();
   void guard();
+  double largest_entropy(int layer) const;
   void limit();
   void measure_churn();
   void log();
@@ -244,6 +253,7 @@ void Controller::Loop::record(int layer, std::int64_t micro_batch, std::uint64_t
   Layer& at = layer_at(layer);
   if (config_.mode == Mode::kOff) return;
   const std::lock_guard lock(at.mutex);
+  at.intake.set_routed_under(at.biases_then(steps_, at.group->config.model.delay));
   if (micro_batch < 0) return add(at.intake);
   for (std::size_t i = 0; i < at.seen.size(); ++i) {
     if (at.seen[i] != micro_batch) continue;

@@ -10,12 +10,6 @@
 namespace moectl {
 
 void Controller::Loop::set_reduction(Reduction reduction) {
-  const auto has_rows = [](const auto& group) { return group->shape.needs.margin_rows; };
-  if (reduction && std::any_of(groups_.begin(), groups_.end(), has_rows)) {
-    throw std::invalid_argument(
-        "reduction: given: a policy wants every token's margins in one process (quantile_bias: form: exact "
-        "or k3); over ranks use its histogram form");
-  }
   reduction_ = std::move(reduction);
   ranks_checked_ = false;
 }

@@ -82,6 +82,29 @@ Controller::Loop::Layer::Layer(Group& of, const PolicyRegistry& registry, std::s
   start_response();
 }
 
+std::span<const double> Controller::Loop::Layer::biases_then(std::int64_t step,
+                                                             std::int64_t steps_ago) const {
+  const std::span<const double> now = loops[static_cast<std::size_t>(Actuator::kExpertBias)]->applied();
+  const std::int64_t delay = group->config.delay();
+  if (steps_ago == 0 || past_biases.empty()) return now;
+  const auto row = static_cast<std::size_t>((step + delay - steps_ago) % delay);
+  return std::span(past_biases).subspan(row * now.size(), now.size());
+}
+
+void Controller::Loop::Layer::remember_biases(std::int64_t step) {
+  if (past_biases.empty()) return;
+  const std::span<const double> now = biases_then(step, 0);
+  const auto row = static_cast<std::size_t>(step % group->config.delay());
+  std::copy(now.begin(), now.end(), past_biases.begin() + static_cast<std::ptrdiff_t>(row * now.size()));
+}
+
+void Controller::Loop::Layer::forget_biases() {
+  const bool kept = group->shape.needs.required_bins || group->shape.needs.required_local;
+  const std::int64_t delay = kept ? group->config.delay() : 0;
+  past_biases.resize(static_cast<std::size_t>(delay) * static_cast<std::size_t>(group->shape.experts));
+  for (std::int64_t step = 0; step < delay; ++step) remember_biases(step);
+}
+
 void Controller::Loop::Layer::start_response() {
   response.reset();
   if (checks_response(group->config)) {
@@ -151,9 +174,11 @@ Controller::Loop::Loop(ControllerConfig config, const PolicyRegistry& registry, 
     model_loops_[a]->make_windows(shapes);
   }
   start_from_files();
+  for (const auto& layer : layers_) layer->forget_biases();
   mixture_.assign(config_.model.domains.size(), 0);
   notices_ = Notices(layers_.size());
   std::vector<std::size_t> sizes;
+  sizes.reserve(shapes.size());
   for (const StatsShape& shape : shapes) sizes.push_back(shape.flat_size());
   payload_ = Payload(sizes, config_.model.domains.size());
   if (config_.lag == 1) pending_.emplace(payload_);
@@ -194,6 +219,8 @@ void Controller::Loop::adopt(Actuator actuator, int layer, std::span<const doubl
   at.loops[a]->adopt(
       checked(actuator, config.actuator(actuator).limits, at.loops[a]->applied().size(), layer, values),
       config, registry_);
+  // What was recorded in this step was routed under other biases.
+  if (actuator == Actuator::kExpertBias) at.intake.drop_required();
   if (actuator == Actuator::kExpertBias && at.response) {
     at.start_response();
   }

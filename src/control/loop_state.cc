@@ -258,6 +258,7 @@ void Controller::Loop::Layer::exchange_response(StateIo& io) {
 void Controller::Loop::exchange_recorded(StateIo& io, Layer& layer) {
   io.value("gap_width", layer.gap_width, StateIo::kNotNegative);
   layer.intake.set_gap_width(layer.gap_width);
+  if (!layer.past_biases.empty()) io.values("past_biases", layer.past_biases);
   exchange_sums(io, "recorded", layer.intake);
   exchange_ids(io, layer.seen, layer.fingerprints);
 }
@@ -354,8 +355,10 @@ void Controller::Loop::keep_layer(StateIo in, Layer& layer, std::vector<KeptPart
         {layer.id, key, wrong.empty() ? Fate::kKept : Fate::kDropped, because.empty() ? wrong : because});
     return !wrong.empty();
   };
-  if (report("recorded sums", in.tried("intake", [&](StateIo& io) { exchange_recorded(io, layer); }),
-             {"model.", "collected sums", "collect."})) {
+  const bool recorded_lost =
+      report("recorded sums", in.tried("intake", [&](StateIo& io) { exchange_recorded(io, layer); }),
+             {"model.", "collected sums", "collect."});
+  if (recorded_lost) {
     layer.intake.clear();
     layer.seen.clear();
     layer.fingerprints.clear();
@@ -380,6 +383,7 @@ void Controller::Loop::keep_layer(StateIo in, Layer& layer, std::vector<KeptPart
       keep_actuator(*section, *model_loops_[a], model_config_, kActuators[a], -1, saved, parts);
     }
   }
+  if (recorded_lost) layer.forget_biases();
   // What the load last answered to is no longer known where biases were changed.
   if (!layer.response) return;
   if (report("safety.responsiveness",
@@ -412,6 +416,7 @@ void Controller::Loop::keep_actuator(const StateIo& section, ActuatorLoop& loop,
     value = inside;
   }
   loop.adopt(values, config, registry_);
+  if (cut > 0 && layer >= 0) layer_at(layer).intake.drop_required();
   if (cut > 0) {
     parts.push_back({layer, key, Fate::kAdapted,
                      shown(cut) + " of " + shown(static_cast<std::int64_t>(values.size())) +

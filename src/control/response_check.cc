@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <array>
-#include <bit>
 #include <cmath>
 #include <utility>
 
@@ -24,11 +23,7 @@ constexpr double kVerySure = 3.5;
 constexpr double kSharp = 0.3;  // the largest standard error of a gain that counts as known
 // A layer answers if its gain is surely above kAnswers, and does not if it is very surely below kSilent.
 constexpr double kAnswers = 0.25, kSilent = 0.5;
-constexpr std::array<double, 8> kSigns = {1, 1, -1, 1, -1, -1, -1, 1};
-constexpr double kProbeError = 0.08;   // standard error of the gain after one block
-constexpr double kLargestProbe = 0.5;  // relative load
-constexpr double kSmallestSize = 1.0 / 64, kSizeStep = 8;
-constexpr std::int64_t kPause = 8;  // decisions between the probes of a held layer
+constexpr double kSmallestSize = 1.0 / 64;
 constexpr std::int64_t kMaxBlocks = 6;
 constexpr std::int64_t kFirstBackoff = 32, kLastBackoff = 128;
 // A layer that is balanced has nothing to answer.
@@ -58,7 +53,6 @@ ResponseCheck::ResponseCheck(const ControllerConfig& config, int layer, std::spa
       delay_(static_cast<std::size_t>(config.delay())),
       token_range_(static_cast<double>(config.model.experts) / config.model.top_k),
       clock_(37 * layer % kPeriod),
-      rate_(config.expert_bias.limits.rate),
       assumed_slope_(config.model.score_space == ScoreSpace::kLogit ? kSlopeOfLogit : kSlopeOfProbability),
       weight_(experts_, 1.0),
       per_weight_(experts_, 1.0),
@@ -70,18 +64,7 @@ ResponseCheck::ResponseCheck(const ControllerConfig& config, int layer, std::spa
       reference_bias_(experts_, 0.0),
       backoff_(kFirstBackoff),
       base_(in_force.begin(), in_force.end()),
-      pattern_(experts_, 0.0),
-      // Codes of different layers are orthogonal where N is a power of two, so that a layer is not taken for another.
-      code_(1 + static_cast<std::size_t>(layer) % (std::max<std::size_t>(std::bit_floor(experts_), 2) - 1)),
-      offset_(experts_, 0.0),
-      signs_(delay_ + 3, 0.0),
-      sign_seen_(
-          (kSigns.size() + 1) * static_cast<std::size_t>(std::max(config.expert_bias.limits.cadence,
-                                                                  config.expert_bias.limits.cooldown + 1)) +
-              delay_ + kLags + 1,
-          0.0),
-      bias_along_(sign_seen_.size(), 0.0),
-      load_along_(sign_seen_.size(), 0.0) {
+      probe_(config, layer) {
   slope_sum_ = sum_of(slope_);
   for (std::vector<double>& load : load_) load.assign(experts_, 0.0);
   for (std::size_t i = 0; i < config.model.targets.size(); ++i) {
@@ -90,26 +73,13 @@ ResponseCheck::ResponseCheck(const ControllerConfig& config, int layer, std::spa
   }
 }
 
-void ResponseCheck::Sums::add(const Sums& more, double keep) {
-  zy = keep * zy + more.zy;
-  zx = keep * zx + more.zx;
-  zz = keep * zz + more.zz;
-}
-
-std::optional<ResponseCheck::Estimate> ResponseCheck::Sums::estimate(double noise_sq) const {
-  if (!(zx > 0) || !(zz > 0)) return std::nullopt;
-  const Estimate found{zy / zx, std::sqrt(noise_sq * zz) / zx};
-  return std::isfinite(found.gain) && std::isfinite(found.error) ? std::optional(found) : std::nullopt;
-}
-
 std::span<const double> ResponseCheck::bias(std::size_t ago) const {
-  const std::size_t slots = delay_ + 3, at = (newest_ + slots - ago) % slots;
-  return std::span(history_).subspan(at * experts_, experts_);
+  return std::span(history_).subspan(place(ago) * experts_, experts_);
 }
 
 void ResponseCheck::remember(std::span<const double> in_force) {
   newest_ = (newest_ + 1) % (delay_ + 3);
-  signs_[newest_] = sign_;
+  probe_.remember(newest_);
   double* const to = history_.data() + newest_ * experts_;
   for_each_eight(experts_, [&](std::size_t i, auto at) {
     at.put(&to[i], smaller(larger(at.get(&in_force[i]), splat(kBias.least)), splat(kBias.most)));
@@ -231,56 +201,27 @@ void ResponseCheck::compare() {
   for_each_eight(experts_, body);
   if (known) moves_.add({sum_of(zy), sum_of(zx), sum_of(zz)}, 1);
   travel_ = {sum_of(wy), sum_of(ww), sum_of(noise)};
-  if (probes()) follow_probe();
-}
-
-// The load changes expected of the pattern are σ(pattern - mean) =: q. What is seen along q, in patterns: <q, y> / <q, q>,
-// and likewise the biases, which hold the probe and what the policy does meanwhile.
-void ResponseCheck::follow_probe() {
-  if (seen_ == load_along_.size()) return;
-  const std::span<const double> now = bias(delay_);
-  const double mean = sum_over(experts_,
-                               [&](std::size_t i, auto at) -> Double8 {
-                                 return at.get(&pattern_[i]) * at.get(&weight_[i]) * at.get(&slope_[i]);
-                               }) /
-                      weighted_.all;
-  const double mean_now = weighted_.now / weighted_.all;
-  Double8 qy = splat(0), qb = splat(0), qq = splat(0), noise = splat(0);
-  const auto body = [&](std::size_t i, auto at) {
-    const Double8 slope = at.get(&slope_[i]), q = at.keep(slope * (at.get(&pattern_[i]) - mean));
-    const Double8 load = at.get(&load_[0][i]);
-    qy += q * load;
-    qb += q * slope * (at.get(&now[i]) - mean_now);
-    qq += q * q;
-    noise += q * q * load;
-  };
-  for_each_eight(experts_, body);
-  if (!(sum_of(qq) > 1e-100)) return;
-  pattern_sq_ = sum_of(qq);
-  pattern_noise_ = sum_of(noise);
-  load_along_[seen_] = sum_of(qy) / pattern_sq_;
-  bias_along_[seen_] = sum_of(qb) / pattern_sq_;
-  sign_seen_[seen_] = signs_[(newest_ + signs_.size() - delay_) % signs_.size()];
-  ++seen_;
+  if (!probes()) return;
+  probe_.observe({weight_, slope_, now, load, weighted_.all, weighted_.now}, place(delay_));
 }
 
 void ResponseCheck::judge() {
   if (probes()) {
-    const bool all_made = decision_ > static_cast<std::int64_t>(kSigns.size());
-    if (!all_made) return;
+    if (!probe_.all_made()) return;
     // An answer in time is looked for first, then one that is late.
     const std::int64_t in_time = static_cast<std::int64_t>(delay_) + 1;
-    if (++waited_ == in_time && finds_answer(1)) return;
-    const std::int64_t latest = size_ < 1 ? 0 : static_cast<std::int64_t>(kLags) - 1;
-    if (waited_ == in_time + latest) finish_block();
+    const std::int64_t waited = probe_.wait();
+    if (waited == in_time && finds_answer(1)) return;
+    const std::int64_t latest = probe_.size() < 1 ? 0 : static_cast<std::int64_t>(kProbeLags) - 1;
+    if (waited == in_time + latest) finish_block();
     return;
   }
   if (held_) return;
-  const auto answered = [](const std::optional<Estimate>& found) {
+  const auto answered = [](const std::optional<GainEstimate>& found) {
     return found && found->gain - kSure * found->error > kAnswers && sharp(*found);
   };
-  const std::optional<Estimate> travel = travel_.estimate(2 * noise()),
-                                moves = full() ? moves_.estimate(2 * noise()) : std::nullopt;
+  const std::optional<GainEstimate> travel = travel_.estimate(2 * noise()),
+                                    moves = full() ? moves_.estimate(2 * noise()) : std::nullopt;
   // Moves are remembered over pauses: where the whole way since the last answer surely led to nothing, they are old.
   const bool silent = travel && travel->gain + kSure * travel->error < kAnswers;
   const bool by_travel = answered(travel), by_moves = !silent && answered(moves);
@@ -318,78 +259,28 @@ double ResponseCheck::first_size() const {
 
 void ResponseCheck::start_probe() {
   state_ = Response::kProbing;
-  blocks_ = 0;
-  probe_ = {};
   held_ = false;
-  size_ = first_size();
+  probe_.begin(first_size());
   start_block();
 }
 
+// A rate that leaves no room for a probe that tells is not fought.
 void ResponseCheck::start_block() {
-  decision_ = 0;
-  waited_ = 0;
-  seen_ = 0;
-  const double n = static_cast<double>(experts_);
-  const double load = std::min(std::sqrt(noise() / (kSigns.size() * n)) / kProbeError, kLargestProbe) * size_;
-  const double mean_slope = slope_sum_ / n;
-  std::size_t cut = 0;
-  for (std::size_t i = 0; i < experts_; ++i) {
-    const double size = mean_slope > 0 ? load / std::max(slope_[i], mean_slope / 4) : 0;
-    pattern_[i] = std::min(size, rate_ / 2) * (std::popcount(i & code_) % 2 == 0 ? 1 : -1);
-    cut += std::min(size, rate_ / 2) < size / 2 ? 1 : 0;
-  }
-  // A rate that leaves no room for a probe that tells is not fought.
-  if (2 * cut > experts_ && !held_) {
-    give_up();
-    return;
-  }
-  const double mean = sum_of(pattern_) / n;
-  for (double& part : pattern_) part -= mean;
-}
-
-// The regression over this block and those before it, for an answer that is `late` steps late.
-ResponseCheck::Sums ResponseCheck::answer(std::size_t late) const {
-  Sums sums = probe_[late];
-  if (seen_ < 5) return sums;
-  // A line is taken out of the signs and of what is seen.
-  const double n = static_cast<double>(seen_), middle = (n - 1) / 2;
-  const auto sign = [&](std::size_t t) { return t < late ? 0 : sign_seen_[t - late]; };
-  Line signs, loads;
-  for (std::size_t t = 0; t < seen_; ++t) {
-    const double from_middle = (static_cast<double>(t) - middle) / (n * (n * n - 1) / 12);
-    signs.mean += sign(t) / n;
-    signs.slope += sign(t) * from_middle;
-    loads.mean += load_along_[t] / n;
-    loads.slope += load_along_[t] * from_middle;
-  }
-  double zy = 0, zx = 0, zz = 0, yy = 0;
-  for (std::size_t t = 0; t < seen_; ++t) {
-    const double from_middle = static_cast<double>(t) - middle;
-    const double z = sign(t) - signs.mean - signs.slope * from_middle;
-    const double y = load_along_[t] - loads.mean - loads.slope * from_middle;
-    zy += z * y;
-    zx += z * bias_along_[t < late ? 0 : t - late];
-    zz += z * z;
-    yy += y * y;
-  }
-  // What the regression leaves over counts as noise if it exceeds what sampling explains: tokens come in lumps.
-  const double left = zz > 0 ? std::max(0.0, yy - zy * zy / zz) / (n - 3) : 0;
-  const double noise_along = std::max(noise() * pattern_noise_ / pattern_sq_, pattern_sq_ * left);
-  sums.add({pattern_sq_ * zy, pattern_sq_ * zx, pattern_sq_ * noise_along * zz}, 1);
-  return sums;
+  const bool room = probe_.start_block(slope_, slope_sum_ / static_cast<double>(experts_), noise());
+  if (!room && !held_) give_up();
 }
 
 // An instrument that hardly moved says nothing, however large its gain.
-bool ResponseCheck::sharp(const Estimate& found) {
+bool ResponseCheck::sharp(const GainEstimate& found) {
   return found.error < std::max(kSharp, kSharp * found.gain / 2);
 }
 
 bool ResponseCheck::finds_answer(std::size_t lags) {
   for (std::size_t late = 0; late < lags; ++late) {
-    const std::optional<Estimate> found = answer(late).estimate(1);
+    const std::optional<GainEstimate> found = probe_.answer(late, noise());
     if (!found || found->gain - kVerySure * found->error <= 0 || found->gain <= kAnswers) continue;
     if (!sharp(*found)) continue;
-    const double in_time = answer(0).estimate(1).value_or(Estimate{}).gain;
+    const double in_time = probe_.answer(0, noise()).value_or(GainEstimate{}).gain;
     if (late > 0 && found->gain <= 2 * std::abs(in_time)) continue;
     state_ = Response::kAnswers;
     found_ = found;
@@ -405,28 +296,28 @@ bool ResponseCheck::finds_answer(std::size_t lags) {
 }
 
 void ResponseCheck::finish_block() {
-  if (size_ == 1 && finds_answer(kLags)) return;
-  ++blocks_;
-  const std::optional<Estimate> found = answer(0).estimate(1);
-  if (size_ == 1 && found && found->gain + kVerySure * found->error < kSilent) {
+  const bool whole = probe_.size() == 1;
+  if (whole && finds_answer(kProbeLags)) return;
+  const std::int64_t blocks = probe_.count_block();
+  const std::optional<GainEstimate> found = probe_.answer(0, noise());
+  if (whole && found && found->gain + kVerySure * found->error < kSilent) {
     state_ = Response::kUnresponsive;
     found_ = found;
     late_ = 0;
     held_ = true;
-    pause();
+    probe_.pause();
     return;
   }
-  if (blocks_ >= kMaxBlocks) {
-    if (held_) return pause();
+  if (blocks >= kMaxBlocks) {
+    if (held_) return probe_.pause();
     give_up();
     return;
   }
   // A block that did not tell is made again without the policy, whose own moves may have covered it. Blocks of one size add
   // up, but for one that was covered.
   const bool clear = held_ || waits_ != Waits::kNo || (found && found->error < kSharp);
-  for (std::size_t late = 0; late < kLags; ++late) probe_[late] = size_ == 1 && clear ? answer(late) : Sums{};
-  if (size_ == 1 && waits_ == Waits::kNo) waits_ = Waits::kWhereItIs;
-  size_ = std::min(size_ * kSizeStep, 1.0);
+  probe_.end_block(clear, noise());
+  if (whole && waits_ == Waits::kNo) waits_ = Waits::kWhereItIs;
   start_block();
 }
 
@@ -437,18 +328,12 @@ void ResponseCheck::give_up() {
   set_reference(/*answered=*/false);
 }
 
-void ResponseCheck::pause() {
-  decision_ = -kPause;
-  blocks_ = 0;
-  probe_ = {};
-}
-
 void ResponseCheck::restart() {
   filled_ = nap_ = compared_ = 0;
   resting_ = referenced_ = false;
   error_over_floor_ = 0;
   if (held_) {
-    pause();
+    probe_.pause();
   } else {
     state_ = Response::kUnknown;
     found_.reset();
@@ -458,7 +343,7 @@ void ResponseCheck::restart() {
 
 void ResponseCheck::hold() {
   state_ = Response::kUnresponsive;
-  found_ = Estimate{0, 0};
+  found_ = GainEstimate{0, 0};
   late_ = 0;
   held_ = true;
   restart();
@@ -466,13 +351,9 @@ void ResponseCheck::hold() {
 
 void ResponseCheck::release() {
   held_ = false;
-  decision_ = quiet_ = 0;
+  probe_.stop();
+  quiet_ = 0;
   restart();
-}
-
-double ResponseCheck::next_sign() const {
-  const bool moves = probes() && decision_ < static_cast<std::int64_t>(kSigns.size());
-  return moves ? kSigns[static_cast<std::size_t>(decision_)] : 0;
 }
 
 void ResponseCheck::adjust(std::span<double> wanted, LimitReport& why) const {
@@ -481,33 +362,25 @@ void ResponseCheck::adjust(std::span<double> wanted, LimitReport& why) const {
   if (!probes()) return;
   if (!held_ && waits_ == Waits::kWhereItIs) {
     const std::span<const double> now = bias(0);
-    for (std::size_t i = 0; i < experts_; ++i) wanted[i] = now[i] - (sign_ != 0 ? offset_[i] : 0);
+    const std::span<const double> offset = probe_.offset();
+    for (std::size_t i = 0; i < experts_; ++i) wanted[i] = now[i] - (offset.empty() ? 0 : offset[i]);
   }
-  const double sign = next_sign();
-  for (std::size_t i = 0; i < experts_; ++i) wanted[i] += sign * pattern_[i];
+  probe_.add_to(wanted);
   why.add(Reason::kProbe);
-}
-
-void ResponseCheck::leave_probe() {
-  sign_ = 0;
-  std::fill(offset_.begin(), offset_.end(), 0.0);
 }
 
 void ResponseCheck::on_applied(const LimitReport& why) {
   if (!probes() && !held_) {
     // A probe that was broken off is in force until the biases move again.
-    if (sign_ != 0 && (!why.held() || why.has(Reason::kDeadband))) leave_probe();
+    if (!offset().empty() && (!why.held() || why.has(Reason::kDeadband))) leave_probe();
     return;
   }
   if (why.has(Reason::kGuard) || why.has(Reason::kRollback) || why.has(Reason::kFallback)) {
     leave_probe();
     restart();
   } else if (!why.held() || why.has(Reason::kDeadband)) {
-    sign_ = next_sign();
-    for (std::size_t i = 0; i < experts_; ++i) offset_[i] = sign_ * pattern_[i];
-    decision_ = std::min<std::int64_t>(decision_ + 1, kSigns.size() + 1);
-    if (decision_ != 0) return;
-    size_ = first_size();
+    if (!probe_.advance()) return;
+    probe_.begin(first_size());
     start_block();
   }
 }
@@ -531,16 +404,11 @@ std::optional<double> ResponseCheck::reach() const {
 }
 
 void ResponseCheck::exchange(StateIo& io) {
-  const auto sums = [&](Sums& of) {
-    io.value("response.zy", of.zy, kSum);
-    io.value("response.zx", of.zx, kSum);
-    io.value("response.zz", of.zz, {0, kSum.most});
-  };
   io.values("response.slope", slope_, kLoad);
   slope_sum_ = sum_of(slope_);
   io.value("response.scaled", scaled_);
   io.values("response.history", history_, kBias);
-  std::int64_t newest = static_cast<std::int64_t>(newest_), seen = static_cast<std::int64_t>(seen_);
+  std::int64_t newest = static_cast<std::int64_t>(newest_);
   io.value("response.newest", newest, {0, static_cast<std::int64_t>(delay_) + 2});
   newest_ = static_cast<std::size_t>(newest);
   io.value("response.steps", filled_);
@@ -556,31 +424,15 @@ void ResponseCheck::exchange(StateIo& io) {
   io.value("response.floor_sq", floor_sq_, {0, 1e100});
   io.value("response.noise_sq", noise_sq_, {0, 1e100});
   io.value("response.error_over_floor", error_over_floor_, {0, 1e6});
-  sums(moves_);
+  moves_.exchange(io, kSum);
   std::int64_t state = static_cast<std::int64_t>(state_), late = late_;
   io.value("response.state", state, {0, kResponseCount - 1});
   state_ = static_cast<Response>(state);
   io.value("response.quiet", quiet_);
   io.value("response.backoff", backoff_);
   io.values("response.base", base_, kBias);
-  io.values("response.pattern", pattern_, kBias);
-  constexpr auto kDecisions = static_cast<std::int64_t>(kSigns.size());
-  io.value("response.decision", decision_, {-kPause, kDecisions + 1});
-  io.value("response.waited", waited_);
-  io.value("response.blocks", blocks_);
-  io.value("response.size", size_, {0, 1});
-  io.values("response.offset", offset_, kBias);
-  io.value("response.sign", sign_, {-1, 1});
-  io.values("response.signs", signs_, {-1, 1});
-  io.values("response.sign_seen", sign_seen_, {-1, 1});
-  io.values("response.bias_along", bias_along_, kSum);
-  io.values("response.load_along", load_along_, kSum);
-  io.value("response.seen", seen, {0, static_cast<std::int64_t>(load_along_.size())});
-  seen_ = static_cast<std::size_t>(seen);
-  io.value("response.pattern_sq", pattern_sq_, {0, 1e100});
-  io.value("response.pattern_noise", pattern_noise_, {0, 1e100});
-  for (Sums& probe : probe_) sums(probe);
-  io.value("response.late", late, {0, static_cast<std::int64_t>(kLags) - 1});
+  probe_.exchange(io, kBias, kSum);
+  io.value("response.late", late, {0, static_cast<std::int64_t>(kProbeLags) - 1});
   late_ = static_cast<int>(late);
   io.value("response.held", held_);
   std::int64_t waits = static_cast<std::int64_t>(waits_);
@@ -588,7 +440,7 @@ void ResponseCheck::exchange(StateIo& io) {
   waits_ = static_cast<Waits>(waits);
   io.value("response.based", based_);
   bool found = found_.has_value();
-  Estimate estimate = found_.value_or(Estimate{});
+  GainEstimate estimate = found_.value_or(GainEstimate{});
   io.value("response.found", found);
   io.value("response.gain", estimate.gain);
   io.value("response.error", estimate.error, StateIo::kNotNegative);
@@ -596,7 +448,8 @@ void ResponseCheck::exchange(StateIo& io) {
   io.check(held_ == (state_ == Response::kUnresponsive), "response.held", "agree with the state");
   io.check(found || (state_ != Response::kAnswers && !held_), "response.found",
            "be there if the load was judged");
-  io.check(state_ != Response::kProbing || decision_ >= 0, "response.decision", "not be negative in a probe");
+  io.check(state_ != Response::kProbing || !probe_.paused(), "response.decision",
+           "not be negative in a probe");
 }
 
 }  // namespace moectl

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 #include <stdexcept>
+#include <tuple>
 
 #include "base/lanes.h"
 #include "control/config_check.h"
@@ -83,12 +84,6 @@ double take_mean_out(std::span<double> values) {
   return shift;
 }
 
-bool all_finite(std::span<const double> v) {
-  // x - x is zero for finite x and NaN otherwise; NaN survives the sum.
-  return sum_over(v.size(),
-                  [&](std::size_t i, auto at) -> Double8 { return at.get(&v[i]) - at.get(&v[i]); }) == 0;
-}
-
 // The largest of measure(i, at), at least 0.
 template <class Measure>
 double largest(std::size_t size, Measure measure) {
@@ -101,13 +96,6 @@ bool all_inside(std::span<const double> v, std::span<const double> lo, std::span
   return largest(v.size(), [&](std::size_t i, auto at) {
            const Double8 x = at.get(&v[i]);
            return larger(at.get(&lo[i]) - x, x - at.get(&hi[i]));
-         }) == 0;
-}
-
-bool all_equal(std::span<const double> a, std::span<const double> b) {
-  return largest(a.size(), [&](std::size_t i, auto at) {
-           const Double8 difference = at.get(&a[i]) - at.get(&b[i]);
-           return larger(difference, -difference);
          }) == 0;
 }
 
@@ -160,21 +148,16 @@ std::optional<ConfigProblem> problem_in(Actuator actuator, const Limits& limits,
   const std::string range = '[' + shown(limits.min) + ", " + shown(limits.max) + ']';
   if (limits.min > limits.max)
     return wrong("min", limits.min, "must not exceed max (" + shown(limits.max) + ")");
-  if (actuator == Actuator::kAuxLossWeight && limits.min < 0)
-    return wrong("min", limits.min, "must be at least 0 for an auxiliary loss weight");
-  if (actuator == Actuator::kRouterTemperature && limits.min <= 0)
-    return wrong("min", limits.min, "must be above 0 for a temperature");
-  // Beyond these, sums over experts and factors e^rate would no longer be numbers, and means would lose their digits.
-  constexpr double kFarthest = 1e9, kLargestRatio = 100;
-  for (const auto& [key, value] : {std::pair{"min", limits.min}, std::pair{"max", limits.max}}) {
-    if (std::abs(value) > kFarthest) return wrong(key, value, "must be of magnitude at most 1e9");
+  // What an actuator allows less of than the list of the keys.
+  const Range of_value = actuator == Actuator::kAuxLossWeight       ? kWeight
+                         : actuator == Actuator::kRouterTemperature ? kTemperature
+                                                                    : kApplied;
+  const Range of_rate = is_multiplicative(actuator) ? kScalarRate : kRate;
+  for (const auto& [key, value, range_of_key] :
+       {std::tuple{"min", limits.min, of_value}, std::tuple{"rate", limits.rate, of_rate}}) {
+    const std::string constraint = violated(range_of_key, value);
+    if (!constraint.empty()) return wrong(key, value, constraint + " for " + std::string(name_of(actuator)));
   }
-  if (actuator == Actuator::kRouterTemperature && limits.min < 1 / kFarthest)
-    return wrong("min", limits.min, "must be at least 1e-9: a float32 that the router divides by");
-  if (!is_multiplicative(actuator) && limits.rate > kFarthest)
-    return wrong("rate", limits.rate, "must be at most 1e9");
-  if (is_multiplicative(actuator) && limits.rate > kLargestRatio)
-    return wrong("rate", limits.rate, "must be at most 100: a factor of e^100 in one decision");
   if (limits.center && is_multiplicative(actuator))
     return wrong("center", true, "only expert biases can be centred");
   if (limits.center && (limits.min > 0 || limits.max < 0))
@@ -257,7 +240,7 @@ LimitReport SafetyLimiter::apply(const LimitContext& context, std::span<const do
     const double mean = sum_of(sum) / static_cast<double>(next_.size());
     // Rarely so, and then looked at exactly.
     if (std::max(largest_of(most) - mean, mean + largest_of(-least)) > *context.reach)
-      stay_within_reach(*context.reach, applied, report);
+      stay_within_reach(context, applied, report);
   }
   if (options_.oscillation && back_off(applied) < 1) report.add(Reason::kOscillation);
   if (limits_.deadband > 0 && largest_move(applied) <= limits_.deadband) {
@@ -409,7 +392,12 @@ void SafetyLimiter::clip_biases(std::span<const double> applied, LimitReport& re
 }
 
 // Outwards only: a bias that is farther out already, as one that was loaded, may stay or come back.
-void SafetyLimiter::stay_within_reach(double reach, std::span<const double> applied, LimitReport& report) {
+// Without what is known to be good, noise would take far biases inwards step by step, and never back.
+void SafetyLimiter::stay_within_reach(const LimitContext& context, std::span<const double> applied,
+                                      LimitReport& report) {
+  const double reach = *context.reach;
+  const std::span<const double> good = context.known_good;
+  const double good_mean = good.empty() ? 0 : mean(good);
   const double wanted_mean = mean(next_), applied_mean = mean(applied);
   const double farthest = largest(next_.size(), [&](std::size_t i, auto at) -> Double8 {
     const Double8 away = at.keep(at.get(&next_[i]) - wanted_mean);
@@ -417,7 +405,8 @@ void SafetyLimiter::stay_within_reach(double reach, std::span<const double> appl
   });
   if (farthest <= reach) return;
   for (std::size_t i = 0; i < next_.size(); ++i) {
-    const double most = std::max(reach, std::abs(applied[i] - applied_mean));
+    const double most = std::max(
+        {reach, std::abs(applied[i] - applied_mean), good.empty() ? 0 : std::abs(good[i] - good_mean)});
     const double away = next_[i] - wanted_mean;
     if (std::abs(away) <= most) continue;
     next_[i] = wanted_mean + (away > 0 ? most : -most);

@@ -26,6 +26,8 @@ struct LimitContext {
   std::optional<double> loss = {};
   std::optional<double> drop_rate = {};
   std::optional<double> reach = {};  ///< Biases: the farthest from their mean that the scores justify.
+  /// Biases that are justified by what the load did, however far they are; or empty.
+  std::span<const double> known_good = {};
 };
 
 /// The limits of one actuator of one layer, and the memory they need. Does not allocate after construction.
@@ -55,7 +57,7 @@ class SafetyLimiter {
   bool must_roll_back(const LimitContext& context);
   void remember_good(std::int64_t step, std::span<const double> applied);
   double largest_move(std::span<const double> applied) const;
-  void stay_within_reach(double reach, std::span<const double> applied, LimitReport& report);
+  void stay_within_reach(const LimitContext& context, std::span<const double> applied, LimitReport& report);
   double back_off(std::span<const double> applied);
   void clip_biases(std::span<const double> applied, LimitReport& report);
   void clip_scalar(double applied, LimitReport& report);

@@ -8,8 +8,10 @@
 namespace moectl {
 namespace {
 
+constexpr auto kBias = static_cast<std::size_t>(Actuator::kExpertBias);
+
 ActuatorSample sample_of(const ActuatorReport& report) {
-  ActuatorSample sample{report.applied, {}, {}, report.reasons};
+  ActuatorSample sample{report.applied, {}, {}, report.reasons, report.responsiveness};
   if (!report.applied.empty()) {
     const auto [min, max] = std::minmax_element(report.applied.begin(), report.applied.end());
     sample.min = *min;
@@ -51,7 +53,6 @@ StepSample sample_of(const StepReport& report, const LayerReport* layer) {
     sample.metrics = layer->metrics;
     if (layer->stats && layer->stats->valid()) sample.stats = layer->stats;
     if (sample.stats) sample.tokens = sample.stats->tokens();
-    sample.responsiveness = layer->responsiveness;
     if (layer->monitor) {
       sample.health = name_of(layer->monitor->health());
       sample.alerts = layer->monitor->alerts();
@@ -59,6 +60,7 @@ StepSample sample_of(const StepReport& report, const LayerReport* layer) {
   }
   const ActuatorReport(&actuators)[kActuatorCount] = layer ? layer->actuators : report.model;
   for (std::size_t a = 0; a < kActuatorCount; ++a) sample.actuators[a] = sample_of(actuators[a]);
+  if (layer) sample.actuators[kBias].responsiveness = layer->responsiveness;
   return sample;
 }
 
@@ -72,7 +74,6 @@ StepSample sample_of(const LogRecord& record, const Metrics& metrics, std::vecto
   if (record.stats.experts() > 0) sample.stats = &record.stats;
   sample.tokens = sample.stats ? sample.stats->tokens() : record.tokens;
   sample.health = record.health;
-  sample.responsiveness = record.responsiveness;
   if (alerts) {
     alerts->assign(record.alerts.begin(), record.alerts.end());
     sample.alerts = *alerts;
@@ -81,8 +82,9 @@ StepSample sample_of(const LogRecord& record, const Metrics& metrics, std::vecto
     const auto it = record.actuators.find(std::string(name_of(kActuators[a])));
     if (it == record.actuators.end()) continue;
     const LoggedActuator& logged = it->second;
-    sample.actuators[a] = {logged.applied, logged.min, logged.max, reasons_of(logged)};
+    sample.actuators[a] = {logged.applied, logged.min, logged.max, reasons_of(logged), logged.responsiveness};
   }
+  sample.actuators[kBias].responsiveness = record.responsiveness;
   return sample;
 }
 

@@ -19,6 +19,7 @@ struct ActuatorSample {
   std::span<const double> applied;  ///< Empty if not logged.
   std::optional<double> min, max;   ///< Of applied; absent if the actuator decided nothing here.
   LimitReport reasons;
+  Responsiveness responsiveness{};
 };
 
 /// Views of memory that belongs to the report or the record.
@@ -32,7 +33,6 @@ struct StepSample {
   const LoadTargets* targets = nullptr;  ///< Null: equal ones.
   std::string_view health;               ///< Empty if not known.
   std::span<const std::string_view> alerts;
-  Responsiveness responsiveness;
   ActuatorSample actuators[kActuatorCount];
 };
 

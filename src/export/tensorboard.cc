@@ -179,9 +179,11 @@ class TensorBoardWriter::File {
         scalar(tags.metrics[i], sample.metrics->*fields_[i]->value);
     }
     if (!sample.health.empty()) health_.add(sample.health);
-    const Responsiveness& found = sample.responsiveness;
-    if (found.state != Response::kNotApplicable) responses_.add(name_of(found.state));
-    scalar(tags.gain, found.gain);
+    for (std::size_t a = 0; a < kActuatorCount; ++a) {
+      const Responsiveness& found = sample.actuators[a].responsiveness;
+      if (found.state != Response::kNotApplicable) responses_[a].add(name_of(found.state));
+      scalar(tags.gains[a], found.gain);
+    }
     for (const std::string_view alert : sample.alerts) alerts_.add(alert);
     for (const Actuator which : kActuators) {
       const auto a = static_cast<std::size_t>(which);
@@ -225,7 +227,7 @@ class TensorBoardWriter::File {
   /// The tags of one layer, made once.
   struct Tags {
     std::vector<std::string> metrics;
-    std::string actuators[kActuatorCount], load, gain;
+    std::string actuators[kActuatorCount], gains[kActuatorCount], load;
   };
 
   const Tags& tags_of(int layer) {
@@ -234,10 +236,13 @@ class TensorBoardWriter::File {
     const std::string of = layer < 0 ? "/model" : "/layer_" + std::to_string(layer);
     Tags tags;
     for (const MetricField* field : fields_) tags.metrics.push_back(std::string(field->name) + of);
-    for (const Actuator which : kActuators)
-      tags.actuators[static_cast<std::size_t>(which)] = std::string(name_of(which)) + of;
+    for (const Actuator which : kActuators) {
+      const auto a = static_cast<std::size_t>(which);
+      tags.actuators[a] = std::string(name_of(which)) + of;
+      tags.gains[a] =
+          (which == Actuator::kExpertBias ? "" : std::string(name_of(which)) + '_') + "response_gain" + of;
+    }
     tags.load = "load" + of;
-    tags.gain = "response_gain" + of;
     return tags_.emplace(layer, std::move(tags)).first->second;
   }
 
@@ -275,7 +280,7 @@ class TensorBoardWriter::File {
     };
     health_.take(put_count);
     alerts_.take(put_count);
-    responses_.take(put_count);
+    for (Tally& tally : responses_) tally.take(put_count);
     for (Tally& tally : reasons_) tally.take(put_count);
     put_event();
   }
@@ -367,7 +372,9 @@ class TensorBoardWriter::File {
   std::optional<std::int64_t> step_;
   std::optional<LayerMean> mean_;
   std::pair<std::string, std::int64_t> last_loss_;
-  Tally health_{"health/"}, alerts_{"alerts/"}, responses_{"response/"};
+  Tally health_{"health/"}, alerts_{"alerts/"};
+  Tally responses_[kActuatorCount] = {Tally("response/"), Tally("aux_loss_weight_response/"),
+                                      Tally("router_temperature_response/")};
   Tally reasons_[kActuatorCount] = {Tally("reasons/expert_bias_"), Tally("reasons/aux_loss_weight_"),
                                     Tally("reasons/router_temperature_")};
   std::vector<double> values_;

@@ -164,6 +164,11 @@ ActuatorJudgement judge_actuators(const ControllerConfig& config) {
         "0. The biases and the temperature act alone. If the router has an auxiliary loss, give "
         "aux_loss_weight.initial its weight; if it has none, set guard.aux_factor to 1");
   }
+  if (config.safety.responsiveness && aux.policy != "fixed") {
+    found.notes.push_back(
+        "safety.responsiveness: whether the load answers aux_loss_weight is not judged: it acts through the "
+        "learning, over tens to hundreds of steps");
+  }
   return found;
 }
 

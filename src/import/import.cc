@@ -29,15 +29,19 @@ struct Format {
   ImportFormat shown;
   OpenReader open;
   bool whole = false;  ///< Has a value for every expert: a layer with fewer columns has fewer experts.
+  bool micro_batches = false;  ///< Tells the micro-batches, or forward passes, of a step.
 };
 const std::vector<Format>& formats() {
   static const std::vector<Format> kFormats = {
       {{"sglang", "CSV layer_id,expert_id,count of each rank, or the array logical_count as .npy"},
        open_sglang},
       {{"vllm", "routed_experts [tokens, layers, k] as .npy, .npz or JSON lines"}, open_vllm},
-      {{"megatron", "router_trace_rankN.jsonl, JSON lines with top_indices, or with tpe"}, open_megatron},
-      {{"hf", "router_logits [layers, tokens, experts] as .npy"}, open_router_logits, true},
-      {{"llama.cpp", "CSV layer,expert, a row for each choice"}, open_llama_cpp},
+      {{"megatron", "router_trace_rankN.jsonl, JSON lines with top_indices, or with tpe"},
+       open_megatron,
+       false,
+       true},
+      {{"hf", "router_logits [layers, tokens, experts] as .npy"}, open_router_logits, true, true},
+      {{"llama.cpp", "CSV layer,expert, a row for each choice"}, open_llama_cpp, false, true},
       {{"wandb", "CSV export with a column for each layer and expert"}, open_wandb, true},
       {{"tensorboard", "event file with a scalar for each layer and expert"}, open_tensorboard, true},
       {{"csv", "matrix, a row a step, a column an expert"}, open_matrix, true},
@@ -53,11 +57,13 @@ std::string_view resembles(Bytes& file) {
     if (holds("'<f") || holds("'>f")) return "hf";
     return holds("u1'") || holds("u2'") ? "vllm" : "sglang";
   }
-  if (start.starts_with("PK\x03\x04")) return "vllm";
+  // torch.save writes a zip archive with the pickle data.pkl, and wrote a bare pickle before PyTorch 1.6.
+  if (start.starts_with("PK\x03\x04")) return holds("/data.pkl") ? "torch" : "vllm";
+  if (start.starts_with("\x80\x02\x8a\x0a")) return "torch";
   if (start.starts_with('{')) {
     if (holds("\"format\":\"moectl-")) return "moectl";
     if (holds("\"top_indices\"") || holds("\"tpe\"")) return "megatron";
-    return holds("\"routed_experts\"") ? "vllm" : "";
+    return holds("routed_experts\"") ? "vllm" : "";
   }
   if (start.size() >= 12) {
     std::uint32_t crc = 0;
@@ -129,6 +135,11 @@ class RankFiles {
     nearest_ = resembles(*bytes_);
     if (nearest_ == "moectl")
       throw ImportError(bytes_->name() + ": this is a trace or run log of moectl already");
+    if (nearest_ == "torch")
+      throw ImportError(
+          bytes_->name() + ": a file of torch.save, which only PyTorch reads: python3 -m moectl.convert " +
+          fs::path(name).filename().string() +
+          " --top-k K -o TRACE makes a trace of a dump of SGLang; save another one's array as .npy");
     // Rows of layer, expert and count would pass for a matrix.
     if (format_.shown.name == "csv" && (nearest_ == "sglang" || nearest_ == "llama.cpp"))
       fail(ImportError(bytes_->name() + ": expected a matrix of numbers"));
@@ -199,9 +210,10 @@ class Source {
       of_rank.sort_by_time();
       lanes_.push_back({rank, std::move(of_rank), {}, true});
     }
-    if (options.by_rank && ranks.count(-1))
-      throw ImportError(
-          "--by rank: the names of the files must tell the rank, such as router_trace_rank0.jsonl");
+    // Micro-batches of a single process have no rank.
+    if (ranks.count(-1) && (options.by_rank || (options.by_micro_batch && ranks.size() > 1)))
+      throw ImportError("--by: the names of the files must tell the rank, such as router_trace_rank0.jsonl");
+    apart_ = options.by_rank || (options.by_micro_batch && !ranks.count(-1));
     for (Lane& lane : lanes_) lane.more = lane.files.next(lane.step);
   }
 
@@ -216,18 +228,17 @@ class Source {
       if (lane.more && lane.step.step == first) here.push_back(&lane);
     }
     // Ranks of tensor parallelism see the same tokens: their sum would count each of them several times.
-    const bool copies =
-        !options_.by_rank && here.size() > 1 && std::ranges::all_of(here, [&](const Lane* lane) {
-          return lane->step.layers == here[0]->step.layers;
-        });
+    const bool copies = !apart_ && here.size() > 1 && std::ranges::all_of(here, [&](const Lane* lane) {
+      return lane->step.layers == here[0]->step.layers;
+    });
     if (copies) {
       notes_.say("the ranks hold the same counts: taken once, as copies of the same tokens");
-    } else if (here.size() > 1 && !options_.by_rank) {
+    } else if (here.size() > 1 && !apart_) {
       notes_.say("the counts of the ranks are added up; --by rank keeps them apart");
     }
     for (Lane* lane : here) {
       if (!copies || lane == here[0]) {
-        const std::string rank = options_.by_rank ? "rank" + std::to_string(lane->rank) : "";
+        const std::string rank = apart_ ? "rank" + std::to_string(lane->rank) : "";
         for (auto& [key, layer] : lane->step.layers) {
           const std::string joint = rank.empty() || key.second.empty() ? "" : "/";
           const auto [it, is_new] = step.layers.try_emplace({key.first, rank + joint + key.second}, layer);
@@ -249,6 +260,7 @@ class Source {
   const ImportOptions& options_;
   ImportNotes& notes_;
   std::vector<Lane> lanes_;
+  bool apart_ = false;  // ranks
 };
 
 /// Writes a trace. A file takes its name once it is whole.
@@ -431,6 +443,14 @@ ImportReport import_trace(std::string_view name, const std::vector<std::string>&
                           const std::string& output, const ImportOptions& options) {
   const auto format = std::ranges::find(formats(), name, [](const Format& f) { return f.shown.name; });
   if (format == formats().end()) throw ImportError("format: " + std::string(name) + ": unknown");
+  if (options.by_micro_batch && !format->micro_batches) {
+    std::string names;
+    for (const Format& f : formats()) {
+      if (f.micro_batches) names += (names.empty() ? "" : ", ") + std::string(f.shown.name);
+    }
+    throw ImportError("--by micro-batch: a dump of " + std::string(name) +
+                      " does not tell micro-batches; those of " + names + " do");
+  }
   ImportNotes notes;
   std::vector<std::pair<std::string, std::string>> inputs;
   std::vector<std::unique_ptr<Spool>> spools;
@@ -479,7 +499,7 @@ ImportReport import_trace(std::string_view name, const std::vector<std::string>&
   for (Source source(*format, inputs, options, notes); source.next(step);) {
     ++report.steps;
     for (const auto& [key, layer] : step.layers) {
-      if (options.pairs > 0 && !key.second.starts_with("mtp")) {
+      if (options.pairs > 0 && key.second.find("mtp") == std::string::npos) {
         Pairs& of = pairs[key.first];
         of.both += layer.pairs;
         of.tokens = added(of.tokens, layer.tokens.value_or(0));

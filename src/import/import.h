@@ -28,6 +28,8 @@ struct ImportOptions {
   std::string tag = "train";
   int pairs = 0;         ///< So many pairs of experts for each layer in the report; 0 = none.
   bool by_rank = false;  ///< Ranks apart, under the tags rank0, rank1, …; else summed.
+  /// Micro-batches apart as well, under rank0/mb0, rank0/mb1, …, or mb0, mb1, … where no rank is known.
+  bool by_micro_batch = false;
 };
 
 struct ImportFormat {

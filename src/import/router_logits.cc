@@ -18,6 +18,7 @@ class RouterLogitsReader : public StepReader {
         array_(file, file.name()),
         top_k_(needed_top_k(file, options)),
         pairs_(options.pairs > 0),
+        apart_(options.by_micro_batch),
         sigmoid_(options.scores == "sigmoid"),
         sequence_length_(options.sequence_length) {
     const auto& shape = array_.shape();
@@ -44,7 +45,9 @@ class RouterLogitsReader : public StepReader {
     if (step_ == steps_) return false;
     step.step = step_++;
     step.layers.clear();
-    for (std::int64_t l = 0; l < layers_; ++l) read_layer(l, step.layers[{static_cast<int>(l), ""}]);
+    // Logits of one forward pass are one micro-batch.
+    const std::string tag = apart_ ? "mb0" : "";
+    for (std::int64_t l = 0; l < layers_; ++l) read_layer(l, step.layers[{static_cast<int>(l), tag}]);
     return true;
   }
 
@@ -146,7 +149,7 @@ class RouterLogitsReader : public StepReader {
   Bytes& file_;
   NpyReader array_;
   int top_k_;
-  bool pairs_;
+  bool pairs_, apart_;
   bool sigmoid_;
   std::int64_t sequence_length_;
   std::int64_t experts_ = 0, tokens_ = 0, layers_ = 0, steps_ = 0, step_ = 0;

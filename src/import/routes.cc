@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <array>
 #include <charconv>
+#include <map>
 #include <set>
 
 #include "import/steps.h"
@@ -67,9 +68,38 @@ class Sequence {
   std::vector<Layer> layers_;
 };
 
-/// Adds an array [tokens, layers, k] as one sequence; returns its tokens.
-std::int64_t add_array(NpyReader& array, const std::string& place, bool pairs, ImportedStep& step,
-                       ImportNotes& notes) {
+/// A sequence whose arrays come one after another: those of a prompt and of what was generated from it.
+class Request {
+ public:
+  Request(ImportedStep& step, bool pairs) : step_(step), pairs_(pairs) {}
+  /// The choices of layers, [layers, k]; those of an array must be as many as before.
+  Sequence& sequence(std::int64_t layers, int top_k, const std::string& place) {
+    if (!sequence_) {
+      layers_ = layers;
+      top_k_ = top_k;
+      sequence_.emplace(step_, layers, top_k, pairs_);
+    }
+    if (layers != layers_ || top_k != top_k_)
+      throw ImportError(place + ": [tokens, " + std::to_string(layers) + ", " + std::to_string(top_k) +
+                        "]: expected [tokens, " + std::to_string(layers_) + ", " + std::to_string(top_k_) +
+                        "], as in the rest of the request");
+    return *sequence_;
+  }
+  void close(ImportNotes& notes) {
+    if (sequence_) sequence_->close(notes);
+    sequence_.reset();
+  }
+
+ private:
+  ImportedStep& step_;
+  bool pairs_;
+  std::int64_t layers_ = 0;
+  int top_k_ = 0;
+  std::optional<Sequence> sequence_;
+};
+
+/// Adds an array [tokens, layers, k] to a request; returns its tokens.
+std::int64_t add_array(NpyReader& array, const std::string& place, Request& request) {
   const auto& shape = array.shape();
   if (shape.size() != 3 || array.is_float() || shape[1] > kMostLayers || shape[2] < 1 || shape[2] > 1024) {
     throw ImportError(
@@ -77,7 +107,7 @@ std::int64_t add_array(NpyReader& array, const std::string& place, bool pairs, I
         ": expected an array [tokens, layers, k] of whole numbers, the experts of each token: found " +
         array.description());
   }
-  Sequence sequence(step, shape[1], static_cast<int>(shape[2]), pairs);
+  Sequence& sequence = request.sequence(shape[1], static_cast<int>(shape[2]), place);
   std::vector<std::int64_t> experts(static_cast<std::size_t>(shape[2]));
   for (std::int64_t t = 0; t < shape[0]; ++t) {
     for (std::int64_t l = 0; l < shape[1]; ++l) {
@@ -85,11 +115,11 @@ std::int64_t add_array(NpyReader& array, const std::string& place, bool pairs, I
       sequence.add(static_cast<std::size_t>(l), experts, place);
     }
   }
-  sequence.close(notes);
   return shape[0];
 }
 
-// ---- vLLM: docs/features/routed_experts.md of vllm-project/vllm, pull request 28284. ----
+// ---- vLLM: docs/features/routed_experts.md of vllm-project/vllm, pull request 28284. A response has the experts of all tokens
+// but the last in each choice; in 0.21 those of the prompt come apart, as prompt_routed_experts of the whole response. ----
 
 class VllmReader : public StepReader {
  public:
@@ -123,14 +153,14 @@ class VllmReader : public StepReader {
     if (kind_ == Kind::kArray) {
       if (file_.peek(1).empty()) return -1;  // arrays may stand one after another in a stream
       NpyReader array(file_, file_.name());
-      return add_array(array, file_.name(), options_.pairs > 0, step, notes_);
+      return add_whole(array, file_.name(), step);
     }
     if (kind_ == Kind::kArchive) {
       std::string name;
       ByteStream* const entry = archive_->next(name);
       if (!entry) return -1;
       NpyReader array(*entry, file_.name() + ": " + name);
-      return add_array(array, file_.name() + ": " + name, options_.pairs > 0, step, notes_);
+      return add_whole(array, file_.name() + ": " + name, step);
     }
     std::string_view line;
     do {
@@ -143,31 +173,46 @@ class VllmReader : public StepReader {
                         ": expected a JSON object with routed_experts: not JSON: " + e.what());
     }
     std::int64_t tokens = 0;
-    bool found = add_field(parser_.value(), step, tokens);
+    // The prompt is routed once; the choices generated from it go on from there, the first in the same sequence.
+    Request request(step, options_.pairs > 0);
+    bool found = add_field(parser_.value(), "prompt_routed_experts", request, tokens);
+    found = add_field(parser_.value(), "routed_experts", request, tokens) || found;
     if (const auto choices = parser_.value().find("choices"); choices && choices->is_array()) {
-      for (const JsonValue choice : choices->elements()) found = add_field(choice, step, tokens) || found;
+      for (const JsonValue choice : choices->elements()) {
+        found = add_field(choice, "routed_experts", request, tokens) || found;
+        request.close(notes_);
+      }
     }
+    request.close(notes_);
     if (!found)
-      throw ImportError(
-          file_.place() +
-          ": expected routed_experts, as [tokens, layers, k] or base64 of a .npy array: not there");
+      throw ImportError(file_.place() +
+                        ": expected routed_experts, as [tokens, layers, k] or base64 of a .npy array: not "
+                        "there (null without "
+                        "--enable-return-routed-experts)");
     return tokens;
   }
 
-  bool add_field(JsonValue object, ImportedStep& step, std::int64_t& tokens) {
-    const auto field = object.find("routed_experts");
+  std::int64_t add_whole(NpyReader& array, const std::string& place, ImportedStep& step) {
+    Request request(step, options_.pairs > 0);
+    const std::int64_t tokens = add_array(array, place, request);
+    request.close(notes_);
+    return tokens;
+  }
+
+  bool add_field(JsonValue object, const char* name, Request& request, std::int64_t& tokens) {
+    const auto field = object.find(name);
     if (!field || field->is_null()) return false;
-    const std::string place = file_.place() + ": routed_experts";
+    const std::string place = file_.place() + ": " + name;
     if (field->is_string()) {
       const std::string bytes = decode_base64(field->text(), place);
       MemoryStream stream(bytes);
       NpyReader array(stream, place);
-      tokens += add_array(array, place, options_.pairs > 0, step, notes_);
+      tokens += add_array(array, place, request);
       return true;
     }
     const auto wrong = [&] { return ImportError(place + ": expected whole numbers as [tokens, layers, k]"); };
     if (!field->is_array()) throw wrong();
-    std::optional<Sequence> sequence;
+    Sequence* sequence = nullptr;
     std::size_t layers = 0, top_k = 0;
     std::vector<std::int64_t> experts;
     for (const JsonValue token : field->elements()) {
@@ -185,15 +230,13 @@ class VllmReader : public StepReader {
           layers = token.size();
           top_k = experts.size();
           if (top_k < 1 || top_k > 1024) throw wrong();
-          sequence.emplace(step, static_cast<std::int64_t>(layers), static_cast<int>(top_k),
-                           options_.pairs > 0);
+          sequence = &request.sequence(static_cast<std::int64_t>(layers), static_cast<int>(top_k), place);
         }
         if (experts.size() != top_k) throw wrong();
         sequence->add(l++, experts, place);
       }
       ++tokens;
     }
-    if (sequence) sequence->close(notes_);
     return true;
   }
 
@@ -221,6 +264,7 @@ class MegatronReader : public StepReader {
   bool next(ImportedStep& step) override {
     if (!more_) return false;
     step.layers.clear();
+    micro_batches_.clear();
     step.step = step_;
     while (more_ && step_ == step.step) {
       add(step);
@@ -270,9 +314,12 @@ class MegatronReader : public StepReader {
     // Layers of multi-token prediction are numbered from 0 again.
     if (const auto block = object.find("block"); block && block->is_string() && block->text() == "mtp")
       tag = "mtp" + std::to_string(whole("mtp_idx", 1000, 0));
-    ImportedLayer& layer = step.layers[{static_cast<int>(whole("layer", kMostLayers - 1)), tag}];
+    const auto id = static_cast<int>(whole("layer", kMostLayers - 1));
     const auto indices = object.find("top_indices");
-    if (!indices) return add_counts(*object.find("tpe"), layer);
+    if (!indices) return add_counts(*object.find("tpe"), step, id, tag);
+    // A record of a layer that has one already in this step is of the next micro-batch.
+    const int micro_batch = options_.by_micro_batch ? micro_batches_[{id, tag}]++ : 0;
+    ImportedLayer& layer = step.layers[{id, part_tag(micro_batch, tag)}];
     if (!indices->is_array()) throw wrong("top_indices: expected [tokens, k]");
     layer.tokens = layer.tokens.value_or(0);
     for (const JsonValue token : indices->elements()) {
@@ -300,13 +347,21 @@ class MegatronReader : public StepReader {
     }
   }
 
-  void add_counts(JsonValue tpe, ImportedLayer& layer) {
-    layer.top_k = needed_top_k(file_, options_);
+  /// The tag of a micro-batch's layer: "mb2", "mb2/mtp0", or `tag` alone where micro-batches are added up.
+  std::string part_tag(int micro_batch, const std::string& tag) const {
+    if (!options_.by_micro_batch) return tag;
+    return "mb" + std::to_string(micro_batch) + (tag.empty() ? "" : "/" + tag);
+  }
+
+  void add_counts(JsonValue tpe, ImportedStep& step, int id, const std::string& tag) {
     notes_.say("tpe holds the experts that live on the rank: right for a rank that has them all");
     if (!tpe.is_array()) throw wrong("tpe: expected [micro-batches, experts]");
     for (const JsonValue counts : tpe.elements()) {
       if (!counts.is_array() || counts.size() > kMostExperts)
         throw wrong("tpe: expected [micro-batches, experts]");
+      const int micro_batch = options_.by_micro_batch ? micro_batches_[{id, tag}]++ : 0;
+      ImportedLayer& layer = step.layers[{id, part_tag(micro_batch, tag)}];
+      layer.top_k = needed_top_k(file_, options_);
       if (layer.counts.size() < counts.size()) layer.counts.resize(counts.size());
       std::size_t i = 0;
       for (const JsonValue count : counts.elements()) {
@@ -321,7 +376,8 @@ class MegatronReader : public StepReader {
   const ImportOptions& options_;
   ImportNotes& notes_;
   JsonParser parser_;
-  std::vector<std::int64_t> chosen_;  // by one token
+  std::vector<std::int64_t> chosen_;                          // by one token
+  std::map<std::pair<int, std::string>, int> micro_batches_;  // of this step, by layer
   std::int64_t step_ = 0;
   bool more_ = false;
 };
@@ -331,8 +387,8 @@ class MegatronReader : public StepReader {
 
 class LlamaCppReader : public StepReader {
  public:
-  LlamaCppReader(Bytes& file, const ImportOptions& options)
-      : file_(file), options_(options), top_k_(needed_top_k(file, options)) {
+  LlamaCppReader(Bytes& file, const ImportOptions& options, ImportNotes& notes)
+      : file_(file), options_(options), notes_(notes), top_k_(needed_top_k(file, options)) {
     advance();
     if (!more_) throw wrong();
     const auto column = [&](std::string_view name) {
@@ -356,21 +412,37 @@ class LlamaCppReader : public StepReader {
     std::int64_t last_layer = -1;
     std::int64_t chosen = 0;  // in the first layer
     std::int64_t first_layer = -1;
+    std::int64_t pass = 0, rows = 0;  // rows of this layer in this pass
     for (; more_; advance()) {
       const std::int64_t layer = whole(layer_, kMostLayers - 1), expert = whole(expert_, kMostExperts - 1);
       if (first_layer < 0) first_layer = layer;
-      // A lower layer: the next forward pass.
-      if (layer < last_layer && chosen >= options_.tokens_per_step * top_k_) break;
+      if (layer != last_layer) {
+        check_rows(last_layer, rows);
+        rows = 0;
+        // A lower layer: the next forward pass.
+        if (layer < last_layer && chosen >= options_.tokens_per_step * top_k_) return true;
+        pass += layer < last_layer;
+      }
+      ++rows;
       last_layer = layer;
       chosen += layer == first_layer;
-      ImportedLayer& of = step.layers[{static_cast<int>(layer), ""}];
+      ImportedLayer& of =
+          step.layers[{static_cast<int>(layer), options_.by_micro_batch ? "mb" + std::to_string(pass) : ""}];
       of.top_k = top_k_;
       of.choose(static_cast<int>(expert));
     }
+    if (rows % top_k_ != 0)
+      notes_.say("the last rows end within a token: the file is cut off, or --top-k is wrong");
     return !step.layers.empty();
   }
 
  private:
+  /// Each token of a pass has k rows in each layer: with another k the tokens would be counted wrong.
+  void check_rows(std::int64_t layer, std::int64_t rows) const {
+    if (rows % top_k_ != 0)
+      throw ImportError(file_.place() + ": layer " + std::to_string(layer) + " has " + std::to_string(rows) +
+                        " rows in this pass: expected a multiple of --top-k " + std::to_string(top_k_));
+  }
   ImportError wrong() const {
     return ImportError(file_.name() +
                        ": expected CSV with the columns layer,expert, a row for each choice: found " +
@@ -386,6 +458,7 @@ class LlamaCppReader : public StepReader {
 
   Bytes& file_;
   const ImportOptions& options_;
+  ImportNotes& notes_;
   int top_k_;
   std::vector<std::string> fields_;
   std::size_t layer_ = 0, expert_ = 1;
@@ -401,8 +474,8 @@ std::unique_ptr<StepReader> open_vllm(Bytes& file, const ImportOptions& options,
 std::unique_ptr<StepReader> open_megatron(Bytes& file, const ImportOptions& options, ImportNotes& notes) {
   return std::make_unique<MegatronReader>(file, options, notes);
 }
-std::unique_ptr<StepReader> open_llama_cpp(Bytes& file, const ImportOptions& options, ImportNotes&) {
-  return std::make_unique<LlamaCppReader>(file, options);
+std::unique_ptr<StepReader> open_llama_cpp(Bytes& file, const ImportOptions& options, ImportNotes& notes) {
+  return std::make_unique<LlamaCppReader>(file, options, notes);
 }
 
 }  // namespace moectl

@@ -489,8 +489,7 @@ void read_notices(const Line& line, JsonValue notices, LogRecord& record) {
   }
 }
 
-void read_responsiveness(const Line& line, JsonValue found, Responsiveness& out) {
-  const std::string field = "responsiveness";
+void read_responsiveness(const Line& line, const std::string& field, JsonValue found, Responsiveness& out) {
   if (!found.is_object()) line.reject(field, found, "must be an object");
   const auto state = found.find("state");
   if (!state) line.fail(field + ".state", "missing", "required");
@@ -519,7 +518,7 @@ void read_decisions(const Line& line, LogRecord& record) {
   if (const auto health = line.find("health")) record.health = line.text("health", *health);
   if (const auto alerts = line.find("alerts")) read_words(line, "alerts", *alerts, record.alerts);
   if (const auto found = line.find("responsiveness"))
-    read_responsiveness(line, *found, record.responsiveness);
+    read_responsiveness(line, "responsiveness", *found, record.responsiveness);
   if (const auto notices = line.find("notices")) read_notices(line, *notices, record);
   if (const auto actuators = line.find("actuators")) {
     if (!actuators->is_object()) line.reject("actuators", *actuators, "must be an object");
@@ -536,6 +535,8 @@ void read_decisions(const Line& line, LogRecord& record) {
       if (const auto reasons = entry.find("reasons")) {
         read_words(line, field + ".reasons", *reasons, actuator.reasons);
       }
+      if (const auto found = entry.find("responsiveness"))
+        read_responsiveness(line, field + ".responsiveness", *found, actuator.responsiveness);
     }
   }
 }

@@ -700,7 +700,9 @@ void RunLogWriter::File::actuators(const ActuatorReport (&reports)[kActuatorCoun
       first = false;
       json.value(name_of(static_cast<Reason>(r)));
     }
-    json.raw("]}");
+    json.raw(']');
+    if (report.responsiveness.state != Response::kNotApplicable) responsiveness(report.responsiveness);
+    json.raw('}');
   }
   json.raw('}');
 }

@@ -58,10 +58,11 @@ double expected_largest(std::span<const double> deviations) {
     }
     return below;
   };
-  double sum = 0;
-  for (double u = kStep / 2; u < end; u += kStep) {
+  double sum = 0, u = kStep / 2;
+  while (u < end) {
     const double x = scale * std::sinh(u);
     sum += (1 - product(x) - product(-x)) * scale * std::cosh(u);
+    u += kStep;
   }
   return sum * kStep;
 }

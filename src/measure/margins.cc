@@ -45,4 +45,31 @@ double margin_quantile(std::span<const std::int64_t, kMarginBins> bins, double w
   return up ? margin_edge(kHalf) : -margin_edge(kHalf);
 }
 
+RequiredRange required_range(std::span<const double> biases) {
+  const auto [least, most] = std::minmax_element(biases.begin(), biases.end());
+  return {.low = *least - 1, .width = *most + 1 - (*least - 1)};
+}
+
+std::size_t required_bin(const RequiredRange& range, double required) {
+  constexpr auto kBins = static_cast<double>(kRequiredBins);
+  const double place = std::floor((required - range.low) / range.width * kBins);
+  return static_cast<std::size_t>(std::clamp(place, 0.0, kBins - 1));
+}
+
+double required_bias(const RequiredRange& range, std::span<const std::int64_t, kRequiredWords> words,
+                     double wanted) {
+  constexpr std::int64_t kLow = 0xffffffff;
+  double before = 0;
+  for (std::size_t bin = 0;; ++bin) {
+    const std::int64_t word = words[bin / 2];
+    const auto count = static_cast<double>(bin % 2 == 0 ? word & kLow : word >> 32);
+    if (before + count < wanted && bin + 1 < kRequiredBins) {
+      before += count;
+      continue;
+    }
+    const double part = count > 0 ? std::min((wanted - before) / count, 1.0) : 0;
+    return range.low + (static_cast<double>(bin) + part) * (range.width / static_cast<double>(kRequiredBins));
+  }
+}
+
 }  // namespace moectl

@@ -380,7 +380,7 @@ double Measurer::gini(std::span<const std::int64_t> counts, std::int64_t min, st
 double Measurer::gini_by_rank(std::span<const std::int64_t> counts, std::int64_t min, std::int64_t max,
                               std::int64_t sum) {
   const int bits = static_cast<int>(std::bit_width(static_cast<std::uint64_t>(max - min)));
-  constexpr int kMaxDigit = 8;
+  constexpr int kMaxDigit = 11;
   const int passes = (bits + kMaxDigit - 1) / kMaxDigit;
   const int digit = (bits + passes - 1) / passes;
   const std::uint64_t mask = (std::uint64_t{1} << digit) - 1;
@@ -503,7 +503,7 @@ Metrics metrics_on_target(const StatsShape& shape, const MetricsOptions& options
   std::vector<double> devices = loads;
   if (!options.placement.empty()) {
     devices.assign(
-        static_cast<std::size_t>(*std::max_element(options.placement.begin(), options.placement.end()) + 1),
+        static_cast<std::size_t>(*std::max_element(options.placement.begin(), options.placement.end())) + 1,
         0.0);
     for (std::size_t i = 0; i < loads.size(); ++i)
       devices[static_cast<std::size_t>(options.placement[i])] += loads[i];

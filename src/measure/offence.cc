@@ -100,12 +100,13 @@ constexpr auto kScalarNames = std::to_array<const char*>({"tokens",
                                                           "expert_output_norm_records",
                                                           "gradient_ratio",
                                                           "gradient_ratio_records",
-                                                          "margin_tokens"});
+                                                          "margin_tokens",
+                                                          "required_records"});
 static_assert(kScalarNames.size() == RoutingStats::kScalarCount);
-constexpr auto kArrayNames =
-    std::to_array<const char*>({"counts", "gap_near", "sequence_sq", "sequence_cross", "split_counts",
-                                "prob_sum", "sqrt_prob_sum", "grad_norm", "latency", "loss_tokens", "margins",
-                                "domain_counts", "domain_loss_tokens", "expert_loss", "domain_loss"});
+constexpr auto kArrayNames = std::to_array<const char*>(
+    {"counts", "gap_near", "sequence_sq", "sequence_cross", "split_counts", "prob_sum", "sqrt_prob_sum",
+     "grad_norm", "latency", "loss_tokens", "margins", "required_bins", "domain_counts", "domain_loss_tokens",
+     "expert_loss", "domain_loss", "required_sum"});
 static_assert(kArrayNames.size() == RoutingStats::kArrayCount);
 
 constexpr std::int64_t kFar = std::int64_t{1} << 62;
@@ -206,7 +207,7 @@ Offence first_offence(const StatsShape& shape, const RoutingBatch& batch) {
     });
     if (!found.empty()) return found;
   }
-  if ((needs.margins || needs.margin_rows) && !batch.biased_scores.empty()) {
+  if (needs.biased_scores() && !batch.biased_scores.empty()) {
     found = look([&](std::size_t t) -> Offence {
       const std::size_t last = t * (k + 1) + k;
       for (const std::size_t at : {last - 1, last}) {

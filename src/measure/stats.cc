@@ -58,6 +58,10 @@ std::size_t array_length(const StatsShape& shape, RoutingStats::Array which) {
       return shape.needs.losses ? experts : 0;
     case RoutingStats::kMargins:
       return shape.needs.margins ? experts * kMarginBins : 0;
+    case RoutingStats::kRequiredBins:
+      return shape.needs.required_bins ? experts * kRequiredWords : 0;
+    case RoutingStats::kRequiredSum:
+      return shape.needs.required_local ? experts : 0;
     case RoutingStats::kDomainCounts:
       return static_cast<std::size_t>(shape.needs.domains) * experts;
     case RoutingStats::kDomainLossSum:
@@ -126,7 +130,8 @@ StatsNeeds& StatsNeeds::operator|=(const StatsNeeds& other) {
   domain_losses |= other.domain_losses;
   latencies |= other.latencies;
   margins |= other.margins;
-  margin_rows |= other.margin_rows;
+  required_bins |= other.required_bins;
+  required_local |= other.required_local;
   domains = std::max(domains, other.domains);
   split_sequences = std::max(split_sequences, other.split_sequences);
   return *this;
@@ -156,6 +161,8 @@ RoutingStats::RoutingStats(const StatsShape& shape) : shape_(shape) {
   const std::size_t lane = lane_size(shape.experts);
   histogram_.assign(lane <= kMaxLaneSize ? lane * kLanes : lane, 0);
   if (shape.needs.probabilities) row_.assign(static_cast<std::size_t>(shape.experts), 0.0);
+  if (shape.needs.required_bins || shape.needs.required_local)
+    routed_under_.assign(static_cast<std::size_t>(shape.experts), 0.0);
 }
 
 std::span<const std::int64_t> RoutingStats::array(Array which) const {
@@ -207,10 +214,12 @@ RoutingStats& RoutingStats::operator+=(const RoutingStats& other) {
                                 std::to_string(experts()) + ", " + std::to_string(top_k()) + ", " +
                                 std::to_string(sums_.size()) + ", of the same needs");
   }
-  margin_rows_.insert(margin_rows_.end(), other.margin_rows_.begin(), other.margin_rows_.end());
   if (offence_.empty()) offence_ = other.offence_;
+  const bool apart =
+      shape_.needs.required_bins && !(required_range_ == other.required_range_) && other.tokens() != 0;
   // Further additions could bring a sum back into its range: what was noticed must stay so.
   if (!add_sums(other.sums_)) reject(first_offence(*this));
+  if (apart) drop_required();
   return *this;
 }
 
@@ -237,7 +246,6 @@ bool RoutingStats::reject(const Offence& offence) {
 
 void RoutingStats::clear() {
   std::fill(sums_.begin(), sums_.end(), 0);
-  margin_rows_.clear();
   offence_ = {};
 }
 
@@ -255,16 +263,8 @@ bool RoutingStats::add(const RoutingBatch& batch) {
     const Offence offence = first_offence(shape_, batch);
     return reject(offence.empty() ? overflow_of("gap_sum") : offence);
   }
-  const std::size_t rows = margin_rows_.size();
-  try {
-    keep_margin_rows(batch);
-  } catch (...) {
-    margin_rows_.resize(rows);
-    throw;
-  }
-  if (commit()) return true;
-  margin_rows_.resize(rows);
-  return false;
+  gather_required(batch);
+  return commit();
 }
 
 // Adds delta_, or nothing but an invalid record.
@@ -515,7 +515,7 @@ bool RoutingStats::gather_gap(const RoutingBatch& batch) {
 // It also rejects NaN for the rows of margins, so it runs for either.
 bool RoutingStats::gather_margins(const RoutingBatch& batch) {
   const StatsNeeds& needs = shape_.needs;
-  if (!(needs.margins || needs.margin_rows) || batch.biased_scores.empty()) return true;
+  if (!needs.biased_scores() || batch.biased_scores.empty()) return true;
   const auto n = static_cast<std::size_t>(experts()), k = static_cast<std::size_t>(top_k());
   std::int64_t* const bins = delta(kMargins).data();
   const std::size_t tokens = batch.biased_scores.size() / n;
@@ -537,16 +537,41 @@ bool RoutingStats::gather_margins(const RoutingBatch& batch) {
   return true;
 }
 
-void RoutingStats::keep_margin_rows(const RoutingBatch& batch) {
-  if (!shape_.needs.margin_rows || batch.biased_scores.empty()) return;
+// After gather_margins, which has found the scores good.
+void RoutingStats::gather_required(const RoutingBatch& batch) {
+  if (routed_under_.empty() || batch.biased_scores.empty() || delta_[kTokens] == 0) return;
   const auto n = static_cast<std::size_t>(experts()), k = static_cast<std::size_t>(top_k());
   const std::size_t tokens = batch.biased_scores.size() / n;
-  for (std::size_t t = 0; t < tokens; ++t) {
-    const std::size_t slots = last_slot(batch, t);
-    if (slots == 0) continue;
-    const float cutoff = batch.top_values[t * (k + 1) + slots];
-    for (std::size_t i = 0; i < n; ++i) margin_rows_.push_back(cutoff - batch.biased_scores[t * n + i]);
+  const auto required = [&](std::size_t t, std::size_t slots, std::size_t i) {
+    const auto cutoff = static_cast<double>(batch.top_values[t * (k + 1) + slots]);
+    return cutoff - (static_cast<double>(batch.biased_scores[t * n + i]) - routed_under_[i]);
+  };
+  if (shape_.needs.required_bins) {
+    const std::span<std::int64_t> words = delta(kRequiredBins);
+    for (std::size_t t = 0; t < tokens; ++t) {
+      const std::size_t slots = last_slot(batch, t);
+      if (slots == 0) continue;
+      for (std::size_t i = 0; i < n; ++i) {
+        const std::size_t bin = required_bin(required_range_, required(t, slots, i));
+        words[i * kRequiredWords + bin / 2] += bin % 2 == 0 ? 1 : std::int64_t{1} << 32;
+      }
+    }
   }
+  if (!shape_.needs.required_local) return;
+  std::int64_t assignments = 0;
+  for (const std::int64_t count : delta(kCounts)) assignments += count;
+  const std::span<std::int64_t> sums = delta(kRequiredSum);
+  for (std::size_t i = 0; i < n; ++i) {
+    column_.clear();
+    for (std::size_t t = 0; t < tokens; ++t) {
+      if (const std::size_t slots = last_slot(batch, t); slots > 0) column_.push_back(required(t, slots, i));
+    }
+    const std::size_t rank = std::min(static_cast<std::size_t>(assignments) / n, column_.size() - 1);
+    const auto at = column_.begin() + static_cast<std::ptrdiff_t>(rank);
+    std::nth_element(column_.begin(), at, column_.end());
+    sums[i] = to_fixed(fits_fixed(*at) ? *at : routed_under_[i]);
+  }
+  delta_[kRequiredRecords] = 1;
 }
 
 bool RoutingStats::gather_probabilities(const RoutingBatch& batch) {
@@ -588,7 +613,7 @@ bool RoutingStats::gather_dropped(const RoutingBatch& batch) {
 }
 
 void RoutingStats::gather_router_losses(const RoutingBatch& batch) {
-  // No policy needs them, so a loss that is none makes no record invalid.
+  // No policy needs them, so a loss that is not a number does not make a record invalid.
   const auto gather = [&](const std::optional<double>& loss, Scalar sum, Scalar records) {
     if (!loss || !(*loss >= 0) || !fits_fixed(*loss)) return;
     delta_[static_cast<std::size_t>(sum)] = to_fixed(*loss);
@@ -808,9 +833,47 @@ bool RoutingStats::has_margins() const {
   return shape_.needs.margins && tokens() > 0 && scalar(kMarginTokens) == tokens();
 }
 
-bool RoutingStats::has_margin_rows() const {
-  return shape_.needs.margin_rows && tokens() > 0 && scalar(kMarginTokens) == tokens() &&
-         margin_rows_.size() == static_cast<std::size_t>(tokens()) * static_cast<std::size_t>(experts());
+bool RoutingStats::has_required_bins() const {
+  return shape_.needs.required_bins && tokens() > 0 && tokens() <= kMostRequiredTokens &&
+         scalar(kMarginTokens) == tokens();
+}
+
+bool RoutingStats::has_required_local() const {
+  return shape_.needs.required_local && tokens() > 0 && scalar(kMarginTokens) == tokens() &&
+         scalar(kRequiredRecords) > 0;
+}
+
+std::span<const std::int64_t, kRequiredWords> RoutingStats::required_bins(int expert) const {
+  if (!shape_.needs.required_bins || expert < 0 || expert >= experts()) {
+    throw std::invalid_argument("expert: " + std::to_string(expert) + ": must be 0 to " +
+                                std::to_string(experts() - 1) + " of stats that collect required_bins");
+  }
+  return array(kRequiredBins)
+      .subspan(static_cast<std::size_t>(expert) * kRequiredWords)
+      .first<kRequiredWords>();
+}
+
+double RoutingStats::required_local(int expert) const {
+  if (!shape_.needs.required_local || expert < 0 || expert >= experts()) {
+    throw std::invalid_argument("expert: " + std::to_string(expert) + ": must be 0 to " +
+                                std::to_string(experts() - 1) + " of stats that collect required_local");
+  }
+  return from_fixed(array(kRequiredSum)[static_cast<std::size_t>(expert)]) /
+         static_cast<double>(scalar(kRequiredRecords));
+}
+
+void RoutingStats::set_routed_under(std::span<const double> biases) {
+  require_size("biases", biases.size(), static_cast<std::size_t>(experts()));
+  if (routed_under_.empty()) return;
+  std::copy(biases.begin(), biases.end(), routed_under_.begin());
+  required_range_ = moectl::required_range(biases);
+}
+
+void RoutingStats::drop_required() {
+  if (routed_under_.empty()) return;
+  for (const Array which : {kRequiredBins, kRequiredSum}) std::ranges::fill(mutable_array(which), 0);
+  set_scalar(kMarginTokens, 0);
+  set_scalar(kRequiredRecords, 0);
 }
 
 std::span<const std::int64_t, kMarginBins> RoutingStats::margins(int expert) const {

@@ -236,10 +236,20 @@ class SampleExchange {
   std::vector<double> loads_;  // [devices × samples]
 };
 
-/// From the linear placement, the best single move or exchange again and again, as long as moves are left.
+/// From the placement of single copies, the best single move or exchange again and again, as long as moves are left.
 Placement plan_few_moves(std::span<const double> loads, const PlacementOptions& o) {
-  Placement plan = linear_placement(static_cast<int>(loads.size()), o);
+  Placement plan = single_placement(static_cast<int>(loads.size()), o);
   const Index room = plan.experts.size() / at(o.devices);
+  // Free slots hold the lightest expert of their device: a heavy one may get copies elsewhere, and should share among few.
+  if (loads.size() % at(o.devices) == 0) {
+    for (Index d = 0; d < at(o.devices); ++d) {
+      const auto own = plan.experts.begin() + static_cast<std::ptrdiff_t>(d * room);
+      const auto free = own + static_cast<std::ptrdiff_t>(loads.size() / at(o.devices));
+      const int lightest =
+          *std::min_element(own, free, [&](int a, int b) { return loads[at(a)] < loads[at(b)]; });
+      std::fill(free, own + static_cast<std::ptrdiff_t>(room), lightest);
+    }
+  }
   std::vector<int> copies(loads.size(), 0);
   for (const int e : plan.experts) ++copies[at(e)];
   const auto device_of = [&](Index slot) { return slot / room; };
@@ -258,7 +268,8 @@ Placement plan_few_moves(std::span<const double> loads, const PlacementOptions& 
     return largest + 1e-3 * std::sqrt(squares);
   };
   const Placement start = plan;
-  double now = cost();
+  const auto largest_now = [&] { return std::ranges::max(device_loads(plan, loads)); };
+  double now = cost(), largest = largest_now();
   for (;;) {
     const auto sums = device_loads(plan, loads);
     const auto h = static_cast<Index>(std::ranges::max_element(sums) - sums.begin());
@@ -266,7 +277,7 @@ Placement plan_few_moves(std::span<const double> loads, const PlacementOptions& 
     Placement best_plan;
     const auto keep = [&] {
       const double value = cost();
-      if (value >= best || moves_between(start, plan) > o.max_moves) return;
+      if (value >= best || largest_now() > largest || moves_between(start, plan) > o.max_moves) return;
       best = value;
       best_plan = plan;
     };
@@ -290,6 +301,7 @@ Placement plan_few_moves(std::span<const double> loads, const PlacementOptions& 
     if (best_plan.experts.empty()) return plan;
     plan = best_plan;
     now = best;
+    largest = largest_now();
     std::ranges::fill(copies, 0);
     for (const int e : plan.experts) ++copies[at(e)];
   }
@@ -301,6 +313,17 @@ Placement linear_placement(int experts, const PlacementOptions& options) {
   const PlacementOptions o = resolved(experts, options);
   Placement placement{o.devices, std::vector<int>(at(o.slots))};
   for (int s = 0; s < o.slots; ++s) placement.experts[at(s)] = s % experts;
+  return placement;
+}
+
+Placement single_placement(int experts, const PlacementOptions& options) {
+  const PlacementOptions o = resolved(experts, options);
+  if (experts % o.devices != 0) return linear_placement(experts, options);
+  const int room = o.slots / o.devices, own = experts / o.devices;
+  Placement placement{o.devices, {}};
+  for (int d = 0; d < o.devices; ++d) {
+    for (int s = 0; s < room; ++s) placement.experts.push_back(d * own + s % own);
+  }
   return placement;
 }
 
@@ -389,12 +412,9 @@ int moves_between(const Placement& from, const Placement& to) {
       before.assign(start, start + static_cast<std::ptrdiff_t>(room_before));
     }
     for (Index s = at(d) * room; s < (at(d) + 1) * room; ++s) {
-      const auto found = std::ranges::find(before, to.experts[s]);
-      if (found == before.end()) {
-        ++moves;
-      } else {
-        before.erase(found);
-      }
+      if (std::ranges::find(before, to.experts[s]) != before.end()) continue;
+      before.push_back(to.experts[s]);
+      ++moves;
     }
   }
   return moves;

@@ -37,12 +37,12 @@ struct LayerState {
   std::int64_t tokens = 0, dropped = 0;
   bool reports_drops = false;
   std::string health;
-  Responsiveness responsiveness;
   std::map<std::string, bool, std::less<>> alerts;  // every name met, and whether it stands
   struct ActuatorState {
     std::vector<double> applied;
     std::optional<double> min, max;
     std::int64_t reasons[kReasonCount] = {};
+    Responsiveness responsiveness;
   } actuators[kActuatorCount];
 
   void add(const StepSample& sample);
@@ -63,7 +63,6 @@ void LayerState::add(const StepSample& sample) {
     }
   }
   health = sample.health;
-  responsiveness = sample.responsiveness;
   for (auto& [name, stands] : alerts) stands = false;
   for (const std::string_view alert : sample.alerts) {
     const auto it = alerts.find(alert);
@@ -71,8 +70,9 @@ void LayerState::add(const StepSample& sample) {
   }
   for (std::size_t a = 0; a < kActuatorCount; ++a) {
     const ActuatorSample& from = sample.actuators[a];
-    if (!from.min) continue;
     ActuatorState& to = actuators[a];
+    to.responsiveness = from.responsiveness;
+    if (!from.min) continue;
     to.applied.assign(from.applied.begin(), from.applied.end());
     to.min = from.min;
     to.max = from.max;
@@ -295,24 +295,35 @@ void add_health(const Totals& all, Families& out) {
 }
 
 void add_responsiveness(const Totals& all, Families& out) {
-  out.gauge("moectl_response", "1 for what is known of the load's answer to the biases, 0 for the rest.");
-  for (const auto& [layer, state] : all.layers) {
-    const Response now = state.responsiveness.state;
-    if (now == Response::kNotApplicable) continue;
-    for (int r = 0; r < kResponseCount; ++r) {
-      const auto each = static_cast<Response>(r);
-      if (each == Response::kNotApplicable) continue;
-      out.add({{"layer", label_of(layer)}, {"state", std::string(name_of(each))}}, each == now ? 1.0 : 0.0);
-    }
-  }
-  const auto figure = [&](const char* name, const char* help, std::optional<double> Responsiveness::*which) {
-    out.gauge(name, help);
+  const auto each = [&](auto&& visit) {
     for (const auto& [layer, state] : all.layers) {
-      const std::optional<double> value = state.responsiveness.*which;
-      if (value) out.add({{"layer", label_of(layer)}}, *value);
+      for (const Actuator which : kActuators) {
+        visit(Labels{{"layer", label_of(layer)}, {"actuator", std::string(name_of(which))}},
+              state.actuators[static_cast<std::size_t>(which)].responsiveness);
+      }
     }
   };
-  figure("moectl_response_gain_ratio", "Change of the load over the change that the biases let expect.",
+  out.gauge("moectl_response",
+            "1 for what is known of the answer to the actuator (the load's to the biases, the token "
+            "entropy's to the "
+            "temperature), 0 for the rest.");
+  each([&](const Labels& labels, const Responsiveness& found) {
+    if (found.state == Response::kNotApplicable) return;
+    for (int r = 0; r < kResponseCount; ++r) {
+      const auto one = static_cast<Response>(r);
+      if (one == Response::kNotApplicable) continue;
+      Labels with_state = labels;
+      with_state.push_back({"state", std::string(name_of(one))});
+      out.add(std::move(with_state), one == found.state ? 1.0 : 0.0);
+    }
+  });
+  const auto figure = [&](const char* name, const char* help, std::optional<double> Responsiveness::*which) {
+    out.gauge(name, help);
+    each([&](const Labels& labels, const Responsiveness& found) {
+      if (const std::optional<double> value = found.*which) out.add(labels, *value);
+    });
+  };
+  figure("moectl_response_gain_ratio", "Change that was seen over the change that the moves let expect.",
          &Responsiveness::gain);
   figure("moectl_response_gain_error_ratio", "Standard error of moectl_response_gain_ratio.",
          &Responsiveness::error);

@@ -24,7 +24,7 @@ constexpr double kSameMisfit = 0.05;
 constexpr double kAbsent = 10;  // misfit of a moment that the simulated router does not show
 // Below this excess of the summed counts a trace counts as balanced.
 constexpr double kBalancedCv = 0.15;
-constexpr double kMixtureNoise = 1.1;  // step variance that is none
+constexpr double kMixtureNoise = 1.1;  // step variance up to this counts as chance
 
 /// An option that moves a moment upwards.
 struct Knob {

@@ -397,7 +397,7 @@ void SimulatedRouter::Plant::train() {
   }
 }
 
-// One cluster and one domain a step, all in turn: the same diffusion as all at once, at a fraction of the work.
+// One cluster and one domain a step, one after another: the same diffusion as all at once, at a fraction of the work.
 void SimulatedRouter::Plant::walk() {
   const bool drifting = options.scenario == Scenario::kDrift && after_event();
   const double renewed = options.affinity_walk * (drifting ? kDriftFactor : 1);

@@ -47,7 +47,7 @@ void simulate(Controller& controller, const SimulationOptions& options, std::int
     }
     const StatsNeeds& needs = controller.shape(group.ids.front()).needs;
     plant.probabilities = plant.probabilities || needs.probabilities;
-    plant.biased_scores = plant.biased_scores || needs.margins || needs.margin_rows;
+    plant.biased_scores = plant.biased_scores || needs.biased_scores();
     for (std::size_t i = 0; i < group.ids.size(); ++i)
       routers.emplace_back(plant, static_cast<int>(routers.size()));
   }

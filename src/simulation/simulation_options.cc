@@ -4,7 +4,7 @@
 #include <string>
 #include <type_traits>
 
-#include "base/format.h"
+#include "base/fields.h"
 #include "moectl/load_targets.h"
 #include "moectl/simulation.h"
 #include "simulation/simulation_options.h"
@@ -17,13 +17,6 @@ constexpr int kMostOfAKind = 65535;                          // experts, cluster
 constexpr std::int64_t kMostAtOnce = std::int64_t{1} << 27;  // what fills memory: choices, affinities
 // Far beyond any router, and so that nothing overflows in single precision.
 constexpr double kMostSpread = 1e3, kMostScale = 1e6;
-
-std::string shown(double value) {
-  return exact(value);
-}
-std::string shown(std::int64_t value) {
-  return std::to_string(value);
-}
 
 // Keeps the first fault.
 class Checks {

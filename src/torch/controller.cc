@@ -45,7 +45,7 @@ struct TorchController::NotGiven {
     set(domain_ids, options.domain_ids);
   }
   bool any_of(const StatsNeeds& needs) const {
-    return (needs.gap && top_values) || ((needs.margins || needs.margin_rows) && biased_scores) ||
+    return (needs.gap && top_values) || (needs.biased_scores() && biased_scores) ||
            (needs.probabilities && probabilities) || (needs.domains > 0 && domain_ids);
   }
 };
@@ -68,20 +68,21 @@ TorchController::TorchController(ControllerConfig config, const TorchOptions& op
   const c10::InferenceMode normal(false);
   const ::torch::NoGradGuard no_grad;
   std::int64_t experts = 0;
-  bool rows = false;
+  bool on_host = false;
   for (const int layer : controller_.layers()) {
     begins_.push_back(experts);
     experts += controller_.shape(layer).experts;
-    rows |= controller_.shape(layer).needs.margin_rows;
+    const StatsNeeds& needs = controller_.shape(layer).needs;
+    on_host |= needs.required_bins || needs.required_local;
   }
   begins_.push_back(experts);
   values_ = ::torch::zeros({experts + 2 * static_cast<std::int64_t>(controller_.layers().size())},
                            ::torch::dtype(::torch::kFloat).device(options_.device));
   for (std::size_t at = 0; at < controller_.layers().size(); ++at) actuators_.push_back(views(at));
   outbox_ = std::make_shared<Outbox>(values_);
-  // Rows of margins are no sums: they are gathered on the host alone.
+  // Required biases are counted on the host alone.
   const bool on_device = !options_.device.is_cpu() || options_.count_by_operators;
-  if (on_device && !rows) {
+  if (on_device && !on_host) {
     sums_ = std::make_shared<DeviceSums>(controller_, options_.device);
     controller_.set_exchange(
         [sums = sums_](std::span<std::int64_t> payload, std::span<std::int64_t> own,

@@ -117,7 +117,7 @@ HostBatch::HostBatch(const StatsShape& shape, const ::torch::Tensor& indices, co
   } else if (indices.dim() == 3 && shape.needs.sequences) {
     batch_.sequence_length = indices.size(1);
   }
-  const bool margins = shape.needs.margins || shape.needs.margin_rows;
+  const bool margins = shape.needs.biased_scores();
   if (const auto& values = options.top_values; values.defined() && (shape.needs.gap || margins)) {
     batch_.top_values = {floats(values), count * static_cast<std::size_t>(shape.top_k + 1)};
   }

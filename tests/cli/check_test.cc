@@ -34,7 +34,7 @@ TEST(Check, ExplainsEveryKey) {
   EXPECT_EQ(result.code, 0) << result.err;
   EXPECT_THAT(result.out, HasSubstr("model.layers: 3   # required; from 1 to 65536\n    MoE layers.\n"));
   EXPECT_THAT(result.out,
-              HasSubstr("\naux_loss_weight.limits.rate: 0.2   # default 0.1; above 0 and finite\n"));
+              HasSubstr("\naux_loss_weight.limits.rate: 0.2   # default 0.1; above 0 and at most 1e9\n"));
   EXPECT_THAT(result.out, HasSubstr("\naux_loss_weight.options.target: 0.3   # default "));
   EXPECT_THAT(result.out, HasSubstr("\nsafety.rollback.within: 7   # default 5; at least 1; steps\n"));
   EXPECT_THAT(result.out, HasSubstr("\nsafety.oscillation: off   # default off; off, on or its keys\n"));
@@ -81,10 +81,28 @@ TEST(Check, ATargetBelowTheNoiseFloorIsInfeasible) {
   dir.write("over.yaml", with_target("load_cv", "0.06"));
   const ToolResult over = run_tool(dir, "check over.yaml --format json");
   EXPECT_EQ(over.code, 0);
-  EXPECT_EQ(over.out,
-            "{\"valid\":true,\"feasible\":true,\"conflicts\":[],\"inputs\":{\"required\":[],\"used\":[]}}\n");
+  EXPECT_EQ(over.json()["feasible"], true);
+  EXPECT_TRUE(over.json()["conflicts"].empty()) << over.out;
+  EXPECT_THAT(over.json()["notes"].dump(), HasSubstr("aux_loss_weight is not judged"));
   dir.write("vio.yaml", with_target("max_vio", "0.05"));
   EXPECT_EQ(run_tool(dir, "check vio.yaml").code, 1);
+}
+
+// 58 layers × 256 experts × 500 words of two counts, and under one per cent of other sums.
+TEST(Check, SaysWhatKimiK3sBinsCostOverRanksAndRefusesThemForLogits) {
+  const TempDir dir;
+  const auto config = [](const std::string& space) {
+    return "version: 1\nmodel: {layers: 58, experts: 256, top_k: 8, score_space: " + space +
+           "}\nexpert_bias: {policy: quantile_bias, options: {form: k3, gain: 1}}\n";
+  };
+  dir.write("k3.yaml", config("probability"));
+  const ToolResult checked = run_tool(dir, "check k3.yaml");
+  EXPECT_EQ(checked.code, 0);
+  EXPECT_THAT(checked.out, HasSubstr("# form: k3: over ranks, each step sums up 59.53 MB"));
+  dir.write("logits.yaml", config("logit"));
+  const ToolResult refused = run_tool(dir, "check logits.yaml");
+  EXPECT_EQ(refused.code, 1);
+  EXPECT_THAT(refused.err, HasSubstr("form: k3: bins scores within [0, 1], and logits are not"));
 }
 
 TEST(FieldCases, A4_CheckListsWhatAConfigNeedsFromTheRouter) {

@@ -194,11 +194,11 @@ TEST(Formats, TheWriterWritesWhatThePageSaysAndNothingElse) {
   };
   // A run log's config says the shape; `replay` has no tag but `train`, which is not written. Nothing
   // is wrong with the example, so it has no notices; its recorded loads answer nothing, so the response is not checked;
-  // each of its tokens selects k experts; a replay has neither feed-forward nor probes.
+  // each of its tokens selects k experts; a replay has neither feed-forward nor probes, and judges no response.
   expect_same(header, {kFirstLine, kRunFirstLine}, {"layers", "experts", "top_k"});
   record.erase("guard");  // has a table of its own
   expect_same(record, {kRecord, kRunRecord}, {"tag", "notices", "choices_sq", "responsiveness"});
-  expect_same(actuator, {"An actuator"}, {"deployed"});
+  expect_same(actuator, {"An actuator"}, {"deployed", "responsiveness"});
   expect_same(guard, {"The guard"}, {});
 }
 

@@ -59,7 +59,7 @@ TEST(MetricsCommand, LoadsOfSingleExpertsWithinALayerAndOverLayers) {
   dir.write("t.jsonl", trace);
   const ToolResult result = run_tool(dir, "metrics t.jsonl --loads --extremes 1 --format json");
   ASSERT_EQ(result.code, 0) << result.err;
-  ASSERT_EQ(result.lines().size(), 3U);
+  ASSERT_EQ(result.lines().size(), 4U);
   const auto layer = result.json(0);  // 8, 4, 2, 2 of 16
   EXPECT_EQ(layer["layer"], 0);
   EXPECT_DOUBLE_EQ(layer["p50"].get<double>(), 0.75);
@@ -74,8 +74,13 @@ TEST(MetricsCommand, LoadsOfSingleExpertsWithinALayerAndOverLayers) {
   EXPECT_DOUBLE_EQ(all["p5"].get<double>(), 0.5);
   EXPECT_DOUBLE_EQ(all["p25"].get<double>(), 0.875);
   EXPECT_DOUBLE_EQ(all["p50"].get<double>(), 1);
+  const auto over_layers = result.json(3);  // MaxVio of the layers: 0 and 1
+  EXPECT_EQ(over_layers["layer"], "max_vio");
+  EXPECT_DOUBLE_EQ(over_layers["p5"].get<double>(), 0.05);
+  EXPECT_DOUBLE_EQ(over_layers["p50"].get<double>(), 0.5);
+  EXPECT_DOUBLE_EQ(over_layers["p95"].get<double>(), 0.95);
   EXPECT_THAT(run_tool(dir, "metrics t.jsonl --loads --format table").out, HasSubstr("e0 x2"));
-  EXPECT_EQ(run_tool(dir, "metrics t.jsonl --loads --format csv").lines().size(), 4U);
+  EXPECT_EQ(run_tool(dir, "metrics t.jsonl --loads --format csv").lines().size(), 5U);
 }
 
 TEST(MetricsCommand, ChurnOfALogIsThatOfTheController) {

@@ -139,6 +139,178 @@ TEST(Screen, AnImbalanceThatAlternatesIsGoneInTheSum) {
   EXPECT_EQ(run_tool(dir, "metrics - --sum --format json", text).json()["verdict"], "balanced");
 }
 
+// Of two or three steps the scatter of steps tells no interval, and so there is no verdict: it says what is needed.
+TEST(Screen, NoVerdictWithoutAnInterval) {
+  const TempDir dir;
+  for (const int steps : {2, 3, 4}) {
+    std::string even, uneven;
+    for (int step = 0; step < steps; ++step) {
+      even += line(step, 0, 4000, 1, {1000, 1001, 999, 1000});
+      uneven += line(step, 0, 4000, 1, {2500, 500, 500, 500});
+    }
+    for (const std::string& text : {even, uneven}) {
+      const json row = run_tool(dir, "metrics - --all --format json", text).json();
+      const ToolResult screen = run_tool(dir, "metrics - --format screen", text);
+      if (steps < 4) {
+        EXPECT_EQ(row["verdict"], "unsure") << steps;
+        EXPECT_EQ(row["steps_needed"], 4);
+        EXPECT_EQ(row["tokens_to_be_sure"], 16000);
+        EXPECT_THAT(screen.out, HasSubstr("too few steps for an interval: at least 4"));
+        EXPECT_THAT(screen.out, HasSubstr("16000 tokens"));
+      } else {
+        EXPECT_TRUE(row["load_cv"]["low"].is_number());
+        EXPECT_EQ(row["verdict"], text == even ? "balanced" : "imbalanced");
+        EXPECT_TRUE(row["steps_needed"].is_null());
+      }
+      // The counts of all steps together have an interval of their own.
+      const json sum = run_tool(dir, "metrics - --sum --format json", text).json();
+      EXPECT_EQ(sum["verdict"], text == even ? "balanced" : "imbalanced");
+    }
+  }
+}
+
+// Of few tokens one expert may well stand at twice its share: the MaxVio of a sum is no proof by its value alone.
+TEST(Screen, TheMaxVioOfASumCountsByItsLowerEnd) {
+  const TempDir dir;
+  const json row =
+      run_tool(dir, "metrics - --sum --format json", line(0, 0, 64, 1, {8, 8, 8, 7, 7, 7, 7, 12})).json();
+  EXPECT_LT(row["max_vio"]["low"].get<double>(), row["max_vio"]["over_floor"].get<double>());
+  // 64 tokens over 64 experts, one of which has 5: far above 1.6 floors by its value alone?
+  std::vector<std::int64_t> counts(64, 1);
+  counts[0] = 7;
+  for (std::size_t i = 1; i < 7; ++i) counts[i] = 0;
+  const json few = run_tool(dir, "metrics - --sum --format json", line(0, 0, 64, 1, counts)).json();
+  EXPECT_GT(few["max_vio"]["over_floor"].get<double>(), 1.6);
+  EXPECT_LT(few["max_vio"]["low"].get<double>(), 1.6);
+  EXPECT_EQ(few["verdict"], "unsure");
+  EXPECT_TRUE(few["tokens_to_be_sure"].is_number());
+}
+
+TEST(Screen, OfManyLayersTheWorstComeFirstAndAllStillCanBeSeen) {
+  std::mt19937_64 random(5);
+  std::string text;
+  for (int step = 0; step < 20; ++step) {
+    for (int layer = 0; layer < 60; ++layer) {
+      std::vector<double> weights(8, 1.0);
+      if (layer >= 57) weights[0] = layer == 59 ? 20 : 3;
+      text += line(step, layer, 64, 2, routed(random, 8, 2, 64, weights));
+    }
+  }
+  const TempDir dir;
+  dir.write("t.jsonl", text);
+  const ToolResult screen = run_tool(dir, "metrics t.jsonl --format screen");
+  ASSERT_EQ(screen.code, 0) << screen.err;
+  EXPECT_LE(screen.lines().size(), 40U) << screen.out;
+  for (std::size_t i = 0; i < 28; ++i)
+    EXPECT_LE(screen.lines()[i].size(), 130U) << "a line that breaks is two";
+  const auto lines = screen.lines();
+  const auto header = std::ranges::find_if(lines, [](const auto& l) { return l.starts_with("layer "); });
+  ASSERT_NE(header, lines.end());
+  EXPECT_THAT(*(header + 1), ::testing::StartsWith("59 "));
+  EXPECT_THAT(screen.out, HasSubstr("the worst 24 of 60"));
+  EXPECT_THAT(screen.out, HasSubstr("--all"));
+  EXPECT_THAT(screen.out, HasSubstr("Over layers, x floor: CV p5 "));
+  const ToolResult all = run_tool(dir, "metrics t.jsonl --all");
+  EXPECT_GT(all.lines().size(), 60U);
+  EXPECT_EQ(run_tool(dir, "metrics t.jsonl --all --format json").lines().size(), 60U);
+}
+
+// ---- records of ranks and micro-batches ----
+
+// Two ranks with two micro-batches each, as `import megatron` reads them.
+std::string megatron(int rank, int steps) {
+  std::mt19937_64 random(static_cast<std::uint64_t>(rank) + 11);
+  std::string text;
+  for (int step = 0; step < steps; ++step) {
+    for (int part = 0; part < 2; ++part) {
+      for (int layer = 0; layer < 2; ++layer) {
+        json indices = json::array();
+        std::uniform_int_distribution<int> expert(0, 7);
+        for (int t = 0; t < 64; ++t) {
+          const int first = expert(random) / 2, second = 4 + expert(random) / 2;
+          indices.push_back({first, second});
+        }
+        text +=
+            json({{"step", step}, {"layer", layer}, {"rank", rank}, {"top_indices", indices}}).dump() + '\n';
+      }
+    }
+  }
+  return text;
+}
+
+TEST(Parts, EveryCommandReadsATraceOfRanksAndMicroBatches) {
+  const TempDir dir;
+  dir.write("router_trace_rank0.jsonl", megatron(0, 40));
+  dir.write("router_trace_rank1.jsonl", megatron(1, 40));
+  const std::string import = "import megatron router_trace_rank*.jsonl -o ";
+  ASSERT_EQ(run_tool(dir, import + "sum.jsonl").code, 0);
+  ASSERT_EQ(run_tool(dir, import + "rank.jsonl --by rank").code, 0);
+  const ToolResult parts = run_tool(dir, import + "part.jsonl --by micro-batch");
+  ASSERT_EQ(parts.code, 0) << parts.err;
+  EXPECT_THAT(parts.err, HasSubstr("320 records"));
+  EXPECT_THAT(TempDir::read(dir.path("part.jsonl")), HasSubstr("\"tag\":\"rank1/mb1\""));
+  // What judges whole steps judges their sum.
+  const auto of_each = [&](const std::string& command, const std::string& more) {
+    const std::string sum = run_tool(dir, command + " sum.jsonl" + more).out;
+    EXPECT_FALSE(sum.empty()) << command;
+    for (const char* file : {" rank.jsonl", " part.jsonl"}) {
+      const ToolResult result = run_tool(dir, command + file + more);
+      EXPECT_EQ(result.out, sum) << command << file << result.err;
+    }
+  };
+  of_each("metrics", " --format screen");
+  of_each("metrics", " --sum --format json");
+  of_each("metrics", " --loads --format json");
+  of_each("placement", " --devices 4 --format json");
+  EXPECT_EQ(run_tool(dir, "metrics part.jsonl --by rank --format json").out,
+            run_tool(dir, "metrics rank.jsonl --by rank --format json").out);
+  ASSERT_EQ(run_tool(dir, "metrics part.jsonl --by rank --format json").lines().size(), 4U);
+  // The page holds the run: a layer's load by expert, its MaxVio, and how many steps.
+  const auto page = [&](const std::string& file) {
+    EXPECT_EQ(run_tool(dir, "report " + file + " -o page.html").code, 0);
+    const std::string text = TempDir::read(dir.path("page.html"));
+    const std::string open = R"(<script type="application/json" id="data">)";
+    const std::size_t from = text.find(open) + open.size();
+    return json::parse(text.substr(from, text.find("</script>", from) - from))[0];
+  };
+  const json whole = page("sum.jsonl");
+  for (const char* file : {"rank.jsonl", "part.jsonl"}) {
+    const json of_parts = page(file);
+    EXPECT_EQ(of_parts["layers"], whole["layers"]) << file;
+    EXPECT_EQ(of_parts["figures"], whole["figures"]) << file;
+    EXPECT_TRUE(of_parts["now"]["known"]) << file;
+  }
+  // Capacity acts in each part, whose loads scatter more.
+  const auto capacity = [&](const std::string& arguments) {
+    const ToolResult result = run_tool(dir, "capacity " + arguments + " --format json");
+    EXPECT_EQ(result.code, 0) << result.err;
+    return json::parse(result.out);
+  };
+  const json of_sum = capacity("sum.jsonl"), of_rank = capacity("rank.jsonl"),
+             of_part = capacity("part.jsonl");
+  EXPECT_TRUE(of_sum["lower_bound"]);
+  EXPECT_FALSE(of_part["lower_bound"]);
+  EXPECT_EQ(of_sum["granularity"], "steps");
+  EXPECT_EQ(of_rank["granularity"], "ranks");
+  EXPECT_EQ(of_part["granularity"], "ranks and micro-batches");
+  EXPECT_LT(of_sum["factor"].get<double>(), of_rank["factor"].get<double>());
+  EXPECT_LT(of_rank["factor"].get<double>(), of_part["factor"].get<double>());
+  EXPECT_THAT(run_tool(dir, "capacity part.jsonl").out, HasSubstr("each micro-batch in each of 2 ranks"));
+  EXPECT_THAT(run_tool(dir, "capacity rank.jsonl").out, HasSubstr("LOWER BOUND"));
+}
+
+TEST(Parts, RanksThatHoldTheSameTokensAreTakenOnce) {
+  const TempDir dir;
+  std::string text, once;
+  for (int step = 0; step < 6; ++step) {
+    once += line(step, 0, 8, 2, {8, 4, 3, 1});
+    for (const char* rank : {"rank0", "rank1"}) text += line(step, 0, 8, 2, {8, 4, 3, 1}, rank);
+  }
+  const ToolResult result = run_tool(dir, "metrics - --all --format json", text);
+  EXPECT_EQ(result.out, run_tool(dir, "metrics - --all --format json", once).out);
+  EXPECT_THAT(result.err, HasSubstr("taken once"));
+}
+
 TEST(Screen, ByDomain) {
   const std::string text =
       R"({"step":0,"layer":0,"tokens":400,"top_k":1,"counts":[200,200],"domain_counts":{"code":[200,0],"prose":[0,200]}})"
@@ -254,7 +426,18 @@ TEST(PlacementCommand, FilesForEngines) {
   const json maps =
       json::parse(run_tool(dir, "placement - --devices 4 --slots 20 --format phy2log", text).out);
   EXPECT_EQ(maps["layers"], json({3}));
-  ASSERT_EQ(maps["physical_to_logical_map"][0].size(), 20U);
+  ASSERT_EQ(maps["phy2log"][0].size(), 20U);
+  // SGLang passes every key on as an argument of ExpertLocationMetadata.init_by_mapping, so that there must be this one
+  // alone, and looks a layer up by its number in the model (python/sglang/srt/eplb/expert_location.py).
+  const ToolResult result = run_tool(dir, "placement - --devices 4 --slots 20 --format sglang", text);
+  const json sglang = json::parse(result.out);
+  ASSERT_EQ(sglang.size(), 1U);
+  const json& rows = sglang["physical_to_logical_map"];
+  ASSERT_EQ(rows.size(), 4U) << "layers 0 to 3 of the model";
+  EXPECT_EQ(rows[3], maps["phy2log"][0]);
+  EXPECT_EQ(rows[0], json({0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3}));
+  EXPECT_THAT(result.err, HasSubstr("in order: 0, 1, 2"));
+  EXPECT_THAT(result.err, HasSubstr("--ep-num-redundant-experts 4"));
   const json ascend =
       json::parse(run_tool(dir, "placement - --devices 4 --slots 20 --format ascend", text).out);
   EXPECT_EQ(ascend["moe_layer_count"], 1);
@@ -265,7 +448,7 @@ TEST(PlacementCommand, FilesForEngines) {
   for (const json& device : layer["device_list"]) {
     for (const int expert : device["device_expert"]) joined.push_back(expert);
   }
-  EXPECT_EQ(json(joined), maps["physical_to_logical_map"][0]);
+  EXPECT_EQ(json(joined), maps["phy2log"][0]);
 }
 
 TEST(PlacementCommand, MaxMovesAndWrongOptions) {
@@ -281,6 +464,39 @@ TEST(PlacementCommand, MaxMovesAndWrongOptions) {
   EXPECT_THAT(run_tool(dir, "placement - --devices 4", steady(1, 4, 1)).err, HasSubstr("at least 2"));
   EXPECT_THAT(run_tool(dir, "placement - --devices 4", line(0, 0, 4, 1, {4, 0}, "other")).err,
               HasSubstr("no record tagged 'train'"));
+}
+
+// Whatever the limit, the loads and the free slots: what is written is never less even than today's placement.
+TEST(PlacementCommand, WithALimitOfMovesItIsNeverBelowToday) {
+  const TempDir dir;
+  int moved = 0, kept = 0;
+  for (const double spread : {0.0, 0.05, 0.6}) {
+    for (std::uint64_t seed = 1; seed <= 3; ++seed) {
+      for (const char* slots : {"16", "20", "24"}) {
+        for (const int most : {0, 1, 3, 8}) {
+          const ToolResult result = run_tool(dir,
+                                             std::string("placement - --devices 4 --format json --slots ") +
+                                                 slots + " --max-moves " + std::to_string(most),
+                                             steady(spread, seed, 24));
+          ASSERT_EQ(result.code, 0) << result.err;
+          const json plan = json::parse(result.out);
+          EXPECT_GE(plan["planned"].get<double>(), plan["linear"].get<double>())
+              << spread << ' ' << seed << ' ' << slots << ' ' << most;
+          EXPECT_LE(plan["moves"].get<int>(), most);
+          const json& layer = plan["layers"][0];
+          EXPECT_EQ(layer["loads"].size(), plan["moves"].get<std::size_t>());
+          EXPECT_THAT(result.err, HasSubstr("At most " + std::to_string(most) + " moves a layer: " +
+                                            std::to_string(plan["moves"].get<int>()) + " in all"));
+          if (plan["moves"] == 0) {
+            EXPECT_THAT(result.err, HasSubstr("1 of 1 layers stay as they are"));
+          }
+          (plan["moves"] == 0 ? kept : moved) += 1;
+        }
+      }
+    }
+  }
+  EXPECT_GT(moved, 20);
+  EXPECT_GT(kept, 27);
 }
 
 TEST(PlacementCommand, DrawsWhatEachDeviceCarries) {
@@ -401,6 +617,23 @@ TEST(SimulateSet, RunsTheGridAndSaysWhatEachRunHad) {
   EXPECT_THAT(table.lines().at(0), HasSubstr("expert_bias.options.step"));
   // A list is one value.
   EXPECT_EQ(json::parse(run_tool(dir, common + " --set 'health.bands.max_vio=[0,1]'").out).size(), 1U);
+}
+
+TEST(SimulateSet, ATerminalGetsABar) {
+  if (std::system("script -qec true /dev/null </dev/null >/dev/null 2>&1") != 0)
+    GTEST_SKIP() << "no script(1)";
+  const TempDir dir;
+  const std::string command =
+      "cd '" + dir.path("") +
+      "' && script -qec \"'" MOECTL_TOOL "' simulate " MOECTL_SOURCE_DIR
+      "/policies/sign_bias.yaml --steps 60 --set expert_bias.options.step=1e-4,1e-2\" "
+      "/dev/null </dev/null >shown 2>&1";
+  ASSERT_EQ(std::system(command.c_str()), 0);
+  const std::string shown = TempDir::read(dir.path("shown"));
+  EXPECT_THAT(shown, HasSubstr("\r[####################"));
+  EXPECT_THAT(shown, HasSubstr(" 50 %, "));
+  EXPECT_THAT(shown, HasSubstr("] 100 %, 2 of 2 runs"));
+  EXPECT_THAT(shown, HasSubstr("never"));
 }
 
 TEST(SimulateSet, WrongKeysAndValuesAreNamed) {

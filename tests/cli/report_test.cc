@@ -108,17 +108,22 @@ TEST(Report, TheResponseOfEachLayerStandsInATable) {
       "\n";
   for (int step = 0; step < 9; ++step) {
     const bool held = step >= 3 && step < 7;
+    const std::string temperature =
+        R"(,"actuators":{"router_temperature":{"applied":[1],"responsiveness":{"state":"unknown"}}})";
     run += record(
         step, "[50,50]",
-        held ? R"(,"responsiveness":{"state":"unresponsive","gain":0.01,"error":0.1,"slope":"measured"})"
-             : R"(,"responsiveness":{"state":"answers","gain":0.95,"error":0.1,"slope":"measured"})");
+        (held ? R"(,"responsiveness":{"state":"unresponsive","gain":0.01,"error":0.1,"slope":"measured"})"
+              : R"(,"responsiveness":{"state":"answers","gain":0.95,"error":0.1,"slope":"measured"})") +
+            temperature);
   }
   dir.write("a.jsonl", run);
   const ToolResult result = run_tool(dir, "report a.jsonl -o r.html");
   ASSERT_EQ(result.code, 0) << result.err;
-  EXPECT_EQ(data_of(TempDir::read(dir.path("r.html"))).at(0)["layers"][0]["response"],
-            nlohmann::json::parse(R"({"state":"answers","gain":0.95,"error":0.1,"slope":"measured","late":0,)"
-                                  R"("held":4,"first_held":3})"));
+  EXPECT_EQ(data_of(TempDir::read(dir.path("r.html"))).at(0)["responses"],
+            nlohmann::json::parse(
+                R"([{"layer":0,"actuator":"expert_bias","state":"answers","gain":0.95,"error":0.1,)"
+                R"("slope":"measured","late":0,"held":4,"first_held":3},)"
+                R"({"layer":0,"actuator":"router_temperature","state":"unknown","late":0,"held":0}])"));
 }
 
 TEST(Report, DownsamplingKeepsExtremes) {

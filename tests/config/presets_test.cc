@@ -29,7 +29,8 @@ TEST(Presets, HoldThePublishedNumbers) {
       {"megatron", {"sign_bias", {{"step", 1e-3}}, 0}},
       {"trinity", {"tanh_momentum_bias", {{"step", 5e-4}, {"steepness", 2}, {"momentum", 0.5}}, 0}},
       {"longcat", {"proportional_bias", {{"step", 1e-2}}, 0}},
-      {"kimi_k3", {"quantile_bias", {{"gain", 1}}, 0}}};
+      {"kimi_k3", {"quantile_bias", {{"gain", 1}}, 0}},
+      {"megatron_quantile", {"quantile_bias", {{"gain", 1}}, 0}}};
   std::size_t seen = 0;
   for (const auto& entry : std::filesystem::directory_iterator(kFolder)) {
     SCOPED_TRACE(entry.path().string());

@@ -544,28 +544,18 @@ TEST(LooseEnds, AMicroBatchIsCountedOnceWhateverAllocationFails) {
   EXPECT_GT(failures, 5);
 }
 
-// ---- lag: 1 with margins that do not travel. ----
+// ---- lag: 1 with quantiles. ----
 
-TEST(LooseEnds, ExactQuantilesWithLagAreRefusedInWordsAndOtherSavesLoad) {
-  ControllerConfig config = config_of("quantile_bias");
-  config.expert_bias.options.set("form", std::string("exact"));
-  config.lag = 1;
-  try {
-    Controller controller(config);
-    FAIL();
-  } catch (const ConfigError& error) {
-    EXPECT_THAT(error.what(), HasSubstr("lag: 1: must be 0 with quantile_bias"));
-    EXPECT_THAT(error.what(), HasSubstr("histogram"));
-  }
-  EXPECT_THROW(parse_config("version: 1\nlag: 1\nmodel: {layers: 1, experts: 4, top_k: 1}\n"
-                            "expert_bias: {policy: quantile_bias, options: {form: exact}}\n"),
-               ConfigError);
-  for (const auto& [lag, form] : {std::pair{0, "exact"}, {0, "histogram"}, {1, "histogram"}}) {
+TEST(LooseEnds, QuantilesWithLagSaveAndLoad) {
+  const std::map<std::string, OptionValue> histogram, k3 = {{"form", std::string("k3")}, {"gain", 1.0}},
+                                                      local = {{"form", std::string("local_mean")}};
+  for (const auto& [lag, cadence, options] :
+       {std::tuple{0, 4, histogram}, {1, 4, histogram}, {1, 1, k3}, {1, 4, local}}) {
     SimulationOptions plant;
     plant.biased_scores = true;
-    ControllerConfig own = config_for(plant, "quantile_bias", {{"form", std::string(form)}});
+    ControllerConfig own = config_for(plant, "quantile_bias", options);
     own.lag = lag;
-    own.expert_bias.limits.cadence = 4;
+    own.expert_bias.limits.cadence = cadence;
     Controller controller(own);
     SimulatedRouter router(plant);
     for (int step = 0; step < 20; ++step) {
@@ -573,7 +563,7 @@ TEST(LooseEnds, ExactQuantilesWithLagAreRefusedInWordsAndOtherSavesLoad) {
       if (step % 3 == 0) controller.record(0, RoutingStats(controller.shape(0)));
       controller.step();
       Controller resumed(own);
-      EXPECT_NO_THROW(resumed.load(controller.save())) << "lag " << lag << ", " << form << ", step " << step;
+      EXPECT_NO_THROW(resumed.load(controller.save())) << "lag " << lag << ", " << step;
     }
     EXPECT_THAT(bias_of(controller), ::testing::Contains(::testing::Gt(0.0)));
   }

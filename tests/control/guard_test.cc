@@ -195,7 +195,7 @@ TEST(Guard, RecognisesOneOverloadedExpertInABalancedLayer) {
   EXPECT_EQ(steps_to_intervention(nothing, {100, 0, 0, 0}, 300), -1);
 }
 
-// Heavy in turn, an expert a step: smoothed loads stay even. MaxVio is 2.4 at each step and smoothed 2.4 (1 - 0.9^n),
+// One expert after another is overloaded, each for a step: smoothed loads stay even. MaxVio is 2.4 at each step and smoothed 2.4 (1 - 0.9^n),
 // above twice 1 from n = 18 on; lost for ten steps at 27, confirmed at 29. What stays below twice is how data differ.
 TEST(Guard, RecognisesExpertsThatAlternate) {
   const auto in_turn = [](std::int64_t most, int steps) {

@@ -49,7 +49,7 @@ TEST(HostileNumbers, TheLongestCooldownIsOne) {
   }
 }
 
-// A loss that no average can hold is none: averages stay numbers, which a state can carry.
+// A loss that no average can hold counts as absent: averages stay numbers, which a state can carry.
 TEST(HostileNumbers, LossesAtTheEndsOfADoubleMakeAStateThatLoads) {
   const ControllerConfig config =
       parse_config(kModel + "expert_bias: {policy: adaptive_bias}\nsafety: {rollback: {}}\nhealth: {}\n");

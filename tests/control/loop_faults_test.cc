@@ -81,7 +81,7 @@ class FaultyLoop {
 
   static SimulationOptions plant_for(const Controller& controller) {
     SimulationOptions plant;
-    plant.biased_scores = controller.shape(0).needs.margins || controller.shape(0).needs.margin_rows;
+    plant.biased_scores = controller.shape(0).needs.biased_scores();
     return plant;
   }
 };
@@ -255,7 +255,8 @@ const std::vector<FaultyPolicy> kLaws = {{"sign_bias", {}},
                                          {"proportional_bias", {}},
                                          {"tanh_momentum_bias", {{"step", 5e-3}}},
                                          {"quantile_bias", {}},
-                                         {"quantile_bias", {{"form", std::string("exact")}}},
+                                         {"quantile_bias", {{"form", std::string("k3")}, {"gain", 1.0}}},
+                                         {"quantile_bias", {{"form", std::string("local_mean")}}},
                                          {"adaptive_bias", {}},
                                          {"adaptive_bias", {{"form", std::string("counts")}}}};
 INSTANTIATE_TEST_SUITE_P(Laws, EveryPolicyWithFaults, ::testing::ValuesIn(kLaws), [](const auto& info) {

@@ -251,6 +251,27 @@ TEST(Responsiveness, AProbeThatAHoldBreaksOffIsStillNoPartOfWhatIsDeployed) {
   for (int i = 0; i < 5; ++i) EXPECT_EQ(step(), deployed) << i;
 }
 
+// Biases of the router's own that no scores justify are made up for, and the reach does not take that back.
+TEST(Responsiveness, ForeignBiasesAreMadeUpForAndStaySo) {
+  constexpr double size = 2.5;  // of probabilities
+  for (const std::uint64_t seed : {40125, 40126, 40127}) {
+    Loop loop({.seed = seed});
+    const auto use = [&](std::span<const double> bias) {
+      std::vector<double> used = Loop::as_told(bias);
+      used[3] += size;
+      used[7] -= size;
+      return used;
+    };
+    loop.run(60, use);
+    double sum = 0;
+    for (int i = 0; i < 140; ++i) {
+      loop.run(1, use);
+      sum += loop.max_vio_over_floor;
+    }
+    EXPECT_LT(sum / 140, 1.5) << seed;
+  }
+}
+
 TEST(Responsiveness, ADeclaredDelayIsTakenIntoAccount) {
   const SimulationOptions model{.seed = 40115, .delay = 3};
   Controller controller(config_of(model));

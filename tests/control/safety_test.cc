@@ -97,7 +97,15 @@ TEST(CheckLimits, NamesKeyValueAndConstraint) {
   EXPECT_THAT(check_limits(aux, {.min = 0, .max = 1, .rate = 1, .center = true}, 0), HasSubstr("center"));
   EXPECT_THAT(check_limits(aux, {.min = -1, .max = 1, .rate = 1}, 0), HasSubstr("min: -1"));
   EXPECT_THAT(check_limits(t, {.min = 0, .max = 1, .rate = 1}, 1),
-              HasSubstr("must be above 0 for a temperature"));
+              HasSubstr("must be from 1e-9 to 1e9 for router_temperature"));
+  EXPECT_THAT(check_limits(bias, {.min = -2e9, .max = 1, .rate = 1}, 0),
+              HasSubstr("min: -2e+09: must be from -1e9 to 1e9"));
+  EXPECT_THAT(check_limits(bias, {.min = -1, .max = 2e9, .rate = 1}, 0),
+              HasSubstr("max: 2e+09: must be from -1e9 to 1e9"));
+  EXPECT_THAT(check_limits(bias, bias_limits(1, 2e9), 0),
+              HasSubstr("rate: 2e+09: must be above 0 and at most 1e9"));
+  EXPECT_THAT(check_limits(aux, {.min = 0, .max = 1, .rate = 101}, 0),
+              HasSubstr("rate: 101: must be above 0 and at most 100"));
   EXPECT_THAT(check_limits(bias, {.min = -kInf, .max = 1, .rate = 1}, 0), HasSubstr("min: -inf"));
   EXPECT_THAT(check_limits(bias, {.min = -1, .max = 1, .rate = 1, .deadband = -1}, 0),
               HasSubstr("deadband: -1"));

@@ -61,7 +61,11 @@ std::vector<Case> cases() {
   cases.back().config.model.delay = 3;
   cases.push_back({"quantile_delay", with(bias, "quantile_bias")});
   cases.back().config.model.delay = 2;
-  cases.push_back({"quantile_exact", with(bias, "quantile_bias", {{"form", std::string("exact")}})});
+  cases.push_back({"quantile_k3", with(bias, "quantile_bias", {{"form", std::string("k3")}, {"gain", 1.0}})});
+  cases.back().config.model.delay = 1;
+  cases.back().config.lag = 1;
+  cases.push_back(
+      {"quantile_local_mean", with(bias, "quantile_bias", {{"form", std::string("local_mean")}})});
   // Everything that a controller can hold beside its policies.
   ControllerConfig full = with(Actuator::kAuxLossWeight, "pi");
   full.aux_loss_weight.scope = Scope::kModel;
@@ -98,7 +102,7 @@ class SavedState : public ::testing::TestWithParam<Case> {
         domains.push_back(static_cast<std::int64_t>(random() % 2));
       }
       RoutingBatch batch{.experts = experts, .sequence_length = 8, .top_values = top};
-      if (needs.margins || needs.margin_rows) batch.biased_scores = scores;
+      if (needs.biased_scores()) batch.biased_scores = scores;
       if (needs.probabilities) batch.probabilities = scores;
       if (needs.domains > 0) batch.domain_ids = domains;
       controller.record(l, batch, micro_batch);
@@ -133,7 +137,6 @@ TEST_P(SavedState, HasOneLengthAndComesBackAsTheSameBytes) {
     other.load(state);
     EXPECT_EQ(other.save(), state) << at;
   }
-  if (controller.shape(0).needs.margin_rows) return;  // as long as there are tokens recorded
   for (std::int64_t micro_batch = 0; micro_batch < 64; ++micro_batch) {
     record(controller, random, micro_batch);
     EXPECT_EQ(controller.save().size(), length) << micro_batch;
@@ -234,17 +237,6 @@ TEST(SavedStates, NumbersThatNoRunCanHaveAreRefusedByName) {
       controller.load(with_number(state, "response.state", 0, static_cast<std::int64_t>(Response::kAnswers))),
       StateError);
   EXPECT_FALSE(refused("adaptive.past", std::int64_t{5}));
-}
-
-// Rows of margins are one for each token: a count that multiplies beyond 2^63 must not pass for few.
-TEST(SavedStates, RowsOfMarginsGoWithTheirTokens) {
-  Controller controller(with(Actuator::kExpertBias, "quantile_bias", {{"form", std::string("exact")}}));
-  const std::string state = controller.save();
-  for (const std::int64_t tokens : {std::int64_t{1}, std::int64_t{1} << 63}) {
-    // The sums of a layer begin with the scalars.
-    const std::string altered = with_number(state, "recorded", RoutingStats::kMarginTokens, tokens);
-    EXPECT_THROW(controller.load(altered), StateError) << tokens;
-  }
 }
 
 // More micro-batches than there is room for: longer by an id and a fingerprint for each, and complete.

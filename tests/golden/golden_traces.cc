@@ -11,6 +11,7 @@
 #include <filesystem>
 #include <fstream>
 #include <map>
+#include <span>
 #include <sstream>
 #include <string>
 #include <utility>
@@ -56,7 +57,7 @@ std::vector<Case> all_cases() {
       kDomains);
   add("proportional_bias.rms", "proportional_bias", bias, {{"normalise", std::string("rms")}});
   add("quantile_bias.delay", "quantile_bias", bias, {{"gain", 1.0}}, 2);
-  add("quantile_bias.exact", "quantile_bias", bias, {{"form", std::string("exact")}});
+  add("quantile_bias.local_mean", "quantile_bias", bias, {{"form", std::string("local_mean")}});
   add("quantile_bias.k3", "quantile_bias", bias, {{"form", std::string("k3")}, {"gain", 1.0}});
   add("sign_bias.uncentred", "sign_bias", bias, {{"zero_mean_move", false}});
   // What rests with its defaults on a run like this one.
@@ -83,7 +84,7 @@ std::vector<std::int64_t> mixture_after(int step) {
 
 // Window `step` of the run: loads that drift and jitter, an expert without a token from step 20 to 29, and all sums
 // that a router can report.
-RoutingStats window(const StatsShape& shape, int step, bool collapses) {
+RoutingStats window(const StatsShape& shape, int step, bool collapses, std::span<const double> bias) {
   std::uint64_t random = 88172645463325252ULL + static_cast<std::uint64_t>(step);
   std::vector<std::int64_t> counts;
   std::int64_t total = 0;
@@ -110,16 +111,27 @@ RoutingStats window(const StatsShape& shape, int step, bool collapses) {
       of_domain[counts.size() + i] = counts[i] - of_first;
     }
   }
-  if (shape.needs.margin_rows) {  // a lower margin for experts with more tokens
-    std::vector<float> rows;
+  if (shape.needs.required_bins ||
+      shape.needs.required_local) {  // a lower required bias for experts with more tokens
+    std::ranges::fill(stats.mutable_array(RoutingStats::kRequiredBins), 0);
+    std::vector<double> required(counts.size());
+    stats.set_routed_under(bias);
     for (std::int64_t t = 0; t < stats.tokens(); ++t) {
-      for (const std::int64_t count : counts) {
+      for (std::size_t i = 0; i < counts.size(); ++i) {
         random = random * 6364136223846793005ULL + 1442695040888963407ULL;
-        const auto noise = static_cast<std::int64_t>(random >> 52);
-        rows.push_back(static_cast<float>(noise - 4 * count) / 4096);
+        const std::int64_t margin = static_cast<std::int64_t>(random >> 52) - 4 * counts[i];
+        required[i] = static_cast<double>(margin) / 4096 + bias[i];
+        if (!shape.needs.required_bins) continue;
+        const std::size_t bin = required_bin(stats.required_range(), required[i]);
+        stats.mutable_array(RoutingStats::kRequiredBins)[i * kRequiredWords + bin / 2] +=
+            std::int64_t{1} << (bin % 2 == 0 ? 0 : 32);
       }
     }
-    stats.set_margin_rows(std::move(rows));
+    if (shape.needs.required_local) {
+      for (std::size_t i = 0; i < counts.size(); ++i)
+        stats.mutable_array(RoutingStats::kRequiredSum)[i] = to_fixed(required[i]);
+      stats.set_scalar(RoutingStats::kRequiredRecords, 1);
+    }
     stats.set_scalar(RoutingStats::kMarginTokens, stats.tokens());
   }
   if (shape.needs.probabilities) {
@@ -143,7 +155,7 @@ std::string trace_of(const Case& one) {
     const std::vector<std::int64_t> next = mixture_after(step);
     StepInfo info{.loss = 3 - 0.01 * step};
     if (one.rig.domains > 0) info.next_mixture = next;
-    rig.step(window(rig.shape(), step, one.collapses), info);
+    rig.step(window(rig.shape(), step, one.collapses, rig.value), info);
     for (const double value : rig.value) {
       char text[32];
       std::snprintf(text, sizeof text, "%.17g ", value);

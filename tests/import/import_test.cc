@@ -152,6 +152,67 @@ TEST(Import, VllmRoutedExpertsAsArrayArchiveAndJsonLines) {
   EXPECT_THAT(refused("vllm " + kFiles + "routed_experts.npy --experts 5"), HasSubstr("expert 5"));
 }
 
+// vLLM 0.21: the experts of the prompt stand beside the choices, those of what was generated in each choice.
+TEST(Import, VllmResponsesWithThePromptApart) {
+  const TempDir dir;
+  const std::string response =
+      R"({"prompt_routed_experts":[[[0,1]],[[0,2]]],"choices":[{"routed_experts":[[[3,1]]]},{"routed_experts":[[[2,3]]]}]})"
+      "\n"
+      R"({"prompt_routed_experts":[[[0,1]]],"choices":[{"routed_experts":null}]})"
+      "\n";
+  const ToolResult result = run_tool(dir, "import vllm - -o -", response);
+  ASSERT_EQ(result.code, 0) << result.err;
+  const json record = records(result.out).at(0);
+  EXPECT_EQ(record["tokens"], 5);
+  EXPECT_EQ(record["counts"], json({3, 3, 2, 2}))
+      << "the prompt is routed once, whatever the number of choices";
+  // Prompt and first choice are one sequence of 3 tokens; the other choice and the other prompt have one token each.
+  EXPECT_EQ(record["sequences"], 3);
+  EXPECT_EQ(record["sequence_len_sq"], 36 + 4 + 4);
+  EXPECT_THAT(
+      refused("vllm -", R"({"prompt_routed_experts":[[[0,1]]],"choices":[{"routed_experts":[[[0]]]}]})"),
+      HasSubstr("expected [tokens, 1, 2]"));
+  EXPECT_THAT(refused("vllm -", R"({"prompt_routed_experts":null,"choices":[{"routed_experts":null}]})"),
+              HasSubstr("--enable-return-routed-experts"));
+}
+
+// What torch.save writes: a zip archive with a pickle, or a bare pickle. The message has the command that reads it.
+TEST(Import, FilesOfTorchSaveAreNamedWithTheirConverter) {
+  const TempDir dir;
+  std::string zip("PK\x03\x04\x00\x00\x08\x08", 8);
+  zip += std::string(22, '\0') + "expert_distribution/data.pkl" + std::string(100, '\0');
+  for (const std::string& bytes : {zip, std::string("\x80\x02\x8a\x0al\xfc\x9c", 7)}) {
+    for (const char* format : {"sglang", "vllm", "hf", "csv"}) {
+      const std::string error = refused(format + (" " + dir.write("dump.pt", bytes)) + " --top-k 2");
+      EXPECT_THAT(error, HasSubstr("python3 -m moectl.convert dump.pt --top-k K -o TRACE")) << format;
+    }
+  }
+}
+
+TEST(Import, MicroBatchesApart) {
+  const auto apart = imported("megatron " + kFiles + "router_trace_rank*.jsonl --by micro-batch");
+  const json &first = at(apart, 0, 1, "rank0/mb0"), &second = at(apart, 0, 1, "rank0/mb1");
+  const auto ranks = imported("megatron " + kFiles + "router_trace_rank*.jsonl --by rank");
+  const json& both = at(ranks, 0, 1, "rank0");
+  EXPECT_EQ(first["tokens"].get<int>() + second["tokens"].get<int>(), both["tokens"].get<int>());
+  for (std::size_t i = 0; i < 4; ++i)
+    EXPECT_EQ(first["counts"][i].get<int>() + second["counts"][i].get<int>(), both["counts"][i].get<int>());
+  EXPECT_EQ(at(apart, 0, 0, "rank0/mb0/mtp0")["tokens"], 2);
+  // The counts of ActivationLogger: a row of tpe for each micro-batch.
+  const auto counts =
+      imported("megatron " + kFiles + "tokens_per_expert_rank0.jsonl --top-k 2 --by micro-batch");
+  EXPECT_EQ(at(counts, 100, 3, "rank0/mb0")["tokens"].get<int>() +
+                at(counts, 100, 3, "rank0/mb1")["tokens"].get<int>(),
+            24);
+  // Forward passes of llama.cpp, without ranks.
+  const auto passes = imported("llama.cpp " + kFiles + "moe_trace.csv --top-k 2 --by micro-batch");
+  EXPECT_EQ(at(passes, 0, 0, "mb0")["counts"], json({0, 1, 1, 2, 0, 0}));
+  EXPECT_EQ(at(passes, 0, 0, "mb1")["counts"], json({1, 0, 0, 1, 0, 0}));
+  EXPECT_EQ(imported("hf " + kFiles + "router_logits.npy --top-k 2 --by micro-batch")[0]["tag"], "mb0");
+  EXPECT_THAT(refused("sglang " + kFiles + "logical_count.npy --top-k 2 --by micro-batch"),
+              HasSubstr("does not tell micro-batches; those of megatron, hf, llama.cpp do"));
+}
+
 // vLLM #47785: -1 is a slot that was not routed.
 TEST(Import, SlotsOfMinusOneAreNotRouted) {
   const TempDir dir;
@@ -226,13 +287,16 @@ TEST(Import, LlamaCppRowsOfChoices) {
   const auto passes = imported("llama.cpp " + kFiles + "moe_trace.csv --top-k 2 --tokens-per-step 1");
   EXPECT_EQ(at(passes, 0, 0)["counts"], json({0, 1, 1, 2, 0, 0}));
   EXPECT_EQ(at(passes, 1, 1)["counts"], json({0, 0, 1, 0, 1, 0}));
+  // With a wrong k the tokens would be counted wrong: rows of a layer come in groups of k.
+  EXPECT_THAT(refused("llama.cpp " + kFiles + "moe_trace.csv --top-k 3"),
+              HasSubstr("expected a multiple of --top-k 3"));
 }
 
 // ltp-megatron-lm #36 and exports of it: numbers as floats, a key for each layer and expert.
 TEST(UserReports, Item29_WandbExportsAsFloatsWithAKeyForEachExpert) {
   std::string notes;
   const auto all = imported("wandb " + kFiles + "wandb_history.csv --top-k 2", &notes);
-  ASSERT_EQ(all.size(), 4U) << "rows of other metrics are passed over";
+  ASSERT_EQ(all.size(), 4U) << "rows of other metrics are skipped";
   EXPECT_EQ(at(all, 10, 0)["counts"], json({16384, 8192, 4096, 4096}));
   EXPECT_EQ(at(all, 10, 0)["tokens"], 16384);
   EXPECT_EQ(at(all, 20, 1)["counts"], json({8190, 8194, 8192, 8192}));

@@ -635,6 +635,12 @@ TEST(RunLogWriter, TheResponseOfTheLoadComesBack) {
   made.reports[2].responsiveness = {
       .state = Response::kAnswers, .gain = 0.75, .error = 0.125, .scaled = true};
   made.reports[3].responsiveness = {.state = Response::kUnresponsive, .gain = -40, .error = 2, .late = 3};
+  const double temperature = 1;
+  made.reports[0].actuators[static_cast<std::size_t>(Actuator::kRouterTemperature)] = {
+      .proposed = {},
+      .applied = {&temperature, 1},
+      .reasons = {},
+      .responsiveness = {.state = Response::kAnswers, .gain = 0.5, .error = 0.25}};
   RunLogWriter(dir.path("run.jsonl"), config_of(4, 4, 2)).write(made.report);
   const std::string text = TempDir::read(dir.path("run.jsonl"));
   EXPECT_THAT(text, HasSubstr(R"("responsiveness":{"state":"unknown"})"));
@@ -652,6 +658,10 @@ TEST(RunLogWriter, TheResponseOfTheLoadComesBack) {
     EXPECT_EQ(back.late, sent.late);
     EXPECT_EQ(back.scaled, sent.scaled);
   }
+  const Responsiveness& of_temperature = records[0].actuators.at("router_temperature").responsiveness;
+  EXPECT_EQ(of_temperature.state, Response::kAnswers);
+  EXPECT_EQ(of_temperature.gain, 0.5);
+  EXPECT_EQ(of_temperature.error, 0.25);
 }
 
 TEST(RunLogWriter, NoticesStandInTheRecordOfTheirLayer) {

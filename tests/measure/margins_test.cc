@@ -73,7 +73,13 @@ RoutingBatch batch() {
   return {.experts = kExperts, .top_values = kTop, .biased_scores = kScores};
 }
 StatsShape shape() {
-  return {.experts = 3, .top_k = 1, .needs = {.margins = true, .margin_rows = true}};
+  return {
+      .experts = 3, .top_k = 1, .needs = {.margins = true, .required_bins = true, .required_local = true}};
+}
+
+std::int64_t required(const RoutingStats& stats, int expert, std::size_t bin) {
+  const std::int64_t word = stats.required_bins(expert)[bin / 2];
+  return bin % 2 == 0 ? word & 0xffffffff : word >> 32;
 }
 
 TEST(MarginStats, CountEveryTokenForEveryExpert) {
@@ -87,8 +93,17 @@ TEST(MarginStats, CountEveryTokenForEveryExpert) {
   EXPECT_EQ(holds(1, kInf), 1);
   EXPECT_EQ(holds(2, 0.5F), 1);
   EXPECT_EQ(holds(2, -2.0F), 1);
-  // The rows hold v_{k+1} - v: token 0 against 2, token 1 against 0.
-  EXPECT_THAT(stats.margin_rows(), ElementsAre(-1, 1, 0, 0, kInf, -4));
+  // Required biases are v_{k+1} - v, as the biases are zero: of token 0, against 2, -1, 1, 0, and of token 1, against 0,
+  // 0, ∞, -4. Bins of .002 from -1 on.
+  EXPECT_EQ(required(stats, 0, 0), 1);
+  EXPECT_EQ(required(stats, 0, 500), 1);
+  EXPECT_EQ(required(stats, 1, 999), 2) << "1 is the end of the range";
+  EXPECT_EQ(required(stats, 2, 500), 1);
+  EXPECT_EQ(required(stats, 2, 0), 1);
+  // Two tokens and three experts: ⌊2/3⌋ = 0, the smallest.
+  EXPECT_EQ(stats.required_local(0), -1);
+  EXPECT_EQ(stats.required_local(1), 1);
+  EXPECT_EQ(stats.required_local(2), -4);
   EXPECT_TRUE(stats.valid());
 }
 
@@ -98,11 +113,13 @@ TEST(MarginStats, AreAbsentUnlessEveryTokenHasThem) {
   const std::vector<std::int64_t> one = {1};
   ASSERT_TRUE(stats.add({.experts = one}));
   EXPECT_FALSE(stats.has_margins());
-  EXPECT_FALSE(stats.has_margin_rows());
+  EXPECT_FALSE(stats.has_required_bins());
+  EXPECT_FALSE(stats.has_required_local());
   stats.clear();
   EXPECT_FALSE(stats.has_margins());
   ASSERT_TRUE(stats.add(batch()));
-  EXPECT_TRUE(stats.has_margin_rows());
+  EXPECT_TRUE(stats.has_required_bins());
+  EXPECT_TRUE(stats.has_required_local());
 }
 
 TEST(MarginStats, MaskedTokensAndNoNeedLeaveNothing) {
@@ -111,12 +128,20 @@ TEST(MarginStats, MaskedTokensAndNoNeedLeaveNothing) {
   const std::vector<float> broken = {kNaN, kNaN, kNaN, 0, -kInf, 4};
   ASSERT_TRUE(stats.add({.experts = kExperts, .mask = mask, .top_values = kTop, .biased_scores = broken}));
   EXPECT_TRUE(stats.has_margins());
-  EXPECT_THAT(stats.margin_rows(), ElementsAre(0, kInf, -4));
+  EXPECT_EQ(required(stats, 0, 500), 1);
+  EXPECT_EQ(required(stats, 0, 0), 0);
+  // Too few tokens may choose expert 1: it is where it was.
+  EXPECT_EQ(stats.required_local(0), 0);
+  EXPECT_EQ(stats.required_local(1), 0);
+  EXPECT_EQ(stats.required_local(2), -4);
   RoutingStats plain({.experts = 3, .top_k = 1, .needs = {}});
   ASSERT_TRUE(plain.add(batch()));
   EXPECT_FALSE(plain.has_margins());
-  EXPECT_TRUE(plain.margin_rows().empty());
+  EXPECT_FALSE(plain.has_required_bins());
+  EXPECT_FALSE(plain.has_required_local());
   EXPECT_THROW(plain.margins(0), std::invalid_argument);
+  EXPECT_THROW(plain.required_bins(0), std::invalid_argument);
+  EXPECT_THROW(plain.required_local(0), std::invalid_argument);
 }
 
 TEST(MarginStats, BadScoresMakeTheRecordInvalidAndAddNothing) {
@@ -126,7 +151,7 @@ TEST(MarginStats, BadScoresMakeTheRecordInvalidAndAddNothing) {
     scores[4] = bad;
     EXPECT_FALSE(stats.add({.experts = kExperts, .top_values = kTop, .biased_scores = scores}));
     EXPECT_EQ(stats.tokens(), 0);
-    EXPECT_TRUE(stats.margin_rows().empty());
+    EXPECT_EQ(required(stats, 0, 0), 0);
     EXPECT_EQ(stats.invalid_records(), 1);
   }
   RoutingStats stats(shape());
@@ -134,6 +159,56 @@ TEST(MarginStats, BadScoresMakeTheRecordInvalidAndAddNothing) {
   const std::vector<float> few = {1, 2};
   EXPECT_THROW(stats.add({.experts = kExperts, .top_values = kTop, .biased_scores = few}),
                std::invalid_argument);
+}
+
+// Bins are counted from the biases that tokens were routed under: other bins do not add, and say so.
+TEST(RequiredBins, AddOnlyToThoseOfTheSameRange) {
+  RoutingStats stats(shape()), others(shape()), same(shape());
+  others.set_routed_under(std::vector<double>{0.5, 0, 0});
+  ASSERT_TRUE(stats.add(batch()) && others.add(batch()) && same.add(batch()));
+  stats += same;
+  EXPECT_TRUE(stats.has_required_bins());
+  EXPECT_EQ(required(stats, 0, 0), 2);
+  stats += others;
+  EXPECT_FALSE(stats.has_required_bins());
+  ASSERT_TRUE(stats.add(batch()));
+  EXPECT_FALSE(stats.has_required_bins());
+  EXPECT_TRUE(stats.valid());
+  // A bias of a half is taken out of the scores: what expert 0 requires is higher by it.
+  EXPECT_EQ(others.required_range(), (RequiredRange{-1, 2.5}));
+  EXPECT_EQ(required(others, 0, 200), 1);
+  EXPECT_EQ(required(others, 0, 600), 1);
+  others.drop_required();
+  EXPECT_FALSE(others.has_required_bins());
+}
+
+// Each half of a word holds up to 2^29 tokens, and the ranks' words add up without a carry.
+TEST(RequiredBins, ArePackedExactlyUpToTheirBound) {
+  RoutingStats stats({.experts = 2, .top_k = 1, .needs = {.required_bins = true}});
+  stats.set_scalar(RoutingStats::kTokens, kMostRequiredTokens);
+  stats.set_scalar(RoutingStats::kMarginTokens, kMostRequiredTokens);
+  const auto words = stats.mutable_array(RoutingStats::kRequiredBins);
+  words[0] = kMostRequiredTokens | (kMostRequiredTokens << 32);
+  EXPECT_TRUE(stats.valid());
+  EXPECT_TRUE(stats.has_required_bins());
+  EXPECT_EQ(required(stats, 0, 0), kMostRequiredTokens);
+  EXPECT_EQ(required(stats, 0, 1), kMostRequiredTokens);
+  stats.set_scalar(RoutingStats::kTokens, kMostRequiredTokens + 1);
+  stats.set_scalar(RoutingStats::kMarginTokens, kMostRequiredTokens + 1);
+  EXPECT_FALSE(stats.has_required_bins());
+}
+
+TEST(RequiredBins, TheBiasIsLinearWithinTheBinThatReachesIt) {
+  std::array<std::int64_t, kRequiredWords> words{};
+  words[0] = 2 | (std::int64_t{4} << 32);
+  words[499] = std::int64_t{3} << 32;
+  const RequiredRange range{-1, 2};
+  EXPECT_EQ(required_bias(range, words, 1), -1 + 0.5 * 0.002);
+  EXPECT_EQ(required_bias(range, words, 2), -1 + 1 * 0.002);
+  EXPECT_EQ(required_bias(range, words, 3), -1 + 1.25 * 0.002);
+  EXPECT_EQ(required_bias(range, words, 9), -1 + 1000 * 0.002);
+  EXPECT_EQ(required_bias(range, words, 99), -1 + 1000 * 0.002) << "more than there are";
+  EXPECT_EQ(required_bias(range, words, 0), -1);
 }
 
 // However a batch is cut into records, the histogram is the same to the bit, and has c_i tokens below zero.

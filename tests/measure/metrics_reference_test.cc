@@ -594,7 +594,7 @@ TEST(MetricsReference, EveryMetricOfEveryStepOfARandomHistory) {
       references.push_back(std::move(want));
     }
   }
-  // Nothing was passed over: every metric but those of two windows or two biases was compared, and all that have
+  // Nothing was skipped: every metric but those of two windows or two biases was compared, and all that have
   // conditions were seen without as well.
   for (const MetricField& field : metric_fields()) {
     if (field.name == "max_vio_global" || field.name == "churn") {

@@ -29,6 +29,8 @@ StatsNeeds everything(int domains = 2) {
           .domain_losses = true,
           .latencies = true,
           .margins = true,
+          .required_bins = true,
+          .required_local = true,
           .domains = domains};
 }
 

@@ -92,6 +92,17 @@ TEST(Placement, LoadsAndBalancednessByHand) {
   EXPECT_EQ(moves_between(placement, {2, {1, 0, 2, 0}}), 0);
 }
 
+TEST(Placement, SingleCopiesWithFreeSlots) {
+  const PlacementOptions options{.devices = 2, .slots = 6};
+  const Placement single = single_placement(4, options);
+  EXPECT_EQ(single.experts, (std::vector<int>{0, 1, 0, 2, 3, 2}));
+  const Loads loads{4, 1, 3, 2};
+  EXPECT_EQ(device_loads(single, loads), (Loads{5, 5}));
+  EXPECT_EQ(moves_between(single, {2, {0, 1, 1, 3, 2, 2}}), 0) << "a device loads no expert that it has";
+  EXPECT_EQ(moves_between(single, {2, {0, 1, 3, 3, 2, 2}}), 1);
+  EXPECT_EQ(single_placement(3, {.devices = 2, .slots = 4}).experts, (std::vector<int>{0, 1, 2, 0}));
+}
+
 TEST(Placement, RenamedDevicesNeedFewMoves) {
   const Placement now = linear_placement(8, {.devices = 4});  // 01 23 45 67
   const Placement plan{4, {6, 7, 4, 1, 2, 3, 0, 5}};
@@ -107,14 +118,15 @@ TEST(Placement, FewMovesHelpAndStayWithinTheLimit) {
   for (int trial = 0; trial < 10; ++trial) {
     const Loads loads = random_loads(random, 32, 0.8);
     PlacementOptions options{.devices = 4, .slots = 36};
-    const Placement now = linear_placement(32, options);
+    const Placement now = single_placement(32, options);
     double last = 0;
     for (const int most : {0, 2, 4, 8, 32}) {
       options.max_moves = most;
       const Placement plan = plan_placement(loads, options);
       EXPECT_LE(moves_between(now, plan), most);
       EXPECT_EQ(std::set<int>(plan.experts.begin(), plan.experts.end()).size(), 32U);
-      EXPECT_GE(balancedness(plan, loads), balancedness(now, loads)) << trial << ' ' << most;
+      // Renamed devices are summed in another order.
+      EXPECT_GE(balancedness(plan, loads), balancedness(now, loads) - 1e-12) << trial << ' ' << most;
       last = balancedness(plan, loads);
     }
     EXPECT_GT(last, balancedness(now, loads) + 0.05);

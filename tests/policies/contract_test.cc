@@ -40,6 +40,8 @@ std::vector<Case> cases_of(bool biases_only) {
   cases.push_back({"adaptive_bias", bias, "feedforward", {{"feedforward", std::string("tags")}}});
   cases.push_back({"proportional_bias", bias, "none", {{"normalise", std::string("none")}}});
   cases.push_back({"proportional_bias", bias, "rms", {{"normalise", std::string("rms")}}});
+  cases.push_back({"quantile_bias", bias, "k3", {{"form", std::string("k3")}, {"gain", 1.0}}});
+  cases.push_back({"quantile_bias", bias, "local_mean", {{"form", std::string("local_mean")}}});
   cases.push_back({"sign_bias", bias, "uncentred", {{"zero_mean_move", false}}});
   if (!biases_only) {
     cases.push_back({"multiplicative", Actuator::kAuxLossWeight, "averaged", {{"ema", 0.2}}});
@@ -191,6 +193,7 @@ TEST_P(Contract, DoesNotAllocateOnceWarm) {
 }
 
 TEST_P(BiasContract, NonUniformTargetsAreLeftAloneOnceReached) {
+  if (GetParam().form == "local_mean") GTEST_SKIP() << "a config with unequal targets is refused";
   std::vector<double> targets(16, 0.5 / 15);
   targets[4] = 0.5;
   PolicyRig rig(

@@ -119,7 +119,7 @@ class PolicyRig {
 
 /// Whether an array is [N × width] rather than [width × N].
 inline bool expert_major(RoutingStats::Array which) {
-  return which == RoutingStats::kMargins;
+  return which == RoutingStats::kMargins || which == RoutingStats::kRequiredBins;
 }
 
 inline RoutingStats stats_of(const StatsShape& shape, const std::vector<std::int64_t>& counts) {
@@ -127,6 +127,26 @@ inline RoutingStats stats_of(const StatsShape& shape, const std::vector<std::int
   std::int64_t total = 0;
   for (const std::int64_t c : counts) total += c;
   stats.add_counts(counts, (total + shape.top_k - 1) / shape.top_k);
+  if (!shape.needs.biased_scores()) return stats;
+  // Required biases likewise: a tenth below and above that in force. By micro-batch: a tenth of the missing share.
+  const auto put = [](std::span<std::int64_t> words, std::size_t bin, std::int64_t count) {
+    words[bin / 2] += count << (bin % 2 == 0 ? 0 : 32);
+  };
+  for (std::size_t i = 0; i < counts.size(); ++i) {
+    if (shape.needs.required_bins) {
+      const auto words =
+          stats.mutable_array(RoutingStats::kRequiredBins).subspan(i * kRequiredWords, kRequiredWords);
+      put(words, required_bin({}, -0.1), counts[i]);
+      put(words, required_bin({}, 0.1), std::max<std::int64_t>(0, stats.tokens() - counts[i]));
+    }
+    if (shape.needs.required_local && total > 0) {
+      const double share = static_cast<double>(counts[i]) / static_cast<double>(total);
+      stats.mutable_array(RoutingStats::kRequiredSum)[i] =
+          to_fixed(0.1 * (1 - share * static_cast<double>(counts.size())));
+      stats.set_scalar(RoutingStats::kRequiredRecords, 1);
+    }
+  }
+  stats.set_scalar(RoutingStats::kMarginTokens, stats.tokens());
   if (!shape.needs.margins) return stats;
   // Margins that go with the counts: each expert's own tokens a tenth below the threshold, the others above.
   for (std::size_t i = 0; i < counts.size(); ++i) {
@@ -166,7 +186,7 @@ inline RoutingStats random_stats(const StatsShape& shape, int tokens, std::uint6
   }
   RoutingStats stats(shape);
   RoutingBatch batch{.experts = experts, .sequence_length = tokens / 8};
-  const bool margins = (shape.needs.margins || shape.needs.margin_rows) && k < n;
+  const bool margins = shape.needs.biased_scores() && k < n;
   if (shape.needs.gap || margins) batch.top_values = top;
   if (margins) batch.biased_scores = biased;
   if (shape.needs.probabilities) batch.probabilities = probabilities;

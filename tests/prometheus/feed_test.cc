@@ -189,15 +189,24 @@ TEST(PrometheusFeed, ShowsTheResponseOfTheLoad) {
   EXPECT_THAT(feed.text(), Not(HasSubstr("moectl_response")));
   logged.responsiveness = {.state = Response::kUnknown};
   feed.write(logged, Metrics());
-  EXPECT_EQ(sample(feed.text(), R"(moectl_response{layer="0",state="unknown"})"), 1);
+  EXPECT_EQ(sample(feed.text(), R"(moectl_response{layer="0",actuator="expert_bias",state="unknown"})"), 1);
   EXPECT_THAT(feed.text(), Not(HasSubstr("moectl_response_gain_ratio")));
   logged.responsiveness = {.state = Response::kAnswers, .gain = 0.75, .error = 0.125, .scaled = true};
   feed.write(logged, Metrics());
   const std::string text = feed.text();
-  EXPECT_EQ(sample(text, R"(moectl_response{layer="0",state="unknown"})"), 0);
-  EXPECT_EQ(sample(text, R"(moectl_response{layer="0",state="answers"})"), 1);
-  EXPECT_EQ(sample(text, R"(moectl_response_gain_ratio{layer="0"})"), 0.75);
-  EXPECT_EQ(sample(text, R"(moectl_response_gain_error_ratio{layer="0"})"), 0.125);
+  EXPECT_EQ(sample(text, R"(moectl_response{layer="0",actuator="expert_bias",state="unknown"})"), 0);
+  EXPECT_EQ(sample(text, R"(moectl_response{layer="0",actuator="expert_bias",state="answers"})"), 1);
+  EXPECT_EQ(sample(text, R"(moectl_response_gain_ratio{layer="0",actuator="expert_bias"})"), 0.75);
+  EXPECT_EQ(sample(text, R"(moectl_response_gain_error_ratio{layer="0",actuator="expert_bias"})"), 0.125);
+  EXPECT_THAT(text, Not(HasSubstr(R"(moectl_response{layer="0",actuator="router_temperature")")));
+  logged.actuators["router_temperature"].responsiveness = {
+      .state = Response::kUnresponsive, .gain = -1, .error = 0.5};
+  feed.write(logged, Metrics());
+  EXPECT_EQ(
+      sample(feed.text(), R"(moectl_response{layer="0",actuator="router_temperature",state="unresponsive"})"),
+      1);
+  EXPECT_EQ(sample(feed.text(), R"(moectl_response_gain_ratio{layer="0",actuator="router_temperature"})"),
+            -1);
 }
 
 TEST(PrometheusFeed, CountsNotices) {

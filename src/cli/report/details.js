@@ -61,20 +61,19 @@ const noticesOf = (run, r) => {
 };
 runs.forEach(noticesOf);
 
-// Whether the load of each layer answers its biases.
+// Whether the load of each layer answers its biases, and the token entropy the temperature.
 const responsesOf = (run, r) => {
-  const layers = run.layers.filter((l) => l.response);
-  if (!layers.length) return;
-  const row = ({layer, response}) => element('tr', {'data-response': layer}, element('th', {scope: 'row'}, String(layer)),
-      ...[response.state, response.gain === undefined ? 'not known' : `${number(response.gain)} ± ${number(response.error)}`,
-          response.slope ?? '', response.late ?? 0, response.held, response.held ? response.first_held : '']
+  if (!run.responses.length) return;
+  const row = (found) => element('tr', {'data-response': found.layer ?? 'model'}, element('th', {scope: 'row'}, String(found.layer ?? 'model')),
+      ...[found.actuator, found.state, found.gain === undefined ? 'not known' : `${number(found.gain)} ± ${number(found.error)}`,
+          found.slope ?? '', found.late, found.held, found.held ? found.first_held : '']
           .map((v) => element('td', {}, String(v))));
-  const head = ['layer', 'load', 'gain', 'slope', 'late by', 'steps held', 'from step'].map((t) => element('th', {scope: 'col'}, t));
-  $('health').append(element('figure', {}, element('figcaption', {}, key(r), `${shortNames[r]}: does the load answer the biases? At the end`),
-                             element('p', {class: 'note'}, 'Gain: change of the load over the change expected. 1: as expected; 0: nobody listens; negative: wrong sign. With an assumed slope only the sign counts.'),
+  const head = ['layer', 'actuator', 'answer', 'gain', 'slope', 'late by', 'steps held', 'from step'].map((t) => element('th', {scope: 'col'}, t));
+  $('health').append(element('figure', {}, element('figcaption', {}, key(r), `${shortNames[r]}: does the load answer the biases, the token entropy the temperature? At the end`),
+                             element('p', {class: 'note'}, 'Gain: change seen over the change expected. 1: as expected; 0: nobody listens; negative: wrong sign. With an assumed slope only the sign counts.'),
                              element('div', {class: 'scroll'},
                                      element('table', {class: 'responses'}, element('thead', {}, element('tr', {}, ...head)),
-                                             element('tbody', {}, ...layers.map(row))))));
+                                             element('tbody', {}, ...run.responses.map(row))))));
 };
 runs.forEach(responsesOf);
 if (!$('health').children.length) $('health-section').hidden = true;

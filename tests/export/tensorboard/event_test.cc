@@ -47,7 +47,7 @@ std::uint32_t unmasked(std::uint32_t masked) {
 std::vector<nlohmann::json> read_events(const std::string& path) {
   google::protobuf::FileDescriptorProto schema;
   EXPECT_TRUE(google::protobuf::TextFormat::ParseFromString(
-      TempDir::read(MOECTL_SOURCE_DIR "/tests/tensorboard/event.textproto"), &schema));
+      TempDir::read(MOECTL_SOURCE_DIR "/tests/export/tensorboard/event.textproto"), &schema));
   google::protobuf::DescriptorPool pool;
   google::protobuf::DynamicMessageFactory factory;
   const auto* type = factory.GetPrototype(pool.BuildFile(schema)->FindMessageTypeByName("Event"));
@@ -253,10 +253,14 @@ TEST(TensorBoard, TheGainOfTheResponseIsACurveOfEachLayer) {
     LogRecord record;
     record.layer = 3;
     record.responsiveness = {.state = Response::kAnswers, .gain = 0.75, .error = 0.125};
+    record.actuators["router_temperature"].responsiveness = {
+        .state = Response::kUnresponsive, .gain = -1, .error = 0.125};
     board.write(record, Metrics());
   }
   auto scalars = scalars_of(read_events(only_file(dir.path("run"))));
   EXPECT_EQ(scalars["response_gain/layer_3"][0], 0.75);
+  EXPECT_EQ(scalars["router_temperature_response_gain/layer_3"][0], -1);
+  EXPECT_EQ(scalars["router_temperature_response/unresponsive"][0], 1);
   EXPECT_EQ(scalars["response/answers"][0], 1);
 }
 
