@@ -395,8 +395,9 @@ INSTANTIATE_TEST_SUITE_P(
               "c.yaml:3:46: router_temperature.initial: -1: must lie in [min, max] = [0.1, 10]"},
         Wrong{"ZeroTemperature", with("router_temperature: {policy: fixed, initial: 0}\n"),
               "c.yaml:3:46: router_temperature.initial: 0: must lie in [min, max] = [0.1, 10]"},
-        Wrong{"TemperatureRange", with("router_temperature: {limits: {min: 0}}\n"),
-              "c.yaml:3:36: router_temperature.limits.min: 0: must be from 1e-9 to 1e9 for router_temperature"},
+        Wrong{
+            "TemperatureRange", with("router_temperature: {limits: {min: 0}}\n"),
+            "c.yaml:3:36: router_temperature.limits.min: 0: must be from 1e-9 to 1e9 for router_temperature"},
         Wrong{"CentreOutside", with("expert_bias: {policy: fixed, initial: 1, limits: {min: 1, max: 2}}\n"),
               "c.yaml:3:50: expert_bias.limits.center: true: the range [1, 2] must hold 0"},
         Wrong{"ModelBias", with("expert_bias: {scope: model}\n"),
