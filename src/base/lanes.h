@@ -28,6 +28,8 @@
 // What Eigen asks the compiler to inline, GCC leaves as calls in long loops for the narrower registers: a step would take
 // three times as long there.
 #define EIGEN_STRONG_INLINE __attribute__((always_inline)) inline
+// Exact square roots: with AVX-512, Eigen 3.4 otherwise approximates them, and four in ten differ in the last bit.
+#define EIGEN_FAST_MATH 0
 #define EIGEN_MPL2_ONLY
 #define Eigen MOECTL_EIGEN
 #pragma GCC diagnostic push
