@@ -9,17 +9,16 @@ namespace moectl {
 /// metrics and the log.
 struct StatsNeeds {
   bool gap = false;  ///< Of the sorted, biased scores v: Σ_t (v_k - v_{k+1}), and each expert's small ones.
-  bool sequences = false;      ///< Per-sequence squares, for the sampling floor.
-  bool probabilities = false;  ///< Σ_t p_ti, Σ_t √p_ti, Σ_t H(p_t).
-  bool gradients = false;      ///< Gradient norm per expert.
-  bool losses = false;         ///< Loss per expert (sum over its tokens).
-  bool domain_losses = false;  ///< Loss per (domain, expert); nothing without domains.
-  bool latencies = false;      ///< Host-timed latency per expert, seconds.
-  bool margins = false;        ///< Histogram of each expert's margins over tokens (margins.h).
-  bool required_bins = false;  ///< Histogram of each expert's required biases (RoutingStats::required_bin).
-  bool required_local =
-      false;        ///< Required bias of each expert, by micro-batch (RoutingStats::required_local).
-  int domains = 0;  ///< Number of domains whose tokens are counted separately.
+  bool sequences = false;       ///< Per-sequence squares, for the sampling floor.
+  bool probabilities = false;   ///< Σ_t p_ti, Σ_t √p_ti, Σ_t H(p_t).
+  bool gradients = false;       ///< Gradient norm per expert.
+  bool losses = false;          ///< Loss per expert (sum over its tokens).
+  bool domain_losses = false;   ///< Loss per (domain, expert); nothing without domains.
+  bool latencies = false;       ///< Host-timed latency per expert, seconds.
+  bool margins = false;         ///< Histogram of each expert's margins over tokens (margins.h).
+  bool required_bins = false;   ///< Histogram of each expert's required biases (margins.h).
+  bool required_local = false;  ///< Required bias of each expert, by micro-batch.
+  int domains = 0;              ///< Number of domains whose tokens are counted separately.
   /// With `sequences`: how many sequences of a step may come in pieces, over records or ranks, to be joined by their ids.
   int split_sequences = 0;
 

@@ -512,7 +512,7 @@ bool RoutingStats::gather_gap(const RoutingBatch& batch) {
   return (signs | delta_[kGapWidthSum]) >= 0;
 }
 
-// It also rejects NaN for the rows of margins, so it runs for either.
+// It also rejects NaN for the required biases, so it runs for either.
 bool RoutingStats::gather_margins(const RoutingBatch& batch) {
   const StatsNeeds& needs = shape_.needs;
   if (!needs.biased_scores() || batch.biased_scores.empty()) return true;
