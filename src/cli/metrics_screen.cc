@@ -9,7 +9,7 @@
 
 #include "cli/intervals.h"
 #include "cli/parts.h"
-#include "cli/reshape.h"
+#include "log/reshape.h"
 #include "measure/cached_measurer.h"
 #include "measure/percentiles.h"
 #include "moectl/figures.h"
@@ -225,8 +225,8 @@ int print_screen(LogReader& reader, const std::function<MetricsOptions(const Log
     row.sampling.insert(floor.sampling);
   };
   // Parts of a step are one sample of the whole, or of their rank.
-  WholeRecords whole(reader, options.by == "rank");
-  const bool joins = options.by.empty() || options.by == "rank";
+  WholeRecords whole = whole_records(reader, options.by == "rank");
+  const bool joins = options.by != "tag";
   while (const auto record = joins ? whole.next() : reader.next()) {
     if (!has_counts(*record)) continue;
     const MetricsOptions how = options_of(*record);

@@ -112,7 +112,8 @@ std::vector<double> samples_of(const History& history, std::size_t to) {
 
 struct Judged {
   int layer = 0, moves = 0;
-  bool kept = false;  // --max-moves: no plan was found that beats the experts where they are
+  bool kept =
+      false;  // --max-moves: no plan was found that beats the experts where they are on the steps planned on
   Placement today, start, plan;
   std::vector<double> later;  // loads of the steps that the plan has not seen
   BlockMeans linear, planned, told, gain;
@@ -142,6 +143,7 @@ Judged judge(int layer, const History& history, const Options& options) {
     for (std::size_t at = 0; at < samples.size(); at += n) sum += balancedness(placement, {&samples[at], n});
     return sum;
   };
+  // The later steps have no say in what is written: they judge it.
   judged.kept = !free && mean_of(judged.plan) <= mean_of(start);
   if (judged.kept) judged.plan = start;
   // The same planner, told what came: its mean, without any forecast.
@@ -156,19 +158,12 @@ Judged judge(int layer, const History& history, const Options& options) {
     const std::vector<double> loads = history.step(s);
     double tokens = 0;
     for (const double load : loads) tokens += load;
-    const double before = balancedness(today, loads), after = balancedness(judged.plan, loads);
+    const double before = balancedness(today, loads),
+                 after = judged.kept ? before : balancedness(judged.plan, loads);
     judged.linear.add(before, tokens);
     judged.planned.add(after, tokens);
     judged.told.add(balancedness(told, loads), tokens);
     judged.gain.add(after - before, tokens);
-  }
-  // With a limit of moves what is written is never below today: a plan that the later steps speak against is dropped.
-  if (!free && judged.gain.estimate().mean < 0) {
-    judged.kept = true;
-    judged.plan = start;
-    judged.planned = judged.linear;
-    judged.gain = BlockMeans();
-    for (std::size_t s = split; s < steps; ++s) judged.gain.add(0);
   }
   judged.moves = moves_between(start, judged.plan);
   return judged;
@@ -276,7 +271,7 @@ Json ascend_map(const std::vector<Judged>& layers) {
 int placement(const Options& options) {
   LogReader reader(options.trace, options.fault_policy);
   Histories histories;
-  WholeRecords records(reader);
+  WholeRecords records = whole_records(reader);
   while (const auto record = records.next()) {
     if (record->layer < 0 || record->stats.experts() == 0 || record->tag != options.tag ||
         record->stats.assignments() == 0)
@@ -390,7 +385,7 @@ int placement(const Options& options) {
         << " in the layer with the most";
     if (kept > 0)
       say << "; " << kept << " of " << layers.size()
-          << " layers stay as they are, since no such plan beats today's placement";
+          << " layers stay as they are, since no such plan beats today's placement on the steps planned on";
     say << ".\n";
   }
   const std::string change = digits(linear.mean) + " -> " + digits(planned.mean);
@@ -424,9 +419,10 @@ void add_placement(CLI::App& app, Tool& tool) {
       "the experts in order (linear), one copy each where the devices divide them. From there moves are "
       "counted: "
       "experts that\n"
-      "a device has to load; devices are renamed so that there are few. With --max-moves the plan is never "
-      "below "
-      "today's. A plan is worth its moves if its gain is "
+      "a device has to load; devices are renamed so that there are few. With --max-moves a layer for which "
+      "no plan is more "
+      "even on\n"
+      "the first part stays as it is; the rest never chooses. A plan is worth its moves if its gain is "
       "at least\n"
       "--min-gain and no chance.\n\n"
       "Formats: table, json; phy2log: {\"layers\", \"phy2log\"}, rows as EPLB names them; sglang: the file "

@@ -10,8 +10,9 @@
 #include <memory>
 #include <set>
 
-#include "cli/reshape.h"
+#include "cli/parts.h"
 #include "cli/tool.h"
+#include "log/reshape.h"
 #include "moectl/config.h"
 #include "moectl/controller.h"
 #include "moectl/run_log.h"
@@ -96,7 +97,7 @@ class Replay {
   /// The next record that says something of a layer's training.
   std::optional<LogRecord> read() {
     for (;;) {
-      auto record = trace_.next();
+      auto record = records_.next();
       if (!record || (record->layer >= 0 && record->tag == "train")) return record;
     }
   }
@@ -211,6 +212,7 @@ class Replay {
   const Options& options_;
   ControllerConfig config_;
   LogReader trace_;
+  WholeRecords records_ = whole_records(trace_);
   std::deque<LogRecord> first_;  // read to learn the layers
   bool layers_known_ = false;
   std::map<int, int> layers_;  // from the trace's numbers to the config's; empty = the same

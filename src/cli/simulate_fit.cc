@@ -18,7 +18,7 @@ TraceMoments moments_of(const std::string& path) {
   MomentSums sums, next;
   std::optional<std::int64_t> first;
   std::int64_t next_from = 0;
-  WholeRecords records(reader);
+  WholeRecords records = whole_records(reader);
   while (const auto record = records.next()) {
     if (record->layer < 0 || record->tag != "train" || record->stats.assignments() == 0) continue;
     if (!first) {

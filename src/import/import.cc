@@ -62,8 +62,8 @@ std::string_view resembles(Bytes& file) {
   if (start.starts_with("\x80\x02\x8a\x0a")) return "torch";
   if (start.starts_with('{')) {
     if (holds("\"format\":\"moectl-")) return "moectl";
-    if (holds("\"top_indices\"") || holds("\"tpe\"")) return "megatron";
-    return holds("routed_experts\"") ? "vllm" : "";
+    if (holds("indices\"") || holds("\"tpe\"")) return "megatron";
+    return holds("experts\"") ? "vllm" : "";
   }
   if (start.size() >= 12) {
     std::uint32_t crc = 0;
@@ -76,8 +76,14 @@ std::string_view resembles(Bytes& file) {
   const auto has = [&](std::string_view text) { return line.find(text) != line.npos; };
   if (has("layer_id,expert_id")) return "sglang";
   if (has("expert0") || has("expert_0") || (has("layer") && has("expert") && has("step"))) return "wandb";
-  if (has("layer") && has("expert")) return "llama.cpp";
-  return !line.empty() && line.find_first_not_of("0123456789.,;\t -+e\r") == line.npos ? "csv" : "";
+  if (has("layer") && has("expert")) return has("count") ? "sglang" : "llama.cpp";
+  // Numbers, with or without a line of names above them.
+  const auto numbers = [](std::string_view text) {
+    return text.find_first_of("0123456789") != text.npos && text.find_first_of(",;\t") != text.npos &&
+           text.find_first_not_of("0123456789.,;\t -+e\r") == text.npos;
+  };
+  const std::string_view rest = start.substr(std::min(start.size(), line.size() + 1));
+  return numbers(line) || numbers(rest.substr(0, rest.find('\n'))) ? "csv" : "";
 }
 
 /// The number behind `word` in the name of a file, such as the 3 of router_trace_rank3.jsonl.
@@ -143,6 +149,10 @@ class RankFiles {
     // Rows of layer, expert and count would pass for a matrix.
     if (format_.shown.name == "csv" && (nearest_ == "sglang" || nearest_ == "llama.cpp"))
       fail(ImportError(bytes_->name() + ": expected a matrix of numbers"));
+    // A row with a count is no single choice.
+    if (format_.shown.name == "llama.cpp" && nearest_ == "sglang")
+      fail(ImportError(bytes_->name() +
+                       ": expected CSV with the columns layer,expert, a row for each choice"));
     try {
       reader_ = format_.open(*bytes_, options_, notes_);
     } catch (const ImportError& e) {

@@ -410,6 +410,23 @@ TEST(Import, OtherFormatsAreNamed) {
     EXPECT_THAT(error, HasSubstr(c.expected)) << c.arguments;
   }
   EXPECT_THAT(refused("megatron " MOECTL_SOURCE_DIR "/docs/example_trace.jsonl"), HasSubstr("already"));
+  // Input that only resembles a format: other names of columns and keys.
+  const TempDir dir;
+  const struct {
+    std::string text, format, nearest;
+  } similar[] = {{"step,layer,e0,e1\n0,0,5,3\n", "llama.cpp", "csv"},
+                 {"a;b;c\n1;2;3\n", "sglang", "csv"},
+                 {"layer,expert,count\n0,1,12\n", "llama.cpp", "sglang"},
+                 {"{\"layer\":0,\"topk_indices\":[[0,1]]}\n", "vllm", "megatron"},
+                 {"{\"experts\":[[0,1]]}\n", "megatron", "vllm"}};
+  for (const auto& c : similar) {
+    const ToolResult result = run_tool(dir, "import " + c.format + " - --top-k 1 -o -", c.text);
+    EXPECT_EQ(result.code, 1) << c.text;
+    EXPECT_THAT(result.err, HasSubstr("expected")) << c.text;
+    EXPECT_THAT(result.err, HasSubstr("nearest format: " + c.nearest)) << c.text;
+  }
+  EXPECT_THAT(run_tool(dir, "import sglang - --top-k 1 -o -", "layer,expert,count\n0,1,12\n").err,
+              ::testing::AllOf(HasSubstr("layer_id,expert_id,count"), ::testing::Not(HasSubstr("nearest"))));
 }
 
 std::string npy(const std::string& header, const std::string& data = "") {
