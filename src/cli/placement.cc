@@ -110,6 +110,18 @@ std::vector<double> samples_of(const History& history, std::size_t to) {
   return samples;
 }
 
+/// Slots whose expert is on their device already.
+int repeats_in(const Placement& placement) {
+  const auto room = placement.experts.size() / static_cast<std::size_t>(placement.devices);
+  int repeats = 0;
+  for (auto from = placement.experts.begin(); from != placement.experts.end();
+       from += static_cast<std::ptrdiff_t>(room)) {
+    const std::set<int> held(from, from + static_cast<std::ptrdiff_t>(room));
+    repeats += static_cast<int>(room - held.size());
+  }
+  return repeats;
+}
+
 struct Judged {
   int layer = 0, moves = 0;
   bool kept =
@@ -143,8 +155,9 @@ Judged judge(int layer, const History& history, const Options& options) {
     for (std::size_t at = 0; at < samples.size(); at += n) sum += balancedness(placement, {&samples[at], n});
     return sum;
   };
-  // The later steps have no say in what is written: they judge it.
-  judged.kept = !free && mean_of(judged.plan) <= mean_of(start);
+  // The later steps have no say in what is written: they judge it. Free slots hold repeats, which the plan may have to avoid.
+  const bool may_stay = options.placement.repeats || repeats_in(start) == 0;
+  judged.kept = !free && may_stay && mean_of(judged.plan) <= mean_of(start);
   if (judged.kept) judged.plan = start;
   // The same planner, told what came: its mean, without any forecast.
   std::vector<double> later(static_cast<std::size_t>(history.experts), 0.0);
@@ -268,7 +281,10 @@ Json ascend_map(const std::vector<Judged>& layers) {
   return {{"moe_layer_count", layers.size()}, {"layer_list", list}};
 }
 
-int placement(const Options& options) {
+int placement(Options options) {
+  // vLLM-Ascend maps an expert to one slot of a device (its generate_expert_placement_map): a repeat would be lost, and the device have
+  // fewer experts than the others.
+  options.placement.repeats = options.format != "ascend";
   LogReader reader(options.trace, options.fault_policy);
   Histories histories;
   WholeRecords records = whole_records(reader);
@@ -295,6 +311,7 @@ int placement(const Options& options) {
     } catch (const std::invalid_argument& e) {
       std::string text = e.what();
       std::replace(text.begin(), text.begin() + static_cast<std::ptrdiff_t>(text.find(':')), '_', '-');
+      if (text.find("an expert twice") != std::string::npos) text += " (--format ascend)";
       throw InputError("--" + text);
     }
   }
@@ -388,6 +405,23 @@ int placement(const Options& options) {
           << " layers stay as they are, since no such plan beats today's placement on the steps planned on";
     say << ".\n";
   }
+  int repeats = 0, repeated_layers = 0;
+  for (const Judged& layer : layers) {
+    repeats += repeats_in(layer.plan);
+    repeated_layers += repeats_in(layer.plan) > 0;
+  }
+  if (repeats > 0) {
+    const int experts = histories.layers().begin()->second.experts;
+    const int room = static_cast<int>(layers[0].plan.experts.size()) / options.placement.devices;
+    say << repeats << (repeats == 1 ? " slot holds" : " slots hold")
+        << " an expert that the device has already, in " << repeated_layers << " of " << layers.size()
+        << " layers: "
+        << (room > experts / options.placement.nodes ? "a device has more slots than its node has experts"
+            : options.placement.max_moves >= 0
+                ? "free slots, to which nothing moves; --format ascend plans without"
+                : "more even than any plan without that was found; --format ascend plans without")
+        << ".\n";
+  }
   const std::string change = digits(linear.mean) + " -> " + digits(planned.mean);
   if (moves == 0) {
     say << "No expert moves: balancedness " << digits(linear.mean) << " on the later steps.\n";
@@ -429,8 +463,8 @@ void add_placement(CLI::App& app, Tool& tool) {
       "of "
       "SGLang's\n"
       "--init-expert-location, whose name must end in .json; ascend: the file of vLLM-Ascend's "
-      "expert_map_path. With "
-      "the last\n"
+      "expert_map_path, with\n"
+      "no expert twice on a device, which other plans may have where that is more even. With the last "
       "three the verdict goes to standard error.\n\n"
       "Examples:\n"
       "  moectl placement trace.jsonl --devices 8\n"
@@ -450,7 +484,10 @@ void add_placement(CLI::App& app, Tool& tool) {
   command->add_option("--devices", plan.devices, "Devices that share the experts of a layer")
       ->required()
       ->check(whole_number(1, 4096));
-  command->add_option("--nodes", plan.nodes, "Nodes of the devices; copies of an expert stay on one node")
+  command
+      ->add_option("--nodes", plan.nodes,
+                   "Nodes of the devices; copies of an expert stay on one node. Must divide the groups; 1: a "
+                   "global plan")
       ->check(whole_number(1, 4096))
       ->capture_default_str();
   command
@@ -463,7 +500,7 @@ void add_placement(CLI::App& app, Tool& tool) {
       ->check(whole_number(1, kMost));
   command
       ->add_option("--max-moves", plan.max_moves,
-                   "Experts that devices may have to load in a layer; default: any number")
+                   "Experts that devices may have to load in a layer, in global plans; default: any number")
       ->check(whole_number(0, kMost));
   command->add_option("--train", options->train, "Share of the steps on which the plan is made")
       ->check(CLI::Range(0.05, 0.95))

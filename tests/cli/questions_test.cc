@@ -5,7 +5,9 @@
 #include <cmath>
 #include <filesystem>
 #include <map>
+#include <numeric>
 #include <random>
+#include <set>
 
 #include "moectl/figures.h"
 #include "tool.h"
@@ -14,6 +16,7 @@ namespace moectl {
 namespace {
 
 using nlohmann::json;
+using ::testing::AllOf;
 using ::testing::HasSubstr;
 using ::testing::Not;
 
@@ -573,6 +576,52 @@ TEST(PlacementCommand, FilesForEngines) {
   EXPECT_EQ(json(joined), maps["phy2log"][0]);
 }
 
+// Eight steps of the same loads, one assignment a token.
+std::string constant(const std::vector<std::int64_t>& counts) {
+  std::string text;
+  const auto tokens = std::accumulate(counts.begin(), counts.end(), std::int64_t{0});
+  for (int step = 0; step < 8; ++step) text += line(step, 0, static_cast<int>(tokens), 1, counts);
+  return text;
+}
+
+// EPLB's rules put expert 1 on a device twice and reach .994, without that .878. vLLM-Ascend knows one slot of an expert on a device.
+TEST(PlacementCommand, RepeatsWhereTheyPayAndNeverForAscend) {
+  const TempDir dir;
+  const std::string text = constant({591, 637, 442, 184});
+  const ToolResult result = run_tool(dir, "placement - --devices 2 --slots 6 --format json", text);
+  EXPECT_GT(json::parse(result.out)["planned"].get<double>(), .993);
+  EXPECT_THAT(result.err, HasSubstr("1 slot holds an expert that the device has already, in 1 of 1 layers"));
+  EXPECT_THAT(result.err, HasSubstr("--format ascend plans without"));
+  const auto all_differ = [&](const std::string& arguments, const std::string& input, std::size_t room) {
+    const ToolResult ascend = run_tool(dir, "placement - --format ascend " + arguments, input);
+    ASSERT_EQ(ascend.code, 0) << ascend.err;
+    for (const json& device : json::parse(ascend.out)["layer_list"][0]["device_list"]) {
+      const auto experts = device["device_expert"].get<std::set<int>>();
+      EXPECT_EQ(experts.size(), room) << arguments;
+      EXPECT_EQ(device["device_expert"].size(), room) << arguments;
+    }
+    EXPECT_THAT(ascend.err, Not(HasSubstr("has already")));
+  };
+  all_differ("--devices 2 --slots 6", text, 3);
+  const std::string skewed = constant({90, 10, 10, 10, 10, 10, 10, 50});
+  all_differ("--devices 4 --slots 12 --max-moves 4", skewed, 3);
+  all_differ("--devices 4 --slots 12 --max-moves 9", skewed, 3);
+  all_differ("--devices 8 --nodes 2 --slots 24", skewed, 3);
+  for (std::uint64_t seed = 1; seed <= 5; ++seed) {
+    all_differ("--devices 4 --slots 20", steady(1.5, seed, 8), 5);
+    all_differ("--devices 8 --slots 24 --max-moves 8", steady(1, seed, 8), 3);
+    all_differ("--devices 4 --nodes 2 --slots 28", steady(2, seed, 8), 7);
+  }
+  EXPECT_THAT(run_tool(dir, "placement - --devices 4 --slots 12 --max-moves 1 --format ascend", skewed).err,
+              HasSubstr("--max-moves: 1: must be at least 4"));
+  EXPECT_THAT(run_tool(dir, "placement - --devices 4 --slots 36 --format ascend", skewed).err,
+              AllOf(HasSubstr("--slots: 36: must be at most 32"), HasSubstr("(--format ascend)")));
+  EXPECT_THAT(run_tool(dir, "placement - --devices 4 --slots 12 --max-moves 1", skewed).out,
+              HasSubstr("3 slots hold an expert that the device has already, in 1 of 1 layers: free slots"));
+  EXPECT_THAT(run_tool(dir, "placement - --devices 4 --slots 36", skewed).out,
+              HasSubstr("a device has more slots than its node has experts"));
+}
+
 TEST(PlacementCommand, MaxMovesAndWrongOptions) {
   const TempDir dir;
   const std::string text = steady(1, 4);
@@ -582,7 +631,14 @@ TEST(PlacementCommand, MaxMovesAndWrongOptions) {
   EXPECT_GT(few["planned"].get<double>(), few["linear"].get<double>());
   EXPECT_THAT(run_tool(dir, "placement - --devices 4 --slots 18", text).err, HasSubstr("--slots: 18"));
   EXPECT_THAT(run_tool(dir, "placement - --devices 4 --nodes 2 --max-moves 2", text).err,
-              HasSubstr("--max-moves"));
+              AllOf(HasSubstr("--max-moves: 2: must be left out where there are several nodes (2)"),
+                    Not(HasSubstr("-1"))));
+  // A plan that is asked to be hierarchical is never global without a word.
+  EXPECT_THAT(run_tool(dir, "placement - --devices 8 --nodes 8 --groups 4", text).err,
+              AllOf(HasSubstr("--nodes: 8: must be 1 (a global plan) or divide the groups (4)"),
+                    HasSubstr("groups that fit 16 experts: 8, 16")));
+  EXPECT_THAT(run_tool(dir, "placement - --devices 6 --nodes 3", text).err,
+              HasSubstr("--nodes: 3: must be 1 (a global plan) or divide the groups (16)"));
   EXPECT_THAT(run_tool(dir, "placement - --devices 4", steady(1, 4, 1)).err, HasSubstr("at least 2"));
   EXPECT_THAT(run_tool(dir, "placement - --devices 4", line(0, 0, 4, 1, {4, 0}, "other")).err,
               HasSubstr("no record tagged 'train'"));
@@ -631,43 +687,30 @@ TEST(PlacementCommand, WithALimitOfMovesALossOnLaterStepsIsShown) {
   EXPECT_GT(lost, 5);
 }
 
-// The steps that judge a plan do not choose it: another rest of the trace, the same plan, and its loss.
+// The steps that judge a plan do not choose it: another rest of the trace, the same plan.
 TEST(PlacementCommand, TheLaterStepsDoNotChooseThePlan) {
   const TempDir dir;
   std::mt19937_64 random(21);
-  const auto steps = [&](int from, const std::vector<double>& weights) {
-    std::string text;
-    for (int step = from; step < from + 20; ++step)
-      text += line(step, 0, 512, 2, routed(random, 16, 2, 512, weights));
-    return text;
-  };
   std::vector<double> weights(16, 1.0);
   weights[0] = weights[1] = 4;  // on one device
-  const std::string first = steps(0, weights), same = steps(20, weights);
+  std::vector<double> turned(weights.rbegin(), weights.rend());
+  std::string first, same, other;
+  for (int step = 0; step < 40; ++step) {
+    if (step < 20) first += line(step, 0, 512, 2, routed(random, 16, 2, 512, weights));
+    if (step >= 20) same += line(step, 0, 512, 2, routed(random, 16, 2, 512, weights));
+    if (step >= 20) other += line(step, 0, 512, 2, routed(random, 16, 2, 512, turned));
+  }
   for (const std::string limit : {"", " --max-moves 2", " --max-moves 6"}) {
     const auto plan = [&](const std::string& rest) {
       const ToolResult result = run_tool(dir, "placement - --devices 4 --format json" + limit, first + rest);
       EXPECT_EQ(result.code, 0) << result.err;
       return json::parse(result.out);
     };
-    const json kept = plan(same);
+    const json kept = plan(same), lost = plan(other);
     EXPECT_GT(kept["moves"].get<int>(), 0) << limit;
-    EXPECT_EQ(kept["verdict"], "worth") << limit;
-    // Then two experts become heavy that the plan has brought onto one device.
-    const std::vector<int> slots = kept["layers"][0]["phy2log"];
-    std::vector<double> against(16, 1.0);
-    bool found = false;
-    for (std::size_t i = 0; i < slots.size() && !found; ++i) {
-      for (std::size_t j = i - i % 4; j < i && !found; ++j) {
-        found = slots[i] / 4 != slots[j] / 4;
-        if (found)
-          against[static_cast<std::size_t>(slots[i])] = against[static_cast<std::size_t>(slots[j])] = 4;
-      }
-    }
-    ASSERT_TRUE(found) << limit;
-    const json lost = plan(steps(20, against));
     EXPECT_EQ(kept["layers"][0]["phy2log"], lost["layers"][0]["phy2log"]) << limit;
-    EXPECT_LT(lost["gain"]["mean"].get<double>(), -0.05) << limit;
+    EXPECT_EQ(kept["verdict"], "worth") << limit;
+    EXPECT_LT(lost["gain"]["mean"].get<double>(), 0.01) << limit;
     EXPECT_EQ(lost["verdict"], "not worth") << limit;
   }
 }
