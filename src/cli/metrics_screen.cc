@@ -9,7 +9,7 @@
 
 #include "cli/intervals.h"
 #include "cli/parts.h"
-#include "log/reshape.h"
+#include "cli/reshape.h"
 #include "measure/cached_measurer.h"
 #include "measure/percentiles.h"
 #include "moectl/figures.h"
