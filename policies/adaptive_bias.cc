@@ -86,6 +86,7 @@
 #include "base/lanes.h"
 #include "policies/biases.h"
 #include "policies/builtin.h"
+#include "policies/choice.h"
 #include "policies/feedforward.h"
 #include "policies/lateness.h"
 #include "policies/load_error.h"
@@ -324,21 +325,12 @@ PolicyDescription adaptive_bias() {
   d.summary = "a Kalman filter on the bias that each expert needs, by the measured slope of its load";
   d.actuators = {Actuator::kExpertBias};
   d.options = {
-      {.name = "form",
-       .default_value = std::string("auto"),
-       .unit = "",
-       .description =
-           "source of the slope: the score gap, or counts only; auto = the gap if the router gives it",
-       .choices = {"auto", "gap", "counts"}},
-      {.name = "feedforward",
-       .default_value = std::string("off"),
-       .unit = "",
-       .description = "tags: cancel ahead what the next batch's domain mixture will do to the loads",
-       .choices = {"off", "tags"}},
-      {.name = "rescue",
-       .default_value = false,
-       .unit = "",
-       .description = "bring starved experts back by their margins; wants all of the router's scores"},
+      choice("form", "auto",
+             "source of the slope: the score gap, or counts only; auto = the gap if the router gives it",
+             {"auto", "gap", "counts"}),
+      choice("feedforward", "off",
+             "tags: cancel ahead what the next batch's domain mixture will do to the loads", {"off", "tags"}),
+      {"rescue", false, "", "bring starved experts back by their margins; wants all of the router's scores"},
   };
   d.make = [](const PolicyContext& context, const PolicyOptions& options) {
     return std::make_unique<AdaptiveBias>(options, context);

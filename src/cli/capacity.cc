@@ -7,6 +7,7 @@
 #include <nlohmann/json.hpp>
 #include <set>
 
+#include "base/format.h"
 #include "cli/intervals.h"
 #include "cli/parts.h"
 #include "cli/tool.h"
@@ -92,15 +93,10 @@ struct Layer {
 };
 
 std::string percent(double rate) {
-  char text[32];
-  std::snprintf(text, sizeof text, rate < 0.0995 ? "%.2f %%" : "%.1f %%", 100 * rate);
-  return text;
+  return fixed(100 * rate, rate < 0.0995 ? 2 : 1) + " %";
 }
 std::string factor_text(double factor) {
-  char text[32];
-  if (!std::isfinite(factor)) return "> 16";
-  std::snprintf(text, sizeof text, "%.2f", factor);
-  return text;
+  return std::isfinite(factor) ? fixed(factor, 2) : "> 16";
 }
 
 int capacity(const Options& options) {
@@ -229,11 +225,7 @@ void add_capacity(CLI::App& app, Tool& tool) {
       "  moectl capacity trace.jsonl --factors 1 1.25 2 --parts 64   # 8 ranks x 8 micro-batches\n"
       "  moectl import megatron router_trace_rank*.jsonl --by micro-batch -o - | moectl capacity -");
   auto options = std::make_shared<Options>();
-  command
-      ->add_option(
-          "TRACE", options->trace,
-          "Trace or run log, plain or gzip; - reads standard input. A line of a trace: " + kTraceLine)
-      ->required();
+  add_trace(*command, options->trace);
   command->add_option("--factors", options->factors, "Capacity factors of the table")
       ->check(positive_number())
       ->capture_default_str();

@@ -496,11 +496,7 @@ void add_metrics(CLI::App& app, Tool& tool) {
                   "  moectl metrics run.jsonl --compare train@0:360 train@360: --format table\n"
                   "  moectl metrics run.jsonl --trends --format table");
   auto options = std::make_shared<Options>();
-  command
-      ->add_option(
-          "TRACE", options->trace,
-          "Trace or run log, plain or gzip; - reads standard input. A line of a trace: " + kTraceLine)
-      ->required();
+  add_trace(*command, options->trace);
   command->add_option(
       "--config", options->config,
       "Take capacity factor, thresholds, placement and targets from this config (without it, targets from "

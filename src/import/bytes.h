@@ -30,7 +30,6 @@ class Bytes : public ByteStream {
   /// The next line without its end; false at the end. The view holds until the next call, and 64 bytes after it can be
   /// read. A line longer than 32 MiB is an error.
   bool line(std::string_view& text);
-  std::int64_t line_number() const { return line_; }
   const std::string& name() const { return name_; }
   /// "file:line"
   std::string place() const { return name_ + ':' + std::to_string(line_); }

@@ -212,7 +212,7 @@ TEST(Docs, EveryMetricStandsOnItsPageWithItsUnitAndItsValueByHand) {
     }
     ++compared;
   }
-  EXPECT_EQ(static_cast<std::size_t>(compared), rows.size()) << "the page has a metric that is none";
+  EXPECT_EQ(static_cast<std::size_t>(compared), rows.size()) << "the page has a metric that does not exist";
   for (const ExpertField& field : expert_fields())
     EXPECT_THAT(text, HasSubstr('`' + std::string(field.name) + '`'));
   for (const DomainField& field : domain_fields())

@@ -15,6 +15,7 @@
 
 #include "allocation_counter.h"
 #include "test_policy.h"
+#include "test_sums.h"
 
 namespace moectl {
 namespace {
@@ -26,19 +27,7 @@ using Counts = std::vector<std::int64_t>;
 
 ControllerConfig small_config(const std::string& policy = "sign_bias", int layers = 2, int experts = 4,
                               int top_k = 1) {
-  ControllerConfig config;
-  config.model.layers = layers;
-  config.model.experts = experts;
-  config.model.top_k = top_k;
-  config.expert_bias.policy = policy;
-  config.expert_bias.limits = {.min = -16, .max = 16, .rate = 1, .center = true};
-  return config;
-}
-
-void record_counts(Controller& controller, int layer, const Counts& counts) {
-  const std::int64_t total = std::accumulate(counts.begin(), counts.end(), std::int64_t{0});
-  controller.record(
-      layer, [&](RoutingStats& sums) { sums.add_counts(counts, (total + sums.top_k() - 1) / sums.top_k()); });
+  return config_of_biases(policy, layers, experts, top_k);
 }
 
 void record_all(Controller& controller, const Counts& counts) {
