@@ -156,6 +156,25 @@ def test_a_bias_that_something_else_changes_is_noticed():
     assert sites[1].expert_bias.any()  # written again
 
 
+def test_a_router_that_keeps_a_tensor_of_before_is_noticed():
+    """The bias that moves is a new buffer, which the router does not read: the load does not answer."""
+    sites = gates()
+    balancer = Balancer(config(), sites, layer_ids=[3, 4])
+    sites[1].kept = sites[1].expert_bias
+    sites[1].expert_bias = sites[1].expert_bias.clone()
+    told = []
+    for _ in range(150):
+        sites[0]()
+        moving, sites[1].expert_bias = sites[1].expert_bias, sites[1].kept
+        sites[1]()
+        sites[1].expert_bias = moving
+        told += [(n["kind"], n["layer"]) for n in balancer.step().notices]
+    assert told == [("unresponsive", 4)]
+    records = balancer.report()
+    assert "unresponsive" in records[4]["actuators"]["expert_bias"]["reasons"]
+    assert "unresponsive" not in records[3]["actuators"]["expert_bias"]["reasons"]
+
+
 def test_a_fixed_bias_is_left_alone():
     sites = gates()
     sites[0].expert_bias.fill_(0.25)
@@ -256,10 +275,13 @@ rank, ranks, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=ranks)
 sites = [Gate(seed=10 * rank + s) for s in range(2)]
 balancer = Balancer(config(), sites)
+collectives, all_reduce = [], dist.all_reduce
+dist.all_reduce = lambda tensor, **how: (collectives.append(tensor.dtype), all_reduce(tensor, **how))[1]
 for step in range(40):
     for site in sites:
         site(256)
     report = balancer.step(loss=2.0 + rank, skipped=step == 5 and rank == 1)
+assert collectives == [torch.int64] * 41, collectives  # one a step, and once whether ranks have the same layers
 assert report.tokens == 256 * ranks, report.tokens
 torch.save([balancer.state_dict(), [s.expert_bias for s in sites]], "%%s.%%d" %% (store, rank))
 if rank:  # other layers than the rest
@@ -297,6 +319,22 @@ def test_ranks_agree_to_the_bit(ranks, tmp_path):
         assert state == states[0][0]
         assert all(torch.equal(a, b) for a, b in zip(biases, states[0][1]))
     assert states[0][1][0].any()
+
+
+@pytest.mark.parametrize("indices", [False, True])
+def test_nothing_is_read_from_the_device_before_the_one_copy(indices):
+    """On the device `meta`, which has no values: whatever asked for one would fail."""
+    sites = gates()
+    balancer = Balancer(config(), sites, counts=None if indices else "tokens_per_expert")
+    for site in sites:
+        site.to("meta")
+    for layer in range(2):
+        if indices:
+            balancer.record_indices(layer, torch.zeros(64, 2, dtype=torch.int64, device="meta"))
+    balancer.record()
+    payload = balancer._payload(torch.tensor(2.5, device="meta"), False, balancer._mixture(None))
+    assert payload.device.type == "meta" and payload.dtype == torch.int64
+    assert payload.numel() == 2 * 8 + 2 + 5 + 1
 
 
 @pytest.mark.skipif(not hasattr(torch, "compile"), reason="this PyTorch has no torch.compile")
