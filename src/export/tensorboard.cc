@@ -93,7 +93,7 @@ constexpr std::size_t kBuckets = 30;  // as many as TensorBoard shows
 std::filesystem::path event_file(const std::filesystem::path& directory, int n) {
   char name[64];
   std::snprintf(name, sizeof name, "events.out.tfevents.%010d.moectl", n);
-  return directory / name;
+  return directory / std::string(name);
 }
 
 /// How many layers have each of some things in one step: names stay once met, so that a curve comes down again.

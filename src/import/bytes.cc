@@ -279,7 +279,7 @@ class NpzReader::Entry : public ByteStream {
   std::int64_t whole_, inflated_ = 0;
   bool deflated_;
   z_stream inflater_{};
-  char input_[16384];
+  char input_[16384] = {};
 };
 
 NpzReader::NpzReader(Bytes& file) : file_(file) {}
