@@ -11,7 +11,7 @@ step, so that trainers may swap or re-create the tensors behind them."""
 import hashlib
 import warnings
 from itertools import groupby
-from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Set, Tuple, Union, cast
+from typing import Any, Callable, Dict, Iterable, Optional, Sequence, Set, Tuple, Union, cast
 
 import torch
 import torch.distributed as dist
@@ -127,7 +127,7 @@ def expert_output_norm(outputs: torch.Tensor) -> Dict[str, torch.Tensor]:
     return {"expert_output_norm": torch.linalg.vector_norm(_whole(outputs.detach()).float(), dim=-1).mean()}
 
 
-def gradient_ratios(weights: Sequence[torch.Tensor], balance_loss: Any, task_loss: torch.Tensor) -> List[Dict[str, torch.Tensor]]:
+def gradient_ratios(weights: Sequence[torch.Tensor], balance_loss: Any, task_loss: torch.Tensor) -> list:
     """What the balance loss weighs beside the task's in each router: [{"gradient_ratio": …}], one for each of `weights`, the norm
     of the gradient of `balance_loss` over that of `task_loss`. Both are scalars with their weights, over all layers, before
     the backward pass that follows. Makes two backward passes of its own, down to the first router, which accumulate no
@@ -135,7 +135,7 @@ def gradient_ratios(weights: Sequence[torch.Tensor], balance_loss: Any, task_los
     neither loss reaches. Of one rank: record_values takes the mean over ranks."""
     reached = [weight for weight in weights if weight.requires_grad]
 
-    def norms(loss: Any) -> List[torch.Tensor]:
+    def norms(loss: Any) -> list:
         if not reached or not getattr(loss, "requires_grad", False):
             return [torch.zeros(())] * len(reached)
         found = torch.autograd.grad(loss, reached, retain_graph=True, allow_unused=True)

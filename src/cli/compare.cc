@@ -42,6 +42,7 @@ Figures figures_of_run(const std::string& run, const Options& options) {
   if (figures.steps == 0 && log.fault_count() > 0) {
     throw InputError(run + ": holds no record that can be read; " + log.faults().front());
   }
+  if (figures.steps == 0) throw InputError(run + ": no record of a layer tagged 'train' has counts");
   say_faults(log, run);
   return figures;
 }

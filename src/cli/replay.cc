@@ -63,6 +63,8 @@ class Replay {
     if (controller_->steps() == 0 && trace_.fault_count() > 0) {
       throw InputError(options_.trace + ": holds no record that can be read; " + trace_.faults().front());
     }
+    if (controller_->steps() == 0)
+      throw InputError(options_.trace + ": no record of a layer tagged 'train' has counts");
     say_faults(trace_, options_.trace);
     if (!writer_->ok()) return 1;  // the writer has reported the error
     if (options_.run != "-") {

@@ -55,6 +55,17 @@ const std::vector<std::string> kColumns = {"settle",        "max_vio",     "max_
 ControllerConfig config_of(const Options& options, const Variant& variant, const PolicyRegistry& registry) {
   ControllerConfig config = load_variant(variant, registry);
   ModelConfig& model = config.model;
+  const auto only_once = [&](const char* option, const char* key, bool given) {
+    for (const auto& [set, value] : variant.changes) {
+      if (given && set == key)
+        throw InputError("--set: " + set + ": " + option + " (or --like) already sets it, for all runs");
+    }
+  };
+  only_once("--layers", "model.layers", options.layers.has_value());
+  only_once("--experts", "model.experts", options.experts.has_value());
+  only_once("--top-k", "model.top_k", options.top_k.has_value());
+  only_once("--tokens", "model.tokens_per_step", options.tokens.has_value());
+  only_once("--score-space", "model.score_space", options.score_space.has_value());
   if (options.layers) model.layers = *options.layers;
   if (options.experts) model.experts = *options.experts;
   if (options.top_k) model.top_k = *options.top_k;

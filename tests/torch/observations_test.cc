@@ -106,31 +106,22 @@ TEST(Observations, RecordsOnlyCollectedInputs) {
   }
 }
 
-/// A step in which every layer routes a token: without one, no metric is known.
-std::vector<Metrics> step(TorchController& controller) {
-  for (const int layer : controller.controller().layers())
-    controller.record(layer, ::torch::tensor({{0, 1}}, ::torch::kInt64));
-  std::vector<Metrics> metrics;
-  for (const LayerReport& layer : controller.step().layers) metrics.push_back(*layer.metrics);
-  return metrics;
-}
-
 // By hand: rows (1, 0), (0, 2), (1, 0) have cosines 0, 1, 0 (a third) and singular values 2 and √2.
 TEST(Observations, HowWellARouterTellsExpertsApart) {
   TorchController controller(config_of(false));
   const Tensor weight = ::torch::tensor({{1.0, 0.0}, {0.0, 2.0}, {1.0, 0.0}});
   record_router(controller, 0, weight.to(::torch::kBFloat16).set_requires_grad(true));
-  const Metrics metrics = step(controller)[0];
-  EXPECT_NEAR(metrics.router_similarity.value_or(-1), 1.0 / 3, 1e-6);
-  EXPECT_NEAR(metrics.router_condition.value_or(-1), std::sqrt(2.0), 1e-6);
-  EXPECT_FALSE(step(controller)[0].router_condition) << "absent until recorded anew";
+  const Metrics metrics = controller.step().layers[0].metrics;
+  EXPECT_NEAR(*metrics.router_similarity, 1.0 / 3, 1e-6);
+  EXPECT_NEAR(*metrics.router_condition, std::sqrt(2.0), 1e-6);
+  EXPECT_FALSE(controller.step().layers[0].metrics.router_condition) << "absent until recorded anew";
   // Rows that differ in length and sign alone: no expert can be told from another.
   record_router(controller, 0, ::torch::tensor({{1.0, 1.0}, {-2.0, -2.0}, {0.5, 0.5}}));
-  const Metrics alike = step(controller)[0];
-  EXPECT_NEAR(alike.router_similarity.value_or(-1), 1, 1e-6);
-  EXPECT_EQ(alike.router_condition, kFixedMax);
+  const Metrics alike = controller.step().layers[0].metrics;
+  EXPECT_NEAR(*alike.router_similarity, 1, 1e-6);
+  EXPECT_EQ(*alike.router_condition, kFixedMax);
   record_router(controller, 0, weight / 0);
-  EXPECT_FALSE(step(controller)[0].router_similarity);
+  EXPECT_FALSE(controller.step().layers[0].metrics.router_similarity);
 }
 
 TEST(Observations, NormOfWhatExpertsPutOut) {
@@ -139,8 +130,8 @@ TEST(Observations, NormOfWhatExpertsPutOut) {
   record_expert_outputs(controller, 0, ::torch::zeros({2, 2, 5}));
   record_expert_outputs(controller, 0, ::torch::zeros({0, 5}));
   record_expert_outputs(controller, 0, ::torch::full({1, 2}, INFINITY));
-  EXPECT_NEAR(step(controller)[0].expert_output_norm.value_or(-1), 1.5, 1e-6) << "(3 + 0) / 2";
-  EXPECT_FALSE(step(controller)[0].expert_output_norm);
+  EXPECT_NEAR(*controller.step().layers[0].metrics.expert_output_norm, 1.5, 1e-6) << "(3 + 0) / 2";
+  EXPECT_FALSE(controller.step().layers[0].metrics.expert_output_norm);
 }
 
 TEST(Observations, WhatTheBalanceLossWeighsBesideTheTask) {
@@ -158,16 +149,16 @@ TEST(Observations, WhatTheBalanceLossWeighsBesideTheTask) {
   for (const Tensor& weight : weights) EXPECT_FALSE(weight.grad().defined()) << "none is accumulated";
   (balance + task).backward();  // the graph is still there
   EXPECT_NEAR(weights[0].grad()[0][0].item<double>(), 0.6, 1e-6);
-  const std::vector<Metrics> layers = step(controller);
-  EXPECT_NEAR(layers[0].gradient_ratio.value_or(-1), 0.2, 1e-6);
-  EXPECT_EQ(layers[1].gradient_ratio, 0);
-  EXPECT_EQ(layers[2].gradient_ratio, kFixedMax);
-  EXPECT_FALSE(layers[3].gradient_ratio);
+  const auto& layers = controller.step().layers;
+  EXPECT_NEAR(*layers[0].metrics.gradient_ratio, 0.2, 1e-6);
+  EXPECT_EQ(*layers[1].metrics.gradient_ratio, 0);
+  EXPECT_EQ(*layers[2].metrics.gradient_ratio, kFixedMax);
+  EXPECT_FALSE(layers[3].metrics.gradient_ratio);
   // A balance loss that is a plain number moves nothing; where neither does, there is no ratio.
   record_gradient_ratios(controller, weights, ::torch::tensor(1.0), weights[0].sum());
-  const std::vector<Metrics> none = step(controller);
-  EXPECT_EQ(none[0].gradient_ratio, 0);
-  EXPECT_FALSE(none[1].gradient_ratio);
+  const auto& none = controller.step().layers;
+  EXPECT_EQ(*none[0].metrics.gradient_ratio, 0);
+  EXPECT_FALSE(none[1].metrics.gradient_ratio);
 }
 
 // The losses of moectl's own router, its weight and the ratio, in a pass as a trainer makes it, reach the log.
