@@ -1,4 +1,4 @@
-// aux_weight_table [tracking | shift] [--seeds FIRST:LAST]: pi on the auxiliary loss's weight, on the simulated router.
+// aux_weight_table [tracking | shift | probe] [--seeds FIRST:LAST]: pi on the auxiliary loss's weight, on the simulated router.
 //
 // tracking   Against seven fixed weights, from first weights 100 times too high and too low, with its
 //            default gains. Balance is the signed excess CV, cost the displacement of the router's preferences from
@@ -14,6 +14,9 @@
 // shift      A new domain becomes half of the data after 150 decisions, at several cadences: the longer the cadence,
 //            the faster the router answers, counted in decisions. Errors are those of ten decisions' mean excess,
 //            relative to the target of 0.3.
+// probe      How long a test of the weight itself would have to be. The weight goes up and down by half a unit of its
+//            logarithm, with the signs of response_probe.h, each for `stay` steps. The answer looked for is that of a load which
+//            changes as long as the weight is in force: the excess CV is regressed on the sum of the signs so far.
 //
 // Prints Markdown.
 #include <algorithm>
@@ -331,6 +334,87 @@ void shift(std::uint64_t first, std::uint64_t last) {
   }
 }
 
+// What one block of eight test moves says: the relative change of the excess CV for each unit of the logarithm of the
+// weight that was in force for `stay` steps. Mean and standard deviation over blocks.
+struct Answer {
+  double mean = 0, deviation = 0;
+};
+
+Answer answer_of(double weight, int stay, std::uint64_t seed) {
+  constexpr double kSigns[] = {1, 1, -1, 1, -1, -1, -1, 1}, kSize = 0.5;
+  constexpr int kBlocks = 24, kSettle = 2000;
+  SimulationOptions plant;
+  plant.seed = seed;
+  SimulatedRouter router(plant);
+  const ControllerConfig config = config_for({"", "fixed", {}}, plant);
+  Controller controller(config);
+  const auto excess_over = [&](double in_force, int steps) {
+    double square = 0;
+    for (int i = 0; i < steps; ++i) {
+      controller.record(0, router.route(controller.bias(0), in_force));
+      square += signed_excess_cv_sq(*controller.step().layers[0].metrics).value_or(0) / steps;
+    }
+    return std::sqrt(std::max(0.0, square));
+  };
+  excess_over(weight, kSettle);
+  double sum = 0, squares = 0;
+  for (int block = 0; block < kBlocks; ++block) {
+    constexpr int kMoves = 8;
+    double z[kMoves], y[kMoves], mean_z = 0, mean_y = 0, path = 0;
+    for (int i = 0; i < kMoves; ++i) {
+      z[i] = path + kSigns[i] / 2;  // in the middle of the stay
+      path += kSigns[i];
+      y[i] = excess_over(weight * std::exp(kSize * kSigns[i]), stay);
+      mean_z += z[i] / kMoves;
+      mean_y += y[i] / kMoves;
+    }
+    // Without a line: the router may drift.
+    double zt = 0, yt = 0, tt = 0, zy = 0, zz = 0;
+    for (int i = 0; i < kMoves; ++i) {
+      const double t = i - (kMoves - 1) / 2.0;
+      zt += t * (z[i] - mean_z);
+      yt += t * (y[i] - mean_y);
+      tt += t * t;
+    }
+    for (int i = 0; i < kMoves; ++i) {
+      const double t = i - (kMoves - 1) / 2.0, without = z[i] - mean_z - zt / tt * t;
+      zy += without * (y[i] - mean_y - yt / tt * t);
+      zz += without * without;
+    }
+    const double found = zy / zz / kSize / mean_y;
+    sum += found / kBlocks;
+    squares += found * found / kBlocks;
+  }
+  return {sum, std::sqrt(std::max(0.0, squares - sum * sum))};
+}
+
+void probe(std::uint64_t first, std::uint64_t last) {
+  struct Trial {
+    double weight;
+    int stay;
+    std::uint64_t seed;
+    Answer answer;
+  };
+  std::vector<Trial> trials;
+  for (const double weight : {1e-3, 3e-3, 1e-2}) {
+    for (const int stay : {5, 40}) {
+      for (std::uint64_t seed = first; seed <= last; ++seed) trials.push_back({weight, stay, seed, {}});
+    }
+  }
+  in_parallel(trials.size(), [&](std::size_t i) {
+    trials[i].answer = answer_of(trials[i].weight, trials[i].stay, trials[i].seed);
+  });
+  std::printf(
+      "\n| weight | stay, steps | seed | change of the excess CV | its deviation from block to block | steps "
+      "until "
+      "five standard errors |\n|---|---|---|---|---|---|\n");
+  for (const Trial& t : trials) {
+    const double blocks = 25 * t.answer.deviation * t.answer.deviation / (t.answer.mean * t.answer.mean);
+    std::printf("| %g | %d | %d | %+.4f | %.4f | %.0f |\n", t.weight, t.stay, static_cast<int>(t.seed),
+                t.answer.mean, t.answer.deviation, std::max(1.0, blocks) * 8 * t.stay);
+  }
+}
+
 int main_of(const std::vector<std::string>& arguments) {
   unsigned long long first = 1, last = 1;
   bool wrong = false;
@@ -342,12 +426,12 @@ int main_of(const std::vector<std::string>& arguments) {
       what = arguments[i];
     }
   }
-  if (wrong || (what != "tracking" && what != "shift")) {
-    std::fprintf(stderr, "usage: aux_weight_table [tracking | shift] [--seeds FIRST:LAST]\n");
+  if (wrong || (what != "tracking" && what != "shift" && what != "probe")) {
+    std::fprintf(stderr, "usage: aux_weight_table [tracking | shift | probe] [--seeds FIRST:LAST]\n");
     return 2;
   }
-  std::printf("\n## pi on the auxiliary weight: %s, seeds %llu to %llu\n", what.c_str(), first, last);
-  (what == "shift" ? shift : tracking)(first, last);
+  std::printf("\n## The auxiliary weight: %s, seeds %llu to %llu\n", what.c_str(), first, last);
+  (what == "shift" ? shift : what == "probe" ? probe : tracking)(first, last);
   return 0;
 }
 

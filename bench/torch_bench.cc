@@ -2,11 +2,13 @@
 #include <benchmark/benchmark.h>
 #include <torch/torch.h>
 
+#include <chrono>
 #include <random>
 #include <vector>
 
 #include "moectl/controller.h"
 #include "moectl/torch/controller.h"
+#include "step_plant.h"
 
 namespace {
 
@@ -43,6 +45,24 @@ void record_moectl(benchmark::State& state) {
 }
 BENCHMARK(record_moectl)->Unit(benchmark::kMicrosecond);
 
+// With the k+1 largest scores of each token, which tell the gap and how dense the scores lie at the threshold.
+void record_moectl_top_values(benchmark::State& state) {
+  const std::vector<std::int64_t> choices = random_choices();
+  std::mt19937_64 random(3);
+  std::uniform_real_distribution<float> step(0, 0.02F);
+  std::vector<float> values(std::size_t{kTokens} * (kTopK + 1));
+  for (std::size_t i = 0; i < values.size(); ++i)
+    values[i] = i % (kTopK + 1) == 0 ? 0.9F : values[i - 1] - step(random);
+  moectl::RoutingStats stats({.experts = kExperts, .top_k = kTopK, .needs = {.gap = true}});
+  stats.set_gap_width(0.02);
+  for (auto _ : state) {
+    stats.add({.experts = choices, .top_values = values});
+    benchmark::DoNotOptimize(stats.flat().data());
+    benchmark::ClobberMemory();
+  }
+}
+BENCHMARK(record_moectl_top_values)->Unit(benchmark::kMicrosecond);
+
 void record_torch_bincount(benchmark::State& state) {
   std::vector<std::int64_t> choices = random_choices();
   const torch::Tensor indices =
@@ -68,28 +88,34 @@ std::vector<std::vector<std::int64_t>> random_loads(int layers, int experts) {
 
 // Everything a step does: take in the sums, all load metrics, adaptive_bias, limits, the record in memory.
 void step_moectl(benchmark::State& state) {
-  const int layers = static_cast<int>(state.range(0)), experts = static_cast<int>(state.range(1));
+  const int layers = static_cast<int>(state.range(0));
   moectl::ControllerConfig config;
   config.model.layers = layers;
-  config.model.experts = experts;
+  config.model.experts = static_cast<int>(state.range(1));
   config.model.top_k = kTopK;
   config.expert_bias.policy = "adaptive_bias";
+  config.expert_bias.limits.rate = 1;
   moectl::Controller controller(config);
-  std::vector<moectl::RoutingStats> stats;
-  for (const auto& counts : random_loads(layers, experts)) {
-    std::int64_t assignments = 0;
-    for (const std::int64_t count : counts) assignments += count;
-    moectl::RoutingStats& layer = stats.emplace_back(controller.shape(0));
-    layer.add_counts(counts, (assignments + kTopK - 1) / kTopK);
-  }
+  moectl::bench::StepPlant plant(controller.shape(0), layers, 0);
+  std::vector<moectl::RoutingStats> stats(static_cast<std::size_t>(layers),
+                                          moectl::RoutingStats(controller.shape(0)));
   for (auto _ : state) {
+    for (int layer = 0; layer < layers; ++layer)
+      stats[static_cast<std::size_t>(layer)] = plant.route(layer, controller.bias(layer));
+    const auto start = std::chrono::steady_clock::now();
     for (int layer = 0; layer < layers; ++layer)
       controller.record(layer, stats[static_cast<std::size_t>(layer)]);
     benchmark::DoNotOptimize(&controller.step());
+    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+    state.SetIterationTime(took.count());
   }
-  state.SetItemsProcessed(state.iterations() * layers * experts);
+  state.SetItemsProcessed(state.iterations() * layers * state.range(1));
 }
-BENCHMARK(step_moectl)->Args({kLayers, kExperts})->Args({100, 4096})->Unit(benchmark::kMicrosecond);
+BENCHMARK(step_moectl)
+    ->Args({kLayers, kExperts})
+    ->Args({100, 4096})
+    ->Unit(benchmark::kMicrosecond)
+    ->UseManualTime();
 
 // What is there at every step beside the controller's own: are the handed-out tensors (three a layer) still the
 // controller's, and what do they hold now. Two experts, so that few values are written.
@@ -166,6 +192,15 @@ void step_torch_stacked(benchmark::State& state) {
   }
 }
 BENCHMARK(step_torch_stacked)->Unit(benchmark::kMicrosecond);
+
+// The published sign_bias method alone, over all layers at once, as Megatron-LM runs it.
+void step_torch_sign_stacked(benchmark::State& state) {
+  const torch::NoGradGuard no_grad;
+  const torch::Tensor loads = stacked_loads().to(torch::kFloat32);
+  torch::Tensor bias = torch::zeros({kLayers, kExperts});
+  for (auto _ : state) bias.add_((loads.mean(1, true) - loads).sign(), 1e-3);
+}
+BENCHMARK(step_torch_sign_stacked)->Unit(benchmark::kMicrosecond);
 
 // The published sign_bias method alone, as training loops run it: layer by layer.
 void step_torch_sign_by_layer(benchmark::State& state) {

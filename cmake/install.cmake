@@ -1,4 +1,4 @@
-# What `cmake --install` installs, for find_package(moectl COMPONENTS core torch prometheus) and for pkg-config, in the
+# What `cmake --install` installs, for find_package(moectl COMPONENTS core c torch prometheus) and for pkg-config, in the
 # components core, c, torch, prometheus, tool and python; and the Debian package that `cpack` makes of each.
 include(CMakePackageConfigHelpers)
 set(package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/moectl)
@@ -30,7 +30,7 @@ endfunction()
 
 # A static library leaves what it calls to whoever links it; a shared one brings it along.
 set(core_requires yaml-0.1 zlib simdjson)
-set(core_debian "libyaml-dev, zlib1g-dev, libsimdjson-dev")
+set(core_debian libyaml-dev zlib1g-dev libsimdjson-dev)
 if(BUILD_SHARED_LIBS)
   set(core_requires "")
 endif()
@@ -40,8 +40,13 @@ install(DIRECTORY include/moectl ${PROJECT_BINARY_DIR}/include/moectl DESTINATIO
 configure_package_config_file(cmake/moectlConfig.cmake.in ${PROJECT_BINARY_DIR}/moectlConfig.cmake
   INSTALL_DESTINATION ${package_dir})
 write_basic_package_version_file(${PROJECT_BINARY_DIR}/moectlConfigVersion.cmake COMPATIBILITY SameMinorVersion)
+# What all components need comes with c where there is one: it depends on no other, so that C needs no C++ library.
+set(common core)
+if(MOECTL_C)
+  set(common c)
+endif()
 install(FILES ${PROJECT_BINARY_DIR}/moectlConfig.cmake ${PROJECT_BINARY_DIR}/moectlConfigVersion.cmake
-  DESTINATION ${package_dir} COMPONENT core)
+  DESTINATION ${package_dir} COMPONENT ${common})
 set(components core)
 
 if(MOECTL_C)
@@ -121,6 +126,10 @@ function(debian_package component name section depends summary)
   set(CPACK_COMPONENT_${key}_DESCRIPTION "${summary}" PARENT_SCOPE)
 endfunction()
 set(same_core "libmoectl-dev (= ${PROJECT_VERSION})")
+if(MOECTL_C)
+  list(APPEND core_debian "libmoectl0 (= ${PROJECT_VERSION})")
+endif()
+list(JOIN core_debian ", " core_debian)
 debian_package(core libmoectl-dev libdevel "${core_debian}" "The library, for C++ programs.")
 debian_package(c libmoectl0 libs "" "The library for C and for languages that call C, with its header.")
 debian_package(python python3-moectl python "libmoectl0 (= ${PROJECT_VERSION}), moectl (= ${PROJECT_VERSION}), python3 (>= 3.9)"

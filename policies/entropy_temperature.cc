@@ -69,30 +69,11 @@ PolicyDescription entropy_temperature() {
       "holds the entropy of each token's router distribution at a set-point (as in soft actor-critic)";
   d.actuators = {Actuator::kRouterTemperature};
   d.options = {
-      {.name = "target",
-       .default_value = defaults.target,
-       .unit = "of ln N",
-       .description = "mean entropy of a token's distribution",
-       .min = 0,
-       .max = 1},
-      {.name = "gain",
-       .default_value = defaults.gain,
-       .unit = "log ratio",
-       .description = "move of ln T at every decision for an error of 1",
-       .min = 0,
-       .max = 100},
-      {.name = "ema",
-       .default_value = defaults.ema,
-       .unit = "",
-       .description = "weight of the newest window in the averaged entropy",
-       .min = 1e-3,
-       .max = 1},
-      {.name = "error_tolerance",
-       .default_value = defaults.error_tolerance,
-       .unit = "of ln N",
-       .description = "errors no larger than this move nothing",
-       .min = 0,
-       .max = 1},
+      {"target", defaults.target, "of ln N", "mean entropy of a token's distribution", 0, 1},
+      {"gain", defaults.gain, "log ratio", "move of ln T at every decision for an error of 1", 0, 100},
+      {"ema", defaults.ema, "", "weight of the newest window in the averaged entropy", 1e-3, 1},
+      {"error_tolerance", defaults.error_tolerance, "of ln N", "errors no larger than this move nothing", 0,
+       1},
   };
   d.make = [](const PolicyContext& context, const PolicyOptions& options) {
     return std::make_unique<EntropyTemperature>(Options::from(options), context.experts);

@@ -80,12 +80,8 @@ PolicyDescription multiplicative() {
   d.summary = "a fixed factor up or down on the sign of a metric's error (ReMoE, axlearn)";
   d.actuators = {Actuator::kAuxLossWeight, Actuator::kRouterTemperature};
   d.options = SetPoint::options("load_cv", 0.3, 1.0, 0.0);
-  d.options.push_back({.name = "factor",
-                       .default_value = defaults.factor,
-                       .unit = "",
-                       .description = "by which the value is multiplied or divided at every decision",
-                       .min = 1,
-                       .max = 10});
+  d.options.push_back({"factor", defaults.factor, "",
+                       "by which the value is multiplied or divided at every decision", 1, 10});
   d.make = [](const PolicyContext&, const PolicyOptions& options) {
     return std::make_unique<Multiplicative>(Options::from(options));
   };

@@ -236,18 +236,10 @@ PolicyDescription pi() {
   d.summary = "log-domain proportional-integral control on any metric; tunes the auxiliary-loss weight";
   d.actuators = {Actuator::kAuxLossWeight, Actuator::kRouterTemperature};
   d.options = SetPoint::options(kExcess, 0.1, 0.3, 0.05);
-  d.options.push_back({.name = "kp",
-                       .default_value = defaults.kp,
-                       .unit = "log ratio",
-                       .description = "move for a change of the relative error by 1",
-                       .min = 0,
-                       .max = 100});
-  d.options.push_back({.name = "ki",
-                       .default_value = defaults.ki,
-                       .unit = "log ratio a decision",
-                       .description = "move at every decision for a relative error of 1",
-                       .min = 0,
-                       .max = 100});
+  d.options.push_back(
+      {"kp", defaults.kp, "log ratio", "move for a change of the relative error by 1", 0, 100});
+  d.options.push_back({"ki", defaults.ki, "log ratio a decision",
+                       "move at every decision for a relative error of 1", 0, 100});
   d.details =
       "On aux_loss_weight: the weight multiplies Switch's loss N sum f P, where f sums to 1. The same number "
       "as\n"

@@ -17,6 +17,7 @@
 
 #include "base/lanes.h"
 #include "policies/builtin.h"
+#include "policies/choice.h"
 #include "policies/load_error.h"
 
 namespace moectl::policies {
@@ -84,34 +85,13 @@ PolicyDescription proportional_bias() {
   d.summary = "step in proportion to each expert's load error: raw, relative or RMS-normalised";
   d.actuators = {Actuator::kExpertBias};
   d.options = {
-      {.name = "step",
-       .default_value = defaults.step,
-       .unit = "score",
-       .description = "move for a normalised error of 1",
-       .min = 0,
-       .max = 1e6},
-      {.name = "normalise",
-       .default_value = defaults.normalise,
-       .unit = "",
-       .description =
-           "what errors are divided by: none = all assignments, mean = the target load, rms = their RMS",
-       .choices = {"none", "mean", "rms"}},
-      {.name = "clip",
-       .default_value = defaults.clip,
-       .unit = "steps",
-       .description = "largest normalised error that counts",
-       .min = 1e-6,
-       .max = 1e6},
-      {.name = "zero_mean_move",
-       .default_value = defaults.zero_mean_move,
-       .unit = "",
-       .description = "take the mean out of each move"},
-      {.name = "half_life",
-       .default_value = defaults.half_life,
-       .unit = "steps",
-       .description = "after which the step has halved; 0 = it stays",
-       .min = 0,
-       .max = 1e12},
+      {"step", defaults.step, "score", "move for a normalised error of 1", 0, 1e6},
+      choice("normalise", defaults.normalise,
+             "what errors are divided by: none = all assignments, mean = the target load, rms = their RMS",
+             {"none", "mean", "rms"}),
+      {"clip", defaults.clip, "steps", "largest normalised error that counts", 1e-6, 1e6},
+      {"zero_mean_move", defaults.zero_mean_move, "", "take the mean out of each move"},
+      {"half_life", defaults.half_life, "steps", "after which the step has halved; 0 = it stays", 0, 1e12},
   };
   d.make = [](const PolicyContext& context, const PolicyOptions& options) {
     return std::make_unique<ProportionalBias>(Options::from(options), context.experts);

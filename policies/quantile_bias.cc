@@ -49,6 +49,7 @@
 
 #include "base/lanes.h"
 #include "policies/builtin.h"
+#include "policies/choice.h"
 
 namespace moectl::policies {
 namespace {
@@ -161,19 +162,13 @@ PolicyDescription quantile_bias() {
   d.summary = "bias from the quantile of each expert's margins at which its load meets its target";
   d.actuators = {Actuator::kExpertBias};
   d.options = {
-      {.name = "form",
-       .default_value = defaults.form,
-       .unit = "",
-       .description = "histogram: of margins, in bins that fit any scale; k3: Kimi K3's, of the whole batch; "
-                      "local_mean: "
-                      "Megatron-Core's, by micro-batch",
-       .choices = {"histogram", "k3", "local_mean"}},
-      {.name = "gain",
-       .default_value = defaults.gain,
-       .unit = "",
-       .description = "part of the distance to the quantile that one decision covers; 1 - EMA; published: 1",
-       .min = 0,
-       .max = 2},
+      choice("form", defaults.form,
+             "histogram: of margins, in bins that fit any scale; k3: Kimi K3's, of the whole batch; "
+             "local_mean: "
+             "Megatron-Core's, by micro-batch",
+             {"histogram", "k3", "local_mean"}),
+      {"gain", defaults.gain, "",
+       "part of the distance to the quantile that one decision covers; 1 - EMA; published: 1", 0, 2},
   };
   d.make = [](const PolicyContext& context, const PolicyOptions& options) {
     return std::make_unique<QuantileBias>(Options::from(options), context);

@@ -39,6 +39,7 @@
 
 #include "base/format.h"
 #include "policies/builtin.h"
+#include "policies/choice.h"
 
 namespace moectl::policies {
 namespace {
@@ -298,25 +299,13 @@ PolicyDescription rules() {
   d.summary = "the published red flags and their fixes, by phase of training";
   d.actuators = {Actuator::kAuxLossWeight, Actuator::kRouterTemperature};
   d.options = {
-      {.name = "confirm",
-       .default_value = defaults.confirm,
-       .unit = "decisions",
-       .description = "consecutive decisions for which a rule's conditions must hold",
-       .min = 1},
-      {.name = "wait",
-       .default_value = defaults.wait,
-       .unit = "decisions",
-       .description = "pause after a rule has acted",
-       .min = 0},
-      {.name = "over_layers",
-       .default_value = defaults.over_layers,
-       .unit = "",
-       .description = "for scope: model, the mean over layers or the worst one",
-       .choices = {"mean", "worst"}},
-      {.name = "specialize",
-       .default_value = defaults.specialize,
-       .unit = "",
-       .description = "halve the aux weight of a router that is very even after step 2000"},
+      {"confirm", defaults.confirm, "decisions",
+       "consecutive decisions for which a rule's conditions must hold", 1},
+      {"wait", defaults.wait, "decisions", "pause after a rule has acted", 0},
+      choice("over_layers", defaults.over_layers, "for scope: model, the mean over layers or the worst one",
+             {"mean", "worst"}),
+      {"specialize", defaults.specialize, "",
+       "halve the aux weight of a router that is very even after step 2000"},
   };
   d.details = table();
   d.make = [](const PolicyContext& context, const PolicyOptions& options) {

@@ -18,6 +18,7 @@
 #include <numbers>
 
 #include "policies/builtin.h"
+#include "policies/choice.h"
 
 namespace moectl::policies {
 namespace {
@@ -83,38 +84,13 @@ PolicyDescription schedule() {
   d.summary = "open-loop path in time: warm up, hold, decay, stay";
   d.actuators = {Actuator::kAuxLossWeight, Actuator::kRouterTemperature};
   d.options = {
-      {.name = "peak",
-       .default_value = defaults.peak,
-       .unit = "of the actuator",
-       .description = "value from the end of the warm-up to the decay; 0 = as initial",
-       .min = 0,
-       .max = 1e6},
-      {.name = "warmup",
-       .default_value = defaults.warmup,
-       .unit = "steps",
-       .description = "length of the straight line from initial to peak",
-       .min = 0},
-      {.name = "final",
-       .default_value = defaults.final,
-       .unit = "of the actuator",
-       .description = "value at the end; 0 = as peak",
-       .min = 0,
-       .max = 1e6},
-      {.name = "decay_start",
-       .default_value = defaults.decay_start,
-       .unit = "steps",
-       .description = "step at which the decay begins",
-       .min = 0},
-      {.name = "decay_steps",
-       .default_value = defaults.decay_steps,
-       .unit = "steps",
-       .description = "length of the decay; 0 = at once",
-       .min = 0},
-      {.name = "shape",
-       .default_value = defaults.shape,
-       .unit = "",
-       .description = "how it decays",
-       .choices = {"linear", "cosine", "exponential"}},
+      {"peak", defaults.peak, "of the actuator",
+       "value from the end of the warm-up to the decay; 0 = as initial", 0, 1e6},
+      {"warmup", defaults.warmup, "steps", "length of the straight line from initial to peak", 0},
+      {"final", defaults.final, "of the actuator", "value at the end; 0 = as peak", 0, 1e6},
+      {"decay_start", defaults.decay_start, "steps", "step at which the decay begins", 0},
+      {"decay_steps", defaults.decay_steps, "steps", "length of the decay; 0 = at once", 0},
+      choice("shape", defaults.shape, "how it decays", {"linear", "cosine", "exponential"}),
   };
   d.make = [](const PolicyContext& context, const PolicyOptions& options) {
     return std::make_unique<Schedule>(Options::from(options), context.initial);

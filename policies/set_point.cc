@@ -1,4 +1,5 @@
 #include "policies/set_point.h"
+#include "policies/choice.h"
 
 #include <algorithm>
 #include <initializer_list>
@@ -33,39 +34,13 @@ std::vector<OptionSpec> SetPoint::options(std::string_view metric, double target
   std::vector<std::string> names;
   for (const MetricField& field : metric_fields()) names.emplace_back(field.name);
   return {
-      {.name = "metric",
-       .default_value = std::string(metric),
-       .unit = "",
-       .description = "the process variable; pi averages excess_cv signed, in squares",
-       .choices = names},
-      {.name = "target",
-       .default_value = target,
-       .unit = "of the metric",
-       .description = "where the metric should be",
-       .min = -1e6,
-       .max = 1e6},
-      {.name = "effect",
-       .default_value = std::string("lowers"),
-       .unit = "",
-       .description = "what raising the actuator does to the metric",
-       .choices = {"lowers", "raises"}},
-      {.name = "over_layers",
-       .default_value = std::string("mean"),
-       .unit = "",
-       .description = "for scope: model, the mean over layers or the worst one",
-       .choices = {"mean", "worst"}},
-      {.name = "ema",
-       .default_value = ema,
-       .unit = "",
-       .description = "weight of the newest window in the averaged metric",
-       .min = 1e-3,
-       .max = 1},
-      {.name = "error_tolerance",
-       .default_value = error_tolerance,
-       .unit = "of the target",
-       .description = "errors no larger than this move nothing",
-       .min = 0,
-       .max = 10},
+      choice("metric", metric, "the process variable; pi averages excess_cv signed, in squares", names),
+      {"target", target, "of the metric", "where the metric should be", -1e6, 1e6},
+      choice("effect", "lowers", "what raising the actuator does to the metric", {"lowers", "raises"}),
+      choice("over_layers", "mean", "for scope: model, the mean over layers or the worst one",
+             {"mean", "worst"}),
+      {"ema", ema, "", "weight of the newest window in the averaged metric", 1e-3, 1},
+      {"error_tolerance", error_tolerance, "of the target", "errors no larger than this move nothing", 0, 10},
   };
 }
 

@@ -84,21 +84,11 @@ PolicyDescription sign_bias() {
   d.summary = "fixed step on the sign of each expert's load error (DeepSeek loss-free; Megatron, torchtitan)";
   d.actuators = {Actuator::kExpertBias};
   d.options = {
-      {.name = "step",
-       .default_value = defaults.step,
-       .unit = "score a step",
-       .description = "how far each bias moves at every decision",
-       .min = 0,
-       .max = 1e6},
-      {.name = "zero_mean_move",
-       .default_value = defaults.zero_mean_move,
-       .unit = "",
-       .description = "take the mean out of each move (torchtitan); false moves all by ±step (Megatron)"},
-      {.name = "freeze_after",
-       .default_value = defaults.freeze_after,
-       .unit = "steps",
-       .description = "from this step on the biases stay as they are; 0 = never",
-       .min = 0},
+      {"step", defaults.step, "score a step", "how far each bias moves at every decision", 0, 1e6},
+      {"zero_mean_move", defaults.zero_mean_move, "",
+       "take the mean out of each move (torchtitan); false moves all by ±step (Megatron)"},
+      {"freeze_after", defaults.freeze_after, "steps",
+       "from this step on the biases stay as they are; 0 = never", 0},
   };
   d.make = [](const PolicyContext& context, const PolicyOptions& options) {
     return std::make_unique<SignBias>(Options::from(options), context.experts);

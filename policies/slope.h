@@ -82,10 +82,10 @@ class Slope {
       const double square = z[i] * z[i] + last[i] * last[i];
       lag_similarity_[i] +=
           kAlikeEma * ((square > kLeastSquare ? 2 * z[i] * last[i] / square : 0) - lag_similarity_[i]);
-      const double rate = lag_similarity_[i] < -kAlike                         ? 0.3
-                          : lag_similarity_[i] > kAlike && !swings && !limited ? 0.1
-                                                                               : 0;
-      if (rate == 0) continue;
+      const bool alternate = lag_similarity_[i] < -kAlike;
+      const bool alike = lag_similarity_[i] > kAlike && !swings && !limited;
+      if (!alternate && !alike) continue;
+      const double rate = alternate ? 0.3 : 0.1;
       const double before = share_[i];
       share_[i] = std::clamp(before * std::exp(-rate * lag_similarity_[i]), kLeastShare, kMostShare);
       moved += std::log(share_[i] / before);

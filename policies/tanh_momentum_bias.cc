@@ -75,24 +75,9 @@ PolicyDescription tanh_momentum_bias() {
   d.summary = "softly saturating step with momentum (SMEBU)";
   d.actuators = {Actuator::kExpertBias};
   d.options = {
-      {.name = "step",
-       .default_value = defaults.step,
-       .unit = "score a step",
-       .description = "largest move of one decision",
-       .min = 0,
-       .max = 1e6},
-      {.name = "steepness",
-       .default_value = defaults.steepness,
-       .unit = "",
-       .description = "relative errors above about 1/steepness saturate",
-       .min = 0,
-       .max = 1e6},
-      {.name = "momentum",
-       .default_value = defaults.momentum,
-       .unit = "",
-       .description = "share of the last move that is kept",
-       .min = 0,
-       .max = 0.999},
+      {"step", defaults.step, "score a step", "largest move of one decision", 0, 1e6},
+      {"steepness", defaults.steepness, "", "relative errors above about 1/steepness saturate", 0, 1e6},
+      {"momentum", defaults.momentum, "", "share of the last move that is kept", 0, 0.999},
   };
   d.make = [](const PolicyContext& context, const PolicyOptions& options) {
     return std::make_unique<TanhMomentumBias>(Options::from(options), context.experts);

@@ -10,6 +10,7 @@
 #include "moectl/controller.h"
 #include "moectl/policy.h"
 #include "moectl/simulation.h"
+#include "simulation/simulation_options.h"
 
 namespace moectl {
 
@@ -18,12 +19,7 @@ inline ControllerConfig config_for(const SimulationOptions& plant, const std::st
                                    const std::map<std::string, OptionValue>& options = {}, double range = 2,
                                    double rate = 0.1) {
   ControllerConfig config;
-  config.model.layers = plant.layers;
-  config.model.experts = plant.experts;
-  config.model.top_k = plant.top_k;
-  config.model.tokens_per_step = plant.tokens;
-  config.model.score_space = plant.score_space;
-  config.model.delay = plant.delay;
+  config.model = simulated::model_of(plant);
   config.expert_bias.policy = policy;
   for (const auto& [name, value] : options) config.expert_bias.options.set(name, value);
   const double unit = plant.score_scale * (plant.score_space == ScoreSpace::kLogit ? 8 : 1);

@@ -6,9 +6,8 @@
 //   1. groups of experts are packed onto nodes, the heaviest first, each onto the lightest node with room;
 //   2. on each node, one more copy at a time goes to the expert with the largest load per copy, until the slots are full;
 //   3. the copies are packed onto the node's devices, the heaviest first, each onto the lightest device with room.
-// With one group a node the experts stay where they are; with nodes that do not divide the groups the plan is global (one
-// node). `refine` adds what EPLB lacks: copies of one expert go to different devices where they can, and copies are
-// exchanged between the most loaded device and others while that lowers the largest load.
+// With one node the plan is global: groups mean nothing. `refine` adds what EPLB lacks: copies of one expert go to different
+// devices, and copies are exchanged between the most loaded device and others while that lowers the largest load.
 #pragma once
 
 #include <span>
@@ -18,11 +17,14 @@ namespace moectl {
 
 struct PlacementOptions {
   int devices = 1;  ///< ≥ 1.
-  int nodes = 1;    ///< Must divide devices.
+  int nodes = 1;    ///< Must divide devices and groups.
   int groups = 0;   ///< Groups of neighbouring experts that stay on one node; 0 = every expert for itself.
   int slots =
       0;  ///< Of all devices; a multiple of devices, at least the experts; 0 = the smallest such number.
   bool refine = true;  ///< false: EPLB's rules alone.
+  /// May a device hold two copies of one expert? They serve no other device, but where there are few slots, and as EPLB does it, they can
+  /// make loads more even. false: no, for engines that keep one copy; a device then has no more slots than its node has experts.
+  bool repeats = true;
   int max_moves =
       -1;  ///< Experts that may be loaded onto devices that lack them; -1 = any number. Needs nodes = 1.
   friend bool operator==(const PlacementOptions&, const PlacementOptions&) = default;
@@ -43,8 +45,10 @@ Placement linear_placement(int experts, const PlacementOptions& options);
 Placement single_placement(int experts, const PlacementOptions& options);
 /// The plan for these loads [N], finite and ≥ 0, in any unit. `samples`, if given, are rows of N loads of single steps: then
 /// copies are exchanged while that lowers the mean over the samples of the largest device load, so that experts which are
-/// heavy in the same steps come apart. Each expert's samples are scaled to its load. With `max_moves` ≥ 0 the plan starts from
-/// single_placement and its largest device load is never above that one's. Throws std::invalid_argument.
+/// heavy in the same steps come apart. Each expert's samples are scaled to its load. Copies of one expert are on different devices,
+/// unless a device has more slots than its node has experts, or EPLB's rules would give a plan that is more even on the loads (or
+/// samples): no plan is less even than theirs. With `max_moves` ≥ 0 the plan starts from single_placement, and its largest device load
+/// is never above that one's while free slots may stay free (`repeats`). Throws std::invalid_argument.
 Placement plan_placement(std::span<const double> loads, const PlacementOptions& options,
                          std::span<const double> samples = {});
 /// The same plan with its devices (and nodes) renamed, so that few copies have to move from `current`.

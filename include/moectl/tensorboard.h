@@ -26,7 +26,8 @@ struct TensorBoardOptions {
   std::function<double(std::int64_t step)> wall_time{};
 };
 
-/// Scalars: `loss`; `balance/…`, means over layers beside their floors; `METRIC/layer_L`; `aux_loss_weight/layer_L` and
+/// Scalars: `loss`; `balance/…`, means over layers beside their floors, and of several layers percentiles of MaxVio over them
+/// (`balance/max_vio_p5` … `_p95`); `METRIC/layer_L`; `aux_loss_weight/layer_L` and
 /// `router_temperature/layer_L` (`…/model` where all layers share one); `reasons/ACTUATOR_REASON`, `alerts/NAME` and
 /// `health/STATE` and `response/STATE`, the number of layers; `response_gain/layer_L`. Histograms: `load/layer_L` (over the mean load) and `expert_bias/layer_L`.
 ///

@@ -8,13 +8,30 @@
 With PyTorch, `moectl.torch.Balancer` does this for the modules of a model. docs/python.md has the rest.
 """
 
-from ._controller import Controller, Report
+from typing import TYPE_CHECKING, Any
+
 from ._errors import ConfigError, MoectlError, ReductionError, StateError
-from ._library import version as _version
 from ._tool import compare, metrics, report, simulate
 
-__version__ = _version()
 __all__ = [
     "Controller", "Report", "MoectlError", "ConfigError", "StateError", "ReductionError", "metrics", "compare",
     "report", "simulate",
 ]
+
+if TYPE_CHECKING:
+    from ._controller import Controller, Report
+
+    __version__: str
+else:
+
+    def __getattr__(name: str) -> Any:
+        # libmoectl is loaded by the first who needs it: moectl.convert and the tool's answers do without.
+        if name in ("Controller", "Report"):
+            from . import _controller
+
+            return getattr(_controller, name)
+        if name == "__version__":
+            from . import _library
+
+            return _library.version()
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

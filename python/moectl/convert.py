@@ -30,6 +30,10 @@ def records(dump: Any, top_k: int) -> Iterator[Dict[str, Any]]:
     shape = list(counts.shape)
     if len(shape) not in (2, 3) or 0 in shape[-2:]:
         raise MoectlError(f"logical_count: {shape}: must be [steps, layers, experts] or [layers, experts]")
+    if counts.is_floating_point():
+        if not (torch.isfinite(counts) & (counts == counts.floor())).all():
+            raise MoectlError(f"logical_count: {counts.dtype}: must be whole numbers: there are others among them")
+        counts = counts.to(torch.int64)
     if counts.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
         raise MoectlError(f"logical_count: {counts.dtype}: must be whole numbers")
     layers, experts = shape[-2:]
@@ -37,6 +41,8 @@ def records(dump: Any, top_k: int) -> Iterator[Dict[str, Any]]:
         raise MoectlError(f"--top-k: {top_k}: must be from 1 to the {experts} experts of the dump")
     if (counts < 0).any():
         raise MoectlError(f"logical_count: {int(counts.min())}: must not be negative")
+    if not counts.any():
+        raise MoectlError("logical_count: every count is 0: must hold the tokens of a recording")
     yield {"format": "moectl-trace", "version": 1, "layers": layers, "experts": experts, "top_k": top_k}
     for step, of_step in enumerate(counts.reshape(-1, layers, experts).tolist()):
         for layer, of_layer in enumerate(of_step):

@@ -11,7 +11,7 @@ step, so that trainers may swap or re-create the tensors behind them."""
 import hashlib
 import warnings
 from itertools import groupby
-from typing import Any, Callable, Dict, Iterable, Optional, Sequence, Set, Tuple, Union, cast
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Set, Tuple, Union, cast
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,9 @@ from ._controller import Controller, Report
 from ._errors import ArgumentError, ReductionError, StateError
 
 _EXACT = 1 << 24  # float32 holds every whole number below
-_UNIT = 1 << 24  # of the loss in fixed point
+_UNIT = 1 << 24  # of losses and recorded values in fixed point
+_LARGEST = float(1 << 24)  # a recorded value; what is above counts as that
+_VALUES = ("balance_loss", "z_loss", "router_similarity", "router_condition", "expert_output_norm", "gradient_ratio")
 
 _Late = Tuple[torch.Tensor, Any]  # a payload on the host, and the event after which it is there, or None
 _Name = Union[None, str, Callable[[torch.nn.Module], Optional[torch.Tensor]]]
@@ -80,9 +82,8 @@ def _own_part(tensor: torch.Tensor, group: Any) -> torch.Tensor:
 def router_values(weight: torch.Tensor) -> Dict[str, float]:
     """How well a router's weight [N, d] tells its experts apart: router_similarity, the mean absolute cosine between the rows
     of two experts (N > 1), and router_condition, the largest over the smallest singular value. For
-    `controller.record_values(layer, **router_values(weight))`, every few hundred steps: it takes a singular value
-    decomposition, and waits for the device. Of a weight that is not finite: nothing. On several ranks, record the same on each:
-    `step` sums counts, not these."""
+    `balancer.record_values(layer, **router_values(weight))`, every few hundred steps: it takes a singular value
+    decomposition, and waits for the device. Of a weight that is not finite: nothing."""
     full = _whole(weight.detach()).double()
     if not torch.isfinite(full).all():
         return {}
@@ -93,6 +94,55 @@ def router_values(weight: torch.Tensor) -> Dict[str, float]:
     if n > 1:
         values["router_similarity"] = ((rows @ rows.T).fill_diagonal_(0).abs().sum() / (n * (n - 1))).item()
     return values
+
+
+def router_losses(logits: torch.Tensor, experts: torch.Tensor, mask: Optional[torch.Tensor] = None,
+                  scores: str = "softmax") -> Dict[str, torch.Tensor]:
+    """The losses of a router's logits [..., N] and choices `experts` [..., k], before their weights: balance_loss, N Σ f_i P_i,
+    with f the shares of the assignments and P the mean probabilities (of `scores` "sigmoid": the sigmoids over their sum), and
+    z_loss, mean (logsumexp z)². `mask` [...]: true = a real token. Differentiable, for a model without losses of its own; for
+    the log alone, `balancer.record_values(layer, **router_losses(logits, experts))`."""
+    if scores not in ("softmax", "sigmoid"):
+        raise ArgumentError(f"scores: {scores}: must be softmax or sigmoid")
+    z = logits.reshape(-1, logits.shape[-1]).float()
+    n = z.shape[1]
+    if experts.numel() % max(len(z), 1) or (mask is not None and mask.numel() != len(z)):
+        raise ArgumentError("router_losses: must be logits [..., N], experts [..., k] and a mask [...]")
+    real = (torch.ones_like(z[:, 0]) if mask is None else mask.reshape(-1).to(z.dtype)).unsqueeze(1)
+    tokens = real.sum().clamp_min(1)
+    sigmoids = torch.nn.functional.logsigmoid(z)
+    p = (z if scores == "softmax" else sigmoids).softmax(1)
+    chosen = experts.detach().reshape(len(z), -1).to(torch.int64)
+    counts = torch.zeros(n, dtype=z.dtype, device=z.device)
+    counts.scatter_add_(0, chosen.flatten(), real.expand(chosen.shape).flatten())
+    share = counts / counts.sum().clamp_min(1)
+    return {"balance_loss": n * (share * (p * real).sum(0) / tokens).sum(),
+            "z_loss": (z.logsumexp(1, keepdim=True).square() * real).sum() / tokens}
+
+
+@torch.no_grad()
+def expert_output_norm(outputs: torch.Tensor) -> Dict[str, torch.Tensor]:
+    """The mean norm of the rows of `outputs` [..., d], what experts put out for one assignment each, before the gate:
+    expert_output_norm. Without rows NaN, which record_values leaves out. Does not wait for the device."""
+    return {"expert_output_norm": torch.linalg.vector_norm(_whole(outputs.detach()).float(), dim=-1).mean()}
+
+
+def gradient_ratios(weights: Sequence[torch.Tensor], balance_loss: Any, task_loss: torch.Tensor) -> List[Dict[str, torch.Tensor]]:
+    """What the balance loss weighs beside the task's in each router: [{"gradient_ratio": …}], one for each of `weights`, the norm
+    of the gradient of `balance_loss` over that of `task_loss`. Both are scalars with their weights, over all layers, before
+    the backward pass that follows. Makes two backward passes of its own, down to the first router, which accumulate no
+    gradient: every few hundred steps. NaN, which record_values leaves out, for a weight that needs no gradient or that
+    neither loss reaches. Of one rank: record_values takes the mean over ranks."""
+    reached = [weight for weight in weights if weight.requires_grad]
+
+    def norms(loss: Any) -> List[torch.Tensor]:
+        if not reached or not getattr(loss, "requires_grad", False):
+            return [torch.zeros(())] * len(reached)
+        found = torch.autograd.grad(loss, reached, retain_graph=True, allow_unused=True)
+        return [torch.zeros(()) if g is None else torch.linalg.vector_norm(_whole(g).double()).cpu() for g in found]
+
+    ratios = iter([b / t for b, t in zip(norms(balance_loss), norms(task_loss))])
+    return [{"gradient_ratio": next(ratios) if weight.requires_grad else torch.tensor(float("nan"))} for weight in weights]
 
 
 class Balancer:
@@ -147,6 +197,7 @@ class Balancer:
         self._indices: Optional[torch.Tensor] = None
         self._written: Dict[int, torch.Tensor] = {}  # by layer, what the bias should still be
         self._inexact: Optional[torch.Tensor] = None
+        self._values: Optional[torch.Tensor] = None  # sums and numbers of recorded values [L, V, 2], int64
         self._late: Optional[_Late] = None  # of the step before
         self._warned = False
         self._ranks_checked = False
@@ -236,6 +287,23 @@ class Balancer:
         self._indices.scatter_add_(0, chosen, torch.ones_like(chosen))
 
     @torch.no_grad()
+    def record_values(self, layer: int, **values: Any) -> None:
+        """What the host computes itself, by name: balance_loss, z_loss, router_similarity, router_condition,
+        expert_output_norm, gradient_ratio; numbers, or tensors of one, which are not waited for. Any number of times a step,
+        on any ranks: metrics report the mean over all that was recorded, and are absent where nothing was. A negative value or
+        NaN is left out; above 2^24 counts as 2^24."""
+        index = self._index(layer)
+        if self._values is None:
+            self._values = torch.zeros(len(self._sites), len(_VALUES), 2, dtype=torch.int64, device=self._device())
+        for name, value in values.items():
+            if name not in _VALUES:
+                raise ArgumentError(f"record_values: {name}: must be one of {', '.join(_VALUES)}")
+            number = torch.as_tensor(value, dtype=torch.float64, device=self._values.device).detach().reshape(())
+            known = number >= 0
+            fixed = torch.where(known, number.clamp(max=_LARGEST), torch.zeros_like(number)) * _UNIT
+            self._values[index, _VALUES.index(name)] += torch.stack([fixed.round().to(torch.int64), known.to(torch.int64)])
+
+    @torch.no_grad()
     def step(self, *, loss: Any = None, gradient_norm: Optional[float] = None, skipped: bool = False,
              next_mixture: Any = None) -> Report:
         """Once after the optimizer's step, on every rank: sums the counts over the ranks, decides, and writes the biases
@@ -247,7 +315,7 @@ class Balancer:
         self.record()
         self._check_ranks()
         payload: Optional[torch.Tensor] = self._reduced(self._payload(loss, skipped, mixture))
-        self._sums = self._inexact = None
+        self._sums = self._inexact = self._values = None
         if self._overlap:
             payload, self._late = self._arrived(self._late), self._sent(cast(torch.Tensor, payload))
         if payload is None:  # the first step with overlap
@@ -270,7 +338,8 @@ class Balancer:
 
     def _payload(self, loss: Any, skipped: bool, mixture: torch.Tensor) -> torch.Tensor:
         """int64: counts [ΣN], layers whose bias was changed [L], then ranks with inexact counts, with a loss, the sum
-        of the losses in fixed point, ranks that skipped, ranks, the next mixture [D], and ranks that gave one."""
+        of the losses in fixed point, ranks that skipped, ranks, the next mixture [D], ranks that gave one, and the recorded
+        values [L, V, 2]."""
         sums = cast(torch.Tensor, self._sums)
         device = sums.device
         changed = [torch.ne(_whole(self._bias_of(i)), self._written[i].to(device)).any() if i in self._written
@@ -280,8 +349,11 @@ class Balancer:
         inexact = torch.zeros((), dtype=torch.int64, device=device) if self._inexact is None else self._inexact
         fixed = torch.where(known, value * _UNIT, torch.zeros_like(value)).round()
         rest = [inexact, known, fixed, torch.tensor(int(bool(skipped)), device=device), torch.ones((), device=device)]
+        values = torch.zeros(len(self._sites) * len(_VALUES) * 2, dtype=torch.int64, device=device)
+        if self._values is not None:
+            values = self._values.flatten().to(device)
         return torch.cat([sums, torch.stack(changed).to(torch.int64),
-                          torch.stack([x.to(torch.int64) for x in rest]), mixture.to(device)])
+                          torch.stack([x.to(torch.int64) for x in rest]), mixture.to(device), values])
 
     def _ranks(self) -> int:
         return dist.get_world_size(self._group) if dist.is_available() and dist.is_initialized() else 1
@@ -325,7 +397,8 @@ class Balancer:
 
     def _decide(self, payload: torch.Tensor, gradient_norm: Optional[float]) -> Report:
         layers = len(self._sites)
-        counts, changed, rest, mixture, mixtures = payload.split([sum(self._sizes), layers, 5, self._domains, 1])
+        counts, changed, rest, mixture, mixtures, values = payload.split(
+            [sum(self._sizes), layers, 5, self._domains, 1, layers * len(_VALUES) * 2])
         inexact, losses, loss, skipped, ranks = rest.tolist()
         if inexact and not self._warned:
             self._warned = True
@@ -336,6 +409,9 @@ class Balancer:
                                 "step: is the trainer's own update switched off? It has been written again")
         if counts.any():  # a single process may also record by the controller itself, more than counts
             self.controller.record_counts(counts)
+        for layer, of_layer in zip(self._ids, values.view(layers, len(_VALUES), 2).tolist()):
+            self.controller.record_values(layer, **{name: total / _UNIT / number
+                                                    for name, (total, number) in zip(_VALUES, of_layer) if number})
         return self.controller.step(loss=loss / _UNIT / losses if losses else None, gradient_norm=gradient_norm,
                                     skipped=skipped > 0, next_mixture=mixture if mixtures.item() == ranks else None)
 

@@ -27,12 +27,33 @@ def test_a_dump_becomes_a_trace(tmp_path):
         assert [r["metrics"]["max_vio"] for r in moectl.metrics(tmp_path / "trace.jsonl")][1] == 0
 
 
+def test_counts_may_be_floats(tmp_path):
+    torch.save({"logical_count": torch.tensor([[[4.0, 2, 1, 1]]])}, tmp_path / "dump.pt")
+    done = convert(tmp_path / "dump.pt", "--top-k", 2)
+    assert json.loads(done.stdout.splitlines()[1]) == {"step": 0, "layer": 0, "tokens": 4, "counts": [4, 2, 1, 1]}
+
+
+def test_a_converter_needs_pytorch_and_no_library(tmp_path):
+    torch.save({"logical_count": torch.ones(1, 2, 4, dtype=torch.int64)}, tmp_path / "dump.pt")
+    code = f"import runpy, sys; sys.argv = ['convert', {str(tmp_path / 'dump.pt')!r}, '--top-k', '2']; " \
+           "runpy.run_module('moectl.convert', run_name='__main__')"
+    bare = {**os.environ, "MOECTL_LIBRARY": str(tmp_path / "missing.so")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, env=bare)
+    assert done.returncode == 0 and done.stdout.startswith(b'{"format":"moectl-trace"'), done.stderr
+    # What needs the library says so.
+    done = subprocess.run([sys.executable, "-c", "from moectl import Controller"], capture_output=True, check=False, env=bare)
+    assert done.returncode == 1 and b"libmoectl.so.0 cannot be loaded" in done.stderr
+
+
 @pytest.mark.parametrize("dump, top_k, words", [
     ({"rank": 0}, 2, "a dict of rank: must be a dict with logical_count"),
     ([1, 2], 2, "list: must be a dict with logical_count"),
     ({"logical_count": [[1, 2]]}, 2, "logical_count: list: must be a tensor of whole numbers"),
     ({"logical_count": torch.zeros(4, dtype=torch.int64)}, 2, "logical_count: [4]: must be [steps, layers, experts] or"),
-    ({"logical_count": torch.zeros(1, 2, 4)}, 2, "logical_count: torch.float32: must be whole numbers"),
+    ({"logical_count": torch.full((1, 2, 4), 0.5)}, 2, "logical_count: torch.float32: must be whole numbers"),
+    ({"logical_count": torch.full((1, 2, 4), float("inf"))}, 2, "logical_count: torch.float32: must be whole numbers"),
+    ({"logical_count": torch.ones(1, 2, 4, dtype=torch.bool)}, 2, "logical_count: torch.bool: must be whole numbers"),
+    ({"logical_count": torch.zeros(1, 2, 4)}, 2, "logical_count: every count is 0: must hold the tokens"),
     ({"logical_count": torch.tensor([[1, -2, 3, 4]])}, 2, "logical_count: -2: must not be negative"),
     ({"logical_count": torch.ones(2, 4, dtype=torch.int64)}, 5, "--top-k: 5: must be from 1 to the 4 experts"),
     ({"logical_count": torch.ones(2, 4, dtype=torch.int64)}, 0, "--top-k: 0: must be from 1 to the 4 experts"),

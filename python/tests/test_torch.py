@@ -1,4 +1,5 @@
 import importlib
+import math
 import os
 import pickle
 import subprocess
@@ -156,6 +157,25 @@ def test_a_bias_that_something_else_changes_is_noticed():
     assert sites[1].expert_bias.any()  # written again
 
 
+def test_a_router_that_keeps_a_tensor_of_before_is_noticed():
+    """The bias that moves is a new buffer, which the router does not read: the load does not answer."""
+    sites = gates()
+    balancer = Balancer(config(), sites, layer_ids=[3, 4])
+    sites[1].kept = sites[1].expert_bias
+    sites[1].expert_bias = sites[1].expert_bias.clone()
+    told = []
+    for _ in range(150):
+        sites[0]()
+        moving, sites[1].expert_bias = sites[1].expert_bias, sites[1].kept
+        sites[1]()
+        sites[1].expert_bias = moving
+        told += [(n["kind"], n["layer"]) for n in balancer.step().notices]
+    assert told == [("unresponsive", 4)]
+    records = balancer.report()
+    assert "unresponsive" in records[4]["actuators"]["expert_bias"]["reasons"]
+    assert "unresponsive" not in records[3]["actuators"]["expert_bias"]["reasons"]
+
+
 def test_a_fixed_bias_is_left_alone():
     sites = gates()
     sites[0].expert_bias.fill_(0.25)
@@ -256,10 +276,13 @@ rank, ranks, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=ranks)
 sites = [Gate(seed=10 * rank + s) for s in range(2)]
 balancer = Balancer(config(), sites)
+collectives, all_reduce = [], dist.all_reduce
+dist.all_reduce = lambda tensor, **how: (collectives.append(tensor.dtype), all_reduce(tensor, **how))[1]
 for step in range(40):
     for site in sites:
         site(256)
     report = balancer.step(loss=2.0 + rank, skipped=step == 5 and rank == 1)
+assert collectives == [torch.int64] * 41, collectives  # one a step, and once whether ranks have the same layers
 assert report.tokens == 256 * ranks, report.tokens
 torch.save([balancer.state_dict(), [s.expert_bias for s in sites]], "%%s.%%d" %% (store, rank))
 if rank:  # other layers than the rest
@@ -299,6 +322,22 @@ def test_ranks_agree_to_the_bit(ranks, tmp_path):
     assert states[0][1][0].any()
 
 
+@pytest.mark.parametrize("indices", [False, True])
+def test_nothing_is_read_from_the_device_before_the_one_copy(indices):
+    """On the device `meta`, which has no values: whatever asked for one would fail."""
+    sites = gates()
+    balancer = Balancer(config(), sites, counts=None if indices else "tokens_per_expert")
+    for site in sites:
+        site.to("meta")
+    for layer in range(2):
+        if indices:
+            balancer.record_indices(layer, torch.zeros(64, 2, dtype=torch.int64, device="meta"))
+    balancer.record()
+    payload = balancer._payload(torch.tensor(2.5, device="meta"), False, balancer._mixture(None))
+    assert payload.device.type == "meta" and payload.dtype == torch.int64
+    assert payload.numel() == 2 * 8 + 2 + 5 + 1
+
+
 @pytest.mark.skipif(not hasattr(torch, "compile"), reason="this PyTorch has no torch.compile")
 def test_recording_survives_compilation():
     balancer = Balancer(config(), gates(), counts=None)
@@ -323,6 +362,94 @@ def test_router_values_of_a_weight():
     assert alike["router_similarity"] == pytest.approx(1)
     assert alike["router_condition"] > 1e12
     assert "router_similarity" not in moectl.torch.router_values(torch.tensor([[1.0, 0]]))
+
+
+def test_losses_of_a_router_by_hand():
+    # Probabilities (¾, ¼) and (¼, ¾), and both tokens choose expert 0: f = (1, 0), P = (½, ½), and the loss is 2 · ½.
+    logits = torch.tensor([[3.0, 1], [1, 3]]).log().requires_grad_()
+    losses = moectl.torch.router_losses(logits, torch.tensor([[0], [0]]))
+    assert losses["balance_loss"].item() == pytest.approx(1)
+    assert losses["z_loss"].item() == pytest.approx(math.log(4) ** 2)
+    losses["balance_loss"].backward()
+    assert logits.grad[0, 0] > 0
+    # Without the padding, 2 · ¾.
+    masked = moectl.torch.router_losses(logits, torch.tensor([[0], [0]]), mask=torch.tensor([True, False]))
+    assert masked["balance_loss"].item() == pytest.approx(1.5)
+    # Sigmoids ½ and ¾ over their sum: (0.4, 0.6), of which the chosen one is 0.6.
+    sigmoid = moectl.torch.router_losses(torch.tensor([[0.0, math.log(3)]]), torch.tensor([[1]]), scores="sigmoid")
+    assert sigmoid["balance_loss"].item() == pytest.approx(1.2)
+    for wrong in (dict(mask=torch.ones(3)), dict(scores="tanh")):
+        with pytest.raises(ValueError):
+            moectl.torch.router_losses(logits, torch.tensor([[0], [0]]), **wrong)
+
+
+def test_gradient_ratios_leave_the_gradients_alone():
+    weights = [torch.ones(3, 2, requires_grad=grad) for grad in (True, True, True, False)]
+    balance = 0.1 * weights[0].sum() + weights[2].sum()
+    task = 0.5 * weights[0].sum() + 2 * weights[1].sum()
+    ratios = [one["gradient_ratio"].item() for one in moectl.torch.gradient_ratios(weights, balance, task)]
+    assert ratios[:3] == pytest.approx([0.2, 0, math.inf]) and math.isnan(ratios[3])
+    assert all(weight.grad is None for weight in weights)
+    (balance + task).backward()
+    assert weights[0].grad[0, 0].item() == pytest.approx(0.6)
+    assert math.isnan(moectl.torch.gradient_ratios([torch.ones(2, requires_grad=True)], 1.0, task)[0]["gradient_ratio"])
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_recorded_values_are_metrics_and_absent_where_none_came(overlap):
+    sites = gates()
+    balancer = Balancer(config(), sites, layer_ids=[4, 9], overlap=overlap)
+    lines = []
+    balancer.set_log(lines.append)
+    nine = {**moectl.torch.expert_output_norm(torch.tensor([[3.0, 4], [0, 1]])), **moectl.torch.router_values(torch.eye(8)),
+            **moectl.torch.router_losses(torch.zeros(4, 8), torch.arange(8).view(4, 2)),
+            **moectl.torch.gradient_ratios([sites[0].expert_bias], 0.0, torch.zeros(()))[0]}
+    balancer.record_values(9, **nine)
+    balancer.record_values(9, gradient_ratio=0.25)
+    balancer.record_values(4, router_condition=math.inf, expert_output_norm=-1.0)
+    with pytest.raises(ValueError, match="router_conditon"):
+        balancer.record_values(4, router_conditon=1.0)
+    records = []
+    for _ in range(3):
+        for site in sites:
+            site()
+        balancer.step()
+        records.append({layer: record["metrics"] for layer, record in balancer.report().items()})
+    at = int(overlap)
+    known = {name: records[at][9][name] for name in (*nine, "gradient_ratio")}
+    assert known == pytest.approx({"expert_output_norm": 3, "router_condition": 1, "router_similarity": 0, "balance_loss": 1,
+                                   "z_loss": math.log(8) ** 2, "gradient_ratio": 0.25})
+    assert records[at][4]["router_condition"] == 2 ** 24 and records[at][4]["expert_output_norm"] is None
+    assert all(records[at + 1][layer][name] is None for layer in (4, 9) for name in known)
+    text = "".join(line if isinstance(line, str) else line.decode() for line in lines)
+    assert '"expert_output_norm":3' in text
+
+
+VALUES = """
+import sys, torch, torch.distributed as dist
+sys.path[:0] = %r
+from conftest import config
+from test_torch import Gate
+from moectl.torch import Balancer
+rank, ranks, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=ranks)
+sites = [Gate(seed=layer) for layer in range(2)]
+balancer = Balancer(config(), sites)
+for site in sites:
+    site()
+balancer.record_values(0, z_loss=torch.tensor(1.0 + rank), router_condition=5)
+if rank == 1:
+    balancer.record_values(0, gradient_ratio=0.5)
+balancer.step()
+metrics = balancer.report()[0]["metrics"]
+assert metrics["z_loss"] == 1.5 and metrics["router_condition"] == 5 and metrics["gradient_ratio"] == 0.5, metrics
+assert balancer.report()[1]["metrics"]["z_loss"] is None
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch.distributed is not available")
+def test_recorded_values_are_means_over_ranks(tmp_path):
+    run_ranks(VALUES, 2, tmp_path)
 
 
 SHARDED = """

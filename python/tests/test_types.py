@@ -1,5 +1,6 @@
-"""The package is typed, as py.typed promises, and says of each call what it takes."""
+"""The package is typed, as py.typed promises, says of each call what it takes, and is written for Python 3.9."""
 
+import ast
 import importlib
 import importlib.util
 import inspect
@@ -44,6 +45,11 @@ def test_every_public_call_has_words_and_types():
 @pytest.mark.parametrize("name", ["record", "record_counts", "check_choices", "step", "bias", "biases", "deployment_bias", "adopt"])
 def test_a_call_with_arrays_gives_their_shapes(name):
     assert "[" in getattr(moectl.Controller, name).__doc__
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.parent.glob("**/*.py")), ids=lambda file: str(file.relative_to(PACKAGE.parent)))
+def test_the_syntax_is_that_of_python_3_9(file):
+    ast.parse(file.read_text(), feature_version=(3, 9))
 
 
 def mypy(folder, *arguments):

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <optional>
 #include <utility>
 
 #include "base/input_limits.h"
@@ -63,11 +64,10 @@ void write_file_atomically(const std::string& path, std::string_view bytes) {
 std::string read_file(const std::string& path) {
   std::ifstream in(path, std::ios::binary);
   if (!in) fail(path, "read");
-  std::string bytes = read_up_to(in, kLargestState);
+  std::optional<std::string> bytes = read_up_to(in, kLargestState);
   if (in.bad()) fail(path, "read");
-  if (bytes.size() > kLargestState)
-    throw StateError(path + ": must be at most " + std::to_string(kLargestState) + " bytes");
-  return bytes;
+  if (!bytes) throw StateError(path + ": must be at most " + std::to_string(kLargestState) + " bytes");
+  return *std::move(bytes);
 }
 
 }  // namespace moectl

@@ -3,18 +3,32 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <ios>
 #include <istream>
+#include <optional>
 #include <string>
 #include <string_view>
 
 namespace moectl {
 
-/// All of it, or its first `most` + 1 bytes, so that a longer one is told from it.
-inline std::string read_up_to(std::istream& in, std::size_t most) {
+/// Bytes between the place in an input and its end; 0 where that is not known, as of a pipe.
+inline std::size_t bytes_left(std::istream& in) {
+  const std::istream::pos_type at = in.tellg();
+  std::streamoff left = 0;
+  if (at != std::istream::pos_type(-1) && in.seekg(0, std::ios::end)) left = in.tellg() - at;
+  in.clear();
+  if (at != std::istream::pos_type(-1)) in.seekg(at);
+  return static_cast<std::size_t>(std::max<std::streamoff>(left, 0));
+}
+
+/// All of it, or nothing where it is longer than `most` bytes: memory for a file that is too long is not taken.
+inline std::optional<std::string> read_up_to(std::istream& in, std::size_t most) {
   std::string text;
-  for (char part[65536]; text.size() <= most; text.append(part, static_cast<std::size_t>(in.gcount()))) {
-    in.read(part, static_cast<std::streamsize>(std::min(sizeof part, most + 1 - text.size())));
-    if (in.gcount() == 0) break;
+  char part[65536];
+  for (bool asked = false; in.read(part, sizeof part), in.gcount() > 0; asked = true) {
+    text.append(part, static_cast<std::size_t>(in.gcount()));
+    // Not before something was read: a directory, which cannot be, may claim any length.
+    if (text.size() > most || (!asked && bytes_left(in) > most - text.size())) return std::nullopt;
   }
   return text;
 }

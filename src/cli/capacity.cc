@@ -5,8 +5,10 @@
 #include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <ranges>
 #include <set>
 
+#include "base/format.h"
 #include "cli/intervals.h"
 #include "cli/parts.h"
 #include "cli/tool.h"
@@ -32,13 +34,59 @@ double grid_factor(std::size_t i) {
   return kFirst + kStep * static_cast<double>(i);
 }
 
-/// Φ(x) and φ(x).
-double normal_below(double x) {
-  return 0.5 * std::erfc(-x / std::sqrt(2.0));
-}
-double normal_density(double x) {
-  return std::exp(-x * x / 2) / std::sqrt(2 * std::acos(-1.0));
-}
+/// E max(0, X - c) for X of the binomial distribution: `trials`, each with `probability` up to ½. c: whole number. Above a mean
+/// of kMany, X is taken as normal.
+class BinomialExcess {
+ public:
+  BinomialExcess(double trials, double probability)
+      : mean_(trials * probability), sigma_(std::sqrt(mean_ * (1 - probability))) {
+    if (mean_ > kMany) return;
+    const double odds = probability / (1 - probability);
+    const double mode = std::min(trials, std::floor((trials + 1) * probability));
+    // From the most probable value to both sides, until nothing is left.
+    constexpr double kNothing = 1e-18;
+    std::vector<double> below;
+    for (double x = mode, p = 1; x > 0;) {
+      p *= x / ((trials - x + 1) * odds);
+      if (p < kNothing) break;
+      below.push_back(p);
+      x -= 1;
+    }
+    first_ = mode - static_cast<double>(below.size());
+    excess_.assign(below.rbegin(), below.rend());
+    excess_.push_back(1);
+    for (double x = mode, p = 1; x < trials;) {
+      p *= (trials - x) / (x + 1) * odds;
+      if (p < kNothing) break;
+      excess_.push_back(p);
+      x += 1;
+    }
+    double sum = 0;
+    for (const double p : excess_) sum += p;
+    // E max(0, X - c) is the sum of P(X > x) over x from c on.
+    double beyond = 0, excess = 0;
+    for (double& p : std::views::reverse(excess_)) {
+      const double here = p / sum;
+      p = excess += beyond;
+      beyond += here;
+    }
+  }
+  double operator()(double capacity) const {
+    if (excess_.empty()) {
+      const double over = mean_ - capacity, z = over / sigma_;
+      return over * 0.5 * std::erfc(-z / std::sqrt(2.0)) +
+             sigma_ * std::exp(-z * z / 2) / std::sqrt(2 * std::acos(-1.0));
+    }
+    if (capacity < first_) return mean_ - capacity;
+    const auto at = static_cast<std::size_t>(capacity - first_);
+    return at < excess_.size() ? excess_[at] : 0;
+  }
+
+ private:
+  static constexpr double kMany = 1000;
+  double mean_, sigma_, first_ = 0;
+  std::vector<double> excess_;  // at first_, first_ + 1, ...
+};
 
 /// One record: expected drops at a factor, in assignments.
 class Drops {
@@ -49,30 +97,30 @@ class Drops {
     counts_.assign(counts.begin(), counts.end());
     std::ranges::sort(counts_, std::greater<>());
     for (const double c : counts_) sum_ += c;
+    if (parts == 1) return;
+    // Tokens that are independent fall into a part with probability 1/parts.
+    for (std::size_t i = 0; i < counts_.size(); ++i) {
+      if (i == 0 || counts_[i] != counts_[i - 1]) in_part_.push_back({0, {counts_[i], 1 / parts_}});
+      in_part_.back().experts += 1;
+    }
   }
   double assignments() const { return sum_; }
   double at(double factor) const {
     const double capacity = std::ceil(factor * sum_ / parts_ / experts_ - 1e-9);
     double dropped = 0;
-    for (const double count : counts_) {
-      const double mean = count / parts_;
-      if (parts_ == 1) {
-        if (mean <= capacity) break;
-        dropped += mean - capacity;
-        continue;
-      }
-      // Tokens that are independent fall into a part with probability 1/parts: E max(0, X - capacity) of a normal X.
-      const double sigma = std::sqrt(mean * (1 - 1 / parts_)), over = mean - capacity;
-      if (over < -6 * sigma) break;
-      dropped +=
-          parts_ * (sigma > 0 ? over * normal_below(over / sigma) + sigma * normal_density(over / sigma)
-                              : std::max(0.0, over));
-    }
+    for (const InPart& equal : in_part_) dropped += parts_ * equal.experts * equal.excess(capacity);
+    for (std::size_t i = 0; parts_ == 1 && i < counts_.size() && counts_[i] > capacity; ++i)
+      dropped += counts_[i] - capacity;
     return dropped;
   }
 
  private:
+  struct InPart {
+    double experts;  // with this count
+    BinomialExcess excess;
+  };
   std::vector<double> counts_;  // largest first
+  std::vector<InPart> in_part_;
   double sum_ = 0, parts_, experts_;
 };
 
@@ -92,15 +140,10 @@ struct Layer {
 };
 
 std::string percent(double rate) {
-  char text[32];
-  std::snprintf(text, sizeof text, rate < 0.0995 ? "%.2f %%" : "%.1f %%", 100 * rate);
-  return text;
+  return fixed(100 * rate, rate < 0.0995 ? 2 : 1) + " %";
 }
 std::string factor_text(double factor) {
-  char text[32];
-  if (!std::isfinite(factor)) return "> 16";
-  std::snprintf(text, sizeof text, "%.2f", factor);
-  return text;
+  return std::isfinite(factor) ? fixed(factor, 2) : "> 16";
 }
 
 int capacity(const Options& options) {
@@ -229,11 +272,7 @@ void add_capacity(CLI::App& app, Tool& tool) {
       "  moectl capacity trace.jsonl --factors 1 1.25 2 --parts 64   # 8 ranks x 8 micro-batches\n"
       "  moectl import megatron router_trace_rank*.jsonl --by micro-batch -o - | moectl capacity -");
   auto options = std::make_shared<Options>();
-  command
-      ->add_option(
-          "TRACE", options->trace,
-          "Trace or run log, plain or gzip; - reads standard input. A line of a trace: " + kTraceLine)
-      ->required();
+  add_trace(*command, options->trace);
   command->add_option("--factors", options->factors, "Capacity factors of the table")
       ->check(positive_number())
       ->capture_default_str();

@@ -3,6 +3,7 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 
+#include "cli/parts.h"
 #include "cli/tool.h"
 #include "export/run_figures.h"
 #include "moectl/figures.h"
@@ -36,10 +37,12 @@ nlohmann::ordered_json json_of(const std::string& run, const Figures& figures) {
 
 Figures figures_of_run(const std::string& run, const Options& options) {
   LogReader log(run, options.fault_policy);
-  Figures figures = read_figures(log, options.shift, options.summed);
+  WholeRecords records = whole_records(log);
+  Figures figures = read_figures(records, options.shift ? options.shift : log.header().shift, options.summed);
   if (figures.steps == 0 && log.fault_count() > 0) {
     throw InputError(run + ": holds no record that can be read; " + log.faults().front());
   }
+  if (figures.steps == 0) throw InputError(run + ": no record of a layer tagged 'train' has counts");
   say_faults(log, run);
   return figures;
 }

@@ -1,10 +1,12 @@
 // moectl import FORMAT FILE…: dumps of other systems become a trace.
 #include "import/import.h"
 
+#include <algorithm>
 #include <iostream>
 #include <memory>
 
 #include "base/input_limits.h"
+#include "base/utf8.h"
 #include "cli/tool.h"
 
 namespace moectl::cli {
@@ -39,8 +41,8 @@ void add_import(CLI::App& app, Tool& tool) {
   command->add_option("FORMAT", options->format, "See below")->required()->check(CLI::IsMember(names));
   command
       ->add_option("FILE", options->files,
-                   "Dumps, plain or gzip; - reads standard input. Files of ranks are told apart by 'rankN' "
-                   "in their names")
+                   "Dumps, plain or gzip; - reads standard input. Files of ranks are told apart by rankN or "
+                   "rank_N in their names; other files follow each other in time")
       ->required();
   command
       ->add_option("-o,--output", options->output,
@@ -51,7 +53,7 @@ void add_import(CLI::App& app, Tool& tool) {
       ->check(whole_number(1, 1024));
   command
       ->add_option("--experts", import.experts,
-                   "Experts of a layer; default: the largest number in the dump + 1")
+                   "Experts of a layer; default: the columns of the dump, or its largest number + 1")
       ->check(whole_number(1, kMostExperts));
   command->add_option("--tokens", import.tokens, "Tokens of a step, for dumps of shares")
       ->check(whole_number(1, std::int64_t{1} << 40));
@@ -62,7 +64,9 @@ void add_import(CLI::App& app, Tool& tool) {
       ->capture_default_str();
   command->add_option("--metric", import.metric,
                       "Part of the name of the wanted columns or tags, for wandb and tensorboard");
-  command->add_option("--values", import.values, "What the numbers are; auto looks at their sum")
+  command
+      ->add_option("--values", import.values,
+                   "What the numbers are; auto looks at all rows, their type and sum")
       ->check(CLI::IsMember({"auto", "counts", "share", "percent", "ratio"}))
       ->capture_default_str();
   command->add_option("--scores", import.scores, "The model's function on router logits")
@@ -92,8 +96,10 @@ void add_import(CLI::App& app, Tool& tool) {
     tool.run = [options] {
       options->import.by_rank = options->by == "rank";
       options->import.by_micro_batch = options->by == "micro-batch";
-      if (options->import.tag.find_first_of("\"\\\n") != std::string::npos)
-        throw InputError("--tag: must hold no quote, backslash or line break");
+      const std::string& tag = options->import.tag;
+      if (std::ranges::any_of(tag, [](unsigned char c) { return c < 0x20 || c == '"' || c == '\\'; }) ||
+          find_not_utf8(tag) != std::string::npos)
+        throw InputError("--tag: must be UTF-8 without quote, backslash or control character");
       const ImportReport report =
           import_trace(options->format, options->files, options->output, options->import);
       for (const std::string& note : report.notes) std::cerr << "import: " << note << '\n';

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <charconv>
 #include <iostream>
-#include <iterator>
 #include <limits>
 #include <map>
 #include <memory>
@@ -12,9 +11,10 @@
 
 #include "cli/metrics_loads.h"
 #include "cli/metrics_screen.h"
-#include "cli/reshape.h"
+#include "cli/parts.h"
 #include "cli/tool.h"
 #include "export/run_figures.h"
+#include "log/reshape.h"
 #include "measure/cached_measurer.h"
 #include "moectl/config.h"
 #include "moectl/metrics.h"
@@ -227,7 +227,8 @@ int print_trends(LogReader& reader, const Measuring& how, const std::string& for
   CachedMeasurer measurer;
   std::map<std::pair<int, std::string>, Course> courses;
   std::optional<double> model_weight;
-  while (const auto record = reader.next()) {
+  WholeRecords records = whole_records(reader);
+  while (const auto record = records.next()) {
     if (record->layer < 0) model_weight = applied_weight(*record);
     if (record->layer < 0 || record->stats.experts() == 0) continue;
     how.check(*record);
@@ -314,23 +315,7 @@ class Window {
       layer.domains = record.domains;
       return;
     }
-    const StatsNeeds &sum = layer.stats.shape().needs, &more = record.stats.shape().needs;
-    // Some sums become unknown if one record lacks them; others carry the number of records that had them.
-    StatsNeeds needs = sum;
-    needs |= more;
-    needs.gap = sum.gap && more.gap;
-    needs.sequences = sum.sequences && more.sequences;
-    needs.probabilities = sum.probabilities && more.probabilities;
-    needs.margins = sum.margins && more.margins;
-    std::vector<std::string> domains;
-    if (sum.domains > 0 && more.domains > 0) {
-      std::set_union(layer.domains.begin(), layer.domains.end(), record.domains.begin(), record.domains.end(),
-                     std::back_inserter(domains));
-    }
-    needs.domains = static_cast<int>(domains.size());
-    layer.stats = reshaped(layer.stats, layer.domains, needs, domains);
-    layer.stats += reshaped(record.stats, record.domains, needs, domains);
-    layer.domains = std::move(domains);
+    add_recorded(layer.stats, layer.domains, record.stats, record.domains);
   }
   const std::map<int, Layer>& layers() const { return layers_; }
 
@@ -352,8 +337,12 @@ std::optional<double> load_distance(const RoutingStats& a, const RoutingStats& b
 int print_comparison(LogReader& reader, const Measuring& how, const Options& options) {
   const WindowName first_window(options.compare[0]), second_window(options.compare[1]);
   const std::string &first = first_window.text, &second = second_window.text;
+  // Parts of a step are added up, unless a window names a rank or a micro-batch.
+  const TagParts one = parts_of(first_window.tag), other = parts_of(second_window.tag);
+  const bool micro_batches = one.micro_batch || other.micro_batch;
+  WholeRecords records = whole_records(reader, one.rank || other.rank);
   Window a, b;
-  while (const auto record = reader.next()) {
+  while (const auto record = micro_batches ? reader.next() : records.next()) {
     if (record->layer < 0 || record->stats.experts() == 0) continue;
     how.check(*record);
     if (first_window.has(*record)) a.add(*record, how);
@@ -496,11 +485,7 @@ void add_metrics(CLI::App& app, Tool& tool) {
                   "  moectl metrics run.jsonl --compare train@0:360 train@360: --format table\n"
                   "  moectl metrics run.jsonl --trends --format table");
   auto options = std::make_shared<Options>();
-  command
-      ->add_option(
-          "TRACE", options->trace,
-          "Trace or run log, plain or gzip; - reads standard input. A line of a trace: " + kTraceLine)
-      ->required();
+  add_trace(*command, options->trace);
   command->add_option(
       "--config", options->config,
       "Take capacity factor, thresholds, placement and targets from this config (without it, targets from "

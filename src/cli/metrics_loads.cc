@@ -45,7 +45,7 @@ Loads loads_of(const Layer& layer) {
 int print_loads(LogReader& reader, const std::function<MetricsOptions(const LogRecord&)>& options_of,
                 std::size_t extremes, const std::string& format) {
   std::map<int, Layer> layers;
-  WholeRecords records(reader);
+  WholeRecords records = whole_records(reader);
   while (const auto record = records.next()) {
     if (record->layer < 0 || record->stats.experts() == 0 || record->tag != "train") continue;
     Layer& layer = layers[record->layer];

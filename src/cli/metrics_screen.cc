@@ -6,10 +6,11 @@
 #include <map>
 #include <nlohmann/json.hpp>
 #include <set>
+#include <sstream>
 
 #include "cli/intervals.h"
 #include "cli/parts.h"
-#include "cli/reshape.h"
+#include "log/reshape.h"
 #include "measure/cached_measurer.h"
 #include "measure/percentiles.h"
 #include "moectl/figures.h"
@@ -49,8 +50,8 @@ struct Judgement {
   OverFloor cv, max_vio;
   std::string floor;
   Verdict verdict = Verdict::kNoData;
-  std::optional<double>
-      tokens_to_be_sure;  ///< In all, where it is not sure yet; in a sum: from where on 1.6 floors are passed.
+  /// In all, where it is not sure yet. Of a window: from where on a CV like this one is surely imbalanced.
+  std::optional<double> tokens_to_be_sure;
   bool few_steps = false;  ///< Too few steps for an interval: kFewestSteps are needed.
   std::vector<std::string> dead, cold, hot;
 };
@@ -69,8 +70,10 @@ void name_experts(const Row& row, double floor_cv, Judgement& out) {
     if (target > 0) relative.emplace_back(static_cast<double>(counts[i]) / sum / target, i);
   }
   std::ranges::sort(relative);
-  // Single experts scatter by the floor's CV about 1.
-  const double chance = 3 * floor_cv, dead = 0.01;
+  // Single experts scatter by the floor's CV about 1, and the largest of many goes farther: by chance one is named in less
+  // than one of forty layers. Upwards counts have the longer tail (Bernstein's inequality).
+  const double z_sq = 2 * std::log(40 * n), dead = 0.01;
+  const double chance = std::sqrt(z_sq) * floor_cv, chance_up = chance + z_sq * floor_cv * floor_cv / 3;
   const auto name = [](const auto& entry) {
     return "e" + std::to_string(entry.second) + " x" + moectl::brief(entry.first, 2);
   };
@@ -83,7 +86,8 @@ void name_experts(const Row& row, double floor_cv, Judgement& out) {
     }
   }
   for (auto entry = relative.rbegin();
-       entry != relative.rend() && entry->first > std::max(row.options.capacity_factor, 1 + chance); ++entry)
+       entry != relative.rend() && entry->first > std::max(row.options.capacity_factor, 1 + chance_up);
+       ++entry)
     out.hot.push_back(name(*entry));
 }
 
@@ -100,26 +104,38 @@ Judgement judge(const Row& row, bool sum) {
               : *row.sampling.begin()  ? "sampling floor"
                                        : "noise floor";
   name_experts(row, *sum_floor.cv, out);
-  if (sum || row.steps == 1) {
+  // The relative variance of the square of a sampling floor, which J sequences tell: that of a χ² with (N-1)(J-1) degrees of
+  // freedom.
+  const bool window = sum || row.steps == 1;
+  const double sequences =
+      row.sum.has_sequences() && (window ? sum_floor.sampling : row.sampling.count(true) > 0)
+          ? static_cast<double>(row.sum.scalar(RoutingStats::kSequences))
+          : HUGE_VAL;
+  const double apart = sequences - (window ? 1 : static_cast<double>(row.steps));
+  const double unsure_floor = apart > 0 ? 2 / ((n - 1) * apart) : HUGE_VAL;
+  const auto of_floor = [&](const OverFloor& x) { return x.ratio() * std::sqrt(unsure_floor) / 2; };
+  if (window) {
     out.floor = std::string(sum_floor.name());
     out.cv = {*of_sum.load_cv, *sum_floor.cv, {}, {}};
     out.max_vio = {*of_sum.max_vio, *sum_floor.max_vio, {}, {}};
     // (N-1) CV²/floor² is a χ² with N-1 degrees of freedom, with an offset where there is imbalance.
     const double square = out.cv.ratio() * out.cv.ratio();
-    const double half = kSure * std::sqrt((2 + 4 * std::max(0.0, square - 1)) / (n - 1));
+    const double half =
+        kSure * std::sqrt((2 + 4 * std::max(0.0, square - 1)) / (n - 1) + square * square * unsure_floor);
     out.cv.low = std::sqrt(std::max(0.0, square - half));
     out.cv.high = std::sqrt(square + half);
     // The most loaded expert is known to its own standard error, that of a count; which one it is was chosen by its count, so
     // that this bounds its excess from below alone.
-    out.max_vio.low =
-        std::max(0.0, out.max_vio.ratio() -
-                          kSure * *sum_floor.cv * std::sqrt(1 + out.max_vio.value) / out.max_vio.floor);
+    const double own = *sum_floor.cv * std::sqrt(1 + out.max_vio.value) / out.max_vio.floor;
+    out.max_vio.low = std::max(0.0, out.max_vio.ratio() - kSure * std::hypot(own, of_floor(out.max_vio)));
   } else {
-    const auto over = [](const BlockMeans& value, const BlockMeans& floor) {
+    const auto over = [&](const BlockMeans& value, const BlockMeans& floor) {
       const Estimate v = value.estimate();
       OverFloor result{v.mean, floor.estimate().mean, {}, {}};
-      if (v.low) result.low = std::max(0.0, *v.low / result.floor);
-      if (v.high) result.high = *v.high / result.floor;
+      if (!v.low || !v.high) return result;
+      const double half = std::hypot((*v.high - v.mean) / result.floor, kSure * of_floor(result));
+      result.low = std::max(0.0, result.ratio() - half);
+      result.high = result.ratio() + half;
       return result;
     };
     out.cv = over(row.cv, row.floor_cv);
@@ -138,17 +154,13 @@ Judgement judge(const Row& row, bool sum) {
   }
   if (out.few_steps) {
     out.tokens_to_be_sure = tokens * static_cast<double>(kFewestSteps) / static_cast<double>(row.steps);
-  } else if (sum || row.steps == 1) {
-    // The floor falls with the root of the tokens, this CV would stay.
+  } else if (window) {
+    // The floor falls with the root of the tokens, this CV would stay. The lower end passes the bound where
+    // u - kSure √((4u - 2)/(N - 1)) = bound, u the square of the ratio.
     const double square = out.cv.ratio() * out.cv.ratio(), bound = kBalancedFloors * kBalancedFloors;
-    if (square <= bound) {
-      if (square > 0 && (sum || out.verdict == Verdict::kUnsure))
-        out.tokens_to_be_sure = tokens * bound / square;
-    } else if (out.verdict == Verdict::kUnsure) {
-      // From where on the lower end is beyond the bound: u - kSure √((4u - 2)/(N - 1)) = bound, with u = square · times.
-      const double a = 2 * kSure * kSure / (n - 1), b = bound + a;
+    const double a = 2 * kSure * kSure / (n - 1), b = bound + a;
+    if (square > 0 && (sum ? out.verdict != Verdict::kImbalanced : out.verdict == Verdict::kUnsure))
       out.tokens_to_be_sure = tokens * (b + std::sqrt(b * b - bound * bound - a)) / square;
-    }
   } else if (out.verdict == Verdict::kUnsure) {
     double times = 1;
     for (const OverFloor& x : {out.cv, out.max_vio}) {
@@ -172,8 +184,42 @@ std::string percent(double value) {
 }
 std::string floors_text(const OverFloor& x) {
   std::string text = moectl::brief(x.ratio(), 3);
-  if (x.low && x.high) text += " [" + moectl::brief(*x.low, 3) + ", " + moectl::brief(*x.high, 3) + "]";
+  const int digits = x.ratio() < 10 ? 2 : 3;
+  if (x.low && x.high)
+    text += " [" + moectl::brief(*x.low, digits) + ", " + moectl::brief(*x.high, digits) + "]";
   return text;
+}
+
+/// "dead e7; cold e6 x0.02; hot e0 x16 e3 x2.1 +4", or nothing.
+std::string out_of_line(const Judgement& j) {
+  constexpr std::size_t kNames = 2;
+  std::string text;
+  for (const auto& [kind, names] : {std::pair("dead ", &j.dead), {"cold ", &j.cold}, {"hot ", &j.hot}}) {
+    if (!names->empty()) text += (text.empty() ? "" : "; ") + (kind + joined(*names, kNames));
+  }
+  return text;
+}
+
+/// Lines of at most 80 columns, broken at blanks.
+std::string wrapped(const std::string& text) {
+  std::string out;
+  std::size_t begin = 0;
+  while (begin < text.size()) {
+    constexpr std::size_t kColumns = 80;
+    std::size_t end = std::min(text.find('\n', begin), text.size());
+    if (end - begin > kColumns) {
+      const std::size_t blank = text.rfind(' ', begin + kColumns);
+      end = blank == std::string::npos || blank <= begin ? text.find_first_of(" \n", begin) : blank;
+      end = std::min(end, text.size());
+    }
+    out += text.substr(begin, end - begin) + '\n';
+    begin = end + 1;
+  }
+  return out;
+}
+
+std::string counted(std::size_t count, const char* what) {
+  return std::to_string(count) + ' ' + what + (count == 1 ? "" : "s");
 }
 
 Json json_of(const OverFloor& x) {
@@ -225,8 +271,8 @@ int print_screen(LogReader& reader, const std::function<MetricsOptions(const Log
     row.sampling.insert(floor.sampling);
   };
   // Parts of a step are one sample of the whole, or of their rank.
-  WholeRecords whole(reader, options.by == "rank");
-  const bool joins = options.by.empty() || options.by == "rank";
+  WholeRecords whole = whole_records(reader, options.by == "rank");
+  const bool joins = options.by != "tag";
   while (const auto record = joins ? whole.next() : reader.next()) {
     if (!has_counts(*record)) continue;
     const MetricsOptions how = options_of(*record);
@@ -256,13 +302,13 @@ int print_screen(LogReader& reader, const std::function<MetricsOptions(const Log
   const std::string group = options.by.empty() ? "" : options.by;
   std::vector<std::string> header = {"layer"};
   if (!group.empty()) header.push_back(group);
-  for (const char* name : {"CV", "x floor", "MaxVio", "x floor", "dead", "cold", "hot", "verdict"})
-    header.emplace_back(name);
-  header.emplace_back(options.sum ? "1.6 floors from" : "sure at");
+  for (const char* name : {"CV", "x floor", "MaxVio", "x floor", "verdict"}) header.emplace_back(name);
+  header.emplace_back(options.sum ? "imbalanced from" : "sure at");
   struct Line {
     Verdict verdict;
     double worst;
     std::vector<std::string> cells;
+    std::string out_of_line;
   };
   std::vector<Line> lines;
   std::vector<double> cvs, max_vios;  // of the rows, in floors
@@ -273,8 +319,6 @@ int print_screen(LogReader& reader, const std::function<MetricsOptions(const Log
   std::int64_t steps = 0;
   double tokens = 0;
   std::string shapes;  // of the layers
-  const std::size_t names_shown =
-      rows.size() > 8 ? 1 : 4;  // of experts: many rows must not break lines as well
   for (const auto& [key, row] : rows) {
     const Judgement j = judge(row, options.sum);
     steps = std::max(steps, row.steps);
@@ -288,16 +332,16 @@ int print_screen(LogReader& reader, const std::function<MetricsOptions(const Log
     const bool known = j.verdict != Verdict::kNoData;
     std::vector<std::string> cells = {std::to_string(key.first)};
     if (!group.empty()) cells.push_back(key.second);
-    for (const std::string& cell :
-         {known ? percent(j.cv.value) : "-", known ? floors_text(j.cv) : "-",
-          known ? moectl::brief(j.max_vio.value, 3) : "-", known ? floors_text(j.max_vio) : "-",
-          joined(j.dead, names_shown), joined(j.cold, names_shown), joined(j.hot, names_shown),
-          std::string(name_of(j.verdict)),
-          j.tokens_to_be_sure ? rounded(*j.tokens_to_be_sure) + " tokens"
-                              : std::string(options.sum || !known ? "-" : "now")}) {
+    for (const std::string& cell : {known ? percent(j.cv.value) : "-", known ? floors_text(j.cv) : "-",
+                                    known ? moectl::brief(j.max_vio.value, 3) : "-",
+                                    known ? floors_text(j.max_vio) : "-", std::string(name_of(j.verdict)),
+                                    j.tokens_to_be_sure ? rounded(*j.tokens_to_be_sure) + " tokens"
+                                                        : std::string(options.sum || !known ? "-" : "now")}) {
       cells.push_back(cell);
     }
-    lines.push_back({j.verdict, known ? std::max(j.cv.ratio(), j.max_vio.ratio()) : 0, std::move(cells)});
+    const std::string experts = out_of_line(j);
+    lines.push_back({j.verdict, known ? std::max(j.cv.ratio(), j.max_vio.ratio()) : 0, std::move(cells),
+                     experts.empty() ? "" : name + ": " + experts});
     if (known) {
       cvs.push_back(j.cv.ratio());
       max_vios.push_back(j.max_vio.ratio());
@@ -331,10 +375,17 @@ int print_screen(LogReader& reader, const std::function<MetricsOptions(const Log
     });
   }
   Table table(header);
-  for (std::size_t i = 0; i < shown; ++i) table.add(std::move(lines[i].cells));
-  std::cout << rows.size() << (group.empty() ? " layers" : " rows") << ", " << shapes << ", " << steps
-            << " steps, " << std::to_string(static_cast<std::int64_t>(tokens)) << " tokens a layer; "
-            << (options.sum ? "counts summed over the steps" : "means over steps, with 95 % intervals")
+  std::vector<std::string> experts;
+  for (std::size_t i = 0; i < shown; ++i) {
+    table.add(std::move(lines[i].cells));
+    if (!lines[i].out_of_line.empty()) experts.push_back(lines[i].out_of_line);
+  }
+  std::cout << counted(rows.size(), group.empty() ? "layer" : "row") << ", " << shapes << ", "
+            << counted(static_cast<std::size_t>(steps), "step") << ", "
+            << std::to_string(static_cast<std::int64_t>(tokens)) << " tokens a layer; "
+            << (options.sum  ? "counts summed over the steps"
+                : steps == 1 ? "one window"
+                             : "means over steps,\nwith 95 % intervals")
             << "\n\n"
             << table.text();
   if (shown < lines.size()) {
@@ -342,6 +393,15 @@ int print_screen(LogReader& reader, const std::function<MetricsOptions(const Log
               << lines.size() - shown << ", in order\n";
   }
   std::cout << '\n';
+  if (!experts.empty()) {
+    const std::size_t named = options.all ? experts.size() : std::min(experts.size(), kScreenNames);
+    std::cout << "Experts out of line (load, as a multiple of the share), layer by layer:\n";
+    for (std::size_t i = 0; i < named; ++i) std::cout << "  " << experts[i] << '\n';
+    if (named < experts.size())
+      std::cout << "  ... and in " << experts.size() - named << " more of these layers\n";
+    std::cout << '\n';
+  }
+  std::ostringstream say;
   if (cvs.size() > 1) {
     const auto spread = [](std::vector<double>& values) {
       Percentiles percentiles(values);
@@ -351,40 +411,38 @@ int print_screen(LogReader& reader, const std::function<MetricsOptions(const Log
             std::string(text.empty() ? "" : ", ") + name + ' ' + moectl::brief(percentiles.next(share), 3);
       return text;
     };
-    std::cout << "Over " << (group.empty() ? "layers" : "rows") << ", x floor: CV " << spread(cvs)
-              << "; MaxVio " << spread(max_vios) << ".\n";
+    say << "Over " << (group.empty() ? "layers" : "rows") << ", x floor: CV " << spread(cvs) << "; MaxVio "
+        << spread(max_vios) << ".\n";
   }
   const bool noise = floors.count("noise floor") > 0;
   if (!by_verdict[Verdict::kImbalanced].empty()) {
-    std::cout << "IMBALANCED: layers " << names(Verdict::kImbalanced) << " stand beyond " << kBalancedFloors
-              << " floors. ";
-    std::cout << "`moectl check` and policies/adaptive_bias.yaml show how a controller is set up.\n";
+    say << "IMBALANCED: layers " << names(Verdict::kImbalanced) << " stand beyond " << kBalancedFloors
+        << " floors.\n`moectl check` and policies/adaptive_bias.yaml show how a controller is set up.\n";
   }
   if (!by_verdict[Verdict::kUnsure].empty()) {
-    std::cout << "UNSURE: layers " << names(Verdict::kUnsure) << ": ";
+    say << "UNSURE: layers " << names(Verdict::kUnsure) << ": ";
     if (with_few_steps > 0) {
-      std::cout << "too few steps for an interval: at least " << kFewestSteps
-                << " are needed; --sum judges the counts of all steps together.\n";
+      say << "too few steps for an interval: at least " << kFewestSteps
+          << " are needed; --sum judges the counts of all steps together.\n";
     } else {
-      std::cout << "the interval holds " << kBalancedFloors << " floors; more tokens decide (sure at).\n";
+      say << "the interval holds " << kBalancedFloors << " floors; more tokens decide (sure at).\n";
     }
   }
   if (!by_verdict[Verdict::kBalanced].empty()) {
-    std::cout << (by_verdict[Verdict::kImbalanced].empty() && by_verdict[Verdict::kUnsure].empty()
-                      ? "BALANCED: "
-                      : "Balanced: ")
-              << "layers " << names(Verdict::kBalanced) << " are as even as chance allows (at most "
-              << kBalancedFloors << " floors).\n";
+    say << (by_verdict[Verdict::kImbalanced].empty() && by_verdict[Verdict::kUnsure].empty() ? "BALANCED: "
+                                                                                             : "Balanced: ")
+        << "layers " << names(Verdict::kBalanced) << " are as even as chance allows (at most "
+        << kBalancedFloors << " floors).\n";
   }
-  if (!by_verdict[Verdict::kNoData].empty())
-    std::cout << "No data: layers " << names(Verdict::kNoData) << ".\n";
+  if (!by_verdict[Verdict::kNoData].empty()) say << "No data: layers " << names(Verdict::kNoData) << ".\n";
   for (const std::string& floor : floors)
-    std::cout << "x floor: over the " << floor << ", what balanced routing of as many tokens shows. ";
-  std::cout << '\n';
+    say << "x floor: over the " << floor << ", what balanced routing of as many tokens shows. ";
+  say << '\n';
   if (noise)
-    std::cout << "The noise floor takes tokens as independent. Tokens of a text are alike: with sequences in "
-                 "the trace the higher sampling floor is known.\n";
-  if (!other_tags.empty()) std::cout << "Records of other tags are left out: --by tag.\n";
+    say << "The noise floor takes tokens as independent. Tokens of a text are alike: with sequences in "
+           "the trace the higher sampling floor is known.\n";
+  if (!other_tags.empty()) say << "Records of other tags are left out: --by tag.\n";
+  std::cout << wrapped(say.str());
   return 0;
 }
 

@@ -9,8 +9,8 @@
 
 namespace moectl::cli {
 
-/// Rows of the screen: with what stands above and below them, 40 lines.
-inline constexpr std::size_t kScreenRows = 24;
+/// Rows of the screen, of 80 columns, and rows whose experts are named: with what stands around them, 36 lines.
+inline constexpr std::size_t kScreenRows = 16, kScreenNames = 4;
 
 struct ScreenOptions {
   bool sum = false;  ///< The counts of all steps as one window, instead of the mean over steps.

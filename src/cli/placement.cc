@@ -110,9 +110,22 @@ std::vector<double> samples_of(const History& history, std::size_t to) {
   return samples;
 }
 
+/// Slots whose expert is on their device already.
+int repeats_in(const Placement& placement) {
+  const auto room = placement.experts.size() / static_cast<std::size_t>(placement.devices);
+  int repeats = 0;
+  for (auto from = placement.experts.begin(); from != placement.experts.end();
+       from += static_cast<std::ptrdiff_t>(room)) {
+    const std::set<int> held(from, from + static_cast<std::ptrdiff_t>(room));
+    repeats += static_cast<int>(room - held.size());
+  }
+  return repeats;
+}
+
 struct Judged {
   int layer = 0, moves = 0;
-  bool kept = false;  // --max-moves: no plan was found that beats the experts where they are
+  bool kept =
+      false;  // --max-moves: no plan was found that beats the experts where they are on the steps planned on
   Placement today, start, plan;
   std::vector<double> later;  // loads of the steps that the plan has not seen
   BlockMeans linear, planned, told, gain;
@@ -142,7 +155,9 @@ Judged judge(int layer, const History& history, const Options& options) {
     for (std::size_t at = 0; at < samples.size(); at += n) sum += balancedness(placement, {&samples[at], n});
     return sum;
   };
-  judged.kept = !free && mean_of(judged.plan) <= mean_of(start);
+  // The later steps have no say in what is written: they judge it. Free slots hold repeats, which the plan may have to avoid.
+  const bool may_stay = options.placement.repeats || repeats_in(start) == 0;
+  judged.kept = !free && may_stay && mean_of(judged.plan) <= mean_of(start);
   if (judged.kept) judged.plan = start;
   // The same planner, told what came: its mean, without any forecast.
   std::vector<double> later(static_cast<std::size_t>(history.experts), 0.0);
@@ -156,19 +171,12 @@ Judged judge(int layer, const History& history, const Options& options) {
     const std::vector<double> loads = history.step(s);
     double tokens = 0;
     for (const double load : loads) tokens += load;
-    const double before = balancedness(today, loads), after = balancedness(judged.plan, loads);
+    const double before = balancedness(today, loads),
+                 after = judged.kept ? before : balancedness(judged.plan, loads);
     judged.linear.add(before, tokens);
     judged.planned.add(after, tokens);
     judged.told.add(balancedness(told, loads), tokens);
     judged.gain.add(after - before, tokens);
-  }
-  // With a limit of moves what is written is never below today: a plan that the later steps speak against is dropped.
-  if (!free && judged.gain.estimate().mean < 0) {
-    judged.kept = true;
-    judged.plan = start;
-    judged.planned = judged.linear;
-    judged.gain = BlockMeans();
-    for (std::size_t s = split; s < steps; ++s) judged.gain.add(0);
   }
   judged.moves = moves_between(start, judged.plan);
   return judged;
@@ -273,10 +281,13 @@ Json ascend_map(const std::vector<Judged>& layers) {
   return {{"moe_layer_count", layers.size()}, {"layer_list", list}};
 }
 
-int placement(const Options& options) {
+int placement(Options options) {
+  // vLLM-Ascend maps an expert to one slot of a device (its generate_expert_placement_map): a repeat would be lost, and the device have
+  // fewer experts than the others.
+  options.placement.repeats = options.format != "ascend";
   LogReader reader(options.trace, options.fault_policy);
   Histories histories;
-  WholeRecords records(reader);
+  WholeRecords records = whole_records(reader);
   while (const auto record = records.next()) {
     if (record->layer < 0 || record->stats.experts() == 0 || record->tag != options.tag ||
         record->stats.assignments() == 0)
@@ -300,6 +311,7 @@ int placement(const Options& options) {
     } catch (const std::invalid_argument& e) {
       std::string text = e.what();
       std::replace(text.begin(), text.begin() + static_cast<std::ptrdiff_t>(text.find(':')), '_', '-');
+      if (text.find("an expert twice") != std::string::npos) text += " (--format ascend)";
       throw InputError("--" + text);
     }
   }
@@ -390,8 +402,25 @@ int placement(const Options& options) {
         << " in the layer with the most";
     if (kept > 0)
       say << "; " << kept << " of " << layers.size()
-          << " layers stay as they are, since no such plan beats today's placement";
+          << " layers stay as they are, since no such plan beats today's placement on the steps planned on";
     say << ".\n";
+  }
+  int repeats = 0, repeated_layers = 0;
+  for (const Judged& layer : layers) {
+    repeats += repeats_in(layer.plan);
+    repeated_layers += repeats_in(layer.plan) > 0;
+  }
+  if (repeats > 0) {
+    const int experts = histories.layers().begin()->second.experts;
+    const int room = static_cast<int>(layers[0].plan.experts.size()) / options.placement.devices;
+    say << repeats << (repeats == 1 ? " slot holds" : " slots hold")
+        << " an expert that the device has already, in " << repeated_layers << " of " << layers.size()
+        << " layers: "
+        << (room > experts / options.placement.nodes ? "a device has more slots than its node has experts"
+            : options.placement.max_moves >= 0
+                ? "free slots, to which nothing moves; --format ascend plans without"
+                : "more even than any plan without that was found; --format ascend plans without")
+        << ".\n";
   }
   const std::string change = digits(linear.mean) + " -> " + digits(planned.mean);
   if (moves == 0) {
@@ -424,17 +453,18 @@ void add_placement(CLI::App& app, Tool& tool) {
       "the experts in order (linear), one copy each where the devices divide them. From there moves are "
       "counted: "
       "experts that\n"
-      "a device has to load; devices are renamed so that there are few. With --max-moves the plan is never "
-      "below "
-      "today's. A plan is worth its moves if its gain is "
+      "a device has to load; devices are renamed so that there are few. With --max-moves a layer for which "
+      "no plan is more "
+      "even on\n"
+      "the first part stays as it is; the rest never chooses. A plan is worth its moves if its gain is "
       "at least\n"
       "--min-gain and no chance.\n\n"
       "Formats: table, json; phy2log: {\"layers\", \"phy2log\"}, rows as EPLB names them; sglang: the file "
       "of "
       "SGLang's\n"
       "--init-expert-location, whose name must end in .json; ascend: the file of vLLM-Ascend's "
-      "expert_map_path. With "
-      "the last\n"
+      "expert_map_path, with\n"
+      "no expert twice on a device, which other plans may have where that is more even. With the last "
       "three the verdict goes to standard error.\n\n"
       "Examples:\n"
       "  moectl placement trace.jsonl --devices 8\n"
@@ -454,7 +484,10 @@ void add_placement(CLI::App& app, Tool& tool) {
   command->add_option("--devices", plan.devices, "Devices that share the experts of a layer")
       ->required()
       ->check(whole_number(1, 4096));
-  command->add_option("--nodes", plan.nodes, "Nodes of the devices; copies of an expert stay on one node")
+  command
+      ->add_option("--nodes", plan.nodes,
+                   "Nodes of the devices; copies of an expert stay on one node. Must divide the groups; 1: a "
+                   "global plan")
       ->check(whole_number(1, 4096))
       ->capture_default_str();
   command
@@ -467,7 +500,7 @@ void add_placement(CLI::App& app, Tool& tool) {
       ->check(whole_number(1, kMost));
   command
       ->add_option("--max-moves", plan.max_moves,
-                   "Experts that devices may have to load in a layer; default: any number")
+                   "Experts that devices may have to load in a layer, in global plans; default: any number")
       ->check(whole_number(0, kMost));
   command->add_option("--train", options->train, "Share of the steps on which the plan is made")
       ->check(CLI::Range(0.05, 0.95))

@@ -1,23 +1,18 @@
 #include "cli/placement_svg.h"
 
 #include <algorithm>
-#include <cstdio>
 #include <numeric>
 #include <set>
+
+#include "base/format.h"
 
 namespace moectl::cli {
 namespace {
 
 constexpr double kWidth = 960, kMargin = 46, kGap = 40, kHeight = 150, kRow = kHeight + 62, kTop = 58;
 
-std::string digits(double value, int places = 1) {
-  char text[32];
-  std::snprintf(text, sizeof text, "%.*f", places, value);
-  return text;
-}
-
 std::string text_at(double x, double y, const std::string& text, const char* more = "") {
-  return "<text x=\"" + digits(x) + "\" y=\"" + digits(y) + "\"" + more + ">" + text + "</text>\n";
+  return "<text x=\"" + fixed(x, 1) + "\" y=\"" + fixed(y, 1) + "\"" + more + ">" + text + "</text>\n";
 }
 
 /// The copies of experts that were not on the device before; the first one, where a device holds several.
@@ -62,15 +57,15 @@ std::string bars(const Placement& placement, const std::vector<bool>& moves, std
       const std::string expert = std::to_string(placement.experts[slots[r]]);
       y -= height;
       sum += load;
-      out += "<rect x=\"" + digits(x) + "\" y=\"" + digits(y, 2) + "\" width=\"" + digits(bar) +
-             "\" height=\"" + digits(height, 2) + "\" class=\"" + (moves_here ? "moved" : "kept") +
+      out += "<rect x=\"" + fixed(x, 1) + "\" y=\"" + fixed(y, 2) + "\" width=\"" + fixed(bar, 1) +
+             "\" height=\"" + fixed(height, 2) + "\" class=\"" + (moves_here ? "moved" : "kept") +
              (r % 2 ? " odd" : "") + "\"><title>device " + std::to_string(d) + ", expert " + expert + ": " +
-             digits(load, 3) + (moves_here ? ", moves here" : "") + "</title></rect>\n";
+             fixed(load, 3) + (moves_here ? ", moves here" : "") + "</title></rect>\n";
       if (height >= 11 && bar >= 16)
         out += text_at(x + bar / 2, y + height / 2 + 3.5, expert, " class=\"in\"");
     }
     if (devices <= 16) {
-      out += text_at(x + bar / 2, y - 4, digits(sum, 2), " class=\"mid\"");
+      out += text_at(x + bar / 2, y - 4, fixed(sum, 2), " class=\"mid\"");
       out += text_at(x + bar / 2, base + 13, std::to_string(d), " class=\"mid\"");
     }
   }
@@ -89,8 +84,8 @@ std::string placement_svg(std::span<const DrawnLayer> layers) {
   const std::size_t drawn = std::min(layers.size(), kMostDrawn);
   const double height = kTop + kRow * static_cast<double>(drawn) + 26;
   std::string out =
-      "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 " + digits(kWidth, 0) + ' ' +
-      digits(height, 0) + "\" width=\"" + digits(kWidth, 0) + "\" height=\"" + digits(height, 0) +
+      "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 " + fixed(kWidth, 0) + ' ' + fixed(height, 0) +
+      "\" width=\"" + fixed(kWidth, 0) + "\" height=\"" + fixed(height, 0) +
       "\" role=\"img\" aria-label=\"Load of each device, today and as planned\">\n"
       "<style>\n"
       "svg{background:#fff;font:12px system-ui,sans-serif}text{fill:#222}.mid,.in{text-anchor:middle}"
@@ -102,8 +97,8 @@ std::string placement_svg(std::span<const DrawnLayer> layers) {
       "</style>\n";
   out += text_at(kMargin, 20, "Load of each device over the mean, on the steps that the plan has not seen",
                  " font-weight=\"600\"");
-  out += "<rect x=\"" + digits(kMargin) + "\" y=\"30\" width=\"11\" height=\"11\" class=\"kept\"/>" +
-         text_at(kMargin + 16, 40, "a copy of an expert") + "<rect x=\"" + digits(kMargin + 150) +
+  out += "<rect x=\"" + fixed(kMargin, 1) + "\" y=\"30\" width=\"11\" height=\"11\" class=\"kept\"/>" +
+         text_at(kMargin + 16, 40, "a copy of an expert") + "<rect x=\"" + fixed(kMargin + 150, 1) +
          "\" y=\"30\" width=\"11\" height=\"11\" class=\"moved\"/>" +
          text_at(kMargin + 166, 40, "one that moves here") +
          text_at(kMargin + 310, 40, "dashed: the mean, which is even", " class=\"soft\"");
@@ -118,11 +113,11 @@ std::string placement_svg(std::span<const DrawnLayer> layers) {
       const double left = kMargin + (planned ? panel + kGap : 0);
       out += text_at(left, base - kHeight - 8,
                      (planned ? "planned" : "layer " + std::to_string(layer.layer) + ", today") +
-                         ": balancedness " + digits(planned ? layer.balanced_plan : layer.balanced_today, 3));
+                         ": balancedness " + fixed(planned ? layer.balanced_plan : layer.balanced_today, 3));
       out += planned ? bars(layer.plan, moved(layer.start, layer.plan), layer.loads, left, panel, base, top)
                      : bars(layer.today, none, layer.loads, left, panel, base, top);
-      const std::string even = digits(base - kHeight / top);
-      out += "<line x1=\"" + digits(left) + "\" x2=\"" + digits(left + panel) + "\" y1=\"" + even +
+      const std::string even = fixed(base - kHeight / top, 1);
+      out += "<line x1=\"" + fixed(left, 1) + "\" x2=\"" + fixed(left + panel, 1) + "\" y1=\"" + even +
              "\" y2=\"" + even + "\"/>\n";
       out += text_at(left - 4, base - kHeight / top + 4, "1", " class=\"end\"");
     }

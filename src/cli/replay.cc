@@ -10,8 +10,9 @@
 #include <memory>
 #include <set>
 
-#include "cli/reshape.h"
+#include "cli/parts.h"
 #include "cli/tool.h"
+#include "log/reshape.h"
 #include "moectl/config.h"
 #include "moectl/controller.h"
 #include "moectl/run_log.h"
@@ -62,6 +63,8 @@ class Replay {
     if (controller_->steps() == 0 && trace_.fault_count() > 0) {
       throw InputError(options_.trace + ": holds no record that can be read; " + trace_.faults().front());
     }
+    if (controller_->steps() == 0)
+      throw InputError(options_.trace + ": no record of a layer tagged 'train' has counts");
     say_faults(trace_, options_.trace);
     if (!writer_->ok()) return 1;  // the writer has reported the error
     if (options_.run != "-") {
@@ -96,7 +99,7 @@ class Replay {
   /// The next record that says something of a layer's training.
   std::optional<LogRecord> read() {
     for (;;) {
-      auto record = trace_.next();
+      auto record = records_.next();
       if (!record || (record->layer >= 0 && record->tag == "train")) return record;
     }
   }
@@ -211,6 +214,7 @@ class Replay {
   const Options& options_;
   ControllerConfig config_;
   LogReader trace_;
+  WholeRecords records_ = whole_records(trace_);
   std::deque<LogRecord> first_;  // read to learn the layers
   bool layers_known_ = false;
   std::map<int, int> layers_;  // from the trace's numbers to the config's; empty = the same

@@ -4,6 +4,7 @@
 #include "cli/parts.h"
 #include "cli/tool.h"
 #include "export/step_sample.h"
+#include "measure/percentiles.h"
 
 #include <algorithm>
 #include <cmath>
@@ -126,7 +127,7 @@ ReportRun::ReportRun(const std::string& path, std::optional<std::int64_t> shift)
     rows += 2U * group.layers.size() * static_cast<std::size_t>(group.experts.value_or(1));
   }
   while (kColumns / (2 * expert_each_) >= 4 * map_columns(rows)) expert_each_ *= 2;
-  WholeRecords records(reader);
+  WholeRecords records = whole_records(reader);
   while (const auto record = records.next()) add(*record);
   tell_config_changes(reader.config_changes());
   say_faults(reader, path);
@@ -453,11 +454,12 @@ json ReportRun::now_json() const {
 }
 
 /// Every metric that has a value in the last hundred steps: its mean over them, in the layers from the lowest to the
-/// highest and over all.
+/// highest, percentiles over layers, and over all.
 json ReportRun::table_json() const {
   nlohmann::json rows = nlohmann::json::array();
   for (const MetricField& field : metric_fields()) {
     Extremes layers;
+    std::vector<double> means;
     int lowest = 0, highest = 0;
     for (const auto& [number, layer] : layers_) {
       double sum = 0, count = 0;
@@ -472,14 +474,20 @@ json ReportRun::table_json() const {
       if (layers.count == 0 || mean < layers.min) lowest = number;
       if (layers.count == 0 || mean > layers.max) highest = number;
       layers.add(mean);
+      means.push_back(mean);
     }
     if (layers.count == 0) continue;
+    Percentiles percentiles(means);
+    nlohmann::json over_layers = nlohmann::json::array();
+    for (const double share : {0.05, 0.25, 0.5, 0.75, 0.95})
+      over_layers.push_back(rounded(percentiles.next(share)));
     rows.push_back({{"name", field.name},
                     {"unit", field.unit},
                     {"formula", field.formula},
                     {"mean", rounded(layers.sum / static_cast<double>(layers.count))},
                     {"low", rounded(layers.min)},
                     {"low_layer", lowest},
+                    {"over_layers", over_layers},
                     {"high", rounded(layers.max)},
                     {"high_layer", highest}});
   }

@@ -55,6 +55,17 @@ const std::vector<std::string> kColumns = {"settle",        "max_vio",     "max_
 ControllerConfig config_of(const Options& options, const Variant& variant, const PolicyRegistry& registry) {
   ControllerConfig config = load_variant(variant, registry);
   ModelConfig& model = config.model;
+  const auto only_once = [&](const char* option, const char* key, bool given) {
+    for (const auto& [set, value] : variant.changes) {
+      if (given && set == key)
+        throw InputError("--set: " + set + ": " + option + " (or --like) already sets it, for all runs");
+    }
+  };
+  only_once("--layers", "model.layers", options.layers.has_value());
+  only_once("--experts", "model.experts", options.experts.has_value());
+  only_once("--top-k", "model.top_k", options.top_k.has_value());
+  only_once("--tokens", "model.tokens_per_step", options.tokens.has_value());
+  only_once("--score-space", "model.score_space", options.score_space.has_value());
   if (options.layers) model.layers = *options.layers;
   if (options.experts) model.experts = *options.experts;
   if (options.top_k) model.top_k = *options.top_k;
@@ -369,7 +380,7 @@ void add_simulate(CLI::App& app, Tool& tool) {
   CLI::App* command =
       app.add_subcommand("simulate", "Close the loop on a simulated router and print figures");
   command->footer(
-      "The plant is described in moectl/simulation.h. Scenarios act from --event on:\n"
+      "The simulated router is described in moectl/simulation.h. Scenarios act from --event on:\n"
       "  steady    nothing happens\n"
       "  shift     the last domain, absent before, becomes half of the data\n"
       "  collapse  by --collapse: runaway, the favoured learn ever faster; dead_third, a third of the\n"
@@ -404,21 +415,21 @@ void add_simulate(CLI::App& app, Tool& tool) {
                        positive_int = whole_number(1, kMostInt);
   command->add_option("CONFIG", options->configs, "YAML configs")->required();
 
+  const auto add = [&](const char* group, const char* name, auto& value, const char* text,
+                       const CLI::Validator& check) {
+    CLI::Option* option = command->add_option(name, value, text)->check(check)->group(group);
+    if constexpr (!requires { value.has_value(); }) option->capture_default_str();
+  };
+  const CLI::Validator positive_number = cli::positive_number(), from_zero_number = number_from_zero();
+
   const char* const run = "Run";
-  command->add_option("--steps", options->steps, "Control steps")
-      ->check(positive_int)
-      ->capture_default_str()
-      ->group(run);
-  command->add_option("--seed", plant.seed, "Of the plant")
-      ->check(from_zero)
-      ->capture_default_str()
-      ->group(run);
+  add(run, "--steps", options->steps, "Control steps", positive_int);
+  add(run, "--seed", plant.seed, "Of the simulated router and its tokens", from_zero);
   command
       ->add_option("-o,--output", options->output,
                    "Run log to write; with several configs, one a config: RUN-NAME")
       ->group(run);
   add_format(*command, options->format, {"table", "json"})->group(run);
-
   command
       ->add_option("--set", options->sets,
                    "KEY=VALUE of the config instead of what stands in it, or KEY=A,B,C for a run with each; "
@@ -427,7 +438,6 @@ void add_simulate(CLI::App& app, Tool& tool) {
       ->expected(1)
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)
       ->group(run);
-
   command
       ->add_option(
           "--like", options->like,
@@ -438,94 +448,46 @@ void add_simulate(CLI::App& app, Tool& tool) {
       ->group(run);
 
   const char* const scenario = "Scenario";
-  command->add_option("--scenario", options->scenario, "See below")
-      ->check(CLI::IsMember({"steady", "shift", "collapse", "dead", "drift", "delay", "noise"}))
-      ->capture_default_str()
-      ->group(scenario);
-  command->add_option("--event", options->event, "Step of the event; default: half of the steps")
-      ->check(from_zero)
-      ->group(scenario);
-  command->add_option("--collapse", options->collapse, "Kind of collapse; default: runaway")
-      ->check(CLI::IsMember({"runaway", "cold_start", "dead_third", "poisoned_bias"}))
-      ->group(scenario);
-  command
-      ->add_option("--sunk-experts", options->sunk_experts, "Experts that sink in scenario dead; default: 1")
-      ->check(positive_int)
-      ->group(scenario);
-  command->add_option("--delay", options->delay, "Steps by which statistics are late, declared or not")
-      ->check(whole_number(0, kMostInt))
-      ->group(scenario);
+  add(scenario, "--scenario", options->scenario, "See below",
+      CLI::IsMember({"steady", "shift", "collapse", "dead", "drift", "delay", "noise"}));
+  add(scenario, "--event", options->event, "Step of the event; default: half of the steps", from_zero);
+  add(scenario, "--collapse", options->collapse, "Kind of collapse; default: runaway",
+      CLI::IsMember({"runaway", "cold_start", "dead_third", "poisoned_bias"}));
+  add(scenario, "--sunk-experts", options->sunk_experts, "Experts that sink in scenario dead; default: 1",
+      positive_int);
+  add(scenario, "--delay", options->delay, "Steps by which statistics are late, declared or not",
+      whole_number(0, kMostInt));
 
   const char* const model = "Model, instead of the config's";
-  command->add_option("--layers", options->layers, "Instead of model.layers")
-      ->check(positive_int)
-      ->group(model);
-  command->add_option("--experts", options->experts, "Instead of model.experts")
-      ->check(positive_int)
-      ->group(model);
-  command->add_option("--top-k", options->top_k, "Instead of model.top_k")->check(positive_int)->group(model);
-  command->add_option("--tokens", options->tokens, "Tokens a step, instead of model.tokens_per_step")
-      ->check(positive)
-      ->group(model);
-  command->add_option("--score-space", options->score_space, "Instead of model.score_space")
-      ->check(CLI::IsMember({"probability", "logit"}))
-      ->group(model);
+  add(model, "--layers", options->layers, "Instead of model.layers", positive_int);
+  add(model, "--experts", options->experts, "Instead of model.experts", positive_int);
+  add(model, "--top-k", options->top_k, "Instead of model.top_k", positive_int);
+  add(model, "--tokens", options->tokens, "Tokens a step, instead of model.tokens_per_step", positive);
+  add(model, "--score-space", options->score_space, "Instead of model.score_space",
+      CLI::IsMember({"probability", "logit"}));
 
   const char* const router = "Router";
-  command->add_option("--gate", options->gate, "The router's gate")
-      ->check(CLI::IsMember({"sigmoid", "softmax"}))
-      ->capture_default_str()
-      ->group(router);
-  command
-      ->add_option("--capacity-factor", plant.capacity_factor,
-                   "Largest load of an expert, in mean loads; the rest is dropped; 0 = dropless")
-      ->check(number_from_zero())
-      ->capture_default_str()
-      ->group(router);
-  command
-      ->add_option("--jitter", plant.jitter,
-                   "Noise on the logits of each token, logits; the temperature multiplies it")
-      ->check(number_from_zero())
-      ->capture_default_str()
-      ->group(router);
-  command->add_option("--score-scale", plant.score_scale, "Factor on the scores that biases add to")
-      ->check(positive_number())
-      ->capture_default_str()
-      ->group(router);
+  add(router, "--gate", options->gate, "The router's gate", CLI::IsMember({"sigmoid", "softmax"}));
+  add(router, "--capacity-factor", plant.capacity_factor,
+      "Largest load of an expert, in mean loads; the rest is dropped; 0 = dropless", from_zero_number);
+  add(router, "--jitter", plant.jitter,
+      "Noise on the logits of each token, logits; the temperature multiplies it", from_zero_number);
+  add(router, "--score-scale", plant.score_scale, "Factor on the scores that biases add to", positive_number);
 
   const char* const tokens = "Tokens";
-  command
-      ->add_option("--sequence-length", plant.sequence_length,
-                   "Tokens of one sequence are alike; 0 = independent tokens")
-      ->check(from_zero)
-      ->capture_default_str()
-      ->group(tokens);
-  command
-      ->add_option("--mixture-spread", plant.mixture_spread,
-                   "Spread of the domain mixtures drawn at each step, in log weights; 0 = always the same")
-      ->check(number_from_zero())
-      ->capture_default_str()
-      ->group(tokens);
-  command
-      ->add_option("--clusters", plant.clusters,
-                   "Clusters that tokens come from; few clusters make routing lumpy")
-      ->check(positive_int)
-      ->capture_default_str()
-      ->group(tokens);
-  command->add_option("--token-spread", plant.token_spread, "Spread of the tokens in a cluster, logits")
-      ->check(number_from_zero())
-      ->capture_default_str()
-      ->group(tokens);
-  command
-      ->add_option("--coherence", plant.coherence,
-                   "Share of a sequence's tokens that come from three clusters of its own")
-      ->check(CLI::Range(0.0, 1.0))
-      ->capture_default_str()
-      ->group(tokens);
-  command->add_option("--preference", plant.preference, "Spread of what the router prefers, logits")
-      ->check(number_from_zero())
-      ->capture_default_str()
-      ->group(tokens);
+  add(tokens, "--sequence-length", plant.sequence_length,
+      "Tokens of one sequence are alike; 0 = independent tokens", from_zero);
+  add(tokens, "--mixture-spread", plant.mixture_spread,
+      "Spread of the domain mixtures drawn at each step, in log weights; 0 = always the same",
+      from_zero_number);
+  add(tokens, "--clusters", plant.clusters, "Clusters that tokens come from; few clusters make routing lumpy",
+      positive_int);
+  add(tokens, "--token-spread", plant.token_spread, "Spread of the tokens in a cluster, logits",
+      from_zero_number);
+  add(tokens, "--coherence", plant.coherence,
+      "Share of a sequence's tokens that come from three clusters of its own", CLI::Range(0.0, 1.0));
+  add(tokens, "--preference", plant.preference, "Spread of what the router prefers, logits",
+      from_zero_number);
   command->callback([&tool, options, command] {
     std::set<std::string> given;
     for (const CLI::Option* option : command->get_options()) {

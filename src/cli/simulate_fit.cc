@@ -18,7 +18,7 @@ TraceMoments moments_of(const std::string& path) {
   MomentSums sums, next;
   std::optional<std::int64_t> first;
   std::int64_t next_from = 0;
-  WholeRecords records(reader);
+  WholeRecords records = whole_records(reader);
   while (const auto record = records.next()) {
     if (record->layer < 0 || record->tag != "train" || record->stats.assignments() == 0) continue;
     if (!first) {
@@ -40,9 +40,11 @@ void print_fit(const SimulationFit& fit, const std::string& path) {
   Table table({"moment", "trace", "simulated"});
   for (const auto& moment : fit.moments)
     table.add({moment.name, brief(moment.trace), brief(moment.simulated)});
-  std::cerr << table.text() << "misfit " << brief(fit.misfit)
-            << " (root mean square of the logarithms of simulated / trace), later half of "
-            << (path == "-" ? "standard input" : path) << '\n';
+  std::cerr
+      << table.text() << "misfit " << brief(fit.misfit)
+      << " (root mean square of the logarithms of simulated / trace; a step variance that chance explains is "
+         "left out), later half of "
+      << (path == "-" ? "standard input" : path) << '\n';
   for (const std::string& text : fit.untold) std::cerr << "not told by the trace: " << text << '\n';
   if (fit.coherence) {
     std::cerr << "coherence: " << brief(fit.coherence->first) << " to " << brief(fit.coherence->second)

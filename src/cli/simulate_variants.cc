@@ -2,6 +2,7 @@
 
 #include <fstream>
 #include <nlohmann/json.hpp>
+#include <regex>
 #include <sstream>
 #include <string_view>
 
@@ -107,7 +108,14 @@ ControllerConfig load_variant(const Variant& variant, const PolicyRegistry& regi
       throw InputError("--set: " + key + ": " + value + ": must be a value of YAML");
     }
   }
-  return parse_config(flow_of(root), variant.name(), registry);
+  try {
+    return parse_config(flow_of(root), variant.name(), registry);
+  } catch (const ConfigError& e) {
+    // The config with what was set is one line that nobody has seen: its key is the place, not line and column.
+    static const std::regex place(":[0-9]+:[0-9]+:");
+    throw ConfigError(
+        std::regex_replace(std::string(e.what()), place, ":", std::regex_constants::format_first_only));
+  }
 }
 
 }  // namespace moectl::cli

@@ -6,6 +6,7 @@
 #include <memory>
 #include <set>
 
+#include "cli/parts.h"
 #include "cli/tool.h"
 #include "export/run_figures.h"
 
@@ -48,7 +49,8 @@ void write(const std::string& run, const std::string& directory, const Options& 
       {.histogram_every = options.histogram_every, .metrics = metrics_of(options), .wall_time = {}});
   RecordMetrics metrics(true);
   std::int64_t records = 0;
-  while (const auto record = log.next()) {
+  WholeRecords whole = whole_records(log);
+  while (const auto record = whole.next()) {
     ++records;
     board.write(*record, metrics.of(*record));
   }
@@ -83,7 +85,8 @@ int tensorboard(const Options& options) {
 void add_tensorboard(CLI::App& app, Tool& tool) {
   CLI::App* command = app.add_subcommand("tensorboard", "Write TensorBoard event files of runs");
   command->footer(
-      "Scalars: loss, means over layers beside their floors (balance/...), metrics by layer, the scalar "
+      "Scalars: loss, means over layers beside their floors and percentiles of MaxVio over layers "
+      "(balance/...), metrics by layer, the scalar "
       "actuators, and\n"
       "the number of layers in each state of health, under each alert, and with each reason that kept an "
       "actuator from\n"

@@ -66,6 +66,13 @@ void say_faults(const LogReader& log, const std::string& path) {
   }
 }
 
+void add_trace(CLI::App& command, std::string& path) {
+  command
+      .add_option("TRACE", path,
+                  "Trace or run log, plain or gzip; - reads standard input. A line of a trace: " + kTraceLine)
+      ->required();
+}
+
 void add_salvage(CLI::App& command, FaultPolicy& fault_policy) {
   fault_policy = FaultPolicy::kRepair;
   command.add_flag_callback(

@@ -48,6 +48,8 @@ void add_simulate(CLI::App& app, Tool& tool);
 void add_tensorboard(CLI::App& app, Tool& tool);
 void add_watch(CLI::App& app, Tool& tool);
 
+/// The trace or run log that a command reads.
+void add_trace(CLI::App& command, std::string& path);
 /// The choice of an output format, the first being the default.
 CLI::Option* add_format(CLI::App& command, std::string& format, std::vector<std::string> formats);
 

@@ -10,7 +10,9 @@
 #include <limits>
 #include <memory>
 #include <thread>
+#include <utility>
 
+#include "cli/parts.h"
 #include "cli/tool.h"
 #include "cli/watch_view.h"
 #ifdef MOECTL_PROMETHEUS
@@ -93,7 +95,7 @@ class Watch {
             options.once ? std::function<bool()>() : [this] { return pause(); }) {}
 
   int run() {
-    while (const auto record = reader_.next()) {
+    while (const auto record = records_.next()) {
       say_faults();
       if (record->tag == "train") take(*record);
     }
@@ -129,6 +131,7 @@ class Watch {
   void say_faults() {
     endpoint_.set_faults(reader_.fault_count());
     if (live_) return;  // the view counts faults, and the end prints them below it
+    if (!note_.empty()) std::cerr << std::exchange(note_, {}) << '\n';
     for (; assumed_ < reader_.assumptions().size(); ++assumed_)
       std::cerr << reader_.assumptions()[assumed_] << '\n';
     for (; said_ < reader_.faults().size(); ++said_) std::cerr << reader_.faults()[said_] << '\n';
@@ -155,10 +158,12 @@ class Watch {
   Endpoint endpoint_;
   Screen screen_;
   LogReader reader_;
+  WholeRecords records_{reader_, false, [this](std::string_view text) { note_ = text; }};
   RecordMetrics metrics_{true};
   std::unique_ptr<WatchedStep> step_;
   std::int64_t shown_ = 0;
   std::size_t said_ = 0, assumed_ = 0;
+  std::string note_;  // not yet said
   bool any_ = false;  // records were read
 };
 

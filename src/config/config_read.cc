@@ -5,6 +5,7 @@
 #include <filesystem>
 #include <fstream>
 #include <iostream>
+#include <optional>
 
 #include "base/input_limits.h"
 #include "base/whole_file.h"
@@ -173,6 +174,13 @@ void place_files(ControllerConfig& config, const std::filesystem::path& folder) 
   }
 }
 
+// A config as it is, unless it is too long.
+std::string config_text(std::istream& in, const std::string& name) {
+  std::optional<std::string> text = read_up_to(in, kLargestConfig);
+  if (!text) throw ConfigError(name + ": file: must be at most " + std::to_string(kLargestConfig) + " bytes");
+  return *std::move(text);
+}
+
 }  // namespace
 
 ControllerConfig parse_config(std::string_view text, const std::string& name) {
@@ -203,11 +211,11 @@ ControllerConfig load_config(const std::string& path) {
 
 ControllerConfig load_config(const std::string& path, const PolicyRegistry& registry) {
   if (path == "-") {
-    return parse_config(read_up_to(std::cin, kLargestConfig), "<stdin>", registry);
+    return parse_config(config_text(std::cin, "<stdin>"), "<stdin>", registry);
   }
   std::ifstream file(path, std::ios::binary);
   if (!file.is_open()) throw ConfigError(path + ": cannot be opened: " + std::strerror(errno));
-  const std::string text = read_up_to(file, kLargestConfig);
+  const std::string text = config_text(file, path);
   if (file.bad()) throw ConfigError(path + ": cannot be read");  // a directory opens
   ControllerConfig config = parse_config(text, path, registry);
   place_files(config, std::filesystem::path(path).parent_path());

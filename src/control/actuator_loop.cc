@@ -44,6 +44,35 @@ int size_of(Actuator actuator, const ControllerConfig& config) {
 
 }  // namespace
 
+/// What is said of a check: what the answer is, and what follows or may be the cause.
+struct ResponseWords {
+  struct Sentence {
+    std::string_view what, then;
+  };
+  Sentence answers, reversed, silent;
+};
+
+namespace {
+
+constexpr ResponseWords kLoadWords{
+    {"the load answers again", "the policy goes on"},
+    {"the load goes the other way",
+     "is the bias subtracted from the scores? The biases are held where the load last answered"},
+    {"the load does not answer",
+     "does the router add this layer's bias to the scores that top-k compares? Are routes replayed or "
+     "masked? "
+     "Held where the load last answered"}};
+constexpr ResponseWords kEntropyWords{
+    {"router_temperature: the token entropy answers again", "the policy goes on"},
+    {"router_temperature: the token entropy falls where the temperature rises",
+     "are the logits multiplied by the temperature? Or are they nearly all positive, under sigmoids? Held "
+     "where "
+     "the entropy last answered"},
+    {"router_temperature: the token entropy does not answer",
+     "does the router divide its logits by the temperature in force? Held where the entropy last answered"}};
+
+}  // namespace
+
 ActuatorLoop::ActuatorLoop(Actuator actuator, const ControllerConfig& config, const PolicyRegistry& registry,
                            int layer)
     : actuator_(actuator),
@@ -56,23 +85,53 @@ ActuatorLoop::ActuatorLoop(Actuator actuator, const ControllerConfig& config, co
       gain_schedule_(config.actuator(actuator).gain_schedule),
       cadence_(config.actuator(actuator).limits.cadence),
       shadow_(config.mode == Mode::kShadow),
-      limits_(config.actuator(actuator).limits),
-      delay_(config.delay()) {
+      limits_(config.actuator(actuator).limits) {
   applied_.assign(static_cast<std::size_t>(size_of(actuator, config)), config.actuator(actuator).initial);
   proposed_ = guarded_ = base_ = shadow_applied_ = deployed_ = before_[0] = before_[1] = applied_;
-  start_entropy_check();
+  start_checks(config);
 }
 
-// A fixed temperature makes no move, so nothing can be known of it.
-void ActuatorLoop::start_entropy_check() {
+void ActuatorLoop::start_checks(const ControllerConfig& config) {
+  load_check_.reset();
+  response_told_ = held_for_wiring_ = false;
   entropy_check_.reset();
   entropy_offset_ = 0;
-  if (actuator_ == Actuator::kRouterTemperature && safety_.responsiveness && name_ != "fixed")
-    entropy_check_.emplace(limits_, delay_, applied_[0]);
+  if (!safety_.responsiveness) return;
+  // One expert has no other to take tokens from.
+  if (actuator_ == Actuator::kExpertBias && config.model.experts > 1) {
+    load_check_.emplace(config, layer_, applied_);
+  }
+  // A fixed temperature makes no move, so nothing can be known of it.
+  if (actuator_ == Actuator::kRouterTemperature && name_ != "fixed") {
+    entropy_check_.emplace(limits_, config.delay(), applied_[0]);
+  }
 }
 
-std::span<const double> ActuatorLoop::entropy_probe() const {
+std::span<const double> ActuatorLoop::probe() const {
+  if (load_check_) return load_check_->offset();
   return entropy_offset_ != 0 ? std::span(&entropy_offset_, 1) : std::span<const double>();
+}
+
+void ActuatorLoop::watch_load(bool applies, bool miswired, const RoutingStats& stats, const Metrics& metrics,
+                              std::int64_t step, Notices& notices) {
+  if (held_for_wiring_ && !miswired) {
+    load_check_->release();
+    held_for_wiring_ = response_told_ = false;
+  }
+  // Without assignments no load is known: a record may hold tokens that chose no expert.
+  load_check_->observe(applies && metrics.max_load ? &stats : nullptr, metrics.load_cv.value_or(0),
+                       floor_of(metrics).cv.value_or(0), applied_);
+  if (!applies) return;
+  // After the observation: a load that seems to answer is no proof against a bias that is seen not to be used.
+  if (miswired && !load_check_->holds()) {
+    load_check_->hold();
+    held_for_wiring_ = response_told_ = true;  // told by the check of the wiring, which knows more
+  }
+  const Responsiveness now = load_check_->report();
+  const bool silent = now.state == Response::kUnresponsive;
+  if (silent == response_told_ || (!silent && now.state != Response::kAnswers)) return;
+  response_told_ = silent;
+  say_response(kLoadWords, now, step, notices);
 }
 
 void ActuatorLoop::watch_entropy(bool applies, const std::optional<EntropySeen>& seen, std::int64_t step,
@@ -80,26 +139,17 @@ void ActuatorLoop::watch_entropy(bool applies, const std::optional<EntropySeen>&
   entropy_checked_ = applies;
   if (!applies || !seen) return entropy_check_->restart(applied_[0]);
   entropy_check_->observe(seen->entropy, seen->largest, applied_[0]);
-  if (!entropy_check_->has_news()) return;
-  const Responsiveness now = entropy_check_->report();
+  if (entropy_check_->has_news()) say_response(kEntropyWords, entropy_check_->report(), step, notices);
+}
+
+void ActuatorLoop::say_response(const ResponseWords& words, const Responsiveness& now, std::int64_t step,
+                                Notices& notices) {
   const Number gain(*now.gain), error(*now.error);
-  if (now.state == Response::kAnswers) {
-    notices.add(NoticeKind::kUnresponsive, layer_, step,
-                {"router_temperature: the token entropy answers again (gain ", gain.text(), " ± ",
-                 error.text(), "): the policy goes on"});
-  } else if (*now.gain + 3 * *now.error < 0) {
-    notices.add(NoticeKind::kUnresponsive, layer_, step,
-                {"router_temperature: the token entropy falls where the temperature rises (gain ",
-                 gain.text(), " ± ", error.text(),
-                 "): are the logits multiplied by the temperature? Or are they nearly all positive, under "
-                 "sigmoids? Held where the entropy last answered"});
-  } else {
-    notices.add(
-        NoticeKind::kUnresponsive, layer_, step,
-        {"router_temperature: the token entropy does not answer (gain ", gain.text(), " ± ", error.text(),
-         "): does the router divide its logits by the temperature in force? Held where the entropy "
-         "last answered"});
-  }
+  const auto& [what, then] = now.state == Response::kAnswers  ? words.answers
+                             : *now.gain + 3 * *now.error < 0 ? words.reversed
+                                                              : words.silent;
+  notices.add(NoticeKind::kUnresponsive, layer_, step,
+              {what, " (gain ", gain.text(), " ± ", error.text(), "): ", then});
 }
 
 void ActuatorLoop::make_windows(std::span<const StatsShape> shapes) {
@@ -115,7 +165,7 @@ void ActuatorLoop::adopt(std::span<const double> values, const ControllerConfig&
   proposed_ = guarded_ = base_ = shadow_applied_ = before_[0] = before_[1] = applied_;
   policy_ = std::move(policy);
   limiter_.start_from(applied_);
-  start_entropy_check();
+  start_checks(config);
   asked_ = failed_ = failing_ = owed_ = guard_took_over_ = false;
   for (RoutingStats& window : windows_) window.clear();
 }
@@ -144,7 +194,7 @@ void ActuatorLoop::fail(std::int64_t step, std::string_view message, Notices& no
   }
 }
 
-void ActuatorLoop::limit(LimitContext context, ResponseCheck* check, Notices& notices) {
+void ActuatorLoop::limit(LimitContext context, Notices& notices) {
   std::span<const double> wanted;
   if (guard_took_over_) {
     wanted = guarded_;
@@ -153,14 +203,14 @@ void ActuatorLoop::limit(LimitContext context, ResponseCheck* check, Notices& no
   }
   context.policy_failed = failed_ && !guard_took_over_;
   LimitReport held;
-  if (check != nullptr) {
-    if (!check->holds() && !guard_took_over_) {
-      context.reach = check->reach();
-      context.known_good = check->known_good();
+  if (load_check_) {
+    if (!load_check_->holds() && !guard_took_over_) {
+      context.reach = load_check_->reach();
+      context.known_good = load_check_->known_good();
     }
-    if (asked_ && !guard_took_over_ && check->adjusts()) {
+    if (asked_ && !guard_took_over_ && load_check_->adjusts()) {
       std::copy(proposed_.begin(), proposed_.end(), guarded_.begin());
-      check->adjust(guarded_, held);
+      load_check_->adjust(guarded_, held);
       wanted = guarded_;
     }
   }
@@ -178,7 +228,7 @@ void ActuatorLoop::limit(LimitContext context, ResponseCheck* check, Notices& no
     reasons_ = limiter_.apply(context, wanted, applied_);
   }
   if (guard_took_over_) reasons_.add(Reason::kGuard);
-  if (check != nullptr) check->on_applied(reasons_);
+  if (load_check_) load_check_->on_applied(reasons_);
   if (entropy) {
     entropy_check_->on_applied(reasons_, applied_[0]);
     entropy_offset_ = entropy_check_->offset();
@@ -187,9 +237,8 @@ void ActuatorLoop::limit(LimitContext context, ResponseCheck* check, Notices& no
   if (reasons_.has(Reason::kInvalid)) say_invalid(context, notices);
   if (asked_) {
     std::span<const double> told = applied_;
-    const std::span<const double> probe = check != nullptr ? check->offset() : entropy_probe();
-    if (!probe.empty()) {
-      for (std::size_t i = 0; i < base_.size(); ++i) base_[i] = applied_[i] - probe[i];
+    if (const std::span<const double> part = probe(); !part.empty()) {
+      for (std::size_t i = 0; i < base_.size(); ++i) base_[i] = applied_[i] - part[i];
       told = base_;
     }
     const bool good = call_held([&] { policy_->on_applied(told, reasons_); },
@@ -235,8 +284,15 @@ void ActuatorLoop::remember() {
   std::copy(applied_.begin(), applied_.end(), before_[0].begin());
 }
 
-ActuatorReport ActuatorLoop::report(std::span<const double> probe, const Limits& limits) {
-  const bool others = deployment(probe, limits, deployed_) || shadow_;
+void ActuatorLoop::undo(std::size_t decisions) {
+  applied_ = before_[decisions - 1];
+  if (!load_check_) return;
+  load_check_->leave_probe();
+  load_check_->restart();
+}
+
+ActuatorReport ActuatorLoop::report() {
+  const bool others = deployment(deployed_) || shadow_;
   return {.proposed = asked_ ? std::span<const double>(proposed_) : std::span<const double>(),
           .applied = shadow_ ? shadow_applied_ : applied_,
           .deployed = others ? std::span<const double>(deployed_) : std::span<const double>(),
@@ -244,25 +300,25 @@ ActuatorReport ActuatorLoop::report(std::span<const double> probe, const Limits&
           .responsiveness = entropy_check_ && entropy_checked_ ? entropy_check_->report() : Responsiveness{}};
 }
 
-bool ActuatorLoop::deployment(std::span<const double> probe, const Limits& limits,
-                              std::span<double> out) const {
-  std::copy(applied_.begin(), applied_.end(), out.begin());
+bool ActuatorLoop::deployment(std::span<double> out) const {
+  const std::span<const double> part = shadow_ ? std::span<const double>() : probe();
+  const auto without_probe = [&] {
+    std::copy(applied_.begin(), applied_.end(), out.begin());
+    for (std::size_t i = 0; i < part.size(); ++i) out[i] -= part[i];
+  };
+  without_probe();
   if (shadow_) return false;  // nothing of the policy's is in force
-  for (std::size_t i = 0; i < probe.size(); ++i) out[i] -= probe[i];
   try {
     policy_->leave_for_deployment(out);
   } catch (...) {
     out[0] = std::nan("");
   }
   // A policy that throws, or leaves what is no number, has no say in it.
-  if (!all_finite(out)) {
-    std::copy(applied_.begin(), applied_.end(), out.begin());
-    for (std::size_t i = 0; i < probe.size(); ++i) out[i] -= probe[i];
-  }
+  if (!all_finite(out)) without_probe();
   if (all_equal(out, applied_)) return false;
   double mean = 0;
   for (const double value : out) mean += value / static_cast<double>(out.size());
-  for (double& value : out) value = std::clamp(value - (limits.center ? mean : 0), limits.min, limits.max);
+  for (double& value : out) value = std::clamp(value - (limits_.center ? mean : 0), limits_.min, limits_.max);
   return true;
 }
 
@@ -282,11 +338,17 @@ void ActuatorLoop::exchange_entropy_check(StateIo& io) {
   entropy_offset_ = entropy_check_->offset();
 }
 
+void ActuatorLoop::exchange_load_check(StateIo& io) {
+  load_check_->exchange(io);
+  io.value("response_told", response_told_);
+  io.value("held_for_wiring", held_for_wiring_);
+}
+
 void ActuatorLoop::exchange_windows(StateIo& io) {
   for (RoutingStats& window : windows_) exchange_sums(io, "window", window);
 }
 
-std::string ActuatorLoop::keep_memory(const StateIo& in) {
+std::string ActuatorLoop::keep_memory(const StateIo& in, const ControllerConfig& config) {
   std::string wrong = in.tried("memory", [&](StateIo& io) { policy_->exchange(io); });
   if (!wrong.empty()) return wrong;
   if (!in.tried("limits", [&](StateIo& io) { limiter_.exchange(io); }).empty() || !limiter_.fits()) {
@@ -297,7 +359,7 @@ std::string ActuatorLoop::keep_memory(const StateIo& in) {
   }
   if (entropy_check_ &&
       !in.tried("responsiveness", [&](StateIo& io) { exchange_entropy_check(io); }).empty()) {
-    start_entropy_check();
+    start_checks(config);
   }
   return "";
 }

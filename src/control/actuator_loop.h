@@ -22,6 +22,8 @@
 
 namespace moectl {
 
+struct ResponseWords;
+
 class ActuatorLoop {
  public:
   /// `layer` is -1 for `scope: model`. Throws std::invalid_argument if the policy is not registered.
@@ -41,34 +43,44 @@ class ActuatorLoop {
 
   /// Starts a step in which the policy has not been asked yet.
   void begin() { asked_ = failed_ = guard_took_over_ = false; }
-  /// Asks the policy for a proposal, starting from the value in force without `probe`, the part of it that is none of
-  /// the policy's. A policy that throws is held.
+  /// Asks the policy for a proposal, starting from the value in force without the probe. A policy that throws is held.
   void propose(const LayerView& view, Notices& notices);
   /// Room for what a guard wants instead of the proposal; take_over() makes it so, if a decision is due.
   std::span<double> guarded() { return guarded_; }
   void take_over() { guard_took_over_ = asked_ || failed_; }
-  /// Whether it is checked that the token entropy answers this temperature.
+
+  // What these values should move is checked to answer them: the load the biases, the token entropy a temperature. A check
+  // that gets no answer holds the values. It starts anew with the values in force.
+  bool checks_load() const { return load_check_.has_value(); }
   bool checks_entropy() const { return entropy_check_.has_value(); }
-  /// Before limit(): what the decision of this step saw. `applies`: whether what is decided comes into force. Absent: nothing
-  /// is known of this step.
+  void start_checks(const ControllerConfig& config);
+  /// Every step. `applies`: whether what is decided comes into force. `miswired`: some rank found that the router does not use
+  /// these biases.
+  void watch_load(bool applies, bool miswired, const RoutingStats& stats, const Metrics& metrics,
+                  std::int64_t step, Notices& notices);
+  /// Before limit(): what the decision of this step saw. Absent: nothing is known of this step.
   struct EntropySeen {
     double entropy, largest;  // nats; the mean over layers, and of ln N
   };
   void watch_entropy(bool applies, const std::optional<EntropySeen>& seen, std::int64_t step,
                      Notices& notices);
-  /// The part of the value in force that is none of the policy's: [1], or empty.
-  std::span<const double> entropy_probe() const;
+  /// The part of the values in force that is a test move of a check, and none of the policy's: [N], or empty.
+  std::span<const double> probe() const;
+  Responsiveness load_response() const { return load_check_->report(); }
+  void exchange_load_check(StateIo& io);
+
   /// Applies the proposal within the limits, tells the policy, and starts a new window if the old one was used or
-  /// cannot be. `check`, if any, may hold the biases. In mode shadow nothing is applied.
-  void limit(LimitContext context, ResponseCheck* check, Notices& notices);
+  /// cannot be. In mode shadow nothing is applied.
+  void limit(LimitContext context, Notices& notices);
   /// Holds, whatever was proposed: ranks differ.
   void hold_ranks();
   /// Whether the policy threw in the last decision.
   bool failed() const { return failed_ || owed_; }
   /// Keeps the value in force as the newest of those that undo() can go back to.
   void remember();
-  /// Back to the value that was in force `decisions` calls of remember() ago, 1 or 2.
-  void undo(std::size_t decisions) { applied_ = before_[decisions - 1]; }
+  /// Back to the value that was in force `decisions` calls of remember() ago, 1 or 2. What a rank made of a probe of the biases
+  /// is not what the others made of it.
+  void undo(std::size_t decisions);
 
   bool taken_over() const { return guard_took_over_; }
 
@@ -77,21 +89,21 @@ class ActuatorLoop {
   std::span<const double> applied() const { return applied_; }
   /// Of the last step.
   const LimitReport& reasons() const { return reasons_; }
-  /// `probe`: as in propose(); `limits`: of the actuator.
-  ActuatorReport report(std::span<const double> probe, const Limits& limits);
-  /// Writes the value in force without `probe` and what serves the next batch alone, within the limits. Returns whether
+  ActuatorReport report();
+  /// Writes the value in force without the probe and what serves the next batch alone, within the limits. Returns whether
   /// it is another one.
-  bool deployment(std::span<const double> probe, const Limits& limits, std::span<double> out) const;
+  bool deployment(std::span<double> out) const;
   /// After adopt(): the memory of a policy of the same name, from its saved state, as far as it fits. Returns what is
   /// wrong, and is then to adopt the values once more.
-  std::string keep_memory(const StateIo& in);
+  std::string keep_memory(const StateIo& in, const ControllerConfig& config);
 
   void exchange(StateIo& io);
 
  private:
   void exchange_windows(StateIo& io);
-  void start_entropy_check();
   void exchange_entropy_check(StateIo& io);
+  void say_response(const ResponseWords& words, const Responsiveness& now, std::int64_t step,
+                    Notices& notices);
   void say_invalid(const LimitContext& context, Notices& notices);
   void fail(std::int64_t step, std::string_view message, Notices& notices);
 
@@ -109,7 +121,9 @@ class ActuatorLoop {
   std::vector<double> shadow_applied_;  // mode shadow: what would be applied
   std::vector<double> deployed_;
   Limits limits_;
-  int delay_;
+  std::optional<ResponseCheck> load_check_;
+  bool response_told_ = false;  // that the load does not answer
+  bool held_for_wiring_ = false;
   std::optional<ScalarResponse> entropy_check_;
   bool entropy_checked_ = false;  // in this step
   double entropy_offset_ = 0;

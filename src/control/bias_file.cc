@@ -3,6 +3,7 @@
 #include <charconv>
 #include <fstream>
 #include <nlohmann/json.hpp>
+#include <optional>
 
 #include "base/fields.h"
 #include "base/input_limits.h"
@@ -16,10 +17,10 @@ LayerBiases read_biases(const std::string& path) {
   const auto fail = [&](const std::string& what) -> void { throw ConfigError(path + ": " + what); };
   std::ifstream file(path, std::ios::binary);
   if (!file.is_open()) fail("cannot be opened");
-  const std::string text = read_up_to(file, kLargestJson);
-  if (text.size() > kLargestJson) fail("must be at most " + std::to_string(kLargestJson) + " bytes");
-  if (nests_deeper(text, kMostLevels)) fail("nested deeper than " + std::to_string(kMostLevels) + " levels");
-  const json all = json::parse(text, nullptr, false);
+  const std::optional<std::string> text = read_up_to(file, kLargestJson);
+  if (!text) fail("must be at most " + std::to_string(kLargestJson) + " bytes");
+  if (nests_deeper(*text, kMostLevels)) fail("nested deeper than " + std::to_string(kMostLevels) + " levels");
+  const json all = json::parse(*text, nullptr, false);
   if (!all.is_object() || all.value("format", json()) != "moectl-biases") {
     fail("must be a file of biases, as `moectl biases` writes one: {\"format\":\"moectl-biases\",…}");
   }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cctype>
 
+#include "base/names.h"
 #include "base/printable.h"
 
 namespace moectl {
@@ -10,15 +11,7 @@ namespace moectl {
 ConfigError::ConfigError(const std::string& what) : std::invalid_argument(message_line(what)) {}
 
 std::string_view name_of(Mode mode) {
-  switch (mode) {
-    case Mode::kActive:
-      return "active";
-    case Mode::kShadow:
-      return "shadow";
-    case Mode::kOff:
-      return "off";
-  }
-  return "";
+  return Names<Mode, 3>{{"active", "shadow", "off"}}[mode];
 }
 
 std::string_view name_of(Fallback fallback) {

@@ -156,8 +156,8 @@ inline constexpr auto kFieldsOf<SafetyOptions> = std::tuple{
           "hold: invalid data never move a value; initial: after fallback_after, the initial value is "
           "applied until data are valid again."},
     Field{"responsiveness", &SafetyOptions::responsiveness, kState,
-          "Whether biases that the load does not answer are held, and biases stay within what the scores "
-          "justify."},
+          "Whether biases that the load does not answer and temperatures that the token entropy does not "
+          "answer are held, and biases stay within what the scores justify."},
 };
 
 template <>

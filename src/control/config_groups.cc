@@ -6,6 +6,8 @@
 #include <numbers>
 #include <numeric>
 
+#include "base/names.h"
+
 namespace moectl {
 namespace {
 
@@ -76,15 +78,7 @@ std::vector<int> layer_ids(const ControllerConfig& config) {
 }
 
 std::string_view name_of(GainSchedule::Shape shape) {
-  switch (shape) {
-    case GainSchedule::Shape::kLinear:
-      return "linear";
-    case GainSchedule::Shape::kCosine:
-      return "cosine";
-    case GainSchedule::Shape::kStep:
-      return "step";
-  }
-  return "";
+  return Names<GainSchedule::Shape, 3>{{"linear", "cosine", "step"}}[shape];
 }
 
 double gain_at(const std::optional<GainSchedule>& schedule, std::int64_t step) {

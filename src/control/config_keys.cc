@@ -15,13 +15,20 @@ std::string range_of(const FieldInfo& field) {
   } else if constexpr (std::is_same_v<T, Initial>) {
     return "number, list or file";
   } else if constexpr (kIsOptional<T>) {
-    return kIsSection<typename T::value_type>   ? "its keys"
-           : kHasFields<typename T::value_type> ? "off, on or its keys"
-                                                : "any number";
+    using Inner = typename T::value_type;
+    if constexpr (kIsSection<Inner>) {
+      return "its keys";
+    } else if constexpr (kHasFields<Inner>) {
+      return "off, on or its keys";
+    } else {
+      return "any number";
+    }
   } else if constexpr (kIsVector<T>) {
     return "list, each " + range_of<typename T::value_type>(field);
+  } else if constexpr (std::is_arithmetic_v<T>) {
+    return words_of(field.range);
   } else {
-    return std::is_arithmetic_v<T> ? words_of(field.range) : "any word";
+    return "any word";
   }
 }
 

@@ -4,6 +4,7 @@
 #include <string>
 #include <utility>
 
+#include "base/names.h"
 #include "control/loop.h"
 
 namespace moectl {
@@ -125,15 +126,7 @@ std::vector<KeptPart> Controller::load_layer(int layer, std::string_view state, 
 }
 
 std::string_view name_of(KeptPart::Fate fate) {
-  switch (fate) {
-    case KeptPart::Fate::kKept:
-      return "kept";
-    case KeptPart::Fate::kAdapted:
-      return "adapted";
-    case KeptPart::Fate::kDropped:
-      return "dropped";
-  }
-  return "";
+  return Names<KeptPart::Fate, 3>{{"kept", "adapted", "dropped"}}[fate];
 }
 
 }  // namespace moectl

@@ -150,7 +150,10 @@ void Controller::Loop::watch() {
     } else {
       layer->monitor->observe_nothing();
     }
-    if (layer->response) watch_response(*layer);
+    if (layer->biases().checks_load()) {
+      layer->biases().watch_load(applies(*layer), layer->miswired, layer->stats, layer->metrics, steps_,
+                                 notices_);
+    }
   }
   for_each_actuator([this](ActuatorLoop& loop, std::size_t, int only) {
     if (!loop.has_windows() || !loop.due(steps_)) return;
@@ -161,50 +164,9 @@ void Controller::Loop::watch() {
   });
 }
 
-void Controller::Loop::watch_response(Layer& layer) {
-  ResponseCheck& check = *layer.response;
-  const bool applies = config_.mode == Mode::kActive && !layer.frozen && !host_holds_;
-  if (layer.held_for_wiring && !layer.miswired) {
-    check.release();
-    layer.held_for_wiring = layer.response_told = false;
-  }
-  // Without assignments no load is known: a record may hold tokens that chose no expert.
-  check.observe(applies && layer.metrics.max_load ? &layer.stats : nullptr, layer.metrics.load_cv.value_or(0),
-                floor_of(layer.metrics).cv.value_or(0),
-                layer.loops[static_cast<std::size_t>(Actuator::kExpertBias)]->applied());
-  if (!applies) return;
-  // After the observation: a load that seems to answer is no proof against a bias that is seen not to be used.
-  if (layer.miswired && !check.holds()) {
-    check.hold();
-    layer.held_for_wiring = layer.response_told = true;  // told by the check of the wiring, which knows more
-  }
-  const Responsiveness now = check.report();
-  const bool silent = now.state == Response::kUnresponsive;
-  if (silent == layer.response_told) return;
-  if (!silent && now.state != Response::kAnswers) return;
-  layer.response_told = silent;
-  const Number gain(*now.gain), error(*now.error);
-  if (!silent) {
-    notices_.add(
-        NoticeKind::kUnresponsive, layer.id, steps_,
-        {"the load answers again (gain ", gain.text(), " ± ", error.text(), "): the policy goes on"});
-  } else if (*now.gain + 3 * *now.error < 0) {
-    notices_.add(
-        NoticeKind::kUnresponsive, layer.id, steps_,
-        {"the load goes the other way (gain ", gain.text(), " ± ", error.text(),
-         "): is the bias subtracted from the scores? The biases are held where the load last answered"});
-  } else {
-    notices_.add(NoticeKind::kUnresponsive, layer.id, steps_,
-                 {"the load does not answer (gain ", gain.text(), " ± ", error.text(),
-                  ("): does the router add this layer's bias to the scores that top-k compares? Are routes "
-                   "replayed or masked? Held where the load last answered")});
-  }
-}
-
-std::span<const double> Controller::Loop::probe_of(std::size_t actuator, int layer) const {
-  if (kActuators[actuator] != Actuator::kExpertBias) return {};
-  const auto& check = layers_[static_cast<std::size_t>(layer)]->response;
-  return check ? check->offset() : std::span<const double>();
+// Whether what is decided for a layer comes into force.
+bool Controller::Loop::applies(const Layer& layer) const {
+  return config_.mode == Mode::kActive && !layer.frozen && !host_holds_;
 }
 
 // Asks every policy that has valid data and a decision due, also while its actuator is held, so that its averages stay
@@ -223,7 +185,7 @@ void Controller::Loop::propose() {
                   .monitor = *seen.monitor,
                   .targets = layers_[static_cast<std::size_t>(std::max(layer, 0))]->group->targets,
                   .info = info_,
-                  .probe = loop.checks_entropy() ? loop.entropy_probe() : probe_of(actuator, layer)},
+                  .probe = loop.probe()},
                  notices_);
   });
 }
@@ -319,10 +281,9 @@ double Controller::Loop::largest_entropy(int layer) const {
 
 void Controller::Loop::limit() {
   const bool many_ranks = reduction_ || exchange_;
-  constexpr auto kBias = static_cast<std::size_t>(Actuator::kExpertBias);
   for (const auto& layer : layers_) {
     if (layer->move.empty()) continue;
-    const std::span<const double> before = layer->loops[kBias]->applied();
+    const std::span<const double> before = layer->biases().applied();
     std::copy(before.begin(), before.end(), layer->move.begin());
   }
   for_each_actuator([&](ActuatorLoop& loop, std::size_t actuator, int layer) {
@@ -340,9 +301,6 @@ void Controller::Loop::limit() {
       if (entropy) found = {*entropy, largest_entropy(layer)};
       loop.watch_entropy(applies, found, steps_, notices_);
     }
-    const bool biases = kActuators[actuator] == Actuator::kExpertBias;
-    std::optional<ResponseCheck>* check =
-        biases ? &layers_[static_cast<std::size_t>(layer)]->response : nullptr;
     loop.limit({.step = steps_,
                 .valid = seen.valid,
                 .has_data = seen.has_data,
@@ -353,15 +311,14 @@ void Controller::Loop::limit() {
                 .missing_input = lacking != StatsNeeds{} && !loop.taken_over(),
                 .loss = info_.loss,
                 .drop_rate = seen.drop_rate},
-               check != nullptr && *check ? &**check : nullptr, notices_);
+               notices_);
   });
 }
 
 void Controller::Loop::measure_churn() {
-  constexpr auto kBias = static_cast<std::size_t>(Actuator::kExpertBias);
   for (const auto& layer : layers_) {
     if (layer->move.empty()) continue;
-    const std::span<const double> after = layer->loops[kBias]->applied();
+    const std::span<const double> after = layer->biases().applied();
     for (std::size_t i = 0; i < after.size(); ++i) layer->move[i] = after[i] - layer->move[i];
     if (layer->metrics.max_load)
       layer->metrics.churn = estimate_churn(layer->stats, layer->move, churn_scratch_);
@@ -378,19 +335,18 @@ void Controller::Loop::log() {
     out.metrics = &layer.metrics;
     if (layer.guard) out.guard = layer.guard->report();
     out.monitor = &*layer.monitor;
-    const bool checked = layer.response && config_.mode == Mode::kActive && !layer.frozen && !host_holds_;
-    out.responsiveness = checked ? layer.response->report() : Responsiveness{};
+    const bool checked = layer.biases().checks_load() && applies(layer);
+    out.responsiveness = checked ? layer.biases().load_response() : Responsiveness{};
     for (std::size_t a = 0; a < kActuatorCount; ++a) {
       if (!layer.loops[a]) continue;
-      out.actuators[a] = layer.loops[a]->report(probe_of(a, static_cast<int>(l)),
-                                                layer.group->config.actuator(kActuators[a]).limits);
+      out.actuators[a] = layer.loops[a]->report();
       out.actuators[a].missing = layer.missing[a];
     }
   }
   if (config_.mode != Mode::kOff) {
     for (std::size_t a = 0; a < kActuatorCount; ++a) {
       if (!model_loops_[a]) continue;
-      report_.model[a] = model_loops_[a]->report({}, model_config_.actuator(kActuators[a]).limits);
+      report_.model[a] = model_loops_[a]->report();
       report_.model[a].missing = model_missing_[a];
     }
   }
@@ -435,11 +391,9 @@ std::span<const double> Controller::Loop::in_force(Actuator actuator, int layer)
 }
 
 std::vector<double> Controller::Loop::deployment_bias(int layer) const {
-  const Layer& at = layer_at(layer);
-  const auto a = static_cast<std::size_t>(Actuator::kExpertBias);
-  std::vector<double> values(at.loops[a]->applied().size());
-  at.loops[a]->deployment(probe_of(a, static_cast<int>(at.index)), at.group->config.expert_bias.limits,
-                          values);
+  const ActuatorLoop& biases = layer_at(layer).biases();
+  std::vector<double> values(biases.applied().size());
+  biases.deployment(values);
   return values;
 }
 

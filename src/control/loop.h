@@ -93,8 +93,7 @@ class Controller::Loop {  // NOLINT(clang-analyzer-optin.performance.Padding)
   struct Layer {
     Layer(Group& group, const PolicyRegistry& registry, std::size_t index, int id);
 
-    /// The check of the response begins with the biases in force.
-    void start_response();
+    ActuatorLoop& biases() { return *loops[static_cast<std::size_t>(Actuator::kExpertBias)]; }
 
     Group* group;
     std::size_t index;
@@ -119,11 +118,7 @@ class Controller::Loop {  // NOLINT(clang-analyzer-optin.performance.Padding)
     Metrics metrics;
     std::optional<LayerMonitor> monitor;
     std::optional<LayerGuard> guard;
-    std::optional<ResponseCheck> response;
-    bool response_told = false;  // that the load does not answer
-    bool miswired = false;       // some rank found that the router does not use this layer's bias
-    bool held_for_wiring = false;
-    void exchange_response(StateIo& io);
+    bool miswired = false;  // some rank found that the router does not use this layer's bias
     std::array<std::optional<ActuatorLoop>, kActuatorCount> loops;  // those of `scope: layer`
     std::array<InputWatch, kActuatorCount> inputs;
     std::array<StatsNeeds, kActuatorCount> missing;
@@ -152,8 +147,7 @@ class Controller::Loop {  // NOLINT(clang-analyzer-optin.performance.Padding)
   void reduce(const StepInfo& info);
   void measure();
   void watch();
-  void watch_response(Layer& layer);
-  std::span<const double> probe_of(std::size_t actuator, int layer) const;
+  bool applies(const Layer& layer) const;
   void propose();
   void guard();
   double largest_entropy(int layer) const;

@@ -25,11 +25,7 @@ void Controller::Loop::check_choices(int layer, const ChoiceSample& sample) {
         "choice sample: must hold tokens × top_k experts and tokens × experts scores");
   }
   if (config_.mode == Mode::kOff || config_.model.delay > 0) return;
-  const auto bias_of = [this](int l) {
-    return layers_[static_cast<std::size_t>(l)]
-        ->loops[static_cast<std::size_t>(Actuator::kExpertBias)]
-        ->applied();
-  };
+  const auto bias_of = [this](int l) { return layers_[static_cast<std::size_t>(l)]->biases().applied(); };
   const std::lock_guard lock(at.mutex);
   WiringVerdict verdict = judge_choices(sample, shape.top_k, static_cast<int>(at.index),
                                         static_cast<int>(layers_.size()), bias_of);
@@ -170,12 +166,6 @@ void Controller::Loop::say_who_holds(const Payload& payload) {
 void Controller::Loop::hold_if_some_failed() {
   if (ranks_differ_ || !payload_.some_failed()) return;
   ranks_differ_ = true;
-  // What a rank made of a probe is not what the others made of it.
-  for (const auto& layer : layers_) {
-    if (!layer->response) continue;
-    layer->response->leave_probe();
-    layer->response->restart();
-  }
   const std::size_t decisions = pending_ ? 2 : 1;  // since the hash in these sums
   for_each_actuator([&](ActuatorLoop& loop, std::size_t, int) { loop.undo(decisions); });
   notices_.add(

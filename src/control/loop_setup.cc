@@ -13,11 +13,6 @@
 namespace moectl {
 namespace {
 
-// One expert has no other to take tokens from.
-bool checks_response(const ControllerConfig& config) {
-  return config.safety.responsiveness && config.model.experts > 1;
-}
-
 bool environment_holds() {
   const char* const value = std::getenv("MOECTL_HOLD");
   return value != nullptr && *value != '\0' && std::string_view(value) != "0";
@@ -79,7 +74,6 @@ Controller::Loop::Layer::Layer(Group& of, const PolicyRegistry& registry, std::s
   monitor.emplace(of.shape, of.config.monitor, metrics_options(of.config));
   if (of.config.guard.enabled) guard.emplace(of.config.guard, of.shape, of.load_targets);
   if (of.config.metrics.details) move.resize(static_cast<std::size_t>(of.shape.experts));
-  start_response();
 }
 
 std::span<const double> Controller::Loop::Layer::biases_then(std::int64_t step,
@@ -103,14 +97,6 @@ void Controller::Loop::Layer::forget_biases() {
   const std::int64_t delay = kept ? group->config.delay() : 0;
   past_biases.resize(static_cast<std::size_t>(delay) * static_cast<std::size_t>(group->shape.experts));
   for (std::int64_t step = 0; step < delay; ++step) remember_biases(step);
-}
-
-void Controller::Loop::Layer::start_response() {
-  response.reset();
-  if (checks_response(group->config)) {
-    response.emplace(group->config, id, loops[static_cast<std::size_t>(Actuator::kExpertBias)]->applied());
-  }
-  response_told = held_for_wiring = false;
 }
 
 Controller::Loop::Loop(ControllerConfig config, const PolicyRegistry& registry, std::int64_t step)
@@ -221,9 +207,6 @@ void Controller::Loop::adopt(Actuator actuator, int layer, std::span<const doubl
       config, registry_);
   // What was recorded in this step was routed under other biases.
   if (actuator == Actuator::kExpertBias) at.intake.drop_required();
-  if (actuator == Actuator::kExpertBias && at.response) {
-    at.start_response();
-  }
   if (at.guard) at.guard.emplace(config.guard, at.group->shape, at.group->load_targets);
 }
 

@@ -237,8 +237,8 @@ void Controller::Loop::exchange_layer(StateIo& io, Layer& layer) {
   io.section("intake", [&](StateIo& inner) { exchange_recorded(inner, layer); });
   io.section("watch", [&](StateIo& inner) { layer.monitor->exchange(inner); });
   if (layer.guard) io.section("guard", [&](StateIo& inner) { layer.guard->exchange(inner); });
-  if (layer.response) {
-    io.section("responsiveness", [&](StateIo& inner) { layer.exchange_response(inner); });
+  if (layer.biases().checks_load()) {
+    io.section("responsiveness", [&](StateIo& inner) { layer.biases().exchange_load_check(inner); });
   }
   for (std::size_t a = 0; a < kActuatorCount; ++a) {
     if (!layer.loops[a]) continue;
@@ -247,12 +247,6 @@ void Controller::Loop::exchange_layer(StateIo& io, Layer& layer) {
   // For those who deploy from a saved state: it follows from the rest.
   std::vector<double> deployed = deployment_bias(layer.id);
   io.section("deployed", [&](StateIo& inner) { inner.values("values", deployed); });
-}
-
-void Controller::Loop::Layer::exchange_response(StateIo& io) {
-  response->exchange(io);
-  io.value("response_told", response_told);
-  io.value("held_for_wiring", held_for_wiring);
 }
 
 void Controller::Loop::exchange_recorded(StateIo& io, Layer& layer) {
@@ -385,11 +379,12 @@ void Controller::Loop::keep_layer(StateIo in, Layer& layer, std::vector<KeptPart
   }
   if (recorded_lost) layer.forget_biases();
   // What the load last answered to is no longer known where biases were changed.
-  if (!layer.response) return;
-  if (report("safety.responsiveness",
-             in.tried("responsiveness", [&](StateIo& io) { layer.exchange_response(io); }),
+  ActuatorLoop& biases = layer.biases();
+  if (biases.checks_load() &&
+      report("safety.responsiveness",
+             in.tried("responsiveness", [&](StateIo& io) { biases.exchange_load_check(io); }),
              {"model.", "safety.responsiveness", "expert_bias.limits"})) {
-    layer.start_response();
+    biases.start_checks(layer.group->config);
   }
 }
 
@@ -437,7 +432,7 @@ void Controller::Loop::keep_actuator(const StateIo& section, ActuatorLoop& loop,
   if (cut > 0) {
     wrong = "the values in force were cut to the limits";
   } else {
-    wrong = loop.keep_memory(in);
+    wrong = loop.keep_memory(in, config);
     if (!wrong.empty()) loop.adopt(values, config, registry_);
   }
   if (!wrong.empty() && !options.empty()) wrong = options;

@@ -1,28 +1,25 @@
 #include "control/notices.h"
 
 #include <algorithm>
-#include <array>
 
+#include "base/names.h"
 #include "base/utf8.h"
 
 namespace moectl {
 namespace {
 
-constexpr std::array<std::string_view, kNoticeKindCount> kNames = {
-    "invalid",  "missing_input", "policy_failed", "wiring", "unresponsive",
-    "fallback", "config",        "log",           "hold"};
+constexpr Names<NoticeKind, kNoticeKindCount> kNames{{"invalid", "missing_input", "policy_failed", "wiring",
+                                                      "unresponsive", "fallback", "config", "log", "hold"}};
 constexpr std::size_t kTextSize = 240;
 
 }  // namespace
 
 std::string_view name_of(NoticeKind kind) {
-  return kNames[static_cast<std::size_t>(kind)];
+  return kNames[kind];
 }
 
 std::optional<NoticeKind> notice_kind_of(std::string_view name) {
-  const auto it = std::find(kNames.begin(), kNames.end(), name);
-  if (it == kNames.end()) return std::nullopt;
-  return static_cast<NoticeKind>(it - kNames.begin());
+  return kNames.find(name);
 }
 
 Notices::Notices(std::size_t layers) : notices_(4 * layers + 8), texts_(notices_.size() * kTextSize) {}

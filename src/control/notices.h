@@ -25,7 +25,7 @@ class Number {
   std::string_view text() const { return {text_, end_}; }
 
  private:
-  char text_[24];
+  char text_[24] = {};
   const char* end_;
 };
 

@@ -1,18 +1,18 @@
 #include "control/response_check.h"
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <utility>
 
 #include "base/lanes.h"
+#include "base/names.h"
 #include "moectl/health.h"
 
 namespace moectl {
 namespace {
 
-constexpr std::array<std::string_view, kResponseCount> kNames = {"not_applicable", "unknown", "answers",
-                                                                 "probing", "unresponsive"};
+constexpr Names<Response, kResponseCount> kNames{
+    {"not_applicable", "unknown", "answers", "probing", "unresponsive"}};
 
 // Slopes assumed without a measured one.
 constexpr double kSlopeOfProbability = 1, kSlopeOfLogit = 0.1;
@@ -38,13 +38,11 @@ constexpr std::int64_t kNap = 8;  // steps without a comparison after an answer
 }  // namespace
 
 std::string_view name_of(Response response) {
-  return kNames[static_cast<std::size_t>(response)];
+  return kNames[response];
 }
 
 std::optional<Response> response_of(std::string_view name) {
-  const auto it = std::find(kNames.begin(), kNames.end(), name);
-  if (it == kNames.end()) return std::nullopt;
-  return static_cast<Response>(it - kNames.begin());
+  return kNames.find(name);
 }
 
 ResponseCheck::ResponseCheck(const ControllerConfig& config, int layer, std::span<const double> in_force)
@@ -284,7 +282,7 @@ bool ResponseCheck::finds_answer(std::size_t lags) {
     if (late > 0 && found->gain <= 2 * std::abs(in_time)) continue;
     state_ = Response::kAnswers;
     found_ = found;
-    late_ = static_cast<int>(late);
+    late_ = static_cast<std::int64_t>(late);
     backoff_ = held_ ? kFirstBackoff : std::min(2 * backoff_, kLastBackoff);
     quiet_ = backoff_;
     held_ = false;
@@ -385,20 +383,11 @@ void ResponseCheck::on_applied(const LimitReport& why) {
   }
 }
 
-Responsiveness ResponseCheck::report() const {
-  Responsiveness out{.state = state_, .late = late_, .scaled = scaled_};
-  if (found_) {
-    out.gain = found_->gain;
-    out.error = found_->error;
-  }
-  return out;
-}
-
 std::optional<double> ResponseCheck::reach() const {
   if (!scaled_) return in_probabilities_ ? std::optional<double>(1.0) : std::nullopt;
   const double mean_slope = slope_sum_ / static_cast<double>(experts_);
   if (!(mean_slope > 0)) return std::nullopt;
-  // Probabilities lie within [0, 1]; scores that are farther apart than that are none.
+  // Probabilities lie within [0, 1], so no two of them are farther apart.
   const double range = token_range_ / mean_slope;
   return in_probabilities_ && range < 1 ? std::min(kReach * range, 1.0) : kReach * range;
 }
@@ -425,28 +414,18 @@ void ResponseCheck::exchange(StateIo& io) {
   io.value("response.noise_sq", noise_sq_, {0, 1e100});
   io.value("response.error_over_floor", error_over_floor_, {0, 1e6});
   moves_.exchange(io, kSum);
-  std::int64_t state = static_cast<std::int64_t>(state_), late = late_;
-  io.value("response.state", state, {0, kResponseCount - 1});
-  state_ = static_cast<Response>(state);
+  io.choice("response.state", state_, Response::kUnresponsive);
   io.value("response.quiet", quiet_);
   io.value("response.backoff", backoff_);
   io.values("response.base", base_, kBias);
   probe_.exchange(io, kBias, kSum);
-  io.value("response.late", late, {0, static_cast<std::int64_t>(kProbeLags) - 1});
-  late_ = static_cast<int>(late);
+  io.value("response.late", late_, {0, static_cast<std::int64_t>(kProbeLags) - 1});
   io.value("response.held", held_);
-  std::int64_t waits = static_cast<std::int64_t>(waits_);
-  io.value("response.waits", waits, {0, 2});
-  waits_ = static_cast<Waits>(waits);
+  io.choice("response.waits", waits_, Waits::kAtBase);
   io.value("response.based", based_);
-  bool found = found_.has_value();
-  GainEstimate estimate = found_.value_or(GainEstimate{});
-  io.value("response.found", found);
-  io.value("response.gain", estimate.gain);
-  io.value("response.error", estimate.error, StateIo::kNotNegative);
-  found_ = found ? std::optional(estimate) : std::nullopt;
+  exchange_found(io, "response.found", "response.gain", "response.error", found_);
   io.check(held_ == (state_ == Response::kUnresponsive), "response.held", "agree with the state");
-  io.check(found || (state_ != Response::kAnswers && !held_), "response.found",
+  io.check(found_ || (state_ != Response::kAnswers && !held_), "response.found",
            "be there if the load was judged");
   io.check(state_ != Response::kProbing || !probe_.paused(), "response.decision",
            "not be negative in a probe");

@@ -72,7 +72,7 @@ class ResponseCheck {
   /// Told what the limits, or the guard, made of that.
   void on_applied(const LimitReport& why);
 
-  Responsiveness report() const;
+  Responsiveness report() const { return responsiveness(state_, found_, late_, scaled_); }
   /// How far a bias may be from the mean: sixteen times the distance over which, at the measured slope, an expert's load
   /// goes from nothing to all tokens, because scores may lie in lumps; in probabilities at most 1. Absent if no slope is
   /// known.
@@ -113,7 +113,7 @@ class ResponseCheck {
 
   // What a resting check reads lies together, since a step finds little of it in the caches.
   Response state_ = Response::kUnknown;
-  int late_ = 0;
+  std::int64_t late_ = 0;
   bool held_ = false;         // the last probe had no answer
   Waits waits_ = Waits::kNo;  // the policy, during this probe
   bool based_ = true;         // base_ is known

@@ -16,6 +16,26 @@ constexpr std::int64_t kPause = 8;  // decisions between the probes of a held la
 
 }  // namespace
 
+Responsiveness responsiveness(Response state, const std::optional<GainEstimate>& found, std::int64_t late,
+                              bool scaled) {
+  Responsiveness out{.state = state, .late = static_cast<int>(late), .scaled = scaled};
+  if (found) {
+    out.gain = found->gain;
+    out.error = found->error;
+  }
+  return out;
+}
+
+void exchange_found(StateIo& io, const char* found, const char* gain, const char* error,
+                    std::optional<GainEstimate>& estimate) {
+  bool there = estimate.has_value();
+  GainEstimate value = estimate.value_or(GainEstimate{});
+  io.value(found, there);
+  io.value(gain, value.gain);
+  io.value(error, value.error, StateIo::kNotNegative);
+  estimate = there ? std::optional(value) : std::nullopt;
+}
+
 std::size_t steps_of_block(const Limits& limits, int delay) {
   return (kProbeSigns.size() + 1) * static_cast<std::size_t>(std::max(limits.cadence, limits.cooldown + 1)) +
          static_cast<std::size_t>(delay) + kProbeLags + 1;

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "moectl/config.h"
+#include "moectl/responsiveness.h"
 #include "moectl/state.h"
 
 namespace moectl {
@@ -26,6 +27,12 @@ std::size_t steps_of_block(const Limits& limits, int delay);
 struct GainEstimate {
   double gain = 0, error = 0;
 };
+/// What a check reports. `found`: the gain that its verdict rests on, if there is one.
+Responsiveness responsiveness(Response state, const std::optional<GainEstimate>& found, std::int64_t late,
+                              bool scaled);
+/// Three entries of a saved state, under these names.
+void exchange_found(StateIo& io, const char* found, const char* gain, const char* error,
+                    std::optional<GainEstimate>& estimate);
 
 /// Sums of a regression through an instrument z: of the changes seen, y, on those expected, x.
 struct GainSums {

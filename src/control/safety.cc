@@ -8,16 +8,17 @@
 #include <tuple>
 
 #include "base/lanes.h"
+#include "base/names.h"
 #include "control/config_check.h"
 #include "control/config_fields.h"
 
 namespace moectl {
 namespace {
 
-constexpr std::array<std::string_view, kReasonCount> kReasonNames = {
-    "invalid", "missing_input", "no_data", "policy_failed", "skipped_step", "frozen",   "host_hold",
-    "shadow",  "warmup",        "cadence", "cooldown",      "unresponsive", "probe",    "deadband",
-    "rate",    "range",         "reach",   "guard",         "oscillation",  "rollback", "fallback"};
+constexpr Names<Reason, kReasonCount> kReasonNames{
+    {"invalid", "missing_input", "no_data", "policy_failed", "skipped_step", "frozen",   "host_hold",
+     "shadow",  "warmup",        "cadence", "cooldown",      "unresponsive", "probe",    "deadband",
+     "rate",    "range",         "reach",   "guard",         "oscillation",  "rollback", "fallback"}};
 
 // Weight of the newest loss, drop rate and reversal in their moving averages: a memory of about ten steps,
 // short enough to follow the fall of the loss early in training.
@@ -102,14 +103,11 @@ bool all_inside(std::span<const double> v, std::span<const double> lo, std::span
 }  // namespace
 
 std::string_view name_of(Reason reason) {
-  return kReasonNames[static_cast<std::size_t>(reason)];
+  return kReasonNames[reason];
 }
 
 std::optional<Reason> reason_of(std::string_view name) {
-  for (std::size_t i = 0; i < kReasonNames.size(); ++i) {
-    if (kReasonNames[i] == name) return static_cast<Reason>(i);
-  }
-  return std::nullopt;
+  return kReasonNames.find(name);
 }
 
 bool LimitReport::held() const {

@@ -109,7 +109,7 @@ void ScalarResponse::finish_block() {
     const std::optional<GainEstimate> found = estimate(late);
     if (!found || found->gain - kSure * found->error <= 0 || found->gain <= kSilent) continue;
     if (late > 0 && in_time && found->gain <= 2 * std::abs(in_time->gain)) continue;
-    late_ = static_cast<int>(late);
+    late_ = static_cast<std::int64_t>(late);
     reference_ = base_;
     held_ = false;
     return end(Response::kAnswers, found, kQuiet);
@@ -172,15 +172,6 @@ void ScalarResponse::on_applied(const LimitReport& why, double applied) {
   if (decision_ == 0) start_block();
 }
 
-Responsiveness ScalarResponse::report() const {
-  Responsiveness out{.state = state_, .late = late_, .scaled = false};
-  if (found_) {
-    out.gain = found_->gain;
-    out.error = found_->error;
-  }
-  return out;
-}
-
 bool ScalarResponse::has_news() {
   const bool silent = state_ == Response::kUnresponsive;
   if (silent == told_ || (!silent && state_ != Response::kAnswers)) return false;
@@ -192,15 +183,8 @@ void ScalarResponse::exchange(StateIo& io) {
   io.choice("scalar_response.state", state_, Response::kUnresponsive);
   io.value("scalar_response.held", held_);
   io.value("scalar_response.told", told_);
-  std::int64_t late = late_, newest = static_cast<std::int64_t>(newest_);
-  io.value("scalar_response.late", late, {0, static_cast<std::int64_t>(kProbeLags) - 1});
-  late_ = static_cast<int>(late);
-  bool found = found_.has_value();
-  GainEstimate estimate = found_.value_or(GainEstimate{});
-  io.value("scalar_response.found", found);
-  io.value("scalar_response.gain", estimate.gain);
-  io.value("scalar_response.error", estimate.error, StateIo::kNotNegative);
-  found_ = found ? std::optional(estimate) : std::nullopt;
+  io.value("scalar_response.late", late_, {0, static_cast<std::int64_t>(kProbeLags) - 1});
+  exchange_found(io, "scalar_response.found", "scalar_response.gain", "scalar_response.error", found_);
   io.value("scalar_response.reference", reference_, {min_, max_});
   io.value("scalar_response.base", base_, {min_, max_});
   io.value("scalar_response.decision", decision_, {-kPause, idle_});
@@ -211,6 +195,7 @@ void ScalarResponse::exchange(StateIo& io) {
   io.value("scalar_response.offset", offset_, {-max_, max_});
   io.values("scalar_response.log", log_, kLog);
   io.values("scalar_response.signs", signs_, {-1, 1});
+  std::int64_t newest = static_cast<std::int64_t>(newest_);
   io.value("scalar_response.newest", newest, {0, static_cast<std::int64_t>(slots_) - 1});
   newest_ = static_cast<std::size_t>(newest);
   series_.exchange(io, "scalar_response.sign_seen", "scalar_response.moved", "scalar_response.entropy",
@@ -225,7 +210,7 @@ void ScalarResponse::exchange(StateIo& io) {
   io.value("scalar_response.expected", expected_, {0, kSum.most});
   io.value("scalar_response.steps", steps_);
   io.check(held_ == (state_ == Response::kUnresponsive), "scalar_response.held", "agree with the state");
-  io.check(found || (state_ != Response::kAnswers && !held_), "scalar_response.found",
+  io.check(found_ || (state_ != Response::kAnswers && !held_), "scalar_response.found",
            "be there if the entropy was judged");
   io.check(probes() || state_ != Response::kProbing, "scalar_response.decision", "be in a probe");
 }

@@ -50,7 +50,7 @@ class ScalarResponse {
   /// The part of the value in force that is a probe.
   double offset() const { return offset_; }
 
-  Responsiveness report() const;
+  Responsiveness report() const { return responsiveness(state_, found_, late_, /*scaled=*/false); }
   /// True once after the verdict changed between silence and an answer.
   bool has_news();
 
@@ -75,7 +75,7 @@ class ScalarResponse {
   std::size_t slots_;  // delay + 1
   Response state_ = Response::kUnknown;
   bool held_ = false, told_ = false;
-  int late_ = 0;
+  std::int64_t late_ = 0;
   std::optional<GainEstimate> found_;
   double reference_;               // where the entropy last answered
   double base_;                    // of the probe, or where the value is held

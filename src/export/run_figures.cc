@@ -104,13 +104,14 @@ Figures RunFigures::figures() const {
 
 Figures read_figures(const std::string& path, std::optional<std::int64_t> shift) {
   LogReader reader(path);
-  return read_figures(reader, shift);
+  WholeRecords records(reader);
+  return read_figures(records, shift ? shift : reader.header().shift);
 }
 
-Figures read_figures(LogReader& reader, std::optional<std::int64_t> shift, std::size_t summed) {
+Figures read_figures(WholeRecords& records, std::optional<std::int64_t> shift, std::size_t summed) {
   RecordMetrics metrics;
-  RunFigures run(shift ? shift : reader.header().shift, summed);
-  while (const auto record = reader.next()) run.add(*record, metrics.of(*record));
+  RunFigures run(shift, summed);
+  while (const auto record = records.next()) run.add(*record, metrics.of(*record));
   return run.figures();
 }
 

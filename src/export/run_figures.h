@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "export/step_sample.h"
+#include "log/parts.h"
 #include "measure/cached_measurer.h"
 #include "moectl/monitor.h"
 #include "moectl/run_log.h"
@@ -50,8 +51,9 @@ class RecordMetrics {
 /// What the targets of a record are, as an option.
 std::vector<double> targets_of(const LogRecord& record);
 
-/// The figures of a log that is open; see read_figures(). `summed`: see RunFigures.
-Figures read_figures(LogReader& log, std::optional<std::int64_t> shift, std::size_t summed = kSteadyWindow);
+/// The figures of a log's whole steps; see read_figures(). `summed`: see RunFigures.
+Figures read_figures(WholeRecords& records, std::optional<std::int64_t> shift,
+                     std::size_t summed = kSteadyWindow);
 
 /// MaxVio of counts summed over steps, mean over layers: what alternates or is small in single steps, and stays.
 class SummedCounts {

@@ -19,6 +19,7 @@
 
 #include "base/printable.h"
 #include "export/step_sample.h"
+#include "measure/percentiles.h"
 #include "moectl/figures.h"
 #include "moectl/health.h"
 
@@ -93,7 +94,7 @@ constexpr std::size_t kBuckets = 30;  // as many as TensorBoard shows
 std::filesystem::path event_file(const std::filesystem::path& directory, int n) {
   char name[64];
   std::snprintf(name, sizeof name, "events.out.tfevents.%010d.moectl", n);
-  return directory / name;
+  return directory / std::string(name);
 }
 
 /// How many layers have each of some things in one step: names stay once met, so that a curve comes down again.
@@ -132,6 +133,12 @@ std::uint32_t masked_crc32c(const void* data, std::size_t size) {
   crc = ~crc;
   return std::rotr(crc, 15) + 0xA282EAD8U;
 }
+
+constexpr std::pair<std::string_view, double> kOverLayers[] = {{"balance/max_vio_p5", 0.05},
+                                                               {"balance/max_vio_p25", 0.25},
+                                                               {"balance/max_vio_p50", 0.5},
+                                                               {"balance/max_vio_p75", 0.75},
+                                                               {"balance/max_vio_p95", 0.95}};
 
 class TensorBoardWriter::File {
  public:
@@ -175,6 +182,7 @@ class TensorBoardWriter::File {
     mean_->add(sample);
     const Tags& tags = tags_of(sample.layer);
     if (sample.metrics) {
+      if (sample.metrics->max_vio) max_vios_.push_back(*sample.metrics->max_vio);
       for (std::size_t i = 0; i < fields_.size(); ++i)
         scalar(tags.metrics[i], sample.metrics->*fields_[i]->value);
     }
@@ -271,6 +279,11 @@ class TensorBoardWriter::File {
     scalar("loss", figures.loss);
     scalar("balance/max_vio", figures.max_vio);
     scalar("balance/max_vio_floor", figures.floor_max_vio);
+    if (max_vios_.size() > 1) {
+      Percentiles over_layers(max_vios_);
+      for (const auto& [tag, share] : kOverLayers) scalar(tag, over_layers.next(share));
+    }
+    max_vios_.clear();
     scalar("balance/cv", figures.cv);
     scalar("balance/cv_floor", figures.floor_cv);
     if (figures.max_vio) scalar("balance/dead_experts", figures.dead_experts);
@@ -377,6 +390,7 @@ class TensorBoardWriter::File {
                                       Tally("router_temperature_response/")};
   Tally reasons_[kActuatorCount] = {Tally("reasons/expert_bias_"), Tally("reasons/aux_loss_weight_"),
                                     Tally("reasons/router_temperature_")};
+  std::vector<double> max_vios_;  // of the step's layers
   std::vector<double> values_;
   Wire record_, event_, summary_, value_, histogram_;
 };

@@ -270,12 +270,11 @@ LayerBiases biases_in(const std::string& path, const BiasSource& source) {
     if (first != std::string_view::npos && begin[first] == '[') {
       file.clear();
       file.seekg(0);
-      const std::string text = read_up_to(file, kLargestJson);
-      if (text.size() > kLargestJson)
-        fail(path, "must be at most " + std::to_string(kLargestJson) + " bytes");
-      if (nests_deeper(text, kMostLevels))
+      const std::optional<std::string> text = read_up_to(file, kLargestJson);
+      if (!text) fail(path, "must be at most " + std::to_string(kLargestJson) + " bytes");
+      if (nests_deeper(*text, kMostLevels))
         fail(path, "nested deeper than " + std::to_string(kMostLevels) + " levels");
-      const json all = json::parse(text, nullptr, false);
+      const json all = json::parse(*text, nullptr, false);
       if (all.is_discarded()) fail(path, "not JSON");
       return from_json(path, all, source.first_layer);
     }

@@ -134,7 +134,7 @@ std::size_t MemoryStream::read(char* to, std::size_t size) {
 NpyReader::NpyReader(ByteStream& stream, std::string name) : stream_(stream), name_(std::move(name)) {
   char start[12];
   read_all(stream_, start, 8, name_);
-  if (std::string_view(start, 6) != "\x93NUMPY") throw ImportError(name_ + ": not a .npy array");
+  if (std::string_view(start, 6) != "\x93NUMPY") throw OtherFormat(name_ + ": not a .npy array");
   const std::size_t width = start[6] == 1 ? 2 : 4;
   read_all(stream_, start, width, name_);
   const std::size_t length =
@@ -279,7 +279,7 @@ class NpzReader::Entry : public ByteStream {
   std::int64_t whole_, inflated_ = 0;
   bool deflated_;
   z_stream inflater_{};
-  char input_[16384];
+  char input_[16384] = {};
 };
 
 NpzReader::NpzReader(Bytes& file) : file_(file) {}

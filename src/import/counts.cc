@@ -1,6 +1,10 @@
 // Dumps of counts: SGLang's expert distribution, and a plain matrix.
 #include <algorithm>
+#include <cctype>
+#include <charconv>
 #include <optional>
+
+#include "base/format.h"
 
 #include "import/loads.h"
 #include "import/steps.h"
@@ -17,11 +21,19 @@ class SglangCsvReader : public StepReader {
   SglangCsvReader(Bytes& file, const ImportOptions& options)
       : file_(file), top_k_(needed_top_k(file, options)) {
     std::string_view line;
-    if (!file.line(line) || line != "layer_id,expert_id,count") {
-      throw ImportError(file.name() +
-                        ": expected CSV with the columns layer_id,expert_id,count, or a .npy array "
-                        "logical_count: found \"" +
-                        std::string(line.substr(0, 60)) + '"');
+    file.line(line);
+    std::vector<std::string> names;
+    split(line, ',', names);
+    for (std::size_t i = 0; i < kColumns; ++i) {
+      const auto at = std::ranges::find(names, kNames[i]);
+      if (at == names.end()) {
+        throw OtherFormat(
+            file.name() +
+            ": expected CSV with the columns layer_id,expert_id,count, or an array logical_count as "
+            ".npy or .npz: found " +
+            start_of(line));
+      }
+      columns_[i] = static_cast<std::size_t>(at - names.begin());
     }
   }
 
@@ -30,18 +42,14 @@ class SglangCsvReader : public StepReader {
     done_ = true;
     step.step = 0;
     step.layers.clear();
-    std::vector<std::string> fields;
-    for (std::string_view line; file_.line(line);) {
-      if (line.empty()) continue;
-      split(line, ',', fields);
-      std::int64_t values[3];
-      const char* const names[] = {"layer_id", "expert_id", "count"};
+    for (std::vector<std::string> fields; next_row(file_, ',', fields);) {
+      std::int64_t values[kColumns];
       const std::int64_t most[] = {kMostLayers - 1, kMostExperts - 1, kLargestWhole};
-      if (fields.size() != 3) throw ImportError(file_.place() + ": expected layer_id,expert_id,count");
-      for (std::size_t i = 0; i < 3; ++i) {
-        const std::string place = file_.place() + ": " + names[i];
-        const auto value = number_of(fields[i]);
-        if (!value) throw ImportError(place + ": \"" + fields[i] + "\": expected a whole number");
+      for (std::size_t i = 0; i < kColumns; ++i) {
+        const std::string place = file_.place() + ": " + kNames[i];
+        if (columns_[i] >= fields.size()) throw ImportError(place + ": missing");
+        const auto value = number_of(fields[columns_[i]]);
+        if (!value) throw ImportError(place + ": \"" + fields[columns_[i]] + "\": expected a whole number");
         values[i] = whole_of(*value, place, most[i]);
       }
       ImportedLayer& layer = step.layers[{static_cast<int>(values[0]), ""}];
@@ -54,19 +62,28 @@ class SglangCsvReader : public StepReader {
   }
 
  private:
+  static constexpr std::size_t kColumns = 3;
+  static constexpr const char* kNames[kColumns] = {"layer_id", "expert_id", "count"};
+
   Bytes& file_;
   int top_k_;
+  std::size_t columns_[kColumns] = {};
   bool done_ = false;
 };
 
 class LogicalCountReader : public StepReader {
  public:
-  LogicalCountReader(Bytes& file, const ImportOptions& options, ImportNotes& notes)
-      : file_(file), array_(file, file.name()), values_(file, options, notes), notes_(notes) {
+  /// `archive`: a .npz file, whose entry logical_count is read.
+  LogicalCountReader(Bytes& file, bool archive, const ImportOptions& options, ImportNotes& notes)
+      : file_(file),
+        archive_(archive ? std::make_unique<NpzReader>(file) : nullptr),
+        array_(entry(), file.name()),
+        values_(file, options, notes, !array_.is_float()),
+        notes_(notes) {
     const auto& shape = array_.shape();
     if ((shape.size() != 2 && shape.size() != 3) || shape[shape.size() - 1] > kMostExperts ||
         shape[shape.size() - 1] < 2 || shape[shape.size() - 2] > kMostLayers) {
-      throw ImportError(
+      throw OtherFormat(
           file.name() +
           ": expected an array logical_count [steps, layers, experts] or [layers, experts]: found " +
           array_.description());
@@ -85,7 +102,8 @@ class LogicalCountReader : public StepReader {
       const std::string place =
           file_.name() + ": [" + std::to_string(step.step) + ", " + std::to_string(l) + "]";
       for (const double value : row_) {
-        if (!(value >= 0)) throw ImportError(place + ": expected no negative count");
+        if (!(value >= 0))
+          throw ImportError(place + ": " + exact(value) + ": expected a number of at least 0");
       }
       if (std::ranges::all_of(row_, [](double v) { return v == 0; })) {
         notes_.say("layers without any count are left out (dense layers have none)");
@@ -97,7 +115,16 @@ class LogicalCountReader : public StepReader {
   }
 
  private:
+  ByteStream& entry() {
+    if (!archive_) return file_;
+    for (std::string name; ByteStream* const stream = archive_->next(name);) {
+      if (name == "logical_count.npy") return *stream;
+    }
+    throw OtherFormat(file_.name() + ": expected an array logical_count: there is none in this archive");
+  }
+
   Bytes& file_;
+  std::unique_ptr<NpzReader> archive_;
   NpyReader array_;
   LoadValues values_;
   ImportNotes& notes_;
@@ -117,21 +144,15 @@ class MatrixReader : public StepReader {
     split(line, separator_, fields_);
     const bool header =
         !std::ranges::all_of(fields_, [](const std::string& f) { return number_of(f).has_value(); });
-    for (std::size_t i = 0; header && i < fields_.size(); ++i) {
-      const std::string& name = fields_[i];
-      if (name == "step" || name == "_step" || name == "Step" || name == "iteration")
-        step_column_ = i;
-      else if (name == "layer" || name == "layer_id")
-        layer_column_ = i;
-      else if (name == "tokens")
-        tokens_column_ = i;
-    }
     columns_ = fields_.size();
+    if (header) read_names();
     const std::size_t named =
         step_column_.has_value() + layer_column_.has_value() + tokens_column_.has_value();
     if (columns_ < named + 2 || columns_ > kMostExperts + named) throw wrong();
     if (header) advance();
   }
+
+  bool numbered() const override { return step_column_.has_value(); }
 
   bool next(ImportedStep& step) override {
     if (!more_) return false;
@@ -151,9 +172,8 @@ class MatrixReader : public StepReader {
       if (step.layers.count({layer, ""}))
         throw ImportError(file_.place() + ": step " + std::to_string(step.step) + ", layer " +
                           std::to_string(layer) + " stands twice");
-      ImportedLayer counts = values_.counts(row_, file_.place());
-      if (const auto tokens = cell(tokens_column_, "tokens")) counts.tokens = *tokens;
-      step.layers[{layer, ""}] = std::move(counts);
+      step.layers[{layer, ""}] =
+          values_.counts(row_, file_.place(), cell(tokens_column_, "tokens", kMostTokensOfStep));
       ++rows_;
       advance();
     } while (more_ && step_column_ && cell(step_column_, "step") == step.step);
@@ -163,12 +183,56 @@ class MatrixReader : public StepReader {
   }
 
  private:
-  ImportError wrong() const {
-    return ImportError(
+  static constexpr std::int64_t kMostTokensOfStep = std::int64_t{1} << 40;
+
+  /// Which columns are no experts. Those of experts stand in the order of experts: their numbers, if they have them, show it.
+  void read_names() {
+    std::optional<std::int64_t> last;
+    std::size_t numbers = 0, experts = 0;
+    std::string unnumbered;
+    for (std::size_t i = 0; i < columns_; ++i) {
+      std::string name = fields_[i];
+      std::ranges::transform(name, name.begin(),
+                             [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
+      if (name == "step" || name == "_step" || name == "iteration" || name == "iter" ||
+          name == "global_step") {
+        column_is(step_column_, i);
+      } else if (name == "layer" || name == "layer_id" || name == "layer_idx") {
+        column_is(layer_column_, i);
+      } else if (name == "tokens" || name == "num_tokens") {
+        column_is(tokens_column_, i);
+      } else {
+        ++experts;
+        const std::size_t digits = name.find_last_not_of("0123456789") + 1;
+        std::int64_t number = 0;
+        if (std::from_chars(name.data() + digits, name.data() + name.size(), number).ec != std::errc()) {
+          unnumbered = fields_[i];
+          continue;
+        }
+        ++numbers;
+        if (last && number != *last + 1)
+          throw OtherFormat(file_.place() + ": column " + std::to_string(i + 1) + ": " + fields_[i] +
+                            ": expected expert " + std::to_string(*last + 1) +
+                            ": the columns of experts must stand in their order, and all be there");
+        last = number;
+      }
+    }
+    if (numbers > 0 && numbers < experts)
+      throw OtherFormat(file_.place() + ": column " + unnumbered +
+                        ": expected the number of an expert at its end, or step, layer or tokens");
+  }
+  void column_is(std::optional<std::size_t>& column, std::size_t i) const {
+    if (column)
+      throw OtherFormat(file_.place() + ": columns " + fields_[*column] + " and " + fields_[i] +
+                        ": expected one of them");
+    column = i;
+  }
+  OtherFormat wrong() const {
+    return OtherFormat(
         file_.name() +
         ": expected a matrix of numbers, a row a step and a column an expert, perhaps with a first line that "
         "names columns step, layer and tokens: found " +
-        (fields_.empty() ? "nothing" : '"' + join(fields_).substr(0, 60) + '"'));
+        start_of(join(fields_)));
   }
   void advance() {
     more_ = next_row(file_, separator_, fields_);
@@ -200,8 +264,9 @@ class MatrixReader : public StepReader {
 }  // namespace
 
 std::unique_ptr<StepReader> open_sglang(Bytes& file, const ImportOptions& options, ImportNotes& notes) {
-  if (file.peek(6).starts_with("\x93NUMPY"))
-    return std::make_unique<LogicalCountReader>(file, options, notes);
+  const std::string_view start = file.peek(6);
+  if (start.starts_with("\x93NUMPY") || start.starts_with("PK"))
+    return std::make_unique<LogicalCountReader>(file, start.starts_with("PK"), options, notes);
   return std::make_unique<SglangCsvReader>(file, options);
 }
 std::unique_ptr<StepReader> open_matrix(Bytes& file, const ImportOptions& options, ImportNotes& notes) {

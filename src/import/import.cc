@@ -1,173 +1,31 @@
-// From the files of a dump to a trace: files of a rank one after another, ranks side by side, each step written once.
+// From steps to a trace: what the whole dump shows first, then each step once.
 #include "import/import.h"
 
 #include <unistd.h>
 
 #include <algorithm>
-#include <cctype>
 #include <cerrno>
-#include <charconv>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
 #include <limits>
+#include <map>
+#include <optional>
+#include <set>
 #include <tuple>
 
 #include "base/format.h"
 #include "base/part_file.h"
 #include "base/printable.h"
+#include "import/formats.h"
+#include "import/ranks.h"
 #include "import/steps.h"
-#include "moectl/tensorboard.h"
 
 namespace moectl {
 namespace {
 
 namespace fs = std::filesystem;
-
-struct Format {
-  ImportFormat shown;
-  OpenReader open;
-  bool whole = false;  ///< Has a value for every expert: a layer with fewer columns has fewer experts.
-  bool micro_batches = false;  ///< Tells the micro-batches, or forward passes, of a step.
-};
-const std::vector<Format>& formats() {
-  static const std::vector<Format> kFormats = {
-      {{"sglang", "CSV layer_id,expert_id,count of each rank, or the array logical_count as .npy"},
-       open_sglang},
-      {{"vllm", "routed_experts [tokens, layers, k] as .npy, .npz or JSON lines"}, open_vllm},
-      {{"megatron", "router_trace_rankN.jsonl, JSON lines with top_indices, or with tpe"},
-       open_megatron,
-       false,
-       true},
-      {{"hf", "router_logits [layers, tokens, experts] as .npy"}, open_router_logits, true, true},
-      {{"llama.cpp", "CSV layer,expert, a row for each choice"}, open_llama_cpp, false, true},
-      {{"wandb", "CSV export with a column for each layer and expert"}, open_wandb, true},
-      {{"tensorboard", "event file with a scalar for each layer and expert"}, open_tensorboard, true},
-      {{"csv", "matrix, a row a step, a column an expert"}, open_matrix, true},
-  };
-  return kFormats;
-}
-
-/// The format that a file looks like, by its first bytes; empty if none.
-std::string_view resembles(Bytes& file) {
-  const std::string_view start = file.peek(4096);
-  const auto holds = [&](std::string_view text) { return start.find(text) != start.npos; };
-  if (start.starts_with("\x93NUMPY")) {
-    if (holds("'<f") || holds("'>f")) return "hf";
-    return holds("u1'") || holds("u2'") ? "vllm" : "sglang";
-  }
-  // torch.save writes a zip archive with the pickle data.pkl, and wrote a bare pickle before PyTorch 1.6.
-  if (start.starts_with("PK\x03\x04")) return holds("/data.pkl") ? "torch" : "vllm";
-  if (start.starts_with("\x80\x02\x8a\x0a")) return "torch";
-  if (start.starts_with('{')) {
-    if (holds("\"format\":\"moectl-")) return "moectl";
-    if (holds("\"top_indices\"") || holds("\"tpe\"")) return "megatron";
-    return holds("routed_experts\"") ? "vllm" : "";
-  }
-  if (start.size() >= 12) {
-    std::uint32_t crc = 0;
-    for (std::size_t i = 12; i-- > 8;) crc = crc << 8 | static_cast<unsigned char>(start[i]);
-    if (crc == masked_crc32c(start.data(), 8)) return "tensorboard";
-  }
-  std::string line(start.substr(0, start.find('\n')));
-  std::ranges::transform(line, line.begin(),
-                         [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
-  const auto has = [&](std::string_view text) { return line.find(text) != line.npos; };
-  if (has("layer_id,expert_id")) return "sglang";
-  if (has("expert0") || has("expert_0") || (has("layer") && has("expert") && has("step"))) return "wandb";
-  if (has("layer") && has("expert")) return "llama.cpp";
-  return !line.empty() && line.find_first_not_of("0123456789.,;\t -+e\r") == line.npos ? "csv" : "";
-}
-
-/// The number behind `word` in the name of a file, such as the 3 of router_trace_rank3.jsonl.
-std::optional<double> number_behind(const std::string& path, std::string_view word) {
-  const std::string name = fs::path(path).filename().string();
-  const std::size_t at = name.find(word);
-  if (at == std::string::npos) return std::nullopt;
-  double value = 0;
-  const char* const from = name.data() + at + word.size();
-  if (std::from_chars(from, name.data() + name.size(), value, std::chars_format::fixed).ec != std::errc())
-    return std::nullopt;
-  return value;
-}
-
-/// The files of one rank, as one sequence of ascending steps.
-class RankFiles {
- public:
-  RankFiles(const Format& format, const ImportOptions& options, ImportNotes& notes)
-      : format_(format), options_(options), notes_(notes) {}
-  void add(const std::string& path, std::string name) { files_.emplace_back(path, std::move(name)); }
-  void sort_by_time() {
-    std::ranges::stable_sort(
-        files_, {}, [](const auto& file) { return number_behind(file.second, "timestamp").value_or(0); });
-  }
-
-  bool next(ImportedStep& step) {
-    for (;;) {
-      if (!reader_) {
-        if (at_ == files_.size()) return false;
-        open();
-      }
-      try {
-        if (reader_->next(step)) break;
-      } catch (const ImportError& e) {
-        fail(e);
-      }
-      reader_.reset();
-      bytes_.reset();
-      ++at_;
-    }
-    if (first_) {
-      // Each file may count from 0.
-      offset_ = step.step <= last_ ? last_ + 1 - step.step : 0;
-      first_ = false;
-    }
-    step.step += offset_;
-    last_ = step.step;
-    return true;
-  }
-
- private:
-  void open() {
-    const auto& [path, name] = files_[at_];
-    bytes_ = std::make_unique<Bytes>(path, name);
-    nearest_ = resembles(*bytes_);
-    if (nearest_ == "moectl")
-      throw ImportError(bytes_->name() + ": this is a trace or run log of moectl already");
-    if (nearest_ == "torch")
-      throw ImportError(
-          bytes_->name() + ": a file of torch.save, which only PyTorch reads: python3 -m moectl.convert " +
-          fs::path(name).filename().string() +
-          " --top-k K -o TRACE makes a trace of a dump of SGLang; save another one's array as .npy");
-    // Rows of layer, expert and count would pass for a matrix.
-    if (format_.shown.name == "csv" && (nearest_ == "sglang" || nearest_ == "llama.cpp"))
-      fail(ImportError(bytes_->name() + ": expected a matrix of numbers"));
-    try {
-      reader_ = format_.open(*bytes_, options_, notes_);
-    } catch (const ImportError& e) {
-      fail(e);
-    }
-    first_ = true;
-  }
-
-  /// The error, with the format that the file looks like.
-  [[noreturn]] void fail(const ImportError& e) const {
-    if (nearest_.empty() || nearest_ == format_.shown.name) throw e;
-    throw ImportError(std::string(e.what()) + "; nearest format: " + std::string(nearest_));
-  }
-
-  const Format& format_;
-  const ImportOptions& options_;
-  ImportNotes& notes_;
-  std::string_view nearest_;
-  std::vector<std::pair<std::string, std::string>> files_;  // path, name for messages
-  std::size_t at_ = 0;
-  std::unique_ptr<Bytes> bytes_;
-  std::unique_ptr<StepReader> reader_;
-  bool first_ = true;
-  std::int64_t offset_ = 0, last_ = -1;
-};
 
 /// A standard input or pipe that has to be read twice is kept in a file without a name.
 struct Spool {
@@ -182,7 +40,7 @@ struct Spool {
       good = std::fwrite(part, 1, got, file) == got;
     std::fclose(in);
     if (!good || std::fflush(file) != 0)
-      throw ImportError(path + ": no room for a temporary copy; --experts makes it unnecessary");
+      throw ImportError(path + ": no room for a temporary copy: give a file instead");
   }
   ~Spool() {
     if (file) std::fclose(file);
@@ -191,76 +49,6 @@ struct Spool {
   Spool& operator=(const Spool&) = delete;
   std::string path() const { return "/proc/self/fd/" + std::to_string(fileno(file)); }
   std::FILE* file;
-};
-
-/// Ranks side by side.
-class Source {
- public:
-  /// `files`: path and name for messages.
-  Source(const Format& format, const std::vector<std::pair<std::string, std::string>>& files,
-         const ImportOptions& options, ImportNotes& notes)
-      : options_(options), notes_(notes) {
-    std::map<int, RankFiles> ranks;
-    for (const auto& [path, name] : files) {
-      const double rank = number_behind(name, "rank").value_or(-1);
-      ranks.try_emplace(static_cast<int>(std::min(rank, 1e9)), format, options, notes)
-          .first->second.add(path, name);
-    }
-    for (auto& [rank, of_rank] : ranks) {
-      of_rank.sort_by_time();
-      lanes_.push_back({rank, std::move(of_rank), {}, true});
-    }
-    // Micro-batches of a single process have no rank.
-    if (ranks.count(-1) && (options.by_rank || (options.by_micro_batch && ranks.size() > 1)))
-      throw ImportError("--by: the names of the files must tell the rank, such as router_trace_rank0.jsonl");
-    apart_ = options.by_rank || (options.by_micro_batch && !ranks.count(-1));
-    for (Lane& lane : lanes_) lane.more = lane.files.next(lane.step);
-  }
-
-  bool next(ImportedStep& step) {
-    std::int64_t first = std::numeric_limits<std::int64_t>::max();
-    for (const Lane& lane : lanes_) first = lane.more ? std::min(first, lane.step.step) : first;
-    if (first == std::numeric_limits<std::int64_t>::max()) return false;
-    step.step = first;
-    step.layers.clear();
-    std::vector<Lane*> here;
-    for (Lane& lane : lanes_) {
-      if (lane.more && lane.step.step == first) here.push_back(&lane);
-    }
-    // Ranks of tensor parallelism see the same tokens: their sum would count each of them several times.
-    const bool copies = !apart_ && here.size() > 1 && std::ranges::all_of(here, [&](const Lane* lane) {
-      return lane->step.layers == here[0]->step.layers;
-    });
-    if (copies) {
-      notes_.say("the ranks hold the same counts: taken once, as copies of the same tokens");
-    } else if (here.size() > 1 && !apart_) {
-      notes_.say("the counts of the ranks are added up; --by rank keeps them apart");
-    }
-    for (Lane* lane : here) {
-      if (!copies || lane == here[0]) {
-        const std::string rank = apart_ ? "rank" + std::to_string(lane->rank) : "";
-        for (auto& [key, layer] : lane->step.layers) {
-          const std::string joint = rank.empty() || key.second.empty() ? "" : "/";
-          const auto [it, is_new] = step.layers.try_emplace({key.first, rank + joint + key.second}, layer);
-          if (!is_new) it->second += layer;
-        }
-      }
-      lane->more = lane->files.next(lane->step);
-    }
-    return true;
-  }
-
- private:
-  struct Lane {
-    int rank;
-    RankFiles files;
-    ImportedStep step;
-    bool more;
-  };
-  const ImportOptions& options_;
-  ImportNotes& notes_;
-  std::vector<Lane> lanes_;
-  bool apart_ = false;  // ranks
 };
 
 /// Writes a trace. A file takes its name once it is whole.
@@ -370,6 +158,75 @@ void add_to(std::vector<T>& sums, const std::vector<T>& more) {
   }
 }
 
+/// What the whole dump shows, and no part of it.
+struct Survey {
+  std::size_t experts = 0;             ///< Of the widest layer.
+  std::map<int, std::size_t> own;      ///< Experts of each layer, if they differ.
+  std::set<int> dense;                 ///< Layers without experts.
+  std::optional<RankCopies> copies{};  ///< If ranks are added up.
+};
+
+std::string listed(const std::set<int>& numbers) {
+  std::string text;
+  for (const int number : numbers) {
+    if (!text.empty()) text += ' ';
+    text += std::to_string(number);
+  }
+  return text;
+}
+
+Survey first_reading(const Format& format, const InputFiles& inputs, const ImportOptions& options,
+                     ImportNotes& notes) {
+  struct Layer {
+    std::size_t experts = 0;
+    bool whole = true;  // the dump has a value for every expert
+    int top_k = 0;
+  };
+  std::map<int, Layer> layers;
+  Survey found;
+  ImportedStep step;
+  notes.first_reading = true;
+  Source source(format, inputs, options, notes);
+  if (source.adds_ranks()) found.copies.emplace(source.ranks());
+  for (;;) {
+    if (found.copies) found.copies->see(source.upcoming());
+    if (!source.next(step)) break;
+    for (const auto& [key, values] : step.layers) {
+      Layer& layer = layers[key.first];
+      layer.experts = std::max(layer.experts, values.counts.size());
+      layer.whole = layer.whole && values.every_expert;
+      layer.top_k = std::max(layer.top_k, values.top_k);
+    }
+  }
+  notes.first_reading = false;
+  if (found.copies) found.copies->decide(notes);
+  bool whole = true;
+  for (const auto& [id, layer] : layers) {
+    found.experts = std::max(found.experts, layer.experts);
+    whole = whole && layer.whole;
+    if (format.zeros_for_dense && layer.top_k == 1 && layer.experts == 1) found.dense.insert(id);
+  }
+  if (!layers.empty() && found.dense.size() == layers.size())
+    throw ImportError(
+        inputs[0].second +
+        ": every token has expert 0 in every layer: dense layers, or routes that were not captured");
+  if (!found.dense.empty())
+    notes.say("every token has expert 0 in layers " + listed(found.dense) +
+              ": taken for dense layers, left out (a router that chooses one expert alone looks the same)");
+  if (options.experts) return found;
+  for (const auto& [id, layer] : layers) {
+    if (layer.experts != found.experts && layer.whole) found.own[id] = layer.experts;
+  }
+  if (!found.own.empty()) {
+    notes.say("layers have different numbers of experts");
+    for (const auto& [id, layer] : layers) found.own.emplace(id, found.experts);
+  }
+  if (found.experts > 0 && !whole)
+    notes.say(std::to_string(found.experts) +
+              " experts: the largest number + 1; --experts if the model has more");
+  return found;
+}
+
 }  // namespace
 
 ImportError::ImportError(const std::string& what) : std::runtime_error(message_line(what)) {}
@@ -395,8 +252,12 @@ void ImportedLayer::add_sequence(const std::vector<std::int64_t>& of_sequence, s
 
 ImportedLayer& ImportedLayer::operator+=(const ImportedLayer& other) {
   if (top_k != other.top_k)
-    throw ImportError("k differs between the files: " + std::to_string(top_k) + " and " +
-                      std::to_string(other.top_k));
+    throw ImportError("k = " + std::to_string(other.top_k) + ": expected " + std::to_string(top_k) +
+                      ", as in the ranks before it");
+  if (every_expert && other.every_expert && counts.size() != other.counts.size())
+    throw ImportError(std::to_string(other.counts.size()) + " experts: expected " +
+                      std::to_string(counts.size()) + ", as in the ranks before it");
+  every_expert = every_expert && other.every_expert;
   add_to(counts, other.counts);
   tokens = tokens && other.tokens ? std::optional(added(*tokens, *other.tokens)) : std::nullopt;
   has_sequences = has_sequences && other.has_sequences;
@@ -451,43 +312,26 @@ ImportReport import_trace(std::string_view name, const std::vector<std::string>&
     throw ImportError("--by micro-batch: a dump of " + std::string(name) +
                       " does not tell micro-batches; those of " + names + " do");
   }
+  const bool twice = options.experts == 0 || files.size() > 1 || format->loads || format->zeros_for_dense;
   ImportNotes notes;
-  std::vector<std::pair<std::string, std::string>> inputs;
+  InputFiles inputs;
   std::vector<std::unique_ptr<Spool>> spools;
   for (const std::string& file : files) {
     const bool once = file == "-" || !fs::is_regular_file(file);
-    if (once && options.experts == 0 && (file == "-" || fs::exists(file)) && !fs::is_directory(file)) {
+    if (once && twice && (file == "-" || fs::exists(file)) && !fs::is_directory(file)) {
       spools.push_back(std::make_unique<Spool>(file));
       inputs.emplace_back(spools.back()->path(), file == "-" ? "<stdin>" : file);
     } else {
       inputs.emplace_back(file, file == "-" ? "<stdin>" : file);
     }
   }
-  // Every record has an element for every expert, and who the last one is shows at the end only: a first reading finds it.
-  auto experts = static_cast<std::size_t>(options.experts);
-  std::map<int, std::size_t> of_layer;  // where layers have numbers of their own
-  ImportedStep step;
-  if (experts == 0) {
-    for (Source source(*format, inputs, options, notes); source.next(step);) {
-      for (const auto& [key, layer] : step.layers) {
-        std::size_t& most = of_layer[key.first];
-        most = std::max(most, layer.counts.size());
-        experts = std::max(experts, most);
-      }
-    }
-    const bool equal =
-        std::ranges::all_of(of_layer, [&](const auto& entry) { return entry.second == experts; });
-    if (!format->whole || equal) of_layer.clear();
-    if (experts > 0 && !format->whole)
-      notes.say(std::to_string(experts) +
-                " experts: the largest number + 1; --experts if the model has more");
-    if (!of_layer.empty()) notes.say("layers have different numbers of experts");
-  }
+  const Survey found = twice ? first_reading(*format, inputs, options, notes) : Survey{};
+  const std::size_t experts = options.experts ? static_cast<std::size_t>(options.experts) : found.experts;
   ImportReport report;
   report.experts = static_cast<int>(experts);
   TraceWriter writer(output);
   const std::string common =
-      of_layer.empty() ? ",\"experts\":" + std::to_string(std::max<std::size_t>(experts, 1)) : "";
+      found.own.empty() ? ",\"experts\":" + std::to_string(std::max<std::size_t>(experts, 1)) : "";
   writer.line("{\"format\":\"moectl-trace\",\"version\":1" + common + ",\"source\":\"" + std::string(name) +
               "\"}\n");
   struct Pairs {
@@ -496,8 +340,11 @@ ImportReport import_trace(std::string_view name, const std::vector<std::string>&
     std::int64_t tokens = 0;
   };
   std::map<int, Pairs> pairs;
-  for (Source source(*format, inputs, options, notes); source.next(step);) {
-    ++report.steps;
+  ImportedStep step;
+  const RankCopies* const copies = found.copies ? &*found.copies : nullptr;
+  for (Source source(*format, inputs, options, notes); source.next(step, copies);) {
+    std::erase_if(step.layers, [&](const auto& entry) { return found.dense.count(entry.first.first); });
+    report.steps += !step.layers.empty();
     for (const auto& [key, layer] : step.layers) {
       if (options.pairs > 0 && key.second.find("mtp") == std::string::npos) {
         Pairs& of = pairs[key.first];
@@ -510,11 +357,18 @@ ImportReport import_trace(std::string_view name, const std::vector<std::string>&
       if (layer.counts.size() > experts)
         throw ImportError("--experts: " + std::to_string(experts) + ": the files hold expert " +
                           std::to_string(layer.counts.size() - 1));
+      const auto own = found.own.find(key.first);
+      const std::size_t width = own == found.own.end() ? experts : own->second;
+      // No 0 stands for a value that the dump does not have.
+      if (layer.every_expert && layer.counts.size() != width)
+        throw ImportError("step " + std::to_string(step.step) + ", layer " + std::to_string(key.first) +
+                          ": values of " + std::to_string(layer.counts.size()) + " experts: expected " +
+                          std::to_string(width) +
+                          (options.experts ? ", as --experts says" : ", as in other steps"));
       const std::string tag = key.second.empty()       ? options.tag
                               : options.tag == "train" ? key.second
                                                        : options.tag + '/' + key.second;
-      writer.line(
-          record_of(step.step, key.first, tag, layer, of_layer.empty() ? experts : of_layer[key.first]));
+      writer.line(record_of(step.step, key.first, tag, layer, width));
       ++report.records;
     }
   }

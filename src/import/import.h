@@ -15,14 +15,21 @@ class ImportError : public std::runtime_error {
   explicit ImportError(const std::string& what);
 };
 
+/// Input of another format, or of none: the message then names the format that the input looks like.
+class OtherFormat : public ImportError {
+ public:
+  using ImportError::ImportError;
+};
+
 struct ImportOptions {
   int top_k = 0;                        ///< k, where the dump does not say it; 0 = not given.
-  int experts = 0;                      ///< N; 0 = the largest expert id + 1.
+  int experts = 0;                      ///< N; 0 = the values of a layer, or the largest expert id + 1.
   std::int64_t tokens = 0;              ///< Tokens of a step, where the dump holds shares; 0 = not given.
   std::int64_t tokens_per_step = 1024;  ///< Of dumps that know tokens or requests and no steps.
   std::int64_t sequence_length = 0;     ///< Tokens of one sequence in router logits; 0 = not known.
   std::string metric;                   ///< Part of the name of the wanted columns; empty = all.
-  std::string values = "auto";     ///< What columns hold: counts, share, percent, ratio; auto = by their sum.
+  std::string values =
+      "auto";  ///< What columns hold: counts, share, percent, ratio; auto = what fits all rows.
   std::string scores = "softmax";  ///< Of router logits: softmax or sigmoid.
   std::string mask;                ///< File of the attention mask of router logits; empty = none.
   std::string tag = "train";

@@ -1,60 +1,97 @@
 #include "import/loads.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <numeric>
 
 #include "base/format.h"
 
 namespace moectl {
+namespace {
 
-LoadValues::LoadValues(const Bytes& file, const ImportOptions& options, ImportNotes& notes)
+std::string names_of(unsigned kinds) {
+  std::string names;
+  for (const auto& [kind, name] :
+       {std::pair(kCounts, "counts"), std::pair(kShares, "shares of the load"),
+        std::pair(kPercent, "percent of the load"), std::pair(kMultiples, "multiples of the mean load")}) {
+    if (kinds & kind) names += (names.empty() ? "" : " or ") + std::string(name);
+  }
+  return names;
+}
+
+LoadKind lowest(unsigned kinds) {
+  return static_cast<LoadKind>(1U << std::countr_zero(kinds));
+}
+
+}  // namespace
+
+LoadValues::LoadValues(const Bytes& file, const ImportOptions& options, ImportNotes& notes, bool whole)
     : options_(options), notes_(notes), top_k_(needed_top_k(file, options)) {
-  kind_ = options.values == "counts"    ? Kind::kCounts
-          : options.values == "share"   ? Kind::kShare
-          : options.values == "percent" ? Kind::kPercent
-          : options.values == "ratio"   ? Kind::kRatio
-                                        : Kind::kAuto;
+  if (whole) told_ = kCounts;
+  if (options.values == "counts") told_ = kCounts;
+  if (options.values == "share") told_ = kShares;
+  if (options.values == "percent") told_ = kPercent;
+  if (options.values == "ratio") told_ = kMultiples;
 }
 
-LoadValues::Kind LoadValues::kind_of(std::span<const double> values, double sum,
-                                     const std::string& place) const {
-  const bool whole = std::ranges::all_of(values, [](double v) { return v == std::floor(v); });
+/// Takes away what the values cannot be.
+LoadKind LoadValues::narrow(std::span<const double> values, double sum, const std::string& place) {
   const auto near = [&](double total) { return std::abs(sum - total) <= 2e-3 * total; };
-  if (near(1)) return Kind::kShare;
-  if (whole) return Kind::kCounts;
-  if (near(100)) return Kind::kPercent;
-  if (near(static_cast<double>(values.size()))) return Kind::kRatio;
-  throw ImportError(
-      place +
-      ": expected counts (whole numbers), shares (sum 1), percent (sum 100) or multiples of the mean (sum " +
-      std::to_string(values.size()) + "): found a sum of " + brief(sum) +
-      "; --values says which, --metric chooses columns");
+  unsigned fits = 0;
+  if (std::ranges::all_of(values, [](double v) { return v == std::floor(v); })) fits |= kCounts;
+  if (near(1)) fits |= kShares;
+  if (near(100)) fits |= kPercent;
+  if (near(static_cast<double>(values.size()))) fits |= kMultiples;
+  if (fits == 0)
+    throw ImportError(place +
+                      ": expected counts (whole numbers), shares (sum 1), percent (sum 100) or multiples of "
+                      "the mean (sum " +
+                      std::to_string(values.size()) + "): found a sum of " + brief(sum) +
+                      "; --values says which, --metric chooses columns");
+  if (!(fits & notes_.load_kinds))
+    throw ImportError(place + ": a sum of " + brief(sum) + " is one of " + names_of(fits) +
+                      ", but the rows before it hold " + names_of(notes_.load_kinds) +
+                      "; --values says which, --metric chooses columns");
+  notes_.load_kinds &= fits;
+  return lowest(fits);
 }
 
-ImportedLayer LoadValues::counts(std::span<const double> values, const std::string& place) {
+/// What fits all rows. Whole numbers are counts, unless the tokens that only the others need are given.
+LoadKind LoadValues::found() const {
+  const unsigned kinds = notes_.load_kinds, others = kinds & ~kCounts;
+  const LoadKind kind = others && (options_.tokens > 0 || !(kinds & kCounts)) ? lowest(others) : kCounts;
+  std::string note = "the values are read as " + names_of(kind);
+  if (kind == kCounts && others) note += ", though they may be " + names_of(others) + ": --values says which";
+  if (kind == kCounts && options_.tokens > 0) note += ", which do not need --tokens";
+  notes_.say(note);
+  return kind;
+}
+
+ImportedLayer LoadValues::counts(std::span<const double> values, const std::string& place,
+                                 std::optional<std::int64_t> tokens) {
   ImportedLayer layer;
   layer.top_k = top_k_;
+  layer.every_expert = true;
   layer.counts.resize(values.size());
+  layer.tokens = tokens;
   const double sum = std::accumulate(values.begin(), values.end(), 0.0);
+  if (!std::isfinite(sum))
+    throw ImportError(place + ": a sum of " + exact(sum) + ": expected finite numbers");
   if (!(sum > 0)) return layer;
-  if (kind_ == Kind::kAuto) {
-    kind_ = kind_of(values, sum, place);
-    const char* const names[] = {"", "counts", "shares of the load", "percent of the load",
-                                 "multiples of the mean load"};
-    notes_.say(std::string("the values are read as ") + names[static_cast<int>(kind_)]);
-  }
-  if (kind_ == Kind::kCounts) {
+  if (!told_ && !notes_.first_reading) told_ = found();
+  const LoadKind kind = told_ ? *told_ : narrow(values, sum, place);
+  if (kind == kCounts) {
     for (std::size_t i = 0; i < values.size(); ++i) layer.counts[i] = whole_of(values[i], place);
     return layer;
   }
-  if (options_.tokens < 1)
+  if (!tokens && options_.tokens > 0) layer.tokens = options_.tokens;
+  if (!layer.tokens)
     throw ImportError(
         place +
         ": these are shares, no counts: --tokens must give the tokens of a step, which the floor depends on");
   // Rounded so that the sum stays: the largest remainders get the rest.
-  layer.tokens = options_.tokens;
-  const double assignments = static_cast<double>(options_.tokens) * top_k_;
+  const double assignments = static_cast<double>(*layer.tokens) * top_k_;
   std::vector<std::pair<double, std::size_t>> rest;
   auto left = static_cast<std::int64_t>(assignments);
   for (std::size_t i = 0; i < values.size(); ++i) {

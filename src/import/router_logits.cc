@@ -13,7 +13,7 @@ constexpr std::int64_t kMostTokens = std::int64_t{1} << 28;  // a mask takes a b
 
 class RouterLogitsReader : public StepReader {
  public:
-  RouterLogitsReader(Bytes& file, const ImportOptions& options)
+  RouterLogitsReader(Bytes& file, const ImportOptions& options, ImportNotes& notes)
       : file_(file),
         array_(file, file.name()),
         top_k_(needed_top_k(file, options)),
@@ -25,7 +25,7 @@ class RouterLogitsReader : public StepReader {
     const std::size_t n = shape.size();
     if (!array_.is_float() || n < 2 || n > 4 || shape[n - 1] < 2 || shape[n - 1] > kMostExperts ||
         shape[n - 2] > kMostTokens || (n > 2 && shape[n - 3] > kMostLayers)) {
-      throw ImportError(file.name() + ": expected router logits [layers, tokens, experts] as floats: found " +
+      throw OtherFormat(file.name() + ": expected router logits [layers, tokens, experts] as floats: found " +
                         array_.description());
     }
     experts_ = shape[n - 1];
@@ -35,6 +35,9 @@ class RouterLogitsReader : public StepReader {
     if (top_k_ > experts_)
       throw ImportError("--top-k: " + std::to_string(top_k_) + ": must be at most the experts of " +
                         file.name() + " (" + std::to_string(experts_) + ")");
+    if (n > 3)
+      notes.say(file.name() + ": four extents are read as [steps, layers, tokens, experts], " +
+                std::to_string(steps_) + " steps of " + std::to_string(layers_) + " layers; " + kReshape);
     if (!options.mask.empty()) read_mask(options.mask);
     if (sequence_length_ > 0 && tokens_ % sequence_length_ != 0)
       throw ImportError("--sequence-length: " + std::to_string(sequence_length_) +
@@ -52,6 +55,9 @@ class RouterLogitsReader : public StepReader {
   }
 
  private:
+  static constexpr const char* kReshape =
+      "reshape [layers, batch, sequence, experts] to [layers, batch * sequence, experts]";
+
   /// [batch, sequence] or [tokens]: whole numbers or booleans, 0 = padding.
   void read_mask(const std::string& path) {
     Bytes file(path);
@@ -60,7 +66,8 @@ class RouterLogitsReader : public StepReader {
     if (mask.is_float() || shape.empty() || shape.size() > 2 ||
         std::accumulate(shape.begin(), shape.end(), std::int64_t{1}, std::multiplies<>()) != tokens_) {
       throw ImportError("--mask: " + path + ": expected [batch, sequence] of booleans or whole numbers, " +
-                        std::to_string(tokens_) + " in all: found " + mask.description());
+                        std::to_string(tokens_) + " in all: found " + mask.description() +
+                        (array_.shape().size() > 3 ? std::string("; ") + kReshape : ""));
     }
     // Piece by piece: the shape may promise more than the file holds.
     std::vector<std::int64_t> row;
@@ -80,6 +87,7 @@ class RouterLogitsReader : public StepReader {
     const auto n = static_cast<std::size_t>(experts_);
     const auto k = static_cast<std::size_t>(top_k_);
     layer.top_k = top_k_;
+    layer.every_expert = true;
     layer.tokens = 0;
     layer.counts.resize(n);
     layer.prob_sum.resize(n);
@@ -100,11 +108,18 @@ class RouterLogitsReader : public StepReader {
       if (sequence_length_ > 0 && t % sequence_length_ == 0) close();
       array_.read(row);
       if (!mask_.empty() && mask_[static_cast<std::size_t>(t)] == 0) continue;
+      // -inf takes an expert out of the choice; k of them must be left.
+      std::size_t finite = 0;
       for (const double z : row) {
-        if (std::isnan(z))
+        if (std::isnan(z) || z == HUGE_VAL)
           throw ImportError(file_.name() + ": layer " + std::to_string(l) + ", token " + std::to_string(t) +
-                            ": NaN among the logits");
+                            ": " + (std::isnan(z) ? "NaN" : "+inf") + " among the logits");
+        finite += std::isfinite(z);
       }
+      if (finite < k)
+        throw ImportError(file_.name() + ": layer " + std::to_string(l) + ", token " + std::to_string(t) +
+                          ": " + std::to_string(finite) +
+                          " logits above -inf: expected at least k = " + std::to_string(k));
       scores(row);
       std::iota(order.begin(), order.end(), std::size_t{0});
       // Of equal scores the first expert, as torch.topk mostly takes them.
@@ -158,8 +173,9 @@ class RouterLogitsReader : public StepReader {
 
 }  // namespace
 
-std::unique_ptr<StepReader> open_router_logits(Bytes& file, const ImportOptions& options, ImportNotes&) {
-  return std::make_unique<RouterLogitsReader>(file, options);
+std::unique_ptr<StepReader> open_router_logits(Bytes& file, const ImportOptions& options,
+                                               ImportNotes& notes) {
+  return std::make_unique<RouterLogitsReader>(file, options, notes);
 }
 
 }  // namespace moectl

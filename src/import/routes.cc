@@ -14,6 +14,25 @@ namespace {
 
 static_assert(JsonParser::kPadding <= 64);
 
+/// The first expert that a token holds twice, or -1.
+std::int64_t twice(std::span<const std::int64_t> experts) {
+  for (std::size_t i = 0; i < experts.size(); ++i) {
+    if (experts[i] >= 0 && std::ranges::find(experts.first(i), experts[i]) != experts.first(i).end())
+      return experts[i];
+  }
+  return -1;
+}
+
+ImportError chosen_twice(const std::string& place, std::int64_t expert) {
+  return ImportError(place + ": expert " + std::to_string(expert) +
+                     " stands twice in one token: a router chooses k different experts, counts are none");
+}
+
+/// Tokens of each layer of a file: those that were routed, and those whose slots all hold one number.
+struct SlotsOfLayer {
+  std::int64_t routed = 0, filled = 0;
+};
+
 /// The choices of one sequence, layer by layer, in the order [tokens, layers, k].
 class Sequence {
  public:
@@ -25,9 +44,12 @@ class Sequence {
   void add(std::size_t layer, std::span<const std::int64_t> experts, const std::string& place) {
     Layer& of = layers_[layer];
     bool routed = false;
-    // vLLM gives dense layers a row as well, filled with one number; a router never chooses an expert twice.
-    const bool same =
-        experts.size() > 1 && std::ranges::all_of(experts, [&](auto e) { return e == experts[0]; });
+    // vLLM gives dense layers a row as well, and tokens that it did not capture, filled with one number; a router never
+    // chooses an expert twice.
+    const bool same = experts.size() > 1 && experts[0] >= 0 &&
+                      std::ranges::all_of(experts, [&](auto e) { return e == experts[0]; });
+    if (const std::int64_t expert = same ? -1 : twice(experts); expert >= 0)
+      throw chosen_twice(place + ": layer " + std::to_string(layer), expert);
     for (const std::int64_t expert : experts) {
       if (expert < -1 || expert >= kMostExperts)
         throw ImportError(place + ": expert " + std::to_string(expert) + ": must be from 0 to " +
@@ -40,14 +62,14 @@ class Sequence {
     }
     if (pairs_ && routed) of.pairs.add(experts);
     of.tokens += routed;
-    of.dense += same;
+    of.filled += same;
   }
-  void close(ImportNotes& notes) {
+  /// Adds what the slots of each layer hold to `slots`.
+  void close(std::vector<SlotsOfLayer>& slots) {
+    slots.resize(std::max(slots.size(), layers_.size()));
     for (std::size_t l = 0; l < layers_.size(); ++l) {
-      if (layers_[l].dense > 0 && layers_[l].tokens == 0) {
-        notes.say("layer " + std::to_string(l) +
-                  " chooses one expert k times for every token: taken for a dense layer, left out");
-      }
+      slots[l].routed += layers_[l].tokens;
+      slots[l].filled += layers_[l].filled;
       if (layers_[l].tokens == 0) continue;
       ImportedLayer& layer = step_.layers[{static_cast<int>(l), ""}];
       layer.top_k = top_k_;
@@ -59,7 +81,7 @@ class Sequence {
  private:
   struct Layer {
     std::vector<std::int64_t> counts;
-    std::int64_t tokens = 0, dense = 0;
+    std::int64_t tokens = 0, filled = 0;
     PairCounts pairs;
   };
   ImportedStep& step_;
@@ -85,8 +107,8 @@ class Request {
                         "], as in the rest of the request");
     return *sequence_;
   }
-  void close(ImportNotes& notes) {
-    if (sequence_) sequence_->close(notes);
+  void close(std::vector<SlotsOfLayer>& slots) {
+    if (sequence_) sequence_->close(slots);
     sequence_.reset();
   }
 
@@ -102,7 +124,7 @@ class Request {
 std::int64_t add_array(NpyReader& array, const std::string& place, Request& request) {
   const auto& shape = array.shape();
   if (shape.size() != 3 || array.is_float() || shape[1] > kMostLayers || shape[2] < 1 || shape[2] > 1024) {
-    throw ImportError(
+    throw OtherFormat(
         place +
         ": expected an array [tokens, layers, k] of whole numbers, the experts of each token: found " +
         array.description());
@@ -142,11 +164,25 @@ class VllmReader : public StepReader {
       tokens += more;
     }
     ++step_;
+    if (tokens == 0) say_what_is_left_out();
     return tokens > 0;
   }
 
  private:
   enum class Kind { kArray, kArchive, kLines };
+
+  void say_what_is_left_out() {
+    for (std::size_t l = 0; l < slots_.size(); ++l) {
+      if (slots_[l].filled == 0) continue;
+      const std::string layer = file_.name() + ": layer " + std::to_string(l);
+      if (slots_[l].routed == 0) {
+        notes_.say(layer + " holds one number k times for every token: taken for a dense layer, left out");
+      } else {
+        notes_.say(layer + ": " + std::to_string(slots_[l].filled) +
+                   " tokens hold one number k times: taken for tokens without routes, left out");
+      }
+    }
+  }
 
   /// The tokens of the next request, -1 at the end.
   std::int64_t add_request(ImportedStep& step) {
@@ -159,6 +195,10 @@ class VllmReader : public StepReader {
       std::string name;
       ByteStream* const entry = archive_->next(name);
       if (!entry) return -1;
+      if (name == "logical_count.npy")
+        throw OtherFormat(
+            file_.name() + ": " + name +
+            ": expected an array [tokens, layers, k] of the experts of each token: this one holds counts");
       NpyReader array(*entry, file_.name() + ": " + name);
       return add_whole(array, file_.name() + ": " + name, step);
     }
@@ -169,7 +209,7 @@ class VllmReader : public StepReader {
     try {
       parser_.parse(line);
     } catch (const JsonError& e) {
-      throw ImportError(file_.place() +
+      throw OtherFormat(file_.place() +
                         ": expected a JSON object with routed_experts: not JSON: " + e.what());
     }
     std::int64_t tokens = 0;
@@ -180,12 +220,12 @@ class VllmReader : public StepReader {
     if (const auto choices = parser_.value().find("choices"); choices && choices->is_array()) {
       for (const JsonValue choice : choices->elements()) {
         found = add_field(choice, "routed_experts", request, tokens) || found;
-        request.close(notes_);
+        request.close(slots_);
       }
     }
-    request.close(notes_);
+    request.close(slots_);
     if (!found)
-      throw ImportError(file_.place() +
+      throw OtherFormat(file_.place() +
                         ": expected routed_experts, as [tokens, layers, k] or base64 of a .npy array: not "
                         "there (null without "
                         "--enable-return-routed-experts)");
@@ -195,7 +235,7 @@ class VllmReader : public StepReader {
   std::int64_t add_whole(NpyReader& array, const std::string& place, ImportedStep& step) {
     Request request(step, options_.pairs > 0);
     const std::int64_t tokens = add_array(array, place, request);
-    request.close(notes_);
+    request.close(slots_);
     return tokens;
   }
 
@@ -246,6 +286,7 @@ class VllmReader : public StepReader {
   Kind kind_;
   std::unique_ptr<NpzReader> archive_;
   JsonParser parser_;
+  std::vector<SlotsOfLayer> slots_;
   std::int64_t step_ = 0;
 };
 
@@ -258,8 +299,10 @@ class MegatronReader : public StepReader {
       : file_(file), options_(options), notes_(notes) {
     advance();
     if (!more_)
-      throw ImportError(file_.name() + ": expected JSON lines with top_indices or tpe: the file is empty");
+      throw OtherFormat(file_.name() + ": expected JSON lines with top_indices or tpe: the file is empty");
   }
+
+  bool numbered() const override { return true; }
 
   bool next(ImportedStep& step) override {
     if (!more_) return false;
@@ -271,9 +314,12 @@ class MegatronReader : public StepReader {
       advance();
     }
     if (more_ && step_ < step.step) {
-      throw ImportError(file_.place() + ": step " + std::to_string(step_) + " after step " +
-                        std::to_string(step.step) +
-                        ": steps must ascend; give the files of ranks one by one");
+      throw ImportError(
+          file_.place() + ": step " + std::to_string(step_) + " after step " + std::to_string(step.step) +
+          ": steps must ascend. Where another part begins at this line, a rank or the run once it was "
+          "resumed, split the file before it: head -n " +
+          std::to_string(file_.line_number() - 1) + ", tail -n +" + std::to_string(file_.line_number()) +
+          "; ranks have rankN in their names, and of a resumed run the later file counts");
     }
     return true;
   }
@@ -299,12 +345,14 @@ class MegatronReader : public StepReader {
     try {
       parser_.parse(line);
     } catch (const JsonError& e) {
-      throw wrong(std::string("expected JSON lines with top_indices or tpe: not JSON: ") + e.what());
+      throw OtherFormat(file_.place() +
+                        ": expected JSON lines with top_indices or tpe: not JSON: " + e.what());
     }
     const JsonValue object = parser_.value();
     if (!object.find("top_indices") && !object.find("tpe"))
-      throw wrong("expected top_indices (a router trace) or tpe (tokens per expert): found " +
-                  object.dump().substr(0, 60));
+      throw OtherFormat(file_.place() +
+                        ": expected top_indices (a router trace) or tpe (tokens per expert): found " +
+                        object.dump().substr(0, 60));
     step_ = object.find("step") ? whole("step", kLargestWhole) : whole("iter", kLargestWhole);
   }
 
@@ -319,8 +367,9 @@ class MegatronReader : public StepReader {
     if (!indices) return add_counts(*object.find("tpe"), step, id, tag);
     // A record of a layer that has one already in this step is of the next micro-batch.
     const int micro_batch = options_.by_micro_batch ? micro_batches_[{id, tag}]++ : 0;
-    ImportedLayer& layer = step.layers[{id, part_tag(micro_batch, tag)}];
     if (!indices->is_array()) throw wrong("top_indices: expected [tokens, k]");
+    if (indices->size() == 0) return;  // no tokens of this micro-batch: there is no k either
+    ImportedLayer& layer = step.layers[{id, part_tag(micro_batch, tag)}];
     layer.tokens = layer.tokens.value_or(0);
     for (const JsonValue token : indices->elements()) {
       if (!token.is_array() || token.size() < 1 || token.size() > 1024)
@@ -342,6 +391,8 @@ class MegatronReader : public StepReader {
         chosen_.push_back(expert.as_integer());
         routed = true;
       }
+      if (const std::int64_t expert_twice = twice(chosen_); expert_twice >= 0)
+        throw chosen_twice(file_.place() + ": top_indices", expert_twice);
       if (options_.pairs > 0) layer.pairs.add(chosen_);
       *layer.tokens += routed;
     }
@@ -362,6 +413,10 @@ class MegatronReader : public StepReader {
       const int micro_batch = options_.by_micro_batch ? micro_batches_[{id, tag}]++ : 0;
       ImportedLayer& layer = step.layers[{id, part_tag(micro_batch, tag)}];
       layer.top_k = needed_top_k(file_, options_);
+      if (!layer.counts.empty() && layer.counts.size() != counts.size())
+        throw wrong("tpe: " + std::to_string(counts.size()) + " experts: expected " +
+                    std::to_string(layer.counts.size()) + ", as in the micro-batch before");
+      layer.every_expert = true;
       if (layer.counts.size() < counts.size()) layer.counts.resize(counts.size());
       std::size_t i = 0;
       for (const JsonValue count : counts.elements()) {
@@ -443,10 +498,10 @@ class LlamaCppReader : public StepReader {
       throw ImportError(file_.place() + ": layer " + std::to_string(layer) + " has " + std::to_string(rows) +
                         " rows in this pass: expected a multiple of --top-k " + std::to_string(top_k_));
   }
-  ImportError wrong() const {
-    return ImportError(file_.name() +
+  OtherFormat wrong() const {
+    return OtherFormat(file_.name() +
                        ": expected CSV with the columns layer,expert, a row for each choice: found " +
-                       (fields_.empty() ? "nothing" : '"' + join(fields_).substr(0, 60) + '"'));
+                       start_of(join(fields_)));
   }
   void advance() { more_ = next_row(file_, ',', fields_); }
   std::int64_t whole(std::size_t column, std::int64_t most) const {

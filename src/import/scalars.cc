@@ -64,18 +64,33 @@ class Grid {
  public:
   Grid(const Bytes& file, const ImportOptions& options, ImportNotes& notes)
       : name_(file.name()), values_(file, options, notes) {}
+  /// A layer that has a value in a step has one for each of its experts: those that were expected or set before.
+  void expect(int layer, int expert) {
+    std::size_t& experts = experts_[layer];
+    experts = std::max(experts, static_cast<std::size_t>(expert) + 1);
+  }
   void set(int layer, int expert, double value) {
+    expect(layer, expert);
     auto& row = rows_[layer];
     if (static_cast<std::size_t>(expert) >= row.size())
       row.resize(static_cast<std::size_t>(expert) + 1, std::nan(""));
     row[static_cast<std::size_t>(expert)] = value;
   }
   bool empty() const { return rows_.empty(); }
+  void clear() { rows_.clear(); }
+  /// Whether no expert lacks its value.
+  bool whole() const {
+    return std::ranges::all_of(rows_, [&](const auto& entry) {
+      return entry.second.size() == experts_.at(entry.first) &&
+             std::ranges::none_of(entry.second, [](double v) { return std::isnan(v); });
+    });
+  }
   void take(ImportedStep& step) {
     step.layers.clear();
     for (auto& [layer, row] : rows_) {
       const std::string place =
           name_ + ": step " + std::to_string(step.step) + ", layer " + std::to_string(layer);
+      row.resize(experts_[layer], std::nan(""));
       for (std::size_t i = 0; i < row.size(); ++i) {
         if (!(row[i] >= 0))
           throw ImportError(place + ", expert " + std::to_string(i) + ": expected a number of at least 0: " +
@@ -90,6 +105,7 @@ class Grid {
   std::string name_;
   LoadValues values_;
   std::map<int, std::vector<double>> rows_;
+  std::map<int, std::size_t> experts_;
 };
 
 /// One metric only may be read: values of two would be taken for each other.
@@ -132,15 +148,18 @@ class WandbReader : public StepReader {
       if (name.ends_with("__MIN") || name.ends_with("__MAX") || !metric.wants(name)) continue;
       if (!(columns_[i] = key_of(name))) continue;
       metric.add(*columns_[i], file.name());
+      grid_.expect(columns_[i]->layer, columns_[i]->expert);
       any = true;
     }
     if (!any) {
-      throw ImportError(file.name() +
+      throw OtherFormat(file.name() +
                         ": expected CSV with a column for each layer and expert, such as "
-                        "moe-expert/tokens_layer0_expert3: found \"" +
-                        join(fields_).substr(0, 60) + '"');
+                        "moe-expert/tokens_layer0_expert3: found " +
+                        start_of(line));
     }
   }
+
+  bool numbered() const override { return step_column_.has_value(); }
 
   bool next(ImportedStep& step) override {
     std::string_view line;
@@ -252,12 +271,14 @@ T from_bytes(std::string_view bytes) {
 class TensorBoardReader : public StepReader {
  public:
   TensorBoardReader(Bytes& file, const ImportOptions& options, ImportNotes& notes)
-      : file_(file), grid_(file, options, notes), metric_(options) {
+      : file_(file), notes_(notes), grid_(file, options, notes), metric_(options) {
     const std::string_view start = file.peek(12);
     if (start.size() < 12 || from_bytes<std::uint32_t>(start.substr(8)) != masked_crc32c(start.data(), 8))
-      throw ImportError(file.name() +
+      throw OtherFormat(file.name() +
                         ": expected a TensorBoard event file: its first record has no valid length");
   }
+
+  bool numbered() const override { return true; }
 
   bool next(ImportedStep& step) override {
     while (read_event()) {
@@ -266,6 +287,7 @@ class TensorBoardReader : public StepReader {
       if (new_step) {
         step.step = step_;
         grid_.take(step);
+        taken_ = true;
       }
       if (event_step_ < step_)
         throw ImportError(file_.name() + ": step " + std::to_string(event_step_) + " after step " +
@@ -278,6 +300,12 @@ class TensorBoardReader : public StepReader {
       throw ImportError(
           file_.name() +
           ": expected scalars by layer and expert, such as moe/tokens_layer0_expert3: there is no such tag");
+    // The events of a step come one after another, and a run that still writes, or was killed, may end among them.
+    if (taken_ && !grid_.whole()) {
+      notes_.say(file_.name() + ": ends within step " + std::to_string(step_) +
+                 ", in which experts have no value yet: the step is left out");
+      grid_.clear();
+    }
     if (grid_.empty()) return false;
     step.step = step_;
     grid_.take(step);
@@ -352,12 +380,13 @@ class TensorBoardReader : public StepReader {
   }
 
   Bytes& file_;
+  ImportNotes& notes_;
   Grid grid_;
   OneMetric metric_;
   std::string record_;
   std::vector<std::pair<ScalarKey, double>> values_;  // of the last event
   std::int64_t step_ = 0, event_step_ = 0, events_ = 0;
-  bool any_ = false;
+  bool any_ = false, taken_ = false;  // a value was found; a step was handed on
 };
 
 }  // namespace

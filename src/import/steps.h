@@ -65,6 +65,8 @@ struct ImportedLayer {
   int top_k = 0;
   std::optional<std::int64_t> tokens;  ///< Absent where the dump holds counts alone: then assignments / k.
   std::vector<std::int64_t> counts;
+  bool every_expert =
+      false;  ///< The dump has a value for each expert: `counts` is as long as the layer is wide.
   // The groups S and P of docs/formats.md; absent unless all tokens are in them.
   bool has_sequences = false, has_probabilities = false;
   std::int64_t sequences = 0, sequence_len_sq = 0;
@@ -92,11 +94,17 @@ struct ImportedStep {
   std::map<std::pair<int, std::string>, ImportedLayer> layers;
 };
 
-/// Messages that are said once.
+/// What the numbers of a dump may be, a bit each.
+enum LoadKind : unsigned { kCounts = 1, kShares = 2, kPercent = 4, kMultiples = 8, kAnyLoad = 15 };
+
+/// What the readings of the files found out: messages, each said once, and what the numbers are.
 class ImportNotes {
  public:
   void say(const std::string& text);
   const std::vector<std::string>& all() const { return notes_; }
+
+  bool first_reading = false;      ///< The first of two: a row may still show what the rows before it are.
+  unsigned load_kinds = kAnyLoad;  ///< What fits every row that was read.
 
  private:
   std::vector<std::string> notes_;
@@ -108,6 +116,8 @@ class StepReader {
   virtual ~StepReader() = default;
   /// The next step, or false at the end. Steps ascend.
   virtual bool next(ImportedStep& step) = 0;
+  /// Whether steps have the numbers that the run gave them; else they are counted from 0 in each file.
+  virtual bool numbered() const { return false; }
 };
 
 using OpenReader = std::unique_ptr<StepReader> (*)(Bytes& file, const ImportOptions& options,

@@ -1,6 +1,7 @@
 // Lines of CSV.
 #pragma once
 
+#include <algorithm>
 #include <charconv>
 #include <cmath>
 #include <optional>
@@ -55,6 +56,15 @@ inline std::string join(const std::vector<std::string>& fields) {
   std::string text;
   for (const std::string& field : fields) text += (text.empty() ? "" : ",") + field;
   return text;
+}
+
+/// The start of a file as a message shows it.
+inline std::string start_of(std::string_view text) {
+  if (text.empty()) return "nothing";
+  text = text.substr(0, 60);
+  const auto control = [](unsigned char c) { return c < 0x20 && c != '\t'; };
+  if (std::any_of(text.begin(), text.end(), control)) return "bytes that are no text";
+  return '"' + std::string(text) + '"';
 }
 
 /// A finite number, or nothing.

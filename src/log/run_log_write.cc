@@ -1,11 +1,6 @@
 // Records → JSON lines, without allocating once the buffer has grown to the size of a step.
-#include <fcntl.h>
-#include <unistd.h>
-#include <zlib.h>
-
 #include <algorithm>
 #include <cerrno>
-#include <charconv>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -13,236 +8,20 @@
 #include <functional>
 #include <utility>
 
-#include "base/part_file.h"
 #include "base/printable.h"
-#include "base/sigpipe.h"
-#include "log/log_lines.h"
+#include "log/json_writer.h"
+#include "log/log_file.h"
 #include "moectl/run_log.h"
 
 namespace moectl {
-namespace {
-
-/// Appends JSON to a buffer that keeps its memory.
-class Json {
- public:
-  void raw(std::string_view text) { text_.append(text); }
-  void raw(char c) { text_.push_back(c); }
-  void value(std::int64_t v) {
-    char digits[24];
-    text_.append(digits, std::to_chars(digits, digits + sizeof digits, v).ptr);
-  }
-  /// The shortest form that reads back exactly; JSON has no word for what is not a number.
-  void value(double v) {
-    if (!std::isfinite(v)) return raw("null");
-    char digits[32];
-    text_.append(digits, std::to_chars(digits, digits + sizeof digits, v).ptr);
-  }
-  void value(std::string_view v) {
-    raw('"');
-    while (!v.empty()) {
-      const std::size_t plain = std::min(v.find_first_of("\"\\"), v.size());
-      append_printable(text_, v.substr(0, plain));
-      v.remove_prefix(plain);
-      if (v.empty()) break;
-      raw('\\');
-      raw(v.front());
-      v.remove_prefix(1);
-    }
-    raw('"');
-  }
-  /// A key, after a comma unless it is the first of its object.
-  void key(std::string_view name) {
-    if (!text_.ends_with('{')) raw(',');
-    value(name);
-    raw(':');
-  }
-  template <typename T>
-  void field(std::string_view name, T v) {
-    key(name);
-    value(v);
-  }
-  template <typename T, typename Map>
-  void array(std::span<const T> values, Map map) {
-    raw('[');
-    for (std::size_t i = 0; i < values.size(); ++i) {
-      if (i) raw(',');
-      value(map(values[i]));
-    }
-    raw(']');
-  }
-  template <typename T>
-  void array(std::span<const T> values) {
-    array(values, [](T v) { return v; });
-  }
-  std::string& text() { return text_; }
-
- private:
-  std::string text_;
-};
-
-/// Where bytes go. Written to at once, so that a reader of a growing log sees whole steps.
-class Sink {
- public:
-  enum class How { kAnew, kAppend, kBeside };  // kBeside: a file that takes another's name later
-  Sink(const std::string& path, How how, bool zipped) {
-    errno = 0;
-    file_ = path == "-" ? STDOUT_FILENO
-            : how == How::kBeside
-                ? open_part(path)
-                : open(path.c_str(),
-                       O_WRONLY | O_CREAT | O_CLOEXEC | (how == How::kAppend ? O_APPEND : O_TRUNC), 0666);
-    if (!zipped || file_ < 0) return;
-    zip_ = gzdopen(file_, how == How::kAppend ? "ab" : "wb");
-    if (!zip_) close(file_);
-    file_ = -1;  // zip_ closes it
-  }
-  explicit Sink(std::function<void(std::string_view)> out) : out_(std::move(out)) {}
-  ~Sink() {
-    const NoSigpipe guard;
-    if (zip_) gzclose(zip_);
-    if (file_ > STDERR_FILENO) close(file_);
-  }
-  Sink(const Sink&) = delete;
-  Sink& operator=(const Sink&) = delete;
-
-  bool is_open() const { return zip_ || file_ >= 0; }
-  bool write(std::string_view text) {
-    if (out_) {
-      if (!text.empty()) out_(text);
-      return true;
-    }
-    const NoSigpipe guard;  // a reader that leaves must not end the training
-    errno = 0;
-    if (zip_) return text.empty() || gzwrite(zip_, text.data(), static_cast<unsigned>(text.size())) > 0;
-    while (!text.empty()) {
-      const ssize_t wrote = ::write(file_, text.data(), text.size());
-      if (wrote < 0 && errno == EINTR) continue;
-      if (wrote < 0) return false;
-      text.remove_prefix(static_cast<std::size_t>(wrote));
-    }
-    return true;
-  }
-  bool flush() {
-    const NoSigpipe guard;
-    errno = 0;
-    return !zip_ || gzflush(zip_, Z_SYNC_FLUSH) == Z_OK;
-  }
-
- private:
-  std::function<void(std::string_view)> out_;
-  gzFile zip_ = nullptr;
-  int file_ = -1;
-};
-
-/// The step of a record that this writer wrote, or -1 for a header.
-std::int64_t step_of(std::string_view line) {
-  constexpr std::string_view kStart = "{\"step\":";
-  std::int64_t step = -1;
-  if (line.starts_with(kStart)) std::from_chars(line.data() + kStart.size(), line.data() + line.size(), step);
-  return step;
-}
-
-/// One more than the number of the last finished piece beside `path`.
-std::int64_t piece_after_others(const std::string& path) {
-  const std::filesystem::path file(path), folder = file.parent_path().empty() ? "." : file.parent_path();
-  const std::string start = file.filename().string() + '.';
-  std::int64_t last = 0;
-  std::error_code ignored;
-  for (const auto& entry : std::filesystem::directory_iterator(folder, ignored)) {
-    const std::string name = entry.path().filename().string();
-    std::int64_t piece = 0;
-    if (!name.starts_with(start)) continue;
-    const auto [end, error] = std::from_chars(name.data() + start.size(), name.data() + name.size(), piece);
-    if (error == std::errc() && end == name.data() + name.size()) last = std::max(last, piece);
-  }
-  return last + 1;
-}
-
-/// The number of the piece that this writer left under `path`; 1 for a log that was not rotated.
-std::int64_t piece_of(const std::string& path) {
-  constexpr std::string_view kStart = "{\"format\":\"moectl-run\",\"version\":1,\"piece\":";
-  std::int64_t piece = 1;
-  LogLines lines(path);
-  std::string_view line;
-  try {
-    if (!lines.next(line)) return piece_after_others(path);
-    if (line.starts_with(kStart))
-      std::from_chars(line.data() + kStart.size(), line.data() + line.size(), piece);
-  } catch (const LogError&) {
-    return piece_after_others(path);  // torn before its first line was whole
-  }
-  return piece;
-}
-
-bool is_zipped(const std::string& path) {
-  return path.ends_with(".gz");
-}
-
-/// What is left of a log that was cut.
-struct Kept {
-  std::int64_t bytes = 0;                     // before compression
-  std::int64_t header = 0;                    // of which are the first line
-  std::string first_config{}, last_config{};  // of the header, and of the last line that changes it
-};
-
-/// The config of a header or of a line that changes it, else empty.
-std::string config_of(std::string_view line) {
-  constexpr std::string_view kKey = ",\"config\":{";
-  if (!line.starts_with("{\"format\"") && line.substr(0, 64).find(kKey) == std::string_view::npos) return "";
-  const std::size_t at = line.find(kKey);
-  return at == std::string_view::npos
-             ? ""
-             : std::string(line.substr(at + kKey.size() - 1, line.size() - at - kKey.size()));
-}
-
-/// Cuts off a log what stands in it from `step` on, and a last line that was torn. Throws on files that
-/// cannot be read or rewritten.
-Kept keep_before(const std::string& path, std::int64_t step) {
-  Kept result;
-  std::int64_t& keep = result.bytes;
-  std::string kept;
-  const bool zipped = is_zipped(path);
-  try {
-    LogLines lines(path);
-    std::string_view line;
-    while (lines.next(line) && lines.complete() && step_of(line) < step) {
-      keep = lines.offset();
-      if (lines.number() == 1 && step_of(line) < 0) result.header = keep;
-      if (std::string config = config_of(line); !config.empty()) {
-        if (lines.number() == 1) result.first_config = config;
-        result.last_config = std::move(config);
-      }
-      if (zipped) kept.append(line).push_back('\n');
-    }
-  } catch (const LogError&) {
-    // A run that was killed leaves its gzip file without an end; what came before can be kept.
-    if (!zipped) throw;
-  }
-  if (!zipped) {
-    std::filesystem::resize_file(path, static_cast<std::uintmax_t>(keep));
-    return result;
-  }
-  const std::string part = path + ".part";
-  Sink sink(part, Sink::How::kBeside, true);
-  if (!sink.is_open() || !sink.write(kept) || !sink.flush()) throw LogError(part + ": cannot be written");
-  std::filesystem::rename(part, path);
-  return result;
-}
-
-}  // namespace
-
-std::string piece_path(const std::string& path, std::int64_t piece) {
-  char number[32];
-  std::snprintf(number, sizeof number, ".%06lld", static_cast<long long>(piece));
-  return path + number;
-}
 
 struct RunLogWriter::File {
   File(const std::string& name, const ControllerConfig& c)
       : path(name), config(c), first_config(to_json(c)), last_config(first_config) {}
 
   void open(bool append) {
-    sink = std::make_unique<Sink>(path, append ? Sink::How::kAppend : Sink::How::kAnew, is_zipped(path));
+    sink = std::make_unique<LogSink>(path, append ? LogSink::How::kAppend : LogSink::How::kAnew,
+                                     is_zipped(path));
     if (!sink->is_open()) give_up(std::strerror(errno ? errno : ENOMEM));
   }
 
@@ -303,7 +82,7 @@ struct RunLogWriter::File {
   void rotate() {
     const std::string full = piece_path(path, piece++), part = path + ".part";
     std::error_code failed, ignored;
-    sink = std::make_unique<Sink>(part, Sink::How::kBeside, is_zipped(path));
+    sink = std::make_unique<LogSink>(part, LogSink::How::kBeside, is_zipped(path));
     if (!sink->is_open()) return give_up(std::strerror(errno ? errno : ENOMEM));
     begin(header());
     if (good && !sink->flush()) give_up(std::strerror(errno ? errno : EIO));
@@ -325,7 +104,7 @@ struct RunLogWriter::File {
   void resume(std::int64_t step) {
     try {
       piece = piece_of(path);
-      Kept kept = keep_before(path, step);
+      KeptLog kept = keep_before(path, step);
       while (rotates() && kept.bytes == kept.header && piece > 1 &&
              std::filesystem::exists(piece_path(path, piece - 1))) {
         --piece;
@@ -346,12 +125,12 @@ struct RunLogWriter::File {
 
   std::string path;
   ControllerConfig config;
-  std::unique_ptr<Sink> sink;
+  std::unique_ptr<LogSink> sink;
   bool good = true;
   bool resuming = false;
   std::string first_config, last_config;  // in the header, and the one that holds as far as the log says
   std::size_t next_entry = 0;             // of the config's timeline
-  Json json;
+  JsonWriter json;
   std::optional<std::int64_t> shift;
   std::int64_t piece = 1;
   std::int64_t written = 0, header_size = 0;                 // bytes of this piece before compression
@@ -385,7 +164,7 @@ RunLogWriter::RunLogWriter(const std::string& path, const ControllerConfig& conf
 
 RunLogWriter::RunLogWriter(std::function<void(std::string_view)> out, const ControllerConfig& config)
     : file_(std::make_unique<File>("-", config)) {
-  file_->sink = std::make_unique<Sink>(std::move(out));
+  file_->sink = std::make_unique<LogSink>(std::move(out));
   file_->begin(file_->header());
 }
 

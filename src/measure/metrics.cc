@@ -376,12 +376,14 @@ double Measurer::gini(std::span<const std::int64_t> counts, std::int64_t min, st
 }
 
 // With counts ascending, Σ_ij |c_i - c_j| = 2 Σ_r (2r - N + 1) c_(r), r = 0…N-1. Ranks come from a radix sort, least
-// significant digit first, of c - min; the last pass moves nothing, because the sum needs only each expert's rank.
+// significant digit first, of c - min; the last pass moves nothing, because the sum needs only each expert's rank. A pass
+// reads all values of its digit as well as all counts, so a digit has no more values than twice the experts.
 double Measurer::gini_by_rank(std::span<const std::int64_t> counts, std::int64_t min, std::int64_t max,
                               std::int64_t sum) {
   const int bits = static_cast<int>(std::bit_width(static_cast<std::uint64_t>(max - min)));
   constexpr int kMaxDigit = 11;
-  const int passes = (bits + kMaxDigit - 1) / kMaxDigit;
+  const int widest = std::min(kMaxDigit, static_cast<int>(std::bit_width(counts.size())));
+  const int passes = (bits + widest - 1) / widest;
   const int digit = (bits + passes - 1) / passes;
   const std::uint64_t mask = (std::uint64_t{1} << digit) - 1;
   const auto n = static_cast<std::int64_t>(counts.size());

@@ -8,25 +8,11 @@
 #include <string>
 
 #include "base/fast_log.h"
-#include "base/printable.h"
 #include "measure/offence.h"
+#include "measure/stats_checks.h"
 
 namespace moectl {
 namespace {
-
-// Sums wrap around on overflow. A wrapped sum is negative, so valid() detects it, and addition stays associative.
-std::int64_t wrapping_add(std::int64_t a, std::int64_t b) {
-  return static_cast<std::int64_t>(static_cast<std::uint64_t>(a) + static_cast<std::uint64_t>(b));
-}
-
-std::int64_t wrapping_product(std::int64_t a, std::int64_t b) {
-  return static_cast<std::int64_t>(static_cast<std::uint64_t>(a) * static_cast<std::uint64_t>(b));
-}
-
-// Negative if the value is beyond ±2^62, where the two highest bits differ: on the way to an overflow, or back from one.
-std::int64_t beyond_half(std::int64_t value) {
-  return value ^ static_cast<std::int64_t>(static_cast<std::uint64_t>(value) << 1);
-}
 
 // Rounds to the nearest integer, ties to even, for |x| < 2^51, in the default rounding mode.
 std::int64_t round_to_even(double x) {
@@ -81,30 +67,12 @@ std::size_t array_offset(const StatsShape& shape, RoutingStats::Array which) {
   return offset;
 }
 
-void require_size(const char* name, std::size_t found, std::size_t expected) {
-  if (found != expected) {
-    throw std::invalid_argument(std::string(name) + ": " + std::to_string(found) + " elements: must be " +
-                                std::to_string(expected));
-  }
-}
-
-void check_domain(const StatsShape& shape, int domain) {
-  if (domain < 0 || domain >= shape.needs.domains) {
-    throw std::invalid_argument("domain: " + std::to_string(domain) + ": must be 0 to " +
-                                std::to_string(shape.needs.domains - 1));
-  }
-}
-
 // Interleaved histograms: neighbouring indices go to different ones, so that an increment need not wait for the one
 // before it to leave the store buffer. More than that gain nothing, and a few large ones must still fit into the
 // first-level cache.
 constexpr std::size_t kLanes = 4;
 constexpr std::size_t kMaxLaneSize = 1024;
 
-// The share of the gaps that count as near: many enough to count, near enough to tell the density at zero.
-constexpr double kNearShare = 0.2, kNearPrior = 64;
-
-constexpr std::int64_t kNotRouted = -1;      // an index that is no expert
 constexpr std::int64_t kWholeSequence = -1;  // an id
 
 std::size_t lane_size(int experts) {
@@ -537,43 +505,6 @@ bool RoutingStats::gather_margins(const RoutingBatch& batch) {
   return true;
 }
 
-// After gather_margins, which has found the scores good.
-void RoutingStats::gather_required(const RoutingBatch& batch) {
-  if (routed_under_.empty() || batch.biased_scores.empty() || delta_[kTokens] == 0) return;
-  const auto n = static_cast<std::size_t>(experts()), k = static_cast<std::size_t>(top_k());
-  const std::size_t tokens = batch.biased_scores.size() / n;
-  const auto required = [&](std::size_t t, std::size_t slots, std::size_t i) {
-    const auto cutoff = static_cast<double>(batch.top_values[t * (k + 1) + slots]);
-    return cutoff - (static_cast<double>(batch.biased_scores[t * n + i]) - routed_under_[i]);
-  };
-  if (shape_.needs.required_bins) {
-    const std::span<std::int64_t> words = delta(kRequiredBins);
-    for (std::size_t t = 0; t < tokens; ++t) {
-      const std::size_t slots = last_slot(batch, t);
-      if (slots == 0) continue;
-      for (std::size_t i = 0; i < n; ++i) {
-        const std::size_t bin = required_bin(required_range_, required(t, slots, i));
-        words[i * kRequiredWords + bin / 2] += bin % 2 == 0 ? 1 : std::int64_t{1} << 32;
-      }
-    }
-  }
-  if (!shape_.needs.required_local) return;
-  std::int64_t assignments = 0;
-  for (const std::int64_t count : delta(kCounts)) assignments += count;
-  const std::span<std::int64_t> sums = delta(kRequiredSum);
-  for (std::size_t i = 0; i < n; ++i) {
-    column_.clear();
-    for (std::size_t t = 0; t < tokens; ++t) {
-      if (const std::size_t slots = last_slot(batch, t); slots > 0) column_.push_back(required(t, slots, i));
-    }
-    const std::size_t rank = std::min(static_cast<std::size_t>(assignments) / n, column_.size() - 1);
-    const auto at = column_.begin() + static_cast<std::ptrdiff_t>(rank);
-    std::nth_element(column_.begin(), at, column_.end());
-    sums[i] = to_fixed(fits_fixed(*at) ? *at : routed_under_[i]);
-  }
-  delta_[kRequiredRecords] = 1;
-}
-
 bool RoutingStats::gather_probabilities(const RoutingBatch& batch) {
   if (!shape_.needs.probabilities || batch.probabilities.empty()) return true;
   const auto n = static_cast<std::size_t>(experts());
@@ -623,35 +554,6 @@ void RoutingStats::gather_router_losses(const RoutingBatch& batch) {
   gather(batch.z_loss, kZLossSum, kZLossRecords);
 }
 
-std::span<const RoutingStats::RecordedValue> RoutingStats::recorded_values() {
-  static constexpr RecordedValue kValues[] = {
-      {"balance_loss", kBalanceLossSum, kBalanceLossRecords},
-      {"z_loss", kZLossSum, kZLossRecords},
-      {"router_similarity", kRouterSimilaritySum, kRouterSimilarityRecords},
-      {"router_condition", kRouterConditionSum, kRouterConditionRecords},
-      {"expert_output_norm", kExpertOutputNormSum, kExpertOutputNormRecords},
-      {"gradient_ratio", kGradientRatioSum, kGradientRatioRecords},
-  };
-  return kValues;
-}
-
-bool RoutingStats::add_value(std::string_view name, double value) {
-  const auto values = recorded_values();
-  const auto it = std::ranges::find(values, name, &RecordedValue::name);
-  if (it == values.end())
-    throw std::invalid_argument("value: " + shown_briefly(name) + ": must be one of recorded_values()");
-  if (!(value >= 0)) return false;
-  std::fill(delta_.begin(), delta_.end(), 0);
-  delta_[static_cast<std::size_t>(it->sum)] = to_fixed(std::min(value, kFixedMax));
-  delta_[static_cast<std::size_t>(it->records)] = 1;
-  return commit();
-}
-
-std::optional<double> RoutingStats::mean_of(Scalar sum, Scalar records) const {
-  if (scalar(records) <= 0) return std::nullopt;
-  return from_fixed(scalar(sum)) / static_cast<double>(scalar(records));
-}
-
 bool RoutingStats::add_counts(std::span<const std::int64_t> counts, std::int64_t tokens,
                               std::optional<std::int64_t> choices_sq) {
   require_size("counts", counts.size(), static_cast<std::size_t>(experts()));
@@ -662,239 +564,6 @@ bool RoutingStats::add_counts(std::span<const std::int64_t> counts, std::int64_t
   delta_[kTokens] = tokens;
   delta_[kChoicesSq] = checked.choices_sq;
   return commit();
-}
-
-// ---- Optional per-expert inputs ----
-
-bool RoutingStats::add_observation(Array which, Scalar records, std::span<const double> values) {
-  const char* const name = which == kGradNormSum ? "grad_norms" : "latencies";
-  require_size(name, values.size(), static_cast<std::size_t>(experts()));
-  if (array_length(shape_, which) == 0) return true;
-  std::fill(delta_.begin(), delta_.end(), 0);
-  const std::span<std::int64_t> to = delta(which);
-  for (std::size_t i = 0; i < values.size(); ++i) {
-    if (!(values[i] >= 0 && values[i] <= kFixedMax))
-      return reject(offence_at(name, static_cast<std::int64_t>(i), values[i], "must be from 0 to 2^24"));
-    to[i] = to_fixed(values[i]);
-  }
-  delta_[static_cast<std::size_t>(records)] = 1;
-  return commit();
-}
-
-bool RoutingStats::add_grad_norms(std::span<const double> norms) {
-  return add_observation(kGradNormSum, kGradRecords, norms);
-}
-
-bool RoutingStats::add_latencies(std::span<const double> seconds) {
-  return add_observation(kLatencySum, kLatencyRecords, seconds);
-}
-
-bool RoutingStats::add_losses(Array sums, Array tokens, std::size_t at, std::span<const double> loss_sums,
-                              std::span<const std::int64_t> covered) {
-  require_size("loss_sums", loss_sums.size(), static_cast<std::size_t>(experts()));
-  require_size("tokens", covered.size(), static_cast<std::size_t>(experts()));
-  if (array_length(shape_, sums) == 0) return true;
-  std::fill(delta_.begin(), delta_.end(), 0);
-  const std::span<std::int64_t> to_sums = delta(sums).subspan(at), to_tokens = delta(tokens).subspan(at);
-  for (std::size_t i = 0; i < loss_sums.size(); ++i) {
-    const auto at_expert = static_cast<std::int64_t>(i);
-    if (!fits_fixed(loss_sums[i]))
-      return reject(
-          offence_at("loss_sums", at_expert, loss_sums[i], "must be a number of magnitude at most 2^24"));
-    if (covered[i] < 0) return reject(offence_at("tokens", at_expert, covered[i], "must be at least 0"));
-    to_sums[i] = to_fixed(loss_sums[i]);
-    to_tokens[i] = covered[i];
-  }
-  return commit();
-}
-
-bool RoutingStats::add_expert_losses(std::span<const double> loss_sums,
-                                     std::span<const std::int64_t> tokens) {
-  return add_losses(kExpertLossSum, kExpertLossTokens, 0, loss_sums, tokens);
-}
-
-bool RoutingStats::add_domain_losses(int domain, std::span<const double> loss_sums,
-                                     std::span<const std::int64_t> tokens) {
-  check_domain(shape_, domain);
-  return add_losses(kDomainLossSum, kDomainLossTokens,
-                    static_cast<std::size_t>(domain) * static_cast<std::size_t>(experts()), loss_sums,
-                    tokens);
-}
-
-bool RoutingStats::add_token_losses(const TokenLosses& batch) {
-  const std::size_t tokens = batch.losses.size(), k = static_cast<std::size_t>(top_k());
-  require_size("experts", batch.experts.size(), tokens * k);
-  if (!batch.mask.empty()) require_size("mask", batch.mask.size(), tokens);
-  if (!batch.domain_ids.empty()) require_size("domain_ids", batch.domain_ids.size(), tokens);
-  const auto n = static_cast<std::uint64_t>(experts());
-  const bool by_domain = !batch.domain_ids.empty() && !array(kDomainLossSum).empty();
-  if (!shape_.needs.losses && !by_domain) return true;
-  std::fill(delta_.begin(), delta_.end(), 0);
-  const std::span<std::int64_t> sums = delta(kExpertLossSum), covered = delta(kExpertLossTokens),
-                                domain_sums = delta(kDomainLossSum),
-                                domain_covered = delta(kDomainLossTokens);
-  std::int64_t signs = 0;
-  for (std::size_t t = 0; t < tokens; ++t) {
-    if (!batch.mask.empty() && batch.mask[t] == 0) continue;
-    const auto loss = static_cast<double>(batch.losses[t]);
-    if (!fits_fixed(loss)) return reject(first_offence(shape_, batch));
-    const std::int64_t term = to_fixed(loss), domain = by_domain ? batch.domain_ids[t] : 0;
-    if (domain < 0 || (by_domain && domain >= shape_.needs.domains))
-      return reject(first_offence(shape_, batch));
-    for (std::size_t j = 0; j < k; ++j) {
-      const auto expert = static_cast<std::uint64_t>(batch.experts[t * k + j]);
-      if (batch.experts[t * k + j] == kNotRouted) continue;
-      if (expert >= n) return reject(first_offence(shape_, batch));
-      if (shape_.needs.losses) {
-        sums[expert] = wrapping_add(sums[expert], term);
-        signs |= beyond_half(sums[expert]);
-        ++covered[expert];
-      }
-      if (by_domain) {
-        const std::size_t at = static_cast<std::size_t>(domain) * n + expert;
-        domain_sums[at] = wrapping_add(domain_sums[at], term);
-        signs |= beyond_half(domain_sums[at]);
-        ++domain_covered[at];
-      }
-    }
-  }
-  return commit(signs < 0 ? overflow_of("losses") : Offence{});
-}
-
-// ---- Reading ----
-
-double RoutingStats::mean_choices() const {
-  const std::int64_t k = top_k();
-  if (tokens() <= 0 || choices_sq() == wrapping_product(tokens(), k * k)) return static_cast<double>(k);
-  return std::min(static_cast<double>(k), static_cast<double>(assignments()) / static_cast<double>(tokens()));
-}
-
-std::optional<double> RoutingStats::mean_gap() const {
-  if (tokens() <= 0 || scalar(kGapTokens) != tokens()) return std::nullopt;
-  return from_fixed(scalar(kGapSum)) / static_cast<double>(tokens());
-}
-
-void RoutingStats::set_gap_width(double width) {
-  gap_width_ = fits_fixed(width) ? std::max<std::int64_t>(to_fixed(width), 0) : 0;
-}
-
-std::optional<double> RoutingStats::next_gap_width() const {
-  const std::optional<double> gap = mean_gap();
-  if (!gap) return std::nullopt;
-  // Exponential gaps again: the share F lies below -ln(1-F) mean gaps.
-  const double wanted = -std::log1p(-kNearShare);
-  if (scalar(kGapWidthSum) <= 0) return wanted * *gap;
-  std::int64_t total = 0;
-  for (const std::int64_t n : array(kGapNear)) total = wrapping_add(total, n);
-  // A few tokens say little, so they are counted together with some at the wanted share.
-  const double seen = static_cast<double>(tokens());
-  const double share = (static_cast<double>(total) + kNearShare * kNearPrior) / (seen + kNearPrior);
-  if (!(share > 0)) return std::nullopt;
-  const double ratio = share < 1 ? wanted / -std::log1p(-share) : 0.5;
-  return std::clamp(ratio, 0.5, 2.0) * from_fixed(scalar(kGapWidthSum)) / seen;
-}
-
-// The gap of a token is how far its k-th choice may fall before it is lost. So the tokens whose k-th choice is i and
-// whose gap is below a small width h, divided by h, tell how many of them a unit of bias moves. Within h the density
-// falls off: where gaps are exponential, as near any threshold, h counts the share F of them and the density at zero is
-// -ln(1-F)/F times the mean density up to h. A mean gap would be the simpler statistic, but far gaps rule it.
-bool RoutingStats::load_slope(std::span<double> out) const {
-  const std::int64_t tokens_seen = tokens();
-  if (tokens_seen <= 0 || scalar(kGapTokens) != tokens_seen || scalar(kGapWidthSum) <= 0) return false;
-  const std::span<const std::int64_t> near = array(kGapNear);
-  std::int64_t total = 0;
-  for (const std::int64_t n : near) total = wrapping_add(total, n);
-  if (total <= 0 || total >= tokens_seen) return false;
-  const double share = static_cast<double>(total) / static_cast<double>(tokens_seen);
-  const double at_zero = -std::log1p(-share) / share;
-  const double scale = at_zero * experts() / (mean_choices() * from_fixed(scalar(kGapWidthSum)));
-  for (std::size_t i = 0; i < out.size(); ++i) out[i] = scale * static_cast<double>(near[i]);
-  return true;
-}
-
-std::optional<double> RoutingStats::dropped() const {
-  if (tokens() <= 0 || scalar(kDropTokens) != tokens()) return std::nullopt;
-  return static_cast<double>(scalar(kDropped));
-}
-
-bool RoutingStats::has_sequences() const {
-  return shape_.needs.sequences && scalar(kSequences) > 0 && scalar(kSequenceTokens) == tokens();
-}
-
-bool RoutingStats::has_probabilities() const {
-  return shape_.needs.probabilities && tokens() > 0 && scalar(kProbTokens) == tokens();
-}
-
-bool RoutingStats::has_domains() const {
-  return shape_.needs.domains > 0 && tokens() > 0 && scalar(kDomainTokens) == tokens();
-}
-
-bool RoutingStats::has_margins() const {
-  return shape_.needs.margins && tokens() > 0 && scalar(kMarginTokens) == tokens();
-}
-
-bool RoutingStats::has_required_bins() const {
-  return shape_.needs.required_bins && tokens() > 0 && tokens() <= kMostRequiredTokens &&
-         scalar(kMarginTokens) == tokens();
-}
-
-bool RoutingStats::has_required_local() const {
-  return shape_.needs.required_local && tokens() > 0 && scalar(kMarginTokens) == tokens() &&
-         scalar(kRequiredRecords) > 0;
-}
-
-std::span<const std::int64_t, kRequiredWords> RoutingStats::required_bins(int expert) const {
-  if (!shape_.needs.required_bins || expert < 0 || expert >= experts()) {
-    throw std::invalid_argument("expert: " + std::to_string(expert) + ": must be 0 to " +
-                                std::to_string(experts() - 1) + " of stats that collect required_bins");
-  }
-  return array(kRequiredBins)
-      .subspan(static_cast<std::size_t>(expert) * kRequiredWords)
-      .first<kRequiredWords>();
-}
-
-double RoutingStats::required_local(int expert) const {
-  if (!shape_.needs.required_local || expert < 0 || expert >= experts()) {
-    throw std::invalid_argument("expert: " + std::to_string(expert) + ": must be 0 to " +
-                                std::to_string(experts() - 1) + " of stats that collect required_local");
-  }
-  return from_fixed(array(kRequiredSum)[static_cast<std::size_t>(expert)]) /
-         static_cast<double>(scalar(kRequiredRecords));
-}
-
-void RoutingStats::set_routed_under(std::span<const double> biases) {
-  require_size("biases", biases.size(), static_cast<std::size_t>(experts()));
-  if (routed_under_.empty()) return;
-  std::copy(biases.begin(), biases.end(), routed_under_.begin());
-  required_range_ = moectl::required_range(biases);
-}
-
-void RoutingStats::drop_required() {
-  if (routed_under_.empty()) return;
-  for (const Array which : {kRequiredBins, kRequiredSum}) std::ranges::fill(mutable_array(which), 0);
-  set_scalar(kMarginTokens, 0);
-  set_scalar(kRequiredRecords, 0);
-}
-
-std::span<const std::int64_t, kMarginBins> RoutingStats::margins(int expert) const {
-  if (!shape_.needs.margins || expert < 0 || expert >= experts()) {
-    throw std::invalid_argument("expert: " + std::to_string(expert) + ": must be 0 to " +
-                                std::to_string(experts() - 1) + " of stats that collect margins");
-  }
-  return array(kMargins).subspan(static_cast<std::size_t>(expert) * kMarginBins).first<kMarginBins>();
-}
-
-std::span<const std::int64_t> RoutingStats::domain_counts(int domain) const {
-  check_domain(shape_, domain);
-  const auto n = static_cast<std::size_t>(experts());
-  return array(kDomainCounts).subspan(static_cast<std::size_t>(domain) * n, n);
-}
-
-std::int64_t RoutingStats::domain_tokens(int domain) const {
-  std::int64_t sum = 0;
-  for (const std::int64_t count : domain_counts(domain)) sum = wrapping_add(sum, count);
-  if (choices_sq() == wrapping_product(tokens(), std::int64_t{top_k()} * top_k())) return sum / top_k();
-  return std::llrint(static_cast<double>(sum) / mean_choices());
 }
 
 }  // namespace moectl

@@ -5,6 +5,7 @@
 #include <numeric>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 namespace moectl {
 namespace {
@@ -16,6 +17,18 @@ Index at(int i) {
 
 [[noreturn]] void refuse(const char* name, int value, const std::string& constraint) {
   throw std::invalid_argument(std::string(name) + ": " + std::to_string(value) + ": must be " + constraint);
+}
+
+/// What makes a plan hierarchical, for the refusal of nodes that do not divide the groups.
+std::string fitting_groups(int experts, const PlacementOptions& o) {
+  std::string fitting;
+  for (int groups = o.nodes; groups <= experts; groups += o.nodes) {
+    if (experts % groups == 0) fitting += (fitting.empty() ? "" : ", ") + std::to_string(groups);
+  }
+  return "1 (a global plan) or divide the groups (" + std::to_string(o.groups) +
+         "), so that all copies of an expert are on one node; " +
+         (fitting.empty() ? "no number of groups fits " + std::to_string(experts) + " experts"
+                          : "groups that fit " + std::to_string(experts) + " experts: " + fitting);
 }
 
 /// The options with their defaults filled in, checked.
@@ -33,27 +46,39 @@ PlacementOptions resolved(int experts, PlacementOptions o) {
   if (o.groups == 0) o.groups = experts;
   if (o.groups < 1 || experts % o.groups != 0)
     refuse("groups", o.groups, "at least 1 and divide the experts (" + std::to_string(experts) + ")");
-  // EPLB's global policy.
-  if (o.groups % o.nodes != 0) o.nodes = 1;
+  if (o.groups % o.nodes != 0) refuse("nodes", o.nodes, fitting_groups(experts, o));
   if (o.nodes == 1) o.groups = 1;
-  if (o.max_moves >= 0 && o.nodes > 1) refuse("max_moves", o.max_moves, "-1 where there are several nodes");
+  if (o.max_moves >= 0 && o.nodes > 1) {
+    refuse("max_moves", o.max_moves,
+           "left out where there are several nodes (" + std::to_string(o.nodes) +
+               "): moves are limited in global plans alone");
+  }
+  if (!o.repeats && o.slots / o.devices > experts / o.nodes) {
+    refuse("slots", o.slots,
+           "at most " + std::to_string(o.devices * (experts / o.nodes)) +
+               " where no device may hold an expert twice: " + std::to_string(o.devices) + " devices, " +
+               std::to_string(experts / o.nodes) + " experts on a node");
+  }
   return o;
 }
 
+using Devices = std::vector<std::vector<int>>;  // the items (copies) on each device
+
 /// Fills packs of equal size, the heaviest item first, each into the lightest pack with room. Writes the items of pack p
-/// in the order in which they came. `same`: items with one number, such as copies of one expert, avoid each other's pack.
-void pack(std::span<const double> weights, int packs, std::span<const int> same,
-          std::vector<std::vector<int>>& out) {
+/// in the order in which they came. `same`: items with one number, such as copies of one expert, avoid each other's pack. True if that
+/// made a difference.
+bool pack(std::span<const double> weights, int packs, std::span<const int> same, Devices& out) {
   const Index n = weights.size(), room = n / at(packs);
   out.assign(at(packs), {});
   if (room == 1 && same.empty()) {  // as EPLB: item i to pack i
     for (Index i = 0; i < n; ++i) out[i].push_back(static_cast<int>(i));
-    return;
+    return false;
   }
   std::vector<int> order(n);
   std::iota(order.begin(), order.end(), 0);
   std::ranges::stable_sort(order, [&](int a, int b) { return weights[at(a)] > weights[at(b)]; });
   std::vector<double> sums(at(packs), 0.0);
+  bool avoided = false;
   for (const int item : order) {
     int best = -1, lightest = -1;
     for (int p = 0; p < packs; ++p) {
@@ -64,18 +89,21 @@ void pack(std::span<const double> weights, int packs, std::span<const int> same,
       if (std::ranges::none_of(items, [&](int other) { return same[at(other)] == same[at(item)]; })) best = p;
     }
     if (best < 0) best = lightest;
+    avoided = avoided || best != lightest;
     out[at(best)].push_back(item);
     sums[at(best)] += weights[at(item)];
   }
+  return avoided;
 }
 
 bool holds(const std::vector<int>& items, int of, std::span<const int> expert) {
   return std::ranges::any_of(items, [&](int other) { return expert[at(other)] == of; });
 }
 
-/// The last copies may have found no other room: exchanges a second copy on a device for the closest load elsewhere.
-void separate(std::span<const double> weights, std::vector<std::vector<int>>& devices,
-              std::span<const int> expert) {
+/// The last copies may have found no other room: exchanges a second copy on a device for the closest load elsewhere. False if
+/// some device still has two copies.
+bool separate(std::span<const double> weights, Devices& devices, std::span<const int> expert) {
+  bool apart = true;
   for (auto& items : devices) {
     for (Index a = 1; a < items.size(); ++a) {
       const int same = expert[at(items[a])];
@@ -95,13 +123,26 @@ void separate(std::span<const double> weights, std::vector<std::vector<int>>& de
         }
       }
       if (best) std::swap(items[a], *best);
+      apart = apart && best;
     }
   }
+  return apart;
+}
+
+/// Deals the copies in turn, those of one expert one after the other: on different devices, however tight the room.
+void deal(std::span<const double> weights, Devices& devices, std::span<const int> expert) {
+  std::vector<int> order(weights.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::ranges::sort(order, [&](int a, int b) {
+    return std::tuple(-weights[at(a)], expert[at(a)], a) < std::tuple(-weights[at(b)], expert[at(b)], b);
+  });
+  for (auto& items : devices) items.clear();
+  for (Index i = 0; i < order.size(); ++i) devices[i % devices.size()].push_back(order[i]);
 }
 
 /// Exchanges copies between the device with the largest load and others while that lowers its load, at most kRounds times.
-void exchange(std::span<const double> weights, std::vector<std::vector<int>>& devices,
-              std::span<const int> expert) {
+/// `repeats`: a device may get a second copy of an expert.
+void exchange(std::span<const double> weights, Devices& devices, std::span<const int> expert, bool repeats) {
   constexpr int kRounds = 12;
   std::vector<double> sums(devices.size(), 0.0);
   for (Index d = 0; d < devices.size(); ++d) {
@@ -119,8 +160,8 @@ void exchange(std::span<const double> weights, std::vector<std::vector<int>>& de
           const double less = wa - weights[at(devices[d][b])];
           const double larger = std::max(sums[h] - less, sums[d] + less);
           if (larger >= best) continue;
-          if (holds(devices[d], expert[at(devices[h][a])], expert) ||
-              holds(devices[h], expert[at(devices[d][b])], expert)) {
+          if (!repeats && (holds(devices[d], expert[at(devices[h][a])], expert) ||
+                           holds(devices[h], expert[at(devices[d][b])], expert))) {
             continue;
           }
           best = larger;
@@ -141,16 +182,28 @@ void exchange(std::span<const double> weights, std::vector<std::vector<int>>& de
 /// Exchanges copies while that lowers the sum over rows of the largest device load. `rows`: of item i in row r, at i · R + r.
 class SampleExchange {
  public:
-  SampleExchange(std::vector<double> rows, Index samples, std::vector<std::vector<int>>& devices,
-                 std::span<const int> expert)
+  SampleExchange(std::vector<double> rows, Index samples, Devices& devices, std::span<const int> expert,
+                 bool repeats)
       : rows_(std::move(rows)),
         samples_(samples),
         devices_(devices),
         expert_(expert),
+        repeats_(repeats),
         loads_(devices.size() * samples, 0.0) {
     for (Index d = 0; d < devices.size(); ++d) {
       for (const int item : devices[d]) add(d, item, 1);
     }
+  }
+
+  /// Sum over rows of the largest device load.
+  double largest() const {
+    double sum = 0;
+    for (Index r = 0; r < samples_; ++r) {
+      double most = 0;
+      for (Index d = 0; d < devices_.size(); ++d) most = std::max(most, loads_[d * samples_ + r]);
+      sum += most;
+    }
+    return sum;
   }
 
   void run() {
@@ -201,10 +254,10 @@ class SampleExchange {
       }
       const double *of_h = loads_.data() + h * samples_, *of_d = loads_.data() + d * samples_;
       for (Index a = 0; a < devices_[h].size(); ++a) {
-        if (holds(devices_[d], expert_[at(devices_[h][a])], expert_)) continue;
+        if (!repeats_ && holds(devices_[d], expert_[at(devices_[h][a])], expert_)) continue;
         const double* from = row(devices_[h][a]);
         for (Index b = 0; b < devices_[d].size(); ++b) {
-          if (holds(devices_[h], expert_[at(devices_[d][b])], expert_)) continue;
+          if (!repeats_ && holds(devices_[h], expert_[at(devices_[d][b])], expert_)) continue;
           const double* to = row(devices_[d][b]);
           double sum = 0;
           for (Index r = 0; r < samples_ && sum < best; ++r) {
@@ -231,17 +284,178 @@ class SampleExchange {
 
   std::vector<double> rows_;
   Index samples_;
-  std::vector<std::vector<int>>& devices_;
+  Devices& devices_;
   std::span<const int> expert_;
+  bool repeats_;
   std::vector<double> loads_;  // [devices × samples]
 };
+
+/// Copies of the experts of a node, and the devices on which they are.
+struct Layout {
+  std::vector<int> expert_of_copy;
+  std::vector<double> weights;  // load of each copy
+  Devices devices;
+
+  double largest() const {
+    double most = 0;
+    for (const auto& items : devices) {
+      double sum = 0;
+      for (const int item : items) sum += weights[at(item)];
+      most = std::max(most, sum);
+    }
+    return most;
+  }
+};
+
+/// Fills the slots: one more copy at a time goes to the expert with the largest load per copy, of equal ones to the first. No expert
+/// gets more than `most`. True if that limit changed the result.
+bool replicate(std::span<const double> loads, Index slots, int most, Layout& layout) {
+  bool limited = false;
+  std::vector<int> copies(loads.size(), 1);
+  layout.expert_of_copy.resize(loads.size());
+  std::iota(layout.expert_of_copy.begin(), layout.expert_of_copy.end(), 0);
+  std::vector<std::pair<double, int>> heap;
+  for (Index i = 0; i < loads.size(); ++i) heap.emplace_back(loads[i], -static_cast<int>(i));
+  std::ranges::make_heap(heap);
+  while (layout.expert_of_copy.size() < slots) {
+    std::ranges::pop_heap(heap);
+    const int i = -heap.back().second;
+    if (copies[at(i)] == most) {
+      limited = true;
+      heap.pop_back();
+      continue;
+    }
+    ++copies[at(i)];
+    layout.expert_of_copy.push_back(i);
+    heap.back().first = loads[at(i)] / copies[at(i)];
+    std::ranges::push_heap(heap);
+  }
+  layout.weights.clear();
+  for (const int i : layout.expert_of_copy) layout.weights.push_back(loads[at(i)] / copies[at(i)]);
+  return limited;
+}
+
+/// The samples of one expert over their mean, 1 where it has none.
+void append_shares(std::span<const double> samples, Index experts, Index e, std::vector<double>& shares) {
+  double sum = 0;
+  for (Index i = e; i < samples.size(); i += experts) sum += samples[i];
+  const auto rows = static_cast<double>(samples.size() / experts);
+  for (Index i = e; i < samples.size(); i += experts) shares.push_back(sum > 0 ? samples[i] * rows / sum : 1);
+}
+
+/// Steps 2 and 3 for one node. `shares`: by expert, the samples over their mean [N × rows].
+Layout plan_node(std::span<const double> loads, std::span<const double> shares, const PlacementOptions& o) {
+  const int devices = o.devices / o.nodes, slots = o.slots / o.nodes;
+  Layout eplb;
+  if (!o.refine || devices == 1) {
+    replicate(loads, at(slots), slots, eplb);
+    pack(eplb.weights, devices, {}, eplb.devices);
+    return eplb;
+  }
+  const Index rows = shares.size() / loads.size();
+  const auto exchange_samples = [&](Layout& layout, bool repeats) {
+    std::vector<double> of_items;
+    of_items.reserve(layout.weights.size() * rows);
+    for (Index item = 0; item < layout.weights.size(); ++item) {
+      for (const double share : shares.subspan(at(layout.expert_of_copy[item]) * rows, rows))
+        of_items.push_back(layout.weights[item] * share);
+    }
+    return SampleExchange(std::move(of_items), rows, layout.devices, layout.expert_of_copy, repeats);
+  };
+  // Every copy on another device.
+  Layout apart;
+  const bool fits = at(slots / devices) <= loads.size();
+  const bool limited = replicate(loads, at(slots), fits ? devices : slots, apart);
+  const bool avoided = pack(apart.weights, devices, apart.expert_of_copy, apart.devices);
+  if (!separate(apart.weights, apart.devices, apart.expert_of_copy) && fits)
+    deal(apart.weights, apart.devices, apart.expert_of_copy);
+  exchange(apart.weights, apart.devices, apart.expert_of_copy, false);
+  double value = apart.largest();
+  if (rows > 0) {
+    SampleExchange search = exchange_samples(apart, false);
+    search.run();
+    value = search.largest();
+  }
+  // EPLB's rules, where they are more even. Without samples they are not, if they led to the same packs: exchanges only help.
+  if (!o.repeats || (rows == 0 && !limited && !avoided)) return apart;
+  if (limited) {
+    replicate(loads, at(slots), slots, eplb);
+  } else {
+    eplb.expert_of_copy = apart.expert_of_copy;
+    eplb.weights = apart.weights;
+  }
+  pack(eplb.weights, devices, {}, eplb.devices);
+  if (rows > 0) {
+    SampleExchange search = exchange_samples(eplb, true);
+    if (search.largest() >= value * (1 - 1e-9)) return apart;
+    search.run();
+  } else {
+    if (eplb.largest() >= value * (1 - 1e-9)) return apart;
+    exchange(eplb.weights, eplb.devices, eplb.expert_of_copy, true);
+  }
+  return eplb;
+}
+
+/// The free slots of single_placement get an expert that their device lacks: again and again the expert and the device that leave
+/// the smallest largest load. Each is a move.
+void fill_free_slots(std::span<const double> loads, const PlacementOptions& o, Placement& plan) {
+  const Index n = loads.size(), devices = at(o.devices), room = plan.experts.size() / devices,
+              own = n / devices;
+  if (n % devices != 0 || room == own) return;
+  if (const int free = o.slots - static_cast<int>(n); o.max_moves < free) {
+    refuse("max_moves", o.max_moves,
+           "at least " + std::to_string(free) +
+               ", the slots beyond one copy of each expert, where no device may hold an expert twice");
+  }
+  std::vector<int> copies(n, 1);
+  std::vector<bool> held(n * devices, false);
+  for (Index e = 0; e < n; ++e) held[e * devices + e / own] = true;
+  std::vector<Index> used(devices, own);
+  std::vector<double> sums(devices, 0.0);
+  for (Index e = 0; e < n; ++e) sums[e / own] += loads[e];
+  // Load of device d after expert e gets a copy on device `to`.
+  const auto after = [&](Index d, Index e, Index to) {
+    const double before = loads[e] / copies[e], each = loads[e] / (copies[e] + 1);
+    return sums[d] + (d == to ? each : held[e * devices + d] ? each - before : 0);
+  };
+  for (Index filled = n; filled < plan.experts.size(); ++filled) {
+    double best = HUGE_VAL;
+    Index best_e = 0, best_to = 0;
+    for (Index to = 0; to < devices; ++to) {
+      for (Index e = 0; used[to] < room && e < n; ++e) {
+        if (held[e * devices + to]) continue;
+        // The largest load, and a little of the squares, as below.
+        double largest = 0, squares = 0;
+        for (Index d = 0; d < devices; ++d) {
+          const double load = after(d, e, to);
+          largest = std::max(largest, load);
+          squares += load * load;
+        }
+        const double cost = largest + 1e-3 * std::sqrt(squares);
+        if (cost >= best) continue;
+        best = cost;
+        best_e = e;
+        best_to = to;
+      }
+    }
+    std::vector<double> now(devices);
+    for (Index d = 0; d < devices; ++d) now[d] = after(d, best_e, best_to);
+    sums = std::move(now);
+    ++copies[best_e];
+    held[best_e * devices + best_to] = true;
+    plan.experts[best_to * room + used[best_to]++] = static_cast<int>(best_e);
+  }
+}
 
 /// From the placement of single copies, the best single move or exchange again and again, as long as moves are left.
 Placement plan_few_moves(std::span<const double> loads, const PlacementOptions& o) {
   Placement plan = single_placement(static_cast<int>(loads.size()), o);
+  const Placement start = plan;
   const Index room = plan.experts.size() / at(o.devices);
-  // Free slots hold the lightest expert of their device: a heavy one may get copies elsewhere, and should share among few.
-  if (loads.size() % at(o.devices) == 0) {
+  if (!o.repeats) {
+    fill_free_slots(loads, o, plan);
+  } else if (loads.size() % at(o.devices) == 0) {
+    // Free slots hold the lightest expert of their device: a heavy one may get copies elsewhere, and should share among few.
     for (Index d = 0; d < at(o.devices); ++d) {
       const auto own = plan.experts.begin() + static_cast<std::ptrdiff_t>(d * room);
       const auto free = own + static_cast<std::ptrdiff_t>(loads.size() / at(o.devices));
@@ -267,7 +481,6 @@ Placement plan_few_moves(std::span<const double> loads, const PlacementOptions& 
     }
     return largest + 1e-3 * std::sqrt(squares);
   };
-  const Placement start = plan;
   const auto largest_now = [&] { return std::ranges::max(device_loads(plan, loads)); };
   double now = cost(), largest = largest_now();
   for (;;) {
@@ -339,64 +552,28 @@ Placement plan_placement(std::span<const double> loads, const PlacementOptions& 
   }
   if (o.max_moves >= 0) return plan_few_moves(loads, o);
   // 1. Groups to nodes.
-  const int group_size = n / o.groups, node_experts = n / o.nodes, node_slots = o.slots / o.nodes;
-  std::vector<double> group_loads(at(o.groups), 0.0);
+  const int group_size = n / o.groups;
+  std::vector<double> group_loads(at(o.groups), 0.0), node_loads;
   for (int e = 0; e < n; ++e) group_loads[at(e / group_size)] += loads[at(e)];
-  std::vector<std::vector<int>> groups_of_node, items_of_device;
+  Devices groups_of_node;
   pack(group_loads, o.nodes, {}, groups_of_node);
   Placement placement{o.devices, {}};
   placement.experts.reserve(at(o.slots));
-  std::vector<int> local, copies, expert_of_copy;
-  std::vector<double> weights;
-  std::vector<std::pair<double, int>> heap;
+  std::vector<int> local;
   for (const auto& groups : groups_of_node) {
     local.clear();
+    node_loads.clear();
     for (const int g : groups) {
-      for (int e = g * group_size; e < (g + 1) * group_size; ++e) local.push_back(e);
-    }
-    // 2. Copies. The heap's top has the largest load per copy; of equal ones the first.
-    copies.assign(at(node_experts), 1);
-    expert_of_copy.resize(at(node_experts));
-    std::iota(expert_of_copy.begin(), expert_of_copy.end(), 0);
-    heap.clear();
-    for (int i = 0; i < node_experts; ++i) heap.emplace_back(loads[at(local[at(i)])], -i);
-    std::ranges::make_heap(heap);
-    for (int s = node_experts; s < node_slots; ++s) {
-      std::ranges::pop_heap(heap);
-      const int i = -heap.back().second;
-      ++copies[at(i)];
-      expert_of_copy.push_back(i);
-      heap.back().first = loads[at(local[at(i)])] / copies[at(i)];
-      std::ranges::push_heap(heap);
-    }
-    // 3. Copies to devices.
-    weights.clear();
-    for (const int i : expert_of_copy) weights.push_back(loads[at(local[at(i)])] / copies[at(i)]);
-    const int node_devices = o.devices / o.nodes;
-    const bool refine = o.refine && node_devices > 1;
-    pack(weights, node_devices, refine ? std::span<const int>(expert_of_copy) : std::span<const int>(),
-         items_of_device);
-    if (refine) {
-      separate(weights, items_of_device, expert_of_copy);
-      exchange(weights, items_of_device, expert_of_copy);
-    }
-    if (refine && !samples.empty()) {
-      const Index rows = samples.size() / loads.size();
-      std::vector<double> of_items;
-      of_items.reserve(expert_of_copy.size() * rows);
-      for (Index item = 0; item < expert_of_copy.size(); ++item) {
-        const Index e = at(local[at(expert_of_copy[item])]);
-        double sum = 0;
-        for (Index r = 0; r < rows; ++r) sum += samples[r * loads.size() + e];
-        for (Index r = 0; r < rows; ++r) {
-          const double share = sum > 0 ? samples[r * loads.size() + e] * static_cast<double>(rows) / sum : 1;
-          of_items.push_back(weights[item] * share);
-        }
+      for (int e = g * group_size; e < (g + 1) * group_size; ++e) {
+        local.push_back(e);
+        node_loads.push_back(loads[at(e)]);
       }
-      SampleExchange(std::move(of_items), rows, items_of_device, expert_of_copy).run();
     }
-    for (const auto& items : items_of_device) {
-      for (const int item : items) placement.experts.push_back(local[at(expert_of_copy[at(item)])]);
+    std::vector<double> shares;
+    for (const int e : local) append_shares(samples, loads.size(), at(e), shares);
+    const Layout layout = plan_node(node_loads, shares, o);
+    for (const auto& items : layout.devices) {
+      for (const int item : items) placement.experts.push_back(local[at(layout.expert_of_copy[at(item)])]);
     }
   }
   return placement;

@@ -183,6 +183,7 @@ void add_extremes(const Totals& all, std::size_t most, Families& out) {
       order.clear();
       for (std::size_t i = 0; i < state.loads.size(); ++i) order.emplace_back(state.loads[i], i);
       const std::size_t shown = std::min(most, order.size());
+      // cppcheck-suppress containerOutOfBounds ; shown is at most the size
       const auto middle = order.begin() + static_cast<std::ptrdiff_t>(shown);
       for (const char* const end : {"most", "least"}) {
         // Of equal loads, the lower number first.

@@ -7,6 +7,7 @@
 
 #include "moectl/config.h"
 #include "moectl/controller.h"
+#include "simulation/simulation_options.h"
 
 namespace moectl {
 namespace {
@@ -37,11 +38,7 @@ constexpr Knob kMixture{&SimulationOptions::mixture_spread, 0, 2, &TraceMoments:
 
 TraceMoments simulated_moments(const SimulationOptions& options, bool balanced) {
   ControllerConfig config;
-  config.model = {.layers = options.layers,
-                  .experts = options.experts,
-                  .top_k = options.top_k,
-                  .tokens_per_step = options.tokens,
-                  .score_space = options.score_space};
+  config.model = simulated::model_of(options);
   config.collect = {.gap = true, .sequences = options.sequence_length > 0, .probabilities = true};
   if (balanced) config.expert_bias.policy = "adaptive_bias";
   MomentSums sums;

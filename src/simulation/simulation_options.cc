@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "base/fields.h"
+#include "base/names.h"
 #include "moectl/load_targets.h"
 #include "moectl/simulation.h"
 #include "simulation/simulation_options.h"
@@ -92,14 +93,9 @@ void check_router(const SimulationOptions& o, Checks& checks) {
                  "must be from 0 to below 0.02");
 }
 
-// The value of an enumeration that has this name.
-template <typename T, std::size_t size>
-std::optional<T> named(std::string_view name, const T (&values)[size]) {
-  for (const T value : values) {
-    if (name == name_of(value)) return value;
-  }
-  return std::nullopt;
-}
+constexpr Names<SimulatedGate, 2> kGates{{"softmax", "sigmoid"}};
+constexpr Names<Scenario, 7> kScenarios{{"steady", "shift", "collapse", "dead", "drift", "delay", "noise"}};
+constexpr Names<CollapseKind, 4> kCollapses{{"runaway", "cold_start", "dead_third", "poisoned_bias"}};
 
 }  // namespace
 
@@ -119,51 +115,32 @@ void simulated::check(const SimulationOptions& options) {
   [[maybe_unused]] const LoadTargets checks_the_targets(options.experts, options.targets);
 }
 
+ModelConfig simulated::model_of(const SimulationOptions& options) {
+  return {.layers = options.layers,
+          .experts = options.experts,
+          .top_k = options.top_k,
+          .tokens_per_step = options.tokens,
+          .score_space = options.score_space,
+          .delay = options.delay};
+}
+
 std::string_view name_of(SimulatedGate gate) {
-  return gate == SimulatedGate::kSoftmax ? "softmax" : "sigmoid";
+  return kGates[gate];
 }
 std::string_view name_of(Scenario scenario) {
-  switch (scenario) {
-    case Scenario::kSteady:
-      return "steady";
-    case Scenario::kShift:
-      return "shift";
-    case Scenario::kCollapse:
-      return "collapse";
-    case Scenario::kDead:
-      return "dead";
-    case Scenario::kDrift:
-      return "drift";
-    case Scenario::kDelay:
-      return "delay";
-    case Scenario::kNoise:
-      return "noise";
-  }
-  return "";
+  return kScenarios[scenario];
 }
 std::string_view name_of(CollapseKind kind) {
-  switch (kind) {
-    case CollapseKind::kRunaway:
-      return "runaway";
-    case CollapseKind::kColdStart:
-      return "cold_start";
-    case CollapseKind::kDeadThird:
-      return "dead_third";
-    case CollapseKind::kPoisonedBias:
-      return "poisoned_bias";
-  }
-  return "";
+  return kCollapses[kind];
 }
 std::optional<SimulatedGate> gate_of(std::string_view name) {
-  return named(name, {SimulatedGate::kSoftmax, SimulatedGate::kSigmoid});
+  return kGates.find(name);
 }
 std::optional<Scenario> scenario_of(std::string_view name) {
-  return named(name, {Scenario::kSteady, Scenario::kShift, Scenario::kCollapse, Scenario::kDead,
-                      Scenario::kDrift, Scenario::kDelay, Scenario::kNoise});
+  return kScenarios.find(name);
 }
 std::optional<CollapseKind> collapse_of(std::string_view name) {
-  return named(name, {CollapseKind::kRunaway, CollapseKind::kColdStart, CollapseKind::kDeadThird,
-                      CollapseKind::kPoisonedBias});
+  return kCollapses.find(name);
 }
 
 }  // namespace moectl

@@ -3,6 +3,7 @@
 #include <optional>
 #include <string>
 
+#include "moectl/config.h"
 #include "moectl/simulation.h"
 
 namespace moectl::simulated {
@@ -14,5 +15,7 @@ struct Fault {
 std::optional<Fault> find_fault(const SimulationOptions& options);
 /// Throws std::invalid_argument: "SimulationOptions: name = value: constraint".
 void check(const SimulationOptions& options);
+/// What a config must say of the simulated model.
+ModelConfig model_of(const SimulationOptions& options);
 
 }  // namespace moectl::simulated

@@ -1,5 +1,4 @@
 #include "watch/health.h"
-#include "base/format.h"
 
 #include <algorithm>
 #include <cmath>
@@ -7,6 +6,8 @@
 #include <stdexcept>
 #include <utility>
 
+#include "base/format.h"
+#include "base/names.h"
 #include "watch/watch_fields.h"
 
 namespace moectl {
@@ -69,18 +70,17 @@ OverFloor over_floor(const Metrics& metrics) {
   return {over(metrics.max_vio, floor.max_vio), over(metrics.load_cv, floor.cv), floor.sampling};
 }
 
+namespace {
+constexpr Names<Health, kHealthCount> kHealthNames{{"no_data", "healthy", "weak_specialization", "stagnant",
+                                                    "imbalanced", "oscillating", "collapsing", "collapsed"}};
+}  // namespace
+
 std::string_view name_of(Health health) {
-  constexpr std::string_view kNames[kHealthCount] = {"no_data",    "healthy",    "weak_specialization",
-                                                     "stagnant",   "imbalanced", "oscillating",
-                                                     "collapsing", "collapsed"};
-  return kNames[static_cast<std::size_t>(health)];
+  return kHealthNames[health];
 }
 
 std::optional<Health> health_of(std::string_view name) {
-  for (int h = 0; h < kHealthCount; ++h) {
-    if (name_of(static_cast<Health>(h)) == name) return static_cast<Health>(h);
-  }
-  return std::nullopt;
+  return kHealthNames.find(name);
 }
 
 std::string_view name_of(FailureMode mode) {

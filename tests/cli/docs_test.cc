@@ -9,6 +9,7 @@
 #include <map>
 #include <optional>
 #include <regex>
+#include <set>
 
 #include "moectl/health.h"
 #include "moectl/limits.h"
@@ -212,7 +213,7 @@ TEST(Docs, EveryMetricStandsOnItsPageWithItsUnitAndItsValueByHand) {
     }
     ++compared;
   }
-  EXPECT_EQ(static_cast<std::size_t>(compared), rows.size()) << "the page has a metric that is none";
+  EXPECT_EQ(static_cast<std::size_t>(compared), rows.size()) << "the page has a metric that does not exist";
   for (const ExpertField& field : expert_fields())
     EXPECT_THAT(text, HasSubstr('`' + std::string(field.name) + '`'));
   for (const DomainField& field : domain_fields())
@@ -244,6 +245,53 @@ TEST(Docs, TheArchitecturesTableIsInLayerOrder) {
     last = at;
   }
   EXPECT_EQ(folders, 12U);
+}
+
+/// Every test of the sources, as SUITE.NAME.
+std::set<std::string> tests_of_the_sources() {
+  const std::regex macro(R"(\bTEST(?:_F|_P)?\((\w+),\s*(\w+)\))");
+  std::set<std::string> found;
+  for (const auto& entry : fs::recursive_directory_iterator(kRoot / "tests")) {
+    if (entry.path().extension() != ".cc") continue;
+    const std::string text = TempDir::read(entry.path().string());
+    for (std::sregex_iterator it(text.begin(), text.end(), macro), end; it != end; ++it)
+      found.insert((*it)[1].str() + '.' + (*it)[2].str());
+  }
+  return found;
+}
+
+/// The tests that `text` names in code marks, as `Suite.Name`, `Suite.Begin…`, `Suite.*` or `Suite*`: what each begins with.
+std::vector<std::string> tests_named(const std::string& text) {
+  const std::regex name("`([A-Z]\\w+(?:\\.[A-Z]\\w+(?:\\*|…)?|\\.\\*|\\*))`");
+  std::vector<std::string> found;
+  for (std::sregex_iterator it(text.begin(), text.end(), name), end; it != end; ++it) {
+    const std::string whole = (*it)[1];
+    found.push_back(whole.substr(0, std::min(whole.find('*'), whole.find("…"))));
+  }
+  return found;
+}
+
+// A promise whose test was renamed or taken away must not go on naming it.
+TEST(Docs, EveryTestThatAPageNamesIsThere) {
+  const std::set<std::string> tests = tests_of_the_sources();
+  EXPECT_GT(tests.size(), 500U);
+  const auto exists = [&](const std::string& begin) {
+    const auto at = tests.lower_bound(begin);
+    return at != tests.end() && at->starts_with(begin);
+  };
+  EXPECT_THAT(tests_named("`Docs.Every…`, `Docs*`, `Docs.*`, `Docs.Xyz`, `docs.x`, `Docs`"),
+              ::testing::ElementsAre("Docs.Every", "Docs", "Docs.", "Docs.Xyz"));
+  EXPECT_TRUE(exists("Docs.Every"));
+  EXPECT_FALSE(exists("Docs.Xyz"));
+  for (const fs::path& from : pages()) {
+    for (const std::string& name : tests_named(TempDir::read(from.string())))
+      EXPECT_TRUE(exists(name)) << from << " names " << name;
+  }
+  EXPECT_GT(tests_named(page("docs/security.md")).size(), 20U);
+  const std::string security = page("docs/security.md");
+  const std::regex fuzzer("fuzzer `(\\w+)`");
+  for (std::sregex_iterator it(security.begin(), security.end(), fuzzer), end; it != end; ++it)
+    EXPECT_TRUE(fs::exists(kRoot / "fuzz" / ((*it)[1].str() + ".cc"))) << (*it)[1];
 }
 
 // ---- D7: figures of others that count otherwise, said where a user would be misled. ----

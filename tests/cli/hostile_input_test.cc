@@ -201,6 +201,21 @@ TEST(HostileInput, SizesAreCheckedBeforeMemoryIsTaken) {
   refused("import hf logits.npy -o out.jsonl --top-k 1 --mask huge.npy", "huge.npy: ends too early");
 }
 
+// Files with holes, which take no room on the disk: the length alone says that they are too long.
+TEST(HostileInput, AFileThatIsTooLongIsNotRead) {
+  const TempDir dir;
+  for (const auto& [begin, words] :
+       {std::pair{"moectlst", "must be at most 4294967296 bytes"},
+        std::pair{"[", "must be at most 268435456 bytes"},
+        std::pair{R"({"format":"moectl-biases",)", "must be at most 268435456 bytes"}}) {
+    dir.write("long", begin);
+    std::filesystem::resize_file(dir.path("long"), std::uintmax_t{5} << 30);
+    const ToolResult result = run_tool(dir, "biases long -o out.json", "", in_little_memory());
+    EXPECT_EQ(result.code, 1) << begin;
+    EXPECT_THAT(result.err, HasSubstr(words)) << begin;
+  }
+}
+
 TEST(HostileInput, AFileThatInflatesWithoutEndIsRefused) {
   const TempDir dir;
   write_gzip(dir.path("blank.gz"), std::string(1 << 20, ' '), 256);

@@ -1,6 +1,7 @@
 #include "moectl/config.h"
 #include "moectl/policy.h"
 #include "test_paths.h"
+#include "test_sums.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -154,15 +155,7 @@ collect: {gap: true, sequences: true, probabilities: true, gradients: true, loss
   EXPECT_FALSE(c.log.per_expert);
   EXPECT_EQ(c.log.rotate_mb, 1.5);
   EXPECT_EQ(c.log.keep, 3);
-  const StatsNeeds all{.gap = true,
-                       .sequences = true,
-                       .probabilities = true,
-                       .gradients = true,
-                       .losses = true,
-                       .domain_losses = true,
-                       .latencies = true,
-                       .margins = true,
-                       .domains = 2};
+  const StatsNeeds all = every_input();
   EXPECT_EQ(c.collect, all);
 }
 

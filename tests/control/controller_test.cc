@@ -15,6 +15,7 @@
 
 #include "allocation_counter.h"
 #include "test_policy.h"
+#include "test_sums.h"
 
 namespace moectl {
 namespace {
@@ -26,19 +27,7 @@ using Counts = std::vector<std::int64_t>;
 
 ControllerConfig small_config(const std::string& policy = "sign_bias", int layers = 2, int experts = 4,
                               int top_k = 1) {
-  ControllerConfig config;
-  config.model.layers = layers;
-  config.model.experts = experts;
-  config.model.top_k = top_k;
-  config.expert_bias.policy = policy;
-  config.expert_bias.limits = {.min = -16, .max = 16, .rate = 1, .center = true};
-  return config;
-}
-
-void record_counts(Controller& controller, int layer, const Counts& counts) {
-  const std::int64_t total = std::accumulate(counts.begin(), counts.end(), std::int64_t{0});
-  controller.record(
-      layer, [&](RoutingStats& sums) { sums.add_counts(counts, (total + sums.top_k() - 1) / sums.top_k()); });
+  return config_of_biases(policy, layers, experts, top_k);
 }
 
 void record_all(Controller& controller, const Counts& counts) {
@@ -205,7 +194,10 @@ TEST(Controller, OffRecordsAndDecidesNothing) {
   int logged = 0;
   controller.set_log([&](const StepReport&) { ++logged; });
   record_all(controller, {4, 0, 0, 0});
-  EXPECT_TRUE(controller.step().layers.empty());
+  const StepReport& report = controller.step({.loss = 2.5, .gradient_norm = 1e300});
+  EXPECT_TRUE(report.layers.empty());
+  EXPECT_EQ(report.info.loss, 2.5);
+  EXPECT_EQ(report.info.gradient_norm, std::nullopt);  // no norm is as large
   EXPECT_THAT(controller.bias(0), Each(0.0));
   EXPECT_EQ(controller.aux_loss_weight(0), 0.01);
   EXPECT_EQ(logged, 0);
@@ -225,6 +217,7 @@ TEST(Controller, LogsEverySoManySteps) {
 // A policy that keeps what it saw, to look at the views.
 struct Seen {
   std::vector<double> mean_load, worst_load, worst_entropy, least_load;
+  Metrics worst;
   std::vector<int> layers;
   std::vector<std::int64_t> next_mixture;
 };
@@ -237,6 +230,7 @@ PolicyRegistry spying(Seen& seen) {
       seen_.worst_load.push_back(view.worst.max_load.value_or(-1));
       seen_.worst_entropy.push_back(view.worst.entropy_normalized.value_or(-1));
       seen_.least_load.push_back(view.worst.min_load.value_or(-1));
+      seen_.worst = view.worst;
       seen_.layers.push_back(view.layer);
       seen_.next_mixture.assign(view.info.next_mixture.begin(), view.info.next_mixture.end());
       value[0] *= 2;
@@ -278,6 +272,62 @@ TEST(Controller, ModelScopeSeesMeanAndWorstAndMovesAllLayers) {
   EXPECT_TRUE(report.layers[0].actuators[1].applied.empty());
   ASSERT_EQ(report.model[1].applied.size(), 1U);
   EXPECT_TRUE(report.model[0].applied.empty());
+}
+
+// Of every metric that tells of balance, whichever way it points.
+TEST(Controller, TheWorstOfTheLayersIsTheUnevenOne) {
+  for (const int uneven : {0, 1}) {
+    Seen seen;
+    const PolicyRegistry registry = spying(seen);
+    Controller controller(spy_config(), registry);
+    record_counts(controller, uneven, {13, 2, 1, 0});
+    record_counts(controller, 1 - uneven, {5, 4, 4, 3});
+    const StepReport& report = controller.step();
+    const Metrics& of_uneven = *report.layers[static_cast<std::size_t>(uneven)].metrics;
+    const Metrics& of_even = *report.layers[static_cast<std::size_t>(1 - uneven)].metrics;
+    for (const char* name : {"entropy", "entropy_normalized", "effective_experts", "min_load",
+                             "minority_share", "balancedness", "max_load", "max_vio", "load_cv", "gini"}) {
+      const Metrics::Value Metrics::*value = nullptr;
+      for (const MetricField& field : metric_fields()) {
+        if (field.name == name) value = field.value;
+      }
+      ASSERT_TRUE(value) << name;
+      ASSERT_TRUE(of_uneven.*value) << name;
+      EXPECT_NE(of_uneven.*value, of_even.*value) << name;
+      EXPECT_EQ(seen.worst.*value, of_uneven.*value) << name;
+    }
+  }
+}
+
+// A layer without tokens, the first one or another, leaves the decision to those that have some; also over a window.
+TEST(Controller, OneLayersTokensAreEnoughForTheModelsActuators) {
+  for (const int with_tokens : {0, 1}) {
+    for (const int cadence : {1, 2}) {
+      Seen seen;
+      const PolicyRegistry registry = spying(seen);
+      ControllerConfig config = spy_config();
+      config.aux_loss_weight.limits.cadence = cadence;
+      Controller controller(config, registry);
+      for (int step = 0; step < cadence; ++step) {
+        record_counts(controller, with_tokens, {3, 1, 0, 0});
+        controller.step();
+      }
+      EXPECT_TRUE(controller.report().model[1].reasons.empty()) << with_tokens << ' ' << cadence;
+      EXPECT_THAT(seen.mean_load, ElementsAre(0.75));
+      EXPECT_THAT(seen.worst_load, ElementsAre(0.75));
+    }
+  }
+}
+
+TEST(Controller, APolicyOfALayerKnowsWhichOneItIs) {
+  Seen seen;
+  const PolicyRegistry registry = spying(seen);
+  ControllerConfig config = spy_config();
+  config.aux_loss_weight.scope = Scope::kLayer;
+  Controller controller(config, registry);
+  record_all(controller, {4, 0, 0, 0});
+  controller.step();
+  EXPECT_THAT(seen.layers, ElementsAre(0, 1));
 }
 
 TEST(Controller, OneLayersBadDataHoldsTheModelsActuators) {

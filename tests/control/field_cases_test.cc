@@ -22,6 +22,7 @@
 #include "simulated_loop.h"
 #include "temp_dir.h"
 #include "test_policy.h"
+#include "test_sums.h"
 
 namespace moectl {
 namespace {
@@ -36,19 +37,7 @@ using Indices = std::vector<std::int64_t>;
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 ControllerConfig config_of(const std::string& policy, int layers = 1, int experts = 4, int top_k = 1) {
-  ControllerConfig config;
-  config.model.layers = layers;
-  config.model.experts = experts;
-  config.model.top_k = top_k;
-  config.expert_bias.policy = policy;
-  config.expert_bias.limits = {.min = -16, .max = 16, .rate = 1, .center = true};
-  return config;
-}
-
-void record_counts(Controller& controller, int layer, const Indices& counts) {
-  const std::int64_t total = std::accumulate(counts.begin(), counts.end(), std::int64_t{0});
-  controller.record(
-      layer, [&](RoutingStats& sums) { sums.add_counts(counts, (total + sums.top_k() - 1) / sums.top_k()); });
+  return config_of_biases(policy, layers, experts, top_k);
 }
 
 std::vector<double> bias_of(const Controller& controller, int layer = 0) {

@@ -18,6 +18,7 @@
 #include "moectl/controller.h"
 #include "moectl/policy.h"
 #include "moectl/simulation.h"
+#include "simulation/simulation_options.h"
 #include "test_paths.h"
 #include "test_policy.h"
 
@@ -29,12 +30,7 @@ using ::testing::HasSubstr;
 
 ControllerConfig config_of(const SimulationOptions& model, const std::string& policy = "adaptive_bias") {
   ControllerConfig config;
-  config.model = {.layers = 1,
-                  .experts = model.experts,
-                  .top_k = model.top_k,
-                  .tokens_per_step = model.tokens,
-                  .score_space = model.score_space,
-                  .delay = model.delay};
+  config.model = simulated::model_of(model);
   config.expert_bias.policy = policy;
   config.expert_bias.limits.min = -1000;
   config.expert_bias.limits.max = 1000;

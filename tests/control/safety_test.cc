@@ -321,6 +321,46 @@ TEST(Limiter, SteadyMovesAreNotOscillation) {
   }
 }
 
+// What a rollback undid is no move that the next one could reverse.
+TEST(Limiter, ARollbackIsNoHalfOfAnOscillation) {
+  SafetyOptions options;
+  options.oscillation = OscillationOptions{.threshold = 0.05};
+  options.rollback = RollbackOptions{.loss_jump = 0.5, .drop_jump = 0.1, .within = 3, .cooldown = 0};
+  Rig rig(Actuator::kExpertBias, bias_limits(16, 1), {0}, options);
+  for (int i = 0; i < 10; ++i) EXPECT_TRUE(rig.step({0}, {.loss = 3.0}).empty());
+  EXPECT_TRUE(rig.step({1}, {.loss = 3.0}).empty());
+  EXPECT_EQ(rig.step({1}, {.loss = 4.0}), only(Reason::kRollback));
+  EXPECT_TRUE(rig.step({-1}, {.loss = 3.2}).empty());
+  EXPECT_EQ(rig.step({0}, {.loss = 3.2}), only(Reason::kOscillation)) << "a reversal is noticed";
+}
+
+// From the mean of the proposal, whichever side of it is the farther one.
+TEST(Limiter, NoBiasGoesFartherFromTheMeanThanTheReach) {
+  const std::vector<double> good = {-2.5, 0.5, 1, 1};
+  for (const auto& [sign, shift] : {std::pair{1.0, 0.0}, {-1.0, 0.0}, {1.0, 5.0}, {-1.0, 5.0}}) {
+    const auto step = [&, sign = sign, shift = shift](std::vector<double> from, std::vector<double> wanted,
+                                                      LimitContext context = {}) {
+      for (auto* values : {&from, &wanted})
+        for (double& v : *values) v = v * sign + shift;
+      context.reach = 2;
+      Rig rig(Actuator::kExpertBias, bias_limits(64, 16), from);
+      const bool reached = rig.step(wanted, context).has(Reason::kReach);
+      for (double& v : rig.applied) v = (v - shift) * sign;
+      return std::pair{reached, rig.applied};
+    };
+    const auto is = [](bool reached, std::vector<double> values) {
+      return ::testing::Pair(reached, Pointwise(DoubleNear(1e-12), values));
+    };
+    EXPECT_THAT(step({0, 0, 0, 0}, {-1.5, 0.5, 0.5, 0.5}), is(false, {-1.5, 0.5, 0.5, 0.5}));
+    EXPECT_THAT(step({0, 0, 0, 0}, {-3, 1, 1, 1}), is(true, {-2, 1, 1, 1}));
+    EXPECT_THAT(step({-3, 1, 1, 1}, {-3, 1, 1, 1}), is(false, {-3, 1, 1, 1})) << "there already";
+    EXPECT_THAT(step({-3, 1, 1, 1}, {-6, 2, 2, 2}), is(true, {-3, 2, 2, 2}));
+    if (sign > 0) {
+      EXPECT_THAT(step({0, 0, 0, 0}, {-3, 1, 1, 1}, {.known_good = good}), is(true, {-2.5, 1, 1, 1}));
+    }
+  }
+}
+
 // The invariant, over hostile proposals, contexts and limits.
 TEST(LimiterProperty, WhateverComesInWhatIsAppliedIsFiniteInRangeAndWithinItsRate) {
   std::mt19937_64 random(20260101);

@@ -16,6 +16,7 @@
 #include "moectl/config.h"
 #include "moectl/controller.h"
 #include "moectl/simulation.h"
+#include "simulation/simulation_options.h"
 
 namespace moectl {
 namespace {
@@ -26,12 +27,7 @@ constexpr auto kTemperature = static_cast<std::size_t>(Actuator::kRouterTemperat
 
 ControllerConfig config_of(const SimulationOptions& model, double target) {
   ControllerConfig config;
-  config.model = {.layers = model.layers,
-                  .experts = model.experts,
-                  .top_k = model.top_k,
-                  .tokens_per_step = model.tokens,
-                  .score_space = model.score_space,
-                  .delay = model.delay};
+  config.model = simulated::model_of(model);
   config.router_temperature.policy = "entropy_temperature";
   config.router_temperature.options.set("target", target);
   return config;
@@ -185,7 +181,7 @@ TEST(ScalarResponse, NoFalseHoldInAMillionHealthySteps) {
   EXPECT_GT(held_steps({-1, 0.05, 0, 0}, 1000), 800);
 }
 
-// A late answer is one, and is said to be late; a declared delay is none.
+// An answer that comes late counts, and is reported as late; within the declared delay it is not late.
 TEST(ScalarResponse, AnAnswerMayComeLate) {
   for (const int delay : {0, 3}) {
     SimulationOptions model{.seed = 51003, .delay = delay};

@@ -1,10 +1,9 @@
 # Installs the build into a folder of its own and uses the library for C from there: by CMake, by pkg-config with nothing
-# but a C compiler, and from Python. cmake -DBUILD=build/release -DWORK=scratch -DLIBDIR=lib -DCXX=c++ -P c.cmake
+# but a C compiler, and from Python. cmake -DBUILD=build/release -DWORK=scratch -DLIBDIR=lib -P c.cmake
 include(${CMAKE_CURRENT_LIST_DIR}/run.cmake)
 file(REMOVE_RECURSE ${WORK})
 run(${CMAKE_COMMAND} --install ${BUILD} --prefix ${WORK}/prefix)
-run(${CMAKE_COMMAND} -S ${CMAKE_CURRENT_LIST_DIR}/c -B ${WORK}/build -G Ninja -DCMAKE_CXX_COMPILER=${CXX}
-    -DCMAKE_PREFIX_PATH=${WORK}/prefix)
+run(${CMAKE_COMMAND} -S ${CMAKE_CURRENT_LIST_DIR}/c -B ${WORK}/build -G Ninja -DCMAKE_PREFIX_PATH=${WORK}/prefix)
 run(${CMAKE_COMMAND} --build ${WORK}/build)
 run(${WORK}/build/embeds_c)
 
@@ -37,6 +36,15 @@ run(pkg-config --cflags --libs moectl)
 separate_arguments(flags UNIX_COMMAND "${output}")
 run(cc -std=c99 ${CMAKE_CURRENT_LIST_DIR}/../../examples/loop.c ${flags} -o ${WORK}/by_component)
 run(${WORK}/by_component)
+run(${CMAKE_COMMAND} -S ${CMAKE_CURRENT_LIST_DIR}/c -B ${WORK}/alone-build -G Ninja -DCMAKE_PREFIX_PATH=${WORK}/alone)
+run(${CMAKE_COMMAND} --build ${WORK}/alone-build)
+run(${WORK}/alone-build/embeds_c)
+# What is not there is named.
+execute_process(COMMAND ${CMAKE_COMMAND} -S ${CMAKE_CURRENT_LIST_DIR}/c -B ${WORK}/alone-core -G Ninja
+    -DCMAKE_PREFIX_PATH=${WORK}/alone "-DCOMPONENTS=c;core" RESULT_VARIABLE status ERROR_VARIABLE output OUTPUT_QUIET)
+if(status EQUAL 0 OR NOT output MATCHES "these[ \n]+are[ \n]+not[ \n]+installed:[ \n]+core")
+  message(FATAL_ERROR "Nothing said that core is not installed:\n${output}")
+endif()
 
 set(ENV{PYTHONPATH} ${WORK}/moved/lib/python3/dist-packages)
 set(ENV{PYTHONDONTWRITEBYTECODE} 1)

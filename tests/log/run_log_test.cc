@@ -15,6 +15,7 @@
 
 #include "allocation_counter.h"
 #include "temp_dir.h"
+#include "test_sums.h"
 
 namespace moectl {
 namespace {
@@ -551,17 +552,7 @@ TEST(RunLogWriter, EveryOptionalSumComesBack) {
   const TempDir dir;
   ControllerConfig config = config_of(1, 4, 2);
   config.model.domains = {"z", "a"};
-  const StatsShape shape{.experts = 4,
-                         .top_k = 2,
-                         .needs = {.gap = true,
-                                   .sequences = true,
-                                   .probabilities = true,
-                                   .gradients = true,
-                                   .losses = true,
-                                   .domain_losses = true,
-                                   .latencies = true,
-                                   .margins = true,
-                                   .domains = 2}};
+  const StatsShape shape{.experts = 4, .top_k = 2, .needs = every_input()};
   MadeStep made(1, shape, 3);
   RoutingStats& stats = made.stats[0];
   stats.clear();

@@ -8,6 +8,7 @@
 
 #include "allocation_counter.h"
 #include "moectl/metrics.h"
+#include "test_sums.h"
 
 namespace moectl {
 namespace {
@@ -272,16 +273,7 @@ TEST(Domains, PerformanceByRoutedSubset) {
 
 TEST(Experts, OptionalInputsLeaveTheRestAlone) {
   const Counts counts = {5, 3, 1, 1};
-  RoutingStats rich({4,
-                     1,
-                     {.gap = true,
-                      .sequences = true,
-                      .probabilities = true,
-                      .gradients = true,
-                      .losses = true,
-                      .domain_losses = true,
-                      .latencies = true,
-                      .domains = 2}});
+  RoutingStats rich({4, 1, every_input()});
   ASSERT_TRUE(rich.add_counts(counts, 10));
   const Metrics a = measure(rich), b = of_counts(counts);
   for (const MetricField& field : metric_fields())
@@ -290,16 +282,7 @@ TEST(Experts, OptionalInputsLeaveTheRestAlone) {
 
 TEST(Experts, MeasuringEverythingAllocatesNothing) {
   const int n = 8;
-  RoutingStats stats({n,
-                      1,
-                      {.gap = true,
-                       .sequences = true,
-                       .probabilities = true,
-                       .gradients = true,
-                       .losses = true,
-                       .domain_losses = true,
-                       .latencies = true,
-                       .domains = 2}});
+  RoutingStats stats({n, 1, every_input()});
   const Counts experts = {0, 1, 2, 3}, domains = {0, 1, 0, 1};
   const std::vector<float> rows(32, 0.125F);
   const std::vector<double> ones(8, 1);

@@ -10,6 +10,7 @@
 #include <random>
 
 #include "allocation_counter.h"
+#include "test_sums.h"
 
 namespace moectl {
 namespace {
@@ -21,17 +22,9 @@ constexpr std::int64_t kMax = std::numeric_limits<std::int64_t>::max();
 constexpr std::int64_t kMin = std::numeric_limits<std::int64_t>::min();
 
 StatsNeeds everything(int domains = 2) {
-  return {.gap = true,
-          .sequences = true,
-          .probabilities = true,
-          .gradients = true,
-          .losses = true,
-          .domain_losses = true,
-          .latencies = true,
-          .margins = true,
-          .required_bins = true,
-          .required_local = true,
-          .domains = domains};
+  StatsNeeds needs = every_input(domains);
+  needs.required_bins = needs.required_local = true;
+  return needs;
 }
 
 // ---- Values by hand ----

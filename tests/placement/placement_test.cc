@@ -36,49 +36,143 @@ TEST(Placement, WithoutRefinementItIsThePeer) {
   const struct {
     int experts, devices, nodes, groups, slots;
   } shapes[] = {{16, 4, 1, 1, 20},    {64, 8, 2, 8, 64},    {64, 8, 2, 8, 80},
-                {256, 32, 4, 8, 288}, {256, 32, 4, 6, 288}, {12, 12, 1, 1, 12}};
+                {256, 32, 4, 8, 288}, {256, 32, 1, 1, 288}, {12, 12, 1, 1, 12}};
   for (const auto& s : shapes) {
     for (int trial = 0; trial < 20; ++trial) {
       const Loads loads = random_loads(random, s.experts, 0.1 * trial);
-      const int groups = s.experts % s.groups == 0 ? s.groups : 1;
       const PlacementOptions options{
-          .devices = s.devices, .nodes = s.nodes, .groups = groups, .slots = s.slots, .refine = false};
+          .devices = s.devices, .nodes = s.nodes, .groups = s.groups, .slots = s.slots, .refine = false};
       EXPECT_EQ(plan_placement(loads, options).experts,
-                peer::eplb(loads, s.slots, groups, s.nodes, s.devices))
+                peer::eplb(loads, s.slots, s.groups, s.nodes, s.devices))
           << s.experts << ' ' << trial;
     }
   }
 }
 
-TEST(Placement, RefinementIsNeverLessEvenAndKeepsEveryExpert) {
-  std::mt19937 random(2);
-  double gain = 0;
-  for (int trial = 0; trial < 60; ++trial) {
-    const Loads loads = random_loads(random, 64, 0.02 * trial);
-    PlacementOptions options{.devices = 8, .nodes = trial % 2 ? 2 : 1, .groups = 8, .slots = 72};
-    const Placement refined = plan_placement(loads, options);
-    options.refine = false;
-    const Placement plain = plan_placement(loads, options);
-    EXPECT_EQ(std::set<int>(refined.experts.begin(), refined.experts.end()).size(), 64U);
-    ASSERT_EQ(refined.experts.size(), 72U);
-    EXPECT_GT(balancedness(refined, loads), balancedness(plain, loads) - 0.02);
-    gain += balancedness(refined, loads) - balancedness(plain, loads);
-    // Copies of one expert sit on different devices, unless there are more copies than devices on the node.
-    const int node_devices = 8 / options.nodes;
-    bool possible = true;
-    for (int e = 0; e < 64; ++e)
-      possible = possible && std::count(refined.experts.begin(), refined.experts.end(), e) <= node_devices;
-    for (std::size_t d = 0; possible && d < 8; ++d) {
-      const auto from = refined.experts.begin() + static_cast<std::ptrdiff_t>(9 * d);
-      EXPECT_EQ(std::set<int>(from, from + 9).size(), 9U) << trial;
+// Slots whose expert is on their device already.
+int repeats_in(const Placement& placement) {
+  const auto room =
+      static_cast<std::ptrdiff_t>(placement.experts.size()) / static_cast<std::ptrdiff_t>(placement.devices);
+  int repeats = 0;
+  for (auto from = placement.experts.begin(); from != placement.experts.end(); from += room)
+    repeats += static_cast<int>(room) - static_cast<int>(std::set<int>(from, from + room).size());
+  return repeats;
+}
+
+// Two devices, six slots, four experts: EPLB's rules put expert 1 on a device twice, and are more even than any plan without.
+TEST(Placement, AnExpertIsTwiceOnADeviceOnlyWhereThatIsMoreEven) {
+  const Loads loads{591, 637, 442, 184};
+  PlacementOptions options{.devices = 2, .slots = 6};
+  const Placement theirs{2, peer::eplb(loads, 6, 1, 1, 2)};
+  EXPECT_NEAR(balancedness(theirs, loads), .994, 5e-4);
+  const Placement plan = plan_placement(loads, options);
+  EXPECT_GE(balancedness(plan, loads), balancedness(theirs, loads));
+  EXPECT_EQ(repeats_in(plan), 1);
+  options.repeats = false;
+  const Placement apart = plan_placement(loads, options);
+  EXPECT_EQ(repeats_in(apart), 0);
+  // By hand: 591 and 637 have copies on both devices, 442 is on one of them.
+  EXPECT_NEAR(balancedness(apart, loads), 927.0 / ((591 + 637) / 2.0 + 442), 1e-12);
+}
+
+// Loads of all kinds, on few and many devices, global and hierarchical. Whatever the rules of EPLB give is a plan that this planner
+// has tried. Without repeats every device holds different experts, however tight the room.
+TEST(Placement, NeverLessEvenThanEplb) {
+  std::mt19937 random(11);
+  const auto one_of = [&](std::initializer_list<int> values) {
+    return values.begin()[random() % values.size()];
+  };
+  int twice = 0, better = 0, trials = 0;
+  for (int trial = 0; trial < 3000; ++trial) {
+    const int experts = trial % 25 == 0 ? one_of({128, 256}) : one_of({4, 6, 8, 12, 16, 32, 64});
+    const int devices = experts >= 128 ? one_of({16, 32}) : one_of({2, 3, 4, 8});
+    int nodes = one_of({1, 1, 2, 4}), groups = experts;
+    if (devices % nodes != 0 || experts % nodes != 0) nodes = 1;
+    if (nodes > 1 && experts % (2 * nodes) == 0 && trial % 2 == 0) groups = 2 * nodes;
+    const int slots = ((experts + devices - 1) / devices + one_of({0, 1, 2, 5})) * devices;
+    Loads loads = random_loads(random, experts, 0.1 * one_of({0, 1, 3, 8, 15, 25}));
+    if (trial % 3 == 0) {
+      for (double& load : loads) load = std::floor(10 * load);  // with ties, and experts without any load
     }
-    // An expert and its copies stay on one node.
-    if (options.nodes == 2) {
-      const std::set<int> first(refined.experts.begin(), refined.experts.begin() + 36);
-      for (std::size_t s = 36; s < 72; ++s) EXPECT_EQ(first.count(refined.experts[s]), 0U);
+    PlacementOptions options{.devices = devices, .nodes = nodes, .groups = groups, .slots = slots};
+    const auto tag = [&] {
+      return testing::Message() << "trial " << trial << ": " << experts << " experts, " << devices
+                                << " devices, " << nodes << " nodes, " << groups << " groups, " << slots;
+    };
+    const Placement theirs{devices, peer::eplb(loads, slots, nodes == 1 ? 1 : groups, nodes, devices)};
+    const Loads of_theirs = device_loads(theirs, loads);
+    const double bound = std::ranges::max(of_theirs) * (1 + 1e-9);
+    for (const int rows : {0, 3}) {  // samples of the same loads tell the same
+      Loads samples;
+      for (int r = 0; r < rows; ++r) samples.insert(samples.end(), loads.begin(), loads.end());
+      const Placement plan = plan_placement(loads, options, samples);
+      ASSERT_EQ(plan.experts.size(), static_cast<std::size_t>(slots));
+      EXPECT_EQ(std::set<int>(plan.experts.begin(), plan.experts.end()).size(),
+                static_cast<std::size_t>(experts));
+      const Loads of_plan = device_loads(plan, loads);
+      EXPECT_LE(std::ranges::max(of_plan), bound) << tag();
+      ++trials;
+      better += std::ranges::max(of_plan) < std::ranges::max(of_theirs) * (1 - 1e-9);
+      // All copies of an expert are on one node.
+      std::vector<int> node_of(static_cast<std::size_t>(experts), -1);
+      for (int s = 0; s < slots; ++s) {
+        int& node = node_of[static_cast<std::size_t>(plan.experts[static_cast<std::size_t>(s)])];
+        if (node < 0) node = s / (slots / nodes);
+        EXPECT_EQ(node, s / (slots / nodes)) << tag();
+      }
+    }
+    options.repeats = false;
+    if (slots / devices > experts / nodes) {
+      EXPECT_THROW(plan_placement(loads, options), std::invalid_argument) << tag();
+      continue;
+    }
+    const Placement apart = plan_placement(loads, options);
+    EXPECT_EQ(repeats_in(apart), 0) << tag();
+    EXPECT_EQ(std::set<int>(apart.experts.begin(), apart.experts.end()).size(),
+              static_cast<std::size_t>(experts));
+    // On one node, a plan repeats where EPLB's rules are more even than the plan without repeats.
+    options.repeats = true;
+    if (nodes == 1 && repeats_in(plan_placement(loads, options)) > 0) {
+      ++twice;
+      const Loads of_apart = device_loads(apart, loads);
+      EXPECT_GT(std::ranges::max(of_apart), std::ranges::max(of_theirs) * (1 - 1e-9)) << tag();
     }
   }
-  EXPECT_GT(gain, 0);
+  EXPECT_GT(better, trials / 3);
+  EXPECT_GT(twice, 10);
+}
+
+// Loads that scatter by chance: what was planned on the first steps is as even as EPLB's plan on later ones, or more, by the mean.
+TEST(Placement, OnLaterStepsAsEvenAsEplb) {
+  std::mt19937 random(12);
+  const struct { int experts, devices, slots; } shapes[] = {{4, 2, 6}, {6, 4, 12}, {8, 2, 12}, {32, 8, 48}};
+  for (const auto& s : shapes) {
+    const auto n = static_cast<std::size_t>(s.experts);
+    double gain = 0;
+    for (int trace = 0; trace < 40; ++trace) {
+      const Loads level = random_loads(random, s.experts, 0.8);
+      Loads history, mean(n, 0.0);
+      const auto step = [&] {
+        Loads loads;
+        for (const double l : level)
+          loads.push_back(static_cast<double>(std::poisson_distribution<int>(500 * l)(random)));
+        return loads;
+      };
+      for (int r = 0; r < 16; ++r) {
+        const Loads loads = step();
+        history.insert(history.end(), loads.begin(), loads.end());
+        for (std::size_t i = 0; i < n; ++i) mean[i] += loads[i];
+      }
+      const PlacementOptions options{.devices = s.devices, .slots = s.slots};
+      const Placement plan = plan_placement(forecast_loads(history, s.experts), options, history);
+      const Placement theirs{s.devices, peer::eplb(mean, s.slots, 1, 1, s.devices)};
+      for (int r = 0; r < 16; ++r) {
+        const Loads later = step();
+        gain += balancedness(plan, later) - balancedness(theirs, later);
+      }
+    }
+    EXPECT_GT(gain, 0) << s.experts;
+  }
 }
 
 TEST(Placement, LoadsAndBalancednessByHand) {
@@ -131,6 +225,31 @@ TEST(Placement, FewMovesHelpAndStayWithinTheLimit) {
     }
     EXPECT_GT(last, balancedness(now, loads) + 0.05);
   }
+}
+
+// A free slot holds a repeat until an expert moves there. Without repeats every free slot needs a move.
+TEST(Placement, FewMovesWithoutRepeats) {
+  std::mt19937 random(13);
+  double gain = 0;
+  for (int trial = 0; trial < 40; ++trial) {
+    const int experts = trial % 2 ? 32 : 30, devices = 4, free = trial % 2 ? 4 : 0;
+    const Loads loads = random_loads(random, experts, 0.02 * trial);
+    PlacementOptions options{.devices = devices, .slots = 36, .repeats = false};
+    const Placement now = single_placement(experts, options);
+    for (const int more : {0, 1, 4, 12}) {
+      options.max_moves = free + more;
+      const Placement plan = plan_placement(loads, options);
+      EXPECT_EQ(repeats_in(plan), 0) << trial << ' ' << more;
+      EXPECT_LE(moves_between(now, plan), options.max_moves);
+      EXPECT_EQ(std::set<int>(plan.experts.begin(), plan.experts.end()).size(),
+                static_cast<std::size_t>(experts));
+      gain += balancedness(plan, loads) - balancedness(now, loads);
+    }
+    if (free == 0) continue;
+    options.max_moves = free - 1;
+    EXPECT_THROW(plan_placement(loads, options), std::invalid_argument);
+  }
+  EXPECT_GT(gain, 0);
 }
 
 TEST(Placement, ForecastShrinksNoiseAndKeepsSignal) {
@@ -217,7 +336,20 @@ TEST(Placement, OptionsThatDoNotFitAreNamed) {
   EXPECT_THAT(refusal({.devices = 4, .slots = 18}), testing::HasSubstr("slots"));
   EXPECT_THAT(refusal({.devices = 4, .slots = 12}), testing::HasSubstr("slots"));
   EXPECT_THAT(refusal({.devices = 4, .nodes = 2, .groups = 3}), testing::HasSubstr("groups"));
-  EXPECT_THAT(refusal({.devices = 4, .nodes = 2, .max_moves = 3}), testing::HasSubstr("max_moves"));
+  EXPECT_THAT(
+      refusal({.devices = 4, .nodes = 2, .max_moves = 3}),
+      testing::AllOf(testing::HasSubstr("max_moves: 3: must be left out where there are several nodes (2)"),
+                     testing::Not(testing::HasSubstr("-1"))));
+  // A plan that is asked to be hierarchical is never silently global.
+  EXPECT_THAT(
+      refusal({.devices = 8, .nodes = 8, .groups = 4}),
+      testing::AllOf(testing::HasSubstr("nodes: 8: must be 1 (a global plan) or divide the groups (4)"),
+                     testing::HasSubstr("groups that fit 16 experts: 8, 16")));
+  EXPECT_THAT(refusal({.devices = 6, .nodes = 3}), testing::HasSubstr("no number of groups fits 16 experts"));
+  EXPECT_THAT(refusal({.devices = 4, .slots = 68, .repeats = false}),
+              testing::HasSubstr("slots: 68: must be at most 64 where no device may hold an expert twice"));
+  EXPECT_THAT(refusal({.devices = 4, .slots = 24, .repeats = false, .max_moves = 3}),
+              testing::HasSubstr("max_moves: 3: must be at least 8"));
   EXPECT_THROW(plan_placement(Loads{1, -1}, {.devices = 2}), std::invalid_argument);
   EXPECT_THROW(forecast_loads(Loads{1, 2, 3}, 2), std::invalid_argument);
 }

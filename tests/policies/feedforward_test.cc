@@ -5,7 +5,10 @@
 #include <gtest/gtest.h>
 
 #include <array>
+#include <string>
 #include <vector>
+
+#include "moectl/config.h"
 
 namespace moectl::policies {
 namespace {
@@ -169,6 +172,19 @@ TEST(Feedforward, ALimitCutsTheFeedforwardBeforeTheBiases) {
   feedforward.plan(one, kOnes, bias = {0.3, -0.3});
   feedforward.commit(Pair{5.0, -5.0}, /*cut=*/true);
   EXPECT_THAT(feedforward.in_force(), ElementsAre(DoubleNear(-0.02, 1e-14), DoubleNear(0.02, 1e-14)));
+}
+
+// Counts tell no slope at once, without which nothing is known of what a mixture needs.
+TEST(Feedforward, IsNotForCountsOnly) {
+  const auto config = [](const std::string& options) {
+    return "version: 1\nmodel: {layers: 1, experts: 4, top_k: 2, domains: [a, b]}\n"
+           "expert_bias: {policy: adaptive_bias, options: {feedforward: tags, " +
+           options + "}}\n";
+  };
+  EXPECT_NO_THROW(parse_config(config("form: gap")));
+  EXPECT_THAT(
+      [&] { parse_config(config("form: counts")); },
+      ::testing::ThrowsMessage<ConfigError>(::testing::HasSubstr("feedforward: tags: needs the gap")));
 }
 
 }  // namespace

@@ -151,6 +151,29 @@ TEST(PrometheusFeed, AUserChoosesHowManySeries) {
   EXPECT_THROW(PrometheusFeed("127.0.0.1:0", {.extremes = -2}), std::invalid_argument);
 }
 
+// Numbers that the host measures itself: chosen by name, there where they were recorded.
+TEST(PrometheusFeed, ServesWhatTheHostMeasured) {
+  const std::pair<const char*, double> values[] = {{"balance_loss", 1.5},       {"z_loss", 9},
+                                                   {"router_similarity", 0.25}, {"router_condition", 3},
+                                                   {"expert_output_norm", 2},   {"gradient_ratio", 0.125}};
+  PrometheusOptions options{.metrics = {}, .extremes = 0};
+  for (const auto& [name, value] : values) options.metrics.emplace_back(name);
+  Controller controller(small_config());
+  PrometheusFeed feed("127.0.0.1:0", options);
+  controller.set_log([&](const StepReport& report) { feed.write(report); });
+  for (int layer = 0; layer < 2; ++layer) record(controller, layer, {25, 25, 25, 25});
+  controller.record(1, [&](RoutingStats& stats) {
+    for (const auto& [name, value] : values) EXPECT_TRUE(stats.add_value(name, value)) << name;
+  });
+  controller.step();
+  for (const auto& [name, value] : values) {
+    const std::string metric = std::string("moectl_") + name;
+    EXPECT_DOUBLE_EQ(sample(feed.text(), metric + R"({layer="1"})"), value) << feed.text();
+    EXPECT_TRUE(std::isnan(sample(feed.text(), metric + R"({layer="0"})"))) << name;
+  }
+  EXPECT_THAT(feed.text(), Not(HasSubstr("moectl_max_vio")));
+}
+
 TEST(PrometheusFeed, ARecordOfALogGivesTheSame) {
   const TempDir dir;
   Controller controller(small_config());

@@ -9,6 +9,7 @@
 #include <random>
 
 #include "allocation_counter.h"
+#include "test_sums.h"
 #include "watch/trend.h"
 
 namespace moectl {
@@ -205,16 +206,7 @@ TEST(LayerMonitor, UpdateFrequency) {
 // As many experts as the benchmark of the whole set has, and all that can be collected.
 TEST(LayerMonitor, MeasuringAndObservingEverythingAllocatesNothing) {
   constexpr std::size_t kExperts = 256, kTokens = 512;
-  const StatsShape shape{kExperts,
-                         2,
-                         {.gap = true,
-                          .sequences = true,
-                          .probabilities = true,
-                          .gradients = true,
-                          .losses = true,
-                          .domain_losses = true,
-                          .latencies = true,
-                          .domains = 4}};
+  const StatsShape shape{kExperts, 2, every_input(4)};
   std::mt19937_64 random(12);
   Counts experts, domains;
   for (std::size_t t = 0; t < kTokens; ++t) {

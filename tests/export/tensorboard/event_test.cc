@@ -155,6 +155,12 @@ TEST(TensorBoard, ScalarsAndHistogramsReadBack) {
   EXPECT_FLOAT_EQ(static_cast<float>(scalars["balance/max_vio"][0]),
                   static_cast<float>((280.0 / 145 - 1) / 2));
   EXPECT_GT(scalars["balance/max_vio_floor"][0], 0);
+  // Over layers with 0 and x: x times the share.
+  for (const auto& [name, share] :
+       {std::pair{"p5", 0.05}, {"p25", 0.25}, {"p50", 0.5}, {"p75", 0.75}, {"p95", 0.95}}) {
+    EXPECT_FLOAT_EQ(static_cast<float>(scalars[std::string("balance/max_vio_") + name][0]),
+                    static_cast<float>((280.0 / 145 - 1) * share));
+  }
   EXPECT_EQ(scalars["aux_loss_weight/model"].size(), 5U);
   EXPECT_FLOAT_EQ(static_cast<float>(scalars["aux_loss_weight/model"][4]), 0.01F);
   // The policy wants 0.5 a step and gets 0.25: in one layer of two, while it is uneven.

@@ -1,8 +1,10 @@
-#include "cli/reshape.h"
+#include "log/reshape.h"
 
 #include <algorithm>
+#include <iterator>
+#include <utility>
 
-namespace moectl::cli {
+namespace moectl {
 
 RoutingStats reshaped(const RoutingStats& stats, const std::vector<std::string>& domains,
                       const StatsNeeds& needs, const std::vector<std::string>& wanted_domains) {
@@ -70,4 +72,24 @@ RoutingStats reshaped(const RoutingStats& stats, const std::vector<std::string>&
   return out;
 }
 
-}  // namespace moectl::cli
+void add_recorded(RoutingStats& sum, std::vector<std::string>& domains, const RoutingStats& more,
+                  const std::vector<std::string>& more_domains) {
+  const StatsNeeds &a = sum.shape().needs, &b = more.shape().needs;
+  StatsNeeds needs = a;
+  needs |= b;
+  needs.gap = a.gap && b.gap;
+  needs.sequences = a.sequences && b.sequences;
+  needs.probabilities = a.probabilities && b.probabilities;
+  needs.margins = a.margins && b.margins;
+  std::vector<std::string> all;
+  if (a.domains > 0 && b.domains > 0) {
+    std::set_union(domains.begin(), domains.end(), more_domains.begin(), more_domains.end(),
+                   std::back_inserter(all));
+  }
+  needs.domains = static_cast<int>(all.size());
+  sum = reshaped(sum, domains, needs, all);
+  sum += reshaped(more, more_domains, needs, all);
+  domains = std::move(all);
+}
+
+}  // namespace moectl

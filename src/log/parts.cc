@@ -1,14 +1,12 @@
-#include "cli/parts.h"
+#include "log/parts.h"
 
 #include <algorithm>
-#include <iostream>
 #include <map>
 #include <utility>
 
-#include "cli/reshape.h"
-#include "cli/tool.h"
+#include "log/reshape.h"
 
-namespace moectl::cli {
+namespace moectl {
 namespace {
 
 bool is_numbered(std::string_view text, std::string_view word) {
@@ -16,19 +14,26 @@ bool is_numbered(std::string_view text, std::string_view word) {
          text.find_first_not_of("0123456789", word.size()) == std::string_view::npos;
 }
 
-/// Adds the sums that both have.
+/// What two parts of a step say of it together.
 void add(LogRecord& to, const LogRecord& more) {
-  if (to.stats.experts() != more.stats.experts() || to.stats.top_k() != more.stats.top_k())
-    throw InputError("layer " + std::to_string(to.layer) +
-                     ": experts and top_k must be the same in all parts of a step");
-  const StatsNeeds &a = to.stats.shape().needs, &b = more.stats.shape().needs;
-  StatsNeeds needs;
-  needs.gap = a.gap && b.gap;
-  needs.sequences = a.sequences && b.sequences;
-  needs.probabilities = a.probabilities && b.probabilities;
-  to.stats = reshaped(to.stats, {}, needs, {});
-  to.stats += reshaped(more.stats, {}, needs, {});
-  to.domains.clear();
+  if (to.stats.experts() != more.stats.experts() || to.stats.top_k() != more.stats.top_k()) {
+    throw LogError("layer " + std::to_string(to.layer) + ": step " + std::to_string(to.step) +
+                   ": experts and top_k must be the same in all parts of a step");
+  }
+  // A loss is a mean over tokens.
+  const auto before = static_cast<double>(to.stats.tokens()),
+             added = static_cast<double>(more.stats.tokens());
+  if (to.loss && more.loss && before + added > 0) {
+    to.loss = (*to.loss * before + *more.loss * added) / (before + added);
+  } else if (!to.loss) {
+    to.loss = more.loss;
+  }
+  add_recorded(to.stats, to.domains, more.stats, more.domains);
+  to.tokens += more.tokens;
+  // Of a run log: what holds for one part alone is measured anew.
+  to.metrics.clear();
+  to.health.clear();
+  to.alerts.clear();
 }
 
 }  // namespace
@@ -36,7 +41,8 @@ void add(LogRecord& to, const LogRecord& more) {
 TagParts parts_of(std::string_view tag) {
   TagParts parts;
   const auto append = [](std::string& text, std::string_view segment) {
-    text += (text.empty() ? "" : "/") + std::string(segment);
+    if (!text.empty()) text += '/';
+    text += segment;
   };
   for (std::size_t from = 0; from <= tag.size();) {
     const std::size_t to = std::min(tag.find('/', from), tag.size());
@@ -90,6 +96,10 @@ void WholeRecords::join() {
   std::map<std::pair<int, std::string>, std::map<std::string, LogRecord>> joined;
   for (LogRecord& part : parts_) {
     const TagParts parts = parts_of(part.tag);
+    if (whole_.contains(parts.rest)) {  // it came later in the same step
+      ready_.push_back(std::move(part));
+      continue;
+    }
     part.tag = keep_ranks_ ? parts.of_rank : parts.rest;
     const int layer = part.layer;
     auto& of_layer = joined[{layer, part.tag}];
@@ -107,8 +117,8 @@ void WholeRecords::join() {
              return std::ranges::equal(rank.second.stats.counts(), first.stats.counts());
            });
   });
-  if (copies && !std::exchange(said_, true))
-    std::cerr << "the ranks hold the same counts: taken once, as copies of the same tokens\n";
+  if (copies && say_)
+    std::exchange(say_, {})("the ranks hold the same counts: taken once, as copies of the same tokens");
   for (auto& [key, ranks] : joined) {
     LogRecord whole = std::move(ranks.begin()->second);
     for (auto it = std::next(ranks.begin()); it != ranks.end() && !copies; ++it) add(whole, it->second);
@@ -116,4 +126,4 @@ void WholeRecords::join() {
   }
 }
 
-}  // namespace moectl::cli
+}  // namespace moectl

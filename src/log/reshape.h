@@ -6,11 +6,16 @@
 
 #include "moectl/stats.h"
 
-namespace moectl::cli {
+namespace moectl {
 
 /// The same sums in another shape with as many experts: what `needs` does not ask for is dropped, what was
 /// not recorded stays absent. Domains are matched by name.
 RoutingStats reshaped(const RoutingStats& stats, const std::vector<std::string>& domains,
                       const StatsNeeds& needs, const std::vector<std::string>& wanted_domains);
 
-}  // namespace moectl::cli
+/// Adds the recorded sums `more` of as many experts and the same top-k to `sum`; both name their domains, sorted. A sum that has to
+/// cover every token is absent where one of the two lacks it; one that carries its own number of observations covers those of both.
+void add_recorded(RoutingStats& sum, std::vector<std::string>& domains, const RoutingStats& more,
+                  const std::vector<std::string>& more_domains);
+
+}  // namespace moectl
