@@ -31,7 +31,7 @@ def median_of(prepare, call):
 
 def of_python():
     recording = controller(1, 64)
-    experts = array.array("q", [i * 7919 % 64 for i in range(8192 * 8)])
+    experts = memoryview(array.array("q", [i * 7919 % 64 for i in range(8192 * 8)])).cast("B").cast("q", (8192, 8))
     stepping = controller(58, 256)
 
     # Made before: a list of 15000 numbers would drive out of the caches what the step works on.

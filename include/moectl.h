@@ -48,8 +48,8 @@ enum moectl_code {
 
 /* "0.1.0". */
 const char* moectl_version(void);
-/* What the last failed call of this thread says; "" if none failed. Valid until the next call that fails in this
- * thread. */
+/* What the last failed call of this thread says; "" if none failed. Calls that succeed, and what their callbacks say,
+ * leave it as it is. Valid until the next call that fails in this thread. */
 const char* moectl_error(void);
 /* For callbacks: what went wrong, before returning other than 0. It becomes part of the message. */
 void moectl_set_error(const char* message);
@@ -111,7 +111,8 @@ int moectl_record_value(moectl_controller* c, int layer, const char* name, doubl
  * [tokens * N] and, if not NULL, the same before the bias was added. A wrong wiring is a notice. */
 int moectl_check_choices(moectl_controller* c, int layer, size_t tokens, const int64_t* experts,
                          const float* biased_scores, const float* scores);
-/* Adds a notice of the host's own to the next step's report. `kind` as in run logs: "wiring", "config", … */
+/* Adds a notice of the host's own to the next step's report. `kind` as in run logs: "wiring", "config", … `layer` -1: of no
+ * single layer. */
 int moectl_say(moectl_controller* c, const char* kind, int layer, const char* text);
 
 /* ---- Deciding: once an optimizer step ---- */

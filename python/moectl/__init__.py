@@ -10,12 +10,12 @@ With PyTorch, `moectl.torch.Balancer` does this for the modules of a model. docs
 
 from typing import TYPE_CHECKING, Any
 
-from ._errors import ConfigError, MoectlError, ReductionError, StateError
+from ._errors import ArgumentError, ConfigError, MoectlError, ReductionError, StateError
 from ._tool import compare, metrics, report, simulate
 
 __all__ = [
-    "Controller", "Report", "MoectlError", "ConfigError", "StateError", "ReductionError", "metrics", "compare",
-    "report", "simulate",
+    "Controller", "Report", "MoectlError", "ArgumentError", "ConfigError", "StateError", "ReductionError", "metrics",
+    "compare", "report", "simulate",
 ]
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Literal, Union, overload
 
-from ._errors import MoectlError
+from ._arrays import path, shown
+from ._errors import ArgumentError, MoectlError
 
 PathLike = Union[str, "os.PathLike[str]"]
 
@@ -29,6 +30,12 @@ def _ask(*arguments: str) -> str:
     return done.stdout.decode()
 
 
+def _file(name: str, given: Any) -> str:
+    """A path that the tool takes for no option."""
+    file = os.fsdecode(path(name, given))
+    return os.path.join(".", file) if file.startswith("-") else file
+
+
 @overload
 def metrics(trace: PathLike, *, pandas: Literal[False] = False) -> List[Dict[str, Any]]: ...
 @overload
@@ -37,10 +44,10 @@ def metrics(trace: PathLike, *, pandas: Literal[True]) -> Any: ...
 
 def metrics(trace: PathLike, *, pandas: bool = False) -> Any:
     """Every metric of every record of a trace or run log. Plain data: a list of dicts, one a step and layer, as
-    {"step": 0, "layer": 0, "tokens": 512, "metrics": {"max_vio": 0.2, …}}; a metric that is not known is None. With
+    {"step": 0, "layer": 0, "metrics": {"max_vio": 0.2, …}}; a metric that is not known is None. With
     `pandas`: a DataFrame of one row a record, whose columns of metrics are named "metrics.max_vio" and so on; raises
     ImportError where pandas is not installed. Raises MoectlError with the tool's words."""
-    records = [json.loads(line) for line in _ask("metrics", os.fspath(trace), "--format", "json").splitlines()]
+    records = [json.loads(line) for line in _ask("metrics", _file("trace", trace), "--format", "json").splitlines()]
     if not pandas:
         return records
     import pandas as pd
@@ -51,20 +58,24 @@ def metrics(trace: PathLike, *, pandas: bool = False) -> Any:
 def simulate(*configs: PathLike, **options: Any) -> List[Dict[str, Any]]:
     """The loop closed on the simulated router: one dict of figures a config. Options as those of `moectl simulate`, as
     steps=300, scenario="shift". Raises MoectlError with the tool's words."""
-    given = [word for name, value in options.items() for word in ("--" + name.replace("_", "-"), str(value))]
-    return json.loads(_ask("simulate", *[os.fspath(config) for config in configs], *given, "--format", "json"))
+    given = []
+    for name, value in options.items():
+        if not isinstance(value, (str, int, float, os.PathLike)) or "\0" in str(value):
+            raise ArgumentError(f"{name}: {shown(value)}: must be a number, a word or a path")
+        given.append(f"--{name.replace('_', '-')}={value}")
+    return json.loads(_ask("simulate", *[_file("config", config) for config in configs], *given, "--format", "json"))
 
 
 def compare(*runs: PathLike) -> List[Dict[str, Any]]:
     """The figures of runs (docs/tool.md), side by side: one dict a run, None where not known. Raises MoectlError with the
     tool's words."""
-    return json.loads(_ask("compare", *[os.fspath(run) for run in runs], "--format", "json"))
+    return json.loads(_ask("compare", *[_file("run", run) for run in runs], "--format", "json"))
 
 
 def report(*runs: PathLike, output: PathLike) -> None:
     """Writes one self-contained HTML page about one or several runs or traces to `output`. Raises MoectlError with the
     tool's words."""
-    _ask("report", *[os.fspath(run) for run in runs], "-o", os.fspath(output))
+    _ask("report", *[_file("run", run) for run in runs], "-o", _file("output", output))
 
 
 def main() -> None:

@@ -30,6 +30,8 @@ def records(dump: Any, top_k: int) -> Iterator[Dict[str, Any]]:
     shape = list(counts.shape)
     if len(shape) not in (2, 3) or 0 in shape[-2:]:
         raise MoectlError(f"logical_count: {shape}: must be [steps, layers, experts] or [layers, experts]")
+    if counts.layout != torch.strided or counts.device.type == "meta":
+        raise MoectlError(f"logical_count: {counts.layout} on {counts.device}: must be a dense tensor that has values")
     if counts.is_floating_point():
         if not (torch.isfinite(counts) & (counts == counts.floor())).all():
             raise MoectlError(f"logical_count: {counts.dtype}: must be whole numbers: there are others among them")
@@ -59,8 +61,8 @@ def load(path: str) -> Any:
     except OSError as error:
         raise MoectlError(error.strerror or str(error)) from error
     except Exception as error:  # pylint: disable=broad-except; what a torn or foreign file makes of the unpickler is anything
-        raise MoectlError("must be a file of torch.save that holds tensors, numbers and words alone, and is whole "
-                          f"({str(error).splitlines()[0] if str(error) else type(error).__name__})") from error
+        # Without PyTorch's own words, which advise to read the file in a way that runs code.
+        raise MoectlError("must be a file of torch.save that holds tensors, numbers and words alone, and is whole") from error
 
 
 def main() -> None:

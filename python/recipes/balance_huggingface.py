@@ -2,7 +2,7 @@
 
 The models count nothing: a hook before `experts` reads the choices, its second argument [T, k]. Where the config has an
 auxiliary loss, the model's coefficient follows the controller. Where the gates have an `e_score_correction_bias`, give
-its name as `bias`. Gradient checkpointing calls the hook twice: shares stay right.
+its name as `bias`. Gradient checkpointing that is not reentrant counts twice: shares stay right.
 
     trainer = Trainer(model, ..., callbacks=[Balance(model, "pi.yaml")])
 """

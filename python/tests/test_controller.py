@@ -67,13 +67,13 @@ def test_errors_have_the_words_of_the_library(tmp_path):
     for wrong, words in [
         (lambda: controller.record(5, [[0, 1]]), "layer"),
         (lambda: controller.bias(-1), "layer"),
-        (lambda: controller.record(0, [0, 1, 2]), "multiple of top_k"),
+        (lambda: controller.record(0, [0, 1, 2]), r"experts: \[3\]: must be \[T, 2\]"),
         (lambda: controller.record(0, [[0.0, 1.0]]), "must be int64 or int32"),
-        (lambda: controller.record(0, [[0, 1]], mask=b"\1\1"), "mask: 2 values: must be 1"),
-        (lambda: controller.record_counts([1] * 15), "counts: 15 values: must be 16"),
+        (lambda: controller.record(0, [[0, 1]], mask=b"\1\1"), r"mask: \[2\]: must be \[1\]"),
+        (lambda: controller.record_counts([1] * 15), r"counts: \[15\]: must be \[2, 8\] or \[16\]"),
         (lambda: controller.record_counts([1.5] * 16), "must be int64"),
-        (lambda: controller.step(next_mixture=[1]), "next_mixture: 1 values: must be 0"),
-        (lambda: controller.say("nonsense", 0, "x"), "must be a kind of notice"),
+        (lambda: controller.step(next_mixture=[1]), r"next_mixture: \[1\]: must be \[0\]"),
+        (lambda: controller.say("nonsense", 0, "x"), "must be one of invalid, "),
     ]:
         with pytest.raises(ValueError, match=words) as caught:
             wrong()
@@ -81,7 +81,7 @@ def test_errors_have_the_words_of_the_library(tmp_path):
     with pytest.raises(moectl.StateError):
         controller.load(b"nothing")
     controller.close()
-    with pytest.raises(moectl.MoectlError, match="controller: is NULL"):
+    with pytest.raises(moectl.MoectlError, match="controller: closed: must be open"):
         controller.step()
 
 
@@ -101,10 +101,16 @@ def run(controller, trace):
     return controller.save()
 
 
+def rows_of(rows):
+    """The same numbers as a buffer of int32 [T, k]."""
+    numbers = array.array("i", [i for row in rows for i in row])
+    return memoryview(numbers).cast("B").cast("i", (len(rows), len(rows[0])))
+
+
 def test_every_way_to_the_same_sums_gives_the_same_bits(trace):
     wide = run(moectl.Controller(config(policy="sign_bias")), trace)
-    flat = [[array.array("i", [i for row in layer for i in row]) for layer in step] for step in trace]
-    assert run(moectl.Controller(config(policy="sign_bias")), flat) == wide
+    narrow = [[rows_of(layer) for layer in step] for step in trace]
+    assert run(moectl.Controller(config(policy="sign_bias")), narrow) == wide
     counted = moectl.Controller(config(policy="sign_bias"))
     for step in trace:
         for layer, rows in enumerate(step):
@@ -164,7 +170,7 @@ def test_biases_from_elsewhere_are_in_force_at_once(trace):
     assert list(controller.bias(1)) == [0.25, -0.25, 0.5, -0.5, 0, 0, 0, 0] and not any(controller.bias(0))
     with pytest.raises(ValueError):
         controller.adopt(1, [1e9] * 8)
-    with pytest.raises(ValueError, match="7 values: must be 8"):
+    with pytest.raises(ValueError, match=r"bias: \[7\]: must be \[8\]"):
         controller.adopt(1, [0.0] * 7)
 
 
@@ -421,7 +427,7 @@ def test_many_steps_leak_nothing(trace):
     controller = moectl.Controller(config(layers=1))
     controller.set_reduction(lambda values: None)
     controller.set_log(lambda text: None)
-    experts = array.array("q", [i for row in trace[0][0] for i in row])
+    experts = rows_of(trace[0][0])
 
     def many(steps):
         for _ in range(steps):

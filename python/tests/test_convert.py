@@ -54,6 +54,8 @@ def test_a_converter_needs_pytorch_and_no_library(tmp_path):
     ({"logical_count": torch.full((1, 2, 4), float("inf"))}, 2, "logical_count: torch.float32: must be whole numbers"),
     ({"logical_count": torch.ones(1, 2, 4, dtype=torch.bool)}, 2, "logical_count: torch.bool: must be whole numbers"),
     ({"logical_count": torch.zeros(1, 2, 4)}, 2, "logical_count: every count is 0: must hold the tokens"),
+    ({"logical_count": torch.ones(2, 4, dtype=torch.int64).to_sparse()}, 2,
+     "logical_count: torch.sparse_coo on cpu: must be a dense tensor"),
     ({"logical_count": torch.tensor([[1, -2, 3, 4]])}, 2, "logical_count: -2: must not be negative"),
     ({"logical_count": torch.ones(2, 4, dtype=torch.int64)}, 5, "--top-k: 5: must be from 1 to the 4 experts"),
     ({"logical_count": torch.ones(2, 4, dtype=torch.int64)}, 0, "--top-k: 0: must be from 1 to the 4 experts"),
@@ -76,6 +78,7 @@ def test_a_file_that_cannot_be_read_or_written_is_named(tmp_path):
                         ("torn.pt", b"must be a file of torch.save")):
         done = convert(tmp_path / name, "--top-k", 2)
         assert done.returncode == 1 and words in done.stderr and b"Traceback" not in done.stderr
+        assert b"weights_only" not in done.stderr  # whose other value runs what the file holds
         assert done.stderr.startswith(f"moectl.convert: {tmp_path / name}: ".encode())
     done = convert(tmp_path / "good.pt", "--top-k", 2, "-o", tmp_path / "no/trace")
     assert done.returncode == 1 and done.stderr.startswith(f"moectl.convert: {tmp_path}/no/trace: No such file".encode())

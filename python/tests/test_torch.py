@@ -10,6 +10,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="python3-torch is not installed")
 
+import torch.utils.checkpoint  # noqa: E402
+
 from conftest import config  # noqa: E402
 
 import moectl  # noqa: E402
@@ -266,6 +268,401 @@ def test_freezing_holds_a_layer():
     assert "frozen" in balancer.report()[8]["actuators"]["expert_bias"]["reasons"]
 
 
+def notices(report, kind):
+    return [(notice["layer"], notice["text"]) for notice in report.notices if notice["kind"] == kind]
+
+
+def counts_of(balancer):
+    return {layer: record.get("counts") for layer, record in balancer.report(arrays=True).items()}
+
+
+def reasons_of(balancer):
+    return {layer: record["actuators"]["expert_bias"]["reasons"] for layer, record in balancer.report().items()}
+
+
+def run(balancer, sites, steps=1):
+    for _ in range(steps):
+        for site in sites:
+            site()
+        report = balancer.step(loss=2.0)
+    return report
+
+
+# ---- Indices ----
+
+
+def test_buffers_that_begin_in_inference_mode_serve_training():
+    """Lightning validates before the first batch."""
+    sites = gates()
+    balancer = Balancer(config(), sites)
+    with torch.inference_mode():
+        balancer.record_values(0, z_loss=1.0)
+        balancer.record_indices(0, sites[0].choose(8))
+        balancer.record()
+    balancer.record_values(0, z_loss=3.0)
+    balancer.record_indices(0, sites[0].choose(64))
+    balancer.step()
+    assert sum(counts_of(balancer)[0]) == 128 and balancer.report()[0]["metrics"]["z_loss"] == 2
+
+
+def test_an_index_counts_in_its_own_layer_or_nowhere():
+    balancer = Balancer(config(), gates(), counts=None)
+    balancer.record_indices(0, torch.tensor([[0, 1], [2, -1]]))
+    balancer.record_indices(1, torch.tensor([[-1, -1], [7, 6]], dtype=torch.int32))
+    report = balancer.step()
+    assert counts_of(balancer) == {0: [1, 1, 1, 0, 0, 0, 0, 0], 1: [0, 0, 0, 0, 0, 0, 1, 1]}
+    assert not notices(report, "invalid")
+    for layer, wrong in ((0, 8), (1, 8), (0, -2), (1, 1 << 40)):
+        balancer.record_indices(layer, torch.tensor([[0, wrong], [1, wrong]]))
+        balancer.record_indices(1 - layer, torch.tensor([[0, 1], [0, 2]]))
+        report = balancer.step()
+        assert (layer, "2 ids of experts that do not exist") in notices(report, "invalid")
+        assert {where for where, _ in notices(report, "invalid")} == {layer}
+        assert reasons_of(balancer)[layer] == ["invalid"] and "invalid" not in reasons_of(balancer)[1 - layer]
+        assert counts_of(balancer)[1 - layer] == [2, 1, 1, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("experts", [torch.rand(4, 2), torch.ones(4, 2, dtype=torch.bool), torch.zeros(4, 3, dtype=torch.int64),
+                                     torch.zeros(2, 4, dtype=torch.int64), torch.zeros(5, dtype=torch.int64)],
+                         ids=["weights", "bool", "other_k", "transposed", "odd"])
+def test_what_cannot_be_experts_is_refused(experts):
+    with pytest.raises(ValueError, match="experts: "):
+        Balancer(config(), gates(), counts=None).record_indices(0, experts)
+    if experts.dtype != torch.int64:
+        with pytest.raises(ValueError, match="experts: .*: must be integers"):
+            moectl.torch.router_losses(torch.zeros(4, 8), experts)
+
+
+def test_losses_of_slots_that_are_not_routed():
+    # Of the second token one choice: f = (2/3, 1/3), P = (1/2, 1/2), times 2.
+    losses = moectl.torch.router_losses(torch.zeros(2, 2), torch.tensor([[0, 1], [0, -1]]))
+    assert losses["balance_loss"].item() == pytest.approx(1)
+    skewed = moectl.torch.router_losses(torch.tensor([[3.0, 1], [3, 1]]).log(), torch.tensor([[0], [-1]]))
+    assert skewed["balance_loss"].item() == pytest.approx(1.5)
+    for wrong in (2, -2):
+        assert math.isnan(moectl.torch.router_losses(torch.zeros(1, 2), torch.tensor([[0, wrong]]))["balance_loss"].item())
+
+
+def test_a_pass_without_gradients_counts_nothing():
+    balancer = Balancer(config(), gates(), counts=None)
+    experts = torch.tensor([[0, 1], [2, 3]])
+    with torch.no_grad():
+        balancer.record_indices(0, experts)
+    balancer.step()
+    assert balancer.report()[0]["tokens"] == 0
+    balancer.record_indices(0, experts)
+    balancer.step()
+    assert balancer.report()[0]["tokens"] == 2
+
+
+def test_a_micro_batch_counts_once():
+    balancer = Balancer(config(), gates(), counts=None)
+    experts = torch.tensor([[0, 1], [2, 3]])
+    for _ in range(2):
+        for micro_batch in (0, 1, 0):
+            for layer in range(2):
+                balancer.record_indices(layer, experts, micro_batch)
+        balancer.step()
+        assert [record["tokens"] for record in balancer.report().values()] == [4, 4]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_recomputed_pass_counts_once(reentrant):
+    balancer = Balancer(config(), gates(), counts=None)
+    weight = torch.ones(8, requires_grad=True)
+
+    def block(x):
+        balancer.record_indices(0, x.topk(2).indices, micro_batch=None if reentrant else 0)
+        return (x * weight).sum()
+
+    torch.utils.checkpoint.checkpoint(block, torch.rand(16, 8, requires_grad=True), use_reentrant=reentrant).backward()
+    balancer.step()
+    assert weight.grad is not None and balancer.report()[0]["tokens"] == 16
+
+
+# ---- Counts ----
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf, -4.0, 2.0 ** 60])
+def test_counts_that_are_none_never_cancel(wrong):
+    sites = gates()
+    balancer = Balancer(config(), sites)
+    run(balancer, sites, 3)
+    before = [site.expert_bias.clone() for site in sites]
+    for value in (wrong, -wrong if wrong == -4 else wrong):
+        for site in sites:
+            site.tokens_per_expert += 10
+        sites[1].tokens_per_expert[3] = value
+        balancer.record()
+    report = balancer.step()
+    invalid = [text for layer, text in notices(report, "invalid") if layer == 1]
+    assert f"{1 if wrong == -4 else 2} counts that are negative, not finite or above 2^40" in invalid
+    assert reasons_of(balancer)[1] == ["invalid"] and counts_of(balancer)[0] == [20] * 8
+    assert torch.equal(sites[1].expert_bias, before[1])
+    run(balancer, sites)
+    assert "invalid" not in reasons_of(balancer)[1]
+
+
+def test_a_callable_needs_a_reset():
+    sites = gates()
+    for site in sites:
+        site.parts = torch.zeros(2, 8)
+    with pytest.raises(ValueError, match="reset: must be given with a callable"):
+        Balancer(config(), sites, counts=lambda site: site.parts.sum(0))
+    balancer = Balancer(config(), sites, counts=lambda site: site.parts.sum(0), reset=lambda site: site.parts.zero_())
+    for _ in range(3):
+        for site in sites:
+            site.parts += 1
+        balancer.step()
+        assert [record["tokens"] for record in balancer.report().values()] == [8, 8]
+
+
+@pytest.mark.parametrize("counts", ["tokens_per_expert", None])
+def test_a_layer_that_never_counts_is_told_once(counts):
+    sites = gates()
+    balancer = Balancer(config(health={"dwell": 5}), sites, layer_ids=[3, 4], counts=counts)
+    told = []
+    for step in range(20):
+        if counts:
+            sites[0]()
+            sites[1].tokens_per_expert += 0.4  # shares
+        else:
+            balancer.record_indices(3, sites[0].choose(64))
+        told += [(step, *notice) for notice in notices(balancer.step(), "missing_input")]
+    assert [(step, layer) for step, layer, _ in told] == [(5, 4)], told
+    assert "no token was counted in 5 steps" in told[0][2] and (counts or "record_indices") in told[0][2]
+
+
+def test_what_the_controller_records_itself_is_not_missed():
+    sites = gates()
+    balancer = Balancer(config(health={"dwell": 3}), sites, counts=None)
+    for _ in range(8):
+        for layer, site in enumerate(sites):
+            balancer.controller.record(layer, site.choose(64))
+        assert not notices(balancer.step(), "missing_input")
+
+
+# ---- Which biases are written ----
+
+
+class Hashed(torch.nn.Module):
+    """A router without a bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("tokens_per_expert", torch.zeros(8))
+
+    def forward(self):
+        self.tokens_per_expert += 128
+
+
+def test_a_group_moves_by_its_own_policy():
+    fixed, moving = {"policy": "fixed"}, {"policy": "adaptive_bias"}
+    base = {"version": 1, "model": {"experts": 8, "top_k": 2}}
+    sites = gates()
+    run(Balancer({**base, "layers": [{"ids": [0], "expert_bias": moving}, {"ids": [1]}], "expert_bias": fixed}, sites), sites, 3)
+    assert sites[0].expert_bias.any() and not sites[1].expert_bias.any()
+    for held in ({"expert_bias": fixed}, {"frozen": True}):
+        settings = {**base, "layers": [{"ids": [0]}, {"ids": [1], **held}], "expert_bias": moving}
+        sites = gates()
+        balancer = Balancer(settings, sites)
+        for step in range(3):
+            sites[1].expert_bias += 0.25  # the trainer's own
+            assert not notices(run(balancer, sites), "wiring")
+        assert sites[0].expert_bias.any() and (sites[1].expert_bias == 0.75).all()
+        hashed = [Gate(), Hashed()]
+        balancer = Balancer(settings, hashed)
+        if "frozen" in held:
+            with pytest.raises(ValueError, match="layer 1: Hashed has no bias expert_bias"):
+                balancer.freeze(1, False)
+        assert run(balancer, hashed, 3).tokens == 512
+    with pytest.raises(ValueError, match="layer 1: Hashed has no bias expert_bias"):
+        Balancer({**base, "layers": [{"ids": [0]}, {"ids": [1]}], "expert_bias": moving}, [Gate(), Hashed()])
+
+
+def test_the_timeline_says_which_biases_move():
+    sites = gates()
+    balancer = Balancer(config(policy="fixed", timeline=[
+        {"from": 3, "expert_bias": {"policy": "adaptive_bias"}}, {"from": 6, "freeze": [1]},
+        {"from": 9, "expert_bias": {"policy": "fixed"}, "thaw": [1]}]), sites)
+    sites[0].expert_bias[0] = 0.5
+    biases = []
+    for step in range(12):
+        report = run(balancer, sites)
+        biases.append([site.expert_bias.clone() for site in sites])
+        wiring = notices(report, "wiring")
+        assert bool(wiring) == (step == 3) and all("goes on from there" in text for _, text in wiring), (step, wiring)
+    assert biases[2][0].tolist() == [0.5] + [0] * 7 and not biases[2][1].any()
+    moved = [[not torch.equal(a, b) for a, b in zip(before, after)] for before, after in zip(biases, biases[1:])]
+    assert moved[2:5] == [[True, True]] * 3 and moved[5:8] == [[True, False]] * 3 and moved[8:] == [[False, False]] * 3
+    # Went on from what the trainer had.
+    assert biases[3][0][0] - biases[3][0][1:].max() > 0.3
+
+
+def test_a_timeline_that_begins_to_move_needs_its_bias_at_once():
+    with pytest.raises(ValueError, match="layer 1: Hashed has no bias"):
+        Balancer(config(policy="fixed", timeline=[{"from": 3, "expert_bias": {"policy": "adaptive_bias"}}]), [Gate(), Hashed()])
+
+
+def test_a_guard_moves_the_bias_under_a_fixed_policy():
+    sites = gates()
+    balancer = Balancer(config(policy="fixed", guard={"enabled": True}), sites)
+    sites[0].expert_bias += 1
+    assert notices(run(balancer, sites), "wiring")
+
+
+@pytest.mark.parametrize("how", ["shadow", "off", "hold", "environment", "freeze"])
+def test_what_moves_nothing_leaves_the_trainers_biases_alone(how, monkeypatch):
+    if how == "environment":
+        monkeypatch.setenv("MOECTL_HOLD", "1")
+    sites = gates()
+    balancer = Balancer(config(mode=how) if how in ("shadow", "off") else config(), sites)
+    if how != "environment":
+        run(balancer, sites, 2)
+    if how == "hold":
+        balancer.hold()
+    if how == "freeze":
+        balancer.freeze(0)
+        balancer.freeze(1)
+    own = [site.expert_bias.clone() for site in sites]
+    for _ in range(4):
+        for site, bias in zip(sites, own):
+            bias += torch.arange(8) / 16
+            site.expert_bias += torch.arange(8) / 16  # the trainer's update
+        assert not run(balancer, sites).notices
+        assert all(torch.equal(site.expert_bias, bias) for site, bias in zip(sites, own))
+    if how in ("shadow", "off"):
+        return
+    balancer.hold(False)
+    balancer.freeze(0, False)
+    balancer.freeze(1, False)
+    # Goes on from there.
+    assert [layer for layer, text in notices(run(balancer, sites), "wiring") if "goes on from there" in text] == [0, 1]
+    for site, bias in zip(sites, own):
+        spread = site.expert_bias - bias
+        assert site.expert_bias.any() and (spread - spread.mean()).abs().max() < 0.3
+
+
+def test_a_hold_holds_and_ends():
+    sites = gates()
+    balancer = Balancer(config(), sites)
+    run(balancer, sites, 2)
+    before = sites[0].expert_bias.clone()
+    balancer.hold()
+    run(balancer, sites, 3)
+    assert torch.equal(sites[0].expert_bias, before) and "host_hold" in reasons_of(balancer)[0]
+    balancer.hold(False)
+    assert not run(balancer, sites).notices
+    assert not torch.equal(sites[0].expert_bias, before) and "host_hold" not in reasons_of(balancer)[0]
+
+
+# ---- State ----
+
+
+def test_a_state_of_other_experts_leaves_the_models_bias():
+    small = gates()
+    balancer = Balancer(config(), small)
+    run(balancer, small, 5)
+    large = gates(experts=16)
+    large[0].expert_bias[3] = 0.25
+    other = Balancer(config(), large)
+    with pytest.warns(UserWarning, match="layer 0: 8 values, now 16; layer 1: 8 values, now 16"):
+        other.load_state_dict(balancer.state_dict())
+    assert large[0].expert_bias[3] == 0.25 and not large[1].expert_bias.any()
+
+
+def test_a_state_of_different_steps_changes_nothing():
+    sites = gates()
+    balancer = Balancer(config(), sites)
+    run(balancer, sites, 3)
+    old = balancer.state_dict()
+    run(balancer, sites)
+    before, biases = balancer.state_dict(), [site.expert_bias.clone() for site in sites]
+    with pytest.raises(moectl.StateError, match=r"different steps: layer\.0 of 4, layer\.1 of 3"):
+        balancer.load_state_dict({"layer.0": before["layer.0"], "layer.1": old["layer.1"]})
+    assert balancer.state_dict() == before and balancer.controller.steps == 4
+    assert all(torch.equal(site.expert_bias, bias) for site, bias in zip(sites, biases))
+
+
+def test_what_was_recorded_before_loading_is_forgotten():
+    sites = gates()
+    balancer = Balancer(config(), sites)
+    state = balancer.state_dict()
+    sites[0]()
+    balancer.record()
+    balancer.record_indices(1, sites[1].choose(64), micro_batch=0)
+    balancer.record_values(1, z_loss=5.0)
+    balancer.load_state_dict(state)
+    balancer.record_indices(1, sites[1].choose(32), micro_batch=0)
+    balancer.step()
+    assert [record["tokens"] for record in balancer.report().values()] == [0, 32]
+    assert balancer.report()[1]["metrics"]["z_loss"] is None
+
+
+def test_frozen_layers_stay_so_after_loading():
+    timeline = [{"from": 2, "freeze": [1]}]
+    sites = gates()
+    balancer = Balancer(config(timeline=timeline), sites)
+    balancer.freeze(0)
+    run(balancer, sites, 4)
+    for thawed in (False, True):
+        if thawed:
+            balancer.freeze(0, False)
+            balancer.freeze(1, False)
+            run(balancer, sites)
+        again = gates()
+        other = Balancer(config(timeline=timeline), again)
+        other.load_state_dict(balancer.state_dict())
+        before = [site.expert_bias.clone() for site in again]
+        run(other, again)
+        assert ["frozen" in reasons for reasons in reasons_of(other).values()] == [not thawed] * 2
+        assert [torch.equal(site.expert_bias, bias) for site, bias in zip(again, before)] == [not thawed] * 2
+
+
+# ---- Arguments ----
+
+
+def site_with(**attributes):
+    site = Gate()
+    for name, value in attributes.items():
+        delattr(site, name)
+        setattr(site, name, value)
+    return site
+
+
+GROUP_OF_16 = {"version": 1, "model": {"experts": 16, "top_k": 2}, "layers": [{"ids": [0]}],
+               "expert_bias": {"policy": "adaptive_bias"}}
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda b: Balancer(config(), []), "sites: none: must be a module for each layer"),
+    (lambda b: Balancer(config(), gates(), layer_ids=[1]), "layer_ids: 1 ids: must be one for each of the 2 sites"),
+    (lambda b: Balancer(config(), gates(), layer_ids=[1, 1]), r"layer_ids: \[1, 1\]: must differ"),
+    (lambda b: Balancer({**GROUP_OF_16, "model": {"experts": 8, "top_k": 2}}, [site_with(expert_bias=torch.zeros(9))]),
+     "layer 0: expert_bias: 9 values: must be 8"),
+    (lambda b: Balancer(config(), [site_with(tokens_per_expert=torch.zeros(9))]).step(), "layer 0: 9 counts: must be 8"),
+    (lambda b: Balancer(GROUP_OF_16, gates(1)), "layer 0: expert_bias: 8 values: must be 16"),
+    (lambda b: Balancer(config(), [Gate().to("meta")]), "layer 0: expert_bias: on the device meta"),
+    (lambda b: Balancer(config(), [site_with(tokens_per_expert=[0] * 8)]).step(), "layer 0: tokens_per_expert: list: must be a tensor"),
+    (lambda b: Balancer(config(), gates(1), counts=lambda site: [0] * 8, reset=print).step(), "layer 0: counts: list: must be a tensor"),
+    (lambda b: b.step(loss="x"), "loss: str: must be a number or a tensor of one"),
+    (lambda b: b.step(loss=torch.zeros(2)), "loss: 2 values: must be one"),
+    (lambda b: b.step(gradient_norm=torch.zeros(3)), "gradient_norm: 3 values: must be one"),
+    (lambda b: b.step(next_mixture="x"), "next_mixture: str"),
+    (lambda b: b.record_values(0, z_loss="x"), "z_loss: str: must be a number"),
+    (lambda b: b.freeze(1 << 32), "layer: 4294967296: must be one of"),
+    (lambda b: b.aux_loss_weight(1 << 32), "layer: 4294967296: must be one of"),
+    (lambda b: b.load_state_dict({"layer.0": "x"}), "state: layer.0: str: must be bytes"),
+    (lambda b: b.load_state_dict(None), "state: NoneType: must be a dict"),
+])
+def test_a_wrong_argument_is_named(call, words):
+    balancer = Balancer(config(), gates())
+    with pytest.raises(ValueError, match=words):
+        call(balancer)
+    sites = balancer._sites
+    assert run(balancer, sites).tokens == 512  # nothing is left of it
+
+
 WORKER = """
 import sys, torch, torch.distributed as dist
 sys.path[:0] = %r
@@ -333,9 +730,10 @@ def test_nothing_is_read_from_the_device_before_the_one_copy(indices):
         if indices:
             balancer.record_indices(layer, torch.zeros(64, 2, dtype=torch.int64, device="meta"))
     balancer.record()
-    payload = balancer._payload(torch.tensor(2.5, device="meta"), False, balancer._mixture(None))
+    loss = torch.tensor(2.5, device="meta")
+    payload = balancer._payload(loss, loss, False, balancer._mixture(None))
     assert payload.device.type == "meta" and payload.dtype == torch.int64
-    assert payload.numel() == 2 * 8 + 2 + 5 + 1
+    assert payload.numel() == sum(balancer._parts().values())
 
 
 @pytest.mark.skipif(not hasattr(torch, "compile"), reason="this PyTorch has no torch.compile")
@@ -450,6 +848,150 @@ assert balancer.report()[1]["metrics"]["z_loss"] is None
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch.distributed is not available")
 def test_recorded_values_are_means_over_ranks(tmp_path):
     run_ranks(VALUES, 2, tmp_path)
+
+
+DIFFERENT = """
+import os, sys, warnings, torch, torch.distributed as dist
+sys.path[:0] = %r
+import moectl
+from conftest import config
+from test_torch import Gate, counts_of, gates, notices, reasons_of, run
+from moectl.torch import Balancer
+rank, ranks, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=ranks)
+
+
+def same(sites):
+    mine = torch.cat([site.expert_bias for site in sites])
+    all_ = [torch.empty_like(mine) for _ in range(ranks)]
+    dist.all_gather(all_, mine)
+    return all(torch.equal(mine, other) for other in all_)
+
+
+def refused(balancer, words):
+    before = [site.expert_bias.clone() for site in balancer._sites]
+    try:
+        balancer.step()
+    except moectl.ReductionError as error:
+        assert words in str(error), error
+        assert all(torch.equal(site.expert_bias, bias) for site, bias in zip(balancer._sites, before))
+    else:
+        sys.exit("not noticed: " + words)
+
+
+for overlap in (False, True):
+    for how in ("call", "environment"):
+        # One rank holds, and so do all.
+        os.environ["MOECTL_HOLD"] = "1" if how == "environment" and rank else "0"
+        sites = [Gate(seed=10 * rank + s) for s in range(2)]
+        balancer = Balancer(config(), sites, overlap=overlap)
+        if how == "call":
+            run(balancer, sites, 3)
+            assert sites[0].expert_bias.any()
+            if rank:
+                balancer.hold()
+        told = []
+        for step in range(4):
+            told += notices(run(balancer, sites), "hold")
+            assert same(sites), step
+        assert told == [(None, "1 of 2 ranks are held by hold() or by MOECTL_HOLD in their environment: all ranks hold")], told
+        assert reasons_of(balancer)[0] == ["host_hold"], reasons_of(balancer)
+        before = sites[0].expert_bias.clone()
+        if rank:
+            balancer.hold(False)
+        run(balancer, sites, 3)
+        assert same(sites) and not torch.equal(sites[0].expert_bias, before)
+os.environ["MOECTL_HOLD"] = "0"
+
+sites = gates()
+balancer = Balancer(config(), sites)
+run(balancer, sites, 5)
+state, biases = balancer.state_dict(), [site.expert_bias.clone() for site in sites]
+if rank:
+    balancer.freeze(0)
+refused(balancer, "layer 0: frozen on 1 of 2 ranks")
+balancer.freeze(0)
+assert run(balancer, sites).tokens == 512 * 2 and same(sites)  # what was counted until now is not lost
+
+# A state on one rank alone.
+sites = gates()
+balancer = Balancer(config(), sites)
+if rank:
+    balancer.load_state_dict(state)
+refused(balancer, "they are at other steps; layers 0, 1: other biases")
+
+# Biases in one rank's model, as before DistributedDataParallel copies those of rank 0 to all.
+sites = gates()
+if rank == 0:
+    sites[1].expert_bias.copy_(biases[1])
+refused(Balancer(config(), sites), "ranks differ: layers 1: other biases")
+
+# Bad counts of one rank are not made good by another's.
+sites = gates()
+balancer = Balancer(config(), sites)
+for site in sites:
+    site.tokens_per_expert += 10
+    if rank:
+        site.tokens_per_expert[3] = -4
+report = balancer.step()
+assert [layer for layer, text in notices(report, "invalid") if "1 counts that are negative" in text] == [0, 1], report.notices
+assert reasons_of(balancer) == {0: ["invalid"], 1: ["invalid"]} and same(sites)
+
+# Norms are means, so that policies that read them do the same on all ranks.
+given, step = [], balancer.controller.step
+balancer.controller.step = lambda **info: (given.append(info), step(**info))[1]
+balancer.step(gradient_norm=1.0 + rank)
+assert given[0]["gradient_norm"] == 1.5, given
+dist.barrier()
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch.distributed is not available")
+def test_ranks_hold_together_and_differences_are_named(tmp_path):
+    run_ranks(DIFFERENT, 2, tmp_path)
+
+
+DDP = """
+import sys, torch, torch.distributed as dist
+sys.path[:0] = %r
+from conftest import config
+from test_torch import Gate, counts_of
+from moectl.torch import Balancer
+rank, ranks, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=ranks)
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.weight = Gate(seed=rank), torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, tokens):
+        self.chosen = self.gate(tokens)
+        return self.weight * tokens
+
+
+# Two micro-batches a step: with broadcast_buffers=False, or taking the counts after each, none is lost.
+for broadcast in (False, True):
+    model = Model()
+    balancer = Balancer(config(layers=1), [model.gate])
+    parallel = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=broadcast)
+    counted = torch.zeros(8, dtype=torch.int64)
+    for _ in range(2):
+        parallel(64).backward()
+        counted += torch.bincount(model.chosen.flatten(), minlength=8)
+        if broadcast:
+            balancer.record()
+    balancer.step()
+    dist.all_reduce(counted)
+    assert counts_of(balancer)[0] == counted.tolist(), (broadcast, counts_of(balancer), counted)
+dist.barrier()
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch.distributed is not available")
+def test_micro_batches_under_data_parallel_are_all_counted(tmp_path):
+    run_ranks(DDP, 2, tmp_path)
 
 
 SHARDED = """

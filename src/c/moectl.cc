@@ -29,13 +29,18 @@ struct moectl_controller {
 namespace {
 
 thread_local std::string last_error;
+thread_local std::string said_by_callback;
+
+void keep(std::string& words, const char* message) noexcept {
+  try {
+    words = message;
+  } catch (...) {
+    words.clear();
+  }
+}
 
 int fail(int code, const char* message) noexcept {
-  try {
-    last_error = message;
-  } catch (...) {
-    last_error.clear();
-  }
+  keep(last_error, message);
   return code;
 }
 
@@ -66,24 +71,41 @@ void require(bool good, const std::string& what) {
 
 template <class Handle>
 Handle& deref(Handle* c) {
-  if (!c) throw std::invalid_argument("controller: is NULL");
+  if (!c) throw std::invalid_argument("controller: NULL: must be one that moectl_new() made");
   return *c;
+}
+
+void require_given(const void* argument, const char* name) {
+  require(argument != nullptr, std::string(name) + ": must not be NULL");
+}
+
+/// guarded() for a call on a controller. The handle is looked at before anything else, so that no argument is read, and no
+/// callback replaced, on behalf of a controller that is not there.
+template <class Handle, class Body>
+int with(Handle* c, Body body) noexcept {
+  return guarded([&] { body(deref(c)); });
 }
 
 /// The caller's struct in this library's form: what the caller does not know is zero.
 template <class Struct>
 Struct sized(const Struct* given, const char* name) {
   Struct own{};
-  require(given != nullptr, std::string(name) + ": is NULL");
-  require(given->size >= sizeof given->size, std::string(name) + ": size is not set");
+  require_given(given, name);
+  require(given->size >= sizeof given->size,
+          std::string(name) + ".size: " + std::to_string(given->size) + ": must be the sizeof of the struct");
   std::memcpy(&own, given, std::min(given->size, sizeof own));
   return own;
 }
 
-/// An exception with what a callback said, in its own words where moectl_set_error() gave them.
-std::runtime_error callback_failed(const char* which, int code) {
-  return std::runtime_error(
-      last_error.empty() ? std::string(which) + " callback returned " + std::to_string(code) : last_error);
+/// Runs a callback; throws what it said with moectl_set_error(), else its code.
+template <class Call>
+void run_callback(const char* which, Call call) {
+  said_by_callback.clear();
+  if (const int code = call()) {
+    throw std::runtime_error(said_by_callback.empty()
+                                 ? std::string(which) + " callback returned " + std::to_string(code)
+                                 : said_by_callback);
+  }
 }
 
 /// A copy in memory of C, with a zero behind it.
@@ -129,10 +151,10 @@ void require_size(const moectl_controller& c, int layer, std::size_t size, const
 /// Copies what `biases_of` returns for each layer that is meant.
 template <class BiasesOf>
 int copied_biases(const moectl_controller* c, int layer, double* bias, std::size_t size, BiasesOf biases_of) {
-  return guarded([&] {
-    require_size(deref(c), layer, size, "bias");
-    require(bias != nullptr, "bias: is NULL");
-    for_layers(*c, layer,
+  return with(c, [&](const moectl_controller& handle) {
+    require_size(handle, layer, size, "bias");
+    require_given(bias, "bias");
+    for_layers(handle, layer,
                [&](int id, std::size_t, std::size_t at) { std::ranges::copy(biases_of(id), bias + at); });
   });
 }
@@ -155,19 +177,20 @@ moectl::Keep keep_of(int keep) {
   return keep == MOECTL_WHAT_FITS ? moectl::Keep::what_fits : moectl::Keep::everything;
 }
 
-int give_state(char** state, size_t* size, const auto& save) {
-  return guarded([&] {
-    require(state && size, "state, size: must not be NULL");
-    const std::string bytes = save();
+int give_state(const moectl_controller* c, char** state, size_t* size, const auto& save) {
+  return with(c, [&](const moectl_controller& handle) {
+    require_given(state, "state");
+    require_given(size, "size");
+    const std::string bytes = save(handle.controller);
     *state = copied(bytes);
     *size = bytes.size();
   });
 }
 
-int take_state(const char* state, char** kept, int keep, const auto& load) {
-  return guarded([&] {
-    require(state != nullptr, "state: is NULL");
-    const std::string parts = json_of(load(keep_of(keep)));
+int take_state(moectl_controller* c, const char* state, char** kept, int keep, const auto& load) {
+  return with(c, [&](moectl_controller& handle) {
+    require_given(state, "state");
+    const std::string parts = json_of(load(handle.controller, keep_of(keep)));
     if (kept) *kept = copied(parts);
   });
 }
@@ -175,9 +198,9 @@ int take_state(const char* state, char** kept, int keep, const auto& load) {
 int make(moectl_controller** made, const char* source,
          moectl::ControllerConfig (*read)(const char*, const char*), const char* name) {
   return guarded([&] {
-    require(made != nullptr, "made: is NULL");
+    require_given(made, "made");
     *made = nullptr;
-    require(source != nullptr, "config: is NULL");
+    require_given(source, name ? "config" : "path");
     *made = new moectl_controller{moectl::Controller(read(source, name)), nullptr};
   });
 }
@@ -199,7 +222,7 @@ const char* moectl_error() {
 }
 
 void moectl_set_error(const char* message) {
-  fail(0, message ? message : "");
+  keep(said_by_callback, message ? message : "");
 }
 
 void moectl_free_text(char* text) {
@@ -222,40 +245,41 @@ void moectl_free(moectl_controller* c) {
 }
 
 int moectl_layers(const moectl_controller* c, int* ids, size_t size, size_t* layers) {
-  return guarded([&] {
-    const std::size_t all = deref(c).controller.layers().size();
+  return with(c, [&](const moectl_controller& handle) {
+    const std::size_t all = handle.controller.layers().size();
     if (layers) *layers = all;
     if (!ids) return;
     require(size == all, "ids: " + std::to_string(size) + " values: must be " + std::to_string(all));
-    std::ranges::copy(c->controller.layers(), ids);
+    std::ranges::copy(handle.controller.layers(), ids);
   });
 }
 
 int moectl_shape(const moectl_controller* c, int layer, size_t* experts, size_t* top_k) {
-  return guarded([&] {
-    const moectl::StatsShape& shape = deref(c).controller.shape(layer);
+  return with(c, [&](const moectl_controller& handle) {
+    const moectl::StatsShape& shape = handle.controller.shape(layer);
     if (experts) *experts = static_cast<std::size_t>(shape.experts);
     if (top_k) *top_k = static_cast<std::size_t>(shape.top_k);
   });
 }
 
 int moectl_config(const moectl_controller* c, char** text) {
-  return guarded([&] {
-    require(text != nullptr, "text: is NULL");
-    *text = copied(moectl::to_json(deref(c).controller.config()));
+  return with(c, [&](const moectl_controller& handle) {
+    require_given(text, "text");
+    *text = copied(moectl::to_json(handle.controller.config()));
   });
 }
 
 int moectl_record(moectl_controller* c, int layer, const moectl_batch* batch, int64_t micro_batch) {
-  return guarded([&] {
+  return with(c, [&](moectl_controller& handle) {
     const moectl_batch b = sized(batch, "batch");
-    const std::size_t k = top_k_of(deref(c), layer), n = experts_of(*c, layer);
-    require((b.experts != nullptr) + (b.experts32 != nullptr) <= 1,
-            "batch: experts and experts32 exclude each other");
-    require(b.experts || b.experts32 || b.tokens == 0, "batch.experts: is NULL");
+    const std::size_t k = top_k_of(handle, layer), n = experts_of(handle, layer);
+    require(!b.experts || !b.experts32,
+            "batch.experts, batch.experts32: both are given: must be one of them");
+    require(b.experts || b.experts32 || b.tokens == 0,
+            "batch.experts: must not be NULL with " + std::to_string(b.tokens) + " tokens");
     thread_local std::vector<std::int64_t> widened;
     if (b.experts32) widened.assign(b.experts32, b.experts32 + b.tokens * k);
-    c->controller.record(
+    handle.controller.record(
         layer,
         {.experts = b.experts32 ? std::span<const std::int64_t>(widened) : array(b.experts, b.tokens * k),
          .mask = array(b.mask, b.tokens),
@@ -274,12 +298,12 @@ int moectl_record(moectl_controller* c, int layer, const moectl_batch* batch, in
 
 int moectl_record_counts(moectl_controller* c, int layer, const int64_t* counts, size_t size,
                          const int64_t* tokens) {
-  return guarded([&] {
-    require_size(deref(c), layer, size, "counts");
-    require(counts != nullptr, "counts: is NULL");
-    for_layers(*c, layer, [&](int id, std::size_t number, std::size_t at) {
-      const std::span own(counts + at, experts_of(*c, id));
-      c->controller.record(id, [&](moectl::RoutingStats& stats) {
+  return with(c, [&](moectl_controller& handle) {
+    require_size(handle, layer, size, "counts");
+    require_given(counts, "counts");
+    for_layers(handle, layer, [&](int id, std::size_t number, std::size_t at) {
+      const std::span own(counts + at, experts_of(handle, id));
+      handle.controller.record(id, [&](moectl::RoutingStats& stats) {
         if (tokens) {
           stats.add_counts(own, tokens[number]);
           return;
@@ -287,7 +311,7 @@ int moectl_record_counts(moectl_controller* c, int layer, const int64_t* counts,
         // Unsigned, so that counts that cannot be are left to the library to reject.
         std::uint64_t sum = 0;
         for (const std::int64_t count : own) sum += static_cast<std::uint64_t>(count);
-        const std::uint64_t k = top_k_of(*c, id);
+        const std::uint64_t k = top_k_of(handle, id);
         stats.add_counts(own, static_cast<std::int64_t>(sum / k + (sum % k > 0)));
       });
     });
@@ -295,38 +319,47 @@ int moectl_record_counts(moectl_controller* c, int layer, const int64_t* counts,
 }
 
 int moectl_record_value(moectl_controller* c, int layer, const char* name, double value) {
-  return guarded([&] {
-    require(name != nullptr, "name: is NULL");
-    deref(c).controller.record(layer, [&](moectl::RoutingStats& stats) { stats.add_value(name, value); });
+  return with(c, [&](moectl_controller& handle) {
+    require_given(name, "name");
+    handle.controller.record(layer, [&](moectl::RoutingStats& stats) { stats.add_value(name, value); });
   });
 }
 
 int moectl_check_choices(moectl_controller* c, int layer, size_t tokens, const int64_t* experts,
                          const float* biased_scores, const float* scores) {
-  return guarded([&] {
-    const std::size_t n = experts_of(deref(c), layer);
-    require((experts && biased_scores) || tokens == 0, "experts, biased_scores: must not be NULL");
-    c->controller.check_choices(layer, {.experts = array(experts, tokens * top_k_of(*c, layer)),
-                                        .biased_scores = array(biased_scores, tokens * n),
-                                        .scores = array(scores, tokens * n)});
+  return with(c, [&](moectl_controller& handle) {
+    const std::size_t n = experts_of(handle, layer);
+    if (tokens > 0) {
+      require_given(experts, "experts");
+      require_given(biased_scores, "biased_scores");
+    }
+    handle.controller.check_choices(layer, {.experts = array(experts, tokens * top_k_of(handle, layer)),
+                                            .biased_scores = array(biased_scores, tokens * n),
+                                            .scores = array(scores, tokens * n)});
   });
 }
 
 int moectl_say(moectl_controller* c, const char* kind, int layer, const char* text) {
-  return guarded([&] {
-    require(kind && text, "kind, text: must not be NULL");
+  return with(c, [&](moectl_controller& handle) {
+    require_given(kind, "kind");
+    require_given(text, "text");
     const auto known = moectl::notice_kind_of(kind);
-    require(known.has_value(), std::string("kind: ") + kind + ": must be a kind of notice");
-    deref(c).controller.say(*known, layer, text);
+    if (!known) {
+      std::string kinds;
+      for (int i = 0; i < moectl::kNoticeKindCount; ++i)
+        (kinds += i > 0 ? ", " : "") += name_of(static_cast<moectl::NoticeKind>(i));
+      throw std::invalid_argument(std::string("kind: ") + kind + ": must be one of " + kinds);
+    }
+    handle.controller.say(*known, layer, text);
   });
 }
 
 int moectl_step(moectl_controller* c, const moectl_step_info* info) {
-  return guarded([&] {
+  return with(c, [&](moectl_controller& handle) {
     moectl_step_info given{};
     if (info) given = sized(info, "info");
-    const std::size_t domains = deref(c).controller.config().model.domains.size();
-    c->controller.step(
+    const std::size_t domains = handle.controller.config().model.domains.size();
+    handle.controller.step(
         {.loss = given.loss ? std::optional(*given.loss) : std::nullopt,
          .gradient_norm = given.gradient_norm ? std::optional(*given.gradient_norm) : std::nullopt,
          .skipped = given.skipped != 0,
@@ -335,17 +368,17 @@ int moectl_step(moectl_controller* c, const moectl_step_info* info) {
 }
 
 int moectl_steps(const moectl_controller* c, int64_t* steps) {
-  return guarded([&] {
-    require(steps != nullptr, "steps: is NULL");
-    *steps = deref(c).controller.steps();
+  return with(c, [&](const moectl_controller& handle) {
+    require_given(steps, "steps");
+    *steps = handle.controller.steps();
   });
 }
 
 int moectl_figures_of(const moectl_controller* c, moectl_figures* figures) {
-  return guarded([&] {
+  return with(c, [&](const moectl_controller& handle) {
     moectl_figures own = sized(figures, "figures");
     const std::size_t size = std::min(own.size, sizeof own);
-    const moectl::StepReport& report = deref(c).controller.report();
+    const moectl::StepReport& report = handle.controller.report();
     const moectl::StepFigures f = moectl::figures_of(report);
     const auto number = [](const std::optional<double>& x) {
       return x.value_or(std::numeric_limits<double>::quiet_NaN());
@@ -366,15 +399,15 @@ int moectl_figures_of(const moectl_controller* c, moectl_figures* figures) {
 }
 
 int moectl_report_json(const moectl_controller* c, int arrays, char** text) {
-  return guarded([&] {
-    require(text != nullptr, "text: is NULL");
-    moectl::ControllerConfig config = deref(c).controller.config();
+  return with(c, [&](const moectl_controller& handle) {
+    require_given(text, "text");
+    moectl::ControllerConfig config = handle.controller.config();
     config.log.per_expert = arrays != 0;
     config.timeline.clear();  // whose changes are the log's to say
     std::string lines;
     moectl::RunLogWriter writer([&](std::string_view more) { lines = more; }, config);
     lines.clear();  // of the header
-    writer.write(c->controller.report());
+    writer.write(handle.controller.report());
     std::replace(lines.begin(), lines.end(), '\n', ',');
     if (!lines.empty()) lines.pop_back();
     *text = copied('[' + lines + ']');
@@ -390,95 +423,94 @@ int moectl_deployment_biases(const moectl_controller* c, int layer, double* bias
 }
 
 int moectl_aux_loss_weight(const moectl_controller* c, int layer, double* weight) {
-  return guarded([&] {
-    require(weight != nullptr, "weight: is NULL");
-    *weight = deref(c).controller.aux_loss_weight(layer);
+  return with(c, [&](const moectl_controller& handle) {
+    require_given(weight, "weight");
+    *weight = handle.controller.aux_loss_weight(layer);
   });
 }
 
 int moectl_temperature(const moectl_controller* c, int layer, double* temperature) {
-  return guarded([&] {
-    require(temperature != nullptr, "temperature: is NULL");
-    *temperature = deref(c).controller.temperature(layer);
+  return with(c, [&](const moectl_controller& handle) {
+    require_given(temperature, "temperature");
+    *temperature = handle.controller.temperature(layer);
   });
 }
 
 int moectl_begin_at(moectl_controller* c, int64_t step) {
-  return guarded([&] { deref(c).controller.begin_at(step); });
+  return with(c, [&](moectl_controller& handle) { handle.controller.begin_at(step); });
 }
 
 int moectl_hold(moectl_controller* c, int on) {
-  return guarded([&] { deref(c).controller.hold(on != 0); });
+  return with(c, [&](moectl_controller& handle) { handle.controller.hold(on != 0); });
 }
 
 int moectl_freeze(moectl_controller* c, int layer, int on) {
-  return guarded([&] { deref(c).controller.freeze(layer, on != 0); });
+  return with(c, [&](moectl_controller& handle) { handle.controller.freeze(layer, on != 0); });
 }
 
 int moectl_set_reduction(moectl_controller* c, int (*sum)(void*, int64_t*, size_t), void* user) {
-  return guarded([&] {
-    if (!sum) return deref(c).controller.set_reduction(nullptr);
-    deref(c).controller.set_reduction([sum, user](std::span<std::int64_t> values) {
-      last_error.clear();
-      if (const int code = sum(user, values.data(), values.size())) throw callback_failed("reduction", code);
+  return with(c, [&](moectl_controller& handle) {
+    if (!sum) return handle.controller.set_reduction(nullptr);
+    handle.controller.set_reduction([sum, user](std::span<std::int64_t> values) {
+      run_callback("reduction", [&] { return sum(user, values.data(), values.size()); });
     });
   });
 }
 
 int moectl_set_log(moectl_controller* c, int (*log)(void*, const char*, size_t), void* user) {
-  return guarded([&] {
-    if (!log) return log_with(deref(c), nullptr);
+  return with(c, [&](moectl_controller& handle) {
+    if (!log) return log_with(handle, nullptr);
     const auto write = [log, user](std::string_view text) {
-      last_error.clear();
-      if (const int code = log(user, text.data(), text.size())) throw callback_failed("log", code);
+      run_callback("log", [&] { return log(user, text.data(), text.size()); });
     };
-    log_with(deref(c), std::make_unique<moectl::RunLogWriter>(write, c->controller.config()));
+    log_with(handle, std::make_unique<moectl::RunLogWriter>(write, handle.controller.config()));
   });
 }
 
 int moectl_log_to_file(moectl_controller* c, const char* path, int append) {
-  return guarded([&] {
-    require(path != nullptr, "path: is NULL");
-    log_with(deref(c),
-             std::make_unique<moectl::RunLogWriter>(std::string(path), c->controller.config(), append != 0));
+  return with(c, [&](moectl_controller& handle) {
+    require_given(path, "path");
+    log_with(handle, std::make_unique<moectl::RunLogWriter>(std::string(path), handle.controller.config(),
+                                                            append != 0));
   });
 }
 
 int moectl_adopt(moectl_controller* c, int layer, const double* bias, size_t size) {
-  return guarded([&] {
-    require_size(deref(c), layer, size, "bias");
-    require(bias != nullptr, "bias: is NULL");
-    for_layers(*c, layer, [&](int id, std::size_t, std::size_t at) {
-      c->controller.adopt(id, {bias + at, experts_of(*c, id)});
+  return with(c, [&](moectl_controller& handle) {
+    require_size(handle, layer, size, "bias");
+    require_given(bias, "bias");
+    for_layers(handle, layer, [&](int id, std::size_t, std::size_t at) {
+      handle.controller.adopt(id, {bias + at, experts_of(handle, id)});
     });
   });
 }
 
 int moectl_adopt_aux_loss_weight(moectl_controller* c, int layer, double weight) {
-  return guarded([&] { deref(c).controller.adopt_aux_loss_weight(layer, weight); });
+  return with(c, [&](moectl_controller& handle) { handle.controller.adopt_aux_loss_weight(layer, weight); });
 }
 
 int moectl_adopt_temperature(moectl_controller* c, int layer, double temperature) {
-  return guarded([&] { deref(c).controller.adopt_temperature(layer, temperature); });
+  return with(c, [&](moectl_controller& handle) { handle.controller.adopt_temperature(layer, temperature); });
 }
 
 int moectl_save(const moectl_controller* c, char** state, size_t* size) {
-  return give_state(state, size, [&] { return deref(c).controller.save(); });
+  return give_state(c, state, size, [&](const moectl::Controller& controller) { return controller.save(); });
 }
 
 int moectl_load(moectl_controller* c, const char* state, size_t size, int keep, char** kept) {
-  return take_state(state, kept, keep, [&](moectl::Keep what) {
-    return deref(c).controller.load({state, size}, what);
+  return take_state(c, state, kept, keep, [&](moectl::Controller& controller, moectl::Keep what) {
+    return controller.load({state, size}, what);
   });
 }
 
 int moectl_save_layer(const moectl_controller* c, int layer, char** state, size_t* size) {
-  return give_state(state, size, [&] { return deref(c).controller.save_layer(layer); });
+  return give_state(c, state, size,
+                    [&](const moectl::Controller& controller) { return controller.save_layer(layer); });
 }
 
 int moectl_load_layer(moectl_controller* c, int layer, const char* state, size_t size, int keep,
                       char** kept) {
-  return take_state(state, kept, keep, [&](moectl::Keep what) {
-    return deref(c).controller.load_layer(layer, {state, size}, what);
+  return take_state(c, state, kept, keep, [&](moectl::Controller& controller, moectl::Keep what) {
+    return controller.load_layer(layer, {state, size}, what);
   });
 }

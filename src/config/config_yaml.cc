@@ -97,7 +97,8 @@ const char* parse(const YamlNode& node, int& out) {
 }
 
 const char* parse(const YamlNode& node, bool& out) {
-  if (is_plain(node)) {
+  // Quoted words as well: JSON has no others, and no key takes both a switch and a word.
+  if (node.kind == Kind::kScalar) {
     // YAML 1.1's words, in its three spellings each; without its y and n, which are names of variables as
     // well.
     for (const char* word : {"true", "True", "TRUE", "yes", "Yes", "YES", "on", "On", "ON"}) {
@@ -318,7 +319,8 @@ bool YamlMap::is_word(std::string_view key) const {
   if (it == entries_.end() || it->second.value->kind != Kind::kScalar) return false;
   const std::string& text = it->second.value->text;
   if (text.empty()) return false;
-  // What looks like a number is a wrong one, and no name of a file.
+  // What looks like a number is a wrong one, and no name of a file. The names are those of JSON writers.
+  if (text == "NaN" || text == "nan" || text == "Infinity" || text == "inf") return false;
   return std::string_view("+-.0123456789").find(text.front()) == std::string_view::npos ||
          text.find('/') != std::string::npos;
 }

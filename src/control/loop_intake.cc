@@ -37,6 +37,7 @@ void Controller::Loop::check_choices(int layer, const ChoiceSample& sample) {
 }
 
 void Controller::Loop::say(NoticeKind kind, int layer, std::string_view text) {
+  if (layer != -1) layer_at(layer);  // a notice of a layer that is not there would be in no record
   const std::lock_guard lock(said_mutex_);
   said_.push_back({kind, layer, std::string(text)});
 }

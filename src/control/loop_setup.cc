@@ -179,7 +179,11 @@ void Controller::Loop::start_from_files() {
     if (!initial.values.empty()) adopt(Actuator::kExpertBias, layer->id, initial.values);
     if (initial.file.empty()) continue;
     const auto [file, fresh] = files.try_emplace(initial.file);
-    if (fresh) file->second = read_biases(initial.file);
+    try {
+      if (fresh) file->second = read_biases(initial.file);
+    } catch (const ConfigError& error) {
+      throw ConfigError("expert_bias.initial: " + std::string(error.what()));
+    }
     const auto found = file->second.find(layer->id);
     if (found == file->second.end()) {
       throw ConfigError("expert_bias.initial: " + initial.file + ": must hold layer " +

@@ -68,7 +68,8 @@ LogSink::LogSink(const std::string& path, How how, bool zipped) {
 
 LogSink::~LogSink() {
   const NoSigpipe guard;
-  if (zip_) gzclose(zip_);
+  // A forked child that ends leaves alone what its parent has yet to write: gzclose would write it, too.
+  if (zip_ && getpid() == process_) gzclose(zip_);
   if (file_ > STDERR_FILENO) close(file_);
 }
 

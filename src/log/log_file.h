@@ -1,6 +1,7 @@
 // The file of a run log: where its bytes go, the pieces of a rotated one, and what is left of one whose run is resumed.
 #pragma once
 
+#include <unistd.h>
 #include <zlib.h>
 
 #include <cstdint>
@@ -29,6 +30,7 @@ class LogSink {
   std::function<void(std::string_view)> out_;
   gzFile zip_ = nullptr;
   int file_ = -1;
+  pid_t process_ = getpid();
 };
 
 inline bool is_zipped(const std::string& path) {

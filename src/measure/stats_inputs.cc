@@ -24,8 +24,11 @@ std::span<const RoutingStats::RecordedValue> RoutingStats::recorded_values() {
 bool RoutingStats::add_value(std::string_view name, double value) {
   const auto values = recorded_values();
   const auto it = std::ranges::find(values, name, &RecordedValue::name);
-  if (it == values.end())
-    throw std::invalid_argument("value: " + shown_briefly(name) + ": must be one of recorded_values()");
+  if (it == values.end()) {
+    std::string names;
+    for (const RecordedValue& known : values) (names += names.empty() ? "" : ", ") += known.name;
+    throw std::invalid_argument("value: " + shown_briefly(name) + ": must be one of " + names);
+  }
   if (!(value >= 0)) return false;
   std::fill(delta_.begin(), delta_.end(), 0);
   delta_[static_cast<std::size_t>(it->sum)] = to_fixed(std::min(value, kFixedMax));

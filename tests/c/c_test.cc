@@ -7,6 +7,7 @@
 #include <cstring>
 #include <string>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #include "moectl.h"
@@ -55,31 +56,95 @@ TEST_F(C, WrongConfigsHaveCodeAndWords) {
   EXPECT_EQ(moectl_new(kConfig, nullptr, nullptr), MOECTL_INVALID);
 }
 
+template <class Result, class... Arguments>
+auto callback_like(Result (*)(Arguments...)) {
+  return +[](Arguments...) -> Result { return 0; };
+}
+
+/// Zero or NULL; or, if `given`, an address of something, as of a struct with its size.
+template <class T>
+T argument(bool given) {
+  if constexpr (!std::is_pointer_v<T>) {
+    return T{};
+  } else if constexpr (std::is_function_v<std::remove_pointer_t<T>>) {
+    return given ? callback_like(T{}) : nullptr;
+  } else {
+    alignas(16) static unsigned char some[4096];
+    const std::size_t size = sizeof some;
+    std::memcpy(some, &size, sizeof size);
+    return given ? reinterpret_cast<T>(some) : nullptr;
+  }
+}
+
+template <class Handle, class... Arguments>
+int called_without_controller(int (*function)(Handle*, Arguments...), bool given) {
+  return function(nullptr, argument<Arguments>(given)...);
+}
+
+// Every function of the header that takes a controller, whatever its other arguments are.
+TEST(WithoutController, EveryCallIsRefusedBeforeItDoesAnything) {
+  int calls = 0;
+  for (const bool given : {false, true}) {
+#define MOECTL_CALL(function)                                                                        \
+  moectl_freeze(nullptr, 0, 0);                                                                      \
+  EXPECT_EQ(called_without_controller(function, given), MOECTL_INVALID) << #function;                \
+  EXPECT_STREQ(moectl_error(), "controller: NULL: must be one that moectl_new() made") << #function; \
+  ++calls;
+#include "c_functions.inc"
+#undef MOECTL_CALL
+  }
+  EXPECT_GT(calls, 50);
+}
+
+TEST_F(C, TheLastErrorOutlivesGoodCallsAndTheirCallbacks) {
+  ASSERT_EQ(moectl_set_reduction(
+                c_, [](void*, std::int64_t*, std::size_t) { return moectl_set_error("not asked for"), 0; },
+                nullptr),
+            MOECTL_OK);
+  ASSERT_EQ(moectl_freeze(c_, 9, 1), MOECTL_INVALID);
+  const std::string said = moectl_error();
+  record();
+  ASSERT_EQ(moectl_step(c_, nullptr), MOECTL_OK);
+  EXPECT_EQ(moectl_error(), said);
+  // Words of an earlier call are not those of a later one.
+  ASSERT_EQ(moectl_set_reduction(
+                c_, [](void*, std::int64_t*, std::size_t) { return 3; }, nullptr),
+            MOECTL_OK);
+  EXPECT_EQ(moectl_step(c_, nullptr), MOECTL_REDUCTION);
+  EXPECT_THAT(moectl_error(), AllOf(HasSubstr("returned 3"), Not(HasSubstr("not asked for"))));
+}
+
+TEST_F(C, ANoticeIsOfALayerThatIsThere) {
+  EXPECT_EQ(moectl_say(c_, "nonsense", 0, "x"), MOECTL_INVALID);
+  EXPECT_THAT(moectl_error(), StartsWith("kind: nonsense: must be one of invalid, missing_input, "));
+  EXPECT_EQ(moectl_say(c_, "wiring", 2, "x"), MOECTL_INVALID);
+  EXPECT_EQ(moectl_say(c_, "wiring", -2, "x"), MOECTL_INVALID);
+  EXPECT_EQ(moectl_say(c_, "wiring", -1, "of none"), MOECTL_OK);
+  EXPECT_EQ(moectl_say(c_, "wiring", 1, "of a layer"), MOECTL_OK);
+  ASSERT_EQ(moectl_step(c_, nullptr), MOECTL_OK);
+  moectl_figures figures{};
+  figures.size = sizeof figures;
+  ASSERT_EQ(moectl_figures_of(c_, &figures), MOECTL_OK);
+  EXPECT_EQ(figures.notices, 2);
+  char* json = nullptr;
+  ASSERT_EQ(moectl_report_json(c_, 0, &json), MOECTL_OK);
+  EXPECT_THAT(json, AllOf(HasSubstr("of none"), HasSubstr("of a layer")));
+  moectl_free_text(json);
+  EXPECT_EQ(moectl_record_value(c_, 0, "nothing", 1), MOECTL_INVALID);
+  EXPECT_THAT(moectl_error(), HasSubstr("must be one of balance_loss, z_loss, "));
+}
+
 TEST_F(C, NoNullIsFollowed) {
-  double x = 0;
-  std::int64_t n = 0;
-  EXPECT_EQ(moectl_layers(nullptr, nullptr, 0, nullptr), MOECTL_INVALID);
-  EXPECT_EQ(moectl_shape(nullptr, 0, nullptr, nullptr), MOECTL_INVALID);
-  EXPECT_EQ(moectl_config(nullptr, nullptr), MOECTL_INVALID);
   EXPECT_EQ(moectl_record(c_, 0, nullptr, -1), MOECTL_INVALID);
   EXPECT_EQ(moectl_record_counts(c_, 0, nullptr, 4, nullptr), MOECTL_INVALID);
   EXPECT_EQ(moectl_check_choices(c_, 0, 1, nullptr, nullptr, nullptr), MOECTL_INVALID);
   EXPECT_EQ(moectl_say(c_, nullptr, 0, nullptr), MOECTL_INVALID);
-  EXPECT_EQ(moectl_step(nullptr, nullptr), MOECTL_INVALID);
-  EXPECT_EQ(moectl_steps(nullptr, &n), MOECTL_INVALID);
   EXPECT_EQ(moectl_figures_of(c_, nullptr), MOECTL_INVALID);
   EXPECT_EQ(moectl_report_json(c_, 0, nullptr), MOECTL_INVALID);
   EXPECT_EQ(moectl_biases(c_, 0, nullptr, 4), MOECTL_INVALID);
   EXPECT_EQ(moectl_deployment_biases(c_, 0, nullptr, 4), MOECTL_INVALID);
-  EXPECT_EQ(moectl_aux_loss_weight(nullptr, 0, &x), MOECTL_INVALID);
   EXPECT_EQ(moectl_temperature(c_, 0, nullptr), MOECTL_INVALID);
-  EXPECT_EQ(moectl_begin_at(nullptr, 1), MOECTL_INVALID);
-  EXPECT_EQ(moectl_record_value(nullptr, 0, "router_condition", 1), MOECTL_INVALID);
   EXPECT_EQ(moectl_record_value(c_, 0, nullptr, 1), MOECTL_INVALID);
-  EXPECT_EQ(moectl_hold(nullptr, 1), MOECTL_INVALID);
-  EXPECT_EQ(moectl_freeze(nullptr, 0, 1), MOECTL_INVALID);
-  EXPECT_EQ(moectl_set_reduction(nullptr, nullptr, nullptr), MOECTL_INVALID);
-  EXPECT_EQ(moectl_set_log(nullptr, nullptr, nullptr), MOECTL_INVALID);
   EXPECT_EQ(moectl_log_to_file(c_, nullptr, 0), MOECTL_INVALID);
   EXPECT_EQ(moectl_save(c_, nullptr, nullptr), MOECTL_INVALID);
   EXPECT_EQ(moectl_load(c_, nullptr, 0, 0, nullptr), MOECTL_INVALID);
@@ -101,7 +166,7 @@ TEST_F(C, UnknownLayersAndSizesThatDoNotFit) {
   batch.tokens = 1;
   batch.experts = experts;
   EXPECT_EQ(moectl_record(c_, 0, &batch, -1), MOECTL_INVALID);
-  EXPECT_THAT(moectl_error(), HasSubstr("size is not set"));
+  EXPECT_THAT(moectl_error(), HasSubstr("batch.size: 0: must be the sizeof of the struct"));
   batch.size = sizeof batch;
   batch.experts32 = narrow;
   EXPECT_EQ(moectl_record(c_, 0, &batch, -1), MOECTL_INVALID);

@@ -403,6 +403,8 @@ INSTANTIATE_TEST_SUITE_P(
             "c.yaml:3:24: expert_bias.initial: 1: must be 0 with limits.center, which keeps the mean there"},
         Wrong{"Cadence", with("expert_bias: {limits: {cadence: 0}}\n"),
               "c.yaml:3:33: expert_bias.limits.cadence: 0: must be at least 1"},
+        Wrong{"QuotedRollbackWord", with("safety: {rollback: \"maybe\"}\n"),
+              "c.yaml:3:20: safety.rollback: \"maybe\": must be off, on, or a map of its options"},
         Wrong{"RollbackWord", with("safety: {rollback: maybe}\n"),
               "c.yaml:3:20: safety.rollback: maybe: must be off, on, or a map of its options"},
         Wrong{"RollbackRange", with("safety:\n  rollback:\n    loss_jump: -0.5\n"),
@@ -411,6 +413,14 @@ INSTANTIATE_TEST_SUITE_P(
               "c.yaml:3:35: safety.oscillation.threshold: 1: must be between 0 and 1"},
         Wrong{"LogEvery", with("log: {every: 0}\n"), "c.yaml:3:14: log.every: 0: must be at least 1"}),
     [](const ::testing::TestParamInfo<Wrong>& info) { return info.param.name; });
+
+// JSON has no other words.
+TEST(Config, QuotedSwitchesAreSwitches) {
+  const std::string model =
+      "{\"version\": 1, \"model\": {\"layers\": 1, \"experts\": 4, \"top_k\": 1}, \"safety\": ";
+  EXPECT_TRUE(parse_config(model + "{\"rollback\": \"on\"}}").safety.rollback.has_value());
+  EXPECT_FALSE(parse_config(model + "{\"rollback\": \"off\"}}").safety.rollback.has_value());
+}
 
 TEST(Config, FilesThatCannotBeRead) {
   EXPECT_THAT([] { load_config("/nonexistent/c.yaml"); },
