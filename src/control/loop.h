@@ -186,6 +186,7 @@ class Controller::Loop {  // NOLINT(clang-analyzer-optin.performance.Padding)
   void finish_pending();
   void take_over_from(const Loop& other);
   void freeze_as(const Loop& other);
+  bool frozen_by_host(const Layer& layer) const;
   void exchange(StateIo& io);
   void exchange_layer(StateIo& io, Layer& layer);
   void exchange_recorded(StateIo& io, Layer& layer);

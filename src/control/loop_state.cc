@@ -142,8 +142,16 @@ void Controller::Loop::take_over_from(const Loop& other) {
   held_ = other.held_;
 }
 
+// What the host froze or thawed stays so; else the timeline decides.
 void Controller::Loop::freeze_as(const Loop& other) {
-  for (std::size_t l = 0; l < layers_.size(); ++l) layers_[l]->frozen = other.layers_[l]->frozen;
+  for (std::size_t l = 0; l < layers_.size(); ++l) {
+    if (other.frozen_by_host(*other.layers_[l])) layers_[l]->frozen = other.layers_[l]->frozen;
+  }
+}
+
+// Of the timeline, the entries up to settings_from_ have taken place.
+bool Controller::Loop::frozen_by_host(const Layer& layer) const {
+  return layer.frozen != frozen_at(config_, layer.id, settings_from_);
 }
 
 std::unique_ptr<Controller::Loop> Controller::Loop::loaded(std::string_view state, Keep keep,
@@ -232,7 +240,7 @@ void Controller::Loop::exchange_layer(StateIo& io, Layer& layer) {
   io.text("config", saved);
   if (saved != own) throw StateError(first_difference(saved, own));
   io.value("frozen", layer.frozen);
-  bool by_host = layer.frozen != frozen_at(config_, layer.id, steps_);
+  bool by_host = frozen_by_host(layer);
   io.value("frozen_by_host", by_host);
   io.section("intake", [&](StateIo& inner) { exchange_recorded(inner, layer); });
   io.section("watch", [&](StateIo& inner) { layer.monitor->exchange(inner); });

@@ -495,6 +495,30 @@ TEST(FieldCases, B5_ATimelineIsResumedToTheBit) {
   }
 }
 
+// A freeze of the timeline is no freeze() of the host, whenever the state was saved and whatever is kept of it.
+TEST(FieldCases, B5_AFreezeOfTheTimelineHoldsAfterLoading) {
+  const SimulationOptions plant = plant_of(2);
+  ControllerConfig config = config_of("sign_bias", plant);
+  config.timeline.resize(1);
+  config.timeline[0].from = 40;
+  config.timeline[0].freeze = {1};
+  for (const int stop : {40, 50}) {
+    Controller saved(config);
+    simulate(saved, plant, stop);
+    const Biases frozen = bias_of(saved, 1), moving = bias_of(saved, 0);
+    for (const Keep keep : {Keep::everything, Keep::what_fits}) {
+      Controller whole(config), by_layer(config);
+      whole.load(saved.save(), keep);
+      for (const int layer : {0, 1}) by_layer.load_layer(layer, saved.save_layer(layer), keep);
+      for (Controller* controller : {&whole, &by_layer}) {
+        simulate(*controller, plant, 5);
+        EXPECT_EQ(bias_of(*controller, 1), frozen) << "saved at " << stop;
+        EXPECT_NE(bias_of(*controller, 0), moving);
+      }
+    }
+  }
+}
+
 TEST(FieldCases, B1_ANewControllerInMidTrainingGoesOnFromTheTrainingsStep) {
   const SimulationOptions plant = plant_of(2);
   ControllerConfig config = config_of("sign_bias", plant);
