@@ -47,7 +47,7 @@ Placement single_placement(int experts, const PlacementOptions& options);
 /// copies are exchanged while that lowers the mean over the samples of the largest device load, so that experts which are
 /// heavy in the same steps come apart. Each expert's samples are scaled to its load. Copies of one expert are on different devices,
 /// unless a device has more slots than its node has experts, or EPLB's rules would give a plan that is more even on the loads (or
-/// samples): no plan is less even than theirs. With `max_moves` ≥ 0 the plan starts from single_placement, and its largest device load
+/// samples): no plan with repeats is less even than theirs. With `max_moves` ≥ 0 the plan starts from single_placement, and its largest device load
 /// is never above that one's while free slots may stay free (`repeats`). Throws std::invalid_argument.
 Placement plan_placement(std::span<const double> loads, const PlacementOptions& options,
                          std::span<const double> samples = {});

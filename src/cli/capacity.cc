@@ -74,6 +74,7 @@ class BinomialExcess {
   double operator()(double capacity) const {
     if (excess_.empty()) {
       const double over = mean_ - capacity, z = over / sigma_;
+      if (z < -8) return 0;
       return over * 0.5 * std::erfc(-z / std::sqrt(2.0)) +
              sigma_ * std::exp(-z * z / 2) / std::sqrt(2 * std::acos(-1.0));
     }

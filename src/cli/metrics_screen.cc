@@ -155,12 +155,18 @@ Judgement judge(const Row& row, bool sum) {
   if (out.few_steps) {
     out.tokens_to_be_sure = tokens * static_cast<double>(kFewestSteps) / static_cast<double>(row.steps);
   } else if (window) {
-    // The floor falls with the root of the tokens, this CV would stay. The lower end passes the bound where
-    // u - kSure √((4u - 2)/(N - 1)) = bound, u the square of the ratio.
+    // The floor falls with the root of the tokens, and is known the better the more sequences there are; this CV would stay.
     const double square = out.cv.ratio() * out.cv.ratio(), bound = kBalancedFloors * kBalancedFloors;
-    const double a = 2 * kSure * kSure / (n - 1), b = bound + a;
-    if (square > 0 && (sum ? out.verdict != Verdict::kImbalanced : out.verdict == Verdict::kUnsure))
-      out.tokens_to_be_sure = tokens * (b + std::sqrt(b * b - bound * bound - a)) / square;
+    const auto is_sure = [&](double times) {
+      const double u = square * times;
+      const double half =
+          kSure * std::sqrt((2 + 4 * std::max(0.0, u - 1)) / (n - 1) + u * u * unsure_floor / times);
+      return u - half > bound;
+    };
+    double times = 1;
+    while (times < 1e9 && !is_sure(times)) times *= 1.001;
+    if (is_sure(times) && (sum ? out.verdict != Verdict::kImbalanced : out.verdict == Verdict::kUnsure))
+      out.tokens_to_be_sure = tokens * times;
   } else if (out.verdict == Verdict::kUnsure) {
     double times = 1;
     for (const OverFloor& x : {out.cv, out.max_vio}) {

@@ -282,8 +282,8 @@ Json ascend_map(const std::vector<Judged>& layers) {
 }
 
 int placement(Options options) {
-  // vLLM-Ascend maps an expert to one slot of a device (its generate_expert_placement_map): a repeat would be lost, and the device have
-  // fewer experts than the others.
+  // vLLM-Ascend maps an expert to one slot of a device (its generate_expert_placement_map): a repeat would be lost, and the device would
+  // have fewer experts than the others.
   options.placement.repeats = options.format != "ascend";
   LogReader reader(options.trace, options.fault_policy);
   Histories histories;

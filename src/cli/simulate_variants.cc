@@ -6,6 +6,7 @@
 #include <sstream>
 #include <string_view>
 
+#include "base/printable.h"
 #include "cli/tool.h"
 #include "config/config_yaml.h"
 
@@ -112,9 +113,10 @@ ControllerConfig load_variant(const Variant& variant, const PolicyRegistry& regi
     return parse_config(flow_of(root), variant.name(), registry);
   } catch (const ConfigError& e) {
     // The config with what was set is one line that nobody has seen: its key is the place, not line and column.
-    static const std::regex place(":[0-9]+:[0-9]+:");
-    throw ConfigError(
-        std::regex_replace(std::string(e.what()), place, ":", std::regex_constants::format_first_only));
+    const std::string said = e.what(), name = printable(variant.name()) + ':';
+    if (!said.starts_with(name)) throw;
+    static const std::regex place("^[0-9]+:[0-9]+:");
+    throw ConfigError(name + std::regex_replace(said.substr(name.size()), place, ""));
   }
 }
 

@@ -184,14 +184,10 @@ std::unique_ptr<Controller::Loop> Controller::Loop::layer_loaded(int layer, std:
   }
   std::vector<KeptPart> own;  // of the other layers: all stays
   const std::string before = save();
-  auto fresh = loaded(before, Keep::what_fits, own);
-  if (steps != steps_ || settings_from != settings_from_) {
-    auto then = std::make_unique<Loop>(config_, registry_, keep == Keep::everything ? settings_from : steps);
-    then->keep_what_fits(StateIo(before), own);
-    then->take_over_from(*this);
-    fresh = std::move(then);
-    fresh->steps_ = steps;
-  }
+  auto fresh = std::make_unique<Loop>(config_, registry_, keep == Keep::everything ? settings_from : steps);
+  fresh->keep_what_fits(StateIo(before), own);
+  fresh->take_over_from(*this);
+  fresh->steps_ = steps;
   fresh->freeze_as(*this);
   Layer& at = fresh->layer_at(layer);
   if (keep == Keep::everything) {

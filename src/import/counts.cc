@@ -42,6 +42,7 @@ class SglangCsvReader : public StepReader {
     done_ = true;
     step.step = 0;
     step.layers.clear();
+    std::int64_t cells = 0;
     for (std::vector<std::string> fields; next_row(file_, ',', fields);) {
       std::int64_t values[kColumns];
       const std::int64_t most[] = {kMostLayers - 1, kMostExperts - 1, kLargestWhole};
@@ -54,9 +55,7 @@ class SglangCsvReader : public StepReader {
       }
       ImportedLayer& layer = step.layers[{static_cast<int>(values[0]), ""}];
       layer.top_k = top_k_;
-      const auto expert = static_cast<std::size_t>(values[1]);
-      if (expert >= layer.counts.size()) layer.counts.resize(expert + 1);
-      layer.counts[expert] = added(layer.counts[expert], values[2]);
+      layer.choose(values[1], cells, file_.place(), values[2]);
     }
     return true;
   }
@@ -82,7 +81,7 @@ class LogicalCountReader : public StepReader {
         notes_(notes) {
     const auto& shape = array_.shape();
     if ((shape.size() != 2 && shape.size() != 3) || shape[shape.size() - 1] > kMostExperts ||
-        shape[shape.size() - 1] < 2 || shape[shape.size() - 2] > kMostLayers) {
+        shape[shape.size() - 1] < 2 || shape[shape.size() - 2] > kMostLayers || shape[shape.size() - 2] < 1) {
       throw OtherFormat(
           file.name() +
           ": expected an array logical_count [steps, layers, experts] or [layers, experts]: found " +
@@ -90,6 +89,7 @@ class LogicalCountReader : public StepReader {
     }
     steps_ = shape.size() == 3 ? shape[0] : 1;
     layers_ = shape[shape.size() - 2];
+    check_cells(layers_ * shape.back(), file.name());
     row_.resize(static_cast<std::size_t>(shape.back()));
   }
 
@@ -210,6 +210,9 @@ class MatrixReader : public StepReader {
           continue;
         }
         ++numbers;
+        if (number >= kMostExperts)
+          throw OtherFormat(file_.place() + ": column " + std::to_string(i + 1) + ": " + fields_[i] +
+                            ": expected an expert from 0 to " + std::to_string(kMostExperts - 1));
         if (last && number != *last + 1)
           throw OtherFormat(file_.place() + ": column " + std::to_string(i + 1) + ": " + fields_[i] +
                             ": expected expert " + std::to_string(*last + 1) +

@@ -24,7 +24,8 @@ std::optional<double> time_of(const std::string& path) {
   if (at == std::string::npos) return std::nullopt;
   double value = 0;
   const char* const from = name.data() + at + kWord.size();
-  if (std::from_chars(from, name.data() + name.size(), value, std::chars_format::fixed).ec != std::errc())
+  if (std::from_chars(from, name.data() + name.size(), value, std::chars_format::fixed).ec != std::errc() ||
+      !(std::abs(value) < 1e15))
     return std::nullopt;
   return value;
 }

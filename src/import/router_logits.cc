@@ -24,7 +24,7 @@ class RouterLogitsReader : public StepReader {
     const auto& shape = array_.shape();
     const std::size_t n = shape.size();
     if (!array_.is_float() || n < 2 || n > 4 || shape[n - 1] < 2 || shape[n - 1] > kMostExperts ||
-        shape[n - 2] > kMostTokens || (n > 2 && shape[n - 3] > kMostLayers)) {
+        shape[n - 2] > kMostTokens || (n > 2 && (shape[n - 3] > kMostLayers || shape[n - 3] < 1))) {
       throw OtherFormat(file.name() + ": expected router logits [layers, tokens, experts] as floats: found " +
                         array_.description());
     }
@@ -32,6 +32,7 @@ class RouterLogitsReader : public StepReader {
     tokens_ = shape[n - 2];
     layers_ = n > 2 ? shape[n - 3] : 1;
     steps_ = n > 3 ? shape[0] : 1;
+    check_cells(layers_ * experts_, file.name());
     if (top_k_ > experts_)
       throw ImportError("--top-k: " + std::to_string(top_k_) + ": must be at most the experts of " +
                         file.name() + " (" + std::to_string(experts_) + ")");

@@ -55,8 +55,11 @@ class Sequence {
         throw ImportError(place + ": expert " + std::to_string(expert) + ": must be from 0 to " +
                           std::to_string(kMostExperts - 1) + ", or -1 for a slot that was not routed");
       if (expert < 0 || same) continue;
-      if (static_cast<std::size_t>(expert) >= of.counts.size())
+      if (static_cast<std::size_t>(expert) >= of.counts.size()) {
+        cells_ += expert + 1 - static_cast<std::int64_t>(of.counts.size());
+        check_cells(cells_, place);
         of.counts.resize(static_cast<std::size_t>(expert) + 1);
+      }
       ++of.counts[static_cast<std::size_t>(expert)];
       routed = true;
     }
@@ -87,6 +90,7 @@ class Sequence {
   ImportedStep& step_;
   int top_k_;
   bool pairs_;
+  std::int64_t cells_ = 0;  // layers × experts
   std::vector<Layer> layers_;
 };
 
@@ -172,16 +176,21 @@ class VllmReader : public StepReader {
   enum class Kind { kArray, kArchive, kLines };
 
   void say_what_is_left_out() {
+    std::string dense, unrouted;
+    std::int64_t tokens = 0;
     for (std::size_t l = 0; l < slots_.size(); ++l) {
       if (slots_[l].filled == 0) continue;
-      const std::string layer = file_.name() + ": layer " + std::to_string(l);
-      if (slots_[l].routed == 0) {
-        notes_.say(layer + " holds one number k times for every token: taken for a dense layer, left out");
-      } else {
-        notes_.say(layer + ": " + std::to_string(slots_[l].filled) +
-                   " tokens hold one number k times: taken for tokens without routes, left out");
-      }
+      std::string& list = slots_[l].routed == 0 ? dense : unrouted;
+      if (!list.empty()) list += ' ';
+      list += std::to_string(l);
+      if (slots_[l].routed > 0) tokens += slots_[l].filled;
     }
+    if (!dense.empty())
+      notes_.say(file_.name() + ": layer " + dense +
+                 " holds one number k times for every token: taken for a dense layer, left out");
+    if (!unrouted.empty())
+      notes_.say(file_.name() + ": layer " + unrouted + ": " + std::to_string(tokens) +
+                 " tokens hold one number k times: taken for tokens without routes, left out");
   }
 
   /// The tokens of the next request, -1 at the end.
@@ -307,6 +316,7 @@ class MegatronReader : public StepReader {
   bool next(ImportedStep& step) override {
     if (!more_) return false;
     step.layers.clear();
+    cells_ = 0;
     micro_batches_.clear();
     step.step = step_;
     while (more_ && step_ == step.step) {
@@ -387,7 +397,7 @@ class MegatronReader : public StepReader {
           throw wrong("top_indices: " + expert.dump() + ": expected an expert from 0 to " +
                       std::to_string(kMostExperts - 1));
         if (expert.as_integer() < 0) continue;
-        layer.choose(static_cast<int>(expert.as_integer()));
+        layer.choose(expert.as_integer(), cells_, file_.place());
         chosen_.push_back(expert.as_integer());
         routed = true;
       }
@@ -432,6 +442,7 @@ class MegatronReader : public StepReader {
   ImportNotes& notes_;
   JsonParser parser_;
   std::vector<std::int64_t> chosen_;                          // by one token
+  std::int64_t cells_ = 0;                                    // layers × experts of this step
   std::map<std::pair<int, std::string>, int> micro_batches_;  // of this step, by layer
   std::int64_t step_ = 0;
   bool more_ = false;
@@ -467,7 +478,7 @@ class LlamaCppReader : public StepReader {
     std::int64_t last_layer = -1;
     std::int64_t chosen = 0;  // in the first layer
     std::int64_t first_layer = -1;
-    std::int64_t pass = 0, rows = 0;  // rows of this layer in this pass
+    std::int64_t cells = 0, pass = 0, rows = 0;  // rows of this layer in this pass
     for (; more_; advance()) {
       const std::int64_t layer = whole(layer_, kMostLayers - 1), expert = whole(expert_, kMostExperts - 1);
       if (first_layer < 0) first_layer = layer;
@@ -484,7 +495,7 @@ class LlamaCppReader : public StepReader {
       ImportedLayer& of =
           step.layers[{static_cast<int>(layer), options_.by_micro_batch ? "mb" + std::to_string(pass) : ""}];
       of.top_k = top_k_;
-      of.choose(static_cast<int>(expert));
+      of.choose(expert, cells, file_.place());
     }
     if (rows % top_k_ != 0)
       notes_.say("the last rows end within a token: the file is cut off, or --top-k is wrong");

@@ -60,6 +60,14 @@ class PairCounts {
   std::unordered_map<std::uint64_t, std::int64_t> tokens_;
 };
 
+/// Layers × experts of one step have a limit, which is checked before memory is taken for them.
+inline void check_cells(std::int64_t cells, const std::string& place) {
+  if (cells > kMostLayersTimesExperts)
+    throw ImportError(place + ": " + std::to_string(cells) +
+                      " layers x experts in one step: must be at most " +
+                      std::to_string(kMostLayersTimesExperts));
+}
+
 /// The sums of one layer in one step. Arrays grow with the largest expert that was seen.
 struct ImportedLayer {
   int top_k = 0;
@@ -76,11 +84,15 @@ struct ImportedLayer {
   std::optional<double> gap_sum;
   PairCounts pairs;
 
-  /// Counts one choice; grows the arrays.
-  void choose(int expert) {
-    if (static_cast<std::size_t>(expert) >= counts.size())
-      counts.resize(static_cast<std::size_t>(expert) + 1);
-    ++counts[static_cast<std::size_t>(expert)];
+  /// Counts `times` choices of an expert; grows the arrays. `cells`: layers × experts of the step so far.
+  void choose(std::int64_t expert, std::int64_t& cells, const std::string& place, std::int64_t times = 1) {
+    const auto at = static_cast<std::size_t>(expert);
+    if (at >= counts.size()) {
+      cells += expert + 1 - static_cast<std::int64_t>(counts.size());
+      check_cells(cells, place);
+      counts.resize(at + 1);
+    }
+    counts[at] = added(counts[at], times);
   }
   /// Takes the counts of one whole sequence and its tokens.
   void add_sequence(const std::vector<std::int64_t>& of_sequence, std::int64_t sequence_tokens);

@@ -1,6 +1,7 @@
 #include "log/parts.h"
 
 #include <algorithm>
+#include <limits>
 #include <map>
 #include <utility>
 
@@ -29,7 +30,8 @@ void add(LogRecord& to, const LogRecord& more) {
     to.loss = more.loss;
   }
   add_recorded(to.stats, to.domains, more.stats, more.domains);
-  to.tokens += more.tokens;
+  if (__builtin_add_overflow(to.tokens, more.tokens, &to.tokens))
+    to.tokens = std::numeric_limits<std::int64_t>::max();
   // Of a run log: what holds for one part alone is measured anew.
   to.metrics.clear();
   to.health.clear();

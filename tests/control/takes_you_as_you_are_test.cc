@@ -512,7 +512,9 @@ TEST(FieldCases, B5_AFreezeOfTheTimelineHoldsAfterLoading) {
       for (const int layer : {0, 1}) by_layer.load_layer(layer, saved.save_layer(layer), keep);
       for (Controller* controller : {&whole, &by_layer}) {
         simulate(*controller, plant, 5);
-        EXPECT_EQ(bias_of(*controller, 1), frozen) << "saved at " << stop;
+        EXPECT_EQ(bias_of(*controller, 1), frozen)
+            << "saved at " << stop << (keep == Keep::everything ? ", everything" : ", what fits")
+            << (controller == &whole ? "" : ", by layer");
         EXPECT_NE(bias_of(*controller, 0), moving);
       }
     }

@@ -362,6 +362,30 @@ TEST(ImportInDoubt, ColumnsThatAreNoExpertsAreNotTakenForThem) {
 
 // ---- Router logits ----
 
+// A few bytes must not take gigabytes, or promise steps without end.
+TEST(ImportInDoubt, LayersTimesExpertsAreLimitedBeforeMemoryIsTaken) {
+  const TempDir dir;
+  std::string rows = "layer_id,expert_id,count\n", lines, choices;
+  for (int layer = 0; layer < 65; ++layer) {
+    const std::string id = std::to_string(layer);
+    rows += id + ",65535,1\n";
+    lines += R"({"step":0,"layer":)" + id + R"(,"num_tokens":1,"top_indices":[[65535]]})" + "\n";
+    choices += id + ",65535\n";
+  }
+  dir.write("r.csv", rows);
+  dir.write("l.jsonl", lines);
+  dir.write("c.csv", choices);
+  dir.write("z.npy", npy_of("<f4", "65536, 1, 65536", ""));
+  dir.write("zero.npy", npy_of("<f4", "281474976710656, 0, 4, 4", ""));
+  dir.write("logical_count.npy", npy_of("<i8", "1, 65536, 65536", ""));
+  dir.write("empty.npy", npy_of("<i8", "281474976710656, 0, 2", ""));
+  for (const char* command : {"sglang r.csv --top-k 1", "megatron l.jsonl", "llama.cpp c.csv --top-k 1",
+                              "hf z.npy --top-k 2", "sglang logical_count.npy --top-k 2"})
+    EXPECT_THAT(refused_in(dir, command), HasSubstr("must be at most 4194304")) << command;
+  for (const char* command : {"hf zero.npy --top-k 2", "sglang empty.npy --top-k 2"})
+    EXPECT_THAT(refused_in(dir, command), HasSubstr("expected")) << command;
+}
+
 TEST(ImportInDoubt, LogitsThatChooseNothingAreRefused) {
   const TempDir dir;
   const float inf = HUGE_VALF;

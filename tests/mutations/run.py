@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Do the tests notice when the code is wrong? Draws mutations of it, and runs the tests on each.
 
-    run.py --build FOLDER [--number N] [--table FILE] [--survivors] [--limit SECONDS] [--lock FILE]
+    run.py --build FOLDER [--number N] [--table FILE] [--survivors] [--limit SECONDS]
 
 A mutation is one small change of one of the files in FILES: an operator, a constant, or a statement taken away
 (`places`). N of them are drawn, the same number of each file, from the same seed each time, so the same sources give
@@ -20,8 +20,6 @@ again that were not caught, with the tests that FOLDER holds now. The exit statu
 
 import argparse
 import collections
-import contextlib
-import fcntl
 import itertools
 import json
 import os
@@ -111,17 +109,6 @@ def places(file):
     return keyed
 
 
-@contextlib.contextmanager
-def held(lock):
-    """Holds a lock of others, so that only one compiler runs at a time."""
-    if lock is None:
-        yield
-        return
-    with open(lock, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 # Chooses the mutation, in each copy.
 CHOICE = """#include <cstdlib>
 namespace { const int moectl_mutation = [] {
@@ -177,8 +164,8 @@ def with_mutations(file, numbered):
 class Builder:
     """Compiles mutations and links the two programs with them."""
 
-    def __init__(self, build, lock):
-        self.build, self.lock = build, lock
+    def __init__(self, build):
+        self.build = build
         commands = json.loads((build / "compile_commands.json").read_text())
         # libstdc++'s assertions notice an index beyond the end, as the address sanitizer would.
         self.compile_command = {
@@ -191,8 +178,7 @@ class Builder:
             self.link_command[program] = next(part for part in last.split(" && ") if f" -o tests/{program} " in part)
 
     def run(self, command):
-        with held(self.lock):
-            return subprocess.run(command, shell=True, cwd=self.build, capture_output=True, text=True, errors="replace")
+        return subprocess.run(command, shell=True, cwd=self.build, capture_output=True, text=True, errors="replace")
 
     def compile(self, file, source, folder):
         """None, or what the compiler says; folder/NAME.o."""
@@ -234,11 +220,12 @@ class Builder:
                         alone.append((mutation, n, folder))
                 if len(inside) + len(alone) < wanted and candidates:
                     continue
-                said = self.compile(file, with_mutations(file, inside), together)
-                wrong = {int(n) for n in re.findall(r'^mutation (\d+):\d+:\d+: error', said or "", re.M)}
-                if said is not None and not wrong:
-                    sys.exit(said)
-                inside = {n: m for n, m in inside.items() if n not in wrong}
+                # Those that do not compile are left out, and others drawn, until the rest compiles.
+                while (said := self.compile(file, with_mutations(file, inside), together)) is not None:
+                    wrong = {int(n) for n in re.findall(r'^mutation (\d+):\d+:\d+: error', said, re.M)}
+                    if not wrong:
+                        sys.exit(said)
+                    inside = {n: m for n, m in inside.items() if n not in wrong}
             chosen += alone + [(m, n, together) for n, m in inside.items()]
         self.link(together)
         return chosen
@@ -302,12 +289,11 @@ def main():
     parser.add_argument("--survivors", action="store_true")
     parser.add_argument("--limit", type=float, help="ends tests that take longer; without it, all tests run first without "
                         "a mutation, and ten times what they take is the limit")
-    parser.add_argument("--lock", help="held while compiling (flock)", default=os.environ.get("MOECTL_BUILD_LOCK"))
     options = parser.parse_args()
     build = options.build.resolve()
     kept = build / "mutants" / "results.json"
     why = reasons()
-    builder = Builder(build, options.lock)
+    builder = Builder(build)
     if options.survivors:
         results = json.loads(kept.read_text())
         for folder in {r["folder"] for r in results if not r["caught"]} | {str(build / "mutants" / "together")}:

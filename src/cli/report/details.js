@@ -140,7 +140,7 @@ runs.forEach((run, r) => {
   if (!run.metrics.length) return;
   const head = ['metric', 'mean', 'lowest layer', 'p5', 'p25', 'p50', 'p75', 'p95', 'highest layer', 'unit'].map((t) => element('th', {scope: 'col'}, t));
   const row = (m) => element('tr', {'data-metric': m.name}, element('th', {scope: 'row', title: m.formula}, m.name),
-                             ...[number(m.mean), `${number(m.low)} (${m.low_layer})`, ...m.over_layers.map(number), `${number(m.high)} (${m.high_layer})`, m.unit]
+                             ...[number(m.mean), `${number(m.low)} (${m.low_layer})`, ...m.over_layers.map((v) => number(v)), `${number(m.high)} (${m.high_layer})`, m.unit]
                                  .map((v) => element('td', {}, v)));
   $('metrics').append(element('h3', {}, shortNames[r]),
                       element('div', {class: 'scroll'}, element('table', {}, element('thead', {}, element('tr', {}, ...head)),
