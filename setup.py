@@ -19,7 +19,7 @@ OPTIONS = ["-DCMAKE_BUILD_TYPE=Release", "-DMOECTL_NATIVE=OFF", "-DMOECTL_TORCH=
 # What must be there before CMake can name the rest, by Debian's packages.
 lacks = [debian for there, debian in (
     (shutil.which("cmake"), "cmake"),
-    (shutil.which(os.environ.get("CXX", "c++").split()[0]), "g++"),
+    (shutil.which((os.environ.get("CXX", "").split() or ["c++"])[0]), "g++"),
     (shutil.which("ninja") or shutil.which("make"), "ninja-build"),
     # A part of setuptools from version 70 on.
     (importlib.util.find_spec("setuptools.command.bdist_wheel") or importlib.util.find_spec("wheel"), "python3-wheel"),

@@ -20,10 +20,11 @@ from ._library import ALL_LAYERS, Batch, Figures, Log, StepInfo, Sum, check, lib
 class _Handle:
     """The controller in C. It is freed when no call is running on it."""
 
-    __slots__ = ("pointer", "running", "process", "closed", "ended")
+    __slots__ = ("pointer", "owned", "running", "process", "closed", "ended")
 
     def __init__(self, pointer: c_void_p):
         self.pointer = pointer
+        self.owned = [pointer]  # taken by the one thread that frees it; list.pop needs no lock
         self.running: List[int] = []  # the thread of each call; list.append and list.remove need no lock
         self.process = os.getpid()
         self.closed = self.ended = False
@@ -52,8 +53,12 @@ class _Handle:
             if time.monotonic() > last:
                 return
             time.sleep(0.001)
-        lib.moectl_free(self.pointer)
+        try:
+            pointer = self.owned.pop()
+        except IndexError:
+            return  # another thread frees it
         self.pointer = c_void_p()
+        lib.moectl_free(pointer)
 
 
 def _end(handle: _Handle) -> None:
@@ -469,6 +474,8 @@ class Controller:
         """Where the run log goes, which `moectl report` and `moectl compare` read: the path of a file, gzip if it ends
         in .gz, with `append` continued by a resumed run; or a callable, which receives whole lines: the header now,
         those of a step at its end. What it raises is a notice. None: nowhere."""
+        if callable(log) and append:
+            raise ArgumentError("append: not with a callable: must be with the path of a file")
         if log is None or callable(log):
             callback = _no_callback(Log)
             if log is not None:

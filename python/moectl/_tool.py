@@ -1,6 +1,7 @@
 """What the tool `moectl` answers, as data."""
 
 import json
+import numbers
 import os
 import shutil
 import subprocess
@@ -8,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Literal, Union, overload
 
-from ._arrays import path, shown
+from ._arrays import path, shown, whole
 from ._errors import ArgumentError, MoectlError
 
 PathLike = Union[str, "os.PathLike[str]"]
@@ -60,7 +61,9 @@ def simulate(*configs: PathLike, **options: Any) -> List[Dict[str, Any]]:
     steps=300, scenario="shift". Raises MoectlError with the tool's words."""
     given = []
     for name, value in options.items():
-        if not isinstance(value, (str, int, float, os.PathLike)) or "\0" in str(value):
+        if not isinstance(value, numbers.Real) and hasattr(value, "__index__"):
+            value = whole(name, value)
+        if not isinstance(value, (str, numbers.Real, os.PathLike)) or "\0" in str(value):
             raise ArgumentError(f"{name}: {shown(value)}: must be a number, a word or a path")
         given.append(f"--{name.replace('_', '-')}={value}")
     return json.loads(_ask("simulate", *[_file("config", config) for config in configs], *given, "--format", "json"))

@@ -9,6 +9,7 @@ A site is a module and two names: of the attribute that counts its tokens, and o
 step, so that trainers may swap or re-create the tensors behind them."""
 
 import hashlib
+import math
 import os
 import struct
 import warnings
@@ -19,6 +20,7 @@ from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Set,
 import torch
 import torch.distributed as dist
 
+from ._arrays import whole
 from ._controller import Controller, Report
 from ._errors import ArgumentError, ReductionError, StateError
 
@@ -53,15 +55,25 @@ def _zeros(*shape: int, device: Any) -> torch.Tensor:
         return torch.zeros(*shape, dtype=torch.int64, device=device)
 
 
+def _to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on the device. From the host it waits for nothing, which takes pinned memory."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return pinned.copy_(tensor).to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def _number(name: str, value: Any, device: torch.device) -> torch.Tensor:
     """A number, or a tensor of one, as float64 []."""
     try:
-        found = torch.as_tensor(value, dtype=torch.float64, device=device).detach()
-    except (TypeError, ValueError, RuntimeError):
+        if isinstance(value, (int, float)):
+            return torch.full((), float(value), dtype=torch.float64, device=device)
+        found = torch.as_tensor(value, dtype=torch.float64).detach()
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         raise ArgumentError(f"{name}: {type(value).__name__}: must be a number or a tensor of one") from None
     if found.numel() != 1:
         raise ArgumentError(f"{name}: {found.numel()} values: must be one")
-    return _whole(found).reshape(())
+    return _to(_whole(found).reshape(()), device)
 
 
 def _same(ranks: int, total: int, squares: int) -> bool:
@@ -138,15 +150,16 @@ def router_losses(logits: torch.Tensor, experts: torch.Tensor, mask: Optional[to
     the log alone, `balancer.record_values(layer, **router_losses(logits, experts))`."""
     if scores not in ("softmax", "sigmoid"):
         raise ArgumentError(f"scores: {scores}: must be softmax or sigmoid")
-    z = logits.reshape(-1, logits.shape[-1]).float()
-    n = z.shape[1]
-    if experts.numel() % max(len(z), 1) or (mask is not None and mask.numel() != len(z)):
+    n = logits.shape[-1]
+    z = logits.reshape(math.prod(logits.shape[:-1]), n).float()
+    choices = experts.numel() // max(len(z), 1)  # of each token
+    if experts.numel() != len(z) * choices or (mask is not None and mask.numel() != len(z)):
         raise ArgumentError("router_losses: must be logits [..., N], experts [..., k] and a mask [...]")
     real = (torch.ones_like(z[:, 0]) if mask is None else mask.reshape(-1).to(z.dtype)).unsqueeze(1)
     tokens = real.sum().clamp_min(1)
     sigmoids = torch.nn.functional.logsigmoid(z)
     p = (z if scores == "softmax" else sigmoids).softmax(1)
-    chosen = _ids_of(experts).reshape(len(z), -1)
+    chosen = _ids_of(experts).reshape(len(z), choices)
     weights = torch.where((chosen < -1) | (chosen >= n), torch.full_like(z[:, :1], float("nan")), real * (chosen >= 0))
     counts = torch.zeros(n, dtype=z.dtype, device=z.device)
     counts.scatter_add_(0, chosen.clamp(0, n - 1).flatten(), weights.flatten())
@@ -203,22 +216,44 @@ class _Controller(Controller):
         super().freeze(layer, on)
         self.frozen[layer] = bool(on)
 
-    def load_layer(self, layer: int, state: bytes, keep: str = "everything") -> List[Dict[str, Any]]:
-        def load(frozen: bool) -> List[Dict[str, Any]]:
-            super(_Controller, self).freeze(layer, frozen)
-            return super(_Controller, self).load_layer(layer, state, keep)
-
-        # The library tells a freeze() of the host only where it differs from what holds, and knows no timeline here.
-        try:
-            parts, planned = load(False), self._frozen_at(layer, self.steps)
-            if planned:
-                parts = load(True)
-        except StateError:
-            super().freeze(layer, self.frozen[layer])
-            raise
-        self.frozen[layer] = planned != any(part["key"] == "frozen" for part in parts)
-        self._settled = self.steps
+    def load(self, state: bytes, keep: str = "everything") -> List[Dict[str, Any]]:
+        parts = super().load(state, keep)
+        self.find_frozen(due=keep == "everything")
         return parts
+
+    def load_layer(self, layer: int, state: bytes, keep: str = "everything") -> List[Dict[str, Any]]:
+        parts = self.load_layer_only(layer, state, keep)
+        self.find_frozen(due=keep == "everything")
+        return parts
+
+    def load_layer_only(self, layer: int, state: bytes, keep: str) -> List[Dict[str, Any]]:
+        """Before find_frozen(), once for all layers."""
+        by_host = self.frozen[self._layer(layer)] != self._frozen_at(layer, self._settled)
+        parts = super().load_layer(layer, state, keep)
+        if by_host and keep == "what_fits":  # the library would keep it, but the state decides
+            super().freeze(layer, self._frozen_at(layer, self.steps))
+            parts = super().load_layer(layer, state, keep)
+        return parts
+
+    def find_frozen(self, due: bool) -> None:
+        """Asks the library, after a state was loaded. It tells a freeze() of the host only where a state is loaded, and
+        where it differs from what the timeline does up to that step. `due`: entries from the next step on are still to
+        take place."""
+        step = self.steps
+        with Controller(self.plan) as other:
+            by_host = {part["layer"] for part in other.load(self.save(), "what_fits") if part["key"] == "frozen"}
+        self.frozen = {layer: self._frozen_at(layer, step) != (layer in by_host) for layer in self.layers}
+        self._settled = max(0, step - 1) if due else step
+
+    def kept(self) -> Callable[[], None]:
+        """What goes back to the state that holds now."""
+        state, frozen, settled = self.save(), dict(self.frozen), self._settled
+
+        def back() -> None:
+            super(_Controller, self).load(state)
+            self.frozen, self._settled = frozen, settled
+
+        return back
 
     def _frozen_at(self, layer: int, step: int) -> bool:
         frozen = self._groups.get(layer, {}).get("frozen", False)
@@ -300,7 +335,7 @@ class Balancer:
         self._sites = list(sites)
         self._counts, self._bias, self._reset = counts, bias, reset
         self._group, self._overlap = group, overlap
-        self._ids = list(range(len(self._sites)) if layer_ids is None else layer_ids)
+        self._ids = [whole("layer_ids", layer) for layer in (range(len(self._sites)) if layer_ids is None else layer_ids)]
         if not self._sites:
             raise ArgumentError("sites: none: must be a module for each layer")
         if len(self._ids) != len(self._sites):
@@ -313,7 +348,8 @@ class Balancer:
             full = given.config
         model = full["model"]
         model["delay"] = model.get("delay", 0) + (1 if overlap else 0)
-        model["top_k"] = top_k or model["top_k"]
+        if top_k is not None:
+            model["top_k"] = whole("top_k", top_k, 1)
         own = [self._experts_of(index) or model["experts"] for index in range(len(self._sites))]
         if not full.get("layers"):  # else the config says itself which layers there are
             model.update(layers=len(own), experts=own[0])
@@ -479,7 +515,8 @@ class Balancer:
         tokens of each domain of the config [D] in this rank's part of the next batch, for feed-forward: from every rank, else
         it counts as not given; not with `overlap`, where it would come too late. Where the host holds some ranks, all hold, and
         a notice says how many. Raises moectl.ReductionError with the biases unchanged, on all ranks, where ranks have other
-        values in force, are at other steps or have frozen other layers."""
+        values in force, are at other steps or have frozen other layers. The counts stay for the next step(); with
+        `overlap` those of this step and of the one before are lost."""
         mixture = self._mixture(next_mixture)
         self.record()
         self._check_ranks()
@@ -492,7 +529,11 @@ class Balancer:
             report = self.controller.step()
         else:
             sums = self._split(payload.cpu())
-            self._check_same(sums)
+            try:
+                self._check_same(sums)
+            except ReductionError:
+                self._late = None  # of the same ranks before they were mended
+                raise
             self._forget()
             report = self._decide(sums)
         return report
@@ -548,7 +589,7 @@ class Balancer:
         host = [1, int(bool(skipped)), int(controller.held), step, step * step, *(int(controller.frozen[i]) for i in self._ids),
                 *digests, *(digest * digest for digest in digests), *mixture]
         return torch.cat([sums, torch.stack(changed).to(torch.int64), torch.stack([x.to(torch.int64) for x in means]), values,
-                          torch.tensor(host, dtype=torch.int64).to(device)])
+                          _to(torch.tensor(host, dtype=torch.int64), device)])
 
     def _split(self, payload: torch.Tensor) -> Dict[str, torch.Tensor]:
         parts = self._parts()
@@ -599,7 +640,7 @@ class Balancer:
         host = torch.empty(payload.shape, dtype=payload.dtype, pin_memory=True)
         host.copy_(payload, non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(payload.device))  # the payload's device need not be the current one
         return host, event
 
     def _arrived(self, late: Optional[_Late]) -> Optional[torch.Tensor]:
@@ -615,7 +656,7 @@ class Balancer:
         if sums["inexact"].item() and not self._warned:
             self._warned = True
             warnings.warn("moectl: counts in float32 have reached 2^24, from where on they lose tokens: reset them more "
-                          "often, or keep them in int64", stacklevel=3)
+                          "often, or keep them in int64", stacklevel=4)  # past step() and its no_grad
         if 0 < held < ranks and not self._some_held:
             controller.say("hold", -1, f"{held} of {ranks} ranks are held by hold() or by MOECTL_HOLD in their environment: all "
                            "ranks hold")
@@ -720,7 +761,7 @@ class Balancer:
             self._written.clear()
             return
         values = torch.frombuffer(self.controller.biases(), dtype=torch.float64).to(torch.float32)
-        for index, own in enumerate(values.to(self._device()).split(self._sizes)):
+        for index, own in enumerate(_to(values, self._device()).split(self._sizes)):
             if not moves[index]:
                 self._written.pop(index, None)
                 continue
@@ -768,41 +809,54 @@ class Balancer:
     def load_state_dict(self, state: Dict[str, bytes]) -> None:
         """After the model's own state, of the same or another split of the layers, whose entries are passed over. A
         layer that is missing, or does not fit, goes on from the bias that the model holds, with a warning. What was recorded
-        before is forgotten. Raises StateError, with nothing changed, if layers are of different steps."""
+        before is forgotten. Raises, with nothing changed, StateError if layers are of different steps, and ArgumentError
+        if a bias that the model holds lies outside the limits."""
         own = {layer: state.get(f"layer.{layer}") for layer in self._ids} if isinstance(state, dict) else None
         if own is None:
             raise ArgumentError(f"state: {type(state).__name__}: must be a dict, as state_dict() returns it")
         for layer, saved in own.items():
             if saved is not None and not isinstance(saved, (bytes, bytearray, memoryview)):
                 raise ArgumentError(f"state: layer.{layer}: {type(saved).__name__}: must be bytes")
-        controller, problems, steps = self.controller, {}, {}
-        before, frozen = controller.save(), dict(controller.frozen)
+        controller = self.controller
+        back = controller.kept()
+        try:
+            problems = self._load_layers(own)
+        except BaseException:
+            back()
+            raise
+        self._late = None
+        self._forget()
+        if self._indices is not None:
+            self._indices.zero_()
+        self._empty = [0] * len(self._ids)
+        if problems:
+            warnings.warn("moectl: these layers go on from the model's own bias: " + "; ".join(
+                f"layer {layer}: {why}" for layer, why in problems.items()), stacklevel=2)
+        self._publish(controller.moves())
+
+    def _load_layers(self, own: Dict[int, Optional[bytes]]) -> Dict[int, str]:
+        """The layers that go on from the bias that the model holds, and why."""
+        controller = self.controller
+        problems: Dict[int, str] = {}
+        steps: Dict[int, int] = {}
         for layer, saved in own.items():
             if saved is None:
                 problems[layer] = "not in the state"
                 continue
             try:
-                parts = controller.load_layer(layer, bytes(saved), "what_fits")
+                parts = controller.load_layer_only(layer, bytes(saved), "what_fits")
                 steps[layer] = controller.steps
                 problems.update({layer: part["why"] for part in parts
                                  if part["key"] == "expert_bias" and part["fate"] == "dropped"})
             except StateError as error:
                 problems[layer] = str(error)
         if len(set(steps.values())) > 1:
-            controller.load(before)
-            controller.frozen = frozen
             raise StateError("state: layers of different steps: " + ", ".join(f"layer.{i} of {n}" for i, n in steps.items()))
-        self._late = None
-        self._forget()
-        if self._indices is not None:
-            self._indices.zero_()
-        self._empty = [0] * len(self._ids)
+        if steps:
+            controller.find_frozen(due=False)
         if self._bias is not None:
             for layer in problems:
                 index = self._index(layer)
                 if controller.decides(layer, controller.steps) and self._tensor(index, self._bias) is not None:
                     controller.adopt(layer, self._own_bias(index))
-        if problems:
-            warnings.warn("moectl: these layers go on from the model's own bias: " + "; ".join(
-                f"layer {layer}: {why}" for layer, why in problems.items()), stacklevel=2)
-        self._publish(controller.moves())
+        return problems

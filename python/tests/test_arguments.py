@@ -373,6 +373,7 @@ WRONG = {
     "a config's name": (lambda c: moectl.Controller(config(), name=5), "^name: 5: must be text"),
     "a path with a zero byte": (lambda c: moectl.Controller("a\0b"), "^config: 'a.x00b': must be the path of a file"),
     "the tool's path": (lambda c: moectl.metrics(None), "^trace: None: must be the path of a file"),
+    "append of a callable": (lambda c: c.set_log(print, append=True), "^append: not with a callable"),
     "the tool's option": (lambda c: moectl.simulate("c.yaml", steps=[1]), r"^steps: \[1\]: must be a number, a word or a path"),
 }
 
@@ -428,6 +429,19 @@ def test_the_last_error_stays_after_a_call_that_succeeds():
     assert said
     c.step()
     assert _library.lib.moectl_error() == said
+
+
+def test_numbers_of_numpy_are_options_of_the_tool(monkeypatch):
+    numpy = pytest.importorskip("numpy", reason="python3-numpy is not installed")
+    asked = []
+    monkeypatch.setattr("moectl._tool._ask", lambda *arguments: asked.append(arguments) or "[]")
+    for value, word in ((numpy.int64(3), "3"), (numpy.uint8(4), "4"), (numpy.float64(0.5), "0.5"), (numpy.array(5), "5"),
+                        (7, "7"), (0.25, "0.25"), ("shift", "shift"), (Path("a"), "a")):
+        moectl.simulate("c.yaml", set_to=value)
+        assert f"--set-to={word}" in asked[-1]
+    for wrong in ([1], None, numpy.zeros(2), "a\0b"):
+        with pytest.raises(moectl.ArgumentError, match="^set_to: "):
+            moectl.simulate("c.yaml", set_to=wrong)
 
 
 def test_a_file_whose_name_is_like_an_option(tmp_path, monkeypatch):

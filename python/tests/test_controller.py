@@ -14,6 +14,7 @@ import pytest
 from conftest import Router, config
 
 import moectl
+from moectl import _controller
 
 
 def after_60(controller, step, steps=120):
@@ -83,6 +84,24 @@ def test_errors_have_the_words_of_the_library(tmp_path):
     controller.close()
     with pytest.raises(moectl.MoectlError, match="controller: closed: must be open"):
         controller.step()
+
+
+def test_threads_that_close_at_once_free_once(monkeypatch):
+    """Also the end of the interpreter, beside a thread that closes: the second comes while the first frees."""
+    controller, freed, free = moectl.Controller(config()), [], _controller.lib.moectl_free
+
+    def slowly(pointer):
+        freed.append(pointer.value)
+        if len(freed) < 3:
+            controller.close()
+        if len(freed) == 1:
+            free(pointer)
+
+    monkeypatch.setattr(_controller.lib, "moectl_free", slowly)
+    controller.close()
+    assert len(freed) == 1 and freed[0]
+    controller.close()
+    assert len(freed) == 1
 
 
 def test_bad_data_hold_and_are_named():

@@ -619,6 +619,102 @@ def test_frozen_layers_stay_so_after_loading():
         assert [torch.equal(site.expert_bias, bias) for site, bias in zip(again, before)] == [not thawed] * 2
 
 
+@pytest.mark.parametrize("missing", ["missing", "of other experts", "spoilt"])
+def test_a_layer_that_is_not_loaded_is_frozen_by_the_timeline_of_the_loaded_step(missing):
+    def frozen(timeline, host=None):
+        sites = gates()
+        balancer = Balancer(config(timeline=timeline), sites)
+        if host is not None:
+            balancer.freeze(1, host)
+        return sites, balancer
+
+    timeline = [{"from": 2, "freeze": [1]}]
+    large = gates(experts=16)
+    other_experts = Balancer(config(), large)
+    run(other_experts, large, 4)
+    for at, host in ((timeline, None), ([], None), ([], True)):
+        sites, saved = frozen(timeline=at)
+        run(saved, sites, 4)
+        state = {"layer.0": saved.state_dict()["layer.0"]}
+        if missing != "missing":
+            state["layer.1"] = other_experts.state_dict()["layer.1"] if missing == "of other experts" else b"spoilt"
+        sites, balancer = frozen(timeline=at, host=host)
+        with pytest.warns(UserWarning, match="layer 1: "):
+            balancer.load_state_dict(state)
+        # What the trainer does to a frozen layer is left alone.
+        own = [site.expert_bias.clone() for site in sites]
+        sites[1].expert_bias += torch.arange(8) / 16
+        kept = sites[1].expert_bias.clone()
+        run(balancer, sites)
+        # A state that fits in part says itself that the host did not freeze the layer.
+        holds = bool(at) or (bool(host) and missing != "of other experts")
+        assert ["frozen" in reasons for reasons in reasons_of(balancer).values()] == [False, holds]
+        assert balancer.controller.frozen == {0: False, 1: holds}
+        assert torch.equal(sites[1].expert_bias, kept) == holds and not torch.equal(sites[0].expert_bias, own[0])
+
+
+@pytest.mark.parametrize("keep", ["everything", "what_fits"])
+@pytest.mark.parametrize("how", ["load", "load_layer"])
+@pytest.mark.parametrize("stop", [0, 1, 3, 4])
+def test_the_controllers_own_load_says_what_is_frozen(keep, how, stop):
+    def balancer_of(host):
+        sites = gates(3)
+        balancer = Balancer(config(layers=3, timeline=[{"from": 3, "freeze": [1]}]), sites)
+        balancer.freeze(0, host)
+        return sites, balancer
+
+    sites, saved = balancer_of(True)
+    if stop:
+        run(saved, sites, stop)
+    if stop == 4:
+        saved.freeze(1, False)
+    sites, balancer = balancer_of(False)
+    balancer.freeze(2)
+    if how == "load":
+        balancer.controller.load(saved.controller.save(), keep)
+    else:
+        for layer in range(3):
+            balancer.controller.load_layer(layer, saved.controller.save_layer(layer), keep)
+    run(balancer, sites)
+    assert balancer.controller.frozen == {0: True, 1: stop == 3, 2: False}
+    assert ["frozen" in reasons for reasons in reasons_of(balancer).values()] == [True, stop == 3, False]
+
+
+@pytest.mark.parametrize("load", ["load", "load_layer"])
+def test_a_state_that_cannot_be_loaded_leaves_what_is_frozen(load):
+    sites = gates()
+    balancer = Balancer(config(), sites)
+    balancer.freeze(0)
+    arguments = [0] if load == "load_layer" else []
+    for wrong, error in ((b"spoilt", moectl.StateError), ("text", moectl.ArgumentError)):
+        with pytest.raises(error):
+            getattr(balancer.controller, load)(*arguments, wrong)
+        with pytest.raises(ValueError, match="keep: 'some'"):
+            getattr(balancer.controller, load)(*arguments, balancer.controller.save(), "some")
+    run(balancer, sites)
+    assert balancer.controller.frozen == {0: True, 1: False}
+    assert ["frozen" in reasons for reasons in reasons_of(balancer).values()] == [True, False]
+
+
+def test_a_bias_outside_the_limits_changes_nothing():
+    sites = gates()
+    balancer = Balancer(config(timeline=[{"from": 2, "freeze": [1]}]), sites)
+    run(balancer, sites, 4)
+    state = balancer.state_dict()
+    del state["layer.1"]
+    again = gates()
+    other = Balancer(config(timeline=[{"from": 2, "freeze": [1]}]), again)
+    run(other, again)
+    again[0]()
+    before = other.state_dict()
+    bias = again[0].expert_bias.clone()
+    again[1].expert_bias[0] = 1e9
+    with pytest.raises(moectl.ArgumentError, match="layer 1"):
+        other.load_state_dict(state)
+    assert other.state_dict() == before and other.controller.frozen == {0: False, 1: False}
+    assert torch.equal(again[0].expert_bias, bias) and again[0].tokens_per_expert.any()
+
+
 # ---- Arguments ----
 
 
@@ -637,6 +733,8 @@ GROUP_OF_16 = {"version": 1, "model": {"experts": 16, "top_k": 2}, "layers": [{"
 @pytest.mark.parametrize("call, words", [
     (lambda b: Balancer(config(), []), "sites: none: must be a module for each layer"),
     (lambda b: Balancer(config(), gates(), layer_ids=[1]), "layer_ids: 1 ids: must be one for each of the 2 sites"),
+    (lambda b: Balancer(config(), gates(), layer_ids=[0, 1.5]), "layer_ids: 1.5: must be a whole number"),
+    (lambda b: Balancer(config(), gates(), top_k=0), "top_k: 0: must be from 1"),
     (lambda b: Balancer(config(), gates(), layer_ids=[1, 1]), r"layer_ids: \[1, 1\]: must differ"),
     (lambda b: Balancer({**GROUP_OF_16, "model": {"experts": 8, "top_k": 2}}, [site_with(expert_bias=torch.zeros(9))]),
      "layer 0: expert_bias: 9 values: must be 8"),
@@ -646,6 +744,7 @@ GROUP_OF_16 = {"version": 1, "model": {"experts": 16, "top_k": 2}, "layers": [{"
     (lambda b: Balancer(config(), [site_with(tokens_per_expert=[0] * 8)]).step(), "layer 0: tokens_per_expert: list: must be a tensor"),
     (lambda b: Balancer(config(), gates(1), counts=lambda site: [0] * 8, reset=print).step(), "layer 0: counts: list: must be a tensor"),
     (lambda b: b.step(loss="x"), "loss: str: must be a number or a tensor of one"),
+    (lambda b: b.step(loss=10**400), "loss: int: must be a number or a tensor of one"),
     (lambda b: b.step(loss=torch.zeros(2)), "loss: 2 values: must be one"),
     (lambda b: b.step(gradient_norm=torch.zeros(3)), "gradient_norm: 3 values: must be one"),
     (lambda b: b.step(next_mixture="x"), "next_mixture: str"),
@@ -661,6 +760,46 @@ def test_a_wrong_argument_is_named(call, words):
         call(balancer)
     sites = balancer._sites
     assert run(balancer, sites).tokens == 512  # nothing is left of it
+
+
+def test_ids_may_be_numbers_of_other_libraries():
+    sites = gates()
+    balancer = Balancer(config(), sites, layer_ids=torch.tensor([4, 7]), top_k=torch.tensor(1))
+    assert list(balancer.state_dict()) == ["layer.4", "layer.7"] and balancer.controller.top_k(7) == 1
+    assert run(balancer, sites).tokens == 1024
+
+
+def test_a_warning_names_the_line_that_steps():
+    sites = gates()
+    balancer = Balancer(config(), sites)
+    sites[0].tokens_per_expert[0] = 1 << 24
+    with pytest.warns(UserWarning, match="counts in float32") as told:
+        balancer.step()
+    assert told[0].filename == __file__
+
+
+def test_copies_from_the_host_wait_for_no_accelerator(monkeypatch):
+    """What a step sends to a CUDA device goes by pinned memory, as a copy of its own."""
+    made, given, empty = [], torch.arange(3), torch.empty
+
+    class Pinned:
+        def copy_(self, other):
+            made.append(other)
+            return self
+
+        def to(self, device, non_blocking=False):
+            return "sent", device, non_blocking
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", lambda *shape, pin_memory=False, **how: Pinned() if pin_memory else empty(*shape, **how))
+        sent = moectl.torch._to(given, torch.device("cuda"))
+    assert sent == ("sent", torch.device("cuda"), True) and made[0] is given
+    assert moectl.torch._to(given, torch.device("cpu")) is given
+    for number in (3, 2.5, True, math.nan, torch.tensor(2.5), torch.tensor([[7]])):
+        found = moectl.torch._number("loss", number, torch.device("cpu"))
+        assert found.dtype == torch.float64 and found.shape == () and found.item() == pytest.approx(float(number), nan_ok=True)
+        meta = moectl.torch._number("loss", number, torch.device("meta"))
+        assert meta.device.type == "meta" and meta.dtype == torch.float64
 
 
 WORKER = """
@@ -779,6 +918,18 @@ def test_losses_of_a_router_by_hand():
     for wrong in (dict(mask=torch.ones(3)), dict(scores="tanh")):
         with pytest.raises(ValueError):
             moectl.torch.router_losses(logits, torch.tensor([[0], [0]]), **wrong)
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0)])
+@pytest.mark.parametrize("mask", [False, True])
+def test_losses_without_tokens_are_zero(shape, mask):
+    logits = torch.zeros(*shape, 4, requires_grad=True)
+    losses = moectl.torch.router_losses(logits, torch.zeros(*shape, 2, dtype=torch.int64), torch.ones(shape) if mask else None)
+    assert {name: loss.item() for name, loss in losses.items()} == {"balance_loss": 0, "z_loss": 0}
+    sum(losses.values()).backward()
+    assert logits.grad.shape == logits.shape
+    with pytest.raises(ValueError, match="must be logits"):
+        moectl.torch.router_losses(logits, torch.zeros(3, 2, dtype=torch.int64))
 
 
 def test_gradient_ratios_leave_the_gradients_alone():
@@ -912,6 +1063,19 @@ if rank:
 refused(balancer, "layer 0: frozen on 1 of 2 ranks")
 balancer.freeze(0)
 assert run(balancer, sites).tokens == 512 * 2 and same(sites)  # what was counted until now is not lost
+
+# With overlap a step later, and only for as long as they differ.
+sites = gates()
+balancer = Balancer(config(), sites, overlap=True)
+run(balancer, sites, 3)
+whole = balancer.controller.save()
+if rank:
+    balancer.freeze(0)
+run(balancer, sites)
+refused(balancer, "layer 0: frozen on 1 of 2 ranks")
+balancer.controller.load(whole)
+run(balancer, sites, 3)
+assert balancer.controller.report().tokens == 512 * 2 and same(sites)
 
 # A state on one rank alone.
 sites = gates()
