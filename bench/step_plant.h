@@ -35,13 +35,14 @@ class StepPlant {
       const double load = std::max(0.0, 1 + wanted[i] + kSlope * (bias[i] - mean));
       const double seen = kTokens * load + std::sqrt(kTokens * load) * normal_(random_);
       total += counts[i] = std::llround(std::max(0.0, seen));
-      near[i] = std::llround(kNear * seen / sums_.top_k());
+      if (!near.empty()) near[i] = std::llround(kNear * seen / sums_.top_k());
     }
     const std::int64_t missing = (sums_.top_k() - total % sums_.top_k()) % sums_.top_k();
     counts[0] += missing;
     const std::int64_t tokens = (total + missing) / sums_.top_k();
     sums_.set_scalar(RoutingStats::kTokens, tokens);
     sums_.set_scalar(RoutingStats::kChoicesSq, tokens * sums_.top_k() * sums_.top_k());
+    if (near.empty()) return sums_;  // of a policy that knows no gap
     sums_.set_scalar(RoutingStats::kGapTokens, tokens);
     sums_.set_scalar(RoutingStats::kGapSum, to_fixed(1 / kSlope) * tokens);
     sums_.set_scalar(RoutingStats::kGapWidthSum, to_fixed(kWidth) * tokens);
