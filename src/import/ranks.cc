@@ -166,12 +166,24 @@ RankCopies::RankCopies(std::vector<int> ranks)
   }
 }
 
+namespace {
+
+// Copies hold the same tokens; sums of scores may differ in a last bit.
+bool same_choices(const ImportedStep& a, const ImportedStep& b) {
+  return std::ranges::equal(a.layers, b.layers, [](const auto& one, const auto& other) {
+    const ImportedLayer &x = one.second, &y = other.second;
+    return one.first == other.first && x.top_k == y.top_k && x.tokens == y.tokens && x.counts == y.counts;
+  });
+}
+
+}  // namespace
+
 void RankCopies::see(const std::vector<const ImportedStep*>& steps) {
   std::vector<bool> has_copy(steps.size());
   for (std::size_t i = 0; i < steps.size(); ++i) {
     for (std::size_t j = 0; steps[i] && j < i; ++j) {
       if (!steps[j] || differ_[i][j]) continue;
-      if (steps[i]->layers == steps[j]->layers) {
+      if (same_choices(*steps[i], *steps[j])) {
         met_[i][j] = has_copy[i] = has_copy[j] = true;
         continue;
       }

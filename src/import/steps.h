@@ -51,7 +51,6 @@ class PairCounts {
     for (const auto& [pair, tokens] : tokens_)
       visit(static_cast<int>(pair >> 32), static_cast<int>(pair & 0xffffffff), tokens);
   }
-  friend bool operator==(const PairCounts&, const PairCounts&) = default;
 
  private:
   static std::uint64_t key(std::int64_t a, std::int64_t b) {
@@ -97,7 +96,6 @@ struct ImportedLayer {
   /// Takes the counts of one whole sequence and its tokens.
   void add_sequence(const std::vector<std::int64_t>& of_sequence, std::int64_t sequence_tokens);
   ImportedLayer& operator+=(const ImportedLayer& other);
-  friend bool operator==(const ImportedLayer&, const ImportedLayer&) = default;
 };
 
 /// Layers by id and tag; the empty tag is that of the whole trace.

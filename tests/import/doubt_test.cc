@@ -113,6 +113,17 @@ TEST(ImportInDoubt, CopiesInGroupsAreEachTakenOnce) {
   EXPECT_EQ(tokens_of(imported_in(dir, "megatron rank*.jsonl --by rank")), 20 * 4 * 64);
 }
 
+// Ranks of one model may compute a last bit of a score in another way.
+TEST(ImportInDoubt, CopiesAreThoseOfTheSameChoices) {
+  const TempDir dir;
+  std::vector<float> logits;
+  for (int i = 0; i < 64 * 8; ++i) logits.push_back(static_cast<float>(i * 37 % 101) / 100);
+  dir.write("rank0.npy", npy_of("<f4", "1, 64, 8", bytes_of(logits)));
+  for (float& logit : logits) logit = std::nextafter(logit, 2.0F);
+  dir.write("rank1.npy", npy_of("<f4", "1, 64, 8", bytes_of(logits)));
+  EXPECT_EQ(at(imported_in(dir, "hf rank*.npy --top-k 2"), 0, 0)["tokens"], 64);
+}
+
 TEST(ImportInDoubt, CopiesThatDifferLaterOrAreTooFewToTellAreRefused) {
   const TempDir dir;
   dir.write("rank0.jsonl", routes(1, 20, 64));
