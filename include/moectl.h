@@ -171,6 +171,14 @@ int moectl_begin_at(moectl_controller* c, int64_t step);
 int moectl_hold(moectl_controller* c, int on);
 /* `on` not 0: holds one layer's actuators. */
 int moectl_freeze(moectl_controller* c, int layer, int on);
+enum moectl_plan {
+  MOECTL_FROZEN = 1,     /* By the config, its timeline or moectl_freeze. */
+  MOECTL_DECIDED = 2,    /* A policy or the guard decides, be it applied or not. */
+  MOECTL_EVER_MOVES = 4  /* Some step of the config may move them; moectl_freeze and moectl_hold aside. */
+};
+/* What the step that comes does with the biases of each layer, as the sum of its enum moectl_plan, in the order of
+ * moectl_layers(). `size` is the number of layers. */
+int moectl_plans(const moectl_controller* c, unsigned char* plans, size_t size);
 /* `sum` adds values[size] in place over all ranks that share the layers, and returns 0, or another number if it cannot;
  * moectl_step() then returns MOECTL_REDUCTION. It is called in moectl_step(), in that thread. `user` is passed through
  * and must live until it is replaced or the controller is freed. NULL = this process is the only rank. */

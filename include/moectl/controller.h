@@ -136,6 +136,13 @@ enum class Keep {
   what_fits,   ///< Values in force in any case, memories where they fit.
 };
 
+/// What the step that comes does with a layer's biases.
+struct LayerPlan {
+  bool frozen = false;      ///< By the config, its timeline or freeze().
+  bool decided = false;     ///< A policy or the guard decides about them, be it applied or not.
+  bool ever_moves = false;  ///< Some step of the config may move them; freeze() and hold() aside.
+};
+
 /// What became of one part of a state that was loaded with Keep::what_fits.
 struct KeptPart {
   enum class Fate {
@@ -210,6 +217,8 @@ class Controller {
   void set_log(std::function<void(const StepReport&)> log);
   /// Holds one layer's actuators (a frozen or fine-tuned router) until unfrozen.
   void freeze(int layer, bool frozen = true);
+  /// What the step that comes does with a layer's biases.
+  LayerPlan plan(int layer) const;
   /// Holds every actuator where it is and keeps measuring, until hold(false): the host's emergency brake. So does the
   /// environment variable MOECTL_HOLD, if it is set to anything but 0 when the controller is made. Not saved.
   void hold(bool held = true);

@@ -445,6 +445,12 @@ class Controller:
         """Holds one layer's actuators: a frozen router, replayed routes."""
         self._call(lib.moectl_freeze, self._layer(layer), switch("on", on))
 
+    def _plans(self) -> bytes:
+        """What the step that comes does with the biases of each layer [L]: FROZEN, DECIDED, EVER_MOVES or their sum."""
+        plans = array.array("B", bytes(len(self._shapes)))
+        self._call(lib.moectl_plans, plans.buffer_info()[0], len(plans))
+        return plans.tobytes()
+
     def set_reduction(self, reduce: Optional[Callable[[memoryview], Any]]) -> None:
         """`reduce` adds a memoryview of int64 in place over all ranks that share the layers. numpy.asarray() and
         torch.frombuffer(…, dtype=torch.int64) take it as it is; what is written after the call is lost. What it raises is the cause of step()'s

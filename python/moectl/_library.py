@@ -12,6 +12,7 @@ _NAME = "libmoectl.so.0"
 _ERRORS = {1: ArgumentError, 2: ConfigError, 3: StateError, 4: ReductionError}
 
 ALL_LAYERS = -1
+FROZEN, DECIDED, EVER_MOVES = 1, 2, 4
 Sum = ctypes.CFUNCTYPE(c_int, c_void_p, POINTER(c_int64), c_size_t)
 Log = ctypes.CFUNCTYPE(c_int, c_void_p, c_void_p, c_size_t)
 
@@ -69,6 +70,7 @@ _FUNCTIONS = {
     "moectl_begin_at": [_HANDLE, c_int64],
     "moectl_hold": [_HANDLE, c_int],
     "moectl_freeze": [_HANDLE, c_int, c_int],
+    "moectl_plans": [_HANDLE, c_void_p, c_size_t],
     "moectl_set_reduction": [_HANDLE, Sum, c_void_p],
     "moectl_set_log": [_HANDLE, Log, c_void_p],
     "moectl_log_to_file": [_HANDLE, c_char_p, c_int],

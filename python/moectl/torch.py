@@ -23,6 +23,7 @@ import torch.distributed as dist
 from ._arrays import whole
 from ._controller import Controller, Report
 from ._errors import ArgumentError, ReductionError, StateError
+from ._library import DECIDED, EVER_MOVES, FROZEN
 
 _EXACT = 1 << 24  # float32 holds every whole number below
 _UNIT = 1 << 24  # of losses and recorded values in fixed point
@@ -194,16 +195,12 @@ def gradient_ratios(weights: Sequence[torch.Tensor], balance_loss: Any, task_los
 
 
 class _Controller(Controller):
-    """Knows what holds it without asking the library: the host, and the layers that are frozen."""
+    """Holds at the next step, in which all ranks hold together; and says what that step may move."""
 
     def __init__(self, config: Any):
         super().__init__(config)
-        self.plan = self.config
+        self.settings = self.config
         self.held = os.environ.get("MOECTL_HOLD", "") not in ("", "0")
-        self._timeline = self.plan.get("timeline", [])
-        self._groups = {layer: group for group in self.plan.get("layers", []) for layer in group["ids"]}
-        self.frozen = {layer: self._frozen_at(layer, 0) for layer in self.layers}
-        self._settled = 0  # the entries of the timeline up to this step are in `frozen`
 
     def hold(self, on: bool = True) -> None:
         """From the next step on, in which all ranks hold together."""
@@ -212,82 +209,22 @@ class _Controller(Controller):
     def hold_now(self, on: bool) -> None:
         super().hold(on)
 
-    def freeze(self, layer: int, on: bool = True) -> None:
-        super().freeze(layer, on)
-        self.frozen[layer] = bool(on)
-
-    def load(self, state: bytes, keep: str = "everything") -> List[Dict[str, Any]]:
-        parts = super().load(state, keep)
-        self.find_frozen(due=keep == "everything")
-        return parts
-
-    def load_layer(self, layer: int, state: bytes, keep: str = "everything") -> List[Dict[str, Any]]:
-        parts = self.load_layer_only(layer, state, keep)
-        self.find_frozen(due=keep == "everything")
-        return parts
-
-    def load_layer_only(self, layer: int, state: bytes, keep: str) -> List[Dict[str, Any]]:
-        """Before find_frozen(), once for all layers."""
-        by_host = self.frozen[self._layer(layer)] != self._frozen_at(layer, self._settled)
-        parts = super().load_layer(layer, state, keep)
-        if by_host and keep == "what_fits":  # the library would keep it, but the state decides
-            super().freeze(layer, self._frozen_at(layer, self.steps))
-            parts = super().load_layer(layer, state, keep)
-        return parts
-
-    def find_frozen(self, due: bool) -> None:
-        """Asks the library, after a state was loaded. It tells a freeze() of the host only where a state is loaded, and
-        where it differs from what the timeline does up to that step. `due`: entries from the next step on are still to
-        take place."""
-        step = self.steps
-        with Controller(self.plan) as other:
-            by_host = {part["layer"] for part in other.load(self.save(), "what_fits") if part["key"] == "frozen"}
-        self.frozen = {layer: self._frozen_at(layer, step) != (layer in by_host) for layer in self.layers}
-        self._settled = max(0, step - 1) if due else step
-
-    def kept(self) -> Callable[[], None]:
-        """What goes back to the state that holds now."""
-        state, frozen, settled = self.save(), dict(self.frozen), self._settled
-
-        def back() -> None:
-            super(_Controller, self).load(state)
-            self.frozen, self._settled = frozen, settled
-
-        return back
-
-    def _frozen_at(self, layer: int, step: int) -> bool:
-        frozen = self._groups.get(layer, {}).get("frozen", False)
-        for entry in self._timeline:
-            if entry["from"] <= step:
-                frozen = layer not in entry.get("thaw", []) and (frozen or layer in entry.get("freeze", []))
-        return frozen
-
-    def _section(self, layer: int, name: str, step: int) -> Dict[str, Any]:
-        group = self._groups.get(layer, {})
-        if name in group:
-            return group[name]
-        given = [entry[name] for entry in self._timeline if entry["from"] <= step and name in entry]
-        return given[-1] if given else self.plan[name]
-
-    def decides(self, layer: int, step: int) -> bool:
-        """Whether something decides about the layer's biases at a step, be it applied or not."""
-        return self._section(layer, "expert_bias", step)["policy"] != "fixed" or self._section(layer, "guard", step)["enabled"]
+    def frozen(self) -> List[bool]:
+        """Whether the next step holds each layer [L]."""
+        return [plan & FROZEN != 0 for plan in self._plans()]
 
     def moves(self) -> List[bool]:
         """Whether the next step may move the biases of each layer [L], unless the host holds it."""
-        step = self.steps
-        for entry in self._timeline:
-            if self._settled < entry["from"] <= step:
-                self.frozen.update({layer: True for layer in entry.get("freeze", [])})
-                self.frozen.update({layer: False for layer in entry.get("thaw", [])})
-        self._settled = step
-        active = self.plan["mode"] == "active"
-        return [active and not self.frozen[layer] and self.decides(layer, step) for layer in self.layers]
+        active = self.settings["mode"] == "active"
+        return [active and plan & (FROZEN | DECIDED) == DECIDED for plan in self._plans()]
 
-    def ever_moves(self, layer: int) -> bool:
-        """Whether some step of the config's may move the layer's biases."""
-        return self.plan["mode"] == "active" and any(self.decides(layer, step) and not self._frozen_at(layer, step)
-                                                     for step in [0, *(entry["from"] for entry in self._timeline)])
+    def decides(self) -> List[bool]:
+        """Whether something decides about the biases of each layer [L] at the next step, be it applied or not."""
+        return [plan & DECIDED != 0 for plan in self._plans()]
+
+    def ever_moves(self) -> List[bool]:
+        """Whether some step of the config's may move the biases of each layer [L]."""
+        return [plan & EVER_MOVES != 0 for plan in self._plans()]
 
     def digests(self) -> List[int]:
         """24 bits of what is in force in each layer [L], the same on ranks that have not diverged."""
@@ -584,9 +521,8 @@ class Balancer:
         if self._values is not None:
             values = self._values.flatten().to(device)
         controller = self.controller
-        controller.moves()  # what the timeline freezes now
         step, digests = controller.steps % (1 << 24), controller.digests()
-        host = [1, int(bool(skipped)), int(controller.held), step, step * step, *(int(controller.frozen[i]) for i in self._ids),
+        host = [1, int(bool(skipped)), int(controller.held), step, step * step, *(int(on) for on in controller.frozen()),
                 *digests, *(digest * digest for digest in digests), *mixture]
         return torch.cat([sums, torch.stack(changed).to(torch.int64), torch.stack([x.to(torch.int64) for x in means]), values,
                           _to(torch.tensor(host, dtype=torch.int64), device)])
@@ -690,7 +626,7 @@ class Balancer:
 
     def _look_for_empty(self, sums: Dict[str, torch.Tensor]) -> None:
         """Says once where a layer has had no counts for as long as health waits."""
-        dwell, found = self.controller.plan["health"]["dwell"], []
+        dwell, found = self.controller.settings["health"]["dwell"], []
         for index, counts in enumerate(sums["counts"].split(self._sizes)):
             empty = not counts.any() and not sums["wrong"][index]
             self._empty[index] = self._empty[index] + 1 if empty else 0
@@ -726,10 +662,11 @@ class Balancer:
         """Goes on from the biases that the model came with."""
         if self._bias is None:
             return
+        ever_moves, decides = self.controller.ever_moves(), self.controller.decides()
         for index, layer in enumerate(self._ids):
-            if self.controller.ever_moves(layer):
+            if ever_moves[index]:
                 found = self._own_bias(index)
-            elif self.controller.decides(layer, 0) and self._tensor(index, self._bias) is not None:
+            elif decides[index] and self._tensor(index, self._bias) is not None:
                 found = self._own_bias(index)
             else:
                 continue
@@ -781,7 +718,7 @@ class Balancer:
         """Holds one layer: a frozen router, or routes that are replayed and do not answer the bias. On every rank alike. A
         layer that goes on needs its bias."""
         index, controller = self._index(layer), self.controller
-        if not on and self._bias is not None and controller.decides(self._ids[index], controller.steps):
+        if not on and self._bias is not None and controller.decides()[index]:
             self._bias_of(index)
         controller.freeze(self._ids[index], on)
 
@@ -818,11 +755,11 @@ class Balancer:
             if saved is not None and not isinstance(saved, (bytes, bytearray, memoryview)):
                 raise ArgumentError(f"state: layer.{layer}: {type(saved).__name__}: must be bytes")
         controller = self.controller
-        back = controller.kept()
+        before = controller.save()
         try:
             problems = self._load_layers(own)
         except BaseException:
-            back()
+            controller.load(before)
             raise
         self._late = None
         self._forget()
@@ -844,7 +781,7 @@ class Balancer:
                 problems[layer] = "not in the state"
                 continue
             try:
-                parts = controller.load_layer_only(layer, bytes(saved), "what_fits")
+                parts = controller.load_layer(layer, bytes(saved), "what_fits")
                 steps[layer] = controller.steps
                 problems.update({layer: part["why"] for part in parts
                                  if part["key"] == "expert_bias" and part["fate"] == "dropped"})
@@ -852,11 +789,10 @@ class Balancer:
                 problems[layer] = str(error)
         if len(set(steps.values())) > 1:
             raise StateError("state: layers of different steps: " + ", ".join(f"layer.{i} of {n}" for i, n in steps.items()))
-        if steps:
-            controller.find_frozen(due=False)
         if self._bias is not None:
+            decides = controller.decides()
             for layer in problems:
                 index = self._index(layer)
-                if controller.decides(layer, controller.steps) and self._tensor(index, self._bias) is not None:
+                if decides[index] and self._tensor(index, self._bias) is not None:
                     controller.adopt(layer, self._own_bias(index))
         return problems

@@ -649,7 +649,7 @@ def test_a_layer_that_is_not_loaded_is_frozen_by_the_timeline_of_the_loaded_step
         # A state that fits in part says itself that the host did not freeze the layer.
         holds = bool(at) or (bool(host) and missing != "of other experts")
         assert ["frozen" in reasons for reasons in reasons_of(balancer).values()] == [False, holds]
-        assert balancer.controller.frozen == {0: False, 1: holds}
+        assert balancer.controller.frozen() == [False, holds]
         assert torch.equal(sites[1].expert_bias, kept) == holds and not torch.equal(sites[0].expert_bias, own[0])
 
 
@@ -675,9 +675,29 @@ def test_the_controllers_own_load_says_what_is_frozen(keep, how, stop):
     else:
         for layer in range(3):
             balancer.controller.load_layer(layer, saved.controller.save_layer(layer), keep)
+    assert balancer.controller.frozen() == [True, stop == 3, False]
     run(balancer, sites)
-    assert balancer.controller.frozen == {0: True, 1: stop == 3, 2: False}
     assert ["frozen" in reasons for reasons in reasons_of(balancer).values()] == [True, stop == 3, False]
+
+
+@pytest.mark.parametrize("when", ["before the entry", "after it"])
+def test_the_host_decides_after_an_entry_of_the_timeline_not_before(when):
+    """A state of the step at which an entry holds is the state before that entry."""
+    sites = gates()
+    saved = Balancer(config(timeline=[{"from": 3, "freeze": [1]}]), sites)
+    run(saved, sites, 3)
+    sites = gates()
+    balancer = Balancer(config(timeline=[{"from": 3, "freeze": [1]}]), sites)
+    balancer.controller.load(saved.controller.save())
+    if when == "after it":
+        assert balancer.controller.frozen() == [False, True]
+        run(balancer, sites)
+    balancer.freeze(1, False)
+    own = sites[1].expert_bias.clone()
+    assert balancer.controller.frozen() == [False, when != "after it"]
+    run(balancer, sites)
+    assert ["frozen" in reasons for reasons in reasons_of(balancer).values()] == [False, when != "after it"]
+    assert torch.equal(sites[1].expert_bias, own) == (when != "after it")
 
 
 @pytest.mark.parametrize("load", ["load", "load_layer"])
@@ -692,7 +712,7 @@ def test_a_state_that_cannot_be_loaded_leaves_what_is_frozen(load):
         with pytest.raises(ValueError, match="keep: 'some'"):
             getattr(balancer.controller, load)(*arguments, balancer.controller.save(), "some")
     run(balancer, sites)
-    assert balancer.controller.frozen == {0: True, 1: False}
+    assert balancer.controller.frozen() == [True, False]
     assert ["frozen" in reasons for reasons in reasons_of(balancer).values()] == [True, False]
 
 
@@ -711,7 +731,7 @@ def test_a_bias_outside_the_limits_changes_nothing():
     again[1].expert_bias[0] = 1e9
     with pytest.raises(moectl.ArgumentError, match="layer 1"):
         other.load_state_dict(state)
-    assert other.state_dict() == before and other.controller.frozen == {0: False, 1: False}
+    assert other.state_dict() == before and other.controller.frozen() == [False, False]
     assert torch.equal(again[0].expert_bias, bias) and again[0].tokens_per_expert.any()
 
 

@@ -448,6 +448,21 @@ int moectl_freeze(moectl_controller* c, int layer, int on) {
   return with(c, [&](moectl_controller& handle) { handle.controller.freeze(layer, on != 0); });
 }
 
+int moectl_plans(const moectl_controller* c, unsigned char* plans, size_t size) {
+  return with(c, [&](const moectl_controller& handle) {
+    const std::span<const int> layers = handle.controller.layers();
+    require_given(plans, "plans");
+    require(size == layers.size(),
+            "plans: " + std::to_string(size) + " values: must be " + std::to_string(layers.size()));
+    for (const int layer : layers) {
+      const moectl::LayerPlan plan = handle.controller.plan(layer);
+      *plans++ =
+          static_cast<unsigned char>((plan.frozen ? MOECTL_FROZEN : 0) | (plan.decided ? MOECTL_DECIDED : 0) |
+                                     (plan.ever_moves ? MOECTL_EVER_MOVES : 0));
+    }
+  });
+}
+
 int moectl_set_reduction(moectl_controller* c, int (*sum)(void*, int64_t*, size_t), void* user) {
   return with(c, [&](moectl_controller& handle) {
     if (!sum) return handle.controller.set_reduction(nullptr);

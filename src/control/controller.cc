@@ -81,6 +81,9 @@ void Controller::hold(bool held) {
 void Controller::freeze(int layer, bool frozen) {
   loop_->freeze(layer, frozen);
 }
+LayerPlan Controller::plan(int layer) const {
+  return loop_->plan(layer);
+}
 
 std::span<const double> Controller::bias(int layer) const {
   return loop_->in_force(Actuator::kExpertBias, layer);

@@ -61,6 +61,7 @@ class Controller::Loop {  // NOLINT(clang-analyzer-optin.performance.Padding)
   void begin_at(std::int64_t step) { steps_ = step; }
   void hold(bool held) { held_ = held; }
   void freeze(int layer, bool frozen) { layer_at(layer).frozen = frozen; }
+  LayerPlan plan(int layer) const;
   void adopt(Actuator actuator, int layer, std::span<const double> values);
   /// The value that the training loop reads. In modes shadow and off it stays as it was made or loaded.
   std::span<const double> in_force(Actuator actuator, int layer) const;
@@ -89,6 +90,7 @@ class Controller::Loop {  // NOLINT(clang-analyzer-optin.performance.Padding)
     LoadTargets load_targets;
     std::vector<double> targets;  // the same, [N]
     std::optional<Measurer> measurer;
+    std::vector<bool> decided;  // whether its biases are, before the timeline and from each of its entries on
   };
   struct Layer {
     Layer(Group& group, const PolicyRegistry& registry, std::size_t index, int id);
@@ -108,10 +110,11 @@ class Controller::Loop {  // NOLINT(clang-analyzer-optin.performance.Padding)
     RepeatWatch repeats;
     // Deciding.
     bool frozen = false;
-    double gap_width = 0;   // for what is recorded before the next step
-    bool valid = true;      // this step's sums are valid
-    bool has_data = false;  // and contain at least one token
-    bool told = false;      // the first offence of the sums recorded since the last step was said
+    bool ever_moves = false;  // its biases, at some step of the config
+    double gap_width = 0;     // for what is recorded before the next step
+    bool valid = true;        // this step's sums are valid
+    bool has_data = false;    // and contain at least one token
+    bool told = false;        // the first offence of the sums recorded since the last step was said
     bool told_before = false;
     bool uncollected_sequences = false;  // under the mutex
     RoutingStats stats;                  // this step's sums, over all ranks

@@ -108,12 +108,17 @@ Controller::Loop::Loop(ControllerConfig config, const PolicyRegistry& registry, 
   }
   std::vector<LayerSettings> settings = layer_settings(config_, step);
   std::vector<StatsNeeds> needs(settings.size());
-  const auto add_needs = [&](std::int64_t from) {
+  std::vector<std::vector<bool>> decided(settings.size());
+  std::vector<std::int64_t> starts = {0};
+  for (const TimelineEntry& entry : config_.timeline) starts.push_back(entry.from);
+  for (const std::int64_t from : starts) {
     const std::vector<LayerSettings> then = layer_settings(config_, from);
-    for (std::size_t g = 0; g < then.size(); ++g) needs[g] |= shape_of(then[g].config, registry_).needs;
-  };
-  add_needs(0);
-  for (const TimelineEntry& entry : config_.timeline) add_needs(entry.from);
+    for (std::size_t g = 0; g < then.size(); ++g) {
+      const ControllerConfig& own = then[g].config;
+      needs[g] |= shape_of(own, registry_).needs;
+      decided[g].push_back(own.expert_bias.policy != "fixed" || own.guard.enabled);
+    }
+  }
   // What serves the whole model is fed by every layer that has none of its own.
   StatsNeeds common;
   for (const StatsNeeds& of_group : needs) common |= of_group;
@@ -138,9 +143,13 @@ Controller::Loop::Loop(ControllerConfig config, const PolicyRegistry& registry, 
     group.shape.needs = needs[g];
     group.measurer.emplace(group.shape, metrics_options(group.config));
     group.description = describe_for_state(group.config, group.shape);
+    group.decided = std::move(decided[g]);
     for (const int id : ids) {
       layers_.push_back(std::make_unique<Layer>(group, registry_, layers_.size(), id));
-      layers_.back()->frozen = frozen_at(config_, id, step);
+      Layer& layer = *layers_.back();
+      layer.frozen = frozen_at(config_, id, step);
+      for (std::size_t e = 0; e < starts.size() && config_.mode == Mode::kActive; ++e)
+        layer.ever_moves |= group.decided[e] && !frozen_at(config_, id, starts[e]);
       churn_scratch_.reserve(layers_.back()->move.size());  // a step allocates nothing
       shapes.push_back(group.shape);
     }

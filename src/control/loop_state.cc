@@ -190,6 +190,7 @@ std::unique_ptr<Controller::Loop> Controller::Loop::layer_loaded(int layer, std:
   fresh->steps_ = steps;
   fresh->freeze_as(*this);
   Layer& at = fresh->layer_at(layer);
+  at.frozen = frozen_at(config_, at.id, fresh->settings_from_);  // the state knows what the host did
   if (keep == Keep::everything) {
     in.section(name, [&](StateIo& io) { fresh->exchange_layer(io, at); });
     fresh->exchange_common(in);
@@ -337,7 +338,7 @@ void Controller::Loop::keep_layer(StateIo in, Layer& layer, std::vector<KeptPart
   const std::string& own = layer.group->description;
   std::string saved;
   in.text("config", saved);
-  // What the host changed by freeze() stays; else the config that holds now decides.
+  // What the host had changed by freeze() holds again; else the config that holds now decides.
   bool frozen = false, by_host = false;
   in.value("frozen", frozen);
   in.value("frozen_by_host", by_host);
@@ -453,6 +454,23 @@ bool Controller::Loop::timeline_due() const {
   return std::any_of(config_.timeline.begin(), config_.timeline.end(), [this](const TimelineEntry& entry) {
     return entry.from > settings_from_ && entry.from <= steps_;
   });
+}
+
+LayerPlan Controller::Loop::plan(int layer) const {
+  const Layer& at = layer_at(layer);
+  LayerPlan plan{.frozen = at.frozen, .ever_moves = at.ever_moves};
+  std::size_t passed = 0;
+  for (const TimelineEntry& entry : config_.timeline) {
+    if (entry.from > steps_) break;
+    ++passed;
+    if (entry.from <= settings_from_) continue;
+    const auto holds = [&](const std::vector<int>& ids) {
+      return std::find(ids.begin(), ids.end(), layer) != ids.end();
+    };
+    plan.frozen = !holds(entry.thaw) && (plan.frozen || holds(entry.freeze));
+  }
+  plan.decided = at.group->decided[passed];
+  return plan;
 }
 
 std::unique_ptr<Controller::Loop> Controller::Loop::at_next_entry() {

@@ -267,6 +267,13 @@ TEST_F(C, LayersThatDifferHaveTheModelsIds) {
   EXPECT_LT(seven[0], seven[1]);
   EXPECT_EQ(all[4], seven[0]);
   EXPECT_EQ(moectl_freeze(c, 0, 1), MOECTL_INVALID);
+  unsigned char plans[2] = {};
+  EXPECT_EQ(moectl_plans(c, plans, 1), MOECTL_INVALID);
+  EXPECT_EQ(moectl_plans(c, nullptr, 2), MOECTL_INVALID);
+  ASSERT_EQ(moectl_freeze(c, 7, 1), MOECTL_OK);
+  ASSERT_EQ(moectl_plans(c, plans, 2), MOECTL_OK);
+  EXPECT_THAT(plans, testing::ElementsAre(MOECTL_DECIDED | MOECTL_EVER_MOVES,
+                                          MOECTL_FROZEN | MOECTL_DECIDED | MOECTL_EVER_MOVES));
   moectl_free(c);
 }
 

@@ -521,6 +521,77 @@ TEST(FieldCases, B5_AFreezeOfTheTimelineHoldsAfterLoading) {
   }
 }
 
+// What the host asks before a step is what the step then does.
+TEST(FieldCases, B5_ThePlanOfALayerIsWhatTheNextStepDoes) {
+  const SimulationOptions plant = plant_of(3);
+  ControllerConfig config = config_of("sign_bias", plant);
+  config.timeline.resize(3);
+  config.timeline[0].from = 4;
+  config.timeline[0].freeze = {1};
+  config.timeline[1].from = 8;
+  config.timeline[1].thaw = {1};
+  config.timeline[1].expert_bias.emplace(config.expert_bias).policy = "fixed";
+  config.timeline[1].expert_bias->options = {};
+  config.timeline[2].from = 12;
+  config.timeline[2].expert_bias = config.expert_bias;
+  config.timeline[2].freeze = {2};
+  Controller controller(config);
+  controller.freeze(0);
+  Model model(plant);
+  for (int step = 0; step < 16; ++step) {
+    if (step == 6) controller.freeze(0, false);
+    if (step == 10) {
+      const std::string state = controller.save();
+      Controller(config).load(state);
+      controller.load(state);
+    }
+    std::vector<Biases> before;
+    std::vector<LayerPlan> plans;
+    for (const int layer : {0, 1, 2}) {
+      before.push_back(bias_of(controller, layer));
+      plans.push_back(controller.plan(layer));
+      EXPECT_TRUE(plans.back().ever_moves);
+    }
+    model.train(controller, 1, {0, 1, 2});
+    for (const std::size_t layer : {0U, 1U, 2U}) {
+      const LayerPlan& plan = plans[layer];
+      EXPECT_EQ(plan.decided, step < 8 || step >= 12) << step;
+      EXPECT_EQ(plan.frozen, controller.report().layers[layer].actuators[0].reasons.has(Reason::kFrozen))
+          << step << ", layer " << layer;
+      double farthest = 0;  // what centring rounds is no move
+      const Biases now = bias_of(controller, static_cast<int>(layer));
+      for (std::size_t i = 0; i < now.size(); ++i)
+        farthest = std::max(farthest, std::abs(now[i] - before[layer][i]));
+      EXPECT_EQ(farthest > 1e-12, plan.decided && !plan.frozen) << step << ", layer " << layer;
+    }
+  }
+  config.mode = Mode::kShadow;
+  EXPECT_FALSE(Controller(config).plan(0).ever_moves);
+  config.mode = Mode::kActive;
+  config.timeline[0].from = 1;
+  config.expert_bias.policy = "fixed";
+  config.expert_bias.options = {};
+  EXPECT_TRUE(Controller(config).plan(1).ever_moves) << "from step 12 on";
+  config.timeline.resize(1);
+  EXPECT_FALSE(Controller(config).plan(1).ever_moves);
+  EXPECT_THROW(Controller(config).plan(3), std::invalid_argument);
+}
+
+// A state knows what the host had frozen; what the host froze before it loads the state does not count.
+TEST(FieldCases, B5_ALayersStateSaysWhetherTheHostFroze) {
+  const SimulationOptions plant = plant_of(2);
+  const ControllerConfig config = config_of("sign_bias", plant);
+  Controller saved(config);
+  saved.freeze(0);
+  for (const Keep keep : {Keep::everything, Keep::what_fits}) {
+    Controller controller(config);
+    controller.freeze(1);
+    for (const int layer : {0, 1}) controller.load_layer(layer, saved.save_layer(layer), keep);
+    EXPECT_TRUE(controller.plan(0).frozen);
+    EXPECT_FALSE(controller.plan(1).frozen);
+  }
+}
+
 TEST(FieldCases, B1_ANewControllerInMidTrainingGoesOnFromTheTrainingsStep) {
   const SimulationOptions plant = plant_of(2);
   ControllerConfig config = config_of("sign_bias", plant);
