@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "allocation_counter.h"
+#include "altered_state.h"
 #include "fuzz/choices.h"
 #include "fuzz/memory_file.h"
 #include "moectl/config.h"
@@ -235,7 +236,8 @@ class Subject {
     make();
     controller_->load(state);
     controller_->hold(held_);
-    require(controller_->save() == state, "a state loads as itself");
+    const std::string differs = moectl::testing::first_difference(controller_->save(), state);
+    require(differs.empty(), "a state loads as itself: " + differs);
   }
   void refuse(Choices& choices) {
     const std::string before = controller_->save();
@@ -407,7 +409,8 @@ void controller(Bytes bytes) {
       }
     }
   }
-  require(subject->save() == twin.save(), "what disturbs the controller does not show in its state");
+  const std::string shown = moectl::testing::first_difference(subject->save(), twin.save());
+  require(shown.empty(), "what disturbs the controller does not show in its state: " + shown);
 }
 
 }  // namespace moectl::fuzz

@@ -61,6 +61,22 @@ inline std::vector<StateEntry> state_entries(const std::string& state) {
   return entries;
 }
 
+/// The first entry in which two states differ, with its sections; "" = none.
+inline std::string first_difference(const std::string& a, const std::string& b) {
+  const std::vector<StateEntry> of_a = state_entries(a), of_b = state_entries(b);
+  const std::string body_a = state_body(a), body_b = state_body(b);
+  std::string section;
+  for (std::size_t i = 0; i < std::min(of_a.size(), of_b.size()); ++i) {
+    const StateEntry &x = of_a[i], &y = of_b[i];
+    if (x.type == 's') section = x.name + ": ";
+    const std::size_t bytes = x.type == 's' ? 0 : x.count * (x.type == 't' ? 1 : 8);
+    if (x.name != y.name || x.type != y.type || x.count != y.count ||
+        body_a.compare(x.at, bytes, body_b, y.at, bytes) != 0)
+      return section + x.name;
+  }
+  return of_a.size() == of_b.size() ? "" : "their length";
+}
+
 /// The state with another number in one place.
 template <class Number>
 std::string with_number(const std::string& state, const StateEntry& entry, std::size_t element,

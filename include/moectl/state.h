@@ -37,7 +37,8 @@ struct NumberRange {
   bool may_be_nan = false;
 };
 
-/// Writes a state or reads one. Every call takes one entry. What was read is checked, what is written is not. A section
+/// Writes a state or reads one. Every call takes one entry. What was read is checked, what is written is not; but a count beyond
+/// kMostCount, which only an altered state can lead to, is written as kMostCount, so that it can be read. A section
 /// is an entry that holds entries of its own, and can be found by its name.
 class StateIo {
  public:
@@ -138,7 +139,7 @@ class StateIo {
   void take(std::string_view name, std::string_view data, std::span<T> values, const Range& range) const;
   std::string_view next_entry(std::string_view name, char type, std::size_t count);
   template <class T>
-  void write(std::string_view name, char type, std::span<const T> x);
+  void write(std::string_view name, char type, std::span<const T> x, T most);
 
   bool reads_ = false;
   std::string body_;       // what was written

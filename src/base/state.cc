@@ -216,9 +216,9 @@ void StateIo::begin_entry(std::string_view name, char type, std::size_t count) {
 }
 
 template <class T>
-void StateIo::write(std::string_view name, char type, std::span<const T> x) {
+void StateIo::write(std::string_view name, char type, std::span<const T> x, T most) {
   begin_entry(name, type, x.size());
-  for (const T value : x) append(body_, std::bit_cast<std::uint64_t>(value));
+  for (const T value : x) append(body_, std::bit_cast<std::uint64_t>(value > most ? most : value));
 }
 
 void StateIo::value(std::string_view name, bool& x) {
@@ -228,24 +228,25 @@ void StateIo::value(std::string_view name, bool& x) {
 }
 
 void StateIo::values(std::string_view name, std::span<double> x, NumberRange range) {
-  if (!reads_) return write<double>(name, 'd', x);
+  if (!reads_) return write<double>(name, 'd', x, kAnyNumber.most);
   take(name, next_entry(name, 'd', x.size()), x, range);
 }
 
 void StateIo::values(std::string_view name, std::span<std::int64_t> x, IntegerRange range) {
-  if (!reads_) return write<std::int64_t>(name, 'i', x);
+  if (!reads_)
+    return write<std::int64_t>(name, 'i', x, range.most == kMostCount ? kMostCount : kAnyInteger.most);
   take(name, next_entry(name, 'i', x.size()), x, range);
 }
 
 void StateIo::list(std::string_view name, std::vector<double>& x, NumberRange range) {
-  if (!reads_) return write<double>(name, 'd', x);
+  if (!reads_) return write<double>(name, 'd', x, kAnyNumber.most);
   const std::string_view data = next_entry(name, 'd', kAnyCount);
   x.resize(data.size() / 8);
   take(name, data, std::span<double>(x), range);
 }
 
 void StateIo::list(std::string_view name, std::vector<std::int64_t>& x, IntegerRange range) {
-  if (!reads_) return write<std::int64_t>(name, 'i', x);
+  if (!reads_) return values(name, std::span(x), range);
   const std::string_view data = next_entry(name, 'i', kAnyCount);
   x.resize(data.size() / 8);
   take(name, data, std::span<std::int64_t>(x), range);

@@ -326,11 +326,17 @@ void ActuatorLoop::exchange(StateIo& io) {
   io.values("applied", applied_);
   std::string policy = name_;
   io.text("policy", policy);
+  exchange_failure(io);
   before_[0] = before_[1] = applied_;
   io.section("limits", [&](StateIo& inner) { limiter_.exchange(inner); });
   io.section("memory", [&](StateIo& inner) { policy_->exchange(inner); });
   io.section("windows", [&](StateIo& inner) { exchange_windows(inner); });
   if (entropy_check_) io.section("responsiveness", [&](StateIo& inner) { exchange_entropy_check(inner); });
+}
+
+void ActuatorLoop::exchange_failure(StateIo& io) {
+  io.value("policy_failed", failed_);
+  io.value("policy_owed", owed_);
 }
 
 void ActuatorLoop::exchange_entropy_check(StateIo& io) {
@@ -351,6 +357,8 @@ void ActuatorLoop::exchange_windows(StateIo& io) {
 std::string ActuatorLoop::keep_memory(const StateIo& in, const ControllerConfig& config) {
   std::string wrong = in.tried("memory", [&](StateIo& io) { policy_->exchange(io); });
   if (!wrong.empty()) return wrong;
+  StateIo after_policy = in;
+  exchange_failure(after_policy);
   if (!in.tried("limits", [&](StateIo& io) { limiter_.exchange(io); }).empty() || !limiter_.fits()) {
     limiter_.start_from(applied_);
   }

@@ -101,6 +101,7 @@ class ActuatorLoop {
 
  private:
   void exchange_windows(StateIo& io);
+  void exchange_failure(StateIo& io);
   void exchange_entropy_check(StateIo& io);
   void say_response(const ResponseWords& words, const Responsiveness& now, std::int64_t step,
                     Notices& notices);

@@ -166,6 +166,20 @@ TEST(State, ACountIsNeitherNegativeNorNearAnOverflow) {
   }
 }
 
+// An altered state may hold the largest count: a run that goes on from it writes what it can read.
+TEST(State, ACountEndsAtTheLargest) {
+  std::int64_t count = StateIo::kMostCount + 4, number = count;
+  StateIo out;
+  out.value("count", count);
+  out.value("number", number, StateIo::kAnyInteger);
+  const std::string bytes = out.bytes();
+  StateIo in(bytes);
+  in.value("count", count);
+  in.value("number", number, StateIo::kAnyInteger);
+  EXPECT_EQ(count, StateIo::kMostCount);
+  EXPECT_EQ(number, StateIo::kMostCount + 4);
+}
+
 TEST(State, AChoiceIsOneOfItsEnumeration) {
   enum class Colour { kRed, kGreen, kBlue };
   StateIo out;

@@ -351,25 +351,31 @@ TEST(LooseEnds, APolicyThatThrowsIsHeldAndTheStepIsComplete) {
   }
 }
 
+// What the policy owes is owed after loading a state as well.
 TEST(LooseEnds, APolicyThatThrowsWhenItIsToldIsHeldAtTheNextDecision) {
-  Fault fault = Fault::kNone;
-  const PolicyRegistry registry = registry_of(&fault);
-  Controller controller(nudge_config(), registry);
-  const auto step = [&] {
-    for (int layer = 0; layer < 2; ++layer) record_counts(controller, layer, {16, 16, 20, 12});
-    return notices_of(controller.step());
-  };
-  fault = Fault::kTold;
-  EXPECT_THAT(step(), ElementsAre(HasSubstr("told too much")));
-  EXPECT_EQ(controller.bias(0)[0], 0.1);
-  EXPECT_EQ(controller.bias(1)[0], 0.1);
-  fault = Fault::kNone;
-  step();
-  EXPECT_TRUE(reasons_of(controller.report(), 0).has(Reason::kPolicyFailed));
-  EXPECT_EQ(controller.bias(0)[0], 0.1);
-  EXPECT_EQ(controller.bias(1)[0], 0.2);
-  step();
-  EXPECT_EQ(controller.bias(0)[0], 0.2);
+  for (const std::string_view loaded : {"no", "everything", "what fits", "by layer"}) {
+    Fault fault = Fault::kNone;
+    const PolicyRegistry registry = registry_of(&fault);
+    Controller controller(nudge_config(), registry);
+    const auto step = [&] {
+      for (int layer = 0; layer < 2; ++layer) record_counts(controller, layer, {16, 16, 20, 12});
+      return notices_of(controller.step());
+    };
+    fault = Fault::kTold;
+    EXPECT_THAT(step(), ElementsAre(HasSubstr("told too much")));
+    EXPECT_EQ(controller.bias(0)[0], 0.1);
+    EXPECT_EQ(controller.bias(1)[0], 0.1);
+    fault = Fault::kNone;
+    if (loaded == "everything") controller.load(controller.save());
+    if (loaded == "what fits") controller.load(controller.save(), Keep::what_fits);
+    if (loaded == "by layer") controller.load_layer(0, controller.save_layer(0));
+    step();
+    EXPECT_TRUE(reasons_of(controller.report(), 0).has(Reason::kPolicyFailed)) << loaded;
+    EXPECT_EQ(controller.bias(0)[0], 0.1) << loaded;
+    EXPECT_EQ(controller.bias(1)[0], 0.2);
+    step();
+    EXPECT_EQ(controller.bias(0)[0], 0.2);
+  }
 }
 
 TEST(LooseEnds, AFactoryThatReturnsNothingIsAnErrorThatNamesThePolicy) {
