@@ -1,54 +1,29 @@
 // Placement beside EPLB's rules (tests/placement/eplb_peer.h): balancedness on steps that the plan has not seen, and time.
-//   placement_table [TRACE…]: without traces, the simulated router alone.
+//   placement_table [TRACE…] [--served RUN]… [--recorded]
+// TRACE: a trace or run log. --served: the recorded choices of a run log as a dump of a server. --recorded: these alone, and no rows of the
+// simulated router.
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <ctime>
+#include <filesystem>
 #include <map>
 #include <random>
 #include <string>
 #include <vector>
 
-#include "moectl/config.h"
-#include "moectl/controller.h"
+#include "dumps.h"
+#include "import/import.h"
 #include "moectl/placement.h"
-#include "moectl/run_log.h"
-#include "moectl/simulation.h"
 #include "placement/eplb_peer.h"
+#include "placement_rows.h"
 
 namespace {
 
 using moectl::Placement;
 using moectl::PlacementOptions;
-using Rows = std::vector<std::vector<double>>;  // by step, [N]
-
-/// The mean of a series and its standard error, from 10 blocks.
-struct Mean {
-  double value = 0, error = 0;
-};
-Mean mean_of(const std::vector<double>& series) {
-  const std::size_t blocks = std::min<std::size_t>(10, series.size());
-  Mean mean;
-  std::vector<double> of_block(blocks, 0.0);
-  for (std::size_t b = 0; b < blocks; ++b) {
-    const std::size_t from = b * series.size() / blocks, to = (b + 1) * series.size() / blocks;
-    for (std::size_t i = from; i < to; ++i) of_block[b] += series[i] / static_cast<double>(to - from);
-    mean.value += of_block[b] / static_cast<double>(blocks);
-  }
-  for (const double b : of_block) mean.error += (b - mean.value) * (b - mean.value);
-  const auto n = static_cast<double>(blocks);
-  mean.error = n > 1 ? std::sqrt(mean.error / (n - 1) / n) : 0;
-  return mean;
-}
-
-std::vector<double> rows32(const Rows& steps, std::size_t to) {
-  const std::size_t n = steps[0].size(), rows = std::min<std::size_t>(32, to);
-  std::vector<double> sums(rows * n, 0.0);
-  for (std::size_t s = 0; s < to; ++s) {
-    for (std::size_t i = 0; i < n; ++i) sums[s * rows / to * n + i] += steps[s][i];
-  }
-  return sums;
-}
 
 /// The layers of a trace, or of a simulated run, planned on the first half and judged on the second.
 void compare(const std::string& name, const std::map<int, Rows>& layers, int devices, int slots, double& won,
@@ -57,22 +32,11 @@ void compare(const std::string& name, const std::map<int, Rows>& layers, int dev
   for (const auto& [layer, steps] : layers) {
     const std::size_t half = steps.size() / 2, n = steps[0].size();
     const PlacementOptions options{.devices = devices, .slots = slots};
-    std::vector<double> mean(n, 0.0);
-    for (std::size_t s = 0; s < half; ++s) {
-      for (std::size_t i = 0; i < n; ++i) mean[i] += steps[s][i];
-    }
     const Placement now = moectl::linear_placement(static_cast<int>(n), options);
-    const Placement theirs{devices, moectl::peer::eplb(mean, slots, 1, 1, devices)};
-    std::vector<double> samples;
-    const std::size_t rows = std::min<std::size_t>(128, half);
-    for (std::size_t r = 0; r < rows; ++r) {
-      const auto& step = steps[r * half / rows];
-      double sum = 0;
-      for (const double load : step) sum += load;
-      for (const double load : step) samples.push_back(sum > 0 ? load / sum : 0);
-    }
-    const Placement plan = moectl::plan_placement(
-        moectl::forecast_loads(rows32(steps, half), static_cast<int>(n)), options, samples);
+    const Placement theirs{devices, moectl::peer::eplb(joined(steps, half, 1), slots, 1, 1, devices)};
+    const Placement plan =
+        moectl::plan_placement(moectl::forecast_loads(joined(steps, half, 32), static_cast<int>(n)), options,
+                               samples_of(steps, half));
     for (std::size_t s = half; s < steps.size(); ++s) {
       const std::size_t at = s - half;
       for (auto* series : {&linear, &eplb, &ours, &gain})
@@ -93,36 +57,15 @@ void compare(const std::string& name, const std::map<int, Rows>& layers, int dev
   ++traces;
 }
 
-std::map<int, Rows> read(const std::string& path) {
-  moectl::LogReader log(path, moectl::FaultPolicy::kRepair);
-  std::map<int, Rows> layers;
-  while (const auto record = log.next()) {
-    if (record->layer < 0 || record->tag != "train" || record->stats.assignments() == 0) continue;
-    const auto counts = record->stats.counts();
-    layers[record->layer].emplace_back(counts.begin(), counts.end());
-  }
-  return layers;
-}
-
-std::map<int, Rows> simulated(const std::string& policy, int experts, int top_k, std::int64_t tokens,
-                              moectl::Scenario scenario, int steps, std::uint64_t seed) {
-  moectl::ControllerConfig config = moectl::parse_config(
-      "version: 1\nmodel: {layers: 2, experts: " + std::to_string(experts) +
-      ", top_k: " + std::to_string(top_k) + "}\n" + "expert_bias: {policy: " + policy + "}\n");
-  moectl::SimulationOptions plant = moectl::simulation_options(config);
-  plant.tokens = tokens;
-  plant.seed = seed;
-  plant.scenario = scenario;
-  plant.event_step = steps / 4;
-  moectl::Controller controller(config);
-  std::map<int, Rows> layers;
-  moectl::simulate(controller, plant, steps, [&](const moectl::StepReport& report) {
-    for (const auto& layer : report.layers) {
-      const auto counts = layer.stats->counts();
-      layers[layer.layer].emplace_back(counts.begin(), counts.end());
-    }
-  });
-  return layers;
+/// What `moectl import` makes of a dump.
+std::map<int, Rows> imported(const dumps::Dump& dump, const std::string& folder) {
+  const std::string trace = folder + "/trace.jsonl";
+  moectl::ImportOptions options;
+  options.top_k = dump.top_k;
+  const moectl::ImportReport report = moectl::import_trace(dump.format, dump.files, trace, options);
+  for (const std::string& note : report.notes)
+    std::fprintf(stderr, "%s: %s\n", dump.name.c_str(), note.c_str());
+  return read(trace);
 }
 
 /// Processor time for 58 layers: a busy machine makes it no longer.
@@ -150,13 +93,31 @@ int main(int argc, char** argv) {
     compare(name, layers, 4, n + n / 4, won, traces);
     compare(name, layers, 8, n + n / 2, won, traces);
   };
+  const std::string folder =
+      std::filesystem::temp_directory_path() / ("placement_table-" + std::to_string(getpid()));
+  std::filesystem::create_directories(folder);
+  constexpr std::int64_t kDumpSteps = 400;
+  bool recorded = false;
   for (int i = 1; i < argc; ++i) {
     const std::string path = argv[i];
-    if (path == "--recorded") continue;
-    all_shapes(path.substr(path.find_last_of('/') + 1), read(path));
+    if (path == "--recorded") {
+      recorded = true;
+    } else if (path == "--served" && i + 1 < argc) {
+      const dumps::Dump dump = dumps::sglang_served(folder, argv[++i], kDumpSteps);
+      all_shapes(dump.name, imported(dump, folder));
+    } else {
+      all_shapes(path.substr(path.find_last_of('/') + 1), read(path));
+    }
   }
+  if (!recorded) {
+    for (const auto make : {dumps::sglang_counts, dumps::vllm_responses, dumps::megatron_traces}) {
+      const dumps::Dump dump = make(folder, kDumpSteps);
+      all_shapes(dump.name, imported(dump, folder));
+    }
+  }
+  std::filesystem::remove_all(folder);
   for (const char* policy : {"fixed", "sign_bias", "adaptive_bias"}) {
-    if (argc > 1 && std::string(argv[argc - 1]) == "--recorded") break;
+    if (recorded) break;
     for (const auto scenario :
          {moectl::Scenario::kSteady, moectl::Scenario::kShift, moectl::Scenario::kDrift}) {
       const std::string name =

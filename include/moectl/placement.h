@@ -21,7 +21,8 @@ struct PlacementOptions {
   int groups = 0;   ///< Groups of neighbouring experts that stay on one node; 0 = every expert for itself.
   int slots =
       0;  ///< Of all devices; a multiple of devices, at least the experts; 0 = the smallest such number.
-  bool refine = true;  ///< false: EPLB's rules alone.
+  bool refine =
+      true;  ///< false: EPLB's rules alone, with copies of one expert apart where `repeats` is false.
   /// May a device hold two copies of one expert? They serve no other device, but where there are few slots, and as EPLB does it, they can
   /// make loads more even. false: no, for engines that keep one copy; a device then has no more slots than its node has experts.
   bool repeats = true;

@@ -38,6 +38,8 @@ struct Row {
   std::int64_t steps = 0;
   BlockMeans cv, max_vio, floor_cv, floor_max_vio;
   std::set<bool> sampling;
+  std::int64_t sampled_steps = 0, sequences = 0;  ///< Steps with a sampling floor, and their sequences.
+  std::int64_t without_sequences = 0, records = 0;
 };
 
 enum class Verdict { kNoData, kBalanced, kUnsure, kImbalanced };
@@ -108,10 +110,10 @@ Judgement judge(const Row& row, bool sum) {
   // freedom.
   const bool window = sum || row.steps == 1;
   const double sequences =
-      row.sum.has_sequences() && (window ? sum_floor.sampling : row.sampling.count(true) > 0)
-          ? static_cast<double>(row.sum.scalar(RoutingStats::kSequences))
+      (window ? sum_floor.sampling : row.sampled_steps > 0)
+          ? static_cast<double>(window ? row.sum.scalar(RoutingStats::kSequences) : row.sequences)
           : HUGE_VAL;
-  const double apart = sequences - (window ? 1 : static_cast<double>(row.steps));
+  const double apart = sequences - (window ? 1 : static_cast<double>(row.sampled_steps));
   const double unsure_floor = apart > 0 ? 2 / ((n - 1) * apart) : HUGE_VAL;
   const auto of_floor = [&](const OverFloor& x) { return x.ratio() * std::sqrt(unsure_floor) / 2; };
   if (window) {
@@ -253,6 +255,8 @@ int print_screen(LogReader& reader, const std::function<MetricsOptions(const Log
                        const MetricsOptions& how) {
     Row& row = rows[{layer, group}];
     const bool is_new = row.sum.experts() == 0;
+    ++row.records;
+    row.without_sequences += !stats.has_sequences();
     StatsNeeds needs;
     needs.sequences = stats.has_sequences() && (is_new || row.sum.shape().needs.sequences);
     if (is_new) row.options = how;
@@ -275,6 +279,9 @@ int print_screen(LogReader& reader, const std::function<MetricsOptions(const Log
     row.floor_cv.add(*floor.cv, tokens);
     row.floor_max_vio.add(*floor.max_vio, tokens);
     row.sampling.insert(floor.sampling);
+    if (!floor.sampling) return;
+    ++row.sampled_steps;
+    row.sequences += stats.scalar(RoutingStats::kSequences);
   };
   // Parts of a step are one sample of the whole, or of their rank.
   WholeRecords whole = whole_records(reader, options.by == "rank");
@@ -421,6 +428,13 @@ int print_screen(LogReader& reader, const std::function<MetricsOptions(const Log
         << spread(max_vios) << ".\n";
   }
   const bool noise = floors.count("noise floor") > 0;
+  // The sampling floor of a sum needs the sequences of all its tokens.
+  std::int64_t lacking = 0, of_records = 0;
+  for (const auto& [key, row] : rows) {
+    if (row.without_sequences == row.records) continue;
+    lacking += row.without_sequences;
+    of_records += row.without_sequences > 0 ? row.records : 0;
+  }
   if (!by_verdict[Verdict::kImbalanced].empty()) {
     say << "IMBALANCED: layers " << names(Verdict::kImbalanced) << " stand beyond " << kBalancedFloors
         << " floors.\n`moectl check` and policies/adaptive_bias.yaml show how a controller is set up.\n";
@@ -444,6 +458,11 @@ int print_screen(LogReader& reader, const std::function<MetricsOptions(const Log
   for (const std::string& floor : floors)
     say << "x floor: over the " << floor << ", what balanced routing of as many tokens shows. ";
   say << '\n';
+  if (lacking > 0) {
+    say << lacking << " of " << of_records << " records have no sequences"
+        << (options.sum ? ": the sum of their layers has the noise floor alone.\n"
+                        : ": those steps have the noise floor.\n");
+  }
   if (noise)
     say << "The noise floor takes tokens as independent. Tokens of a text are alike: with sequences in "
            "the trace the higher sampling floor is known.\n";

@@ -405,22 +405,28 @@ int placement(Options options) {
           << " layers stay as they are, since no such plan beats today's placement on the steps planned on";
     say << ".\n";
   }
-  int repeats = 0, repeated_layers = 0;
+  // Layers may differ in their experts, and so in why slots hold repeats.
+  struct Repeats {
+    int slots = 0, layers = 0;
+  };
+  std::map<std::string, Repeats> causes;
   for (const Judged& layer : layers) {
-    repeats += repeats_in(layer.plan);
-    repeated_layers += repeats_in(layer.plan) > 0;
+    const int repeats = repeats_in(layer.plan);
+    if (repeats == 0) continue;
+    const int experts = histories.layers().at(layer.layer).experts;
+    const int room = static_cast<int>(layer.plan.experts.size()) / options.placement.devices;
+    Repeats& of =
+        causes[room > experts / options.placement.nodes ? "a device has more slots than its node has experts"
+               : options.placement.max_moves >= 0
+                   ? "free slots, to which nothing moves; --format ascend plans without"
+                   : "more even than any plan without that was found; --format ascend plans without"];
+    of.slots += repeats;
+    ++of.layers;
   }
-  if (repeats > 0) {
-    const int experts = histories.layers().begin()->second.experts;
-    const int room = static_cast<int>(layers[0].plan.experts.size()) / options.placement.devices;
-    say << repeats << (repeats == 1 ? " slot holds" : " slots hold")
-        << " an expert that the device has already, in " << repeated_layers << " of " << layers.size()
-        << " layers: "
-        << (room > experts / options.placement.nodes ? "a device has more slots than its node has experts"
-            : options.placement.max_moves >= 0
-                ? "free slots, to which nothing moves; --format ascend plans without"
-                : "more even than any plan without that was found; --format ascend plans without")
-        << ".\n";
+  for (const auto& [cause, of] : causes) {
+    say << of.slots << (of.slots == 1 ? " slot holds" : " slots hold")
+        << " an expert that the device has already, in " << of.layers << " of " << layers.size()
+        << " layers: " << cause << ".\n";
   }
   const std::string change = digits(linear.mean) + " -> " + digits(planned.mean);
   if (moves == 0) {

@@ -21,6 +21,7 @@
 #include "import/formats.h"
 #include "import/ranks.h"
 #include "import/steps.h"
+#include "moectl/run_log.h"
 
 namespace moectl {
 namespace {
@@ -175,6 +176,20 @@ std::string listed(const std::set<int>& numbers) {
   return text;
 }
 
+/// Says which ranks are copies. Throws if their tokens are too few to tell.
+void say_copies(const RankCopies& copies, ImportNotes& notes) {
+  try {
+    copies.decide();
+  } catch (const LogError& e) {
+    throw ImportError(e.what());
+  }
+  const std::string note = copies.note();
+  if (!note.empty()) notes.say(note);
+  if (copies.several())
+    notes.say(std::string("the counts of the ranks are added up") + (note.empty() ? "" : ", copies once") +
+              "; --by rank keeps them apart");
+}
+
 Survey first_reading(const Format& format, const InputFiles& inputs, const ImportOptions& options,
                      ImportNotes& notes) {
   struct Layer {
@@ -187,9 +202,9 @@ Survey first_reading(const Format& format, const InputFiles& inputs, const Impor
   ImportedStep step;
   notes.first_reading = true;
   Source source(format, inputs, options, notes);
-  if (source.adds_ranks()) found.copies.emplace(source.ranks());
+  if (source.adds_ranks()) found.copies = source.copies();
   for (;;) {
-    if (found.copies) found.copies->see(source.upcoming());
+    if (found.copies) source.show(*found.copies);
     if (!source.next(step)) break;
     for (const auto& [key, values] : step.layers) {
       Layer& layer = layers[key.first];
@@ -199,7 +214,7 @@ Survey first_reading(const Format& format, const InputFiles& inputs, const Impor
     }
   }
   notes.first_reading = false;
-  if (found.copies) found.copies->decide(notes);
+  if (found.copies) say_copies(*found.copies, notes);
   bool whole = true;
   for (const auto& [id, layer] : layers) {
     found.experts = std::max(found.experts, layer.experts);

@@ -9,6 +9,8 @@
 #include <set>
 #include <tuple>
 
+#include "moectl/run_log.h"
+
 namespace moectl {
 namespace {
 
@@ -145,136 +147,6 @@ void RankFiles::fail(const OtherFormat& e) const {
   throw ImportError(std::string(e.what()) + "; nearest format: " + std::string(nearest_));
 }
 
-// ---- Copies ----
-
-namespace {
-
-constexpr double kChance = -13.8;  // log of 1e-6
-
-double log_factorial(std::int64_t n) {
-  return std::lgamma(static_cast<double>(n) + 1);
-}
-
-}  // namespace
-
-RankCopies::RankCopies(std::vector<int> ranks)
-    : ranks_(std::move(ranks)), layers_(ranks_.size()), told_(ranks_.size()), first_(ranks_.size()) {
-  for (std::size_t i = 0; i < ranks_.size(); ++i) {
-    met_.emplace_back(i, false);
-    differ_.emplace_back(i, false);
-    first_[i] = i;
-  }
-}
-
-namespace {
-
-// Copies hold the same tokens; sums of scores may differ in a last bit.
-bool same_choices(const ImportedStep& a, const ImportedStep& b) {
-  return std::ranges::equal(a.layers, b.layers, [](const auto& one, const auto& other) {
-    const ImportedLayer &x = one.second, &y = other.second;
-    return one.first == other.first && x.top_k == y.top_k && x.tokens == y.tokens && x.counts == y.counts;
-  });
-}
-
-}  // namespace
-
-void RankCopies::see(const std::vector<const ImportedStep*>& steps) {
-  std::vector<bool> has_copy(steps.size());
-  for (std::size_t i = 0; i < steps.size(); ++i) {
-    for (std::size_t j = 0; steps[i] && j < i; ++j) {
-      if (!steps[j] || differ_[i][j]) continue;
-      if (same_choices(*steps[i], *steps[j])) {
-        met_[i][j] = has_copy[i] = has_copy[j] = true;
-        continue;
-      }
-      differ_[i][j] = true;
-      if (met_[i][j] && told(i) && told(j))
-        throw ImportError(
-            "step " + std::to_string(steps[i]->step) + ": ranks " + std::to_string(ranks_[j]) + " and " +
-            std::to_string(ranks_[i]) +
-            " differ, though they hold the same counts in all steps before, as copies of the same tokens "
-            "do: give the files of one of them, or keep them apart with --by rank");
-    }
-  }
-  for (std::size_t i = 0; i < steps.size(); ++i) {
-    if (!has_copy[i] || told_[i]) continue;
-    for (const auto& [key, layer] : steps[i]->layers) {
-      Choices& of = layers_[i][key];
-      of.counts.resize(std::max(of.counts.size(), layer.counts.size()));
-      std::int64_t sum = 0;
-      for (std::size_t e = 0; e < layer.counts.size(); ++e) {
-        sum = added(sum, layer.counts[e]);
-        of.counts[e] = added(of.counts[e], layer.counts[e]);
-        of.orders -= log_factorial(layer.counts[e]);
-      }
-      of.orders += log_factorial(sum);
-    }
-    told(i);
-  }
-}
-
-/// The log of the chance that independent tokens, chosen with the shares of the whole trace, make the counts of each step:
-/// Σ over layers of Σ_steps log(T! / Π c_i!) + Σ_i C_i log(C_i / C).
-double RankCopies::chance(std::size_t rank) const {
-  double sum = 0;
-  for (const auto& [key, of] : layers_[rank]) {
-    double all = 0;
-    for (const std::int64_t count : of.counts) all += static_cast<double>(count);
-    sum += of.orders;
-    for (const std::int64_t count : of.counts) {
-      if (count > 0) sum += static_cast<double>(count) * std::log(static_cast<double>(count) / all);
-    }
-  }
-  return sum;
-}
-
-/// Whether the choices of a rank are too many for another to make the same by chance.
-bool RankCopies::told(std::size_t rank) {
-  if (!told_[rank] && chance(rank) < kChance) {
-    told_[rank] = true;
-    layers_[rank].clear();
-  }
-  return told_[rank];
-}
-
-void RankCopies::decide(ImportNotes& notes) {
-  std::vector<std::string> groups(ranks_.size());
-  for (std::size_t i = 0; i < ranks_.size(); ++i) {
-    for (std::size_t j = 0; j < i && first_[i] == i; ++j) {
-      if (!met_[i][j] || differ_[i][j]) continue;
-      const auto empty = [](const auto& entry) {
-        return std::ranges::all_of(entry.second.counts, [](std::int64_t count) { return count == 0; });
-      };
-      if (!told(i) && std::ranges::all_of(layers_[i], empty)) continue;  // nothing to add up
-      if (!told(i))
-        throw ImportError(
-            "ranks " + std::to_string(ranks_[j]) + " and " + std::to_string(ranks_[i]) +
-            " hold the same counts, of too few tokens to tell copies of the same tokens (tensor "
-            "parallelism) from chance: give the files of one of them, or keep them apart with --by rank");
-      first_[i] = first_[j];
-      std::string& group = groups[first_[j]];
-      if (group.empty()) group = std::to_string(ranks_[first_[j]]);
-      group += ' ';
-      group += std::to_string(ranks_[i]);
-    }
-  }
-  constexpr std::size_t kShown = 4;
-  std::string text;
-  std::size_t copied = 0, parts = 0;
-  for (std::size_t i = 0; i < ranks_.size(); ++i) {
-    parts += first_[i] == i;
-    if (groups[i].empty()) continue;
-    if (copied < kShown) text += (copied ? ", " : "") + groups[i];
-    if (copied == kShown) text += ", ...";
-    ++copied;
-  }
-  if (copied)
-    notes.say("ranks that hold the same counts are taken once, as copies of the same tokens: " + text);
-  if (parts > 1)
-    notes.say(std::string("the counts of the ranks are added up") + (copied ? ", copies once" : "") +
-              "; --by rank keeps them apart");
-}
-
 // ---- Ranks side by side ----
 
 Source::Source(const Format& format, const InputFiles& files, const ImportOptions& options,
@@ -323,10 +195,27 @@ void Source::check_times() const {
   }
 }
 
-std::vector<int> Source::ranks() const {
-  std::vector<int> ranks;
-  for (const Lane& lane : lanes_) ranks.push_back(lane.rank);
-  return ranks;
+RankCopies Source::copies() const {
+  RankCopies copies("give the files of one of them, or keep them apart with --by rank");
+  for (const Lane& lane : lanes_) copies.add(std::to_string(lane.rank));
+  return copies;
+}
+
+void Source::show(RankCopies& copies) const {
+  std::vector<std::vector<RankLayer>> ranks;
+  std::int64_t number = 0;
+  for (const ImportedStep* const step : upcoming()) {
+    std::vector<RankLayer>& layers = ranks.emplace_back();
+    if (!step) continue;
+    number = step->step;
+    for (const auto& [key, layer] : step->layers)
+      layers.push_back({key, layer.top_k, layer.tokens, layer.counts});
+  }
+  try {
+    copies.see(number, ranks);
+  } catch (const LogError& e) {
+    throw ImportError(e.what());
+  }
 }
 
 std::vector<const ImportedStep*> Source::upcoming() const {
@@ -342,29 +231,36 @@ bool Source::next(ImportedStep& step, const RankCopies* copies) {
   const std::vector<const ImportedStep*> here = upcoming();
   step.layers.clear();
   std::set<std::size_t> taken;
-  bool any = false;
+  const auto group = [&](std::size_t i) { return copies ? copies->first_of(i) : i; };
   for (std::size_t i = 0; i < lanes_.size(); ++i) {
     if (!here[i]) continue;
-    Lane& lane = lanes_[i];
-    any = true;
-    step.step = lane.step.step;
-    if (taken.insert(copies ? copies->first_of(i) : i).second) {
-      const std::string rank = apart_ ? "rank" + std::to_string(lane.rank) : "";
-      for (auto& [key, layer] : lane.step.layers) {
-        const std::string joint = rank.empty() || key.second.empty() ? "" : "/";
-        const auto [it, is_new] = step.layers.try_emplace({key.first, rank + joint + key.second}, layer);
-        try {
-          if (!is_new) it->second += layer;
-        } catch (const ImportError& e) {
-          throw ImportError("step " + std::to_string(step.step) + ", layer " + std::to_string(key.first) +
-                            ", rank " + std::to_string(lane.rank) + ": " + e.what());
-        }
+    step.step = here[i]->step;
+    const bool is_first = taken.insert(group(i)).second;
+    const std::string rank = apart_ ? "rank" + std::to_string(lanes_[i].rank) : "";
+    for (const auto& [key, layer] : here[i]->layers) {
+      // Of copies the first one counts that has the layer.
+      const auto has_it = [&, &key = key](std::size_t j) {
+        return here[j] && group(j) == group(i) && here[j]->layers.count(key);
+      };
+      bool counts = true;
+      for (std::size_t j = 0; !is_first && counts && j < i; ++j) counts = !has_it(j);
+      if (!counts) continue;
+      const std::string joint = rank.empty() || key.second.empty() ? "" : "/";
+      const auto [it, is_new] = step.layers.try_emplace({key.first, rank + joint + key.second}, layer);
+      try {
+        if (!is_new) it->second += layer;
+      } catch (const ImportError& e) {
+        throw ImportError("step " + std::to_string(step.step) + ", layer " + std::to_string(key.first) +
+                          ", rank " + std::to_string(lanes_[i].rank) + ": " + e.what());
       }
     }
-    lane.more = lane.files.next(lane.step);
   }
+  for (std::size_t i = 0; i < lanes_.size(); ++i) {
+    if (here[i]) lanes_[i].more = lanes_[i].files.next(lanes_[i].step);
+  }
+  const bool any = !taken.empty();
   for (std::size_t i = 0; copies && i < lanes_.size() && !lack_said_; ++i) {
-    if (taken.count(copies->first_of(i))) continue;
+    if (taken.count(group(i))) continue;
     lack_said_ = any;
     if (any)
       notes_.say("step " + std::to_string(step.step) + ", perhaps others: no data of rank " +

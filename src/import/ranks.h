@@ -11,6 +11,7 @@
 
 #include "import/formats.h"
 #include "import/steps.h"
+#include "log/copies.h"
 
 namespace moectl {
 
@@ -52,35 +53,6 @@ class RankFiles {
   std::int64_t offset_ = 0, last_ = -1;
 };
 
-/// Which ranks hold the same tokens, as those of tensor parallelism do: their sum would count each token several times.
-/// Ranks are copies if they hold the same counts in every step that both have, and if their tokens are so many that chance
-/// does not make that. With R ranks, L layers and N experts: R² bits and R · L · N numbers.
-class RankCopies {
- public:
-  explicit RankCopies(std::vector<int> ranks);
-  /// One step: for each rank what it holds, or null. Throws if ranks differ that were copies so far.
-  void see(const std::vector<const ImportedStep*>& steps);
-  /// After the last step. Throws if the tokens are too few to tell.
-  void decide(ImportNotes& notes);
-  /// The first of the copies of a rank, which may be the rank itself. Both are places in the list of ranks.
-  std::size_t first_of(std::size_t rank) const { return first_[rank]; }
-
- private:
-  struct Choices {
-    double orders = 0;  // Σ over steps of log(T! / Π c_i!)
-    std::vector<std::int64_t> counts;
-  };
-  double chance(std::size_t rank) const;
-  bool told(std::size_t rank);
-  std::int64_t choices(std::size_t rank) const;
-
-  std::vector<int> ranks_;
-  std::vector<std::vector<bool>> met_, differ_;  // of two ranks, the later one first
-  std::vector<std::map<std::pair<int, std::string>, Choices>> layers_;
-  std::vector<bool> told_;
-  std::vector<std::size_t> first_;
-};
-
 /// The steps of all files. The first of two readings finds out which ranks are copies.
 class Source {
  public:
@@ -89,9 +61,10 @@ class Source {
   bool next(ImportedStep& step, const RankCopies* copies = nullptr);
   /// Whether ranks are added up, and so must not be copies.
   bool adds_ranks() const { return lanes_.size() > 1 && !apart_; }
-  std::vector<int> ranks() const;
-  /// What each rank holds of the step that `next` is about to give; null = nothing.
-  std::vector<const ImportedStep*> upcoming() const;
+  /// The ranks, none of which has been seen.
+  RankCopies copies() const;
+  /// Shows `copies` what each rank holds of the step that `next` is about to give.
+  void show(RankCopies& copies) const;
 
  private:
   struct Lane {
@@ -101,6 +74,8 @@ class Source {
     bool more;
   };
   void check_times() const;
+  /// What each rank holds of the next step; null = nothing.
+  std::vector<const ImportedStep*> upcoming() const;
 
   ImportNotes& notes_;
   std::vector<Lane> lanes_;

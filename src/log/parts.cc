@@ -55,6 +55,7 @@ TagParts parts_of(std::string_view tag) {
       append(parts.of_rank, segment);
       if (is_numbered(segment, "rank")) {
         parts.rank = true;
+        parts.number = segment.substr(4);
       } else {
         append(parts.rest, segment);
       }
@@ -74,57 +75,91 @@ std::optional<LogRecord> WholeRecords::next() {
       return record;
     }
     if (end_) return std::nullopt;
-    std::optional<LogRecord> record = held_ ? std::exchange(held_, std::nullopt) : reader_.next();
+    std::optional<LogRecord> record = upcoming_ ? std::exchange(upcoming_, std::nullopt) : reader_.next();
     if (!record) {
       end_ = true;
-      join();
+      if (!parts_.empty()) end_step();
+      copies_.decide();
+      release();
       continue;
     }
     if (!parts_.empty() && record->step != parts_.front().step) {
-      join();
-      held_ = std::move(record);
+      end_step();
+      upcoming_ = std::move(record);
       continue;
     }
     const TagParts parts = parts_of(record->tag);
     if (!parts.any()) whole_.insert(record->tag);
-    if (!parts.any() || record->layer < 0 || record->stats.experts() == 0 || whole_.contains(parts.rest))
-      return record;
+    if (!parts.any() || record->layer < 0 || record->stats.experts() == 0 || whole_.contains(parts.rest)) {
+      if (held_.empty()) return record;
+      held_.emplace_back().passed.push_back(std::move(*record));
+      continue;
+    }
     parts_.push_back(std::move(*record));
   }
 }
 
-void WholeRecords::join() {
-  // By layer and tag, then by rank.
-  std::map<std::pair<int, std::string>, std::map<std::string, LogRecord>> joined;
+void WholeRecords::end_step() {
+  constexpr std::int64_t kMostHeld = std::int64_t{1} << 22;  // counts: some 100 MB
+  Step& step = held_.emplace_back();
+  const std::int64_t number = parts_.front().step;
   for (LogRecord& part : parts_) {
     const TagParts parts = parts_of(part.tag);
     if (whole_.contains(parts.rest)) {  // it came later in the same step
-      ready_.push_back(std::move(part));
+      step.passed.push_back(std::move(part));
       continue;
     }
     part.tag = keep_ranks_ ? parts.of_rank : parts.rest;
-    const int layer = part.layer;
-    auto& of_layer = joined[{layer, part.tag}];
-    const auto it = of_layer.find(parts.of_rank);
-    if (it == of_layer.end()) {
-      of_layer.emplace(parts.of_rank, std::move(part));
-    } else {
+    held_counts_ += part.stats.experts();
+    const std::pair<int, std::string> key(part.layer, part.tag);
+    const Rank rank(parts.number.size(), parts.number);
+    auto& ranks = step.parts[key];
+    if (const auto it = ranks.find(rank); it != ranks.end()) {
       add(it->second, part);
+    } else {
+      ranks.emplace(rank, std::move(part));
     }
   }
   parts_.clear();
-  const bool copies = !joined.empty() && std::ranges::all_of(joined, [](const auto& entry) {
-    const LogRecord& first = entry.second.begin()->second;
-    return entry.second.size() > 1 && std::ranges::all_of(entry.second, [&](const auto& rank) {
-             return std::ranges::equal(rank.second.stats.counts(), first.stats.counts());
-           });
-  });
-  if (copies && say_)
-    std::exchange(say_, {})("the ranks hold the same counts: taken once, as copies of the same tokens");
-  for (auto& [key, ranks] : joined) {
-    LogRecord whole = std::move(ranks.begin()->second);
-    for (auto it = std::next(ranks.begin()); it != ranks.end() && !copies; ++it) add(whole, it->second);
-    ready_.push_back(std::move(whole));
+  if (!keep_ranks_) see(number, step);
+  if (held_counts_ > kMostHeld) copies_.decide();
+  if (!copies_.open()) release();
+}
+
+void WholeRecords::see(std::int64_t number, const Step& step) {
+  std::vector<std::vector<RankLayer>> layers;
+  for (const auto& [key, ranks] : step.parts) {
+    for (const auto& [rank, record] : ranks) {
+      const auto [it, is_new] = places_.try_emplace(rank, places_.size());
+      if (is_new) copies_.add(rank.second.empty() ? "none" : rank.second);
+      layers.resize(places_.size());
+      layers[it->second].push_back({key, record.stats.top_k(), record.stats.tokens(), record.stats.counts()});
+    }
+  }
+  layers.resize(places_.size());
+  copies_.see(number, layers);
+}
+
+/// Adds up what was held: each rank, and of copies the one with the lowest number that has the layer.
+void WholeRecords::release() {
+  for (Step& step : held_) {
+    for (LogRecord& record : step.passed) ready_.push_back(std::move(record));
+    for (auto& [key, ranks] : step.parts) {
+      std::set<std::size_t> taken;
+      LogRecord* whole = nullptr;
+      for (auto& [rank, record] : ranks) {
+        if (!keep_ranks_ && !taken.insert(copies_.first_of(places_.at(rank))).second) continue;
+        if (whole) add(*whole, record);
+        if (!whole) whole = &record;
+      }
+      ready_.push_back(std::move(*whole));
+    }
+  }
+  held_.clear();
+  held_counts_ = 0;
+  if (std::string note = copies_.note(); note != said_) {
+    said_ = std::move(note);
+    if (say_ && !said_.empty()) say_(said_);
   }
 }
 

@@ -258,6 +258,37 @@ TEST(Screen, AFloorFromFewSequencesIsNotSure) {
   EXPECT_LE(imbalanced, 10);  // one in twenty
 }
 
+// One record without sequences: the floors of the other steps are known as badly as before.
+TEST(Screen, ARecordWithoutSequencesMakesTheFloorNoSurer) {
+  const TempDir dir;
+  std::string all, lacking;
+  for (int step = 0; step < 12; ++step) {
+    // Two sequences of 50 tokens a step: 20 8 12 10 and 10 12 16 12.
+    json record = json::parse(line(step, 0, 100, 1, {30, 20, 28, 22}));
+    json with = record;
+    with["sequences"] = 2;
+    with["sequence_len_sq"] = 5000;
+    with["sequence_sq"] = {500, 208, 400, 244};
+    with["sequence_cross"] = {1500, 1000, 1400, 1100};
+    all += with.dump() + '\n';
+    lacking += (step == 5 ? record : with).dump() + '\n';
+  }
+  const auto width = [&](const std::string& text) {
+    const ToolResult result = run_tool(dir, "metrics - --all --format json", text);
+    EXPECT_EQ(result.code, 0) << result.err;
+    const json cv = json::parse(result.lines().at(0))["load_cv"];
+    return (cv["high"].get<double>() - cv["low"].get<double>()) / cv["over_floor"].get<double>();
+  };
+  const double expected = width(all);
+  EXPECT_GT(expected, 0.2);
+  EXPECT_GT(width(lacking), 0.9 * expected);
+  EXPECT_THAT(run_tool(dir, "metrics - --format screen", lacking).out,
+              HasSubstr("1 of 12 records have no sequences: those steps have the noise floor"));
+  EXPECT_THAT(run_tool(dir, "metrics - --sum --format screen", lacking).out,
+              HasSubstr("1 of 12 records have no sequences: the sum of their layers has the noise floor"));
+  EXPECT_THAT(run_tool(dir, "metrics - --format screen", all).out, Not(HasSubstr("have no sequences")));
+}
+
 // The interval of a mean holds it as often as it says, also where neighbouring steps are alike.
 TEST(Screen, TheIntervalAllowsForStepsThatAreAlike) {
   std::mt19937_64 random(6);
@@ -739,6 +770,20 @@ TEST(PlacementCommand, RepeatsWhereTheyPayAndNeverForAscend) {
               HasSubstr("3 slots hold an expert that the device has already, in 1 of 1 layers: free slots"));
   EXPECT_THAT(run_tool(dir, "placement - --devices 4 --slots 36", skewed).out,
               HasSubstr("a device has more slots than its node has experts"));
+}
+
+// Why slots hold repeats is said of each layer: these two have the same slots, and different experts.
+TEST(PlacementCommand, RepeatsOfLayersThatDifferHaveTheirOwnCauses) {
+  const TempDir dir;
+  std::string text;
+  for (int step = 0; step < 8; ++step) {
+    text += line(step, 0, 1854, 1, {591, 637, 442, 184});
+    text += line(step, 1, 100, 1, {60, 40});
+  }
+  const std::string out = run_tool(dir, "placement - --devices 2 --slots 6", text).out;
+  EXPECT_THAT(
+      out, HasSubstr("1 slot holds an expert that the device has already, in 1 of 2 layers: more even than"));
+  EXPECT_THAT(out, HasSubstr("in 1 of 2 layers: a device has more slots than its node has experts"));
 }
 
 TEST(PlacementCommand, MaxMovesAndWrongOptions) {

@@ -5,6 +5,7 @@
 #include <bit>
 #include <cmath>
 #include <random>
+#include <sstream>
 
 #include "import/imported.h"
 #include "moectl/tensorboard.h"
@@ -111,6 +112,106 @@ TEST(ImportInDoubt, CopiesInGroupsAreEachTakenOnce) {
                              HasSubstr("added up, copies once")));
   }
   EXPECT_EQ(tokens_of(imported_in(dir, "megatron rank*.jsonl --by rank")), 20 * 4 * 64);
+}
+
+// What `--by rank` keeps apart is judged as the sum that the import makes without it: over the whole trace, from a pipe as well.
+TEST(ImportInDoubt, ATraceOfRanksIsJudgedByTheRuleOfTheImport) {
+  const TempDir dir;
+  const auto write = [&](int rank, const std::string& text) {
+    dir.write("rank" + std::to_string(rank) + ".jsonl", text);
+  };
+  const auto expect_the_same = [&](const std::string& ranks, std::int64_t tokens, const std::string& said) {
+    SCOPED_TRACE(said);
+    const std::string import = "import megatron " + ranks + " -o ";
+    ASSERT_EQ(run_tool(dir, import + "sum.jsonl").code, 0);
+    ASSERT_EQ(run_tool(dir, import + "apart.jsonl --by rank").code, 0);
+    EXPECT_EQ(tokens_of(records(TempDir::read(dir.path("sum.jsonl")))), tokens);
+    const std::string trace = TempDir::read(dir.path("apart.jsonl"));
+    for (const std::string command :
+         {"metrics - --sum --format json", "metrics - --all --format json", "compare - --format json"}) {
+      const ToolResult sum = run_tool(dir, command, TempDir::read(dir.path("sum.jsonl")));
+      const ToolResult apart = run_tool(dir, command, trace);
+      EXPECT_EQ(apart.out, sum.out) << command;
+      if (said.empty()) {
+        EXPECT_THAT(apart.err, Not(HasSubstr("taken once"))) << command;
+      } else {
+        EXPECT_THAT(apart.err, HasSubstr(said)) << command;
+      }
+    }
+  };
+  // One token a step: a fourth of the steps agrees by chance.
+  write(0, routes(1, 200, 1));
+  write(1, routes(2, 200, 1));
+  expect_the_same("rank0.jsonl rank1.jsonl", 400, "");
+  write(1, routes(1, 200, 1));
+  expect_the_same("rank0.jsonl rank1.jsonl", 200, "taken once, as copies of the same tokens: 0 1\n");
+  // Tensor parallelism within data parallelism, more than ten ranks among them: 2 comes before 10.
+  for (int rank = 0; rank < 12; ++rank) write(rank, routes(static_cast<unsigned>(3 + rank / 2), 20, 64));
+  expect_the_same("rank*.jsonl", 20 * 6 * 64,
+                  "taken once, as copies of the same tokens: 0 1, 2 3, 4 5, 6 7, ...\n");
+}
+
+TEST(ImportInDoubt, ATraceOfRanksThatCannotBeToldIsRefusedAsByTheImport) {
+  const TempDir dir;
+  const auto refused_of_parts = [&](const std::string& rank1) {
+    dir.write("rank1.jsonl", rank1);
+    EXPECT_EQ(run_tool(dir, "import megatron rank0.jsonl rank1.jsonl -o apart.jsonl --by rank").code, 0);
+    const ToolResult whole = run_tool(dir, "metrics apart.jsonl --sum");
+    EXPECT_EQ(whole.code, 1) << whole.out;
+    EXPECT_THAT(whole.err, HasSubstr("--by rank"));
+    EXPECT_EQ(run_tool(dir, "metrics apart.jsonl --by rank").code, 0);
+    return whole.err;
+  };
+  dir.write("rank0.jsonl", routes(1, 20, 64));
+  EXPECT_THAT(refused_of_parts(routes(1, 20, 64, 5)), HasSubstr("step 10: ranks 0 and 1 differ"));
+  dir.write("rank0.jsonl", routes(1, 1, 3));
+  EXPECT_THAT(refused_of_parts(routes(1, 1, 3)),
+              HasSubstr("ranks 0 and 1 hold the same counts, of too few tokens"));
+}
+
+// A trace may end within a step: copies are told by the layers that both ranks have.
+TEST(ImportInDoubt, CopiesMayLackALayer) {
+  const TempDir dir;
+  std::string trace = R"({"format":"moectl-trace","version":1})"
+                      "\n";
+  std::string last;
+  for (int step = 0; step < 8; ++step) {
+    for (const char* rank : {"rank0", "rank1"}) {
+      for (int layer = 0; layer < 2; ++layer) {
+        last = json({{"step", step},
+                     {"layer", layer},
+                     {"tokens", 20},
+                     {"top_k", 1},
+                     {"tag", rank},
+                     {"counts", {9 - step, 5, 4, 2 + step}}})
+                   .dump();
+        trace += last + '\n';
+      }
+    }
+  }
+  const std::string cut = trace.substr(0, trace.size() - last.size() - 1);
+  for (const std::string& text : {trace, cut}) {
+    const ToolResult result = run_tool(dir, "metrics - --sum --format json", text);
+    ASSERT_EQ(result.code, 0) << result.err;
+    ASSERT_EQ(result.lines().size(), 2U);
+    EXPECT_EQ(json::parse(result.lines()[0])["tokens"], 8 * 20);
+    EXPECT_EQ(json::parse(result.lines()[1])["tokens"], 8 * 20) << "of rank 0, which has it";
+  }
+}
+
+// Every pair of ranks is told by what both have: one that comes late is no copy by a single token.
+TEST(ImportInDoubt, ARankThatComesLateIsToldByItsOwnTokens) {
+  const TempDir dir;
+  std::string late;
+  std::istringstream lines(routes(1, 200, 1));
+  for (std::string line; std::getline(lines, line);) late = line;
+  for (const int late_rank : {0, 2}) {
+    for (int rank = 0; rank < 3; ++rank)
+      dir.write("rank" + std::to_string(rank) + ".jsonl",
+                rank == late_rank ? late + '\n' : routes(1, 200, 1));
+    EXPECT_THAT(refused_in(dir, "megatron rank*.jsonl"), HasSubstr("hold the same counts, of too few tokens"))
+        << late_rank;
+  }
 }
 
 // Ranks of one model may compute a last bit of a score in another way.

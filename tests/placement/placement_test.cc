@@ -75,6 +75,31 @@ TEST(Placement, AnExpertIsTwiceOnADeviceOnlyWhereThatIsMoreEven) {
   EXPECT_NEAR(balancedness(apart, loads), 927.0 / ((591 + 637) / 2.0 + 442), 1e-12);
 }
 
+// EPLB's rules put expert 1 on a device twice: without repeats they pack its copies apart, and nothing else changes.
+TEST(Placement, WithoutRefinementCopiesAreApartToo) {
+  PlacementOptions options{.devices = 2, .slots = 6, .refine = false, .repeats = false};
+  // By hand: slots for 591, 637, 442 / 2, 184 and one more copy each of 637 and 591; the heaviest first, onto the lighter device.
+  const Placement plan = plan_placement(Loads{591, 637, 442, 184}, options);
+  EXPECT_EQ(repeats_in(plan), 0);
+  std::mt19937 random(13);
+  for (int trial = 0; trial < 200; ++trial) {
+    const Loads loads = random_loads(random, 8, 0.02 * trial);
+    for (const int slots : {8, 12, 16, 24, 32}) {
+      for (const int nodes : {1, 2}) {
+        if (slots / 4 > 8 / nodes) continue;
+        options = {.devices = 4, .nodes = nodes, .slots = slots, .refine = false, .repeats = false};
+        const Placement apart = plan_placement(loads, options);
+        EXPECT_EQ(repeats_in(apart), 0) << slots << ' ' << nodes << ' ' << trial;
+        options.repeats = true;
+        const Placement theirs = plan_placement(loads, options);
+        if (repeats_in(theirs) == 0) {
+          EXPECT_EQ(apart.experts, theirs.experts) << slots << ' ' << trial;
+        }
+      }
+    }
+  }
+}
+
 // Loads of all kinds, on few and many devices, global and hierarchical. Whatever the rules of EPLB give is a plan that this planner
 // has tried. Without repeats every device holds different experts, however tight the room.
 TEST(Placement, NeverLessEvenThanEplb) {
