@@ -43,7 +43,7 @@ struct Options {
 class SignBias final : public Policy {
  public:
   SignBias(const Options& options, int experts)
-      : options_(options), delta_(static_cast<std::size_t>(experts), 0.0) {}
+      : options_(options), delta_(static_cast<std::size_t>(experts)) {}
 
   void propose(const LayerView& layer, std::span<double> bias) override {
     if (options_.freeze_after > 0 && layer.step >= options_.freeze_after) return;

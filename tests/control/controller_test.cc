@@ -214,10 +214,29 @@ TEST(Controller, LogsEverySoManySteps) {
   EXPECT_THAT(logged, ElementsAre(0, 3, 6));
 }
 
+// What happened in steps that are not logged stands in the next record, once.
+TEST(Controller, NoticesWaitForTheNextRecordOfTheLog) {
+  ControllerConfig config = small_config("sign_bias", 1);
+  config.log.every = 3;
+  Controller controller(config);
+  std::vector<std::pair<std::int64_t, std::int64_t>> logged;  // step of the record, step of the notice
+  controller.set_log([&](const StepReport& report) {
+    for (const Notice& notice : report.notices) {
+      if (notice.kind == NoticeKind::kInvalid) logged.emplace_back(report.step, notice.step);
+    }
+  });
+  for (int step = 0; step < 9; ++step) {
+    const bool bad = step == 1 || step == 3 || step == 5;
+    record_counts(controller, 0, {bad ? -1 : 1, 1, 1, 1});
+    controller.step();
+  }
+  EXPECT_THAT(logged, ElementsAre(std::pair(3, 1), std::pair(3, 3), std::pair(6, 5)));
+}
+
 // A policy that keeps what it saw, to look at the views.
 struct Seen {
   std::vector<double> mean_load, worst_load, worst_entropy, least_load;
-  Metrics worst;
+  Metrics mean, worst;
   std::vector<int> layers;
   std::vector<std::int64_t> next_mixture;
 };
@@ -230,6 +249,7 @@ PolicyRegistry spying(Seen& seen) {
       seen_.worst_load.push_back(view.worst.max_load.value_or(-1));
       seen_.worst_entropy.push_back(view.worst.entropy_normalized.value_or(-1));
       seen_.least_load.push_back(view.worst.min_load.value_or(-1));
+      seen_.mean = view.metrics;
       seen_.worst = view.worst;
       seen_.layers.push_back(view.layer);
       seen_.next_mixture.assign(view.info.next_mixture.begin(), view.info.next_mixture.end());
@@ -266,6 +286,9 @@ TEST(Controller, ModelScopeSeesMeanAndWorstAndMovesAllLayers) {
   // The layer that has collapsed, not the even one, whose entropy and least load are larger.
   EXPECT_THAT(seen.worst_entropy, ElementsAre(0.0));
   EXPECT_THAT(seen.least_load, ElementsAre(0.0));
+  // What no layer knows is known of none, not zero.
+  EXPECT_EQ(seen.mean.token_entropy, std::nullopt);
+  EXPECT_EQ(seen.worst.token_entropy, std::nullopt);
   EXPECT_THAT(seen.layers, ElementsAre(-1));
   EXPECT_DOUBLE_EQ(controller.aux_loss_weight(0), 0.02);
   EXPECT_EQ(controller.aux_loss_weight(1), controller.aux_loss_weight(0));
@@ -344,6 +367,33 @@ TEST(Controller, OneLayersBadDataHoldsTheModelsActuators) {
   controller.freeze(1);
   record_all(controller, {1, 1, 1, 1});
   EXPECT_TRUE(controller.step().model[1].reasons.has(Reason::kFrozen));
+}
+
+// From biases that were there before: only what a step changes lets tokens choose others.
+TEST(Controller, ChurnIsThatOfTheMoveOfTheStep) {
+  for (const std::string policy : {"fixed", "sign_bias"}) {
+    ControllerConfig config = small_config(policy, 1);
+    config.metrics.details = true;
+    config.collect.gap = true;
+    Controller controller(config);
+    controller.adopt(0, std::vector<double>{0.25, -0.25, 0.125, -0.125});
+    const Counts experts = {0, 1, 2, 3, 0, 0, 0, 1};
+    // The first four gaps are near, one of each expert's; the others are far.
+    std::vector<float> top(16, 0.5F);
+    for (std::size_t t = 0; t < 8; ++t) top[2 * t] += t < 4 ? 0.03125F : 0.5F;
+    std::vector<std::pair<double, double>> scratch;
+    for (int step = 0; step < 4; ++step) {
+      std::vector<double> move = to_vector(controller.bias(0));
+      controller.record(0, {.experts = experts, .top_values = top});
+      const LayerReport& layer = controller.step().layers[0];
+      for (std::size_t i = 0; i < 4; ++i) move[i] = controller.bias(0)[i] - move[i];
+      const std::optional<double> expected = estimate_churn(*layer.stats, move, scratch);
+      EXPECT_EQ(layer.metrics->churn, expected) << policy << ' ' << step;
+      if (step == 0) continue;  // no gap was known to be near
+      ASSERT_TRUE(expected) << policy << ' ' << step;
+      EXPECT_EQ(*expected > 0, policy == "sign_bias") << step;
+    }
+  }
 }
 
 // Nothing of ours allocates once the sums over ranks have arrived: so nothing can fail for want of memory between the

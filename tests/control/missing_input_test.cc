@@ -91,6 +91,25 @@ TEST(FieldCases, A4_AnInputThatAPolicyOnlyUsesIsNoFault) {
   EXPECT_LT(controller.bias(0)[0], 0);
 }
 
+// Layer 0 has a temperature of its own, the model has one for the rest: each lacks the probabilities for `dwell` steps.
+TEST(FieldCases, A4_TheModelsActuatorAndALayersOwnCountApart) {
+  ControllerConfig config = config_with(Actuator::kRouterTemperature, "entropy_temperature");
+  config.router_temperature.scope = Scope::kModel;
+  config.layers.resize(2);
+  for (LayerGroup& group : config.layers) group.count = 1;
+  config.layers[0].router_temperature = config.router_temperature;
+  config.layers[0].router_temperature->scope = Scope::kLayer;
+  Controller controller(config);
+  std::vector<std::pair<int, std::int64_t>> notices;
+  for (int i = 0; i < 2 * config.monitor.health.dwell; ++i) {
+    for (const Notice& notice : step(controller, {.experts = kChosen}).notices) {
+      if (notice.kind == NoticeKind::kMissingInput) notices.emplace_back(notice.layer, notice.step);
+    }
+  }
+  const std::int64_t last = config.monitor.health.dwell - 1;
+  EXPECT_THAT(notices, ::testing::UnorderedElementsAre(std::pair(0, last), std::pair(-1, last)));
+}
+
 TEST(FieldCases, A4_ADecisionMovesAgainAsSoonAsTheInputComes) {
   Controller controller(gap_config());
   for (int i = 0; i < 5; ++i) step(controller, {.experts = kChosen});

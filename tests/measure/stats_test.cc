@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <numeric>
@@ -46,14 +47,26 @@ TEST(RoutingStats, PaddingIsNotCounted) {
   const std::vector<std::int64_t> domains = {1, 7, 0};  // what padding holds does not matter
   const float nan = std::numeric_limits<float>::quiet_NaN();
   const std::vector<float> values = {3, 2, 1, nan, nan, nan, 2, 1.5F, 1};
-  EXPECT_TRUE(stats.add(
-      {.experts = experts, .mask = mask, .sequence_length = 3, .top_values = values, .domain_ids = domains}));
+  const std::vector<float> scores = {3, 2, 1, 0, nan, nan, nan, nan, 2, 1, 0, 1.5F};
+  const std::vector<float> rows = {1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1};
+  EXPECT_TRUE(stats.add({.experts = experts,
+                         .mask = mask,
+                         .sequence_length = 3,
+                         .top_values = values,
+                         .biased_scores = scores,
+                         .probabilities = rows,
+                         .domain_ids = domains}));
   EXPECT_THAT(stats.counts(), ElementsAre(2, 1, 0, 1));
   EXPECT_EQ(stats.tokens(), 2);
   EXPECT_EQ(*stats.mean_gap(), 0.75);
   EXPECT_THAT(stats.domain_counts(0), ElementsAre(1, 0, 0, 1));
   EXPECT_THAT(stats.domain_counts(1), ElementsAre(1, 1, 0, 0));
   EXPECT_EQ(stats.scalar(RoutingStats::kSequenceLenSq), 16);
+  EXPECT_THAT(stats.array(RoutingStats::kProbSum), ElementsAre(1 << 24, 0, 0, 1 << 24));
+  for (int expert = 0; expert < 4; ++expert) {
+    const auto bins = stats.margins(expert);
+    EXPECT_EQ(std::accumulate(bins.begin(), bins.end(), std::int64_t{0}), 2);
+  }
 }
 
 TEST(RoutingStats, SequenceSums) {
@@ -178,6 +191,34 @@ TEST(RoutingStats, FixedPointRoundsTiesToEven) {
   EXPECT_FALSE(fits_fixed(kFixedMax * 1.01));
 }
 
+TEST(RoutingStats, AGapOfTheLargestValueThatFitsIsCounted) {
+  RoutingStats stats({2, 1, {.gap = true}});
+  const std::vector<std::int64_t> experts = {0};
+  const auto most = static_cast<float>(kFixedMax);
+  EXPECT_TRUE(stats.add({.experts = experts, .top_values = std::vector<float>{most, 0}}));
+  EXPECT_EQ(stats.mean_gap(), kFixedMax);
+  EXPECT_FALSE(stats.add({.experts = experts, .top_values = std::vector<float>{most, -2}}));
+}
+
+TEST(RoutingStats, WhatTwoNeedTogetherIsAllThatEitherNeeds) {
+  using Flag = bool StatsNeeds::*;
+  for (const Flag flag :
+       {&StatsNeeds::gap, &StatsNeeds::sequences, &StatsNeeds::probabilities, &StatsNeeds::gradients,
+        &StatsNeeds::losses, &StatsNeeds::domain_losses, &StatsNeeds::latencies, &StatsNeeds::margins,
+        &StatsNeeds::required_bins, &StatsNeeds::required_local}) {
+    StatsNeeds one, none, both;
+    one.*flag = true;
+    both = none;
+    EXPECT_EQ(both |= one, one);
+    EXPECT_EQ(both |= none, one);
+  }
+  StatsNeeds together{.domains = 2, .split_sequences = 8};
+  together |= {.domains = 5, .split_sequences = 3};
+  EXPECT_EQ(together, (StatsNeeds{.domains = 5, .split_sequences = 8}));
+  together |= {.domains = 1, .split_sequences = 9};
+  EXPECT_EQ(together, (StatsNeeds{.domains = 5, .split_sequences = 9}));
+}
+
 // ---- What not every token contributed to is absent ----
 
 TEST(RoutingStats, PartialSumsAreAbsent) {
@@ -256,23 +297,29 @@ TEST(RoutingStats, MalformedOptionalInputsRejectTheRecord) {
   const float nan = std::numeric_limits<float>::quiet_NaN(), inf = std::numeric_limits<float>::infinity();
   const std::vector<std::int64_t> experts = {0, 1};
   RoutingStats stats({3, 1, everything()});
+  const auto rejected = [&stats](const RoutingBatch& batch, const char* field) {
+    expect_rejected(stats, batch);
+    RoutingStats alone(stats.shape());
+    alone.add(batch);
+    EXPECT_THAT(std::string(alone.offence().words()), ::testing::StartsWith(field));
+  };
   for (const std::vector<float>& values :
        {std::vector<float>{2, 1, nan, 1}, {2, 1, 1, nan}, {inf, 1, 2, 1}, {2, -inf, 2, 1}, {1, 2, 2, 1}}) {
-    expect_rejected(stats, {.experts = experts, .top_values = values});
+    rejected({.experts = experts, .top_values = values}, "top_values[");
   }
   for (const std::vector<float>& rows : {std::vector<float>{1, 0, 0, nan, 1, 1},
                                          {1, 0, 0, -1, 1, 1},
                                          {0, 0, 0, 1, 0, 0},
                                          {inf, 0, 0, 1, 0, 0}}) {
-    expect_rejected(stats, {.experts = experts, .probabilities = rows});
+    rejected({.experts = experts, .probabilities = rows}, "probabilities[");
   }
   for (const std::vector<std::int64_t>& ids : {std::vector<std::int64_t>{1, 0}, {0, -1}}) {
-    expect_rejected(stats, {.experts = experts, .sequence_ids = ids});
+    rejected({.experts = experts, .sequence_ids = ids}, "sequence_ids[");
   }
   for (const std::vector<std::int64_t>& ids : {std::vector<std::int64_t>{0, 2}, {-1, 0}, {kMin, kMax}}) {
-    expect_rejected(stats, {.experts = experts, .domain_ids = ids});
+    rejected({.experts = experts, .domain_ids = ids}, "domain_ids[");
   }
-  expect_rejected(stats, {.experts = experts, .dropped = -1});
+  rejected({.experts = experts, .dropped = -1}, "dropped");
 }
 
 TEST(RoutingStats, MalformedSumsRejectTheRecord) {
@@ -477,6 +524,25 @@ TEST(RoutingStats, AgreesWithCountingTokenByToken) {
     RoutingStats plain({n, k, {}});
     ASSERT_TRUE(plain.add({.experts = data.experts}));
     EXPECT_THAT(plain.counts(), ElementsAreArray(stats.counts()));
+  }
+}
+
+// However many experts there are, and however long the record: around the sizes at which it is counted in another way.
+TEST(RoutingStats, LongAndShortRecordsAreCountedAlike) {
+  std::mt19937_64 random(13);
+  for (const int n : {1, 2, 3, 255, 256, 257, 1024, 1025, 1500, 2049}) {
+    RoutingStats stats({n, 1, {}});
+    std::vector<std::int64_t> expected(static_cast<std::size_t>(n), 0);
+    const std::size_t lane = std::bit_ceil(static_cast<std::size_t>(n));
+    for (const std::size_t tokens : {8 * lane + 3, std::size_t{5}, 8 * lane - 1, 8 * lane, std::size_t{1}}) {
+      std::vector<std::int64_t> experts(tokens);
+      for (auto& expert : experts) {
+        expert = static_cast<std::int64_t>(random() % static_cast<std::uint64_t>(n));
+        ++expected[static_cast<std::size_t>(expert)];
+      }
+      ASSERT_TRUE(stats.add({.experts = experts}));
+      EXPECT_THAT(stats.counts(), ElementsAreArray(expected)) << n << ' ' << tokens;
+    }
   }
 }
 

@@ -1,48 +1,56 @@
 #!/usr/bin/env python3
 """Do the tests notice when the code is wrong? Draws mutations of it, and runs the tests on each.
 
-    run.py --build FOLDER [--number N] [--table FILE] [--survivors] [--limit SECONDS]
+    run.py --build FOLDER [--number N] [--table FILE] [--survivors] [--jobs N] [--list]
 
 A mutation is one small change of one of the files in FILES: an operator, a constant, or a statement taken away
-(`places`). N of them are drawn, the same number of each file, from the same seed each time, so the same sources give
-the same mutations. One that does not compile is replaced by the next one drawn. The sources stay as they are: FOLDER
-holds a build of `core_tests` and `golden_traces` (preset `mutations`), before whose library a changed copy is linked.
+(`places`). N of them are drawn, the same number of each file, by the hash of their texts: the same sources give the same
+mutations, and an edit of one line leaves those of the others. One that does not compile is replaced by the next one drawn;
+--list shows the first ones, and builds nothing. The sources stay as they are: FOLDER holds a build of `core_tests` and
+`golden_traces` (preset `mutations`), before whose library a changed copy is linked.
 
 So that not each mutation needs a compiler, the copy of a file holds all of its mutations: a function has its body as it
 is and once more for each of its mutations, and the environment variable MOECTL_MUTATION chooses. What stands outside of
 functions is compiled for itself.
 
 The tests run without a mutation first, and must pass. Then, for each mutation, those that are named for its file; for
-those that are left, the golden traces; and then all others. The first failure ends them. `equivalent.txt` lists mutations
-without an effect, each with the reason. Results are kept in FOLDER/mutants/results.json; --survivors tries only those
-again that were not caught, with the tests that FOLDER holds now. The exit status is 1 if a mutation outside that list survives.
+those that are left, the golden traces; then all others, the slow ones last. The first failure ends them: what survives, all
+tests have missed. --jobs mutations are tried at a time. `equivalent.txt` lists mutations without an effect, each with the
+reason; those are tried with the tests of their file and the golden traces only. Results are kept in
+FOLDER/mutants/results.json; --survivors tries only those again that were not caught, with the tests that FOLDER holds now.
+The exit status is 1 if a mutation outside that list survives, or one of it is caught. --table writes all of it down, as in
+`table.md`.
 """
 
 import argparse
 import collections
+import concurrent.futures
+import hashlib
 import itertools
 import json
 import os
 import pathlib
-import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
-import time
+import tempfile
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-SEED = 19
+SLOW = 1.0  # seconds; tests that take longer run last
+MEMORY = 8 << 30  # bytes; a mutation that takes more has failed
 
 # The files, and the tests that should catch what goes wrong in each.
 FILES = {
     "src/control/safety.cc": "Limiter*:CheckLimits*:Invariant*:Reasons*:HostileNumbers*:LooseEnds*:Controller*",
-    "src/control/loop.cc": "Controller*:Lag*:LooseEnds*:StatePage*:Responsiveness*:LoopFaults*",
+    "src/control/loop.cc": "Controller*:Lag*:LooseEnds*:StatePage*:Responsiveness*:LoopFaults*:Guard*:ScalarResponse*:"
+                           "FieldCases*:Details*:Churn*",
     "src/measure/stats.cc": "*RoutingStats*:BatchCounts*:*Malformed*:Margin*:LoadSlope*:RequiredBins*:RouterLosses*:"
-                            "HostileNumbers*:LooseEnds*",
-    "policies/adaptive_bias.cc": "AdaptiveBias*:Feedforward*:GainMargin*",
+                            "HostileNumbers*:LooseEnds*:FieldCases*",
+    "policies/adaptive_bias.cc": "AdaptiveBias*:Feedforward*:*Contract*:EveryPolicy/SavedState*:*GainMargin*",
     "policies/sign_bias.cc": "SignBias*:BiasPolicies*:*Contract*",
 }
 
@@ -107,6 +115,11 @@ def places(file):
         # Several lines of a file may read the same.
         keyed.append(m._replace(key=key if seen[key] == 1 else f"{key} (no. {seen[key]})"))
     return keyed
+
+
+def drawn(file):
+    """All mutations of a file in the order in which they are tried."""
+    return sorted(places(file), key=lambda m: hashlib.sha256(m.key.encode()).digest())
 
 
 # Chooses the mutation, in each copy.
@@ -203,8 +216,7 @@ class Builder:
         share, rest = divmod(number, len(FILES))
         chosen, numbers = [], itertools.count(1)
         for i, file in enumerate(FILES):
-            candidates = places(file)
-            random.Random(SEED).shuffle(candidates)
+            candidates = drawn(file)
             bodies = functions(code_of((ROOT / file).read_text()))
             wanted, inside, alone = share + (i < rest), {}, []
             while len(inside) + len(alone) < wanted and candidates:
@@ -231,22 +243,58 @@ class Builder:
         return chosen
 
 
+def limited():
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
 def ends(command, number, limit):
     """(exit status or None when it did not end, output). Runs in its own group, which is ended with it."""
-    environment = dict(os.environ, MOECTL_MUTATION=str(number))
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-                          env=environment, start_new_session=True) as process:
-        try:
-            output, _ = process.communicate(timeout=limit)
-            return process.returncode, output
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            return None, process.communicate()[0]
+    with tempfile.TemporaryDirectory() as folder:  # of what ends early, files stay
+        environment = dict(os.environ, MOECTL_MUTATION=str(number), TMPDIR=folder)
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+                              env=environment, start_new_session=True, preexec_fn=limited) as process:
+            try:
+                output, _ = process.communicate(timeout=limit)
+                return process.returncode, output
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                return None, process.communicate()[0]
 
 
-def failing_test(folder, number, filter_, limit):
-    """The first test of core_tests that fails, or None."""
-    status, output = ends([folder / "core_tests", f"--gtest_filter={filter_}", "--gtest_fail_fast"], number, limit)
+class Tests:
+    """All tests and the seconds that each takes without a mutation."""
+
+    def __init__(self, folder):
+        with tempfile.TemporaryDirectory() as scratch:
+            times = pathlib.Path(scratch) / "times.json"
+            status, output = ends([folder / "core_tests", f"--gtest_output=json:{times}"], 0, None)
+            if status != 0:
+                sys.exit(f"tests fail without any mutation:\n{output[-4000:]}")
+            self.seconds = {}
+            for suite in json.loads(times.read_text())["testsuites"]:
+                for test in suite["testsuite"]:
+                    self.seconds[f"{suite['name']}.{test['name']}"] = float(test["time"][:-1])
+        if failing_trace(folder, 0, None):
+            sys.exit("golden_traces fails without any mutation")
+
+    def stages(self, named):
+        """What to run one after the other, as filters that together are all tests: (filter, seconds)."""
+        slow = [test for test, seconds in self.seconds.items() if seconds > SLOW]
+        fits = lambda test, patterns: any(
+            re.fullmatch(re.escape(p).replace(r"\*", ".*"), test) for p in patterns.split(":") if p)
+        others = "-" + ":".join([named] + slow)
+        last = ":".join(test for test in slow if not fits(test, named)) or "-*"
+        taken = lambda chosen: sum(seconds for test, seconds in self.seconds.items() if chosen(test))
+        return [(named, taken(lambda test: fits(test, named))),
+                (others, taken(lambda test: not fits(test, named) and test not in slow)),
+                (last, taken(lambda test: not fits(test, named) and test in slow))]
+
+
+def failing_test(folder, number, filter_, seconds):
+    """The first test of core_tests that fails, or None. Tests that take many times their seconds do not end."""
+    status, output = ends([folder / "core_tests", f"--gtest_filter={filter_}", "--gtest_fail_fast"], number,
+                          60 + 10 * seconds)
     if status == 0:
         return None
     failed = re.search(r"^\[  FAILED  \] ([\w./]+)", output, re.M)
@@ -256,7 +304,7 @@ def failing_test(folder, number, filter_, limit):
     return failed.group(1) if failed else (started or ["?"])[-1] + " (aborts)"
 
 
-def failing_trace(folder, number, limit):
+def failing_trace(folder, number, limit=300):
     status, _ = ends([folder / "golden_traces", ROOT / "tests/golden"], number, limit)
     return None if status == 0 else "golden_traces"
 
@@ -274,7 +322,8 @@ def reasons():
 
 def table(results, why):
     cell = lambda text: "`" + text.replace("|", "\\|") + "`" if text else ""
-    lines = ["| place | before | after | caught by |", "|---|---|---|---|"]
+    lines = ["# What `./dev mutations` drew, and the test that fails", "",
+             "| place | before | after | caught by |", "|---|---|---|---|"]
     for m, caught in sorted((Mutation(**r["mutation"]), r["caught"]) for r in results):
         shown = caught or ("no effect: " + why[m.key] if m.key in why else "**survived**")
         lines.append(f"| {m.file}:{m.line} | {cell(m.before)} | {cell(m.after)} | {shown} |")
@@ -283,53 +332,70 @@ def table(results, why):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--build", type=pathlib.Path, required=True)
+    parser.add_argument("--build", type=pathlib.Path, default=ROOT / "build/mutations")
     parser.add_argument("--number", type=int, default=100)
     parser.add_argument("--table", type=pathlib.Path)
     parser.add_argument("--survivors", action="store_true")
-    parser.add_argument("--limit", type=float, help="ends tests that take longer; without it, all tests run first without "
-                        "a mutation, and ten times what they take is the limit")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--list", action="store_true")
     options = parser.parse_args()
+    if options.list:
+        for file in FILES:
+            for m in drawn(file)[:-(-options.number // len(FILES))]:
+                print(f"{file}:{m.line}: {m.before} -> {m.after}")
+        return 0
     build = options.build.resolve()
     kept = build / "mutants" / "results.json"
     why = reasons()
+    if unknown := set(why) - {m.key for file in FILES for m in places(file)}:
+        sys.exit("equivalent.txt: no such mutation: " + "; ".join(sorted(unknown)))
     builder = Builder(build)
+    together = build / "mutants" / "together"
     if options.survivors:
         results = json.loads(kept.read_text())
-        for folder in {r["folder"] for r in results if not r["caught"]} | {str(build / "mutants" / "together")}:
+        for folder in {r["folder"] for r in results if not r["caught"]} | {str(together)}:
             builder.link(pathlib.Path(folder))
     else:
         chosen = builder.build_all(options.number)
         results = [{"mutation": m._asdict(), "number": n, "folder": str(folder), "caught": None} for m, n, folder in chosen]
+        kept.write_text(json.dumps(results, indent=1))
     left = [r for r in results if not r["caught"]]
 
-    limit = options.limit
-    if limit is None:
-        start, plain = time.monotonic(), build / "mutants" / "together"
-        if wrong := failing_test(plain, 0, "*", None) or failing_trace(plain, 0, None):
-            sys.exit(f"{wrong} fails without any mutation")
-        # Many times what the tests take, so that only what hangs is ended.
-        limit = 60 + 10 * (time.monotonic() - start)
-        print(f"All tests pass without a mutation, in {time.monotonic() - start:.0f} s", flush=True)
-    for stage in (lambda r, file: failing_test(r["folder"], r["number"], FILES[file], limit),
-                  lambda r, file: failing_trace(r["folder"], r["number"], limit),
-                  lambda r, file: failing_test(r["folder"], r["number"], "-" + FILES[file], limit)):
-        for r in left:
-            m = Mutation(**r["mutation"])
-            r["caught"] = stage(r, m.file)
-            kept.write_text(json.dumps(results, indent=1))
-            if r["caught"]:
-                print(f"{m.file}:{m.line}: {m.before} -> {m.after}: {r['caught']}", flush=True)
+    tests = Tests(together)
+    print(f"All {len(tests.seconds)} tests pass without a mutation, in {sum(tests.seconds.values()):.0f} s", flush=True)
+    stages = {file: tests.stages(named) for file, named in FILES.items()}
+
+    def try_one(r, stage):
+        folder, number = pathlib.Path(r["folder"]), r["number"]
+        if stage == "traces":
+            return failing_trace(folder, number)
+        return failing_test(folder, number, *stages[r["mutation"]["file"]][stage])
+
+    for stage in (0, "traces", 1, 2):
+        with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+            futures = {pool.submit(try_one, r, stage): r for r in left
+                       if stage in (0, "traces") or r["mutation"]["key"] not in why}
+            for future in concurrent.futures.as_completed(futures):
+                r = futures[future]
+                r["caught"] = future.result()
+                kept.write_text(json.dumps(results, indent=1))
+                if r["caught"]:
+                    m = Mutation(**r["mutation"])
+                    print(f"{m.file}:{m.line}: {m.before} -> {m.after}: {r['caught']}", flush=True)
         left = [r for r in left if not r["caught"]]
+        print(f"Left after stage {stage}: {len(left)}", flush=True)
     for r in left:
         print(("no effect: " if r["mutation"]["key"] in why else "SURVIVED: ") + r["mutation"]["key"])
     if options.table:
         options.table.write_text(table(results, why))
     left = [r for r in results if not r["caught"] and r["mutation"]["key"] not in why]
     listed = sum(1 for r in results if not r["caught"]) - len(left)
+    wrong = [r["mutation"]["key"] for r in results if r["caught"] and r["mutation"]["key"] in why]
+    for key in wrong:
+        print(f"listed as without an effect, but caught: {key}")
     print(f"{len(results)} mutations: {sum(1 for r in results if r['caught'])} caught, {listed} without an effect, "
           f"{len(left)} survived")
-    return 1 if left else 0
+    return 1 if left or wrong else 0
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstring>
 #include <numeric>
 #include <random>
 
+#include "altered_state.h"
 #include "moectl/simulation.h"
 #include "policies/policy_rig.h"
 #include "test_paths.h"
@@ -383,6 +385,130 @@ TEST(AdaptiveBias, AnUndeclaredDelayIsFound) {
       });
       EXPECT_LT(ratio / 100, 1.3) << static_cast<int>(gate) << ' ' << delay;
     }
+  }
+}
+
+// Errors that turn every twelve windows, under a limit that lets no move through. Of them being above four times the noise
+// (3.85 and 4.81, by hand from 400 tokens of 4 experts) depends whether lags beyond four may tell of a swing.
+TEST(AdaptiveBias, ASlowSwingIsLookedForOnlyWhereErrorsAreAboveTheNoise) {
+  const auto gain = [](std::int64_t off) {
+    PolicyRig rig = gap_rig(4);
+    double part = 0;
+    for (int i = 0; i < 96; ++i) {
+      const std::int64_t d = i / 12 % 2 == 0 ? off : -off;
+      const std::vector<double> before = rig.value;
+      const double to = rig.propose(gap_window(rig, {100 + d, 100 - d, 100 + d, 100 - d}))[1];
+      part = 100 * to / (static_cast<double>(d) * kGap);
+      rig.settle(before);
+    }
+    return part;
+  };
+  EXPECT_NEAR(gain(17), at_rest(kFirstQ), 0.03);
+  EXPECT_LT(gain(19), 0.5 * at_rest(kFirstQ));
+}
+
+// Counts only: errors of two experts stay the same whatever is done, so their slopes are believed to be smaller than those
+// of the others. With a delay errors stay alike anyway, and say nothing of a slope.
+TEST(AdaptiveBias, SlopesOfExpertsWhoseErrorsStayAlikeFallUnlessThereIsADelay) {
+  for (const int delay : {0, 1}) {
+    PolicyRig rig(
+        "adaptive_bias",
+        RigOptions{.experts = 4, .top_k = 1, .delay = delay, .options = {{"form", std::string("counts")}}});
+    for (int i = 0; i < 12; ++i) rig.step(stats_of(rig.shape(), {120, 80, 100, 100}));
+    const std::string state = rig.save();
+    std::vector<double> share(4);
+    for (const moectl::testing::StateEntry& entry : moectl::testing::state_entries(state)) {
+      if (entry.name == "slope.share")
+        std::memcpy(share.data(), &moectl::testing::state_body(state)[entry.at], 4 * sizeof(double));
+    }
+    EXPECT_NEAR(share[0], share[1], 1e-9);
+    EXPECT_NEAR(share[2], share[3], 1e-9);
+    if (delay == 0) {
+      EXPECT_LT(share[0], 0.8 * share[2]);
+    } else {
+      EXPECT_EQ(share[0], 1);
+      EXPECT_EQ(share[2], 1);
+    }
+  }
+}
+
+// What the policy says of options that do not fit the model; empty = they do.
+TEST(AdaptiveBias, OptionsThatDoNotFitTheModelAreRefusedWithTheReason) {
+  const PolicyDescription& description = *PolicyRegistry::builtin().find("adaptive_bias");
+  struct Case {
+    std::string form, feedforward;
+    bool rescue;
+    PolicyContext context;
+    std::string says;
+  };
+  const std::string late = "needs routing that is not late (model.delay: 0, lag: 0)";
+  const Case cases[] = {
+      {"gap", "off", false, {.experts = 4, .top_k = 3}, ""},
+      {"gap", "off", false, {.experts = 4, .top_k = 4}, "form: gap: needs top_k below the number of experts"},
+      {"auto", "off", false, {.experts = 4, .top_k = 4}, ""},
+      {"auto", "tags", false, {.experts = 4, .top_k = 1, .domains = 2}, ""},
+      {"auto",
+       "tags",
+       false,
+       {.experts = 4, .top_k = 1, .domains = 1},
+       "feedforward: tags: needs at least two domains in model.domains"},
+      {"counts", "tags", false, {.experts = 4, .top_k = 1, .domains = 2}, "feedforward: tags: needs the gap"},
+      {"auto",
+       "tags",
+       false,
+       {.experts = 4, .top_k = 1, .domains = 2, .delay = 1},
+       "feedforward: tags: " + late},
+      {"auto",
+       "tags",
+       false,
+       {.experts = 4, .top_k = 1, .domains = 2, .cadence = 2},
+       "feedforward: tags: needs a decision for every batch, since each has a mixture of its own "
+       "(limits.cadence: 1)"},
+      {"auto", "off", false, {.experts = 4, .top_k = 1, .delay = 1, .cadence = 2}, ""},
+      {"auto", "off", true, {.experts = 4, .top_k = 1, .delay = 1}, "rescue: true: " + late},
+      {"auto", "off", true, {.experts = 4, .top_k = 3}, ""},
+      {"auto",
+       "off",
+       true,
+       {.experts = 4, .top_k = 4},
+       "rescue: true: needs top_k below the number of experts"},
+  };
+  for (const Case& one : cases) {
+    PolicyOptions options;
+    options.set("form", one.form);
+    options.set("feedforward", one.feedforward);
+    options.set("rescue", one.rescue);
+    EXPECT_EQ(description.check(one.context, options), one.says);
+  }
+}
+
+// The essay's ranges hold for what comes from a file too.
+TEST(AdaptiveBias, AStateBeyondTheRangesOfTheEssayIsRefused) {
+  PolicyRig rig = gap_rig(4);
+  for (int i = 0; i < 3; ++i) rig.step(gap_window(rig, {13, 11, 9, 7}));
+  const std::string state = rig.save();
+  const auto loads = [&](const char* name, double value) {
+    PolicyRig other = gap_rig(4);
+    try {
+      other.load(moectl::testing::with_number(state, name, 0, value));
+      return true;
+    } catch (const StateError&) {
+      return false;
+    }
+  };
+  struct Range {
+    const char* name;
+    double least, most;
+  };
+  for (const Range& range : {Range{"adaptive.q", 1e-4, 10}, Range{"adaptive.drift_share", 0.003, 0.25},
+                             Range{"adaptive.noise", 1, 1e100}, Range{"adaptive.variance", 0, 1e100},
+                             Range{"adaptive.farther", 1, 4}, Range{"adaptive.errors", -1, 1},
+                             Range{"adaptive.past", -1e100, 1e100}, Range{"adaptive.estimate", -1e100, 1e100},
+                             Range{"adaptive.drift", -1e100, 1e100}}) {
+    EXPECT_TRUE(loads(range.name, range.least)) << range.name;
+    EXPECT_TRUE(loads(range.name, range.most)) << range.name;
+    EXPECT_FALSE(loads(range.name, std::nextafter(range.least, -1e300))) << range.name;
+    EXPECT_FALSE(loads(range.name, std::nextafter(range.most, 1e300))) << range.name;
   }
 }
 

@@ -6,6 +6,7 @@
 
 #include "policies/policy_rig.h"
 #include "test_paths.h"
+#include "test_sums.h"
 
 namespace moectl {
 namespace {
@@ -96,11 +97,40 @@ TEST(SignBias, NoCountIsRoundedBeforeTheComparison) {
   EXPECT_EQ(bf16.value, (std::vector<double>{1e-3, 0, -1e-3}));
 }
 
+// By hand: of 20 assignments the targets are 10, 6 and 4.
+TEST(SignBias, UnevenTargetsAreComparedExpertByExpert) {
+  PolicyRig rig(
+      "sign_bias",
+      RigOptions{
+          .experts = 3, .top_k = 1, .options = {{"zero_mean_move", false}}, .targets = {0.5, 0.3, 0.2}});
+  rig.step(stats_of(rig.shape(), {11, 6, 3}));
+  EXPECT_EQ(rig.value, (std::vector<double>{-1e-3, 0, 1e-3}));
+}
+
+TEST(SignBias, OptionsOutsideTheirRangesAreRefused) {
+  ControllerConfig config = config_of_biases("sign_bias", 1, 4, 1);
+  for (const double step : {0.0, 1e6}) {
+    config.expert_bias.options.set("step", step);
+    EXPECT_NO_THROW(Controller{config}) << step;
+  }
+  for (const double step : {-1e-3, 1.01e6}) {
+    config.expert_bias.options.set("step", step);
+    EXPECT_THROW(Controller{config}, ConfigError) << step;
+  }
+  config.expert_bias.options.set("step", 1e-3);
+  config.expert_bias.options.set("freeze_after", std::int64_t{0});
+  EXPECT_NO_THROW(Controller{config});
+  config.expert_bias.options.set("freeze_after", std::int64_t{-1});
+  EXPECT_THROW(Controller{config}, ConfigError);
+}
+
 TEST(SignBias, FreezesAfterTheGivenStep) {
-  PolicyRig rig("sign_bias",
-                RigOptions{.experts = 2, .top_k = 1, .options = {{"freeze_after", std::int64_t{3}}}});
-  for (int step = 0; step < 6; ++step) rig.step(stats_of(rig.shape(), {3, 1}));
-  EXPECT_NEAR(rig.value[1], 3e-3, 1e-15);
+  for (const auto& [after, moves] : {std::pair{3, 3}, {1, 1}, {0, 6}}) {  // 0: never
+    PolicyRig rig("sign_bias",
+                  RigOptions{.experts = 2, .top_k = 1, .options = {{"freeze_after", std::int64_t{after}}}});
+    for (int step = 0; step < 6; ++step) rig.step(stats_of(rig.shape(), {3, 1}));
+    EXPECT_NEAR(rig.value[1], moves * 1e-3, 1e-15) << after;
+  }
 }
 
 }  // namespace
