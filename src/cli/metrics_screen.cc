@@ -255,8 +255,10 @@ int print_screen(LogReader& reader, const std::function<MetricsOptions(const Log
                        const MetricsOptions& how) {
     Row& row = rows[{layer, group}];
     const bool is_new = row.sum.experts() == 0;
-    ++row.records;
-    row.without_sequences += !stats.has_sequences();
+    if (stats.tokens() > 0) {
+      ++row.records;
+      row.without_sequences += !stats.has_sequences();
+    }
     StatsNeeds needs;
     needs.sequences = stats.has_sequences() && (is_new || row.sum.shape().needs.sequences);
     if (is_new) row.options = how;

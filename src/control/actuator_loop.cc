@@ -326,7 +326,7 @@ void ActuatorLoop::exchange(StateIo& io) {
   io.values("applied", applied_);
   std::string policy = name_;
   io.text("policy", policy);
-  exchange_failure(io);
+  io.section("failure", [&](StateIo& inner) { exchange_failure(inner); });
   before_[0] = before_[1] = applied_;
   io.section("limits", [&](StateIo& inner) { limiter_.exchange(inner); });
   io.section("memory", [&](StateIo& inner) { policy_->exchange(inner); });
@@ -335,8 +335,8 @@ void ActuatorLoop::exchange(StateIo& io) {
 }
 
 void ActuatorLoop::exchange_failure(StateIo& io) {
-  io.value("policy_failed", failed_);
-  io.value("policy_owed", owed_);
+  io.value("failure.now", failed_);
+  io.value("failure.owed", owed_);
 }
 
 void ActuatorLoop::exchange_entropy_check(StateIo& io) {
@@ -357,8 +357,7 @@ void ActuatorLoop::exchange_windows(StateIo& io) {
 std::string ActuatorLoop::keep_memory(const StateIo& in, const ControllerConfig& config) {
   std::string wrong = in.tried("memory", [&](StateIo& io) { policy_->exchange(io); });
   if (!wrong.empty()) return wrong;
-  StateIo after_policy = in;
-  exchange_failure(after_policy);
+  if (!in.tried("failure", [&](StateIo& io) { exchange_failure(io); }).empty()) failed_ = owed_ = false;
   if (!in.tried("limits", [&](StateIo& io) { limiter_.exchange(io); }).empty() || !limiter_.fits()) {
     limiter_.start_from(applied_);
   }

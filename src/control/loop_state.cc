@@ -154,6 +154,15 @@ bool Controller::Loop::frozen_by_host(const Layer& layer) const {
   return layer.frozen != frozen_at(config_, layer.id, settings_from_);
 }
 
+namespace {
+
+// The last step before a saved state: entries of the timeline that hold from the next step on have not taken place.
+std::int64_t last_of(std::int64_t steps) {
+  return std::max<std::int64_t>(0, steps - 1);
+}
+
+}  // namespace
+
 std::unique_ptr<Controller::Loop> Controller::Loop::loaded(std::string_view state, Keep keep,
                                                            std::vector<KeptPart>& parts) const {
   StateIo in(state);
@@ -161,7 +170,8 @@ std::unique_ptr<Controller::Loop> Controller::Loop::loaded(std::string_view stat
   std::int64_t steps = 0, settings_from = 0;
   peek.value("steps", steps);
   peek.value("settings_from", settings_from);
-  auto fresh = std::make_unique<Loop>(config_, registry_, keep == Keep::everything ? settings_from : steps);
+  auto fresh =
+      std::make_unique<Loop>(config_, registry_, keep == Keep::everything ? settings_from : last_of(steps));
   if (keep == Keep::everything) {
     fresh->exchange(in);
     in.finish();
@@ -184,7 +194,8 @@ std::unique_ptr<Controller::Loop> Controller::Loop::layer_loaded(int layer, std:
   }
   std::vector<KeptPart> own;  // of the other layers: all stays
   const std::string before = save();
-  auto fresh = std::make_unique<Loop>(config_, registry_, keep == Keep::everything ? settings_from : steps);
+  auto fresh =
+      std::make_unique<Loop>(config_, registry_, keep == Keep::everything ? settings_from : last_of(steps));
   fresh->keep_what_fits(StateIo(before), own);
   fresh->take_over_from(*this);
   fresh->steps_ = steps;

@@ -20,7 +20,7 @@ std::int64_t added(std::int64_t a, std::int64_t b) {
   return __builtin_add_overflow(a, b, &sum) ? std::numeric_limits<std::int64_t>::max() : sum;
 }
 
-/// Whether two ranks chose the same in the layers that both have; nothing if there is none. Sums of scores are not asked: copies
+/// Whether two ranks chose the same in the layers that both have; nothing if there is none, or both chose nothing. Sums of scores are not asked: copies
 /// may compute a last bit in another way. A layer may be missing, as at the end of a file that is still written.
 std::optional<bool> same_choices(const std::vector<RankLayer>& a, const std::vector<RankLayer>& b) {
   std::optional<bool> same;
@@ -29,8 +29,13 @@ std::optional<bool> same_choices(const std::vector<RankLayer>& a, const std::vec
       ++(x->key < y->key ? x : y);
       continue;
     }
-    same = x->top_k == y->top_k && x->tokens == y->tokens && std::ranges::equal(x->counts, y->counts);
-    if (!*same) return same;
+    const auto idle = [](const RankLayer& layer) {
+      return std::ranges::all_of(layer.counts, [](std::int64_t count) { return count == 0; });
+    };
+    if (!idle(*x) || !idle(*y)) {
+      same = x->top_k == y->top_k && x->tokens == y->tokens && std::ranges::equal(x->counts, y->counts);
+      if (!*same) return same;
+    }
     ++x;
     ++y;
   }
@@ -124,6 +129,13 @@ void RankCopies::group() {
       if (!met_[i][j] || differ_[i][j]) continue;
       if (told_[i] && told_[j]) {
         if (first_[i] == i) first_[i] = first_[j];
+        for (std::size_t other = 0; other < i; ++other) {
+          if (first_[other] == first_[i] && differ_[i][other])
+            throw LogError("ranks " + names_[other] + " and " + names_[i] + " differ, and rank " + names_[j] +
+                           " holds the same counts as both wherever they can be compared, so whose copy it "
+                           "is cannot be told: " +
+                           advice_);
+        }
       } else if (!open_ && (told_[i] || !nothing(i)) && (told_[j] || !nothing(j))) {
         open_ = {i, j};
       }

@@ -34,7 +34,7 @@ class RankCopies {
   /// One more rank; returns its place, counted from 0.
   std::size_t add(std::string name);
   /// One step: for each place what the rank holds, ascending by key; empty = nothing. Throws LogError if ranks differ that
-  /// were copies so far.
+  /// were copies so far, or if a rank is a copy of two that differ.
   void see(std::int64_t step, const std::vector<std::vector<RankLayer>>& ranks);
   /// Whether some pair is open.
   bool open() const { return open_.has_value(); }

@@ -287,6 +287,9 @@ TEST(Screen, ARecordWithoutSequencesMakesTheFloorNoSurer) {
   EXPECT_THAT(run_tool(dir, "metrics - --sum --format screen", lacking).out,
               HasSubstr("1 of 12 records have no sequences: the sum of their layers has the noise floor"));
   EXPECT_THAT(run_tool(dir, "metrics - --format screen", all).out, Not(HasSubstr("have no sequences")));
+  json empty = json::parse(line(12, 0, 0, 1, {0, 0, 0, 0}));
+  EXPECT_THAT(run_tool(dir, "metrics - --format screen", all + empty.dump() + '\n').out,
+              Not(HasSubstr("have no sequences")));
 }
 
 // The interval of a mean holds it as often as it says, also where neighbouring steps are alike.

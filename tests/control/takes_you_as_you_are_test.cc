@@ -577,6 +577,36 @@ TEST(FieldCases, B5_ThePlanOfALayerIsWhatTheNextStepDoes) {
   EXPECT_THROW(Controller(config).plan(3), std::invalid_argument);
 }
 
+// An entry that holds from the next step on takes place after loading, over what the host had said before it.
+TEST(FieldCases, B5_AStateSavedJustBeforeAnEntryGoesOnAsTheRunThatWasNot) {
+  const SimulationOptions plant = plant_of(2);
+  ControllerConfig config = config_of("sign_bias", plant);
+  config.layers.resize(1);
+  config.layers[0].ids = {0, 1};
+  for (const bool freezes : {false, true}) {
+    config.layers[0].frozen = freezes;
+    config.timeline.resize(1);
+    config.timeline[0] = TimelineEntry();
+    config.timeline[0].from = 5;
+    (freezes ? config.timeline[0].freeze : config.timeline[0].thaw) = {0, 1};
+    Controller whole(config);
+    whole.freeze(1, !freezes);
+    simulate(whole, plant, 5);
+    const std::string state = whole.save();
+    for (const Keep keep : {Keep::everything, Keep::what_fits}) {
+      Controller resumed(config), by_layer(config);
+      resumed.load(state, keep);
+      for (const int layer : {0, 1}) by_layer.load_layer(layer, whole.save_layer(layer), keep);
+      for (Controller* controller : {&resumed, &by_layer}) {
+        simulate(*controller, plant, 1);
+        EXPECT_EQ(controller->report().layers[1].actuators[0].reasons.has(Reason::kFrozen), freezes)
+            << (keep == Keep::everything ? "everything" : "what fits")
+            << (controller == &resumed ? "" : ", by layer");
+      }
+    }
+  }
+}
+
 // A state knows what the host had frozen; what the host froze before it loads the state does not count.
 TEST(FieldCases, B5_ALayersStateSaysWhetherTheHostFroze) {
   const SimulationOptions plant = plant_of(2);

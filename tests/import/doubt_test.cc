@@ -199,6 +199,48 @@ TEST(ImportInDoubt, CopiesMayLackALayer) {
   }
 }
 
+// Ranks that choose nothing in a step agree on nothing; and whose copy a rank is must be clear.
+TEST(ImportInDoubt, IdleRanksAreNoCopiesAndARankIsACopyOfOne) {
+  const TempDir dir;
+  const auto trace_of =
+      [](const std::vector<std::vector<std::vector<int>>>& steps) {  // [step][rank][layer]: a count
+        std::string trace = R"({"format":"moectl-trace","version":1})"
+                            "\n";
+        for (std::size_t step = 0; step < steps.size(); ++step) {
+          for (std::size_t rank = 0; rank < steps[step].size(); ++rank) {
+            for (std::size_t layer = 0; layer < steps[step][rank].size(); ++layer) {
+              const int first = steps[step][rank][layer];
+              const int all = first == 0 ? 0 : 40;
+              trace += json({{"step", step},
+                             {"layer", layer},
+                             {"tokens", all},
+                             {"top_k", 1},
+                             {"tag", "rank" + std::to_string(rank)},
+                             {"counts", {first, all - first}}})
+                           .dump() +
+                       '\n';
+            }
+          }
+        }
+        return trace;
+      };
+  std::vector<std::vector<std::vector<int>>> idle;
+  for (int step = 0; step < 8; ++step) idle.push_back({{10 + step}, {10 + step}, {0}, {0}});
+  for (int step = 0; step < 8; ++step) idle.push_back({{0}, {0}, {20 + step}, {20 + step}});
+  const ToolResult pairs = run_tool(dir, "metrics - --sum --format json", trace_of(idle));
+  ASSERT_EQ(pairs.code, 0) << pairs.err;
+  EXPECT_EQ(json::parse(pairs.lines()[0])["tokens"], 16 * 40);
+  EXPECT_THAT(pairs.err, HasSubstr("0 1, 2 3"));
+
+  std::vector<std::vector<std::vector<int>>> torn;
+  for (int step = 0; step < 8; ++step)
+    torn.push_back({{10 + step}, {10 + step, 20 + step}, {10 + step, 30 - step}});
+  const ToolResult result = run_tool(dir, "metrics - --sum", trace_of(torn));
+  EXPECT_EQ(result.code, 1) << result.out;
+  EXPECT_THAT(result.err, HasSubstr("ranks 1 and 2 differ, and rank 0 holds the same counts as both"));
+  EXPECT_EQ(run_tool(dir, "metrics - --by rank", trace_of(torn)).code, 0);
+}
+
 // Every pair of ranks is told by what both have: one that comes late is no copy by a single token.
 TEST(ImportInDoubt, ARankThatComesLateIsToldByItsOwnTokens) {
   const TempDir dir;
