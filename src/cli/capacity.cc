@@ -277,8 +277,8 @@ void add_capacity(CLI::App& app, Tool& tool) {
   command->add_option("--factors", options->factors, "Capacity factors of the table")
       ->check(positive_number())
       ->capture_default_str();
-  command->add_option("--drop", options->drop, "Wanted drop rate")
-      ->check(CLI::Range(0.0, 1.0))
+  command->add_option("--drop", options->drop, "Wanted drop rate, as a share: 0.01 is 1 %")
+      ->check(CLI::Range(0.0, 0.99))
       ->capture_default_str();
   command
       ->add_option("--parts", options->parts,
