@@ -748,7 +748,8 @@ TEST(PlacementCommand, RepeatsWhereTheyPayAndNeverForAscend) {
   const auto all_differ = [&](const std::string& arguments, const std::string& input, std::size_t room) {
     const ToolResult ascend = run_tool(dir, "placement - --format ascend " + arguments, input);
     ASSERT_EQ(ascend.code, 0) << ascend.err;
-    for (const json& device : json::parse(ascend.out)["layer_list"][0]["device_list"]) {
+    const json map = json::parse(ascend.out);
+    for (const json& device : map["layer_list"][0]["device_list"]) {
       const auto experts = device["device_expert"].get<std::set<int>>();
       EXPECT_EQ(experts.size(), room) << arguments;
       EXPECT_EQ(device["device_expert"].size(), room) << arguments;
