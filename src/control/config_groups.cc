@@ -19,6 +19,10 @@ void override(ControllerConfig& config, const SectionOverrides& own) {
   if (own.safety) config.safety = *own.safety;
 }
 
+bool holds(const std::vector<int>& ids, int layer) {
+  return std::find(ids.begin(), ids.end(), layer) != ids.end();
+}
+
 }  // namespace
 
 ControllerConfig config_at(const ControllerConfig& config, std::int64_t step) {
@@ -55,14 +59,15 @@ std::vector<LayerSettings> layer_settings(const ControllerConfig& config, std::i
   return all;
 }
 
+bool frozen_after(const TimelineEntry& entry, int layer, bool frozen) {
+  return !holds(entry.thaw, layer) && (frozen || holds(entry.freeze, layer));
+}
+
 bool frozen_at(const ControllerConfig& config, int layer, std::int64_t step) {
-  const auto holds = [layer](const std::vector<int>& ids) {
-    return std::find(ids.begin(), ids.end(), layer) != ids.end();
-  };
   bool frozen = false;
-  for (const LayerGroup& group : config.layers) frozen |= group.frozen && holds(group.ids);
+  for (const LayerGroup& group : config.layers) frozen |= group.frozen && holds(group.ids, layer);
   for (const TimelineEntry& entry : config.timeline) {
-    if (entry.from <= step) frozen = !holds(entry.thaw) && (frozen || holds(entry.freeze));
+    if (entry.from <= step) frozen = frozen_after(entry, layer, frozen);
   }
   return frozen;
 }

@@ -13,6 +13,9 @@ auto& section_of(Overrides& sections, Actuator which) {
                                              : sections.router_temperature;
 }
 
+/// Whether a layer is frozen after an entry of the timeline, if it is `frozen` before. Thawing wins.
+bool frozen_after(const TimelineEntry& entry, int layer, bool frozen);
+
 /// The config's own sections as they are at a step, without groups and timeline.
 ControllerConfig config_at(const ControllerConfig& config, std::int64_t step);
 

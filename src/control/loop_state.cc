@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "base/fields.h"
+#include "control/config_groups.h"
 #include "control/loop.h"
 #include "measure/saved_sums.h"
 
@@ -474,11 +475,7 @@ LayerPlan Controller::Loop::plan(int layer) const {
   for (const TimelineEntry& entry : config_.timeline) {
     if (entry.from > steps_) break;
     ++passed;
-    if (entry.from <= settings_from_) continue;
-    const auto holds = [&](const std::vector<int>& ids) {
-      return std::find(ids.begin(), ids.end(), layer) != ids.end();
-    };
-    plan.frozen = !holds(entry.thaw) && (plan.frozen || holds(entry.freeze));
+    if (entry.from > settings_from_) plan.frozen = frozen_after(entry, layer, plan.frozen);
   }
   plan.decided = at.group->decided[passed];
   return plan;
@@ -490,11 +487,9 @@ std::unique_ptr<Controller::Loop> Controller::Loop::at_next_entry() {
   auto fresh = std::make_unique<Loop>(config_, registry_, steps_);
   fresh->keep_what_fits(StateIo(state), parts);
   fresh->take_over_from(*this);
-  fresh->freeze_as(*this);
+  for (const int id : ids_) fresh->freeze(id, plan(id).frozen);
   for (const TimelineEntry& entry : config_.timeline) {
     if (entry.from <= settings_from_ || entry.from > steps_) continue;
-    for (const int id : entry.freeze) fresh->freeze(id, true);
-    for (const int id : entry.thaw) fresh->freeze(id, false);
     fresh->say(NoticeKind::kConfig, -1,
                "timeline: the entry from step " + std::to_string(entry.from) + " holds from here on");
   }
