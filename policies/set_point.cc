@@ -26,7 +26,8 @@ StatsNeeds SetPoint::needs() const {
                                       &Metrics::router_fsi, &Metrics::router_fhs}),
           .gradients = is_one_of({&Metrics::grad_norm_variance}),
           .latencies = is_one_of({&Metrics::latency_p50, &Metrics::latency_p95, &Metrics::latency_p99,
-                                  &Metrics::tail_sensitivity, &Metrics::tail_correlation})};
+                                  &Metrics::tail_sensitivity, &Metrics::tail_correlation}),
+          .pairs = is_one_of({&Metrics::pair_lift})};
 }
 
 std::vector<OptionSpec> SetPoint::options(std::string_view metric, double target, double ema,

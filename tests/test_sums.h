@@ -21,6 +21,7 @@ inline StatsNeeds every_input(int domains = 2) {
           .domain_losses = true,
           .latencies = true,
           .margins = true,
+          .pairs = true,
           .domains = domains};
 }
 

@@ -86,6 +86,7 @@ struct Metrics {
   /// Estimated share of tokens whose top-k changes under the next biases, from a sample of the gaps (estimate_churn); set
   /// by the controller with MetricsOptions::details, and by the code that knows two biases.
   Value churn;
+  Value pair_lift;         ///< Largest lift of two experts (ExpertPair), of those that meet often enough.
   Value importance_cv;     ///< CV of Σ_t p_ti.
   Value routing_variance;  ///< variance of p_i over the steps of the trend window, mean over experts.
 
@@ -158,6 +159,19 @@ struct ExpertField {
   bool (*values)(const RoutingStats& stats, std::span<double> out);
 };
 std::span<const ExpertField> expert_fields();
+
+/// Two experts and the tokens that chose both. Lift: those tokens over what choices without preference let expect,
+/// `c_ij T / (c_i c_j)`.
+struct ExpertPair {
+  int first = 0, second = 0;  ///< first < second.
+  std::int64_t tokens = 0;
+  double lift = 0;
+};
+/// At most `most` pairs, those with the largest lift, the largest first; of equal ones the one with more tokens. Pairs of
+/// which fewer than ten tokens are expected are left out: their lift is chance. None without has_pairs(), or at k = 1.
+std::vector<ExpertPair> paired_experts(const RoutingStats& stats, std::size_t most);
+/// The lift of the first of them, without allocating.
+std::optional<double> largest_pair_lift(const RoutingStats& stats);
 
 /// A value for each (domain, expert). `values` fills `out` [N] for one domain, as in ExpertField.
 struct DomainField {

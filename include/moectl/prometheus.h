@@ -26,7 +26,8 @@ struct PrometheusOptions {
   std::vector<std::string> metrics{};
   /// -1: a series for each expert's load, assignments and bias. K ≥ 0: instead of them, the K most and the K least loaded
   /// experts of each layer, by load and by number (`moectl_load_extreme_ratio`, `moectl_load_extreme_expert` with `end`,
-  /// most or least, and `rank`): 4K series a layer, however many experts there are.
+  /// most or least, and `rank`), and with collect.pairs the K pairs that the same tokens choose most
+  /// (`moectl_pair_extreme_ratio`, …): 4K or 7K series a layer, however many experts there are.
   int extremes = -1;
 };
 

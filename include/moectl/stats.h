@@ -147,9 +147,16 @@ class RoutingStats {
   bool has_probabilities() const;
   bool has_domains() const;
   bool has_margins() const;
+  bool has_pairs() const;
   bool has_required_bins() const;  ///< And no more than kMostRequiredTokens tokens.
   bool has_required_local() const;
   std::span<const std::int64_t, kMarginBins> margins(int expert) const;  ///< Counts by margin_bin().
+  /// Tokens that chose both experts, in either order; throws std::invalid_argument if they are one expert.
+  std::int64_t tokens_of_both(int expert, int other) const {
+    return array(kPairs)[pair_index(expert, other)];
+  }
+  /// Where that count lies in the array kPairs: the pairs (0, 1), (0, 2), …, (1, 2), ….
+  std::size_t pair_index(int expert, int other) const;
   /// Counts by required_bin(), two a word: bin 2j in the low 32 bits of word j, bin 2j + 1 above them.
   std::span<const std::int64_t, kRequiredWords> required_bins(int expert) const;
   /// Where their bins lie.
@@ -228,6 +235,7 @@ class RoutingStats {
     kGradientRatioSum,
     kGradientRatioRecords,
     kMarginTokens,
+    kPairTokens,
     kRequiredRecords,  ///< Micro-batches in kRequiredSum.
     kScalarCount
   };
@@ -244,6 +252,7 @@ class RoutingStats {
     kLatencySum,        ///< Seconds, fixed point. [N]
     kExpertLossTokens,  ///< [N]
     kMargins,           ///< [N × kMarginBins]
+    kPairs,             ///< Tokens that chose both experts, by pair_index(). [N (N - 1)/2]
     kRequiredBins,      ///< Two counts a word. [N × kRequiredWords]
     kDomainCounts,      ///< [domains × N]
     kDomainLossTokens,  ///< [domains × N]
@@ -287,6 +296,7 @@ class RoutingStats {
   bool gather_domains(const RoutingBatch& batch);
   bool gather_gap(const RoutingBatch& batch);
   bool gather_margins(const RoutingBatch& batch);
+  void gather_pairs(const RoutingBatch& batch);
   void gather_required(const RoutingBatch& batch);
   bool gather_probabilities(const RoutingBatch& batch);
   bool gather_dropped(const RoutingBatch& batch);

@@ -16,6 +16,7 @@ struct StatsNeeds {
   bool domain_losses = false;   ///< Loss per (domain, expert); nothing without domains.
   bool latencies = false;       ///< Host-timed latency per expert, seconds.
   bool margins = false;         ///< Histogram of each expert's margins over tokens (margins.h).
+  bool pairs = false;           ///< Tokens that chose both, for every two experts: N (N - 1)/2 sums.
   bool required_bins = false;   ///< Histogram of each expert's required biases (margins.h).
   bool required_local = false;  ///< Required bias of each expert, by micro-batch.
   int domains = 0;              ///< Number of domains whose tokens are counted separately.

@@ -79,12 +79,10 @@ void add_import(CLI::App& app, Tool& tool) {
       ->add_option("--sequence-length", import.sequence_length,
                    "Tokens of a sequence, for router logits without mask")
       ->check(whole_number(1));
-  command
-      ->add_option("--pairs", import.pairs,
-                   "Print, for each layer, so many pairs of experts that the same tokens chose, those with "
-                   "the largest "
-                   "lift over independent choices; for vllm, megatron and hf")
-      ->check(whole_number(1, 1000000));
+  command->add_flag(
+      "--pairs", import.pairs,
+      "Keep how many tokens chose each two experts, for `moectl metrics --loads` and the report; "
+      "for vllm, megatron and hf");
   command->add_option("--tag", import.tag, "Tag of the records")->capture_default_str();
   command
       ->add_option(
@@ -103,12 +101,6 @@ void add_import(CLI::App& app, Tool& tool) {
       const ImportReport report =
           import_trace(options->format, options->files, options->output, options->import);
       for (const std::string& note : report.notes) std::cerr << "import: " << note << '\n';
-      Table table({"layer", "experts", "tokens", "lift"});
-      for (const ExpertPair& pair : report.pairs) {
-        table.add({std::to_string(pair.layer), std::to_string(pair.first) + " " + std::to_string(pair.second),
-                   std::to_string(pair.tokens), brief(pair.lift)});
-      }
-      if (!report.pairs.empty()) (options->output == "-" ? std::cerr : std::cout) << table.text();
       std::cerr << options->output << ": " << report.steps << " steps, " << report.records << " records, "
                 << report.experts << " experts\n";
       return 0;

@@ -511,7 +511,8 @@ void add_metrics(CLI::App& app, Tool& tool) {
           ->excludes("--trends");
   command
       ->add_option("--extremes", options->extremes,
-                   "With --loads: so many of the most and of the least loaded experts")
+                   "With --loads: so many of the most and of the least loaded experts, and of the pairs that "
+                   "the same tokens choose most")
       ->check(whole_number(0, 65536))
       ->capture_default_str()
       ->needs(loads);

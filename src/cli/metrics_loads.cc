@@ -7,6 +7,7 @@
 
 #include "cli/parts.h"
 #include "import/steps.h"
+#include "log/reshape.h"
 #include "measure/percentiles.h"
 #include "moectl/load_targets.h"
 
@@ -21,6 +22,7 @@ constexpr std::pair<const char*, double> kShares[] = {
 struct Layer {
   std::vector<std::int64_t> counts;
   std::vector<double> targets;
+  std::optional<RoutingStats> pairs;
 };
 
 /// Relative load and number of an expert.
@@ -57,6 +59,7 @@ int print_loads(LogReader& reader, const std::function<MetricsOptions(const LogR
     if (layer.counts.size() != counts.size())
       throw InputError("layer " + std::to_string(record->layer) + ": experts must not change within a trace");
     for (std::size_t i = 0; i < counts.size(); ++i) layer.counts[i] = added(layer.counts[i], counts[i]);
+    add_pairs(layer.pairs, record->stats);
   }
   if (layers.empty()) throw InputError("no record tagged 'train' has counts");
 
@@ -64,9 +67,13 @@ int print_loads(LogReader& reader, const std::function<MetricsOptions(const LogR
   for (const auto& [name, share] : kShares) header.emplace_back(name);
   header.emplace_back("least");
   header.emplace_back("most");
+  const bool paired =
+      std::ranges::any_of(layers, [](const auto& entry) { return entry.second.pairs.has_value(); });
+  if (paired) header.emplace_back("together");
   Table table(header);
-  if (format == "csv") std::cout << "layer,p5,p25,p50,p75,p95,least,most\n";
-  const auto print = [&](const Json& layer, std::vector<double> values, const Json& least, const Json& most) {
+  if (format == "csv") std::cout << "layer,p5,p25,p50,p75,p95,least,most" << (paired ? ",together\n" : "\n");
+  const auto print = [&](const Json& layer, std::vector<double> values, const Json& least, const Json& most,
+                         const std::vector<ExpertPair>& pairs) {
     if (values.empty()) return;
     Json line = {{"layer", layer}};
     std::vector<std::string> row = {layer.is_string() ? layer.get<std::string>() : layer.dump()};
@@ -78,6 +85,12 @@ int print_loads(LogReader& reader, const std::function<MetricsOptions(const LogR
     }
     line["least"] = least;
     line["most"] = most;
+    std::string together;
+    for (const ExpertPair& pair : pairs) {
+      line["together"].push_back({pair.first, pair.second, pair.tokens, pair.lift});
+      together += (together.empty() ? "e" : " e") + std::to_string(pair.first) + "+e" +
+                  std::to_string(pair.second) + " x" + moectl::brief(pair.lift, 3);
+    }
     if (format == "json") {
       std::cout << line.dump() << '\n';
       return;
@@ -90,6 +103,7 @@ int print_loads(LogReader& reader, const std::function<MetricsOptions(const LogR
       }
       row.push_back(names.empty() ? "-" : names);
     }
+    if (paired) row.push_back(together.empty() ? "-" : together);
     if (format == "table") {
       table.add(std::move(row));
       return;
@@ -113,14 +127,18 @@ int print_loads(LogReader& reader, const std::function<MetricsOptions(const LogR
       least.push_back({loads[r].second, loads[r].first});
       most.push_back({falling[r].second, falling[r].first});
     }
-    print(number, std::move(values), least, most);
+    print(number, std::move(values), least, most,
+          layer.pairs ? paired_experts(*layer.pairs, extremes) : std::vector<ExpertPair>());
   }
-  print("all", std::move(all), Json::array(), Json::array());
-  print("max_vio", std::move(max_vios), Json::array(), Json::array());
+  print("all", std::move(all), Json::array(), Json::array(), {});
+  print("max_vio", std::move(max_vios), Json::array(), Json::array(), {});
   if (format == "table") {
-    std::cout << table.text()
-              << "\nLoads over the mean (or over the target) of the counts summed over all training records; "
-                 "percentiles over experts. max_vio: percentiles over layers of the largest load - 1.\n";
+    std::cout
+        << table.text()
+        << "\nLoads over the mean (or over the target) of the counts summed over all training records; "
+           "percentiles over experts. max_vio: percentiles over layers of the largest load - 1.\n"
+        << (paired ? "together: tokens that chose both experts, over what choices without preference give.\n"
+                   : "");
   }
   return 0;
 }

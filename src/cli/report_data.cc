@@ -4,6 +4,7 @@
 #include "cli/parts.h"
 #include "cli/tool.h"
 #include "export/step_sample.h"
+#include "log/reshape.h"
 #include "measure/percentiles.h"
 
 #include <algorithm>
@@ -19,6 +20,7 @@ constexpr std::size_t kColumns = 600;
 // Names of alerts that are drawn: one row each. The others are counted.
 constexpr std::size_t kAlerts = 40;
 constexpr std::size_t kAlertLayers = 8;  // named for each column
+constexpr std::size_t kPairs = 12;       // shown of each layer
 // Points of all experts' loss curves together, about five bytes each.
 constexpr std::size_t kLossPoints = 200000;
 // Cells of all expert maps of a run together: a byte each, and a third more as text.
@@ -367,6 +369,7 @@ void ReportRun::add(const LogRecord& record) {
   }
   const std::size_t coarse = column / expert_each_;
   const RoutingStats& stats = record.stats;
+  add_pairs(layer.pairs, stats);
   const auto n = static_cast<std::size_t>(stats.experts());
   if (n > 0 && stats.assignments() > 0) {
     layer.load.resize(n);
@@ -551,6 +554,11 @@ json ReportRun::json() const {
     if (!layer.bias.empty()) one["bias"] = expert_map(layer.bias, for_maps, widest, false);
     if (!layer.health.empty()) one["health"] = layer.health;
     if (!layer.domains.empty()) one["domains"] = layer.domains;
+    if (layer.pairs) {
+      one["pairs"] = nlohmann::json::array();
+      for (const ExpertPair& pair : paired_experts(*layer.pairs, kPairs))
+        one["pairs"].push_back({pair.first, pair.second, pair.tokens, rounded(pair.lift)});
+    }
     if (!layer.loss.empty()) one["loss"] = loss_lines(layer, loss_columns);
     out["layers"].push_back(one);
   }

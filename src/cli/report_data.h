@@ -58,6 +58,7 @@ class ReportRun {
     std::vector<Health> health;                          // worst in each column
     std::deque<Metrics> last;                            // of the last hundred steps
     std::map<std::string, std::vector<double>> domains;  // counts of the whole run, [N]
+    std::optional<RoutingStats> pairs;                   // likewise
   };
   /// One actuator over all layers.
   struct Track {

@@ -221,7 +221,7 @@ void add_watch(CLI::App& app, Tool& tool) {
   command
       ->add_option("--extremes", options->extremes,
                    "With --listen: instead of series for every expert, so many of the most and of the least "
-                   "loaded experts of each layer")
+                   "loaded experts of each layer, and of the pairs that the same tokens choose most")
       ->check(whole_number(0, 65536))
       ->needs(listen);
   command->add_flag("--plain", options->plain, "One line per step, in a terminal as well");

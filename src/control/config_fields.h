@@ -196,9 +196,10 @@ template <>
 inline constexpr auto kFieldsOf<LogConfig> = std::tuple{
     Field{"every", &LogConfig::every, kNone, steps_from(1), "steps", "Steps between records."},
     Field{"per_expert", &LogConfig::per_expert, kNone, "Arrays over experts in each record."},
-    Field{
-        "extremes", &LogConfig::extremes, kNone, at_least(0), "experts",
-        "So many of the most and of the least loaded experts in each record, by number and count; 0: none."},
+    Field{"extremes", &LogConfig::extremes, kNone, at_least(0), "experts",
+          "So many of the most and of the least loaded experts in each record, by number and count, and of "
+          "the pairs that the "
+          "same tokens choose most; 0: none."},
     Field{"rotate_mb", &LogConfig::rotate_mb, kNone, kMegabytes, "10^6 bytes",
           "A piece of the log ends before it grows above this size."},
     Field{"keep", &LogConfig::keep, kNone, steps_from(0),

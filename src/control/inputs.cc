@@ -32,6 +32,7 @@ constexpr std::array kInputs = {
     Input{&StatsNeeds::domain_losses, "losses by domain",
           [](const S& s) { return any(s, S::kDomainLossTokens); }},
     Input{&StatsNeeds::latencies, "latencies", [](const S& s) { return s.scalar(S::kLatencyRecords) > 0; }},
+    Input{&StatsNeeds::pairs, "experts of each token", [](const S& s) { return s.has_pairs(); }},
     Input{&StatsNeeds::margins, "biased_scores", [](const S& s) { return s.has_margins(); }},
     Input{&StatsNeeds::required_bins, "biased_scores", [](const S& s) { return s.has_required_bins(); }},
     Input{&StatsNeeds::required_local, "biased_scores", [](const S& s) { return s.has_required_local(); }},

@@ -91,8 +91,8 @@ std::optional<Extent> bounds_of(std::string_view metric, const LoadSpace& space)
   if (is("load_autocorrelation", "tail_correlation")) return Extent{-1, 1};
   if (is("utilization_variance", "noise_floor_cv", "noise_floor_max_vio", "sampling_floor_cv",
          "sampling_floor_max_vio", "routing_variance", "fhs", "router_fhs", "grad_norm_variance",
-         "latency_p50", "latency_p95", "latency_p99", "shift", "balance_loss", "z_loss", "expert_output_norm",
-         "gradient_ratio"))
+         "latency_p50", "latency_p95", "latency_p99", "shift", "pair_lift", "balance_loss", "z_loss",
+         "expert_output_norm", "gradient_ratio"))
     return Extent{0, kOpen};
   return std::nullopt;
 }

@@ -144,6 +144,7 @@ std::string record_of(std::int64_t step, int layer_id, const std::string& tag, c
     append(text, "sqrt_prob_sum", layer.sqrt_prob_sum, experts);
     text += ",\"token_entropy_sum\":" + exact(layer.token_entropy_sum);
   }
+  if (layer.has_pairs()) text += ",\"pairs\":" + layer.pairs.text(experts);
   return text + "}\n";
 }
 
@@ -289,6 +290,26 @@ ImportedLayer& ImportedLayer::operator+=(const ImportedLayer& other) {
   return *this;
 }
 
+std::string PairCounts::text(std::size_t experts) const {
+  std::vector<std::pair<std::uint64_t, std::int64_t>> sorted(both_.begin(), both_.end());
+  std::ranges::sort(sorted);
+  std::string out = "[";
+  auto pair = sorted.begin();
+  for (std::uint64_t i = 0; i < experts; ++i) {
+    out += i ? ",[" : "[";
+    std::uint64_t next = 0;  // the expert whose count comes next; 0 = none was written
+    for (; pair != sorted.end() && pair->first >> 32 == i; ++pair) {
+      const std::uint64_t other = pair->first & 0xffffffff;
+      if (next == 0) out += std::to_string(next = other);
+      for (; next < other; ++next) out += ",0";
+      out += ',' + std::to_string(pair->second);
+      ++next;
+    }
+    out += ']';
+  }
+  return out + ']';
+}
+
 void ImportNotes::say(const std::string& text) {
   constexpr std::size_t kMost = 20;
   if (notes_.size() < kMost && std::ranges::find(notes_, text) == notes_.end()) notes_.push_back(text);
@@ -349,26 +370,14 @@ ImportReport import_trace(std::string_view name, const std::vector<std::string>&
       found.own.empty() ? ",\"experts\":" + std::to_string(std::max<std::size_t>(experts, 1)) : "";
   writer.line("{\"format\":\"moectl-trace\",\"version\":1" + common + ",\"source\":\"" + std::string(name) +
               "\"}\n");
-  struct Pairs {
-    PairCounts both;
-    std::vector<std::int64_t> counts;
-    std::int64_t tokens = 0;
-  };
-  std::map<int, Pairs> pairs;
+  bool paired = false;
   ImportedStep step;
   const RankCopies* const copies = found.copies ? &*found.copies : nullptr;
   for (Source source(*format, inputs, options, notes); source.next(step, copies);) {
     std::erase_if(step.layers, [&](const auto& entry) { return found.dense.count(entry.first.first); });
     report.steps += !step.layers.empty();
     for (const auto& [key, layer] : step.layers) {
-      if (options.pairs > 0 && key.second.find("mtp") == std::string::npos) {
-        Pairs& of = pairs[key.first];
-        of.both += layer.pairs;
-        of.tokens = added(of.tokens, layer.tokens.value_or(0));
-        of.counts.resize(std::max(of.counts.size(), layer.counts.size()));
-        for (std::size_t i = 0; i < layer.counts.size(); ++i)
-          of.counts[i] = added(of.counts[i], layer.counts[i]);
-      }
+      paired |= layer.has_pairs();
       if (layer.counts.size() > experts)
         throw ImportError("--experts: " + std::to_string(experts) + ": the files hold expert " +
                           std::to_string(layer.counts.size() - 1));
@@ -390,21 +399,7 @@ ImportReport import_trace(std::string_view name, const std::vector<std::string>&
   if (report.records == 0)
     throw ImportError((files.empty() ? std::string("no file") : files[0]) + ": expected " +
                       std::string(format->shown.expects) + ": found no counts");
-  for (const auto& [layer, of] : pairs) {
-    std::vector<ExpertPair> all;
-    of.both.each([&, layer = layer, &of = of](int a, int b, std::int64_t both) {
-      const auto count = [&](int e) { return static_cast<double>(of.counts[static_cast<std::size_t>(e)]); };
-      all.push_back({layer, a, b, both,
-                     static_cast<double>(both) * static_cast<double>(of.tokens) / (count(a) * count(b))});
-    });
-    std::ranges::sort(all, [](const ExpertPair& x, const ExpertPair& y) {
-      return std::tuple(-x.lift, -x.tokens, x.first, x.second) <
-             std::tuple(-y.lift, -y.tokens, y.first, y.second);
-    });
-    all.resize(std::min(all.size(), static_cast<std::size_t>(options.pairs)));
-    report.pairs.insert(report.pairs.end(), all.begin(), all.end());
-  }
-  if (options.pairs > 0 && report.pairs.empty())
+  if (options.pairs && !paired)
     notes.say("--pairs: the files do not say which experts a token chose together");
   writer.finish();
   report.notes = notes.all();

@@ -33,7 +33,7 @@ struct ImportOptions {
   std::string scores = "softmax";  ///< Of router logits: softmax or sigmoid.
   std::string mask;                ///< File of the attention mask of router logits; empty = none.
   std::string tag = "train";
-  int pairs = 0;         ///< So many pairs of experts for each layer in the report; 0 = none.
+  bool pairs = false;    ///< The trace has the tokens that chose both of two experts.
   bool by_rank = false;  ///< Ranks apart, under the tags rank0, rank1, …; else summed.
   /// Micro-batches apart as well, under rank0/mb0, rank0/mb1, …, or mb0, mb1, … where no rank is known.
   bool by_micro_batch = false;
@@ -45,18 +45,10 @@ struct ImportFormat {
 };
 const std::vector<ImportFormat>& import_formats();
 
-/// Two experts that the same tokens chose.
-struct ExpertPair {
-  int layer = 0, first = 0, second = 0;
-  std::int64_t tokens = 0;  ///< That chose both.
-  double lift = 0;  ///< Over what independent choices would give: tokens · T / (c_first · c_second).
-};
-
 struct ImportReport {
   std::int64_t steps = 0, records = 0;
   int experts = 0;
-  std::vector<ExpertPair> pairs{};  ///< Of each layer those with the largest lift, the largest first.
-  std::vector<std::string> notes;   ///< What was assumed or left out, each said once.
+  std::vector<std::string> notes;  ///< What was assumed or left out, each said once.
 };
 
 /// Reads `files` of the format named and writes a trace to `output`; `-` is standard input or output, a name that ends

@@ -17,7 +17,7 @@ class RouterLogitsReader : public StepReader {
       : file_(file),
         array_(file, file.name()),
         top_k_(needed_top_k(file, options)),
-        pairs_(options.pairs > 0),
+        pairs_(options.pairs),
         apart_(options.by_micro_batch),
         sigmoid_(options.scores == "sigmoid"),
         sequence_length_(options.sequence_length) {

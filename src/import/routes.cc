@@ -223,7 +223,7 @@ class VllmReader : public StepReader {
     }
     std::int64_t tokens = 0;
     // The prompt is routed once; the choices generated from it go on from there, the first in the same sequence.
-    Request request(step, options_.pairs > 0);
+    Request request(step, options_.pairs);
     bool found = add_field(parser_.value(), "prompt_routed_experts", request, tokens);
     found = add_field(parser_.value(), "routed_experts", request, tokens) || found;
     if (const auto choices = parser_.value().find("choices"); choices && choices->is_array()) {
@@ -242,7 +242,7 @@ class VllmReader : public StepReader {
   }
 
   std::int64_t add_whole(NpyReader& array, const std::string& place, ImportedStep& step) {
-    Request request(step, options_.pairs > 0);
+    Request request(step, options_.pairs);
     const std::int64_t tokens = add_array(array, place, request);
     request.close(slots_);
     return tokens;
@@ -403,7 +403,7 @@ class MegatronReader : public StepReader {
       }
       if (const std::int64_t expert_twice = twice(chosen_); expert_twice >= 0)
         throw chosen_twice(file_.place() + ": top_indices", expert_twice);
-      if (options_.pairs > 0) layer.pairs.add(chosen_);
+      if (options_.pairs) layer.pairs.add(chosen_);
       *layer.tokens += routed;
     }
   }

@@ -35,28 +35,32 @@ class PairCounts {
  public:
   /// The experts of one token; -1 = a slot that was not routed. One that stands twice makes no pair with itself.
   void add(std::span<const std::int64_t> experts) {
+    bool routed = false;
     for (std::size_t i = 0; i < experts.size(); ++i) {
+      routed |= experts[i] >= 0;
       for (std::size_t j = 0; j < i; ++j) {
         if (experts[i] >= 0 && experts[j] >= 0 && experts[i] != experts[j])
-          ++tokens_[key(experts[i], experts[j])];
+          ++both_[key(experts[i], experts[j])];
       }
     }
+    tokens_ += routed ? 1 : 0;
   }
   PairCounts& operator+=(const PairCounts& other) {
-    for (const auto& [pair, tokens] : other.tokens_) tokens_[pair] += tokens;
+    for (const auto& [pair, tokens] : other.both_) both_[pair] += tokens;
+    tokens_ += other.tokens_;
     return *this;
   }
-  template <typename Visit>
-  void each(Visit visit) const {
-    for (const auto& [pair, tokens] : tokens_)
-      visit(static_cast<int>(pair >> 32), static_cast<int>(pair & 0xffffffff), tokens);
-  }
+  /// Of how many tokens the experts were known.
+  std::int64_t tokens() const { return tokens_; }
+  /// The pairs of each of `experts` with those behind it, as docs/formats.md has them.
+  std::string text(std::size_t experts) const;
 
  private:
   static std::uint64_t key(std::int64_t a, std::int64_t b) {
     return static_cast<std::uint64_t>(std::min(a, b)) << 32 | static_cast<std::uint64_t>(std::max(a, b));
   }
-  std::unordered_map<std::uint64_t, std::int64_t> tokens_;
+  std::unordered_map<std::uint64_t, std::int64_t> both_;
+  std::int64_t tokens_ = 0;
 };
 
 /// Layers × experts of one step have a limit, which is checked before memory is taken for them.
@@ -83,6 +87,8 @@ struct ImportedLayer {
   std::optional<double> gap_sum;
   PairCounts pairs;
 
+  /// Whether the experts of every token are known.
+  bool has_pairs() const { return tokens && pairs.tokens() > 0 && pairs.tokens() == *tokens; }
   /// Counts `times` choices of an expert; grows the arrays. `cells`: layers × experts of the step so far.
   void choose(std::int64_t expert, std::int64_t& cells, const std::string& place, std::int64_t times = 1) {
     const auto at = static_cast<std::size_t>(expert);

@@ -59,6 +59,36 @@ void read_margins(const LineReader& line, JsonValue margins, RoutingStats& stats
   stats.set_scalar(RoutingStats::kMarginTokens, stats.tokens());
 }
 
+/// For each expert the number of the first expert behind it that shares a token with it, and the tokens that it shares with
+/// each from there on; empty where it shares none.
+void read_pairs(const LineReader& line, JsonValue pairs, RoutingStats& stats) {
+  const std::span<const std::int64_t> counts = stats.counts();
+  const std::span<std::int64_t> all = stats.mutable_array(RoutingStats::kPairs);
+  const auto n = static_cast<std::int64_t>(counts.size());
+  std::int64_t i = 0;
+  for (const JsonValue entry : pairs.elements()) {
+    const std::int64_t expert = i++;
+    const std::string field = LineReader::at("pairs", static_cast<std::size_t>(expert));
+    if (!entry.is_array()) line.reject(field, entry, "must be an array: an expert behind this one, counts");
+    std::int64_t other = n;
+    std::size_t at = 0;
+    for (const JsonValue element : entry.elements()) {
+      const std::string place = LineReader::at(field, at);
+      if (at++ == 0) {
+        if (expert + 1 == n) line.reject(field, entry, "must be empty: no expert is behind the last");
+        other = line.integer(place, element, expert + 1, n - 1);
+        continue;
+      }
+      if (other >= n) line.reject(field, entry, "must end by expert " + std::to_string(n - 1));
+      const std::int64_t most =
+          std::min(counts[static_cast<std::size_t>(expert)], counts[static_cast<std::size_t>(other)]);
+      all[stats.pair_index(static_cast<int>(expert), static_cast<int>(other++))] =
+          line.integer(place, element, 0, most);
+    }
+  }
+  stats.set_scalar(RoutingStats::kPairTokens, stats.tokens());
+}
+
 /// Losses are means over each expert's assignments, null where it had none; the sums weigh them by those.
 void read_losses(const LineReader& line, const std::string& field, JsonValue losses,
                  std::span<const std::int64_t> counts, std::span<std::int64_t> sums,
@@ -270,6 +300,7 @@ RoutingStats read_stats(const LineReader& line, const LogGroup& header,
   const auto losses = line.find("expert_loss");
   const auto latencies = line.find("latency");
   const auto margins = line.find("margins");
+  const auto pairs = line.find("pairs");
   const auto domains = line.find("domain_counts");
   const auto domain_losses = line.find("domain_loss");
   if (domain_losses && !domains) line.fail("domain_counts", "missing", "required with domain_loss");
@@ -282,11 +313,13 @@ RoutingStats read_stats(const LineReader& line, const LogGroup& header,
                  .domain_losses = domain_losses.has_value(),
                  .latencies = latencies.has_value(),
                  .margins = margins.has_value(),
+                 .pairs = pairs.has_value(),
                  .domains = domains ? static_cast<int>(domains->size()) : 0};
   const bool near = line.has_all({"gap_width_sum", "gap_near"});
   if (near && !gap) line.fail("gap_sum", "missing", "required with gap_near");
   // Before memory is taken for them: each array has as many elements as there are experts.
   if (margins) line.check_array("margins", *margins, counts.size());
+  if (pairs) line.check_array("pairs", *pairs, counts.size());
   for (const auto& [field, by_domain] :
        {std::pair{"domain_counts.", &domains}, std::pair{"domain_loss.", &domain_losses}}) {
     if (!*by_domain || !(*by_domain)->is_object()) continue;
@@ -334,6 +367,7 @@ RoutingStats read_stats(const LineReader& line, const LogGroup& header,
                 stats.mutable_array(RoutingStats::kExpertLossTokens));
   }
   if (margins) read_margins(line, *margins, stats);
+  if (pairs) read_pairs(line, *pairs, stats);
   if (domains) {
     const Domains by_name = domains_of(*domains);
     read_domains(line, by_name, stats);

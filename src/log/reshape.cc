@@ -45,6 +45,10 @@ RoutingStats reshaped(const RoutingStats& stats, const std::vector<std::string>&
     copy_scalars({S::kMarginTokens});
     copy_arrays({S::kMargins});
   }
+  if (needs.pairs && has.pairs) {
+    copy_scalars({S::kPairTokens});
+    copy_arrays({S::kPairs});
+  }
   if (needs.losses && has.losses) copy_arrays({S::kExpertLossSum, S::kExpertLossTokens});
   const bool domain_losses = needs.domain_losses && has.domain_losses;
   std::int64_t tokens = 0;
@@ -72,6 +76,16 @@ RoutingStats reshaped(const RoutingStats& stats, const std::vector<std::string>&
   return out;
 }
 
+void add_pairs(std::optional<RoutingStats>& sum, const RoutingStats& more) {
+  if (!more.has_pairs()) return;
+  RoutingStats pairs = reshaped(more, {}, {.pairs = true}, {});
+  if (sum && sum->shape() == pairs.shape()) {
+    *sum += pairs;
+  } else {
+    sum = std::move(pairs);
+  }
+}
+
 void add_recorded(RoutingStats& sum, std::vector<std::string>& domains, const RoutingStats& more,
                   const std::vector<std::string>& more_domains) {
   const StatsNeeds &a = sum.shape().needs, &b = more.shape().needs;
@@ -81,6 +95,7 @@ void add_recorded(RoutingStats& sum, std::vector<std::string>& domains, const Ro
   needs.sequences = a.sequences && b.sequences;
   needs.probabilities = a.probabilities && b.probabilities;
   needs.margins = a.margins && b.margins;
+  needs.pairs = a.pairs && b.pairs;
   std::vector<std::string> all;
   if (a.domains > 0 && b.domains > 0) {
     std::set_union(domains.begin(), domains.end(), more_domains.begin(), more_domains.end(),

@@ -1,6 +1,7 @@
 // Recorded sums in the shape that a controller or another record has.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -12,6 +13,10 @@ namespace moectl {
 /// not recorded stays absent. Domains are matched by name.
 RoutingStats reshaped(const RoutingStats& stats, const std::vector<std::string>& domains,
                       const StatsNeeds& needs, const std::vector<std::string>& wanted_domains);
+
+/// Adds the tokens that chose both of two experts to those of the same layer, where `more` has them; sums of another shape
+/// begin anew.
+void add_pairs(std::optional<RoutingStats>& sum, const RoutingStats& more);
 
 /// Adds the recorded sums `more` of as many experts and the same top-k to `sum`; both name their domains, sorted. A sum that has to
 /// cover every token is absent where one of the two lacks it; one that carries its own number of observations covers those of both.

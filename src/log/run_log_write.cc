@@ -140,8 +140,9 @@ struct RunLogWriter::File {
   void model_record(const StepReport& report, std::string_view tag);
   void info(const StepReport& report, std::string_view tag);
   void sums(const RoutingStats& stats);
-  void extremes(std::span<const std::int64_t> counts);
+  void extremes(const RoutingStats& stats);
   void margins(const RoutingStats& stats);
+  void pairs(const RoutingStats& stats);
   void means(std::span<const std::int64_t> sums, std::span<const std::int64_t> tokens);
   void metrics(const LayerReport& layer);
   void health(const LayerMonitor& monitor);
@@ -278,7 +279,7 @@ void RunLogWriter::File::sums(const RoutingStats& stats) {
   const bool valid = stats.valid();
   json.field("tokens", valid ? stats.tokens() : 0);
   json.field("top_k", std::int64_t{stats.top_k()});
-  if (config.log.extremes > 0 && valid && stats.assignments() > 0) extremes(stats.counts());
+  if (config.log.extremes > 0 && valid && stats.assignments() > 0) extremes(stats);
   if (!config.log.per_expert || !valid) return;
   const auto whole = [&](std::string_view name, S::Array which) {
     json.key(name);
@@ -308,6 +309,7 @@ void RunLogWriter::File::sums(const RoutingStats& stats) {
     fixed("sqrt_prob_sum", S::kSqrtProbSum);
   }
   if (stats.has_margins()) margins(stats);
+  if (stats.has_pairs()) pairs(stats);
   if (stats.dropped()) json.field("dropped", stats.scalar(S::kDropped));
   for (const auto& [name, sum, records] : S::recorded_values()) {
     if (const auto value = stats.mean_of(sum, records)) json.field(name, *value);
@@ -340,8 +342,10 @@ void RunLogWriter::File::sums(const RoutingStats& stats) {
   json.raw('}');
 }
 
-/// The most and the least loaded experts, as [number, count]; of equal counts the lower number first.
-void RunLogWriter::File::extremes(std::span<const std::int64_t> counts) {
+/// The most and the least loaded experts, as [number, count]; of equal counts the lower number first. The pairs with the
+/// largest lift, as [number, number, tokens].
+void RunLogWriter::File::extremes(const RoutingStats& stats) {
+  const std::span<const std::int64_t> counts = stats.counts();
   order.resize(counts.size());
   for (std::size_t i = 0; i < counts.size(); ++i) order[i] = {counts[i], static_cast<std::int64_t>(i)};
   const auto shown = std::min(static_cast<std::size_t>(config.log.extremes), order.size());
@@ -362,6 +366,44 @@ void RunLogWriter::File::extremes(std::span<const std::int64_t> counts) {
     return a.first != b.first ? a.first > b.first : a.second < b.second;
   });
   write("least_loaded", std::less<>());
+  if (!stats.has_pairs()) return;
+  json.key("most_paired");
+  json.raw('[');
+  bool first = true;
+  for (const ExpertPair& pair : paired_experts(stats, static_cast<std::size_t>(config.log.extremes))) {
+    json.raw(first ? "[" : ",[");
+    first = false;
+    json.value(std::int64_t{pair.first});
+    json.raw(',');
+    json.value(std::int64_t{pair.second});
+    json.raw(',');
+    json.value(pair.tokens);
+    json.raw(']');
+  }
+  json.raw(']');
+}
+
+/// For each expert the number of the first expert behind it that shares a token with it, then the tokens that it shares with
+/// each from there to the last that does.
+void RunLogWriter::File::pairs(const RoutingStats& stats) {
+  json.key("pairs");
+  json.raw('[');
+  std::span<const std::int64_t> left = stats.array(RoutingStats::kPairs);
+  for (int i = 0; i < stats.experts(); ++i) {
+    const auto behind = left.first(static_cast<std::size_t>(stats.experts() - 1 - i));
+    left = left.subspan(behind.size());
+    const auto is_used = [](std::int64_t count) { return count != 0; };
+    const auto first = std::find_if(behind.begin(), behind.end(), is_used);
+    const auto last = std::find_if(behind.rbegin(), behind.rend(), is_used).base();
+    json.raw(i ? ",[" : "[");
+    if (first < last) json.value(i + 1 + static_cast<std::int64_t>(first - behind.begin()));
+    for (auto other = first; other < last; ++other) {
+      json.raw(',');
+      json.value(*other);
+    }
+    json.raw(']');
+  }
+  json.raw(']');
 }
 
 /// For each expert the number of its first bin that holds a token, then the counts from there to the last

@@ -36,6 +36,8 @@ inline constexpr auto kFieldsOf<StatsNeeds> = std::tuple{
     Field{"domain_losses", &StatsNeeds::domain_losses, kRanks, "Loss of each domain and expert."},
     Field{"latencies", &StatsNeeds::latencies, kRanks, "Latency of each expert."},
     Field{"margins", &StatsNeeds::margins, kRanks, "Histogram of the margins of each expert."},
+    Field{"pairs", &StatsNeeds::pairs, kRanks,
+          "Tokens that chose both, for every two experts: N (N - 1)/2 sums a layer."},
 };
 
 }  // namespace moectl

@@ -82,6 +82,8 @@ constexpr MetricField kFields[] = {
      &Metrics::gradient_ratio},
     {"churn", "", "share of tokens whose top-k changes under the next biases: an estimate from sampled gaps",
      &Metrics::churn},
+    {"pair_lift", "", "max over pairs of c_ij T / (c_i c_j), of which c_i c_j / T is at least 10",
+     &Metrics::pair_lift},
     {"importance_cv", "", "CV of sum_t p_ti", &Metrics::importance_cv},
     {"routing_variance", "", "mean_i var_t p_i over the trend window", &Metrics::routing_variance},
     {"fsi", "rad", "4 asin sqrt(B/2), B = sum (sqrt(p) - sqrt(1/N))^2 / 2", &Metrics::fsi},

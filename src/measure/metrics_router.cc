@@ -206,6 +206,7 @@ void Measurer::measure_router(const RoutingStats& stats, Metrics& out) {
 
 void Measurer::measure_experts(const RoutingStats& stats, Metrics& out) {
   if (stats.has_domains()) measure_domains(stats, out);
+  out.pair_lift = largest_pair_lift(stats);
   if (shape_.needs.gradients && grad_norms(stats, mean_)) out.grad_norm_variance = variance_of(mean_);
   if (shape_.needs.latencies && latencies(stats, mean_)) {
     Percentiles of_experts(mean_);

@@ -101,12 +101,13 @@ constexpr auto kScalarNames = std::to_array<const char*>({"tokens",
                                                           "gradient_ratio",
                                                           "gradient_ratio_records",
                                                           "margin_tokens",
+                                                          "pair_tokens",
                                                           "required_records"});
 static_assert(kScalarNames.size() == RoutingStats::kScalarCount);
 constexpr auto kArrayNames = std::to_array<const char*>(
     {"counts", "gap_near", "sequence_sq", "sequence_cross", "split_counts", "prob_sum", "sqrt_prob_sum",
-     "grad_norm", "latency", "loss_tokens", "margins", "required_bins", "domain_counts", "domain_loss_tokens",
-     "expert_loss", "domain_loss", "required_sum"});
+     "grad_norm", "latency", "loss_tokens", "margins", "pairs", "required_bins", "domain_counts",
+     "domain_loss_tokens", "expert_loss", "domain_loss", "required_sum"});
 static_assert(kArrayNames.size() == RoutingStats::kArrayCount);
 
 constexpr std::int64_t kFar = std::int64_t{1} << 62;

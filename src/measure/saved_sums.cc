@@ -10,7 +10,7 @@ void exchange_sums(StateIo& io, std::string_view name, RoutingStats& stats) {
       "experts " + std::to_string(shape.experts) + ", top_k " + std::to_string(shape.top_k) + ", sums";
   const StatsNeeds& n = shape.needs;
   for (const bool needed : {n.gap, n.sequences, n.probabilities, n.gradients, n.losses, n.domain_losses,
-                            n.latencies, n.margins, n.required_bins, n.required_local}) {
+                            n.latencies, n.margins, n.pairs, n.required_bins, n.required_local}) {
     own.append(needed ? " 1" : " 0");
   }
   own += ", domains " + std::to_string(n.domains) + ", split_sequences " + std::to_string(n.split_sequences);

@@ -44,6 +44,8 @@ std::size_t array_length(const StatsShape& shape, RoutingStats::Array which) {
       return shape.needs.losses ? experts : 0;
     case RoutingStats::kMargins:
       return shape.needs.margins ? experts * kMarginBins : 0;
+    case RoutingStats::kPairs:
+      return shape.needs.pairs ? experts * (experts - 1) / 2 : 0;
     case RoutingStats::kRequiredBins:
       return shape.needs.required_bins ? experts * kRequiredWords : 0;
     case RoutingStats::kRequiredSum:
@@ -98,6 +100,7 @@ StatsNeeds& StatsNeeds::operator|=(const StatsNeeds& other) {
   domain_losses |= other.domain_losses;
   latencies |= other.latencies;
   margins |= other.margins;
+  pairs |= other.pairs;
   required_bins |= other.required_bins;
   required_local |= other.required_local;
   domains = std::max(domains, other.domains);
@@ -231,6 +234,7 @@ bool RoutingStats::add(const RoutingBatch& batch) {
     const Offence offence = first_offence(shape_, batch);
     return reject(offence.empty() ? overflow_of("gap_sum") : offence);
   }
+  gather_pairs(batch);
   gather_required(batch);
   return commit();
 }

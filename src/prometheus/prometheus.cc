@@ -34,6 +34,7 @@ struct LayerState {
   Metrics metrics;
   std::vector<std::int64_t> assigned;  // [N]: of all steps
   std::vector<double> loads;           // [N]: relative, of the last; none without a token
+  std::vector<ExpertPair> pairs;       // of the last step, the largest lift first
   std::int64_t tokens = 0, dropped = 0;
   bool reports_drops = false;
   std::string health;
@@ -45,15 +46,16 @@ struct LayerState {
     Responsiveness responsiveness;
   } actuators[kActuatorCount];
 
-  void add(const StepSample& sample);
+  void add(const StepSample& sample, std::size_t most_pairs);
 };
 
-void LayerState::add(const StepSample& sample) {
+void LayerState::add(const StepSample& sample, std::size_t most_pairs) {
   if (sample.metrics) metrics = *sample.metrics;
   if (sample.stats) {
     const RoutingStats& stats = *sample.stats;
     const auto counts = stats.counts();
     relative_loads(stats.counts(), sample.targets, loads);
+    if (most_pairs > 0) pairs = paired_experts(stats, most_pairs);
     assigned.resize(counts.size(), 0);
     for (std::size_t i = 0; i < counts.size(); ++i) assigned[i] += counts[i];
     tokens += stats.tokens();
@@ -203,6 +205,20 @@ void add_extremes(const Totals& all, std::size_t most, Families& out) {
   each([](const auto& entry) { return entry.first; });
   out.gauge("moectl_load_extreme_expert", "The number of that expert.");
   each([](const auto& entry) { return static_cast<double>(entry.second); });
+  const auto each_pair = [&](const char* name, const char* help, auto value_of) {
+    out.gauge(name, help);
+    for (const auto& [layer, state] : all.layers) {
+      for (std::size_t r = 0; r < state.pairs.size(); ++r)
+        out.add({{"layer", label_of(layer)}, {"rank", std::to_string(r + 1)}}, value_of(state.pairs[r]));
+    }
+  };
+  each_pair("moectl_pair_extreme_ratio",
+            "Lift of the experts that the same tokens choose most, in the last step.",
+            [](const ExpertPair& pair) { return pair.lift; });
+  each_pair("moectl_pair_extreme_first_expert", "The lower number of the two.",
+            [](const ExpertPair& pair) { return static_cast<double>(pair.first); });
+  each_pair("moectl_pair_extreme_second_expert", "The higher number of the two.",
+            [](const ExpertPair& pair) { return static_cast<double>(pair.second); });
 }
 
 void add_loads(const Totals& all, const PrometheusOptions& options, Families& out) {
@@ -420,7 +436,7 @@ class PrometheusFeed::State : public prometheus::Collectable {
     if (sample.loss) totals_.loss = sample.loss;
     totals_.written_at =
         std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count();
-    totals_.layers[sample.layer].add(sample);
+    totals_.layers[sample.layer].add(sample, static_cast<std::size_t>(std::max(0, options_.extremes)));
   }
 
   const PrometheusOptions options_;

@@ -44,6 +44,7 @@ class Summing {
     domains();
     gap();
     margins();
+    pairs();
     probabilities();
     dropped();
     router_loss(options_.balance_loss, RoutingStats::kBalanceLossSum, RoutingStats::kBalanceLossRecords);
@@ -232,6 +233,32 @@ class Summing {
             .scatter_add_(0, (bin + row).reshape(-1),
                           weight_.unsqueeze(1).expand({-1, shape_.experts}).reshape(-1));
     scalar(RoutingStats::kMarginTokens) = scalar(RoutingStats::kTokens);
+  }
+
+  /// Slots that are not counted, and an expert that a token chose before, make no pair.
+  void pairs() {
+    if (!shape_.needs.pairs) return;
+    const std::int64_t n = shape_.experts, k = shape_.top_k;
+    Tensor both = filled(0, n * (n - 1) / 2);
+    std::vector<Tensor> counts;  // [T] 1 = a slot that makes pairs
+    for (std::int64_t b = 0; b < k; ++b) {
+      const Tensor expert = chosen_.select(1, b);
+      Tensor is_new = each_.select(1, b);
+      for (std::int64_t a = 0; a < b; ++a) {
+        const Tensor before = chosen_.select(1, a);
+        is_new = is_new * (1 - counts[static_cast<std::size_t>(a)] * before.eq(expert).to(::torch::kLong));
+      }
+      for (std::int64_t a = 0; a < b; ++a) {
+        const Tensor before = chosen_.select(1, a);
+        const Tensor low = ::torch::minimum(before, expert), high = ::torch::maximum(before, expert);
+        const Tensor pair = (low * (2 * n - low - 1)).div(2, "floor") + high - low - 1;
+        const Tensor weight = is_new * counts[static_cast<std::size_t>(a)];
+        both.scatter_add_(0, pair.clamp(0, std::max<std::int64_t>(both.numel() - 1, 0)), weight);
+      }
+      counts.push_back(is_new);
+    }
+    array(RoutingStats::kPairs) = both;
+    scalar(RoutingStats::kPairTokens) = scalar(RoutingStats::kTokens);
   }
 
   void probabilities() {

@@ -76,6 +76,25 @@ TEST(Report, TheWorstStateOfAColumnIsTheOneThatHealthReports) {
   }
 }
 
+// Twenty steps of forty tokens each, all of {0, 1}, {0, 2} or {1, 2}.
+TEST(Report, ThePairsThatTokensChooseStandByLayer) {
+  const TempDir dir;
+  std::string run =
+      R"({"format":"moectl-run","version":1,"config":{"model":{"layers":1,"experts":3,"top_k":2}}})"
+      "\n";
+  for (int step = 0; step < 20; ++step) {
+    run += R"({"step":)" + std::to_string(step) +
+           R"(,"layer":0,"tokens":40,"counts":[30,30,20],"pairs":[[1,20,10],[2,10],[]]})" + "\n";
+  }
+  dir.write("a.jsonl", run);
+  const ToolResult result = run_tool(dir, "report a.jsonl -o r.html");
+  ASSERT_EQ(result.code, 0) << result.err;
+  const std::string page = TempDir::read(dir.path("r.html"));
+  EXPECT_EQ(data_of(page).at(0)["layers"][0]["pairs"],
+            nlohmann::json::parse("[[0,1,400,0.88889],[0,2,200,0.66667],[1,2,200,0.66667]]"));
+  EXPECT_THAT(page, HasSubstr("Experts that the same tokens choose"));
+}
+
 TEST(Report, NoticesStandInTheirOwnWords) {
   const TempDir dir;
   std::string run =

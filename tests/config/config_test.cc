@@ -111,7 +111,7 @@ safety:
   fallback_after: 0
 log: {every: 4, per_expert: false, rotate_mb: 1.5, keep: 3}
 collect: {gap: true, sequences: true, probabilities: true, gradients: true, losses: true, domain_losses: true,
-          latencies: true, margins: true}
+          latencies: true, margins: true, pairs: true}
 )");
   EXPECT_EQ(c.mode, Mode::kShadow);
   EXPECT_EQ(c.lag, 1);

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "moectl/controller.h"
+#include "test_sums.h"
 
 namespace moectl {
 namespace {
@@ -79,6 +80,20 @@ TEST(FieldCases, A4_ASetPointOnAMetricOfProbabilitiesSaysSo) {
   ControllerConfig config = config_with(Actuator::kRouterTemperature, "pi");
   config.router_temperature.options.set("metric", std::string("token_entropy"));
   expect_held_for(config, Actuator::kRouterTemperature, {.experts = kChosen}, "probabilities");
+}
+
+TEST(FieldCases, A4_ASetPointOnPairsNeedsTheExpertsOfEachToken) {
+  ControllerConfig config = config_with(Actuator::kAuxLossWeight, "pi");
+  config.aux_loss_weight.options.set("metric", std::string("pair_lift"));
+  config.aux_loss_weight.options.set("target", 1.2);
+  Controller controller(config);
+  record_counts(controller, 0, {20, 20, 20, 20});
+  const StepReport& report = controller.step();
+  EXPECT_TRUE(reasons(report, Actuator::kAuxLossWeight).has(Reason::kMissingInput));
+  EXPECT_TRUE(report.layers[0].actuators[1].missing.pairs);
+  // Which experts a token chose is in every batch.
+  EXPECT_FALSE(
+      reasons(step(controller, {.experts = kChosen}), Actuator::kAuxLossWeight).has(Reason::kMissingInput));
 }
 
 TEST(FieldCases, A4_AnInputThatAPolicyOnlyUsesIsNoFault) {

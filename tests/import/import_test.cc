@@ -59,24 +59,57 @@ TEST(Import, SglangLogicalCount) {
   EXPECT_THAT(notes, HasSubstr("dense"));
 }
 
-// Four tokens: {0, 1}, {0, 1}, {2, 3}, {0, 2}.
+// Four tokens, {0, 1}, {1, 0}, {2, 3}, {0, 2}, twenty times: lift of (2, 3) 20 · 80/(40 · 20), of (0, 1) 40 · 80/(60 · 40).
 TEST(Import, PairsOfExpertsThatTheSameTokensChoose) {
   const TempDir dir;
-  dir.write("r.jsonl", R"({"routed_experts":[[[0,1]],[[1,0]],[[2,3]],[[0,2]]]})"
-                       "\n");
-  const ToolResult result = run_tool(dir, "import vllm r.jsonl --pairs 2 -o t.jsonl");
-  ASSERT_EQ(result.code, 0) << result.err;
-  ASSERT_EQ(result.lines().size(), 3U) << result.out;
-  EXPECT_THAT(result.lines()[1], ::testing::ContainsRegex("0 +2 3 +1 +2$"));        // 1 · 4/(2 · 1)
-  EXPECT_THAT(result.lines()[2], ::testing::ContainsRegex("0 +0 1 +2 +1\\.333$"));  // 2 · 4/(3 · 2)
-  // The same tokens as a router trace; and a dump that does not say it.
-  dir.write("m.jsonl", R"({"iter":0,"layer":0,"top_indices":[[0,1],[1,0],[2,3],[0,2]]})"
-                       "\n");
-  EXPECT_EQ(run_tool(dir, "import megatron m.jsonl --pairs 2 -o t.jsonl").out, result.out);
+  std::string tokens, iterations;
+  for (int i = 0; i < 20; ++i) {
+    tokens += i ? "," : "";
+    tokens += "[[0,1]],[[1,0]],[[2,3]],[[0,2]]";
+    iterations +=
+        R"({"iter":)" + std::to_string(i) + R"(,"layer":0,"top_indices":[[0,1],[1,0],[2,3],[0,2]]})" + "\n";
+  }
+  dir.write("r.jsonl", R"({"routed_experts":[)" + tokens + "]}\n");
+  ASSERT_EQ(run_tool(dir, "import vllm r.jsonl --pairs -o v.jsonl").code, 0);
+  EXPECT_THAT(TempDir::read(dir.path("v.jsonl")), HasSubstr(R"("pairs":[[1,40,20],[],[3,20],[]])"));
+  const ToolResult loads = run_tool(dir, "metrics v.jsonl --loads --extremes 2 --format json");
+  ASSERT_EQ(loads.code, 0) << loads.err;
+  const json together = json::parse(loads.lines()[0])["together"];
+  EXPECT_EQ(together, json::parse("[[2,3,20,2.0],[0,1,40,1.3333333333333333]]"));
+  EXPECT_THAT(run_tool(dir, "metrics v.jsonl --loads --extremes 2 --format table").out,
+              HasSubstr("e2+e3 x2 e0+e1 x1.33"));
+  // The same tokens as a router trace of twenty steps: they add up.
+  dir.write("m.jsonl", iterations);
+  ASSERT_EQ(run_tool(dir, "import megatron m.jsonl --pairs -o m2.jsonl").code, 0);
+  EXPECT_EQ(json::parse(
+                run_tool(dir, "metrics m2.jsonl --loads --extremes 2 --format json").lines()[0])["together"],
+            together);
+  // Ranks that were kept apart are added up again.
+  std::string others = iterations;
+  for (std::size_t at = 0; (at = others.find("[1,0]", at)) != std::string::npos;)
+    others.replace(at, 5, "[2,3]");
+  dir.write("router_trace_rank0.jsonl", iterations);
+  dir.write("router_trace_rank1.jsonl", others);
+  std::vector<json> of_ranks;
+  for (const char* by : {"", " --by rank"}) {
+    ASSERT_EQ(
+        run_tool(dir,
+                 std::string(
+                     "import megatron router_trace_rank0.jsonl router_trace_rank1.jsonl --pairs -o r.jsonl") +
+                     by)
+            .code,
+        0);
+    of_ranks.push_back(
+        json::parse(run_tool(dir, "metrics r.jsonl --loads --format json").lines()[0])["together"]);
+  }
+  EXPECT_EQ(of_ranks[0], of_ranks[1]);
+  EXPECT_EQ(of_ranks[0][0], json::parse("[0,1,60,1.6]"));  // of 160 tokens: c_0 = 100, c_1 = 60
+  // A dump that does not say which experts a token chose has none.
   dir.write("c.csv", "layer_id,expert_id,count\n0,0,3\n0,1,1\n");
-  const ToolResult none = run_tool(dir, "import sglang c.csv --top-k 1 --pairs 2 -o t.jsonl");
+  const ToolResult none = run_tool(dir, "import sglang c.csv --top-k 1 --pairs -o t.jsonl");
   EXPECT_EQ(none.code, 0);
   EXPECT_THAT(none.err, HasSubstr("do not say which experts a token chose together"));
+  EXPECT_THAT(TempDir::read(dir.path("t.jsonl")), ::testing::Not(HasSubstr("pairs")));
 }
 
 TEST(Import, VllmRoutedExpertsAsArrayArchiveAndJsonLines) {

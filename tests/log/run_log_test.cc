@@ -251,6 +251,18 @@ INSTANTIATE_TEST_SUITE_P(
         WrongLine{"MarginsOfFewerTokens",
                   record(R"(,"counts":[1,1,1,1],"margins":[[64,3],[60,1,1],[0],[0]])"),
                   "2: margins[1]: [60,1,1]: must sum to tokens (3)"},
+        WrongLine{"PairsShort", record(R"(,"counts":[1,1,1,1],"pairs":[[],[],[]])"),
+                  "2: pairs: 3 values: must have 4, one for each expert"},
+        WrongLine{"PairsNotArrays", record(R"(,"counts":[1,1,1,1],"pairs":[3,[],[],[]])"),
+                  "2: pairs[0]: 3: must be an array: an expert behind this one, counts"},
+        WrongLine{"PairWithItself", record(R"(,"counts":[1,1,1,1],"pairs":[[],[1,1],[],[]])"),
+                  "2: pairs[1][0]: 1: must be at least 2"},
+        WrongLine{"PairOfTheLast", record(R"(,"counts":[1,1,1,1],"pairs":[[],[],[],[3,1]])"),
+                  "2: pairs[3]: [3,1]: must be empty: no expert is behind the last"},
+        WrongLine{"PairsBeyondTheLast", record(R"(,"counts":[1,1,1,1],"pairs":[[],[2,1,1,1],[],[]])"),
+                  "2: pairs[1]: [2,1,1,1]: must end by expert 3"},
+        WrongLine{"PairsOfMoreTokens", record(R"(,"counts":[2,1,1,0],"pairs":[[1,2],[],[],[]])"),
+                  "2: pairs[0][1]: 2: must be at most 1"},
         WrongLine{"GapNegative", record(R"(,"counts":[1,1,1,1],"gap_sum":-1)"),
                   "2: gap_sum: -1: must be at least 0"},
         WrongLine{"GapHuge", record(R"(,"counts":[1,1,1,1],"gap_sum":1e12)"),
@@ -718,6 +730,28 @@ TEST(RunLogWriter, TheMostAndTheLeastLoadedExpertsWithoutAllOfThem) {
   config.log.extremes = 99;
   RunLogWriter(dir.path("all.jsonl"), config).write(made.report);
   EXPECT_EQ(read_all(dir.path("all.jsonl")).size(), 1U);
+}
+
+// Tokens {0, 1}, {1, 0}, {2, 4}, {0, 4}, ten times each, and what is read back is what was written.
+TEST(RunLogWriter, PairsReadBackAndThoseWithTheLargestLiftAreNamed) {
+  const TempDir dir;
+  const std::string path = dir.path("run.jsonl");
+  ControllerConfig config = config_of(1, 5, 2);
+  config.log.extremes = 2;
+  MadeStep made(1, {.experts = 5, .top_k = 2, .needs = {.pairs = true}}, 3);
+  made.stats[0].clear();
+  const std::vector<std::int64_t> tokens = {0, 1, 1, 0, 2, 4, 0, 4};
+  for (int i = 0; i < 10; ++i) ASSERT_TRUE(made.stats[0].add({.experts = tokens}));
+  RunLogWriter(path, config).write(made.report);
+  const std::string text = TempDir::read(path);
+  const auto record = nlohmann::json::parse(text.substr(text.find('\n') + 1));
+  EXPECT_EQ(record["pairs"], nlohmann::json::parse("[[1,20,0,0,10],[],[4,10],[],[]]"));
+  EXPECT_EQ(record["most_paired"], nlohmann::json::parse("[[0,1,20],[0,4,10]]"));
+  const auto records = read_all(path);
+  ASSERT_EQ(records.size(), 1U);
+  EXPECT_TRUE(std::ranges::equal(records[0].stats.array(RoutingStats::kPairs),
+                                 made.stats[0].array(RoutingStats::kPairs)));
+  EXPECT_TRUE(records[0].stats.has_pairs());
 }
 
 TEST(RunLogWriter, AnInvalidStepCanStillBeRead) {

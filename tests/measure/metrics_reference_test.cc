@@ -287,6 +287,21 @@ void expert_metrics(const Step& step, Reference& r) {
     r["domain_information"] = information;
     if (entropy_of(weights) > 1e-12L) r["domain_exclusivity"] = information / entropy_of(weights);
   }
+  const Counts counts = step.counts();
+  std::optional<Real> lift;
+  for (std::size_t i = 0; i < step.n(); ++i) {
+    for (std::size_t j = i + 1; j < step.n(); ++j) {
+      std::int64_t both = 0;
+      for (std::size_t token = 0; token < step.tokens(); ++token) {
+        const auto chosen = std::span(step.chosen).subspan(token * step.k(), step.k());
+        both += std::ranges::count(chosen, i) > 0 && std::ranges::count(chosen, j) > 0;
+      }
+      const auto expected = static_cast<Real>(counts[i] * counts[j]) / static_cast<Real>(step.tokens());
+      if (step.top_k > 1 && expected >= 10)
+        lift = std::max(lift.value_or(0), static_cast<Real>(both) / expected);
+    }
+  }
+  if (lift) r["pair_lift"] = *lift;
   if (!step.gradients.empty()) r["grad_norm_variance"] = variance_of(row(step.gradients));
   if (!step.latencies.empty()) {
     r["latency_p50"] = percentile(row(step.latencies), 0.5L);
@@ -523,6 +538,7 @@ RoutingStats stats_of(const Step& step) {
                        .gradients = !step.gradients.empty(),
                        .losses = !step.loss_sums.empty(),
                        .latencies = !step.latencies.empty(),
+                       .pairs = true,
                        .domains = step.domains}});
   EXPECT_TRUE(stats.add({.experts = step.chosen,
                          .sequence_length = static_cast<std::int64_t>(step.length),
@@ -603,10 +619,10 @@ TEST(MetricsReference, EveryMetricOfEveryStepOfARandomHistory) {
       EXPECT_GT(present[field.name], 30) << field.name;
     }
   }
-  for (const char* name :
-       {"drop_rate", "sampling_floor_cv", "token_entropy", "domain_information", "domain_exclusivity",
-        "grad_norm_variance", "stagnant_experts", "latency_p99", "tail_sensitivity", "fhs",
-        "entropy_normalized", "shift", "balance_loss", "z_loss", "router_condition", "load_p50"}) {
+  for (const char* name : {"drop_rate", "sampling_floor_cv", "token_entropy", "domain_information",
+                           "domain_exclusivity", "grad_norm_variance", "stagnant_experts", "latency_p99",
+                           "tail_sensitivity", "fhs", "entropy_normalized", "shift", "balance_loss", "z_loss",
+                           "router_condition", "load_p50", "pair_lift"}) {
     EXPECT_GT(absent[name], 0) << name;
   }
 }

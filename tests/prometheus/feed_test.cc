@@ -126,6 +126,33 @@ TEST(PrometheusFeed, ShowsTheValuesOfTheSteps) {
   EXPECT_THAT(text, Not(HasSubstr("moectl_latency")));
 }
 
+// Twenty tokens {0, 1}, twenty {2, 3}, of four experts: each pair has twice the tokens that chance gives.
+TEST(PrometheusFeed, ThePairsThatTokensChooseMostAreAsManyAsTheUserWants) {
+  ControllerConfig config = small_config();
+  config.model.layers = 1;
+  config.model.top_k = 2;
+  config.collect.pairs = true;
+  Controller controller(config);
+  PrometheusFeed one("127.0.0.1:0", {.metrics = {"pair_lift"}, .extremes = 1}),
+      all("127.0.0.1:0", {.metrics = {"pair_lift"}});
+  controller.set_log([&](const StepReport& report) {
+    one.write(report);
+    all.write(report);
+  });
+  std::vector<std::int64_t> experts;
+  for (int i = 0; i < 20; ++i) experts.insert(experts.end(), {0, 1, 3, 2});
+  controller.record(0, {.experts = experts});
+  controller.step();
+  const std::string text = one.text();
+  EXPECT_DOUBLE_EQ(sample(text, R"(moectl_pair_lift{layer="0"})"), 2);
+  EXPECT_DOUBLE_EQ(sample(text, R"(moectl_pair_extreme_ratio{layer="0",rank="1"})"), 2);
+  EXPECT_DOUBLE_EQ(sample(text, R"(moectl_pair_extreme_first_expert{layer="0",rank="1"})"), 0);
+  EXPECT_DOUBLE_EQ(sample(text, R"(moectl_pair_extreme_second_expert{layer="0",rank="1"})"), 1);
+  EXPECT_THAT(text, Not(HasSubstr(R"(rank="2"})")));
+  EXPECT_DOUBLE_EQ(sample(all.text(), R"(moectl_pair_lift{layer="0"})"), 2);
+  EXPECT_THAT(all.text(), Not(HasSubstr("pair_extreme")));
+}
+
 TEST(PrometheusFeed, AUserChoosesHowManySeries) {
   Controller controller(small_config());
   PrometheusFeed all("127.0.0.1:0"),

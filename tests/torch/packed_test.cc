@@ -142,10 +142,14 @@ TEST(FieldCases, C4_TheMeterJoinsPiecesWithinABatch) {
 TEST(FieldCases, C2_OperatorsCountEmptySlotsAndPiecesAsTheHostDoes) {
   ::torch::manual_seed(5);
   for (const int split : {0, 3}) {
-    const StatsShape shape{
-        .experts = 5,
-        .top_k = 3,
-        .needs = {.gap = true, .sequences = true, .margins = true, .domains = 2, .split_sequences = split}};
+    const StatsShape shape{.experts = 5,
+                           .top_k = 3,
+                           .needs = {.gap = true,
+                                     .sequences = true,
+                                     .margins = true,
+                                     .pairs = true,
+                                     .domains = 2,
+                                     .split_sequences = split}};
     for (int run = 0; run < 20; ++run) {
       const std::int64_t tokens = 40;
       Tensor indices = std::get<1>(::torch::rand({tokens, 5}).topk(3, 1));
@@ -159,6 +163,7 @@ TEST(FieldCases, C2_OperatorsCountEmptySlotsAndPiecesAsTheHostDoes) {
           .sequence_ids = ids,
           .domain_ids = ::torch::randint(0, 2, {tokens}, ::torch::kLong)};
       if (run == 0) indices.fill_(-1);
+      if (run % 4 == 3) indices = ::torch::randint(0, 5, {tokens, 3}, ::torch::kLong);  // an expert twice
       const Tensor mask = options.mask.to(::torch::kUInt8), top = options.top_values.contiguous();
       const auto span_of = [](const Tensor& tensor, auto type) {
         using T = decltype(type);

@@ -100,6 +100,16 @@ const domainsOf = (run, r) => {
                      : `${names[y]}, expert ${x}: ${number(ratio(x, y))}× ${run.targets ? 'its target share' : 'its even share'} of the domain`));
   rampKey(canvas.parentElement, DIVERGING, `⅛ of ${even}`, '8×');
 };
+const pairsOf = (run, r) => {
+  const layer = layerOf(run, 'pairs-layer');
+  if (!layer?.pairs?.length) return;
+  const head = ['experts', 'tokens that chose both', 'lift'].map((t) => element('th', {scope: 'col'}, t));
+  const row = ([a, b, tokens, lift]) => element('tr', {'data-pair': `${a} ${b}`}, element('th', {scope: 'row'}, `${a} and ${b}`),
+                                                ...[String(tokens), number(lift)].map((v) => element('td', {}, v)));
+  $('pairs').append(element('figure', {}, element('figcaption', {}, key(r), `${shortNames[r]}, layer ${layer.layer}: the largest lifts`),
+                            element('div', {class: 'scroll'}, element('table', {}, element('thead', {}, element('tr', {}, ...head)),
+                                                                      element('tbody', {}, ...layer.pairs.map(row))))));
+};
 const lossesOf = (run, r) => {
   const layer = layerOf(run, 'loss-layer');
   if (!layer?.loss) return;
@@ -134,6 +144,7 @@ const oneLayer = (what, has, draw) => {
   select.addEventListener('change', redraw);
 };
 oneLayer('domains', (l) => l.domains, domainsOf);
+oneLayer('pairs', (l) => l.pairs?.length, pairsOf);
 oneLayer('loss', (l) => l.loss, lossesOf);
 // A row a metric that has a value; percentiles are those over layers.
 runs.forEach((run, r) => {
