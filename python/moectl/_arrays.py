@@ -4,15 +4,18 @@ which argument, its value, and what it must be."""
 
 import array
 import ctypes
+import functools
 import operator
 import os
 import sys
-from typing import Any, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 from ._errors import ArgumentError
 
 _CODES = {"int64": "q", "int32": "i", "int16": "h", "int8": "b", "uint64": "Q", "uint32": "I", "uint16": "H", "uint8": "B",
           "float32": "f", "float64": "d"}
+_SIZES = {name: array.array(code).itemsize for name, code in _CODES.items()}
+_NAMES: Dict[Any, str] = {}  # of NumPy's types: asking a type for its name takes longer than a record's whole call
 _KINDS = {**dict.fromkeys("bhilqn", "int"), **dict.fromkeys("BHILQN", "uint"), **dict.fromkeys("efd", "float")}
 
 
@@ -32,6 +35,8 @@ def shown(value: Any) -> str:
 
 def whole(name: str, value: Any, least: int = -2**63, most: int = 2**63 - 1) -> int:
     """A whole number from `least` to `most`: ctypes would cut off what is above."""
+    if type(value) is int and least <= value <= most:
+        return value
     try:
         number = operator.index(value)
     except (TypeError, ValueError, RuntimeError):
@@ -126,14 +131,16 @@ def view(name: str, values: Any, *wanted: str) -> Array:
         import numpy
 
         numbers = numpy.asarray(values)
-        to = _fits(numbers.dtype.name, wanted)
+        given = _NAMES.get(numbers.dtype) or _NAMES.setdefault(numbers.dtype, numbers.dtype.name)
+        to = _fits(given, wanted)
         if not to:
-            raise _wrong(name, numbers.dtype.name, wanted)
+            raise _wrong(name, given, wanted)
         # The name of a type does not tell the order of its bytes.
-        kept = numbers.dtype.isnative and numbers.dtype.name in ("bool", to)
+        kept = numbers.dtype.isnative and given in ("bool", to)
         shape = numbers.shape
-        numbers = numpy.ascontiguousarray(numbers, None if kept else to)
-        return Array(numbers.ctypes.data, numbers.size, to, shape, numbers)
+        if not (kept and numbers.flags.c_contiguous):
+            numbers = numpy.ascontiguousarray(numbers, None if kept else to)
+        return Array(numbers.__array_interface__["data"][0], numbers.size, to, shape, numbers)
     shape_of_list: Optional[Tuple[int, ...]] = None
     if isinstance(values, (list, tuple)):
         shape_of_list = _shape(name, values)
@@ -142,7 +149,7 @@ def view(name: str, values: Any, *wanted: str) -> Array:
         memory = memoryview(values)
     except (TypeError, BufferError):
         raise ArgumentError(f"{name}: {shown(values)}: must be an array, a tensor or a list") from None
-    given, swapped = _type_of(memory)
+    given, swapped = _type_of(memory.format, memory.itemsize)
     to = _fits(given, wanted)
     if not to or given == "float16":
         raise _wrong(name, given, wanted)
@@ -155,23 +162,24 @@ def view(name: str, values: Any, *wanted: str) -> Array:
     elif memory.readonly or not memory.c_contiguous:
         values = bytearray(memory.tobytes())
     memory = memoryview(values)
-    size = memory.nbytes // array.array(_CODES[to]).itemsize
+    size = memory.nbytes // _SIZES[to]
     if size == 0:
         return Array(0, 0, to, shape, values)
-    keep = (ctypes.c_char * memory.nbytes).from_buffer(memory)
+    keep = ctypes.c_char.from_buffer(memory)  # holds all of it
     return Array(ctypes.addressof(keep), size, to, shape, keep)
 
 
-def _type_of(memory: memoryview) -> Tuple[str, bool]:
+@functools.lru_cache(maxsize=64)
+def _type_of(format_: str, size: int) -> Tuple[str, bool]:
     """The type of a buffer's numbers, and whether their bytes stand in the other order than this machine's."""
-    order, letter = (memory.format[0], memory.format[1:]) if memory.format[:1] in tuple("@=<>!") else ("@", memory.format)
+    order, letter = (format_[0], format_[1:]) if format_[:1] in tuple("@=<>!") else ("@", format_)
     if letter == "?":
         return "bool", False
     kind = _KINDS.get(letter)
     if not kind:
-        return memory.format, False
+        return format_, False
     other = (">", "!") if sys.byteorder == "little" else ("<",)
-    return f"{kind}{8 * memory.itemsize}", order in other and memory.itemsize > 1
+    return f"{kind}{8 * size}", order in other and size > 1
 
 
 def _flat(values: Any) -> Iterator[Any]:

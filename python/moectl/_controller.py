@@ -10,11 +10,15 @@ import time
 import weakref
 from collections.abc import Mapping
 from ctypes import byref, c_double, c_int, c_int64, c_size_t, c_void_p
+from threading import get_ident
 from typing import Any, Callable, Dict, List, NoReturn, Optional, Tuple, Union
 
 from ._arrays import Array, path, raw, real, shaped, shown, switch, view, whole, word
 from ._errors import ArgumentError, ConfigError, MoectlError
 from ._library import ALL_LAYERS, Batch, Figures, Log, StepInfo, Sum, check, lib, taken
+
+
+_SIZE_OF_BATCH = ctypes.sizeof(Batch)
 
 
 class _Handle:
@@ -30,7 +34,7 @@ class _Handle:
         self.closed = self.ended = False
 
     def call(self, function: Any, *arguments: Any) -> int:
-        me = threading.get_ident()
+        me = get_ident()
         self.running.append(me)
         try:
             if not self.closed:  # read after `running` was written, as free() writes and reads in the other order
@@ -43,7 +47,7 @@ class _Handle:
 
     def free(self, patience: float = math.inf) -> None:
         """Waits for the calls of other threads, `patience` seconds at most, and frees the controller unless some still run."""
-        if threading.get_ident() in self.running:
+        if get_ident() in self.running:
             raise ArgumentError("close: called in a callback of the controller: must be called after its step")
         self.closed = True
         if os.getpid() != self.process and self.running:
@@ -280,14 +284,11 @@ class Controller:
 
         Malformed data (an expert that does not exist) is no error: the layer holds, and a notice says why."""
         n, k = self._shape(layer)
-        chosen, rows = _choices(view("experts", experts, "int64", "int32"), k)
+        chosen = view("experts", experts, "int64", "int32")
+        rows = _choices(chosen, k)
         tokens = chosen.size // k
-        batch = Batch(ctypes.sizeof(Batch), tokens)
-        if chosen.type == "int64":
-            batch.experts = chosen.address
-        else:
-            batch.experts32 = chosen.address
-        batch.sequence_length = whole("sequence_length", sequence_length)
+        wide, narrow = (chosen.address, None) if chosen.type == "int64" else (None, chosen.address)
+        batch = Batch(_SIZE_OF_BATCH, tokens, wide, narrow, None, whole("sequence_length", sequence_length))
         keep = [chosen]
 
         def attach(name: str, values: Any, columns: Optional[int], kind: str) -> None:
@@ -314,7 +315,7 @@ class Controller:
         if z_loss is not None:
             batch.z_loss = ctypes.pointer(c_double(real("z_loss", z_loss)))
         number = -1 if micro_batch is None else whole("micro_batch", micro_batch, -1)
-        self._call(lib.moectl_record, layer, byref(batch), number)
+        check(self._handle.call(lib.moectl_record, layer, byref(batch), number))
 
     def record_counts(self, counts: Any, *, layer: Optional[int] = None, tokens: Any = None) -> None:
         """Adds counts that were summed elsewhere: [N] int64 of one layer, or of all layers one after another in the order
@@ -346,7 +347,8 @@ class Controller:
         """Whether the router chooses by its bias: a few tokens' experts [T, k] int64, biased scores [T, N] float32 and,
         where known, the same before the bias was added. What is wrong in three steps is a notice `wiring`."""
         n, k = self._shape(layer)
-        chosen, rows = _choices(view("experts", experts, "int64"), k)
+        chosen = view("experts", experts, "int64")
+        rows = _choices(chosen, k)
         biased = _of_tokens("biased_scores", view("biased_scores", biased_scores, "float32"), rows, n)
         before = _of_tokens("scores", view("scores", scores, "float32"), rows, n) if scores is not None else None
         self._call(lib.moectl_check_choices, layer, chosen.size // k, chosen.address, biased.address,
@@ -574,15 +576,14 @@ def _guard(controller: "weakref.ref[Controller]", callback: Callable[[Any], Any]
         return 1
 
 
-def _choices(given: Array, k: int) -> Tuple[Array, Tuple[int, ...]]:
-    """Checks experts [..., k]; also their shape without k."""
-    if given.size == 0 and given.shape in ((0,), (0, k)):
-        return given, (0,)
-    if k == 1 and len(given.shape) == 1:
-        return given, given.shape
-    if len(given.shape) < 2 or given.shape[-1] != k:
-        raise ArgumentError(f"experts: {list(given.shape)}: must be [T, {k}], a row of top_k for each token")
-    return given, given.shape[:-1]
+def _choices(given: Array, k: int) -> Tuple[int, ...]:
+    """Checks experts [..., k]; their shape without k."""
+    shape = given.shape
+    if len(shape) >= 2 and shape[-1] == k:
+        return shape[:-1]
+    if shape == (0,) or (k == 1 and len(shape) == 1):
+        return shape
+    raise ArgumentError(f"experts: {list(shape)}: must be [T, {k}], a row of top_k for each token")
 
 
 def _of_tokens(name: str, given: Array, rows: Tuple[int, ...], columns: Optional[int]) -> Array:
