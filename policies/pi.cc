@@ -90,9 +90,10 @@ class Noise {
   }
   double deviation() const { return std::sqrt(variance_); }
   void exchange(StateIo& io) {
-    io.value("pi.noise.last", last_);
-    io.value("pi.noise.before", before_);
-    io.value("pi.noise.variance", variance_, StateIo::kNotNegative);
+    constexpr double kMost = 4 * kWildest;  // of `second`
+    io.value("pi.noise.last", last_, {-kWildest, kWildest});
+    io.value("pi.noise.before", before_, {-kWildest, kWildest});
+    io.value("pi.noise.variance", variance_, {0, kMost * kMost});
     io.value("pi.noise.seen", seen_, StateIo::kNotNegative);
   }
 

@@ -160,7 +160,7 @@ struct ExpertField {
 };
 std::span<const ExpertField> expert_fields();
 
-/// Two experts and the tokens that chose both. Lift: those tokens over what choices without preference let expect,
+/// Two experts and the tokens that chose both. Lift: those tokens over what independent choices would give,
 /// `c_ij T / (c_i c_j)`.
 struct ExpertPair {
   int first = 0, second = 0;  ///< first < second.

@@ -137,7 +137,7 @@ int print_loads(LogReader& reader, const std::function<MetricsOptions(const LogR
         << table.text()
         << "\nLoads over the mean (or over the target) of the counts summed over all training records; "
            "percentiles over experts. max_vio: percentiles over layers of the largest load - 1.\n"
-        << (paired ? "together: tokens that chose both experts, over what choices without preference give.\n"
+        << (paired ? "together: tokens that chose both experts, over what independent choices would give.\n"
                    : "");
   }
   return 0;

@@ -7,6 +7,7 @@
 
 #include "base/foreign.h"
 #include "base/lanes.h"
+#include "control/config_fields.h"
 #include "measure/offence.h"
 #include "measure/saved_sums.h"
 
@@ -323,7 +324,11 @@ bool ActuatorLoop::deployment(std::span<double> out) const {
 }
 
 void ActuatorLoop::exchange(StateIo& io) {
-  io.values("applied", applied_);
+  // Whatever the limits: those of the run that saved may have been wider, as far as a config may set them.
+  const Range& range = actuator_ == Actuator::kExpertBias      ? kApplied
+                       : actuator_ == Actuator::kAuxLossWeight ? kWeight
+                                                               : kTemperature;
+  io.values("applied", applied_, {range.low, range.high});
   std::string policy = name_;
   io.text("policy", policy);
   io.section("failure", [&](StateIo& inner) { exchange_failure(inner); });

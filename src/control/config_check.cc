@@ -329,6 +329,17 @@ void complete_groups(ControllerConfig& config, Checks& checks) {
   const LayerGroup& first = config.layers.front();
   if (config.model.experts == 0) config.model.experts = first.experts;
   if (config.model.top_k == 0) config.model.top_k = first.top_k;
+  // What no layer takes would be checked nowhere, and used where the whole model is judged.
+  const auto taken_by_none = [&](auto LayerGroup::*own) {
+    return std::ranges::none_of(
+        config.layers, [&](const LayerGroup& group) { return group.experts == -1 && (group.*own).empty(); });
+  };
+  const std::string constraint = "must be left out: every group of layers has experts or a list of its own";
+  const auto values = [](const auto& list) { return std::to_string(list.size()) + " values"; };
+  checks.require(config.model.targets.empty() || !taken_by_none(&LayerGroup::targets), "model.targets",
+                 values(config.model.targets), constraint);
+  checks.require(config.metrics.placement.empty() || !taken_by_none(&LayerGroup::placement),
+                 "metrics.placement", values(config.metrics.placement), constraint);
 }
 
 void check_timeline(const ControllerConfig& config, Checks& checks) {

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "control/config_fields.h"
+
 namespace moectl {
 namespace {
 
@@ -185,14 +187,15 @@ void ScalarResponse::exchange(StateIo& io) {
   io.value("scalar_response.told", told_);
   io.value("scalar_response.late", late_, {0, static_cast<std::int64_t>(kProbeLags) - 1});
   exchange_found(io, "scalar_response.found", "scalar_response.gain", "scalar_response.error", found_);
-  io.value("scalar_response.reference", reference_, {min_, max_});
-  io.value("scalar_response.base", base_, {min_, max_});
+  // What was in force when the limits were others, too.
+  io.value("scalar_response.reference", reference_, {kTemperature.low, kTemperature.high});
+  io.value("scalar_response.base", base_, {kTemperature.low, kTemperature.high});
   io.value("scalar_response.decision", decision_, {-kPause, idle_});
   io.value("scalar_response.waited", waited_);
   io.value("scalar_response.blocks", blocks_);
   io.value("scalar_response.quiet", quiet_);
   io.value("scalar_response.sign", sign_, {-1, 1});
-  io.value("scalar_response.offset", offset_, {-max_, max_});
+  io.value("scalar_response.offset", offset_, {-kTemperature.high, kTemperature.high});
   io.values("scalar_response.log", log_, kLog);
   io.values("scalar_response.signs", signs_, {-1, 1});
   std::int64_t newest = static_cast<std::int64_t>(newest_);

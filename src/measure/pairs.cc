@@ -11,7 +11,7 @@
 namespace moectl {
 namespace {
 
-/// Tokens that choices without preference must let expect of a pair before its lift is told: of ten, one standard
+/// Tokens that independent choices must let expect of a pair before its lift is told: of ten, one standard
 /// deviation is a third of them.
 constexpr double kLeastExpected = 10;
 

@@ -275,7 +275,7 @@ void LayerMonitor::Impl::exchange(StateIo& io) {
   io.value("monitor.observed", observed_);
   io.value("monitor.steps", steps_);
   io.value("monitor.gradient_steps", gradient_steps_);
-  io.values("monitor.smoothed", smoothed_, StateIo::kNotNegative);
+  io.values("monitor.smoothed", smoothed_, {0, 1});
   io.values("monitor.below", below_);
   std::vector<double> metrics;
   for (const MetricField& field : metric_fields()) {

@@ -59,6 +59,14 @@ bool residuals(std::span<const double> values, const Visit& visit) {
   return true;
 }
 
+constexpr double kMostShift = 1e6;  // of a load that never moved before
+
+/// Of deviations with these norms; 0 of what no run can have recorded.
+double correlation_of(double products, double norms) {
+  const double r = products / norms;
+  return std::isnan(r) ? 0 : std::clamp(r, -1.0, 1.0);
+}
+
 }  // namespace
 
 std::optional<double> slope(std::span<const double> values) {
@@ -219,7 +227,7 @@ void LoadTrend::observe(std::span<const double> load, std::span<const double> sm
   }
   deviation_sq_ += ema_ * (relative_sq - deviation_sq_);
   if (old_norm > 0 && norms_[at] > 0) {
-    lagged_.back() += ema_ * (sum_of(oldest) / (old_norm * norms_[at]) - lagged_.back());
+    lagged_.back() += ema_ * (correlation_of(sum_of(oldest), old_norm * norms_[at]) - lagged_.back());
   }
   correlate(metrics);
   accumulate(load, metrics);
@@ -247,7 +255,7 @@ void LoadTrend::correlate(Metrics& metrics) {
     const auto lag = static_cast<std::size_t>(kLags[l]);
     const double then_norm = norms_[(static_cast<std::size_t>(steps_) + kMemory - lag) % kMemory];
     if (steps_ <= kLags[l] || !(norm > 0) || !(then_norm > 0)) continue;
-    lagged_[l] += ema_ * (sum_of(products[l]) / (norm * then_norm) - lagged_[l]);
+    lagged_[l] += ema_ * (correlation_of(sum_of(products[l]), norm * then_norm) - lagged_[l]);
   }
   flips_ += ema_ * (sum_of(flips) / static_cast<double>(experts_) - flips_);
   metrics.load_autocorrelation = std::clamp(lagged_[0], -1.0, 1.0);
@@ -340,9 +348,8 @@ std::optional<double> LoadTrend::shift() const {
   const auto n = static_cast<double>(before_.steps);
   const double expected = sum_of(expected_sq) * (share + 1 / n) / (n - 1);
   const double threshold = 1 + 6 * std::sqrt(2 / static_cast<double>(experts_ - 1));
-  constexpr double kMost = 1e6;  // a load that never moved before
   if (moved == 0) return 0;
-  return expected > 0 ? std::min(kMost, moved / expected / threshold) : kMost;
+  return expected > 0 ? std::min(kMostShift, moved / expected / threshold) : kMostShift;
 }
 
 double LoadTrend::deviation_cv() const {
@@ -350,23 +357,25 @@ double LoadTrend::deviation_cv() const {
 }
 
 void LoadTrend::exchange(StateIo& io) {
+  // Of shares; sums that rounding may take beyond their bounds have room.
+  constexpr NumberRange kShare{0, 1}, kNear{-2, 2};
   io.value("trend.steps", steps_);
-  io.values("trend.loads", loads_);
-  io.values("trend.deviations", deviations_);
-  io.values("trend.norms", norms_, StateIo::kNotNegative);
-  io.values("trend.lagged", lagged_);
-  io.value("trend.flips", flips_);
+  io.values("trend.loads", loads_, kShare);
+  io.values("trend.deviations", deviations_, {-1, 1});
+  io.values("trend.norms", norms_, {0, 2});
+  io.values("trend.lagged", lagged_, kNear);
+  io.value("trend.flips", flips_, {0, 1});
   io.value("trend.deviation_sq", deviation_sq_, StateIo::kNotNegative);
-  io.value("trend.last_shift", last_shift_, StateIo::kNotNegative);
+  io.value("trend.last_shift", last_shift_, {0, kMostShift});
   for (Block* block : {&before_, &now_}) {
     io.value("trend.block.steps", block->steps, {0, half_window_});
     io.value("trend.block.entry", block->entry, StateIo::kNotNegative);
     io.value("trend.block.path", block->path, StateIo::kNotNegative);
-    io.values("trend.block.mean", block->mean);
-    io.values("trend.block.squares", block->squares);
-    io.values("trend.block.first_root", block->first_root);
+    io.values("trend.block.mean", block->mean, kNear);
+    io.values("trend.block.squares", block->squares, {-1, static_cast<double>(half_window_) + 1});
+    io.values("trend.block.first_root", block->first_root, kShare);
   }
-  io.values("trend.root", root_);
+  io.values("trend.root", root_, kShare);
 }
 
 }  // namespace moectl

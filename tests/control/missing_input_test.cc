@@ -86,6 +86,8 @@ TEST(FieldCases, A4_ASetPointOnPairsNeedsTheExpertsOfEachToken) {
   ControllerConfig config = config_with(Actuator::kAuxLossWeight, "pi");
   config.aux_loss_weight.options.set("metric", std::string("pair_lift"));
   config.aux_loss_weight.options.set("target", 1.2);
+  config.aux_loss_weight.initial = 0.01;
+  config.aux_loss_weight.limits.min = 1e-4;
   Controller controller(config);
   record_counts(controller, 0, {20, 20, 20, 20});
   const StepReport& report = controller.step();

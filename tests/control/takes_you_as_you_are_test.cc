@@ -833,6 +833,15 @@ TEST(FieldCases, C1_WrongGroupsAreNamed) {
   EXPECT_THAT(what_of("[{count: 2, experts: 4, top_k: 1}, {ids: [1], experts: 4, top_k: 1}]"),
               AllOf(HasSubstr("layers[1].ids[0]: 1"), HasSubstr("given twice")));
   EXPECT_THAT(what_of("[{count: 2, experts: 4, top_k: 5}]"), HasSubstr("layers[0].top_k: 5"));
+  // A list of the model that no group takes.
+  EXPECT_THAT(
+      [] {
+        parse_config("version: 1\nmodel: {top_k: 1, targets: [0.5, 0.5]}\nlayers: [{count: 2, experts: 4}]");
+      },
+      ::testing::ThrowsMessage<ConfigError>(
+          HasSubstr("model.targets: 2 values: must be left out: every group of layers has experts")));
+  EXPECT_THAT(what_of("[{count: 2, experts: 4, top_k: 1}]\nmetrics: {placement: [0, 1]}"),
+              HasSubstr("metrics.placement: 2 values: must be left out: every group of layers has experts"));
   EXPECT_THAT(
       what_of("[{count: 2, experts: 4, top_k: 1, expert_bias: {policy: sign_bias, options: {step: -1}}}]"),
       HasSubstr("layers[0].expert_bias.options.step: -1"));
