@@ -104,8 +104,6 @@ constexpr double kMostDrift = 0.25, kLeastDrift = 0.003, kDriftWhitening = 0.4, 
 constexpr double kLoudSq = 4, kNoiseEma = 0.1, kNoiseStep = 4;
 constexpr double kFarGrowth = 1.3, kFarMost = 4;
 constexpr double kRescue = 0.5, kLeastNoise = 1e-8, kLeastError = 1e-5;
-// What a state may hold, so that every product is a number.
-constexpr NumberRange kNumber{-1e100, 1e100}, kNotNegative{0, 1e100};
 
 class AdaptiveBias final : public Policy {
  public:
@@ -170,11 +168,11 @@ class AdaptiveBias final : public Policy {
     io.value("adaptive.limited", limited_);
     io.value("adaptive.q", q_, {kLeastQ, kMostQ});
     io.value("adaptive.drift_share", drift_share_, {kLeastDrift, kMostDrift});
-    io.value("adaptive.noise", noise_, {1, kNotNegative.most});
-    io.values("adaptive.past", past_, kNumber);
-    io.values("adaptive.estimate", estimate_, kNumber);
-    io.values("adaptive.variance", variance_, kNotNegative);
-    io.values("adaptive.drift", drift_, kNumber);
+    io.value("adaptive.noise", noise_, {1, StateIo::kNotNegative.most});
+    io.values("adaptive.past", past_);
+    io.values("adaptive.estimate", estimate_);
+    io.values("adaptive.variance", variance_, StateIo::kNotNegative);
+    io.values("adaptive.drift", drift_);
     io.values("adaptive.farther", farther_, {1, kFarMost});
     io.values("adaptive.errors", errors_, {-1, 1});
     white_.exchange(io);

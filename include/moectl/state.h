@@ -47,9 +47,9 @@ class StateIo {
   static constexpr IntegerRange kCount{0, kMostCount};
   static constexpr IntegerRange kAnyInteger{std::numeric_limits<std::int64_t>::min(),
                                             std::numeric_limits<std::int64_t>::max()};
-  static constexpr NumberRange kFinite{std::numeric_limits<double>::lowest(),
-                                       std::numeric_limits<double>::max()};
-  static constexpr NumberRange kNotNegative{0, std::numeric_limits<double>::max()};
+  /// Beyond what any run has: sums and squares of such numbers are numbers still.
+  static constexpr NumberRange kFinite{-1e100, 1e100};
+  static constexpr NumberRange kNotNegative{0, 1e100};
   static constexpr NumberRange kAnyNumber{-std::numeric_limits<double>::infinity(),
                                           std::numeric_limits<double>::infinity(), true};
 

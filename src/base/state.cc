@@ -82,8 +82,7 @@ std::string shown(std::int64_t x) {
 }
 
 std::string expected(const NumberRange& range) {
-  const bool bounded = range.least != StateIo::kFinite.least || range.most != StateIo::kFinite.most;
-  return bounded ? shown(range.least) + " to " + shown(range.most) : "a finite number";
+  return shown(range.least) + " to " + shown(range.most);
 }
 std::string expected(const IntegerRange& range) {
   return shown(range.least) + " to " + shown(range.most);

@@ -346,6 +346,7 @@ void ActuatorLoop::exchange_failure(StateIo& io) {
 
 void ActuatorLoop::exchange_entropy_check(StateIo& io) {
   entropy_check_->exchange(io);
+  io.value("entropy_checked", entropy_checked_);  // at the last decision: a roll-back comes between two
   entropy_offset_ = entropy_check_->offset();
 }
 

@@ -26,6 +26,11 @@ Responsiveness responsiveness(Response state, const std::optional<GainEstimate>&
   return out;
 }
 
+std::optional<GainEstimate> told(GainEstimate found) {
+  const auto good = [](double x) { return std::abs(x) <= StateIo::kFinite.most; };
+  return good(found.gain) && good(found.error) ? std::optional(found) : std::nullopt;
+}
+
 void exchange_found(StateIo& io, const char* found, const char* gain, const char* error,
                     std::optional<GainEstimate>& estimate) {
   bool there = estimate.has_value();
@@ -49,8 +54,7 @@ void GainSums::add(const GainSums& more, double keep) {
 
 std::optional<GainEstimate> GainSums::estimate(double noise_sq) const {
   if (!(zx > 0) || !(zz > 0)) return std::nullopt;
-  const GainEstimate found{zy / zx, std::sqrt(noise_sq * zz) / zx};
-  return std::isfinite(found.gain) && std::isfinite(found.error) ? std::optional(found) : std::nullopt;
+  return told({zy / zx, std::sqrt(noise_sq * zz) / zx});
 }
 
 void GainSums::exchange(StateIo& io, NumberRange range) {

@@ -30,6 +30,8 @@ struct GainEstimate {
 /// What a check reports. `found`: the gain that its verdict rests on, if there is one.
 Responsiveness responsiveness(Response state, const std::optional<GainEstimate>& found, std::int64_t late,
                               bool scaled);
+/// The estimate, unless its numbers are beyond what a state may hold.
+std::optional<GainEstimate> told(GainEstimate found);
 /// Three entries of a saved state, under these names.
 void exchange_found(StateIo& io, const char* found, const char* gain, const char* error,
                     std::optional<GainEstimate>& estimate);

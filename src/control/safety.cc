@@ -211,6 +211,7 @@ LimitReport SafetyLimiter::apply(const LimitContext& context, std::span<const do
     if (options_.fallback == Fallback::kInitial && options_.fallback_after > 0 &&
         invalid_in_row_ >= options_.fallback_after) {
       report.add(Reason::kFallback);
+      take_common_out();
       std::fill(applied.begin(), applied.end(), safe_value_);
     }
     return report;
@@ -248,7 +249,7 @@ LimitReport SafetyLimiter::apply(const LimitContext& context, std::span<const do
   if (actuator_ == Actuator::kExpertBias) {
     // The mean of values that came from elsewhere goes at once: it changes no choice, so no rate applies.
     for (double& value : applied) value -= common_;
-    common_ = 0;
+    take_common_out();
     clip_biases(applied, report);
   } else {
     clip_scalar(applied[0], report);
@@ -427,6 +428,15 @@ void SafetyLimiter::start_from(std::span<const double> applied) {
   std::copy(applied.begin(), applied.end(), last_good_.begin());
   std::copy(applied.begin(), applied.end(), candidate_.begin());
   if (limits_.center) common_ = mean(applied);
+}
+
+// Of what may be put in force again, too: else a roll-back would bring it back, and it would leave at the rate.
+void SafetyLimiter::take_common_out() {
+  if (common_ == 0) return;
+  for (std::vector<double>* values : {&last_good_, &candidate_}) {
+    for (double& value : *values) value = std::clamp(value - common_, limits_.min, limits_.max);
+  }
+  common_ = 0;
 }
 
 bool SafetyLimiter::fits() const {

@@ -59,6 +59,7 @@ class SafetyLimiter {
   double largest_move(std::span<const double> applied) const;
   void stay_within_reach(const LimitContext& context, std::span<const double> applied, LimitReport& report);
   double back_off(std::span<const double> applied);
+  void take_common_out();
   void clip_biases(std::span<const double> applied, LimitReport& report);
   void clip_scalar(double applied, LimitReport& report);
 

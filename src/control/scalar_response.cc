@@ -90,8 +90,7 @@ std::optional<GainEstimate> ScalarResponse::estimate(std::size_t late) const {
   const double assumed = steps_ > 0 ? expected_ / static_cast<double>(steps_) : 0;
   if (!(sums.zx > 0) || !(sums.freedom > 0) || assumed < kLeastRoom) return std::nullopt;
   const double error = std::sqrt(sums.left / sums.freedom * sums.zz) / sums.zx;
-  const GainEstimate found{sums.zy / sums.zx / assumed, error / assumed};
-  return std::isfinite(found.gain) && std::isfinite(found.error) ? std::optional(found) : std::nullopt;
+  return told({sums.zy / sums.zx / assumed, error / assumed});
 }
 
 void ScalarResponse::finish_block() {

@@ -145,9 +145,9 @@ TEST(State, ErrorsNameWhatIsOutOfRange) {
             }),
             "state: 'step': expected 0 to 40, found 41");
   EXPECT_EQ(error_of([&] { read(with_number(bytes, "gain", 0, std::nan(""))); }),
-            "state: 'gain': expected a finite number, found nan");
+            "state: 'gain': expected -1e+100 to 1e+100, found nan");
   EXPECT_EQ(error_of([&] { read(with_number(bytes, "bias", 1, -HUGE_VAL)); }),
-            "state: 'bias'[1]: expected a finite number, found -inf");
+            "state: 'bias'[1]: expected -1e+100 to 1e+100, found -inf");
   EXPECT_EQ(error_of([&] { read(with_number(bytes, "known", 0, std::int64_t{2})); }),
             "state: 'known': expected 0 to 1, found 2");
   EXPECT_EQ(error_of([&] {

@@ -375,6 +375,29 @@ TEST(Limiter, AMoveBeforeASaveIsRolledBackAfterIt) {
   }
 }
 
+// The mean of adopted biases leaves once, at the next decision, and no value that is put back brings it back.
+TEST(Limiter, ACommonMeanLeavesOnceWhateverComesBetween) {
+  SafetyOptions options;
+  options.fallback = Fallback::kInitial;
+  options.fallback_after = 1;
+  options.rollback = RollbackOptions{.loss_jump = 0.5, .drop_jump = 0.1, .within = 3, .cooldown = 0};
+  const std::vector<double> adopted = {0.5, 0.75}, even = {0, 0}, centred = {-0.125, 0.125};
+  SafetyLimiter fallen(Actuator::kExpertBias, bias_limits(2, 0.25, true), options, 2, 0), rolled = fallen;
+  std::vector<double> applied = adopted;
+  fallen.start_from(applied);
+  EXPECT_TRUE(fallen.apply({.step = 0, .valid = false}, even, applied).has(Reason::kFallback));
+  EXPECT_EQ(fallen.apply({.step = 1}, even, applied), LimitReport());
+  EXPECT_EQ(applied, even);
+  applied = adopted;
+  rolled.start_from(applied);
+  EXPECT_EQ(rolled.apply({.step = 0, .loss = 3.0}, centred, applied), LimitReport());
+  EXPECT_EQ(applied, centred);
+  EXPECT_EQ(rolled.apply({.step = 1, .loss = 3.0}, even, applied), LimitReport());
+  EXPECT_EQ(rolled.apply({.step = 2, .loss = 9.0}, even, applied), only(Reason::kRollback));
+  EXPECT_EQ(applied, centred);
+  EXPECT_TRUE(rolled.fits());
+}
+
 TEST(Limiter, BacksOffWhileMovesKeepReversing) {
   SafetyOptions options;
   options.oscillation.emplace();
