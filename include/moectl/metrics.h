@@ -167,9 +167,10 @@ struct ExpertPair {
   std::int64_t tokens = 0;
   double lift = 0;
 };
-/// At most `most` pairs, those with the largest lift, the largest first; of equal ones the one with more tokens. Pairs of
-/// which fewer than ten tokens are expected are left out: their lift is chance. None without has_pairs(), or at k = 1.
-std::vector<ExpertPair> paired_experts(const RoutingStats& stats, std::size_t most);
+/// Fills `out` with at most `most` pairs, those with the largest lift, the largest first; of equal ones the one with more
+/// tokens. Pairs of which fewer than ten tokens are expected are left out: their lift is chance. None without has_pairs(),
+/// or at k = 1. Allocates only until `out` has held as many.
+void paired_experts(const RoutingStats& stats, std::size_t most, std::vector<ExpertPair>& out);
 /// The lift of the first of them, without allocating.
 std::optional<double> largest_pair_lift(const RoutingStats& stats);
 

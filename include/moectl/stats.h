@@ -316,6 +316,7 @@ class RoutingStats {
   // Scratch, kept so that adding never allocates: one record's sums, one sequence's counts, one token's probabilities.
   std::vector<std::int64_t> delta_, histogram_;
   std::vector<double> row_;
+  std::vector<std::int64_t> chosen_;  // one token's different experts, with pairs
   std::vector<double> routed_under_;  // [N] with required_bins or required_local
   RequiredRange required_range_;
   std::vector<double> column_;  // one expert's required biases [tokens]

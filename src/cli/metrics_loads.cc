@@ -127,8 +127,9 @@ int print_loads(LogReader& reader, const std::function<MetricsOptions(const LogR
       least.push_back({loads[r].second, loads[r].first});
       most.push_back({falling[r].second, falling[r].first});
     }
-    print(number, std::move(values), least, most,
-          layer.pairs ? paired_experts(*layer.pairs, extremes) : std::vector<ExpertPair>());
+    std::vector<ExpertPair> pairs;
+    if (layer.pairs) paired_experts(*layer.pairs, extremes, pairs);
+    print(number, std::move(values), least, most, pairs);
   }
   print("all", std::move(all), Json::array(), Json::array(), {});
   print("max_vio", std::move(max_vios), Json::array(), Json::array(), {});

@@ -556,7 +556,9 @@ json ReportRun::json() const {
     if (!layer.domains.empty()) one["domains"] = layer.domains;
     if (layer.pairs) {
       one["pairs"] = nlohmann::json::array();
-      for (const ExpertPair& pair : paired_experts(*layer.pairs, kPairs))
+      std::vector<ExpertPair> pairs;
+      paired_experts(*layer.pairs, kPairs, pairs);
+      for (const ExpertPair& pair : pairs)
         one["pairs"].push_back({pair.first, pair.second, pair.tokens, rounded(pair.lift)});
     }
     if (!layer.loss.empty()) one["loss"] = loss_lines(layer, loss_columns);

@@ -216,8 +216,11 @@ void complete_actuator(Actuator which, ControllerConfig& config, const PolicyReg
   if (checks.problem()) return;
   if (const auto metric = actuator.options.values().find("metric");
       metric != actuator.options.values().end()) {
-    if (const auto* const name = std::get_if<std::string>(&metric->second))
+    if (const auto* const name = std::get_if<std::string>(&metric->second)) {
       check_usable(*name, config.metrics.details, path + ".options.metric", checks);
+      checks.require(*name != "pair_lift" || model.top_k > 1, path + ".options.metric", *name,
+                     "must be another metric: at top_k 1 no token chooses two experts");
+    }
   }
   const PolicyContext context{.actuator = which,
                               .layer = actuator.scope == Scope::kModel ? -1 : 0,
@@ -394,7 +397,8 @@ void check_size(const ControllerConfig& config, Checks& checks) {
     const double of_group = model.layers, domains = static_cast<double>(model.domains.size());
     layers += of_group;
     cells += of_group * model.experts;
-    const double each = model.experts * (1 + 3 * domains + model.split_sequences + config.delay());
+    const double pairs = config.collect.pairs ? (model.experts - 1) / 2.0 : 0;
+    const double each = model.experts * (1 + 3 * domains + model.split_sequences + config.delay() + pairs);
     numbers += of_group * (each + metrics * config.monitor.trend_window);
   }
   const std::string key = config.layers.empty() ? "model" : "layers";

@@ -460,7 +460,8 @@ void SafetyLimiter::exchange(StateIo& io) {
   io.value("limiter.drop_seen", drop_seen_);
   io.value("limiter.reversal", reversal_ema_);
   io.value("limiter.gain", gain_, {0, 1});
-  io.value("limiter.common", common_);
+  io.value("limiter.common", common_, {kApplied.low, kApplied.high});
+  if (!limits_.center) common_ = 0;
 }
 
 }  // namespace moectl

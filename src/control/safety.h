@@ -47,6 +47,9 @@ class SafetyLimiter {
   /// Whether the values that a rollback would go back to lie within the limits.
   bool fits() const;
 
+  /// The mean of what start_from() put in force, until a decision takes it out.
+  double common() const { return common_; }
+
   /// Invalid decisions since the last valid one.
   std::int64_t invalid_in_row() const { return invalid_in_row_; }
 

@@ -110,6 +110,10 @@ void append(std::string& text, const char* name, const std::vector<T>& values, s
   text += ']';
 }
 
+bool too_many_pairs(std::size_t experts) {
+  return experts * (experts - 1) / 2 > static_cast<std::size_t>(kMostNumbers) / 2;
+}
+
 std::string record_of(std::int64_t step, int layer_id, const std::string& tag, const ImportedLayer& layer,
                       std::size_t experts) {
   std::int64_t assignments = 0;
@@ -144,7 +148,7 @@ std::string record_of(std::int64_t step, int layer_id, const std::string& tag, c
     append(text, "sqrt_prob_sum", layer.sqrt_prob_sum, experts);
     text += ",\"token_entropy_sum\":" + exact(layer.token_entropy_sum);
   }
-  if (layer.has_pairs()) text += ",\"pairs\":" + layer.pairs.text(experts);
+  if (layer.has_pairs() && !too_many_pairs(experts)) text += ",\"pairs\":" + layer.pairs.text(experts);
   return text + "}\n";
 }
 
@@ -399,6 +403,9 @@ ImportReport import_trace(std::string_view name, const std::vector<std::string>&
   if (report.records == 0)
     throw ImportError((files.empty() ? std::string("no file") : files[0]) + ": expected " +
                       std::string(format->shown.expects) + ": found no counts");
+  if (paired && too_many_pairs(experts))
+    notes.say("--pairs: left out: two of " + std::to_string(experts) +
+              " experts are more pairs than a record may hold");
   if (options.pairs && !paired)
     notes.say("--pairs: the files do not say which experts a token chose together");
   writer.finish();

@@ -135,6 +135,7 @@ struct RunLogWriter::File {
   std::int64_t piece = 1;
   std::int64_t written = 0, header_size = 0;                 // bytes of this piece before compression
   std::vector<std::pair<std::int64_t, std::int64_t>> order;  // of experts: count, number
+  std::vector<ExpertPair> together;
 
   void record(const StepReport& report, const LayerReport& layer, std::string_view tag);
   void model_record(const StepReport& report, std::string_view tag);
@@ -370,7 +371,8 @@ void RunLogWriter::File::extremes(const RoutingStats& stats) {
   json.key("most_paired");
   json.raw('[');
   bool first = true;
-  for (const ExpertPair& pair : paired_experts(stats, static_cast<std::size_t>(config.log.extremes))) {
+  paired_experts(stats, static_cast<std::size_t>(config.log.extremes), together);
+  for (const ExpertPair& pair : together) {
     json.raw(first ? "[" : ",[");
     first = false;
     json.value(std::int64_t{pair.first});

@@ -59,35 +59,37 @@ void RoutingStats::gather_pairs(const RoutingBatch& batch) {
   const auto n = static_cast<std::size_t>(experts()), k = static_cast<std::size_t>(top_k());
   const std::span<std::int64_t> both = delta(kPairs);
   for (std::size_t t = 0; t < batch.experts.size() / k; ++t) {
-    const auto chosen = batch.experts.subspan(t * k, last_slot(batch, t));
-    const auto is_new = [&](std::size_t slot) {
-      const auto before = chosen.first(slot);
-      return chosen[slot] != kNotRouted &&
-             std::find(before.begin(), before.end(), chosen[slot]) == before.end();
-    };
-    for (std::size_t b = 1; b < chosen.size(); ++b) {
-      if (!is_new(b)) continue;
-      for (std::size_t a = 0; a < b; ++a) {
-        if (is_new(a))
-          ++both[index_of(static_cast<std::size_t>(chosen[a]), static_cast<std::size_t>(chosen[b]), n)];
-      }
+    chosen_.clear();
+    for (const std::int64_t expert : batch.experts.subspan(t * k, last_slot(batch, t))) {
+      if (expert == kNotRouted || std::ranges::count(chosen_, expert) > 0) continue;
+      for (const std::int64_t before : chosen_)
+        ++both[index_of(static_cast<std::size_t>(before), static_cast<std::size_t>(expert), n)];
+      chosen_.push_back(expert);
     }
   }
   delta_[kPairTokens] = delta_[kTokens];
 }
 
-std::vector<ExpertPair> paired_experts(const RoutingStats& stats, std::size_t most) {
-  std::vector<ExpertPair> all;
-  for_each_pair(stats, [&](std::size_t i, std::size_t j, std::int64_t tokens, double lift) {
-    all.push_back({static_cast<int>(i), static_cast<int>(j), tokens, lift});
-  });
-  const auto shown = all.begin() + static_cast<std::ptrdiff_t>(std::min(most, all.size()));
-  std::partial_sort(all.begin(), shown, all.end(), [](const ExpertPair& a, const ExpertPair& b) {
+void paired_experts(const RoutingStats& stats, std::size_t most, std::vector<ExpertPair>& out) {
+  const auto before = [](const ExpertPair& a, const ExpertPair& b) {
     return std::tuple(-a.lift, -a.tokens, a.first, a.second) <
            std::tuple(-b.lift, -b.tokens, b.first, b.second);
+  };
+  out.clear();
+  // A heap with the last one in front.
+  for_each_pair(stats, [&](std::size_t i, std::size_t j, std::int64_t tokens, double lift) {
+    const ExpertPair pair{static_cast<int>(i), static_cast<int>(j), tokens, lift};
+    if (out.size() < most) {
+      out.push_back(pair);
+    } else if (most > 0 && before(pair, out.front())) {
+      std::pop_heap(out.begin(), out.end(), before);
+      out.back() = pair;
+    } else {
+      return;
+    }
+    std::push_heap(out.begin(), out.end(), before);
   });
-  all.erase(shown, all.end());
-  return all;
+  std::sort_heap(out.begin(), out.end(), before);
 }
 
 std::optional<double> largest_pair_lift(const RoutingStats& stats) {

@@ -131,6 +131,7 @@ RoutingStats::RoutingStats(const StatsShape& shape) : shape_(shape) {
   delta_.assign(shape.flat_size(), 0);
   const std::size_t lane = lane_size(shape.experts);
   histogram_.assign(lane <= kMaxLaneSize ? lane * kLanes : lane, 0);
+  if (shape.needs.pairs) chosen_.reserve(static_cast<std::size_t>(shape.top_k));
   if (shape.needs.probabilities) row_.assign(static_cast<std::size_t>(shape.experts), 0.0);
   if (shape.needs.required_bins || shape.needs.required_local)
     routed_under_.assign(static_cast<std::size_t>(shape.experts), 0.0);

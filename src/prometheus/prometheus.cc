@@ -55,7 +55,7 @@ void LayerState::add(const StepSample& sample, std::size_t most_pairs) {
     const RoutingStats& stats = *sample.stats;
     const auto counts = stats.counts();
     relative_loads(stats.counts(), sample.targets, loads);
-    if (most_pairs > 0) pairs = paired_experts(stats, most_pairs);
+    if (most_pairs > 0) paired_experts(stats, most_pairs, pairs);
     assigned.resize(counts.size(), 0);
     for (std::size_t i = 0; i < counts.size(); ++i) assigned[i] += counts[i];
     tokens += stats.tokens();

@@ -239,25 +239,22 @@ class Summing {
   void pairs() {
     if (!shape_.needs.pairs) return;
     const std::int64_t n = shape_.experts, k = shape_.top_k;
-    Tensor both = filled(0, n * (n - 1) / 2);
-    std::vector<Tensor> counts;  // [T] 1 = a slot that makes pairs
-    for (std::int64_t b = 0; b < k; ++b) {
-      const Tensor expert = chosen_.select(1, b);
-      Tensor is_new = each_.select(1, b);
-      for (std::int64_t a = 0; a < b; ++a) {
-        const Tensor before = chosen_.select(1, a);
-        is_new = is_new * (1 - counts[static_cast<std::size_t>(a)] * before.eq(expert).to(::torch::kLong));
-      }
-      for (std::int64_t a = 0; a < b; ++a) {
-        const Tensor before = chosen_.select(1, a);
-        const Tensor low = ::torch::minimum(before, expert), high = ::torch::maximum(before, expert);
-        const Tensor pair = (low * (2 * n - low - 1)).div(2, "floor") + high - low - 1;
-        const Tensor weight = is_new * counts[static_cast<std::size_t>(a)];
-        both.scatter_add_(0, pair.clamp(0, std::max<std::int64_t>(both.numel() - 1, 0)), weight);
-      }
-      counts.push_back(is_new);
-    }
-    array(RoutingStats::kPairs) = both;
+    const Tensor counted = each_.ne(0);
+    const Tensor same = chosen_.unsqueeze(2).eq(chosen_.unsqueeze(1));  // [T, k, k]
+    const Tensor before = ::torch::ones({k, k}, counted.options()).tril(-1);
+    const Tensor is_new =
+        counted.logical_and(same.logical_and(counted.unsqueeze(1)).logical_and(before).any(2).logical_not());
+    const Tensor slots = ::torch::triu_indices(k, k, 1, chosen_.options());  // [2, k (k - 1)/2]
+    const auto of_slots = [&](const Tensor& values, std::int64_t which) {
+      return values.index_select(1, slots.select(0, which));
+    };
+    const Tensor first = of_slots(chosen_, 0), second = of_slots(chosen_, 1);
+    const Tensor low = ::torch::minimum(first, second), high = ::torch::maximum(first, second);
+    const Tensor pair = (low * (2 * n - low - 1)).div(2, "floor") + high - low - 1;
+    const Tensor weight = of_slots(is_new, 0).logical_and(of_slots(is_new, 1)).to(::torch::kLong);
+    const std::int64_t pairs = n * (n - 1) / 2;
+    array(RoutingStats::kPairs) = filled(0, pairs).scatter_add_(
+        0, pair.clamp(0, std::max<std::int64_t>(pairs - 1, 0)).reshape(-1), weight.reshape(-1));
     scalar(RoutingStats::kPairTokens) = scalar(RoutingStats::kTokens);
   }
 

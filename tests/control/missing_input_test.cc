@@ -84,6 +84,7 @@ TEST(FieldCases, A4_ASetPointOnAMetricOfProbabilitiesSaysSo) {
 
 TEST(FieldCases, A4_ASetPointOnPairsNeedsTheExpertsOfEachToken) {
   ControllerConfig config = config_with(Actuator::kAuxLossWeight, "pi");
+  config.model.top_k = 2;
   config.aux_loss_weight.options.set("metric", std::string("pair_lift"));
   config.aux_loss_weight.options.set("target", 1.2);
   config.aux_loss_weight.initial = 0.01;
@@ -93,6 +94,8 @@ TEST(FieldCases, A4_ASetPointOnPairsNeedsTheExpertsOfEachToken) {
   const StepReport& report = controller.step();
   EXPECT_TRUE(reasons(report, Actuator::kAuxLossWeight).has(Reason::kMissingInput));
   EXPECT_TRUE(report.layers[0].actuators[1].missing.pairs);
+  config.model.top_k = 1;
+  EXPECT_THROW(Controller{config}, ConfigError);  // there it would never be known
   // Which experts a token chose is in every batch.
   EXPECT_FALSE(
       reasons(step(controller, {.experts = kChosen}), Actuator::kAuxLossWeight).has(Reason::kMissingInput));

@@ -919,11 +919,22 @@ TEST(RunLogWriter, AFailedRotationIsReportedOnceAndKeepsTheLog) {
 TEST(RunLogWriter, DoesNotAllocateInTheSteadyState) {
   const TempDir dir;
   for (const char* name : {"run.jsonl", "run.jsonl.gz"}) {
-    RunLogWriter writer(dir.path(name), config_of(4, 64, 8));
-    MadeStep made(4, {.experts = 64, .top_k = 8, .needs = {}}, 1);
+    ControllerConfig config = config_of(4, 64, 8);
+    config.log.extremes = 8;
+    RunLogWriter writer(dir.path(name), config);
+    MadeStep made(4, {.experts = 64, .top_k = 8, .needs = {.pairs = true}}, 1);
+    std::vector<std::int64_t> experts;
+    for (std::int64_t token = 0; token < 2048; ++token) {
+      for (std::int64_t j = 0; j < 8; ++j) experts.push_back((token * token + 5 * j) % 64);
+    }
+    made.stats[0].clear();
+    ASSERT_TRUE(made.stats[0].add({.experts = experts}));
+    ASSERT_TRUE(largest_pair_lift(made.stats[0]));
     writer.write(made.report);
     for (int step = 1; step < 20; ++step) {
       made.refresh();
+      made.stats[0].clear();
+      made.stats[0].add({.experts = experts});
       made.report.step = step;
       const std::int64_t allocated = testing::allocations_of([&] { writer.write(made.report); });
       // The numbers of one step may take a few more characters than those of all before it.

@@ -30,6 +30,12 @@ RoutingStats by_hand(int times) {
   return stats;
 }
 
+std::vector<ExpertPair> pairs_of(const RoutingStats& stats, std::size_t most) {
+  std::vector<ExpertPair> pairs;
+  paired_experts(stats, most, pairs);
+  return pairs;
+}
+
 auto pair_of(int first, int second, std::int64_t tokens, double lift) {
   return AllOf(Field(&ExpertPair::first, first), Field(&ExpertPair::second, second),
                Field(&ExpertPair::tokens, tokens),
@@ -44,11 +50,11 @@ TEST(Pairs, TokensAndLiftByHand) {
   EXPECT_EQ(stats.tokens_of_both(2, 3), 20);
   EXPECT_EQ(stats.tokens_of_both(1, 3), 0);
   // Of equal lifts and tokens the lower numbers first.
-  EXPECT_THAT(paired_experts(stats, 99),
+  EXPECT_THAT(pairs_of(stats, 99),
               ElementsAre(pair_of(2, 3, 20, 20 * 80 / (40.0 * 20)), pair_of(0, 1, 40, 40 * 80 / (60.0 * 40)),
                           pair_of(0, 2, 20, 20 * 80 / (60.0 * 40)), pair_of(0, 3, 0, 0), pair_of(1, 2, 0, 0),
                           pair_of(1, 3, 0, 0)));
-  EXPECT_THAT(paired_experts(stats, 1), ElementsAre(pair_of(2, 3, 20, 2)));
+  EXPECT_THAT(pairs_of(stats, 1), ElementsAre(pair_of(2, 3, 20, 2)));
   Metrics metrics;
   Measurer(stats.shape(), {}).measure(stats, metrics);
   EXPECT_DOUBLE_EQ(*metrics.pair_lift, 2);
@@ -59,8 +65,8 @@ TEST(Pairs, APairOfWhichFewTokensAreExpectedHasNoLift) {
   RoutingStats stats = by_hand(19);
   const Indices rest = {0, 1, 1, 0, 0, 2};
   ASSERT_TRUE(stats.add({.experts = rest}));
-  EXPECT_THAT(paired_experts(stats, 1), ElementsAre(pair_of(0, 1, 40, 40 * 79 / (60.0 * 40))));
-  EXPECT_THAT(paired_experts(by_hand(1), 9), IsEmpty());
+  EXPECT_THAT(pairs_of(stats, 1), ElementsAre(pair_of(0, 1, 40, 40 * 79 / (60.0 * 40))));
+  EXPECT_THAT(pairs_of(by_hand(1), 9), IsEmpty());
   EXPECT_FALSE(largest_pair_lift(by_hand(1)));
 }
 

@@ -135,14 +135,18 @@ TEST(PrometheusFeed, ThePairsThatTokensChooseMostAreAsManyAsTheUserWants) {
   Controller controller(config);
   PrometheusFeed one("127.0.0.1:0", {.metrics = {"pair_lift"}, .extremes = 1}),
       all("127.0.0.1:0", {.metrics = {"pair_lift"}});
+  std::int64_t allocated = 0;
   controller.set_log([&](const StepReport& report) {
-    one.write(report);
+    allocated = testing::allocations_of([&] { one.write(report); });
     all.write(report);
   });
   std::vector<std::int64_t> experts;
   for (int i = 0; i < 20; ++i) experts.insert(experts.end(), {0, 1, 3, 2});
-  controller.record(0, {.experts = experts});
-  controller.step();
+  for (int step = 0; step < 3; ++step) {
+    controller.record(0, {.experts = experts});
+    controller.step();
+  }
+  EXPECT_EQ(allocated, 0);  // in the last
   const std::string text = one.text();
   EXPECT_DOUBLE_EQ(sample(text, R"(moectl_pair_lift{layer="0"})"), 2);
   EXPECT_DOUBLE_EQ(sample(text, R"(moectl_pair_extreme_ratio{layer="0",rank="1"})"), 2);
