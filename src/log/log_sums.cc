@@ -291,9 +291,12 @@ RoutingStats read_stats(const LineReader& line, const LogGroup& header,
   } else if (!header.top_k && defaults.top_k) {
     shape.top_k = *defaults.top_k;
     assumptions.say(line, "top_k", "missing: taken as " + std::to_string(shape.top_k) + ", model.top_k");
-    if (shape.top_k > shape.experts) line.check_array(name, counts, static_cast<std::size_t>(shape.top_k));
   } else if (!header.top_k) {
     line.fail("top_k", "missing", "required where the first line does not give it");
+  }
+  if (shape.top_k > shape.experts) {
+    line.fail(name, std::to_string(counts.size()) + " values",
+              "must be at least top_k (" + std::to_string(shape.top_k) + ")");
   }
   const auto gap = line.find("gap_sum");
   const auto gradients = line.find("grad_norm");

@@ -371,8 +371,9 @@ void LoadTrend::exchange(StateIo& io) {
     io.value("trend.block.steps", block->steps, {0, half_window_});
     io.value("trend.block.entry", block->entry, StateIo::kNotNegative);
     io.value("trend.block.path", block->path, StateIo::kNotNegative);
-    io.values("trend.block.mean", block->mean, kNear);
-    io.values("trend.block.squares", block->squares, {-1, static_cast<double>(half_window_) + 1});
+    io.values("trend.block.mean", block->mean, kShare);
+    // No step adds more than 1.
+    io.values("trend.block.squares", block->squares, {-1, static_cast<double>(block->steps) + 1});
     io.values("trend.block.first_root", block->first_root, kShare);
   }
   io.values("trend.root", root_, kShare);

@@ -197,6 +197,10 @@ INSTANTIATE_TEST_SUITE_P(
         WrongLine{"NoCounts", record(""), "2: counts: missing: required"},
         WrongLine{"NoTopK", R"({"step":0,"layer":0,"tokens":3,"counts":[1]})",
                   "1: top_k: missing: required where the first line does not give it"},
+        WrongLine{"FewerExpertsThanTheFirstLineChooses",
+                  std::string(R"({"format":"moectl-trace","version":1,"top_k":3})") + "\n" +
+                      R"({"step":0,"layer":0,"tokens":3,"counts":[1,2]})",
+                  "2: counts: 2 values: must be at least top_k (3)"},
         WrongLine{"TopKAboveExperts", R"({"step":0,"layer":0,"tokens":3,"top_k":2,"counts":[1]})",
                   "1: top_k: 2: must be at most 1"},
         WrongLine{"OtherTopK", record(R"(,"top_k":1,"counts":[1,1,1,1])"),
