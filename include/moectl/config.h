@@ -109,8 +109,8 @@ struct TimelineEntry : SectionOverrides {
 struct LogConfig {
   std::int64_t every = 1;  ///< Steps between records, ≥ 1.
   bool per_expert = true;  ///< Arrays over experts in each record.
-  int extremes =
-      0;  ///< So many of the most and least loaded experts, and of the pairs, in each record; 0 = none.
+  /// So many of the most and least loaded experts, and of the pairs, in each record; 0 = none.
+  int extremes = 0;
   /// Largest size of a piece of the log, MB (10^6 bytes); 0 = one piece without limit.
   double rotate_mb = 0;
   std::int64_t keep = 0;  ///< Finished pieces to keep; older ones are removed. 0 = keep all. Needs rotate_mb.

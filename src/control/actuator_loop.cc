@@ -338,9 +338,7 @@ bool ActuatorLoop::deployment(std::span<double> out) const {
 
 void ActuatorLoop::exchange(StateIo& io) {
   // Whatever the limits: those of the run that saved may have been wider, as far as a config may set them.
-  const Range& range = actuator_ == Actuator::kExpertBias      ? kApplied
-                       : actuator_ == Actuator::kAuxLossWeight ? kWeight
-                                                               : kTemperature;
+  const Range& range = range_of(actuator_);
   io.values("applied", applied_, {range.low, range.high});
   std::string policy = name_;
   io.text("policy", policy);

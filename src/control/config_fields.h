@@ -18,6 +18,12 @@ inline constexpr Range kScalarRate = {.low = 0, .high = 100, .above_low = true};
 inline constexpr Range kWeight = {.low = 0, .high = kFarthest, .words = "from 0 to 1e9"};
 /// A float32 that the router divides by.
 inline constexpr Range kTemperature = {.low = 1 / kFarthest, .high = kFarthest, .words = "from 1e-9 to 1e9"};
+/// What may be in force, whatever the limits of a config.
+constexpr const Range& range_of(Actuator which) {
+  return which == Actuator::kAuxLossWeight       ? kWeight
+         : which == Actuator::kRouterTemperature ? kTemperature
+                                                 : kApplied;
+}
 inline constexpr Range kPolicy = {.words = "a policy that serves the actuator"};
 inline constexpr Range kMegabytes = {.low = 0, .high = 1e6, .words = "from 0 (never) to 1e6"};
 inline constexpr Range kLayers = {.low = 1, .high = kMostLayers};

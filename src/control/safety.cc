@@ -147,12 +147,9 @@ std::optional<ConfigProblem> problem_in(Actuator actuator, const Limits& limits,
   if (limits.min > limits.max)
     return wrong("min", limits.min, "must not exceed max (" + shown(limits.max) + ")");
   // What an actuator allows less of than the list of the keys.
-  const Range of_value = actuator == Actuator::kAuxLossWeight       ? kWeight
-                         : actuator == Actuator::kRouterTemperature ? kTemperature
-                                                                    : kApplied;
   const Range of_rate = is_multiplicative(actuator) ? kScalarRate : kRate;
   for (const auto& [key, value, range_of_key] :
-       {std::tuple{"min", limits.min, of_value}, std::tuple{"rate", limits.rate, of_rate}}) {
+       {std::tuple{"min", limits.min, range_of(actuator)}, std::tuple{"rate", limits.rate, of_rate}}) {
     const std::string constraint = violated(range_of_key, value);
     if (!constraint.empty()) return wrong(key, value, constraint + " for " + std::string(name_of(actuator)));
   }
