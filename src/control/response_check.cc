@@ -294,7 +294,7 @@ bool ResponseCheck::finds_answer(std::size_t lags) {
 }
 
 void ResponseCheck::finish_block() {
-  const bool whole = probe_.size() == 1;
+  const bool whole = probe_.size() >= 1;
   if (whole && finds_answer(kProbeLags)) return;
   const std::int64_t blocks = probe_.count_block();
   const std::optional<GainEstimate> found = probe_.answer(0, noise());

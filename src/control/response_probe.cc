@@ -11,8 +11,11 @@ namespace {
 
 constexpr double kProbeError = 0.08;   // standard error of the gain after one block
 constexpr double kLargestProbe = 0.5;  // relative load
-constexpr double kSizeStep = 8;
-constexpr std::int64_t kPause = 8;  // decisions between the probes of a held layer
+// How far the rate may shorten a test move: six blocks then leave an error of 0.13, and silence needs 0.14.
+constexpr double kMostCut = 4;
+constexpr double kSizeStep = 8, kLargestSize = 4;
+constexpr double kLeastNoise = 1e-12;  // of a load that does not move at all, squared, in patterns
+constexpr std::int64_t kPause = 8;     // decisions between the probes of a held layer
 
 }  // namespace
 
@@ -139,7 +142,7 @@ bool BiasProbe::start_block(std::span<const double> slope, double mean_slope, do
   for (std::size_t i = 0; i < experts_; ++i) {
     const double size = mean_slope > 0 ? load / std::max(slope[i], mean_slope / 4) : 0;
     pattern_[i] = std::min(size, rate_ / 2) * (std::popcount(i & code_) % 2 == 0 ? 1 : -1);
-    cut += std::min(size, rate_ / 2) < size / 2 ? 1 : 0;
+    cut += rate_ / 2 < size / (kMostCut * std::max(size_, 1.0)) ? 1 : 0;
   }
   const double mean = sum_of(pattern_) / n;
   for (double& part : pattern_) part -= mean;
@@ -173,25 +176,33 @@ void BiasProbe::observe(const Seen& seen, std::size_t at_step) {
   series_.add(signs_[at_step], sum_of(qb) / pattern_sq_, sum_of(qy) / pattern_sq_);
 }
 
-GainSums BiasProbe::sums(std::size_t late, double noise_sq) const {
-  GainSums sums = sums_[late];
+GainSums BiasProbe::block(std::size_t late, double noise_sq) const {
   const std::optional<ProbeSeries::Fit> fit = series_.fit(late);
-  if (!fit) return sums;
-  // What the regression leaves over counts as noise if it exceeds what sampling explains: tokens come in lumps.
-  const double left = fit->left / fit->freedom;
-  const double noise_along = std::max(noise_sq * pattern_noise_ / pattern_sq_, pattern_sq_ * left);
-  sums.add({pattern_sq_ * fit->zy, pattern_sq_ * fit->zx, pattern_sq_ * noise_along * fit->zz}, 1);
-  return sums;
+  if (!fit || !(pattern_sq_ > 0)) return {};
+  // What the regression leaves over counts as noise if it exceeds what sampling explains: tokens come in lumps. A block
+  // counts by its precision, so that one in which the router itself was changed weighs little.
+  const double sampling = noise_sq * pattern_noise_ / (pattern_sq_ * pattern_sq_);
+  const double noise = std::max({sampling, fit->left / fit->freedom, kLeastNoise});
+  return {fit->zy / noise, fit->zx / noise, fit->zz / noise};
 }
 
 std::optional<GainEstimate> BiasProbe::answer(std::size_t late, double noise_sq) const {
-  return sums(late, noise_sq).estimate(1);
+  GainSums sums = block(late, noise_sq);
+  sums.add(sums_[late], 1);
+  return sums.estimate(1);
 }
 
 void BiasProbe::end_block(bool clear, double noise_sq) {
-  for (std::size_t late = 0; late < kProbeLags; ++late)
-    sums_[late] = size_ == 1 && clear ? sums(late, noise_sq) : GainSums{};
-  size_ = std::min(size_ * kSizeStep, 1.0);
+  const std::optional<GainEstimate> alone = block(0, noise_sq).estimate(1);
+  for (std::size_t late = 0; late < kProbeLags; ++late) {
+    if (size_ < 1 || !clear) sums_[late] = {};
+    if (size_ >= 1 && clear) sums_[late].add(block(late, noise_sq), 1);
+  }
+  if (size_ < 1) {
+    size_ = std::min(size_ * kSizeStep, 1.0);
+  } else if (alone) {
+    size_ = std::clamp(size_ * alone->error / kProbeError, size_, kLargestSize);
+  }
 }
 
 void BiasProbe::pause() {
@@ -228,7 +239,7 @@ void BiasProbe::exchange(StateIo& io, NumberRange bias, NumberRange sum) {
   io.value("response.decision", decision_, {-kPause, kDecisions + 1});
   io.value("response.waited", waited_);
   io.value("response.blocks", blocks_);
-  io.value("response.size", size_, {0, 1});
+  io.value("response.size", size_, {0, kLargestSize});
   io.values("response.offset", offset_, bias);
   io.value("response.sign", sign_, {-1, 1});
   io.values("response.signs", signs_, {-1, 1});

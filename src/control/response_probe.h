@@ -78,8 +78,8 @@ class BiasProbe {
   void begin(double size);
   /// Shapes the test moves of a block for these slopes. Returns whether the rate leaves room for one that tells.
   bool start_block(std::span<const double> slope, double mean_slope, double noise_sq);
-  /// Ends a block: adds it to those before if `clear`, else forgets them all. The next one is eight times as large, at most
-  /// as large as is needed.
+  /// Ends a block: adds it to those before if `clear`, else forgets them all. After a small one the next is eight times as
+  /// large, at most of size 1; after one in which more scattered than sampling explains, up to four times that.
   void end_block(bool clear, double noise_sq);
   /// No test move in the next eight decisions.
   void pause();
@@ -115,7 +115,7 @@ class BiasProbe {
   void exchange(StateIo& io, NumberRange bias, NumberRange sum);
 
  private:
-  GainSums sums(std::size_t late, double noise_sq) const;
+  GainSums block(std::size_t late, double noise_sq) const;
   double next_sign() const;
 
   std::size_t experts_;

@@ -44,7 +44,8 @@ class Loop {
   using Use = std::function<std::vector<double>(std::span<const double>)>;
 
   explicit Loop(const SimulationOptions& model, const std::string& policy = "adaptive_bias")
-      : router(model), controller(config_of(model, policy)) {}
+      : Loop(model, config_of(model, policy)) {}
+  Loop(const SimulationOptions& model, const ControllerConfig& config) : router(model), controller(config) {}
 
   static std::vector<double> as_told(std::span<const double> bias) { return {bias.begin(), bias.end()}; }
   static std::vector<double> ignored(std::span<const double> bias) {
@@ -59,6 +60,15 @@ class Loop {
   void run(int steps, const Use& use) {
     for (int i = 0; i < steps; ++i) {
       controller.record(0, router.route(use(controller.bias(0))));
+      take(controller.step());
+    }
+  }
+  // The router serves the routes of one step again and again.
+  void replay(int steps) {
+    RoutingStats first(controller.shape(0));
+    first.add(router.route(controller.bias(0)));
+    for (int i = 0; i < steps; ++i) {
+      controller.record(0, first);
       take(controller.step());
     }
   }
@@ -132,6 +142,48 @@ TEST(FieldCases, A1_CountsOfAReplayDoNotWindUp) {
     EXPECT_EQ(controller.report().layers[0].responsiveness.state, Response::kUnresponsive);
     EXPECT_LE(largest, 1.2);  // in probabilities
   }
+}
+
+// Under the default limits, whose rate is a third of the test move that one block would need.
+TEST(FieldCases, A1_AReplayUnderTheDefaultLimitsDoesNotWindUp) {
+  const SimulationOptions model{.experts = 8,
+                                .top_k = 1,
+                                .tokens = 1024,
+                                .gate = SimulatedGate::kSigmoid,
+                                .score_space = ScoreSpace::kLogit,
+                                .seed = 171028};
+  ControllerConfig config;
+  config.model = simulated::model_of(model);
+  config.expert_bias.policy = "adaptive_bias";
+  Loop loop(model, config);
+  loop.replay(150);
+  EXPECT_EQ(loop.last.state, Response::kUnresponsive);
+  EXPECT_THAT(loop.noticed, ::testing::AllOf(::testing::Ge(0), ::testing::Le(80)));
+  EXPECT_LT(loop.largest_bias(), 1);
+  EXPECT_THAT(loop.notices, HasSubstr("does not answer"));
+  loop.run(50, Loop::as_told);
+  EXPECT_EQ(loop.last.state, Response::kAnswers);
+  EXPECT_LT(loop.max_vio_over_floor, 2);
+}
+
+// The block of test moves in which the routes change says nothing, and must not spoil those after it; and loads that
+// wander more than tokens scatter want larger test moves.
+TEST(FieldCases, A1_ARouterThatWandersIsHeardAfterAReplay) {
+  const SimulationOptions model{.experts = 256,
+                                .top_k = 8,
+                                .tokens = 8192,
+                                .gate = SimulatedGate::kSoftmax,
+                                .score_space = ScoreSpace::kProbability,
+                                .seed = 171035};
+  ControllerConfig config;
+  config.model = simulated::model_of(model);
+  config.expert_bias.policy = "adaptive_bias";
+  Loop loop(model, config);
+  loop.replay(150);
+  ASSERT_EQ(loop.last.state, Response::kUnresponsive);
+  loop.run(50, Loop::as_told);
+  EXPECT_EQ(loop.last.state, Response::kAnswers);
+  EXPECT_LT(loop.max_vio_over_floor, 2);
 }
 
 TEST(FieldCases, A1_HealthyLoopsAreNotHeld) {
