@@ -381,7 +381,7 @@ TEST(Limiter, ACommonMeanLeavesOnceWhateverComesBetween) {
   options.fallback = Fallback::kInitial;
   options.fallback_after = 1;
   options.rollback = RollbackOptions{.loss_jump = 0.5, .drop_jump = 0.1, .within = 3, .cooldown = 0};
-  const std::vector<double> adopted = {0.5, 0.75}, even = {0, 0}, centred = {-0.125, 0.125};
+  const std::vector<double> adopted = {0.875, 1.125}, even = {0, 0}, centred = {-0.125, 0.125};
   SafetyLimiter fallen(Actuator::kExpertBias, bias_limits(2, 0.25, true), options, 2, 0), rolled = fallen;
   std::vector<double> applied = adopted;
   fallen.start_from(applied);
