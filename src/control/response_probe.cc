@@ -136,13 +136,15 @@ bool BiasProbe::start_block(std::span<const double> slope, double mean_slope, do
   waited_ = 0;
   series_.clear();
   const double n = static_cast<double>(experts_);
+  const double more = std::max(size_, 1.0);
   const double load =
-      std::min(std::sqrt(noise_sq / (kProbeSigns.size() * n)) / kProbeError, kLargestProbe) * size_;
+      std::min(1.0, size_) *
+      std::min(more * std::sqrt(noise_sq / (kProbeSigns.size() * n)) / kProbeError, kLargestProbe);
   std::size_t cut = 0;
   for (std::size_t i = 0; i < experts_; ++i) {
     const double size = mean_slope > 0 ? load / std::max(slope[i], mean_slope / 4) : 0;
     pattern_[i] = std::min(size, rate_ / 2) * (std::popcount(i & code_) % 2 == 0 ? 1 : -1);
-    cut += rate_ / 2 < size / (kMostCut * std::max(size_, 1.0)) ? 1 : 0;
+    cut += rate_ / 2 < size / (kMostCut * more) ? 1 : 0;
   }
   const double mean = sum_of(pattern_) / n;
   for (double& part : pattern_) part -= mean;
