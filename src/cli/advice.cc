@@ -14,6 +14,9 @@ constexpr double kOften = 0.05;      // share of the decisions from which a caus
 constexpr double kAtRange = 0.2;     // share that sits on the range
 constexpr double kMostlyRate = 0.5;  // share that the rate shortens
 constexpr double kOffTarget = 0.1;   // relative distance of a metric from its set-point
+// A weight that rose threefold should have lowered the metric by a tenth. The metric's first mean is taken while the weight
+// is below twice its first value.
+constexpr double kRose = 3, kFell = 0.9, kLittle = 2;
 
 struct Cause {
   const char* reason;
@@ -84,6 +87,7 @@ void Advice::add(const LogRecord& record, const Metrics& metrics) {
     for (const double value : logged.applied) {
       actuator.applied = &value == &logged.applied.front() ? value : std::max(actuator.applied, value);
     }
+    if (actuator.first == 0) actuator.first = actuator.applied;
   }
   if (record.layer < 0) return;
   for (const char* name : {"aux_loss_weight", "router_temperature"}) {
@@ -94,22 +98,36 @@ void Advice::add(const LogRecord& record, const Metrics& metrics) {
     if (field == nullptr) continue;
     const auto value = metric == "excess_cv" ? signed_excess_cv_sq(metrics) : metrics.*field->value;
     if (!value) continue;
-    auto& last = metrics_[name];
-    last.push_back(*value);
-    if (last.size() > kLast) last.pop_front();
+    SetPoint& known = set_points_[name];
+    known.last.push_back(*value);
+    if (known.last.size() > kLast) known.last.pop_front();
+    const Actuator& actuator = actuators_[name];
+    if (known.count >= kLast || actuator.applied > kLittle * actuator.first) continue;
+    known.first += (*value - known.first) / static_cast<double>(++known.count);
   }
 }
 
 // The actuator is at its limit, and the metric stays away from its set-point.
 std::optional<std::string> Advice::out_of_reach(const std::string& name, const Actuator& actuator) const {
-  const auto known = metrics_.find(name);
-  if (known == metrics_.end() || !config_[name]["options"].contains("target")) return std::nullopt;
+  const auto known = set_points_.find(name);
+  if (known == set_points_.end() || !config_[name]["options"].contains("target")) return std::nullopt;
   const std::string metric = config_[name]["options"]["metric"];
   const double target = config_[name]["options"]["target"];
-  const auto& last = known->second;
-  double mean = std::accumulate(last.begin(), last.end(), 0.0) / static_cast<double>(last.size());
-  if (metric == "excess_cv") mean = std::copysign(std::sqrt(std::abs(mean)), mean);
+  const auto& last = known->second.last;
+  const auto shown = [&](double x) {
+    return metric == "excess_cv" ? std::copysign(std::sqrt(std::abs(x)), x) : x;
+  };
+  const double first = shown(known->second.first),
+               mean =
+                   shown(std::accumulate(last.begin(), last.end(), 0.0) / static_cast<double>(last.size()));
   if (std::abs(mean - target) <= kOffTarget * std::max(std::abs(target), 1e-12)) return std::nullopt;
+  if (name == "aux_loss_weight" && known->second.count > 0 && actuator.first > 0 &&
+      actuator.applied > kRose * actuator.first && first > target && mean > kFell * first) {
+    return "rose from " + brief(actuator.first) + " to its limit (" + brief(actuator.applied) + ") and " +
+           metric + " did not fall (from " + brief(first) + " to " + brief(mean) +
+           "): " + what_to_look_at(name) + "; if it is, the target of " + brief(target) +
+           " lies out of reach";
+  }
   return "is at its limit (" + brief(actuator.applied) + ") and " + metric + " stays at " + brief(mean) +
          ": the target of " + brief(target) +
          " lies out of reach; choose one by docs/targets.md, or widen limits.min/max";

@@ -26,7 +26,13 @@ class Advice {
     std::int64_t decisions = 0;                   // records that are not between two decisions
     std::map<std::string, std::int64_t> reasons;  // of those
     std::deque<bool> clipped;                     // by its range, of the last of those
-    double applied = 0;                           // the last largest value
+    double first = 0, applied = 0;                // the first and the last largest value
+  };
+  // Of the metric of a set-point; excess_cv signed, in squares.
+  struct SetPoint {
+    std::deque<double> last;  // records
+    double first = 0;         // mean over the first ones, in which the actuator had moved little
+    std::size_t count = 0;    // of those
   };
   std::string policy_of(const std::string& actuator) const;
   void say_actuator(const std::string& name, const Actuator& actuator, bool imbalanced,
@@ -35,8 +41,7 @@ class Advice {
 
   nlohmann::json config_;
   std::map<std::string, Actuator> actuators_;
-  std::map<std::string, std::deque<double>>
-      metrics_;  // of set-points, in the last records; excess_cv signed, in squares
+  std::map<std::string, SetPoint> set_points_;
 };
 
 }  // namespace moectl::cli
