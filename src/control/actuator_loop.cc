@@ -220,7 +220,6 @@ void ActuatorLoop::limit(LimitContext context, Notices& notices) {
     guarded_[0] = entropy_check_->adjust(held);
     wanted = guarded_;
   }
-  const double common = limiter_.common();
   if (shadow_) {
     // What was not applied must not be built upon: each step starts from what is in force.
     std::copy(applied_.begin(), applied_.end(), shadow_applied_.begin());
@@ -228,12 +227,6 @@ void ActuatorLoop::limit(LimitContext context, Notices& notices) {
     if (asked_) held.add(Reason::kShadow);
   } else {
     reasons_ = limiter_.apply(context, wanted, applied_);
-  }
-  // What undo() may put back has left it, too.
-  if (!shadow_ && limiter_.common() != common) {
-    for (std::vector<double>& values : before_) {
-      for (double& value : values) value -= common;
-    }
   }
   if (guard_took_over_) reasons_.add(Reason::kGuard);
   if (load_check_) load_check_->on_applied(reasons_);
@@ -294,6 +287,7 @@ void ActuatorLoop::remember() {
 
 void ActuatorLoop::undo(std::size_t decisions) {
   applied_ = before_[decisions - 1];
+  limiter_.go_back_to(applied_);
   if (entropy_check_) {
     LimitReport why;
     why.add(Reason::kRollback);

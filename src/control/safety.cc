@@ -422,9 +422,13 @@ void SafetyLimiter::clip_scalar(double applied, LimitReport& report) {
 
 void SafetyLimiter::start_from(std::span<const double> applied) {
   *this = SafetyLimiter(actuator_, limits_, options_, static_cast<int>(applied.size()), safe_value_);
+  go_back_to(applied);
+}
+
+void SafetyLimiter::go_back_to(std::span<const double> applied) {
   std::copy(applied.begin(), applied.end(), last_good_.begin());
   std::copy(applied.begin(), applied.end(), candidate_.begin());
-  if (limits_.center) common_ = mean(applied);
+  common_ = limits_.center ? mean(applied) : 0;
 }
 
 // Of what may be put in force again, too: else a roll-back would bring it back, and it would leave at the rate.

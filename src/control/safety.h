@@ -44,11 +44,11 @@ class SafetyLimiter {
   /// Forgets what came before: `applied` is in force, and good.
   void start_from(std::span<const double> applied);
 
+  /// `applied` is in force again, and good: decisions after it were taken back. Does not allocate.
+  void go_back_to(std::span<const double> applied);
+
   /// Whether the values that a rollback would go back to lie within the limits.
   bool fits() const;
-
-  /// The mean of what start_from() put in force, until a decision takes it out.
-  double common() const { return common_; }
 
   /// Invalid decisions since the last valid one.
   std::int64_t invalid_in_row() const { return invalid_in_row_; }
@@ -83,7 +83,7 @@ class SafetyLimiter {
   bool loss_seen_ = false, drop_seen_ = false;
   double reversal_ema_ = 0;
   double gain_ = 1;
-  double common_ = 0;  // the mean of what start_from() put in force, until it is taken out
+  double common_ = 0;  // the mean of values that came from elsewhere, until a decision takes it out
   static constexpr std::int64_t kNever = -(std::int64_t{1} << 62);
 };
 

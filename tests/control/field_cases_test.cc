@@ -454,6 +454,49 @@ TEST(LooseEnds, AFailureOnOneRankTravelsAndAllRanksHoldTheSameValues) {
   }
 }
 
+// The mean of adopted biases leaves at the first decision. Where that decision is taken back, all ranks must still hold the
+// same, and the differences that were adopted.
+TEST(LooseEnds, AFailureAmongTheFirstDecisionsAfterAdoptingKeepsWhatWasAdopted) {
+  for (const int lag : {0, 1}) {
+    for (const int fails : {lag, lag + 1, lag + 2}) {  // with lag, the first step decides nothing
+      SCOPED_TRACE("lag " + std::to_string(lag) + ", fails at " + std::to_string(fails));
+      constexpr int kRanks = 2;
+      Ranks ranks(kRanks);
+      std::vector<std::vector<std::vector<double>>> in_force(kRanks);  // [rank][step]
+      std::vector<std::thread> threads;
+      for (int rank = 0; rank < kRanks; ++rank) {
+        threads.emplace_back([&, rank] {
+          const auto r = static_cast<std::size_t>(rank);
+          Fault fault = Fault::kNone;
+          const PolicyRegistry registry = registry_of(&fault);
+          ControllerConfig config = nudge_config();
+          config.lag = lag;
+          config.expert_bias.limits.center = true;
+          Controller controller(config, registry);
+          controller.set_reduction(ranks.reduction());
+          for (int layer = 0; layer < 2; ++layer)
+            controller.adopt(layer, std::vector<double>{3, 3.5, 4, 5.5});
+          in_force[r].push_back(bias_of(controller));
+          for (int step = 0; step < 10; ++step) {
+            for (int layer = 0; layer < 2; ++layer) record_counts(controller, layer, {16, 16, 20, 12});
+            fault = rank == 1 && step == fails ? Fault::kPropose : Fault::kNone;
+            controller.step();
+            in_force[r].push_back(bias_of(controller));
+          }
+        });
+      }
+      for (std::thread& thread : threads) thread.join();
+      for (std::size_t step = static_cast<std::size_t>(fails + 2 + lag); step < in_force[0].size(); ++step) {
+        EXPECT_EQ(in_force[0][step], in_force[1][step]) << step;
+        const std::vector<double>& now = in_force[0][step];
+        const std::vector<double>& before = in_force[0][static_cast<std::size_t>(fails)];
+        for (std::size_t i = 0; i < now.size(); ++i)
+          EXPECT_NEAR(now[i] - now[0], before[i] - before[0], 1e-12) << step << ' ' << i;
+      }
+    }
+  }
+}
+
 TEST(LooseEnds, AFailureOnEveryRankIsHeldForThatStepAlone) {
   constexpr int kRanks = 2;
   Ranks ranks(kRanks);
