@@ -172,9 +172,9 @@ int moectl_hold(moectl_controller* c, int on);
 /* `on` not 0: holds one layer's actuators. */
 int moectl_freeze(moectl_controller* c, int layer, int on);
 enum moectl_plan {
-  MOECTL_FROZEN = 1,     /* By the config, its timeline or moectl_freeze. */
-  MOECTL_DECIDED = 2,    /* A policy or the guard decides, be it applied or not. */
-  MOECTL_EVER_MOVES = 4  /* Some step of the config may move them; moectl_freeze and moectl_hold aside. */
+  MOECTL_FROZEN = 1,    /* By the config, its timeline or moectl_freeze. */
+  MOECTL_DECIDED = 2,   /* A policy or the guard decides, be it applied or not. */
+  MOECTL_EVER_MOVES = 4 /* Some step of the config may move them; moectl_freeze and moectl_hold aside. */
 };
 /* What the step that comes does with the biases of each layer, as the sum of its enum moectl_plan, in the order of
  * moectl_layers(). `size` is the number of layers. */

@@ -38,7 +38,8 @@ inline ControllerConfig device_config(int lag = 0, bool probabilities = false) {
   config.model.experts = kExperts;
   config.model.top_k = kTopK;
   config.model.domains = {"prose", "code", "tables"};
-  config.collect = {.gap = true, .sequences = true, .probabilities = probabilities, .margins = true, .pairs = true};
+  config.collect = {
+      .gap = true, .sequences = true, .probabilities = probabilities, .margins = true, .pairs = true};
   config.expert_bias.policy = "adaptive_bias";
   config.expert_bias.limits = {.min = -16, .max = 16, .rate = 1, .center = true};
   return config;
