@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 
 #include "cli/tool.h"
 
@@ -14,9 +13,9 @@ constexpr double kOften = 0.05;      // share of the decisions from which a caus
 constexpr double kAtRange = 0.2;     // share that sits on the range
 constexpr double kMostlyRate = 0.5;  // share that the rate shortens
 constexpr double kOffTarget = 0.1;   // relative distance of a metric from its set-point
-// A weight that rose threefold should have lowered the metric by a tenth. The metric's first mean is taken while the weight
-// is below twice its first value.
-constexpr double kRose = 3, kFell = 0.9, kLittle = 2;
+// A weight that rose threefold should have brought the metric a tenth below the highest mean that it had before.
+constexpr double kRose = 3, kFell = 0.9;
+constexpr std::size_t kFew = 20;  // records of a mean, at least
 
 struct Cause {
   const char* reason;
@@ -100,10 +99,13 @@ void Advice::add(const LogRecord& record, const Metrics& metrics) {
     if (!value) continue;
     SetPoint& known = set_points_[name];
     known.last.push_back(*value);
-    if (known.last.size() > kLast) known.last.pop_front();
-    const Actuator& actuator = actuators_[name];
-    if (known.count >= kLast || actuator.applied > kLittle * actuator.first) continue;
-    known.first += (*value - known.first) / static_cast<double>(++known.count);
+    known.sum += *value;
+    if (known.last.size() > kLast) {
+      known.sum -= known.last.front();
+      known.last.pop_front();
+    }
+    known.mean = known.sum / static_cast<double>(known.last.size());
+    if (known.last.size() >= kFew) known.highest = std::max(known.highest.value_or(known.mean), known.mean);
   }
 }
 
@@ -113,24 +115,22 @@ std::optional<std::string> Advice::out_of_reach(const std::string& name, const A
   if (known == set_points_.end() || !config_[name]["options"].contains("target")) return std::nullopt;
   const std::string metric = config_[name]["options"]["metric"];
   const double target = config_[name]["options"]["target"];
-  const auto& last = known->second.last;
   const auto shown = [&](double x) {
     return metric == "excess_cv" ? std::copysign(std::sqrt(std::abs(x)), x) : x;
   };
-  const double first = shown(known->second.first),
-               mean =
-                   shown(std::accumulate(last.begin(), last.end(), 0.0) / static_cast<double>(last.size()));
+  const SetPoint& seen = known->second;
+  const double mean = shown(seen.mean), highest = shown(seen.highest.value_or(seen.mean));
   if (std::abs(mean - target) <= kOffTarget * std::max(std::abs(target), 1e-12)) return std::nullopt;
-  if (name == "aux_loss_weight" && known->second.count > 0 && actuator.first > 0 &&
-      actuator.applied > kRose * actuator.first && first > target && mean > kFell * first) {
+  const std::string reach = "the target of " + brief(target) +
+                            " lies out of reach; choose one by docs/targets.md, or widen limits.min/max";
+  if (name == "aux_loss_weight" && actuator.first > 0 && actuator.applied > kRose * actuator.first &&
+      mean > target && mean > kFell * highest) {
     return "rose from " + brief(actuator.first) + " to its limit (" + brief(actuator.applied) + ") and " +
-           metric + " did not fall (from " + brief(first) + " to " + brief(mean) +
-           "): " + what_to_look_at(name) + "; if it is, the target of " + brief(target) +
-           " lies out of reach";
+           metric + " did not fall (" + brief(mean) + ", at most " + brief(highest) +
+           " before): " + what_to_look_at(name) + ". If it is, " + reach;
   }
   return "is at its limit (" + brief(actuator.applied) + ") and " + metric + " stays at " + brief(mean) +
-         ": the target of " + brief(target) +
-         " lies out of reach; choose one by docs/targets.md, or widen limits.min/max";
+         ": " + reach;
 }
 
 void Advice::say_actuator(const std::string& name, const Actuator& actuator, bool imbalanced,

@@ -30,9 +30,9 @@ class Advice {
   };
   // Of the metric of a set-point; excess_cv signed, in squares.
   struct SetPoint {
-    std::deque<double> last;  // records
-    double first = 0;         // mean over the first ones, in which the actuator had moved little
-    std::size_t count = 0;    // of those
+    std::deque<double> last;        // records
+    double sum = 0, mean = 0;       // of those
+    std::optional<double> highest;  // that the mean was
   };
   std::string policy_of(const std::string& actuator) const;
   void say_actuator(const std::string& name, const Actuator& actuator, bool imbalanced,

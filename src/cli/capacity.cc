@@ -5,7 +5,6 @@
 #include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
-#include <ranges>
 #include <set>
 
 #include "base/format.h"
@@ -65,9 +64,9 @@ class BinomialExcess {
     for (const double p : excess_) sum += p;
     // E max(0, X - c) is the sum of P(X > x) over x from c on.
     double beyond = 0, excess = 0;
-    for (double& p : std::views::reverse(excess_)) {
-      const double here = p / sum;
-      p = excess += beyond;
+    for (auto p = excess_.rbegin(); p != excess_.rend(); ++p) {
+      const double here = *p / sum;
+      *p = excess += beyond;
       beyond += here;
     }
   }

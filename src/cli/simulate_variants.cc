@@ -63,6 +63,7 @@ void set_key(nlohmann::ordered_json& node, std::string_view key, const nlohmann:
 std::vector<Variant> variants_of(const std::vector<std::string>& configs,
                                  const std::vector<std::string>& sets) {
   std::vector<Variant> variants;
+  variants.reserve(configs.size());
   for (const std::string& config : configs) variants.push_back({config, {}});
   for (const std::string& set : sets) {
     const std::size_t equals = set.find('=');

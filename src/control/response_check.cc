@@ -311,8 +311,8 @@ void ResponseCheck::finish_block() {
     give_up();
     return;
   }
-  // A block that did not tell is made again without the policy, whose own moves may have covered it. Blocks of one size add
-  // up, but for one that was covered.
+  // A block that did not tell is made again without the policy, whose own moves may have covered it. Whole blocks
+  // add up, each by its precision, but for one that was covered.
   const bool clear = held_ || waits_ != Waits::kNo || (found && found->error < kSharp);
   probe_.end_block(clear, noise());
   if (whole && waits_ == Waits::kNo) waits_ = Waits::kWhereItIs;

@@ -13,8 +13,8 @@
 //             (response_probe.h).
 //
 // If moves say that the load goes the other way, the biases go back to where they were when the load last answered, and the
-// probe is made there. If a probe does not tell, it is made again while the policy waits, whose moves may have covered it. If
-// it gets no answer, the biases go back to where the load last answered, and are held there. The probe is repeated from
+// probe is made there. If a probe does not tell, it is made again while the policy waits, whose moves may have covered it, and
+// larger if more scatters than tokens do; each block counts by its precision. If it gets no answer, the biases go back to where the load last answered, and are held there. The probe is repeated from
 // time to time. At the first answer the policy goes on. An answer that comes up to four steps later than the declared
 // delay is one too, and is reported as late.
 //

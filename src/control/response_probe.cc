@@ -11,11 +11,12 @@ namespace {
 
 constexpr double kProbeError = 0.08;   // standard error of the gain after one block
 constexpr double kLargestProbe = 0.5;  // relative load
-// How far the rate may shorten a test move: six blocks then leave an error of 0.13, and silence needs 0.14.
-constexpr double kMostCut = 4;
+// How far the rate may shorten a test move: three whole blocks then leave an error of 0.139, and silence needs 0.143.
+constexpr double kMostCut = 3;
 constexpr double kSizeStep = 8, kLargestSize = 4;
-constexpr double kLeastNoise = 1e-12;  // of a load that does not move at all, squared, in patterns
-constexpr std::int64_t kPause = 8;     // decisions between the probes of a held layer
+constexpr double kLeastPattern = 1e-100;  // Σ q², so that what it divides is a number
+constexpr double kLeastNoise = 1e-12;     // of a load that does not move at all, squared, in patterns
+constexpr std::int64_t kPause = 8;        // decisions between the probes of a held layer
 
 }  // namespace
 
@@ -136,15 +137,16 @@ bool BiasProbe::start_block(std::span<const double> slope, double mean_slope, do
   waited_ = 0;
   series_.clear();
   const double n = static_cast<double>(experts_);
-  const double more = std::max(size_, 1.0);
-  const double load =
-      std::min(1.0, size_) *
-      std::min(more * std::sqrt(noise_sq / (kProbeSigns.size() * n)) / kProbeError, kLargestProbe);
+  const double base = std::sqrt(noise_sq / (kProbeSigns.size() * n)) / kProbeError;
+  const double small = std::min(size_, 1.0), large = std::max(size_, 1.0);
+  const double load = small * std::min(large * base, kLargestProbe),
+               needed = small * std::min(base, kLargestProbe);
   std::size_t cut = 0;
   for (std::size_t i = 0; i < experts_; ++i) {
-    const double size = mean_slope > 0 ? load / std::max(slope[i], mean_slope / 4) : 0;
-    pattern_[i] = std::min(size, rate_ / 2) * (std::popcount(i & code_) % 2 == 0 ? 1 : -1);
-    cut += rate_ / 2 < size / (kMostCut * more) ? 1 : 0;
+    const double steep = std::max(slope[i], mean_slope / 4);
+    pattern_[i] = (mean_slope > 0 ? std::min(load / steep, rate_ / 2) : 0) *
+                  (std::popcount(i & code_) % 2 == 0 ? 1 : -1);
+    cut += mean_slope > 0 && rate_ / 2 < needed / steep / kMostCut ? 1 : 0;
   }
   const double mean = sum_of(pattern_) / n;
   for (double& part : pattern_) part -= mean;
@@ -172,7 +174,7 @@ void BiasProbe::observe(const Seen& seen, std::size_t at_step) {
     noise += q * q * load;
   };
   for_each_eight(experts_, body);
-  if (!(sum_of(qq) > 1e-100)) return;
+  if (!(sum_of(qq) > kLeastPattern)) return;
   pattern_sq_ = sum_of(qq);
   pattern_noise_ = sum_of(noise);
   series_.add(signs_[at_step], sum_of(qb) / pattern_sq_, sum_of(qy) / pattern_sq_);
@@ -180,7 +182,7 @@ void BiasProbe::observe(const Seen& seen, std::size_t at_step) {
 
 GainSums BiasProbe::block(std::size_t late, double noise_sq) const {
   const std::optional<ProbeSeries::Fit> fit = series_.fit(late);
-  if (!fit || !(pattern_sq_ > 0)) return {};
+  if (!fit || !(pattern_sq_ > kLeastPattern)) return {};
   // What the regression leaves over counts as noise if it exceeds what sampling explains: tokens come in lumps. A block
   // counts by its precision, so that one in which the router itself was changed weighs little.
   const double sampling = noise_sq * pattern_noise_ / (pattern_sq_ * pattern_sq_);
@@ -195,10 +197,13 @@ std::optional<GainEstimate> BiasProbe::answer(std::size_t late, double noise_sq)
 }
 
 void BiasProbe::end_block(bool clear, double noise_sq) {
-  const std::optional<GainEstimate> alone = block(0, noise_sq).estimate(1);
+  const std::optional<GainEstimate> alone = clear ? block(0, noise_sq).estimate(1) : std::nullopt;
   for (std::size_t late = 0; late < kProbeLags; ++late) {
-    if (size_ < 1 || !clear) sums_[late] = {};
-    if (size_ >= 1 && clear) sums_[late].add(block(late, noise_sq), 1);
+    if (size_ < 1 || !clear) {
+      sums_[late] = {};
+    } else {
+      sums_[late].add(block(late, noise_sq), 1);
+    }
   }
   if (size_ < 1) {
     size_ = std::min(size_ * kSizeStep, 1.0);
@@ -246,7 +251,7 @@ void BiasProbe::exchange(StateIo& io, NumberRange bias, NumberRange sum) {
   io.value("response.sign", sign_, {-1, 1});
   io.values("response.signs", signs_, {-1, 1});
   series_.exchange(io, "response.sign_seen", "response.bias_along", "response.load_along", "response.seen",
-                   sum);
+                   {-1e90, 1e90});
   io.value("response.pattern_sq", pattern_sq_, {0, 1e100});
   io.value("response.pattern_noise", pattern_noise_, {0, 1e100});
   for (GainSums& sums : sums_) sums.exchange(io, sum);

@@ -39,7 +39,8 @@ void exchange_found(StateIo& io, const char* found, const char* gain, const char
 /// Sums of a regression through an instrument z: of the changes seen, y, on those expected, x.
 struct GainSums {
   double zy = 0, zx = 0;
-  double zz = 0;  // Σ z² times the relative load: counts scatter in proportion to what is counted
+  double zz =
+      0;  // Σ z² times what of the noise differs: the relative load, for counts scatter in proportion to it
   void add(const GainSums& more, double keep);
   std::optional<GainEstimate> estimate(double noise_sq) const;
   void exchange(StateIo& io, NumberRange range);
@@ -79,7 +80,8 @@ class BiasProbe {
   /// Shapes the test moves of a block for these slopes. Returns whether the rate leaves room for one that tells.
   bool start_block(std::span<const double> slope, double mean_slope, double noise_sq);
   /// Ends a block: adds it to those before if `clear`, else forgets them all. After a small one the next is eight times as
-  /// large, at most of size 1; after one in which more scattered than sampling explains, up to four times that.
+  /// large, at most of size 1. After a clear one whose error is above 0.08, it is larger by as much: up to four times that,
+  /// and at most half of the mean load.
   void end_block(bool clear, double noise_sq);
   /// No test move in the next eight decisions.
   void pause();
@@ -130,7 +132,8 @@ class BiasProbe {
   std::vector<double> signs_;   // those in force in the last steps
   ProbeSeries series_;
   double pattern_sq_ = 0, pattern_noise_ = 0;  // Σ q², and Σ q² times the relative load
-  std::array<GainSums, kProbeLags> sums_{};    // over the blocks before, one for each lateness
+  // Over the blocks before, one for each lateness; each block divided by its noise.
+  std::array<GainSums, kProbeLags> sums_{};
 };
 
 }  // namespace moectl

@@ -472,6 +472,7 @@ TEST(LooseEnds, AFailureAmongTheFirstDecisionsAfterAdoptingKeepsWhatWasAdopted) 
           ControllerConfig config = nudge_config();
           config.lag = lag;
           config.expert_bias.limits.center = true;
+          config.expert_bias.limits.rate = 0.25;
           Controller controller(config, registry);
           controller.set_reduction(ranks.reduction());
           for (int layer = 0; layer < 2; ++layer)
@@ -483,6 +484,17 @@ TEST(LooseEnds, AFailureAmongTheFirstDecisionsAfterAdoptingKeepsWhatWasAdopted) 
             controller.step();
             in_force[r].push_back(bias_of(controller));
           }
+          // Once all have loaded one state, the mean leaves at the next decision, whatever the rate.
+          if (rank != 0) return;
+          config.lag = 0;
+          Controller next(config, registry);
+          next.load(controller.save(), Keep::what_fits);
+          EXPECT_EQ(bias_of(next), in_force[0].back());
+          for (int layer = 0; layer < 2; ++layer) record_counts(next, layer, {16, 16, 20, 12});
+          next.step();
+          const std::vector<double> now = bias_of(next), before = in_force[0].back();
+          EXPECT_NEAR(now[0] + now[1] + now[2] + now[3], 0, 1e-12);
+          EXPECT_NEAR(now[3] - now[1], before[3] - before[1], 1e-12);
         });
       }
       for (std::thread& thread : threads) thread.join();

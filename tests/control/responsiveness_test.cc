@@ -395,7 +395,7 @@ TEST(Responsiveness, AHostileStateIsRefusedOrTheRunGoesOn) {
                                      std::numeric_limits<std::int64_t>::max()})
           go_on(testing::with_number(state, entry, 0, x));
       } else if (entry.type == 'd') {
-        for (const double x : {0.0, -1.0, 1e-308, 1e308, HUGE_VAL})
+        for (const double x : {0.0, -1.0, 4.0, 1e-308, 1e89, 1e150, 1e199, 1e308, HUGE_VAL})
           go_on(testing::with_number(state, entry, entry.count / 2, x));
       }
     }
