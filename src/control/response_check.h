@@ -14,9 +14,9 @@
 //
 // If moves say that the load goes the other way, the biases go back to where they were when the load last answered, and the
 // probe is made there. If a probe does not tell, it is made again while the policy waits, whose moves may have covered it, and
-// larger if more scatters than tokens do; each block counts by its precision. If it gets no answer, the biases go back to where the load last answered, and are held there. The probe is repeated from
-// time to time. At the first answer the policy goes on. An answer that comes up to four steps later than the declared
-// delay is one too, and is reported as late.
+// larger if its error was too large; each block counts by its precision. If it gets no answer, the biases go back to where
+// the load last answered, and are held there. The probe is repeated from time to time. At the first answer the policy goes
+// on. An answer that comes up to four steps later than the declared delay is one too, and is reported as late.
 //
 // A check costs several passes over the experts, and a balanced layer has nothing to answer. So the check of a balanced
 // layer rests, and wakes for some steps in a hundred, or when the layer is no longer balanced. After each answer it pauses

@@ -11,8 +11,8 @@ namespace {
 
 constexpr double kProbeError = 0.08;   // standard error of the gain after one block
 constexpr double kLargestProbe = 0.5;  // relative load
-// How far the rate may shorten a test move: three whole blocks then leave an error of 0.139, and silence needs 0.143.
-constexpr double kMostCut = 3;
+// How far the rate may shorten a test move: six clear blocks then leave an error of 0.13, and silence needs 0.14.
+constexpr double kMostCut = 4;
 constexpr double kSizeStep = 8, kLargestSize = 4;
 constexpr double kLeastPattern = 1e-100;  // Σ q², so that what it divides is a number
 constexpr double kLeastNoise = 1e-12;     // of a load that does not move at all, squared, in patterns
@@ -197,7 +197,7 @@ std::optional<GainEstimate> BiasProbe::answer(std::size_t late, double noise_sq)
 }
 
 void BiasProbe::end_block(bool clear, double noise_sq) {
-  const std::optional<GainEstimate> alone = clear ? block(0, noise_sq).estimate(1) : std::nullopt;
+  const std::optional<GainEstimate> alone = block(0, noise_sq).estimate(1);
   for (std::size_t late = 0; late < kProbeLags; ++late) {
     if (size_ < 1 || !clear) {
       sums_[late] = {};

@@ -80,8 +80,8 @@ class BiasProbe {
   /// Shapes the test moves of a block for these slopes. Returns whether the rate leaves room for one that tells.
   bool start_block(std::span<const double> slope, double mean_slope, double noise_sq);
   /// Ends a block: adds it to those before if `clear`, else forgets them all. After a small one the next is eight times as
-  /// large, at most of size 1. After a clear one whose error is above 0.08, it is larger by as much: up to four times that,
-  /// and at most half of the mean load.
+  /// large, at most of size 1. After one whose error is above 0.08, whatever caused it, it is larger by as much: up to four
+  /// times that, and at most half of the mean load.
   void end_block(bool clear, double noise_sq);
   /// No test move in the next eight decisions.
   void pause();
