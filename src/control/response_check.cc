@@ -50,7 +50,7 @@ ResponseCheck::ResponseCheck(const ControllerConfig& config, int layer, std::spa
       experts_(static_cast<std::size_t>(config.model.experts)),
       delay_(static_cast<std::size_t>(config.delay())),
       token_range_(static_cast<double>(config.model.experts) / config.model.top_k),
-      clock_(37 * layer % kPeriod),
+      clock_(std::int64_t{37} * layer % kPeriod),
       assumed_slope_(config.model.score_space == ScoreSpace::kLogit ? kSlopeOfLogit : kSlopeOfProbability),
       weight_(experts_, 1.0),
       per_weight_(experts_, 1.0),

@@ -152,7 +152,7 @@ void WholeRecords::release() {
         if (whole) add(*whole, record);
         if (!whole) whole = &record;
       }
-      ready_.push_back(std::move(*whole));
+      if (whole) ready_.push_back(std::move(*whole));  // a layer has records of one rank at least
     }
   }
   held_.clear();
