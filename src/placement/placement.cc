@@ -13,7 +13,7 @@
 namespace moectl {
 namespace {
 
-using namespace placing;
+using namespace placing;  // NOLINT(google-build-using-namespace): its parts are put together here
 
 [[noreturn]] void refuse(const char* name, int value, const std::string& constraint) {
   throw std::invalid_argument(std::string(name) + ": " + std::to_string(value) + ": must be " + constraint);

@@ -210,7 +210,8 @@ class SampleExchange {
 void append_shares(std::span<const double> samples, Index experts, Index e, std::vector<double>& shares) {
   double sum = 0;
   for (Index i = e; i < samples.size(); i += experts) sum += samples[i];
-  const auto rows = static_cast<double>(samples.size() / experts);
+  const Index whole_rows = samples.size() / experts;
+  const auto rows = static_cast<double>(whole_rows);
   for (Index i = e; i < samples.size(); i += experts) shares.push_back(sum > 0 ? samples[i] * rows / sum : 1);
 }
 
