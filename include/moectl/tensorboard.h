@@ -32,7 +32,8 @@ struct TensorBoardOptions {
 /// `health/STATE` and `response/STATE`, the number of layers; `response_gain/layer_L`. Histograms: `load/layer_L` (over the mean load) and `expert_bias/layer_L`.
 ///
 /// The wire format is written directly. Three fixed messages do not need a protobuf library, and two protobuf libraries
-/// in one process conflict (LibTorch contains one). Does not allocate in the steady state.
+/// in one process conflict (LibTorch contains one). After the first steps, only a name that is met for
+/// the first time allocates.
 class TensorBoardWriter {
  public:
   /// Opens a new file `events.out.tfevents.N.moectl` in the directory, which is made if it is not there; a second
