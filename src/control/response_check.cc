@@ -32,8 +32,8 @@ constexpr double kReach = 16;
 // What a state may hold, so that every product below is a number.
 constexpr NumberRange kBias{-1e12, 1e12}, kLoad{0, 1e15}, kSum{-1e200, 1e200};
 // The check of a balanced layer is awake for kAwake steps in each kPeriod, and for those that fill its memory.
-constexpr std::int64_t kPeriod = 256, kAwake = 16;
-constexpr std::int64_t kNap = 8;  // steps without a comparison after an answer
+constexpr std::int64_t kPeriod = 512, kAwake = 16;
+constexpr std::int64_t kNap = 12;  // steps without a comparison after an answer
 
 }  // namespace
 
@@ -247,6 +247,7 @@ void ResponseCheck::set_reference(bool answered) {
   if (held_ || (based_ && !answered && error_over_floor_ > kImbalance)) return;
   std::copy(now.begin(), now.end(), base_.begin());
   based_ = true;
+  base_slope_sum_ = scaled_ ? slope_sum_ : 0;
 }
 
 // Without a measured slope: as large as the last answer says that it must be.
@@ -385,7 +386,8 @@ void ResponseCheck::on_applied(const LimitReport& why) {
 
 std::optional<double> ResponseCheck::reach() const {
   if (!scaled_) return in_probabilities_ ? std::optional<double>(1.0) : std::nullopt;
-  const double mean_slope = slope_sum_ / static_cast<double>(experts_);
+  // In a layer that collapsed few tokens lie near a threshold. That says nothing of how far apart its scores are.
+  const double mean_slope = std::max(slope_sum_, base_slope_sum_) / static_cast<double>(experts_);
   if (!(mean_slope > 0)) return std::nullopt;
   // Probabilities lie within [0, 1], so no two of them are farther apart.
   const double range = token_range_ / mean_slope;
@@ -418,6 +420,7 @@ void ResponseCheck::exchange(StateIo& io) {
   io.value("response.quiet", quiet_);
   io.value("response.backoff", backoff_);
   io.values("response.base", base_, kBias);
+  io.value("response.base_slope", base_slope_sum_, {0, kLoad.most * static_cast<double>(experts_)});
   probe_.exchange(io, kBias, kSum);
   io.value("response.late", late_, {0, static_cast<std::int64_t>(kProbeLags) - 1});
   io.value("response.held", held_);

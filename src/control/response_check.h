@@ -19,8 +19,8 @@
 // on. An answer that comes up to four steps later than the declared delay is one too, and is reported as late.
 //
 // A check costs several passes over the experts, and a balanced layer has nothing to answer. So the check of a balanced
-// layer rests, and wakes for some steps in a hundred, or when the layer is no longer balanced. After each answer it pauses
-// for eight steps.
+// layer rests, and wakes for some steps in five hundred, or when the layer is no longer balanced. After each answer it pauses
+// for twelve steps.
 //
 // Without a measured slope (counts only) a low one is assumed: 1 a unit of probability, because scores within [0, 1]
 // cannot lie farther apart; 0.1 a logit. A healthy layer shows a multiple of it, so the gain then says no more than
@@ -74,8 +74,8 @@ class ResponseCheck {
 
   Responsiveness report() const { return responsiveness(state_, found_, late_, scaled_); }
   /// How far a bias may be from the mean: sixteen times the distance over which, at the measured slope, an expert's load
-  /// goes from nothing to all tokens, because scores may lie in lumps; in probabilities at most 1. Absent if no slope is
-  /// known.
+  /// goes from nothing to all tokens, because scores may lie in lumps; in probabilities at most 1. The slope is that of
+  /// now, or of when the load last answered if it was steeper then. Absent if no slope is known.
   std::optional<double> reach() const;
   /// Biases that the load last answered to or was balanced with, however far they are; empty if there are none.
   std::span<const double> known_good() const {
@@ -145,8 +145,9 @@ class ResponseCheck {
   std::vector<double> reference_load_, reference_bias_;
   double noise_sq_ = 0;
   GainSums moves_, travel_;
-  std::int64_t backoff_;      // steps without a probe after the next one
-  std::vector<double> base_;  // the biases when the load last answered, or was balanced
+  std::int64_t backoff_;       // steps without a probe after the next one
+  std::vector<double> base_;   // the biases when the load last answered, or was balanced
+  double base_slope_sum_ = 0;  // the slopes then; 0 if none were measured
   BiasProbe probe_;
 };
 

@@ -171,7 +171,7 @@ SafetyLimiter::SafetyLimiter(Actuator actuator, const Limits& limits, const Safe
   }
   const auto n = static_cast<std::size_t>(size);
   for (std::vector<double>* v : {&last_good_, &candidate_}) v->assign(n, safe_value);
-  for (std::vector<double>* v : {&last_move_, &next_, &lo_, &hi_}) v->assign(n, 0.0);
+  for (std::vector<double>* v : {&last_move_, &next_, &lo_, &hi_, &reach_}) v->assign(n, 0.0);
 }
 
 LimitReport SafetyLimiter::apply(const LimitContext& context, std::span<const double> wanted,
@@ -355,6 +355,13 @@ void SafetyLimiter::clip_biases(std::span<const double> applied, LimitReport& re
     lo_[i] = std::min(std::max(limits_.min, applied[i] - limits_.rate), limits_.max);
     hi_[i] = std::max(std::min(limits_.max, applied[i] + limits_.rate), limits_.min);
   }
+  if (report.has(Reason::kReach) && limits_.center) {
+    for (std::size_t i = 0; i < n; ++i) {
+      const double most = std::max(reach_[i], std::abs(applied[i]));
+      lo_[i] = std::max(lo_[i], -most);
+      hi_[i] = std::min(hi_[i], most);
+    }
+  }
   if (all_inside(next_, lo_, hi_)) return;
   const double mu = limits_.center ? centring_shift(next_, lo_, hi_, 0) : 0;
   double sum = 0, free = 0;
@@ -395,18 +402,19 @@ void SafetyLimiter::stay_within_reach(const LimitContext& context, std::span<con
   const std::span<const double> good = context.known_good;
   const double good_mean = good.empty() ? 0 : mean(good);
   const double wanted_mean = mean(next_), applied_mean = mean(applied);
-  const double farthest = largest(next_.size(), [&](std::size_t i, auto at) -> Double8 {
-    const Double8 away = at.keep(at.get(&next_[i]) - wanted_mean);
-    return larger(away, -away);
-  });
-  if (farthest <= reach) return;
+  bool inside = true;
   for (std::size_t i = 0; i < next_.size(); ++i) {
-    const double most = std::max(
+    reach_[i] = std::max(
         {reach, std::abs(applied[i] - applied_mean), good.empty() ? 0 : std::abs(good[i] - good_mean)});
-    const double away = next_[i] - wanted_mean;
-    if (std::abs(away) <= most) continue;
-    next_[i] = wanted_mean + (away > 0 ? most : -most);
-    report.add(Reason::kReach);
+    inside = inside && std::abs(next_[i] - wanted_mean) <= reach_[i];
+    lo_[i] = -reach_[i];
+  }
+  if (inside) return;
+  report.add(Reason::kReach);
+  // What is clipped on one side moves the mean; the distances from that one count, or the biases would creep outwards.
+  const double mu = centring_shift(next_, lo_, reach_, wanted_mean);
+  for (std::size_t i = 0; i < next_.size(); ++i) {
+    next_[i] = mu + std::min(std::max(next_[i] - mu, lo_[i]), reach_[i]);
   }
 }
 

@@ -74,8 +74,8 @@ class SafetyLimiter {
   // loss can be blamed on.
   std::vector<double> last_good_, candidate_;
   std::int64_t candidate_step_ = kNever;
-  std::vector<double> last_move_;       // for reversal
-  std::vector<double> next_, lo_, hi_;  // scratch
+  std::vector<double> last_move_;               // for reversal
+  std::vector<double> next_, lo_, hi_, reach_;  // scratch
   std::int64_t invalid_in_row_ = 0;
   std::int64_t last_move_step_ = kNever;
   std::int64_t hold_until_ = kNever;  // after a rollback

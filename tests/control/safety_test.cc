@@ -478,10 +478,37 @@ TEST(Limiter, NoBiasGoesFartherFromTheMeanThanTheReach) {
       return ::testing::Pair(reached, Pointwise(DoubleNear(1e-12), values));
     };
     EXPECT_THAT(step({0, 0, 0, 0}, {-1.5, 0.5, 0.5, 0.5}), is(false, {-1.5, 0.5, 0.5, 0.5}));
-    EXPECT_THAT(step({0, 0, 0, 0}, {-3, 1, 1, 1}), is(true, {-2, 1, 1, 1}));
+    EXPECT_THAT(step({0, 0, 0, 0}, {-3, 1, 1, 1}), is(true, {-5.0 / 3, 1, 1, 1})) << "2 from their mean, 1/3";
     EXPECT_THAT(step({-3, 1, 1, 1}, {-3, 1, 1, 1}), is(false, {-3, 1, 1, 1})) << "there already";
-    EXPECT_THAT(step({-3, 1, 1, 1}, {-6, 2, 2, 2}), is(true, {-3, 2, 2, 2}));
-    EXPECT_THAT(step({0, 0, 0, 0}, {-3, 1, 1, 1}, {-2.5, 0.5, 1, 1}), is(true, {-2.5, 1, 1, 1}));
+    EXPECT_THAT(step({-3, 1, 1, 1}, {-6, 2, 2, 2}), is(true, {-2, 2, 2, 2}));
+    EXPECT_THAT(step({0, 0, 0, 0}, {-3, 1, 1, 1}, {-2.5, 0.5, 1, 1}), is(true, {1 - 10.0 / 3, 1, 1, 1}));
+  }
+}
+
+// A proposal that is clipped on one side has another mean, and what is in force may stay: step by step, the biases would
+// creep as far as they are pushed.
+TEST(Limiter, BiasesDoNotCreepBeyondTheReach) {
+  std::mt19937_64 random(20261130);
+  std::uniform_real_distribution<double> part(0, 1);
+  for (int trial = 0; trial < 200; ++trial) {
+    const bool centred = trial % 2 == 0;
+    const std::size_t n = 2 + random() % 15, few = 1 + random() % (n - 1);
+    Limits limits = bias_limits(64, centred ? std::pow(10, 2 * part(random) - 1) : 64);
+    limits.center = centred;
+    Rig rig(Actuator::kExpertBias, limits, std::vector<double>(n, 0.0));
+    const double push = std::pow(10, 2 * part(random) - 1);
+    double farthest = 0;
+    bool reached = false;
+    for (int i = 0; i < 300; ++i) {
+      std::vector<double> wanted = rig.applied;
+      for (std::size_t e = 0; e < few; ++e) wanted[e] += push * part(random);
+      reached |= rig.step(wanted, {.reach = 1.0}).has(Reason::kReach);
+      const double mean =
+          std::accumulate(rig.applied.begin(), rig.applied.end(), 0.0) / static_cast<double>(n);
+      for (const double v : rig.applied) farthest = std::max(farthest, std::abs(v - mean));
+    }
+    EXPECT_TRUE(reached) << trial;
+    EXPECT_LE(farthest, 1 + 1e-9) << trial;
   }
 }
 
