@@ -1,10 +1,10 @@
 // response_table: how often healthy loops are held, and how soon a wrong wiring is noticed, on simulated routers.
 //
-//   response_table [--first-seed S] [--runs R] [--steps N]
+//   response_table [--first-seed S] [--runs R] [--steps N] [--after A]
 //
 // Healthy: R runs of N steps over three gates, four sizes and two policies, with and without a shift; none should be
-// held. Mistakes: the router ignores the bias, subtracts it, or replays the routes of the first step, for 150 steps; then
-// it is mended. The table says when the controller held the biases, and when the load was balanced after that.
+// held. Mistakes: the router ignores the bias, subtracts it, or replays the routes of one step, for 150 steps; then
+// it is mended. They begin at once or, with --after, in a loop that has run well for A to A + 63 steps. The table says when the controller held the biases, and when the load was balanced after that.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -49,8 +49,9 @@ struct Outcome {
   int noticed = -1, balanced = -1;
 };
 
+// The mistake begins at step `begin`; what is noticed is counted from there.
 Outcome run(const Router& router, const std::string& policy, Mistake mistake, bool shift, std::uint64_t seed,
-            int steps) {
+            int begin, int steps) {
   ControllerConfig config;
   config.model = {.layers = 1,
                   .experts = router.experts,
@@ -71,7 +72,8 @@ Outcome run(const Router& router, const std::string& policy, Mistake mistake, bo
   std::vector<double> bias;
   Outcome out;
   for (int step = 0; step < steps; ++step) {
-    const bool wrong = mistake != Mistake::kNone && step < kMended;
+    const int since = step - begin;
+    const bool wrong = mistake != Mistake::kNone && since >= 0 && since < kMended;
     bias.assign(controller.bias(0).begin(), controller.bias(0).end());
     const double factor = !wrong                           ? 1
                           : mistake == Mistake::kForgotten ? 0
@@ -80,7 +82,7 @@ Outcome run(const Router& router, const std::string& policy, Mistake mistake, bo
     for (double& b : bias) b *= factor;
     const RoutingBatch batch = simulated.route(bias);
     if (wrong && mistake == Mistake::kReplayed) {
-      if (step == 0) first.add(batch);
+      if (since == 0) first.add(batch);
       controller.record(0, first);
     } else {
       controller.record(0, batch);
@@ -89,9 +91,9 @@ Outcome run(const Router& router, const std::string& policy, Mistake mistake, bo
     const bool held = layer.responsiveness.state == Response::kUnresponsive;
     out.held += held ? 1 : 0;
     out.probing += layer.responsiveness.state == Response::kProbing ? 1 : 0;
-    if (held && out.noticed < 0) out.noticed = step;
+    if (held && since >= 0 && out.noticed < 0) out.noticed = since;
     const double floors = *layer.metrics->max_vio / *floor_of(*layer.metrics).max_vio;
-    if (step >= kMended && out.balanced < 0 && floors < kBalancedFloors) out.balanced = step - kMended;
+    if (since >= kMended && out.balanced < 0 && floors < kBalancedFloors) out.balanced = since - kMended;
   }
   return out;
 }
@@ -104,7 +106,7 @@ void healthy(std::uint64_t seed, int runs, int steps) {
     const bool second = static_cast<std::size_t>(i) / all.size() % 2 == 1;
     const bool shift = static_cast<std::size_t>(i) / all.size() / 2 % 2 == 1;
     const Outcome out = run(router, second ? "sign_bias" : "adaptive_bias", Mistake::kNone, shift,
-                            seed + static_cast<std::uint64_t>(i), steps);
+                            seed + static_cast<std::uint64_t>(i), 0, steps);
     held_runs += out.held > 0 ? 1 : 0;
     probing += out.probing;
   }
@@ -112,7 +114,7 @@ void healthy(std::uint64_t seed, int runs, int steps) {
               held_runs, 100.0 * probing / (static_cast<double>(runs) * steps));
 }
 
-void mistakes(std::uint64_t seed) {
+void mistakes(std::uint64_t seed, int after) {
   std::printf(
       "| policy | mistake | runs | noticed (median step) | latest | never | balanced after mending (median) "
       "| "
@@ -122,7 +124,9 @@ void mistakes(std::uint64_t seed) {
       std::vector<int> noticed, balanced;
       int runs = 0;
       for (const Router& router : routers()) {
-        const Outcome out = run(router, policy, mistake, false, ++seed, kMended + 150);
+        ++seed;
+        const int begin = after > 0 ? after + static_cast<int>(37 * seed % 64) : 0;  // wherever a rest ends
+        const Outcome out = run(router, policy, mistake, false, seed, begin, begin + kMended + 150);
         ++runs;
         if (out.noticed >= 0) noticed.push_back(out.noticed);
         if (out.balanced >= 0) balanced.push_back(out.balanced);
@@ -150,7 +154,7 @@ void mistakes(std::uint64_t seed) {
 
 int main(int argc, char** argv) {
   std::uint64_t seed = 1;
-  int runs = 200, steps = 300;
+  int runs = 200, steps = 300, after = 0;
   for (int i = 1; i + 1 < argc; i += 2) {
     const std::string name = argv[i];
     const long value = std::strtol(argv[i + 1], nullptr, 10);
@@ -160,12 +164,14 @@ int main(int argc, char** argv) {
       runs = static_cast<int>(value);
     } else if (name == "--steps") {
       steps = static_cast<int>(value);
+    } else if (name == "--after") {
+      after = static_cast<int>(value);
     } else {
-      std::fprintf(stderr, "usage: response_table [--first-seed S] [--runs R] [--steps N]\n");
+      std::fprintf(stderr, "usage: response_table [--first-seed S] [--runs R] [--steps N] [--after A]\n");
       return 2;
     }
   }
   moectl::healthy(seed, runs, steps);
-  moectl::mistakes(seed + 100000);
+  moectl::mistakes(seed + 100000, after);
   return 0;
 }

@@ -33,7 +33,9 @@ constexpr double kReach = 16;
 constexpr NumberRange kBias{-1e12, 1e12}, kLoad{0, 1e15}, kSum{-1e200, 1e200};
 // The check of a balanced layer is awake for kAwake steps in each kPeriod, and for those that fill its memory.
 constexpr std::int64_t kPeriod = 512, kAwake = 16;
-constexpr std::int64_t kNap = 12;  // steps without a comparison after an answer
+constexpr std::int64_t kFewest = 4;  // assignments an expert in a step; with fewer, slopes are mostly noise
+constexpr std::int64_t kAlike = 8;   // steps with the same loads
+constexpr std::int64_t kNap = 12;    // steps without a comparison after an answer
 
 }  // namespace
 
@@ -86,7 +88,7 @@ void ResponseCheck::remember(std::span<const double> in_force) {
 
 void ResponseCheck::observe(const RoutingStats* stats, double load_cv, double floor_cv,
                             std::span<const double> in_force) {
-  if (stats == nullptr) {
+  if (stats == nullptr || stats->assignments() < kFewest * static_cast<std::int64_t>(experts_)) {
     remember(in_force);
     restart();
     return;
@@ -115,7 +117,11 @@ bool ResponseCheck::rests(double load_cv) {
   error_over_floor_ += (error_over_floor_ > 0 ? kNoiseEma : 1) * (ratio - error_over_floor_);
   // The average of a layer that balanced itself at once is still high for thirty steps.
   unbalanced_ = std::min(ratio, error_over_floor_) > kImbalance;
-  const bool balanced = error_over_floor_ <= kImbalance && !adjusts();
+  // Loads that are the same again and again are no new routing, however even they are: it is asked what moves them.
+  alike_ = load_cv == last_cv_ ? std::min(alike_ + 1, kAlike) : 0;
+  last_cv_ = load_cv;
+  unbalanced_ |= alike_ >= kAlike;
+  const bool balanced = error_over_floor_ <= kImbalance && alike_ < kAlike && !adjusts();
   if (nap_ > 0) {
     --nap_;
     return true;
@@ -163,6 +169,7 @@ void ResponseCheck::follow(const RoutingStats& stats) {
     at_reference += w * at.get(&reference_bias_[i]);
   });
   slope_sum_ = sum_of(slopes);
+  within_one_ |= in_probabilities_ && scaled_ && token_range_ * static_cast<double>(experts_) < slope_sum_;
   weighted_ = {sum_of(all), sum_of(at_now), sum_of(at_last), sum_of(at_before), sum_of(at_reference)};
   if (filled_ == 0) return;  // no load before it
   const double change_sq = sum_of(changes) / (2 * static_cast<double>(experts_));
@@ -247,7 +254,6 @@ void ResponseCheck::set_reference(bool answered) {
   if (held_ || (based_ && !answered && error_over_floor_ > kImbalance)) return;
   std::copy(now.begin(), now.end(), base_.begin());
   based_ = true;
-  base_slope_sum_ = scaled_ ? slope_sum_ : 0;
 }
 
 // Without a measured slope: as large as the last answer says that it must be.
@@ -385,13 +391,10 @@ void ResponseCheck::on_applied(const LimitReport& why) {
 }
 
 std::optional<double> ResponseCheck::reach() const {
-  if (!scaled_) return in_probabilities_ ? std::optional<double>(1.0) : std::nullopt;
-  // In a layer that collapsed few tokens lie near a threshold. That says nothing of how far apart its scores are.
-  const double mean_slope = std::max(slope_sum_, base_slope_sum_) / static_cast<double>(experts_);
-  if (!(mean_slope > 0)) return std::nullopt;
-  // Probabilities lie within [0, 1], so no two of them are farther apart.
-  const double range = token_range_ / mean_slope;
-  return in_probabilities_ && range < 1 ? std::min(kReach * range, 1.0) : kReach * range;
+  if (in_probabilities_ && (within_one_ || !scaled_)) return 1;
+  const double mean_slope = slope_sum_ / static_cast<double>(experts_);
+  if (!scaled_ || !(mean_slope > 0)) return std::nullopt;
+  return kReach * token_range_ / mean_slope;
 }
 
 void ResponseCheck::exchange(StateIo& io) {
@@ -415,12 +418,14 @@ void ResponseCheck::exchange(StateIo& io) {
   io.value("response.floor_sq", floor_sq_, {0, 1e100});
   io.value("response.noise_sq", noise_sq_, {0, 1e100});
   io.value("response.error_over_floor", error_over_floor_, {0, 1e6});
+  io.value("response.last_cv", last_cv_, StateIo::kNotNegative);
+  io.value("response.alike", alike_, {0, kAlike});
   moves_.exchange(io, kSum);
   io.choice("response.state", state_, Response::kUnresponsive);
   io.value("response.quiet", quiet_);
   io.value("response.backoff", backoff_);
   io.values("response.base", base_, kBias);
-  io.value("response.base_slope", base_slope_sum_, {0, kLoad.most * static_cast<double>(experts_)});
+  io.value("response.within_one", within_one_);
   probe_.exchange(io, kBias, kSum);
   io.value("response.late", late_, {0, static_cast<std::int64_t>(kProbeLags) - 1});
   io.value("response.held", held_);

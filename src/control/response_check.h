@@ -19,8 +19,8 @@
 // on. An answer that comes up to four steps later than the declared delay is one too, and is reported as late.
 //
 // A check costs several passes over the experts, and a balanced layer has nothing to answer. So the check of a balanced
-// layer rests, and wakes for some steps in five hundred, or when the layer is no longer balanced. After each answer it pauses
-// for twelve steps.
+// layer rests, and wakes for some steps in five hundred, or when the layer is no longer balanced, or when its loads are the
+// same step after step. After each answer it pauses for twelve steps.
 //
 // Without a measured slope (counts only) a low one is assumed: 1 a unit of probability, because scores within [0, 1]
 // cannot lie farther apart; 0.1 a logit. A healthy layer shows a multiple of it, so the gain then says no more than
@@ -74,8 +74,9 @@ class ResponseCheck {
 
   Responsiveness report() const { return responsiveness(state_, found_, late_, scaled_); }
   /// How far a bias may be from the mean: sixteen times the distance over which, at the measured slope, an expert's load
-  /// goes from nothing to all tokens, because scores may lie in lumps; in probabilities at most 1. The slope is that of
-  /// now, or of when the load last answered if it was steeper then. Absent if no slope is known.
+  /// goes from nothing to all tokens, because scores may lie in lumps. In probabilities 1, once that distance was below 1:
+  /// until then they may be in another unit, and later, in a collapsed layer, hardly a token lies near a threshold. Absent
+  /// if no slope is known.
   std::optional<double> reach() const;
   /// Biases that the load last answered to or was balanced with, however far they are; empty if there are none.
   std::span<const double> known_good() const {
@@ -118,6 +119,7 @@ class ResponseCheck {
   Waits waits_ = Waits::kNo;  // the policy, during this probe
   bool based_ = true;         // base_ is known
   bool scaled_ = false;       // slope_ was measured
+  bool within_one_ = false;   // a slope once said that scores lie within 1 of each other
   bool resting_ = false, referenced_ = false;
   bool in_probabilities_;
   bool unbalanced_ = false;  // at this step, and for some time
@@ -125,7 +127,9 @@ class ResponseCheck {
   double token_range_;  // N/k: the relative load of an expert that gets every token
   double slope_sum_ = 0;
   double floor_sq_ = 0;
-  double error_over_floor_ = 0;        // of their squares, smoothed
+  double error_over_floor_ = 0;  // of their squares, smoothed
+  double last_cv_ = 0;
+  std::int64_t alike_ = 0;             // steps in a row with the same loads
   std::int64_t clock_;                 // wakes a resting check; other layers at other steps
   std::int64_t filled_ = 0;            // steps in a row that were seen
   std::int64_t compared_ = 0;          // steps since it woke
@@ -145,9 +149,8 @@ class ResponseCheck {
   std::vector<double> reference_load_, reference_bias_;
   double noise_sq_ = 0;
   GainSums moves_, travel_;
-  std::int64_t backoff_;       // steps without a probe after the next one
-  std::vector<double> base_;   // the biases when the load last answered, or was balanced
-  double base_slope_sum_ = 0;  // the slopes then; 0 if none were measured
+  std::int64_t backoff_;      // steps without a probe after the next one
+  std::vector<double> base_;  // the biases when the load last answered, or was balanced
   BiasProbe probe_;
 };
 

@@ -450,6 +450,63 @@ TEST(Responsiveness, ALoopThatBreaksAfterLongBalanceIsNoticed) {
   }
 }
 
+// Replayed routes of a balanced layer are balanced. What gives them away is that their loads are the same step after step.
+TEST(Responsiveness, ReplayedRoutesAreNoticedInABalancedLoop) {
+  for (std::uint64_t seed = 40171; seed <= 40174; ++seed) {
+    SCOPED_TRACE(seed);
+    Loop loop({.seed = seed});
+    loop.run(200, Loop::as_told);
+    ASSERT_LT(loop.max_vio_over_floor, 2);
+    const double before = loop.largest_bias();
+    loop.replay(150);
+    EXPECT_EQ(loop.last.state, Response::kUnresponsive);
+    EXPECT_LE(loop.noticed, 260);
+    EXPECT_LT(loop.largest_bias(), 2 * before);
+    loop.run(50, Loop::as_told);
+    EXPECT_EQ(loop.last.state, Response::kAnswers);
+    EXPECT_LT(loop.max_vio_over_floor, 2);
+  }
+}
+
+// Of a sharp softmax most scores lie near zero, where slopes are steep, and a few near one: the mean slope says nothing of
+// how far a bias must go.
+TEST(Responsiveness, ASharpSoftmaxIsBalancedAsWellAsWithoutTheCheck) {
+  double floors[2] = {0, 0};
+  for (const bool checked : {false, true}) {
+    for (std::uint64_t seed = 100; seed < 104; ++seed) {
+      const SimulationOptions model{.experts = 64,
+                                    .top_k = 6,
+                                    .tokens = 4096,
+                                    .gate = SimulatedGate::kSoftmax,
+                                    .seed = seed,
+                                    .token_spread = 2,
+                                    .preference = 2,
+                                    .forming = 0};
+      ControllerConfig config = default_config_of(model);
+      config.safety.responsiveness = checked;
+      Loop loop(model, config);
+      loop.run(170, Loop::as_told);
+      for (int step = 0; step < 30; ++step) {
+        loop.run(1, Loop::as_told);
+        floors[checked ? 1 : 0] += loop.max_vio_over_floor / 120;
+      }
+      EXPECT_EQ(loop.held, 0);
+    }
+  }
+  EXPECT_LT(floors[1], 1.2 * floors[0]);
+}
+
+// An assignment or two an expert: a slope of each expert would be mostly noise, and an answer would seem too small.
+TEST(Responsiveness, IsNotJudgedByAHandfulOfTokens) {
+  for (std::uint64_t seed = 40191; seed <= 40194; ++seed) {
+    const SimulationOptions model{.experts = 512, .top_k = 8, .tokens = 64, .seed = seed};
+    Loop loop(model, default_config_of(model));
+    loop.run(60, Loop::as_told);
+    EXPECT_EQ(loop.held, 0) << seed;
+    EXPECT_EQ(loop.last.state, Response::kUnknown);
+  }
+}
+
 TEST(Responsiveness, IsNotApplicableWhereNothingIsApplied) {
   const SimulationOptions model{.seed = 40117};
   for (const Mode mode : {Mode::kShadow, Mode::kActive}) {
