@@ -75,7 +75,10 @@ const char* parse(const YamlNode& node, std::int64_t& out) {
   const std::string_view digits = text.starts_with('-') ? text.substr(1) : text;
   if (digits.empty() ||
       !std::all_of(digits.begin(), digits.end(), [](char c) { return c >= '0' && c <= '9'; })) {
-    return kWrong;
+    double real = 0;
+    return parse(node, real) == nullptr && real == std::floor(real)
+               ? "must be a whole number in digits alone, without point or exponent"
+               : kWrong;
   }
   if (digits.size() > 1 && digits.front() == '0') {
     return "must be a decimal number without leading zeros (octal in some readers of YAML)";

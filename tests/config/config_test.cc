@@ -295,6 +295,9 @@ INSTANTIATE_TEST_SUITE_P(
               "of YAML)"},
         Wrong{"Hex", "version: 1\nmodel: {layers: 0x10, experts: 16, top_k: 2}\n",
               "c.yaml:2:17: model.layers: 0x10: must be a whole number"},
+        Wrong{
+            "Exponent", with("log: {every: 1e3}\n"),
+            "c.yaml:3:14: log.every: 1e3: must be a whole number in digits alone, without point or exponent"},
         Wrong{"WiderThanInt", "version: 1\nmodel: {layers: 4294967297, experts: 16, top_k: 2}\n",
               "c.yaml:2:17: model.layers: 4294967297: must be a whole number of at most 31 bits"},
         Wrong{"WiderThanInt64", with("log: {every: 9223372036854775808}\n"),
