@@ -128,6 +128,8 @@ bool ResponseCheck::rests(double load_cv) {
   }
   if (!resting_) {
     resting_ = balanced && full() && compared_ >= kAwake;
+    if (resting_ && !held_)
+      keep_base();  // a rest is long: where it begins is better than the last answer before it
   } else if (!balanced || clock_ == 0) {
     resting_ = referenced_ = false;
     compared_ = 0;
@@ -251,7 +253,11 @@ void ResponseCheck::set_reference(bool answered) {
   std::copy(now.begin(), now.end(), reference_bias_.begin());
   std::copy(load_[0].begin(), load_[0].end(), reference_load_.begin());
   referenced_ = true;
-  if (held_ || (based_ && !answered && error_over_floor_ > kImbalance)) return;
+  if (!held_ && (!based_ || answered || error_over_floor_ <= kImbalance)) keep_base();
+}
+
+void ResponseCheck::keep_base() {
+  const std::span<const double> now = bias(delay_);
   std::copy(now.begin(), now.end(), base_.begin());
   based_ = true;
 }

@@ -100,6 +100,7 @@ class ResponseCheck {
   void compare();
   void judge();
   void set_reference(bool answered);
+  void keep_base();
   double first_size() const;
   void start_probe();
   void start_block();
