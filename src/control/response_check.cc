@@ -128,8 +128,7 @@ bool ResponseCheck::rests(double load_cv) {
   }
   if (!resting_) {
     resting_ = balanced && full() && compared_ >= kAwake;
-    if (resting_ && !held_)
-      keep_base();  // a rest is long: where it begins is better than the last answer before it
+    if (resting_) keep_base();  // a rest is long: where it begins is better than the last answer before it
   } else if (!balanced || clock_ == 0) {
     resting_ = referenced_ = false;
     compared_ = 0;
