@@ -26,14 +26,15 @@ struct TensorBoardOptions {
   std::function<double(std::int64_t step)> wall_time{};
 };
 
-/// Scalars: `loss`; `balance/…`, means over layers beside their floors, and of several layers percentiles of MaxVio over them
-/// (`balance/max_vio_p5` … `_p95`); `METRIC/layer_L`; `aux_loss_weight/layer_L` and
-/// `router_temperature/layer_L` (`…/model` where all layers share one); `reasons/ACTUATOR_REASON`, `alerts/NAME` and
-/// `health/STATE` and `response/STATE`, the number of layers; `response_gain/layer_L`. Histograms: `load/layer_L` (over the mean load) and `expert_bias/layer_L`.
+/// Scalars: `loss`; `balance/…`, means over layers beside their floors, and of several layers percentiles of MaxVio over
+/// them (`balance/max_vio_p5` … `_p95`); `METRIC/layer_L`; `aux_loss_weight/layer_L` and `router_temperature/layer_L`
+/// (`…/model` where all layers share one); `reasons/ACTUATOR_REASON`, `alerts/NAME`, `health/STATE` and `response/STATE`,
+/// the number of layers; `response_gain/layer_L`. Histograms: `load/layer_L` (over the mean load) and
+/// `expert_bias/layer_L`.
 ///
 /// The wire format is written directly. Three fixed messages do not need a protobuf library, and two protobuf libraries
-/// in one process conflict (LibTorch contains one). After the first steps, only a name that is met for
-/// the first time allocates.
+/// in one process conflict (LibTorch contains one). After the first steps, only a name that is met for the first
+/// time allocates.
 class TensorBoardWriter {
  public:
   /// Opens a new file `events.out.tfevents.N.moectl` in the directory, which is made if it is not there; a second

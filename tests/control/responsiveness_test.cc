@@ -468,6 +468,21 @@ TEST(Responsiveness, ReplayedRoutesAreNoticedInABalancedLoop) {
   }
 }
 
+// The last answer of a layer may come from before it was balanced: held there, a softmax of 256 experts stays collapsed, for no
+// test move finds an answer. So it is held at the biases with which the balanced layer began to rest.
+TEST(Responsiveness, ALayerThatRestedComesBackFromWhereItRested) {
+  const SimulationOptions model{
+      .experts = 256, .top_k = 8, .tokens = 8192, .gate = SimulatedGate::kSoftmax, .seed = 196011};
+  Loop loop(model, default_config_of(model));
+  loop.run(355, Loop::as_told);
+  ASSERT_LT(loop.max_vio_over_floor, 2);
+  loop.run(60, Loop::ignored);
+  ASSERT_EQ(loop.last.state, Response::kUnresponsive);
+  loop.run(50, Loop::as_told);
+  EXPECT_EQ(loop.last.state, Response::kAnswers);
+  EXPECT_LT(loop.max_vio_over_floor, 2);
+}
+
 // Of a sharp softmax most scores lie near zero, where slopes are steep, and a few near one: the mean slope says nothing of
 // how far a bias must go.
 TEST(Responsiveness, ASharpSoftmaxIsBalancedAsWellAsWithoutTheCheck) {
