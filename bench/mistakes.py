@@ -35,7 +35,7 @@ def run(program, directory, mistake, seed, fixed):
         with open(log) as file:
             records = [json.loads(line) for line in file][1:]
         os.remove(log)
-    return done.stdout, done.stderr.strip(), records
+    return done.stdout, done.stderr.strip() if done.returncode else '', records
 
 
 def floors(records):

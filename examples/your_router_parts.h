@@ -110,11 +110,12 @@ class Listener {
 inline void print_balance(const moectl::StepReport& report) {
   for (const moectl::LayerReport& layer : report.layers) {
     const moectl::Metrics& smoothed = layer.monitor->smoothed();
-    const double vio = smoothed.max_vio.value_or(NAN),
-                 floor = moectl::floor_of(smoothed).max_vio.value_or(NAN);
+    const moectl::FloorInForce floor = moectl::floor_of(smoothed);
+    const double vio = smoothed.max_vio.value_or(NAN);
     double spread = 0;
     for (const double b : layer.actuators[0].applied) spread = std::max(spread, std::abs(b));
-    std::printf("layer %d: MaxVio %.3f, floor %.3f: %.2f x floor; largest bias %.3f; %s\n", layer.layer, vio,
-                floor, vio / floor, spread, std::string(moectl::name_of(layer.monitor->health())).c_str());
+    std::printf("layer %d: MaxVio %.3f: %.2f x its %s; largest bias %.3f; %s\n", layer.layer, vio,
+                vio / floor.max_vio.value_or(NAN), std::string(floor.name()).c_str(), spread,
+                std::string(moectl::name_of(layer.monitor->health())).c_str());
   }
 }

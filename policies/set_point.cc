@@ -35,7 +35,8 @@ std::vector<OptionSpec> SetPoint::options(std::string_view metric, double target
   std::vector<std::string> names;
   for (const MetricField& field : metric_fields()) names.emplace_back(field.name);
   return {
-      choice("metric", metric, "the process variable; pi averages excess_cv signed, in squares", names),
+      choice("metric", metric,
+             "the metric to hold; pi averages load_cv² - floor² for excess_cv, which may be negative", names),
       {"target", target, "of the metric", "where the metric should be", -1e6, 1e6},
       choice("effect", "lowers", "what raising the actuator does to the metric", {"lowers", "raises"}),
       choice("over_layers", "mean", "for scope: model, the mean over layers or the worst one",

@@ -42,7 +42,7 @@ struct ModelConfig {
   /// Tokens of one step over all ranks; 0 = not known. Sets the noise floor.
   std::int64_t tokens_per_step = 0;
   ScoreSpace score_space = ScoreSpace::kProbability;
-  int delay = 0;  ///< Steps by which records arrive late, beyond the loop's own step; ≥ 0.
+  int delay = 0;  ///< Steps by which records arrive late, for a reason outside the controller; ≥ 0.
   std::vector<std::string> domains{};  ///< Names of the domains whose tokens are counted separately.
   /// Sequences of a step, by ids from 0 on, whose pieces join over records and ranks; 0 = ids hold within a record.
   int split_sequences = 0;
@@ -138,7 +138,7 @@ struct ControllerConfig {
   ControllerConfig();
   ActuatorConfig& actuator(Actuator which);
   const ActuatorConfig& actuator(Actuator which) const;
-  /// Steps from the routing to the decision that uses it, beyond the loop's own step.
+  /// Steps from the routing to the decision that uses it, for a reason outside the controller.
   int delay() const { return model.delay + lag; }
 };
 

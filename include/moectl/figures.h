@@ -46,7 +46,7 @@ struct StepFigures {
   FloorKind floor = FloorKind::kNone;  ///< Which floor_max_vio and floor_cv are.
 };
 
-/// True for reasons that shorten, clip or override a move (rate, range, guard, oscillation, rollback, fallback); false
+/// True for reasons that shorten, clip or override a move (rate, range, reach, guard, oscillation, rollback, fallback); false
 /// for holds that are planned (cadence, warm-up, …) or follow from missing data.
 bool is_limit(Reason reason);
 

@@ -73,9 +73,8 @@ struct Limits {
   std::int64_t cadence = 1;   ///< ≥ 1. Decide every so many steps, on the sums of all of them.
   std::int64_t cooldown = 0;  ///< Steps without a move after each move.
 };
-/// The defaults of an actuator. Biases: ±16, rate 1, centred: an outer fence, since the
-/// reach of the scores lies within it. Auxiliary-loss weight: 1e-4 to 0.1, rate 0.1. Router
-/// temperature: 0.1 to 10, rate 0.1. An auxiliary-loss weight with the initial value 0 (off) has the range 0 to 0.1,
+/// The defaults of an actuator. Biases: ±16, rate 1, centred: an outer fence, since the reach of the scores lies within
+/// it. Auxiliary-loss weight: 1e-4 to 0.1, rate 0.1. Router temperature: 0.1 to 10, rate 0.1. An auxiliary-loss weight with the initial value 0 (off) has the range 0 to 0.1,
 /// and stays at 0 because its moves are ratios.
 Limits default_limits(Actuator actuator, std::optional<double> initial = {});
 

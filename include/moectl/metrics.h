@@ -1,8 +1,8 @@
 // Metrics: measures of the balance of a layer over a window of steps. Pure functions of a RoutingStats.
 //
-// Notation: c_i assignments to expert i before capacity, S = Σ c_i, p_i = c_i / S, N experts, k choices a
-// token, k_t those of token t where they differ (then S = Σ k_t), T tokens. Logarithms are natural, standard deviations are population (divide by N). With S = 0 every
-// metric is absent: "no data" is never 0 and never NaN.
+// Notation: c_i assignments to expert i before capacity, S = Σ c_i, p_i = c_i / S, N experts, k choices a token, k_t those
+// of token t where they differ (then S = Σ k_t), T tokens. Logarithms are natural, standard deviations are population
+// (divide by N). With S = 0 every metric is absent: "no data" is never 0 and never NaN.
 //
 // Unequal targets. w_i is the target share of expert i. Metrics marked (w) compare each load with its own target; the
 // formula given is the one for equal targets, the part behind (w) the one for unequal targets. The other metrics ignore

@@ -14,10 +14,10 @@ enum class NoticeKind : std::uint8_t {
   kPolicyFailed,  ///< A policy threw an exception: its message, said when it begins.
   kWiring,        ///< The router does not choose by its layer's bias, or a handed-out tensor was tied again.
   kUnresponsive,  ///< The load does not answer an actuator.
-  kFallback,  ///< Data have been invalid for `safety.fallback_after` decisions: said when that is reached.
-  kConfig,    ///< The config says something else than the data: said once after construction or load.
-  kLog,       ///< The log callback threw an exception: its message.
-  kHold,      ///< Some ranks hold, by hold() or MOECTL_HOLD, and so all do: said when that begins.
+  kFallback,      ///< Data have been invalid for `safety.fallback_after` steps: said when that is reached.
+  kConfig,        ///< The config says something else than the data: said once after construction or load.
+  kLog,           ///< The log callback threw an exception: its message.
+  kHold,          ///< Some ranks hold, by hold() or MOECTL_HOLD, and so all do: said when that begins.
 };
 inline constexpr int kNoticeKindCount = 9;
 std::string_view name_of(NoticeKind kind);

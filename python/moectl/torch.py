@@ -744,7 +744,7 @@ class Balancer:
         return {f"layer.{layer}": self.controller.save_layer(layer) for layer in self._ids}
 
     def load_state_dict(self, state: Dict[str, bytes]) -> None:
-        """After the model's own state, of the same or another split of the layers, whose entries are passed over. A
+        """After the model's own state, of the same or another split of the layers, whose entries are skipped. A
         layer that is missing, or does not fit, goes on from the bias that the model holds, with a warning. What was recorded
         before is forgotten. Raises, with nothing changed, StateError if layers are of different steps, and ArgumentError
         if a bias that the model holds lies outside the limits."""

@@ -54,10 +54,9 @@ inline Double8 to_double(const Int8& value) {
   return bits.unaryExpr(InRegisters<PlusTwo52>()) - kTwo52;
 }
 
-/// ln of positive, finite, normal numbers. With x = m 2^e and m in [√½, √2), ln m = 2 artanh(s), s =
-/// (m-1)/(m+1), |s| ≤ 0.1716, where a polynomial of
-/// degree 6 in s² gives (artanh(s)/s - 1)/s² so that ln m is off by less than 2e-18 of itself. Exactly 0
-/// at 1.
+/// ln of positive, finite, normal numbers. With x = m 2^e and m in [√½, √2), ln m = 2 artanh(s), s = (m-1)/(m+1),
+/// |s| ≤ 0.1716, where a polynomial of degree 6 in s² gives (artanh(s)/s - 1)/s² so that ln m is off by less than 2e-18
+/// of itself. Exactly 0 at 1.
 inline Double8 fast_log(const Double8& x) {
   const Double8 e = x.unaryExpr(InRegisters<BiasedExponent>()) - (kTwo52 + 1024.0);
   const Double8 m = x.unaryExpr(InRegisters<Mantissa>());

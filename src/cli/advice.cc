@@ -29,7 +29,7 @@ const std::vector<Cause> kCauses = {
      "router's "
      "probabilities, quantile_bias its scores, a step in units of the gap the largest k + 1 scores)"},
     {"policy_failed",
-     "was held because its policy threw an exception: mend the policy; the alert has its message"},
+     "was held because its policy threw an exception: mend the policy; the notice has its message"},
     {"fallback",
      "fell back after too many invalid records: find the host's call that records them; the log names the "
      "field and the "
@@ -172,11 +172,11 @@ std::vector<std::string> Advice::sentences(const nlohmann::json& now, double dea
   if (imbalanced && !controlled)
     says.emplace_back("no policy controls this run: try policies/adaptive_bias.yaml");
   if (imbalanced && controlled && says.empty()) {
-    says.push_back(
-        "layer " + now["worst_layer"].dump() + " stands at " + brief(now["worst"].get<double>()) +
-        " x its floor though nothing holds the controller: let the run go on if MaxVio still falls; "
-        "if it does not, take a larger step or gain, or another policy "
-        "(moectl simulate CONFIG --set compares them)");
+    says.push_back("layer " + now["worst_layer"].dump() + " stands at " + brief(now["worst"].get<double>()) +
+                   " x its " + now["floor"].get<std::string>() +
+                   " though nothing holds the controller: let the run go on if MaxVio still falls; "
+                   "if it does not, take a larger step or gain, or another policy "
+                   "(moectl simulate CONFIG --set compares them)");
   }
   if (dead > 0.5 && policy_of("expert_bias") == "fixed")
     says.push_back(dead < 1.5 ? "one expert is dead: a bias policy brings it back"

@@ -221,7 +221,7 @@ int check(const Options& options, const PolicyRegistry& registry) {
               << ", k = " << config.model.top_k << ' ' << target.metric << " is " << text_of(*bounds) << '\n';
   }
   for (const std::string& note : actuators.notes) std::cout << "# " << note << '\n';
-  if (!actuators.conflicts.empty()) {
+  if (!actuators.conflicts.empty() || !targets_of(config).empty()) {
     std::cout << "# which policy may hold which variable:\n";
     for (const std::string& line : actuator_recipe()) std::cout << "#   " << line << '\n';
   }

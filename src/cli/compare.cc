@@ -126,7 +126,7 @@ void add_compare(CLI::App& app, Tool& tool) {
       ->check(whole_number(0));
   command
       ->add_option("--sum-steps", options->summed,
-                   "Sum counts (max_vio_global) over so many steps before the shift; 0: all of them")
+                   "Sum counts (max_vio_global) over this many steps before the shift; 0: all of them")
       ->check(whole_number(0))
       ->capture_default_str();
   add_salvage(*command, options->fault_policy);

@@ -510,9 +510,10 @@ void add_metrics(CLI::App& app, Tool& tool) {
           ->excludes("--compare")
           ->excludes("--trends");
   command
-      ->add_option("--extremes", options->extremes,
-                   "With --loads: so many of the most and of the least loaded experts, and of the pairs that "
-                   "the same tokens choose most")
+      ->add_option(
+          "--extremes", options->extremes,
+          "With --loads: this many of the most and of the least loaded experts, and of the pairs that "
+          "the same tokens choose most")
       ->check(whole_number(0, 65536))
       ->capture_default_str()
       ->needs(loads);

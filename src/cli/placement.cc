@@ -207,9 +207,7 @@ const char* name_of(Verdict verdict) {
 }
 
 std::string digits(double value) {
-  char text[32];
-  std::snprintf(text, sizeof text, "%.3f", value);
-  return text;
+  return fixed(value, 3);
 }
 std::string range(const Estimate& e) {
   return e.low ? '[' + digits(*e.low) + ", " + digits(*e.high) + ']' : "-";

@@ -44,7 +44,7 @@ using Row = std::vector<Extremes>;
 
 class ReportRun {
  public:
-  /// Reads the whole file, passing over what cannot be read. Throws LogError if there is nothing to read.
+  /// Reads the whole file, skipping what cannot be read. Throws LogError if there is nothing to read.
   ReportRun(const std::string& path, std::optional<std::int64_t> shift);
   nlohmann::json json() const;
   const std::vector<std::string>& faults() const { return faults_; }

@@ -123,6 +123,7 @@ class Watch {
     const Metrics metrics = metrics_.of(record);
     endpoint_.write(record, metrics);
     step_->add(record, metrics);
+    if (!step_->notices.empty()) newest_notice_ = step_->notices.back();
     // A step that is known to be whole need not wait for the next one; the record of whole-model actuators may follow.
     const auto layers = reader_.header().layers;
     if (layers && static_cast<int>(step_->layers.size()) == *layers && live_) draw();
@@ -141,16 +142,19 @@ class Watch {
     if (!step_) return;
     if (live_) {
       draw();
-    } else if (shown_++ % options_.every == 0) {
-      std::cout << plain_line(*step_) << std::endl;
+    } else {
+      if (shown_++ % options_.every == 0) std::cout << plain_line(*step_) << std::endl;
+      for (const std::string& notice : step_->notices) {
+        std::cout << printable("step " + std::to_string(step_->number) + "  notice: " + notice) << std::endl;
+      }
     }
     step_.reset();
   }
 
   void draw() {
     const auto [rows, columns] = Screen::size();
-    screen_.show(view_of(*step_, options_.run == "-" ? "standard input" : options_.run, reader_.fault_count(),
-                         rows, columns));
+    screen_.show(view_of(*step_, options_.run == "-" ? "standard input" : options_.run, newest_notice_,
+                         reader_.fault_count(), rows, columns));
   }
 
   const Options& options_;
@@ -161,6 +165,7 @@ class Watch {
   WholeRecords records_{reader_, false, [this](std::string_view text) { note_ = text; }};
   RecordMetrics metrics_{true};
   std::unique_ptr<WatchedStep> step_;
+  std::string newest_notice_;
   std::int64_t shown_ = 0;
   std::size_t said_ = 0, assumed_ = 0;
   std::string note_;  // not yet said
@@ -219,9 +224,10 @@ void add_watch(CLI::App& app, Tool& tool) {
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)
       ->needs(listen);
   command
-      ->add_option("--extremes", options->extremes,
-                   "With --listen: instead of series for every expert, so many of the most and of the least "
-                   "loaded experts of each layer, and of the pairs that the same tokens choose most")
+      ->add_option(
+          "--extremes", options->extremes,
+          "With --listen: instead of series for every expert, this many of the most and of the least "
+          "loaded experts of each layer, and of the pairs that the same tokens choose most")
       ->check(whole_number(0, 65536))
       ->needs(listen);
   command->add_flag("--plain", options->plain, "One line per step, in a terminal as well");

@@ -77,6 +77,9 @@ void WatchedStep::add(const LogRecord& record, const Metrics& record_metrics) {
     }
     for (const std::string& reason : actuator.reasons) ++track.reasons[reason];
   }
+  for (const LoggedNotice& notice : record.notices) {
+    notices.push_back((record.layer < 0 ? "" : "layer " + std::to_string(record.layer) + ": ") + notice.text);
+  }
   if (record.layer < 0) return;
   metrics[record.layer] = record_metrics;
   layers.insert_or_assign(record.layer, record);
@@ -94,8 +97,8 @@ std::string plain_line(const WatchedStep& step) {
   return printable(text);
 }
 
-std::vector<std::string> view_of(const WatchedStep& step, const std::string& title, std::int64_t faults,
-                                 std::size_t rows, std::size_t columns) {
+std::vector<std::string> view_of(const WatchedStep& step, const std::string& title, const std::string& notice,
+                                 std::int64_t faults, std::size_t rows, std::size_t columns) {
   const StepFigures f = step.mean.figures();
   std::vector<std::string> lines = {title + "  step " + std::to_string(step.number),
                                     "loss " + brief(f.loss) + "  MaxVio " + brief(f.max_vio) +
@@ -103,6 +106,7 @@ std::vector<std::string> view_of(const WatchedStep& step, const std::string& tit
                                         times(f.cv, f.floor_cv, f.floor) + "  dead " + brief(f.dead_experts)};
   std::vector<std::string> last;
   for (const auto& [name, track] : step.tracks) last.push_back(name + ' ' + decisions(track));
+  if (!notice.empty()) last.push_back("notice: " + notice);
   if (faults > 0) last.push_back(std::to_string(faults) + " lines skipped");
 
   std::size_t health = 0, number_width = 1;

@@ -28,14 +28,15 @@ struct WatchedStep {
   std::map<int, LogRecord> layers;
   std::map<int, Metrics> metrics;
   std::map<std::string, Track> tracks;
+  std::vector<std::string> notices;  ///< "layer 3: what was found"
 };
 
 std::string plain_line(const WatchedStep& step);
 
 /// The lines of a view of at most `rows` lines of `columns` characters: the whole model, each layer's load by
-/// expert, the last decisions.
-std::vector<std::string> view_of(const WatchedStep& step, const std::string& title, std::int64_t faults,
-                                 std::size_t rows, std::size_t columns);
+/// expert, the last decisions, the newest notice (or none).
+std::vector<std::string> view_of(const WatchedStep& step, const std::string& title, const std::string& notice,
+                                 std::int64_t faults, std::size_t rows, std::size_t columns);
 
 /// The terminal at standard output. A view is drawn where the one before stood, below what was printed earlier.
 class Screen {

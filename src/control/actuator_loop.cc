@@ -60,9 +60,8 @@ constexpr ResponseWords kLoadWords{
     {"the load goes the other way",
      "is the bias subtracted from the scores? The biases are held where the load last answered"},
     {"the load does not answer",
-     "does the router add this layer's bias to the scores that top-k compares? Are routes replayed or "
-     "masked? "
-     "Held where the load last answered"}};
+     "does the router add this layer's bias, and not another layer's, to the scores that top-k compares? Are "
+     "routes replayed or masked? Held where the load last answered"}};
 constexpr ResponseWords kEntropyWords{
     {"router_temperature: the token entropy answers again", "the policy goes on"},
     {"router_temperature: the token entropy falls where the temperature rises",
@@ -106,6 +105,12 @@ void ActuatorLoop::start_checks(const ControllerConfig& config) {
   if (actuator_ == Actuator::kRouterTemperature && name_ != "fixed") {
     entropy_check_.emplace(limits_, config.delay(), applied_[0]);
   }
+}
+
+StatsNeeds ActuatorLoop::needs() const {
+  StatsNeeds needs = policy_->needs();
+  if (load_check_ && name_ != "fixed") needs |= ResponseCheck::needs();
+  return needs;
 }
 
 std::span<const double> ActuatorLoop::probe() const {

@@ -84,7 +84,8 @@ class ActuatorLoop {
 
   bool taken_over() const { return guard_took_over_; }
 
-  StatsNeeds needs() const { return policy_->needs(); }
+  /// Of the policy, and of the check of its moves.
+  StatsNeeds needs() const;
   StatsNeeds required() const { return policy_->required(); }
   std::span<const double> applied() const { return applied_; }
   /// Of the last step.

@@ -92,8 +92,9 @@ void check_measuring(const ControllerConfig& config, Checks& checks) {
 void check_usable(const std::string& metric, bool details, const std::string& key, Checks& checks) {
   checks.require(metric != "churn", key, metric,
                  "must be another metric: churn is known only after the step has decided");
-  checks.require(details || !metric.starts_with("load_p"), key, metric,
-                 "must be another metric, or metrics.details must be true: it sorts the loads");
+  checks.require(
+      details || !metric.starts_with("load_p"), key, metric,
+      "must be another metric, or metrics.details must be true: percentiles are computed only then");
 }
 
 void check_watched(const HealthOptions& health, bool details, Checks& checks) {
@@ -320,7 +321,7 @@ void complete_groups(ControllerConfig& config, Checks& checks) {
       const std::optional<ActuatorConfig>& own = section_of(group, which);
       checks.require(!own || own->scope == Scope::kLayer, path + std::string(name_of(which)) + ".scope",
                      std::string("model"),
-                     "must be layer: what serves the whole model is no matter of a group");
+                     "must be layer: an actuator of the whole model cannot be set in a group");
     }
   }
   if (config.layers.empty() || checks.problem()) return;

@@ -74,7 +74,7 @@ inline constexpr auto kFieldsOf<ModelConfig> = std::tuple{
     Field{"score_space", &ModelConfig::score_space, kState,
           "Where the selection bias is added: to the gate's probabilities or to its logits."},
     Field{"delay", &ModelConfig::delay, kState, kDelay, "steps",
-          "Steps by which the recorded routing is late, beyond the loop's own one."},
+          "Steps by which the recorded routing is late for a reason outside the controller."},
     Field{"domains", &ModelConfig::domains, kState, "Names of the domains whose tokens are counted apart."},
     Field{
         "split_sequences", &ModelConfig::split_sequences, kState, kSequences, "sequences",
@@ -110,9 +110,12 @@ inline constexpr auto kFieldsOf<Limits> = std::tuple{
 template <>
 inline constexpr auto kFieldsOf<GainSchedule> = std::tuple{
     Field{"shape", &GainSchedule::shape, kRanks,
-          "How it goes from all of each move to last: linear, cosine, or in one step at from."},
-    Field{"from", &GainSchedule::from, kRanks, steps_from(0), "steps", "Until here moves are made in full."},
-    Field{"until", &GainSchedule::until, kRanks, steps_from(0), "steps", "From here on it is last."},
+          "How the part of each move that is made falls from 1 to last: linearly, as a cosine, or at once at "
+          "from."},
+    Field{"from", &GainSchedule::from, kRanks, steps_from(0), "steps",
+          "Up to this step moves are made in full."},
+    Field{"until", &GainSchedule::until, kRanks, steps_from(0), "steps",
+          "From this step on, the part last of each move is made."},
     Field{"last", &GainSchedule::last, kRanks, Range{.low = 0, .high = 1},
           "Part of each proposed move that is made at the end; 0: none."},
 };
@@ -157,7 +160,8 @@ inline constexpr auto kFieldsOf<SafetyOptions> = std::tuple{
           "Goes back to the last good value when loss or drop rate jumps after a move."},
     Field{"oscillation", &SafetyOptions::oscillation, kRanks, "Shortens moves that keep reversing."},
     Field{"fallback_after", &SafetyOptions::fallback_after, kRanks, steps_from(0), "steps",
-          "Steps in a row with invalid data after which a notice is raised and fallback acts; 0: never."},
+          "Invalid steps since the last valid decision, after which a notice is raised and fallback acts; 0: "
+          "never."},
     Field{"fallback", &SafetyOptions::fallback, kRanks,
           "hold: invalid data never move a value; initial: after fallback_after, the initial value is "
           "applied until data are valid again."},
@@ -189,7 +193,7 @@ inline constexpr auto kFieldsOf<GuardOptions> = std::tuple{
     Field{"bias_step", &GuardOptions::bias_step, kRanks, at_least(0), "score gaps",
           "First move of a bias for a relative error of 1."},
     Field{"recovered_max_vio", &GuardOptions::recovered_max_vio, kRanks, above(0),
-          "MaxVio up to which a layer counts as balanced, or twice that of chance, if that is more."},
+          "MaxVio up to which a layer counts as balanced, or twice its floor, if that is more."},
     Field{"dwell", &GuardOptions::dwell, kRanks, steps_from(1), "steps",
           "Steps of balance before handing back, and before each further step of it."},
     Field{"patience", &GuardOptions::patience, kRanks, steps_from(1), "steps",
@@ -203,9 +207,9 @@ inline constexpr auto kFieldsOf<LogConfig> = std::tuple{
     Field{"every", &LogConfig::every, kNone, steps_from(1), "steps", "Steps between records."},
     Field{"per_expert", &LogConfig::per_expert, kNone, "Arrays over experts in each record."},
     Field{"extremes", &LogConfig::extremes, kNone, at_least(0), "experts",
-          "So many of the most and of the least loaded experts in each record, by number and count, and of "
-          "the pairs that the "
-          "same tokens choose most; 0: none."},
+          "Number of experts in each record from either end, the most and the least loaded, by number and "
+          "count, "
+          "and of the pairs that the same tokens choose most; 0: none."},
     Field{"rotate_mb", &LogConfig::rotate_mb, kNone, kMegabytes, "10^6 bytes",
           "A piece of the log ends before it grows above this size."},
     Field{"keep", &LogConfig::keep, kNone, steps_from(0),

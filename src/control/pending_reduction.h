@@ -24,10 +24,10 @@ class PendingReduction {
   bool in_flight() const { return state_ == State::kInFlight; }
   /// Buffer for this rank's sums. Fill it before start(), and not while loaded().
   Payload& local_sums() { return local_sums_; }
-  /// Starts to sum the share. Throws ReductionError, and is then not loaded.
+  /// Starts to sum the local sums. Throws ReductionError, and is then not loaded.
   void start(const Reduction& reduction, const Exchange& exchange);
-  /// Waits for the sums over all ranks and puts them into `total`. Throws ReductionError; the share is then
-  /// kept, and the next call sends it again.
+  /// Waits for the sums over all ranks and puts them into `total`. Throws ReductionError; the local sums are
+  /// then kept, and the next call sends it again.
   void finish(const Reduction& reduction, Payload& total);
 
   void exchange(StateIo& io);

@@ -96,7 +96,7 @@ void ResponseCheck::observe(const RoutingStats* stats, double load_cv, double fl
   floor_sq_ = floor_cv * floor_cv;
   quiet_ = std::max<std::int64_t>(quiet_ - 1, 0);
   clock_ = (clock_ + 1) % kPeriod;
-  if (rests(load_cv)) return;
+  if (rests(load_cv, in_force)) return;
   remember(in_force);
   follow(*stats);
   ++filled_;
@@ -112,7 +112,7 @@ void ResponseCheck::observe(const RoutingStats* stats, double load_cv, double fl
 }
 
 // Follows how far the layer is from balance, and decides whether there is anything to compare at this step.
-bool ResponseCheck::rests(double load_cv) {
+bool ResponseCheck::rests(double load_cv, std::span<const double> in_force) {
   const double ratio = std::min(load_cv * load_cv / std::max(floor_sq_, 1e-12), 1e6);
   error_over_floor_ += (error_over_floor_ > 0 ? kNoiseEma : 1) * (ratio - error_over_floor_);
   // The average of a layer that balanced itself at once is still high for thirty steps.
@@ -128,11 +128,13 @@ bool ResponseCheck::rests(double load_cv) {
   }
   if (!resting_) {
     resting_ = balanced && full() && compared_ >= kAwake;
-    if (resting_) keep_base();  // a rest is long: where it begins is better than the last answer before it
+    if (resting_) keep_base(bias(delay_));
   } else if (!balanced || clock_ == 0) {
     resting_ = referenced_ = false;
     compared_ = 0;
     if (!balanced) moves_ = {};  // what answered long ago may not answer now
+  } else if (clock_ % kAwake == 0 && ratio <= kImbalance) {
+    keep_base(in_force);  // a rest is long, and the router goes on forming
   }
   if (resting_) filled_ = 0;
   return resting_;
@@ -252,12 +254,12 @@ void ResponseCheck::set_reference(bool answered) {
   std::copy(now.begin(), now.end(), reference_bias_.begin());
   std::copy(load_[0].begin(), load_[0].end(), reference_load_.begin());
   referenced_ = true;
-  if (!held_ && (!based_ || answered || error_over_floor_ <= kImbalance)) keep_base();
+  if (!held_ && (!based_ || answered || error_over_floor_ <= kImbalance)) keep_base(now);
 }
 
-void ResponseCheck::keep_base() {
-  const std::span<const double> now = bias(delay_);
-  std::copy(now.begin(), now.end(), base_.begin());
+void ResponseCheck::keep_base(std::span<const double> biases) {
+  std::ranges::transform(biases, base_.begin(),
+                         [](double b) { return std::clamp(b, kBias.least, kBias.most); });
   based_ = true;
 }
 

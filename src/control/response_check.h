@@ -48,6 +48,9 @@ class ResponseCheck {
   /// `in_force`: the biases that the loop begins with. [N]
   ResponseCheck(const ControllerConfig& config, int layer, std::span<const double> in_force);
 
+  /// The sums that it uses where they are recorded: the slope.
+  static StatsNeeds needs() { return {.gap = true}; }
+
   /// One step. `stats`: its sums, valid, with assignments; null if there are none. `load_cv`: their CV. `floor_cv`: the CV
   /// that sampling alone explains. `in_force`: the biases in force now. [N]
   void observe(const RoutingStats* stats, double load_cv, double floor_cv, std::span<const double> in_force);
@@ -56,7 +59,7 @@ class ResponseCheck {
   /// Holds the biases where the load last answered, or where they began, until a probe has an answer: the router surely
   /// uses others.
   void hold();
-  /// Ends that.
+  /// Ends a hold of hold().
   void release();
   /// The biases in force hold no probe any more.
   void leave_probe() { probe_.leave(); }
@@ -95,12 +98,12 @@ class ResponseCheck {
   std::size_t place(std::size_t ago) const { return (newest_ + delay_ + 3 - ago) % (delay_ + 3); }
   std::span<const double> bias(std::size_t ago) const;
   void remember(std::span<const double> in_force);
-  bool rests(double load_cv);
+  bool rests(double load_cv, std::span<const double> in_force);
   void follow(const RoutingStats& stats);
   void compare();
   void judge();
   void set_reference(bool answered);
-  void keep_base();
+  void keep_base(std::span<const double> biases);
   double first_size() const;
   void start_probe();
   void start_block();

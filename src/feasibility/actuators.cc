@@ -14,7 +14,7 @@ namespace {
 constexpr double kOpen = std::numeric_limits<double>::infinity();
 constexpr double kSlack = 1e-9;
 
-constexpr std::array<std::string_view, 25> kLoadMetrics = {"entropy",
+constexpr std::array<std::string_view, 31> kLoadMetrics = {"entropy",
                                                            "entropy_normalized",
                                                            "effective_experts",
                                                            "kl_to_uniform",
@@ -35,6 +35,12 @@ constexpr std::array<std::string_view, 25> kLoadMetrics = {"entropy",
                                                            "predicted_drop_rate",
                                                            "straggler_slowdown",
                                                            "excess_cv",
+                                                           "balancedness",
+                                                           "load_p5",
+                                                           "load_p25",
+                                                           "load_p50",
+                                                           "load_p75",
+                                                           "load_p95",
                                                            "max_vio_global",
                                                            "fsi",
                                                            "fhs",
@@ -122,7 +128,12 @@ std::optional<Conflict> judge_bounds(const Target& target, const LoadSpace& spac
 
 ActuatorJudgement judge_actuators(const ControllerConfig& config) {
   ActuatorJudgement found;
-  const std::vector<Target> targets = targets_of(config);
+  std::vector<Target> targets = targets_of(config);
+  for (const Actuator which : kActuators) {
+    // Its set-point is a share of ln N, and no other policy has one without naming the metric.
+    if (config.actuator(which).policy == "entropy_temperature")
+      targets.push_back({which, "token_entropy", 0, 0});
+  }
   const std::string& bias = config.expert_bias.policy;
   for (const Target& target : targets) {
     const std::string name(name_of(target.actuator));
@@ -160,7 +171,7 @@ ActuatorJudgement judge_actuators(const ControllerConfig& config) {
   const ActuatorConfig& aux = config.aux_loss_weight;
   if (config.guard.enabled && config.guard.aux_factor > 1 && aux.policy == "fixed" && aux.initial == 0) {
     found.notes.push_back(
-        "guard: its first lever cannot move: aux_loss_weight is 0, and guard.aux_factor times 0 is "
+        "guard: it cannot raise aux_loss_weight, which is 0: guard.aux_factor times 0 is "
         "0. The biases and the temperature act alone. If the router has an auxiliary loss, give "
         "aux_loss_weight.initial its weight; if it has none, set guard.aux_factor to 1");
   }

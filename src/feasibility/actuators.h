@@ -20,7 +20,7 @@ bool is_load_metric(std::string_view metric);
 
 /// A set-point beyond its metric's bounds.
 std::optional<Conflict> judge_bounds(const Target& target, const LoadSpace& space);
-/// Two policies that steer one variable, and levers of the guard that cannot move.
+/// Two policies that steer one variable, and actuators that the guard cannot move.
 struct ActuatorJudgement {
   std::vector<Conflict> conflicts;
   std::vector<std::string> notes;  ///< What works, though not as it may have been meant.

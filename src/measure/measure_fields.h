@@ -20,7 +20,8 @@ inline constexpr auto kFieldsOf<MetricsOptions> = std::tuple{
           "mean loads",
           "Load below which an expert counts as cold."},
     Field{"details", &MetricsOptions::details, kRanks,
-          "Percentiles of the load, and the churn that the next biases make: they sort."},
+          "Percentiles of the load, and the churn that the next biases make. Off by default: both sort the "
+          "experts."},
     Field{"placement", &MetricsOptions::placement, kRanks, at_least(0),
           "Device of each expert, numbered from 0; without it each expert has a device of its own."},
 };

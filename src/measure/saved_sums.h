@@ -1,4 +1,4 @@
-// Sums in a saved state: the payload, and the rows of margins, which are not part of the payload.
+// Sums in a saved state.
 #pragma once
 
 #include <string_view>
@@ -8,8 +8,7 @@
 
 namespace moectl {
 
-/// Writes or reads `stats`, which has the shape that was saved. Of a constant length but for rows of margins, one for
-/// each token recorded. Throws StateError.
+/// Writes or reads `stats`, which must have the shape that was saved; of constant length. Throws StateError.
 void exchange_sums(StateIo& io, std::string_view name, RoutingStats& stats);
 
 }  // namespace moectl

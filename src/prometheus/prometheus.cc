@@ -348,7 +348,14 @@ void add_responsiveness(const Totals& all, Families& out) {
 
 void add_notices(const Totals& all, Families& out) {
   out.counter("moectl_notices_total", "What was found that a user should act on; the run log has the words.");
-  for (const auto& [where, count] : all.notices) {
+  // All kinds from the start: an increase needs the zero before the first one.
+  auto counts = all.notices;
+  for (int kind = 0; kind < kNoticeKindCount; ++kind) {
+    const std::string name(name_of(static_cast<NoticeKind>(kind)));
+    counts.try_emplace({-1, name}, 0);
+    for (const auto& [layer, state] : all.layers) counts.try_emplace({layer, name}, 0);
+  }
+  for (const auto& [where, count] : counts) {
     out.add({{"layer", label_of(where.first)}, {"kind", where.second}}, static_cast<double>(count));
   }
 }

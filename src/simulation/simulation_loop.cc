@@ -30,7 +30,8 @@ void simulate(Controller& controller, const SimulationOptions& options, std::int
   const ModelConfig& model = config.model;
   if (config.layers.empty() &&
       (model.layers != options.layers || model.experts != options.experts || model.top_k != options.top_k)) {
-    throw std::invalid_argument("simulate: the plant has other layers, experts or top_k than the controller");
+    throw std::invalid_argument(
+        "simulate: the options have other layers, experts or top_k than the controller");
   }
   const bool with_domains = !model.domains.empty();
   if (with_domains && static_cast<int>(model.domains.size()) != options.domains) {

@@ -108,8 +108,7 @@ TEST(Bands, WrongHealthSectionsNameThePlace) {
             "has decided");
   EXPECT_EQ(error("health: {bands: {load_p5: [0, 1]}}"),
             "c.yaml:3:27: health.bands.load_p5: load_p5: must be another metric, or metrics.details must be "
-            "true: it "
-            "sorts the loads");
+            "true: percentiles are computed only then");
   EXPECT_EQ(error("health: {bands: {load_p5: [0, 1]}}\nmetrics: {details: true}"), "");
   EXPECT_THAT(
       error(

@@ -98,7 +98,7 @@ TEST(Check, SaysWhatKimiK3sBinsCostOverRanksAndRefusesThemForLogits) {
   dir.write("k3.yaml", config("probability"));
   const ToolResult checked = run_tool(dir, "check k3.yaml");
   EXPECT_EQ(checked.code, 0);
-  EXPECT_THAT(checked.out, HasSubstr("# form: k3: over ranks, each step sums up 59.53 MB"));
+  EXPECT_THAT(checked.out, HasSubstr("# form: k3: over ranks, each step sums up 59.64 MB"));
   dir.write("logits.yaml", config("logit"));
   const ToolResult refused = run_tool(dir, "check logits.yaml");
   EXPECT_EQ(refused.code, 1);
@@ -118,6 +118,10 @@ TEST(FieldCases, A4_CheckListsWhatAConfigNeedsFromTheRouter) {
   const ToolResult uses = run_tool(dir, "check auto.yaml");
   EXPECT_THAT(uses.out, HasSubstr("# the router must record: the chosen experts\n"));
   EXPECT_THAT(uses.out, HasSubstr("# used where it is recorded: top_values\n"));
+  // A law that reads counts alone: the check of its moves uses them.
+  dir.write("sign.yaml",
+            "version: 1\nmodel: {layers: 1, experts: 16, top_k: 2}\nexpert_bias: {policy: sign_bias}\n");
+  EXPECT_THAT(run_tool(dir, "check sign.yaml").out, HasSubstr("# used where it is recorded: top_values\n"));
   const ToolResult json = run_tool(dir, "check gap.yaml --format json");
   EXPECT_EQ(json.json()["inputs"]["required"].get<std::vector<std::string>>(),
             (std::vector<std::string>{"top_values", "probabilities", "biased_scores"}));

@@ -227,7 +227,7 @@ nlohmann::json verdict_of(const TempDir& dir, const std::string& config, int cod
 
 TEST(FieldCases, D5_TwoActuatorsOnTheLoadAreAConflictWithARecipe) {
   const TempDir dir;
-  for (const char* metric : {"excess_cv", "load_cv", "max_vio", "predicted_drop_rate"}) {
+  for (const char* metric : {"excess_cv", "load_cv", "max_vio", "predicted_drop_rate", "balancedness"}) {
     const auto verdict = verdict_of(
         dir, std::string(kModel) + "expert_bias: {policy: adaptive_bias}\n" + pi_on(metric, "0.3"), 1);
     EXPECT_EQ(verdict["valid"], true);
@@ -254,15 +254,23 @@ TEST(FieldCases, D5_TwoActuatorsOnTheLoadAreAConflictWithARecipe) {
                      "router_temperature: {policy: pi, initial: 1, options: {metric: max_vio, target: 1}}\n",
                  1);
   EXPECT_THAT(twice.dump(), HasSubstr("router_temperature (on max_vio) steer the same variable"));
+  const auto undecided = verdict_of(dir,
+                                    std::string(kModel) + pi_on("token_entropy", "1.5") +
+                                        "router_temperature: {policy: entropy_temperature, initial: 1}\n",
+                                    1);
+  EXPECT_THAT(undecided.dump(), HasSubstr("router_temperature (on token_entropy) steer the same variable"));
+  // The recipe is there before there is a conflict.
+  dir.write("c.yaml", std::string(kModel) + pi_on("excess_cv", "0.3"));
+  EXPECT_THAT(run_tool(dir, "check c.yaml").out, HasSubstr("# which policy may hold which variable:\n"));
 }
 
-TEST(FieldCases, D5_AGuardWhoseFirstLeverIsZeroIsSaid) {
+TEST(FieldCases, D5_AGuardThatCannotRaiseTheWeightIsSaid) {
   const TempDir dir;
   const std::string guard = "expert_bias: {policy: adaptive_bias}\nguard: {enabled: true}\n";
   const auto verdict = verdict_of(dir, kModel + guard, 0);  // it works, with the other levers
   ASSERT_EQ(verdict["notes"].size(), 1U);
-  EXPECT_THAT(verdict["notes"][0].get<std::string>(), HasSubstr("aux_loss_weight is 0"));
-  EXPECT_THAT(run_tool(dir, "check c.yaml").out, HasSubstr("\n# guard: its first lever cannot move"));
+  EXPECT_THAT(verdict["notes"][0].get<std::string>(), HasSubstr("aux_loss_weight, which is 0"));
+  EXPECT_THAT(run_tool(dir, "check c.yaml").out, HasSubstr("\n# guard: it cannot raise aux_loss_weight"));
   const auto with =
       verdict_of(dir, kModel + guard + "aux_loss_weight: {policy: fixed, initial: 1.0e-3}\n", 0);
   EXPECT_FALSE(with.contains("notes"));
@@ -366,7 +374,7 @@ TEST(FieldCases, A8_AdviceFollowsTheCauseAndNotTheLimits) {
     }
   }
   EXPECT_THAT(advice_on(dir, ""), Not(HasSubstr("expert_bias")));
-  EXPECT_THAT(advice_on(dir, ""), HasSubstr("x its floor though nothing holds the controller"));
+  EXPECT_THAT(advice_on(dir, ""), HasSubstr("x its noise floor though nothing holds the controller"));
   EXPECT_THAT(advice_on(dir, "frozen"), Not(HasSubstr("though nothing holds")));
   EXPECT_THAT(advice_on(dir, "unresponsive", "aux_loss_weight", "pi"),
               HasSubstr("added to the loss that is trained"));

@@ -149,6 +149,26 @@ TEST(Watch, ShowsNoControlCharactersOfALog) {
   EXPECT_THAT(view, Not(HasSubstr("\x1b[2J")));
 }
 
+// However few steps are shown.
+TEST(Watch, SaysEachNotice) {
+  const TempDir dir;
+  std::string run =
+      "{\"format\":\"moectl-run\",\"version\":1,\"config\":{\"model\":{\"layers\":1,\"experts\":2,\"top_k\":"
+      "1}}}\n";
+  for (int step = 0; step < 4; ++step) {
+    run += R"({"step":)" + std::to_string(step) + R"(,"layer":0,"tokens":100,"counts":[60,40])" +
+           (step == 2 ? R"(,"notices":[{"kind":"unresponsive","step":2,"text":"the load does not answer"}])"
+                      : "") +
+           "}\n";
+  }
+  dir.write("run.jsonl", run);
+  const std::vector<std::string> lines = run_tool(dir, "watch run.jsonl --once --every 10").lines();
+  ASSERT_EQ(lines.size(), 2U);
+  EXPECT_EQ(lines[1], "step 2  notice: layer 0: the load does not answer");
+  if (!has_terminals()) return;
+  EXPECT_THAT(drawn(dir, 24, 80), HasSubstr("\nnotice: layer 0: the load does not answer\x1b[K\n"));
+}
+
 // Layers with their loads and health, then the last decisions; each frame over the one before.
 TEST(Watch, DrawsAViewInATerminal) {
   if (!has_terminals()) GTEST_SKIP() << "no terminal can be opened here";

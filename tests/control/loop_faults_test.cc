@@ -163,7 +163,8 @@ void PrintTo(const FaultyPolicy& law, std::ostream* out) {
 
 class EveryPolicyWithFaults : public ::testing::TestWithParam<FaultyPolicy> {
  protected:
-  EveryPolicyWithFaults() : loop_(config()) { loop_.good_steps(300); }
+  // Until the slowest is at rest.
+  EveryPolicyWithFaults() : loop_(config()) { loop_.good_steps(400); }
 
   static ControllerConfig config() {
     ControllerConfig config = config_for(SimulationOptions(), GetParam().policy, GetParam().options);
@@ -218,6 +219,7 @@ TEST_P(EveryPolicyWithFaults, StaleStatistics) {
     }
     loop_.step();
   }
+  loop_.good_steps(30);  // a layer that is held asks again within so many
   expect_balance_returns();
 }
 

@@ -216,6 +216,24 @@ TEST(FieldCases, A1_HealthyLoopsAreNotHeld) {
   EXPECT_LT(probes, steps / 10);
 }
 
+// These laws read counts alone. Where the router hands over its scores too, their moves are judged by the slope.
+TEST(FieldCases, A1_LawsWithoutScoresAreJudgedByTheSlopeWhereItIsKnown) {
+  std::uint64_t seed = 40230;
+  for (const std::string policy : {"sign_bias", "proportional_bias"}) {
+    for (const auto& use : {Loop::ignored, Loop::flipped}) {
+      Loop loop({.experts = 64, .top_k = 6, .tokens = 4096, .seed = ++seed}, policy);
+      EXPECT_TRUE(loop.controller.shape(0).needs.gap);
+      loop.run(50, use);
+      EXPECT_GE(loop.noticed, 0) << policy << ' ' << seed;
+      EXPECT_NE(loop.notices.find("the load"), std::string::npos);
+    }
+  }
+  ControllerConfig config = config_of({.seed = 40235}, "sign_bias");
+  config.safety.responsiveness = false;
+  EXPECT_FALSE(Controller(config).shape(0).needs.gap);
+  EXPECT_FALSE(Controller(config_of({.seed = 40235}, "fixed")).shape(0).needs.gap);
+}
+
 TEST(FieldCases, A1_WithoutMovesNothingIsKnown) {
   Loop loop({.seed = 40114}, "fixed");
   loop.run(60, Loop::ignored);

@@ -273,6 +273,9 @@ TEST(PrometheusFeed, CountsNotices) {
     controller.step();
   }
   EXPECT_EQ(sample(feed.text(), R"(moectl_notices_total{layer="1",kind="invalid"})"), 3);
+  // The zero before the first one, without which no increase is seen.
+  EXPECT_EQ(sample(feed.text(), R"(moectl_notices_total{layer="0",kind="unresponsive"})"), 0);
+  EXPECT_EQ(sample(feed.text(), R"(moectl_notices_total{layer="model",kind="config"})"), 0);
   LogRecord logged;
   logged.notices = {{.kind = "config", .text = "", .step = 0}};
   feed.write(logged, Metrics());

@@ -38,17 +38,29 @@ std::string output_with(const std::string& mistake, int steps = 25) {
   return outcome.output;
 }
 
+// The smoothed MaxVio of each layer at the end of the run.
+void expect_balance(const std::string& output) {
+  const std::regex ratio(R"(: ([0-9.]+) x its sampling floor)");
+  int layers = 0;
+  for (std::sregex_iterator it(output.begin(), output.end(), ratio), end; it != end; ++it, ++layers)
+    EXPECT_LT(std::stod((*it)[1]), 2) << output;
+  EXPECT_EQ(layers, 3) << output;
+}
+
+// The step of the first notice.
+int noticed_at(const std::string& output) {
+  std::smatch found;
+  return std::regex_search(output, found, std::regex(R"(step +(\d+) +layer \d+ +NOTICE)"))
+             ? std::stoi(found[1])
+             : -1;
+}
+
 TEST(YourRouter, AHealthyRunIsBalancedAndHearsNothing) {
   const Outcome outcome = run("--steps 60");
   ASSERT_EQ(outcome.code, 0) << outcome.output;
   EXPECT_THAT(outcome.output, Not(HasSubstr("NOTICE")));
   EXPECT_THAT(outcome.output, HasSubstr("reason: skipped_step"));
-  const std::regex ratio(R"(: ([0-9.]+) x floor)");
-  int layers = 0;
-  for (std::sregex_iterator it(outcome.output.begin(), outcome.output.end(), ratio), end; it != end;
-       ++it, ++layers)
-    EXPECT_LT(std::stod((*it)[1]), 2) << outcome.output;
-  EXPECT_EQ(layers, 3);
+  expect_balance(outcome.output);
 }
 
 TEST(YourRouter, ItGoesOnFromACheckpoint) {
@@ -82,10 +94,22 @@ TEST(YourRouter, MissingTopValuesAreAnErrorAtTheFirstStep) {
   EXPECT_THAT(outcome.output, HasSubstr("needs top_values: not given to record() on this rank"));
 }
 
-TEST(YourRouter, AMistakeThatWasMendedLeavesBalance) {
-  const std::string output = output_with("forget-bias --mend-at 10", 80);
-  EXPECT_THAT(output, HasSubstr("NOTICE"));
-  EXPECT_THAT(output, HasSubstr("healthy"));
+TEST(YourRouter, EachMistakeIsNoticedAndLeavesBalanceOnceItIsMended) {
+  for (const char* mistake :
+       {"forget-bias", "wrong-layer", "wrong-sign", "swap-storage", "replayed-routes"}) {
+    SCOPED_TRACE(mistake);
+    const std::string output = output_with(std::string(mistake) + " --mend-at 20", 150);
+    EXPECT_GE(noticed_at(output), 0) << output;
+    EXPECT_LE(noticed_at(output), 20) << output;
+    expect_balance(output);
+  }
+}
+
+// No mistake: this is how a run may begin. What was decided in the shadow never was in force, and nothing jumps.
+TEST(YourRouter, FromShadowToActiveNothingIsNoticed) {
+  const std::string output = output_with("shadow-then-active", 140);
+  EXPECT_EQ(noticed_at(output), -1) << output;
+  expect_balance(output);
 }
 
 TEST(YourRouter, UnknownOptionsAreRefused) {

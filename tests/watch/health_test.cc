@@ -578,7 +578,7 @@ TEST(HealthWithTargets, ExpertsWithTargetZeroAreNotDead) {
   EXPECT_EQ(watched.health(), Health::kCollapsed);
 }
 
-// Entropy .8 of ln N on target: a router that stands there and tells nothing of the tokens is weakly specialised.
+// Entropy .8 of ln N on target: a router that stands there and is uninformative about them is weakly specialised.
 TEST(HealthWithTargets, WeakSpecializationIsRelativeToTheTargets) {
   StatsShape shape{4, 1, {.probabilities = true}};
   const std::vector<double> targets = {0.625, 0.125, 0.125, 0.125};

@@ -4,7 +4,7 @@ const $ = (id) => document.getElementById(id);
 // Okabe and Ito's palette: told apart by every common kind of colour vision, on light and dark.
 const COLOURS = ['#0072b2', '#e69f00', '#009e73', '#cc79a7', '#56b4e9', '#d55e00'];
 const colour = (r) => COLOURS[r % COLOURS.length];
-const LIMITS = new Set(['rate', 'range', 'oscillation']);
+const LIMITS = new Set(['rate', 'range', 'reach', 'oscillation']);
 const OVERRIDES = new Set(['guard', 'rollback', 'fallback']);
 const QUIET = new Set(['cadence']);  // between decisions nothing is decided: no mark
 
