@@ -32,7 +32,8 @@ void json(Bytes bytes) {
     try {
       Assumptions assumptions;
       if (is_config_change(line, header)) read_config_change(line);
-      const LogRecord record = read_record(line, header, {.top_k = 1, .tokens = 64}, assumptions);
+      const LogRecord record =
+          read_record(line, header, groups_of(header), {.top_k = 1, .tokens = 64}, assumptions);
       require(record.stats.experts() == 0 || record.stats.valid(), "the sums of a record are valid");
     } catch (const LogError& error) {
       require_message(error);

@@ -15,6 +15,10 @@ inline constexpr std::size_t kMostLevels = 64;
 inline constexpr std::size_t kLargestConfig = std::size_t{1} << 24;
 /// Bytes of a key or a word of a config, and of a name in a log.
 inline constexpr std::size_t kLongestWord = 4096;
+/// Values, lists and maps of a config, each as often as aliases repeat it.
+inline constexpr std::size_t kMostNodes = std::size_t{1} << 20;
+/// Groups of layers of a config, times the spans of its timeline (entries + 1): each has settings of its own.
+inline constexpr std::int64_t kMostSettings = 4096;
 /// Bytes of a file that is held as a whole: a saved state; biases as JSON, whose values take several times their text.
 inline constexpr std::size_t kLargestState = std::size_t{1} << 32;
 inline constexpr std::size_t kLargestJson = std::size_t{1} << 28;
@@ -33,6 +37,13 @@ inline constexpr std::int64_t kMostLayers = 65536;
 inline constexpr std::int64_t kMostLayersTimesExperts = std::int64_t{1} << 22;
 /// Numbers that a controller, or one record, holds of all its layers: 1 GiB.
 inline constexpr std::int64_t kMostNumbers = std::int64_t{1} << 27;
+/// Different names of one kind (alerts, states of health) of a layer that an exporter keeps: each becomes a series that
+/// stays. Further ones are left out.
+inline constexpr std::size_t kMostNames = 64;
+/// Pairs of experts that an import holds of one step.
+inline constexpr std::int64_t kMostPairs = std::int64_t{1} << 23;
+/// Pieces of a rotated log.
+inline constexpr std::int64_t kMostPieces = 1'000'000'000;
 /// Steps of the longest window, and of the longest delay.
 inline constexpr int kLongestWindow = 10000;
 inline constexpr int kLongestDelay = 1000;

@@ -94,8 +94,17 @@ std::vector<std::string> names() {
   return names;
 }
 
+/// Quoted as RFC 4180 says where a comma or a quote needs it. Line breaks of a name become escapes, so that
+/// a line is a row.
+std::string csv_cell(const std::string& text) {
+  std::string cell = printable(text);
+  if (cell.find_first_of(",\"") == std::string::npos) return cell;
+  for (std::size_t at = 0; (at = cell.find('"', at)) != std::string::npos; at += 2) cell.insert(at, 1, '"');
+  return '"' + cell + '"';
+}
+
 void print_csv(const std::vector<std::string>& cells) {
-  for (std::size_t i = 0; i < cells.size(); ++i) std::cout << (i ? "," : "") << cells[i];
+  for (std::size_t i = 0; i < cells.size(); ++i) std::cout << (i ? "," : "") << csv_cell(cells[i]);
   std::cout << '\n';
 }
 
@@ -253,9 +262,10 @@ int print_trends(LogReader& reader, const Measuring& how, const std::string& for
   if (format == "table") {
     std::cout << table.text();
     for (const auto& [key, course] : courses) {
-      std::cout << "layer " << key.first << ", " << key.second << ": " << name_of(course.monitor->health());
+      std::cout << "layer " << key.first << ", " << printable(key.second) << ": "
+                << name_of(course.monitor->health());
       for (const auto& [alert, steps] : course.alerts)
-        std::cout << "; " << alert << " for " << steps << " steps";
+        std::cout << "; " << printable(alert) << " for " << steps << " steps";
       const AuxLossReview review = review_aux_loss(course.aux_loss);
       std::cout << "; aux loss: " << name_of(review.verdict) << " (" << review.reason << ")\n";
     }

@@ -341,7 +341,7 @@ int print_screen(LogReader& reader, const std::function<MetricsOptions(const Log
     const std::string shape =
         std::to_string(row.sum.experts()) + " experts, top-" + std::to_string(row.sum.top_k());
     if (shapes.find(shape) == std::string::npos) shapes += (shapes.empty() ? "" : " and ") + shape;
-    const std::string name = std::to_string(key.first) + (group.empty() ? "" : " " + key.second);
+    const std::string name = std::to_string(key.first) + (group.empty() ? "" : " " + printable(key.second));
     by_verdict[j.verdict].push_back(name);
     if (j.verdict != Verdict::kNoData) floors.insert(j.floor);
     const bool known = j.verdict != Verdict::kNoData;

@@ -82,7 +82,7 @@ void halve_row(std::vector<T>& row, Merge merge) {
 
 /// The section of each actuator, with the names of all policies that move it. Where the config's own moves nothing, the
 /// first of a group of layers or of the timeline that does.
-nlohmann::json sections_of(const nlohmann::json& config) {
+nlohmann::json sections_of(const nlohmann::json& config, const std::string& path) {
   nlohmann::json sections = nlohmann::json::object();
   for (const Actuator which : kActuators) {
     const std::string name(name_of(which));
@@ -91,6 +91,10 @@ nlohmann::json sections_of(const nlohmann::json& config) {
     const auto take = [&](const nlohmann::json& from) {
       if (!from.contains(name)) return;
       const nlohmann::json& section = from[name];
+      if (!section.is_object() || (section.contains("policy") && !section["policy"].is_string())) {
+        throw LogError(path + ":1: config: " + name + ": " + shown_briefly(section.dump()) +
+                       ": must be an object whose policy is a word");
+      }
       const std::string policy = section.value("policy", "fixed");
       if (policy == "fixed" || std::find(policies.begin(), policies.end(), policy) != policies.end()) return;
       if (policies.empty()) lead = section;
@@ -117,7 +121,7 @@ ReportRun::ReportRun(const std::string& path, std::optional<std::int64_t> shift)
   figures_ = RunFigures(shift_);
   if (!header_.config_json.empty()) {
     nlohmann::json config = nlohmann::json::parse(header_.config_json);
-    sections_ = sections_of(config);
+    sections_ = sections_of(config, path == "-" ? "<stdin>" : path);
     config.update(sections_);
     advice_ = Advice(std::move(config));
   }

@@ -69,7 +69,11 @@ void add_salvage(CLI::App& command, FaultPolicy& fault_policy);
 class Table {
  public:
   explicit Table(std::vector<std::string> header) { add(std::move(header)); }
-  void add(std::vector<std::string> row) { rows_.push_back(std::move(row)); }
+  /// Text of others in a cell stays one cell of one line.
+  void add(std::vector<std::string> row) {
+    for (std::string& cell : row) cell = printable(cell);
+    rows_.push_back(std::move(row));
+  }
   std::string text() const;
 
  private:

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "base/printable.h"
 #include "control/config_keys.h"
 
 namespace moectl {
@@ -98,7 +99,7 @@ std::string range_of(const OptionSpec& spec) {
 std::string explain(const ControllerConfig& config, const PolicyRegistry& registry) {
   std::string text;
   for (const Row& row : rows_of(config, registry)) {
-    text += row.path + ": " + (row.value.empty() ? "(not given)" : row.value) + "   # " +
+    text += row.path + ": " + (row.value.empty() ? "(not given)" : printable(row.value)) + "   # " +
             (row.default_value == "required" ? "" : "default ") + row.default_value + "; " + row.range +
             (row.unit.empty() ? "" : "; " + row.unit) + "\n    " + row.doc + '\n';
   }

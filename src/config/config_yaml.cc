@@ -185,9 +185,23 @@ void YamlFile::read(std::string_view text) {
   };
   Events events(text);
   std::map<std::string, const YamlNode*> anchors;
-  std::vector<YamlNode*> open;  // the lists and maps around what comes next
-  const auto put = [&](const YamlNode& node) {
-    open.empty() ? void(root_ = &node) : open.back()->items.push_back(&node);
+  struct Open {
+    YamlNode* node;
+    std::size_t before;  // nodes of the file before it
+  };
+  std::vector<Open> open;  // the lists and maps around what comes next
+  std::size_t nodes = 0;   // so far; an alias is as many as what it stands for
+  const auto put = [&](const YamlNode& node, Place place, std::size_t more) {
+    if (more > kMostNodes - nodes) {
+      throw error(place, {"file", "more than " + std::to_string(kMostNodes) + " values, lists and maps",
+                          "must be at most that many, each as often as aliases repeat it"});
+    }
+    nodes += more;
+    open.empty() ? void(root_ = &node) : open.back().node->items.push_back(&node);
+  };
+  const auto begin = [&](YamlNode& node) {
+    node.nodes = 0;
+    open.push_back({&node, nodes - 1});
   };
   const auto add = [&](const yaml_event_t& event, Kind kind, const yaml_char_t* anchor,
                        const yaml_char_t* tag) -> YamlNode& {
@@ -200,7 +214,7 @@ void YamlFile::read(std::string_view text) {
       throw wrong(node.place,
                   "nested too deeply: must be at most " + std::to_string(kMostLevels) + " levels");
     }
-    put(node);
+    put(node, node.place, 1);
     return node;
   };
   for (int documents = 0;;) {
@@ -230,22 +244,23 @@ void YamlFile::read(std::string_view text) {
         break;
       }
       case YAML_SEQUENCE_START_EVENT:
-        open.push_back(
-            &add(*event, Kind::kList, event->data.sequence_start.anchor, event->data.sequence_start.tag));
+        begin(add(*event, Kind::kList, event->data.sequence_start.anchor, event->data.sequence_start.tag));
         break;
       case YAML_MAPPING_START_EVENT:
-        open.push_back(
-            &add(*event, Kind::kMap, event->data.mapping_start.anchor, event->data.mapping_start.tag));
+        begin(add(*event, Kind::kMap, event->data.mapping_start.anchor, event->data.mapping_start.tag));
         break;
       case YAML_SEQUENCE_END_EVENT:
       case YAML_MAPPING_END_EVENT:
+        open.back().node->nodes = nodes - open.back().before;
         open.pop_back();
         break;
       case YAML_ALIAS_EVENT: {
         const auto anchor = anchors.find(words(event->data.alias.anchor));
         if (anchor == anchors.end())
           throw wrong(place_of(event->start_mark), "no anchor of this name stands before it");
-        put(*anchor->second);
+        if (anchor->second->nodes == 0)
+          throw wrong(place_of(event->start_mark), "an alias within what it stands for");
+        put(*anchor->second, place_of(event->start_mark), anchor->second->nodes);
         break;
       }
       case YAML_STREAM_END_EVENT:

@@ -30,6 +30,7 @@ struct YamlNode {
   std::string tag;                     ///< Empty unless one was written, as `!!int x`.
   std::string text;                    ///< Of a scalar.
   std::vector<const YamlNode*> items;  ///< Of a list; of a map key, value, key, value, …
+  std::size_t nodes = 1;  ///< It and all that it holds, repeated by aliases; 0 while its end is to come.
 };
 
 class YamlMap;

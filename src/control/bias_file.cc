@@ -1,6 +1,7 @@
 #include "moectl/bias_file.h"
 
 #include <charconv>
+#include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -15,6 +16,10 @@ namespace moectl {
 LayerBiases read_biases(const std::string& path) {
   using nlohmann::json;
   const auto fail = [&](const std::string& what) -> void { throw ConfigError(path + ": " + what); };
+  // A config may name any file: a pipe would wait for a writer, and a device may have no end.
+  std::error_code ignored;
+  if (std::filesystem::exists(path, ignored) && !std::filesystem::is_regular_file(path, ignored))
+    fail("must be a regular file");
   std::ifstream file(path, std::ios::binary);
   if (!file.is_open()) fail("cannot be opened");
   const std::optional<std::string> text = read_up_to(file, kLargestJson);

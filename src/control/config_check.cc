@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <set>
+#include <utility>
 #include <variant>
 
 #include "base/foreign.h"
@@ -347,8 +348,9 @@ void complete_groups(ControllerConfig& config, Checks& checks) {
 }
 
 void check_timeline(const ControllerConfig& config, Checks& checks) {
-  std::int64_t before = 0;
-  const std::vector<int> ids = layer_ids(config);
+  std::int64_t before = 0, named = 0;
+  std::vector<int> ids = layer_ids(config);
+  std::ranges::sort(ids);
   for (std::size_t e = 0; e < config.timeline.size(); ++e) {
     const TimelineEntry& entry = config.timeline[e];
     const std::string path = "timeline[" + std::to_string(e) + "].";
@@ -357,12 +359,16 @@ void check_timeline(const ControllerConfig& config, Checks& checks) {
     before = entry.from;
     const auto known = [&](const std::vector<int>& layers, const char* key) {
       for (std::size_t i = 0; i < layers.size(); ++i) {
-        checks.require(std::find(ids.begin(), ids.end(), layers[i]) != ids.end(),
-                       path + key + '[' + std::to_string(i) + ']', layers[i], "must be the id of a layer");
+        checks.require(std::ranges::binary_search(ids, layers[i]), path + key + '[' + std::to_string(i) + ']',
+                       layers[i], "must be the id of a layer");
       }
     };
     known(entry.freeze, "freeze");
     known(entry.thaw, "thaw");
+    // Each layer looks for itself in all of these lists.
+    named += static_cast<std::int64_t>(entry.freeze.size() + entry.thaw.size());
+    checks.require(named <= kMostLayers, path + "freeze", shown(named) + " ids up to here",
+                   "freeze and thaw of all entries must name at most " + shown(kMostLayers));
     for (const Actuator which : kActuators) {
       const std::optional<ActuatorConfig>& own = section_of(entry, which);
       checks.require(!own || own->limits.cadence == config.actuator(which).limits.cadence,
@@ -393,16 +399,25 @@ void complete_sections(LayerSettings settings, SectionOverrides& own, const std:
 void check_size(const ControllerConfig& config, Checks& checks) {
   double layers = 0, cells = 0, numbers = 0;
   const auto metrics = static_cast<double>(metric_fields().size());
-  for (const LayerSettings& settings : layer_settings(config)) {
-    const ModelConfig& model = settings.config.model;
-    const double of_group = model.layers, domains = static_cast<double>(model.domains.size());
+  const ModelConfig& model = config.model;
+  const auto add = [&](double of_group, double experts) {
     layers += of_group;
-    cells += of_group * model.experts;
-    const double pairs = config.collect.pairs ? (model.experts - 1) / 2.0 : 0;
-    const double each = model.experts * (1 + 3 * domains + model.split_sequences + config.delay() + pairs);
+    cells += of_group * experts;
+    const double pairs = config.collect.pairs ? (experts - 1) / 2.0 : 0,
+                 domains = static_cast<double>(model.domains.size());
+    const double each = experts * (1 + 3 * domains + model.split_sequences + config.delay() + pairs);
     numbers += of_group * (each + metrics * config.monitor.trend_window);
-  }
+  };
+  // Without settings for each group: they would take memory before it is known how much.
+  for (const LayerGroup& group : config.layers)
+    add(static_cast<double>(group.ids.size()), group.experts != -1 ? group.experts : model.experts);
+  if (config.layers.empty()) add(model.layers, model.experts);
   const std::string key = config.layers.empty() ? "model" : "layers";
+  const auto groups = static_cast<std::int64_t>(std::max<std::size_t>(config.layers.size(), 1));
+  const auto spans = static_cast<std::int64_t>(config.timeline.size()) + 1;
+  checks.require(groups * spans <= kMostSettings, config.timeline.empty() ? key : "timeline",
+                 shown(groups) + " groups of layers × " + shown(spans) + " spans of the timeline",
+                 "must be at most " + shown(kMostSettings));
   checks.require(layers <= static_cast<double>(kMostLayers), key, shown(layers) + " layers",
                  "must be at most " + shown(kMostLayers));
   checks.require(cells <= static_cast<double>(kMostLayersTimesExperts), key,
@@ -433,8 +448,9 @@ std::optional<ConfigProblem> complete(ControllerConfig& config, const PolicyRegi
   // The config's own names say which domains there are.
   config.collect.domains = static_cast<int>(config.model.domains.size());
   for (const Actuator which : kActuators) complete_actuator(which, config, registry, checks);
+  const ControllerConfig common = config_at(config, 0);
   for (std::size_t g = 0; g < config.layers.size() && !checks.problem(); ++g) {
-    const LayerSettings settings = layer_settings(config)[g];
+    const LayerSettings settings = settings_of(common, config.layers[g]);
     const std::string path = "layers[" + std::to_string(g) + "].";
     Checks here;
     check_model(settings.config.model, here);
@@ -455,10 +471,15 @@ std::optional<ConfigProblem> complete(ControllerConfig& config, const PolicyRegi
     complete_sections(settings, config.layers[g], path, registry, checks);
   }
   for (std::size_t e = 0; e < config.timeline.size() && !checks.problem(); ++e) {
-    for (const LayerSettings& settings : layer_settings(config, config.timeline[e].from)) {
-      complete_sections(settings, config.timeline[e], "timeline[" + std::to_string(e) + "].", registry,
-                        checks);
-    }
+    const ControllerConfig then = config_at(config, config.timeline[e].from);
+    const std::string path = "timeline[" + std::to_string(e) + "].";
+    const auto complete_for = [&](LayerSettings settings) {
+      complete_sections(std::move(settings), config.timeline[e], path, registry, checks);
+    };
+    // One group after another: those of all at once would be as many copies of what all share.
+    for (std::size_t g = 0; g < config.layers.size() && !checks.problem(); ++g)
+      complete_for(settings_of(then, config.layers[g]));
+    if (config.layers.empty()) complete_for({layer_ids(config), then});
   }
   return checks.problem();
 }

@@ -42,20 +42,24 @@ ControllerConfig config_from(const ControllerConfig& config, std::int64_t step) 
   return now;
 }
 
+LayerSettings settings_of(const ControllerConfig& common, const LayerGroup& group) {
+  LayerSettings settings{group.ids, common};
+  ModelConfig& model = settings.config.model;
+  model.layers = static_cast<int>(group.ids.size());
+  if (group.experts != -1) model.experts = group.experts;
+  if (group.top_k != -1) model.top_k = group.top_k;
+  if (group.experts != -1 || !group.targets.empty()) model.targets = group.targets;
+  if (group.experts != -1 || !group.placement.empty()) settings.config.metrics.placement = group.placement;
+  override(settings.config, group);
+  return settings;
+}
+
 std::vector<LayerSettings> layer_settings(const ControllerConfig& config, std::int64_t step) {
   const ControllerConfig common = config_at(config, step);
   if (config.layers.empty()) return {{layer_ids(config), common}};
   std::vector<LayerSettings> all;
-  for (const LayerGroup& group : config.layers) {
-    LayerSettings& settings = all.emplace_back(LayerSettings{group.ids, common});
-    ModelConfig& model = settings.config.model;
-    model.layers = static_cast<int>(group.ids.size());
-    if (group.experts != -1) model.experts = group.experts;
-    if (group.top_k != -1) model.top_k = group.top_k;
-    if (group.experts != -1 || !group.targets.empty()) model.targets = group.targets;
-    if (group.experts != -1 || !group.placement.empty()) settings.config.metrics.placement = group.placement;
-    override(settings.config, group);
-  }
+  all.reserve(config.layers.size());
+  for (const LayerGroup& group : config.layers) all.push_back(settings_of(common, group));
   return all;
 }
 

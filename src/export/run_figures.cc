@@ -60,8 +60,14 @@ void SummedCounts::add(const LogRecord& record) {
   if (record.layer < 0 || record.stats.experts() == 0 || record.stats.assignments() == 0) return;
   Layer& layer = layers_[record.layer];
   const auto counts = record.stats.counts();
-  if (layer.sum.size() != counts.size()) layer = {std::vector<std::int64_t>(counts.size()), {}, 0, {}};
+  if (layer.sum.size() != counts.size())
+    layer = {std::vector<std::int64_t>(counts.size()), std::int64_t{0}, {}, 0, {}};
   layer.targets = record.targets;
+  // No count is above the total.
+  if (__builtin_add_overflow(layer.total, record.stats.assignments(), &layer.total)) {
+    throw LogError("layer " + std::to_string(record.layer) + ": step " + std::to_string(record.step) +
+                   ": counts of the steps up to this one: must be at most 2^63 - 1 in sum");
+  }
   for (std::size_t i = 0; i < counts.size(); ++i) layer.sum[i] += counts[i];
   if (window_ == 0) return;
   if (layer.ring.size() < window_) {
@@ -69,7 +75,10 @@ void SummedCounts::add(const LogRecord& record) {
     return;
   }
   std::vector<std::int64_t>& oldest = layer.ring[layer.oldest];
-  for (std::size_t i = 0; i < counts.size(); ++i) layer.sum[i] -= oldest[i];
+  for (std::size_t i = 0; i < counts.size(); ++i) {
+    layer.sum[i] -= oldest[i];
+    layer.total -= oldest[i];
+  }
   std::copy(counts.begin(), counts.end(), oldest.begin());
   layer.oldest = (layer.oldest + 1) % window_;
 }

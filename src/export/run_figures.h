@@ -60,12 +60,14 @@ class SummedCounts {
  public:
   /// The last `window` records of each layer; 0: all.
   explicit SummedCounts(std::size_t window) : window_(window) {}
+  /// Throws LogError where the counts of a layer sum to more than 64 bits hold.
   void add(const LogRecord& record);
   std::optional<double> max_vio() const;
 
  private:
   struct Layer {
     std::vector<std::int64_t> sum;
+    std::int64_t total = 0;                       // of the sum
     std::vector<std::vector<std::int64_t>> ring;  // the records in the sum
     std::size_t oldest = 0;
     std::shared_ptr<const LoadTargets> targets;

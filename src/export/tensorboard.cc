@@ -17,6 +17,7 @@
 #include <string_view>
 #include <utility>
 
+#include "base/input_limits.h"
 #include "base/printable.h"
 #include "export/step_sample.h"
 #include "measure/percentiles.h"
@@ -97,7 +98,8 @@ std::filesystem::path event_file(const std::filesystem::path& directory, int n) 
   return directory / std::string(name);
 }
 
-/// How many layers have each of some things in one step: names stay once met, so that a curve comes down again.
+/// How many layers have each of some things in one step: names stay once met, so that a curve comes down again. Of a log,
+/// whose names are its own, the first kMostNames.
 class Tally {
  public:
   explicit Tally(std::string prefix) : prefix_(std::move(prefix)) {}
@@ -105,7 +107,7 @@ class Tally {
     const auto it = counts_.find(name);
     if (it != counts_.end()) {
       ++it->second.count;
-    } else {
+    } else if (counts_.size() < kMostNames) {
       counts_.emplace(name, Entry{prefix_ + std::string(name), 1});
     }
   }

@@ -31,6 +31,13 @@ using nlohmann::json;
 
 constexpr std::uint64_t kMostHeader = 100'000'000;  // the limit of the safetensors format itself
 
+/// Layers × experts of all biases have a limit, which is checked before memory is taken for more.
+void check_cells(std::int64_t cells, const std::string& path) {
+  if (cells > kMostLayersTimesExperts)
+    throw ImportError(path + ": " + std::to_string(cells) + " layers x experts: must be at most " +
+                      std::to_string(kMostLayersTimesExperts));
+}
+
 [[noreturn]] void fail(const std::string& path, const std::string& what) {
   throw ImportError(path + ": " + what);
 }
@@ -117,6 +124,7 @@ LayerBiases from_safetensors(const std::string& path, const std::string& pattern
   if (!header.is_object()) fail(path, "its header is not JSON");
   LayerBiases biases;
   std::set<std::string> others;
+  std::int64_t cells = 0;
   for (const auto& [name, tensor] : header.items()) {
     if (name == "__metadata__") continue;
     const std::optional<int> layer = layer_in(name, pattern);
@@ -145,6 +153,7 @@ LayerBiases from_safetensors(const std::string& path, const std::string& pattern
         offsets[1].get<std::uint64_t>() - offsets[0].get<std::uint64_t>() != experts * type->size) {
       wrong("data_offsets " + offsets.dump() + ": must hold its values");
     }
+    check_cells(cells += static_cast<std::int64_t>(experts), path);
     std::vector<char> raw(experts * type->size);
     file.clear();
     file.seekg(static_cast<std::streamoff>(8 + length + offsets[0].get<std::uint64_t>()));
@@ -176,6 +185,7 @@ LayerBiases from_npy(const std::string& path, int first_layer) {
       (rows && (shape[0] < 1 || shape[0] > kMostExperts))) {
     fail(path, array.description() + ": must be [layers, experts] or [experts]");
   }
+  check_cells((rows ? shape[0] : 1) * shape.back(), path);
   LayerBiases biases;
   for (std::int64_t row = 0; row < (rows ? shape[0] : 1); ++row) {
     std::vector<double>& values = biases[first_layer + static_cast<int>(row)];
@@ -187,7 +197,9 @@ LayerBiases from_npy(const std::string& path, int first_layer) {
 
 LayerBiases from_json(const std::string& path, const json& all, int first_layer) {
   LayerBiases biases;
+  std::int64_t cells = 0;
   const auto add = [&](int layer, const json& list) {
+    check_cells(cells += static_cast<std::int64_t>(list.size()), path);
     std::vector<double>& values = biases[layer];
     for (const json& value : list) {
       if (!value.is_number())
@@ -212,19 +224,30 @@ LayerBiases from_json(const std::string& path, const json& all, int first_layer)
 LayerBiases from_state(const std::string& path, bool deployed) {
   LayerBiases biases;
   const std::string bytes = read_file(path);
-  const StateIo state(bytes);
-  for (const std::string& name : state.names()) {
+  StateIo state(bytes);
+  std::int64_t steps = 0, cells = 0;
+  std::vector<std::int64_t> ids;
+  state.value("steps", steps);
+  state.value("settings_from", steps);
+  // The layers follow one another: each is read as it comes, since to find it by name takes as long as all before it.
+  const std::vector<std::string> names = state.names();
+  if (!names.empty() && names[0] == "layers") state.list("layers", ids);
+  for (std::size_t i = names.empty() || names[0] != "layers" ? 0 : 1; i < names.size(); ++i) {
+    const std::string& name = names[i];
     constexpr std::string_view kLayer = "layer ";
-    if (!name.starts_with(kLayer)) continue;
+    if (!name.starts_with(kLayer)) break;
     int id = -1;
     const char* const end = name.data() + name.size();
     const auto [at, error] = std::from_chars(name.data() + kLayer.size(), end, id);
     if (error != std::errc() || at != end || id < 0)
       fail(path, shown_briefly(name) + ": must be a layer's whole number");
-    auto layer = state.find(name);
-    auto section = layer ? layer->find(deployed ? "deployed" : "expert_bias") : std::nullopt;
-    if (!section) continue;
-    section->list(deployed ? "values" : "applied", biases[id]);
+    state.section(name, [&](StateIo& layer) {
+      if (auto section = layer.find(deployed ? "deployed" : "expert_bias")) {
+        section->list(deployed ? "values" : "applied", biases[id]);
+        check_cells(cells += static_cast<std::int64_t>(biases[id].size()), path);
+      }
+      layer = StateIo();  // the rest of it is not asked for
+    });
   }
   if (biases.empty()) fail(path, "holds no biases");
   return biases;
@@ -239,12 +262,17 @@ LayerBiases from_log(const std::string& path, bool deployed) {
              : "is none of a run log, a saved state, an .npy array, JSON lists and a safetensors checkpoint");
   }
   LayerBiases biases;
+  std::int64_t cells = 0;
   while (const auto record = log.next()) {
     const auto found = record->actuators.find("expert_bias");
     if (record->layer < 0 || record->tag != "train" || found == record->actuators.end()) continue;
     const LoggedActuator& logged = found->second;
     if (logged.applied.empty()) continue;
-    biases[record->layer] = deployed && !logged.deployed.empty() ? logged.deployed : logged.applied;
+    std::vector<double>& values = biases[record->layer];
+    check_cells(
+        cells += static_cast<std::int64_t>(logged.applied.size()) - static_cast<std::int64_t>(values.size()),
+        path);
+    values = deployed && !logged.deployed.empty() ? logged.deployed : logged.applied;
   }
   if (biases.empty()) fail(path, "holds no biases of single experts (log.per_expert is off?)");
   return biases;

@@ -157,6 +157,8 @@ NpyReader::NpyReader(ByteStream& stream, std::string name) : stream_(stream), na
   const std::string_view shape = entry_of(header, "shape");
   const std::string_view numbers = shape.substr(0, shape.find(')'));
   left_ = 1;
+  bool none =
+      false;  // an extent of 0: the others say nothing of the file's length, and yet how often readers turn
   for (std::size_t i = 0; i < numbers.size();) {
     std::int64_t extent = 0;
     const auto [end, error] = std::from_chars(numbers.data() + i, numbers.data() + numbers.size(), extent);
@@ -165,12 +167,19 @@ NpyReader::NpyReader(ByteStream& stream, std::string name) : stream_(stream), na
       continue;
     }
     i = static_cast<std::size_t>(end - numbers.data());
-    if (extent < 0 || shape_.size() == 8 || (extent > 0 && left_ > kMostValues / extent))
-      throw ImportError(name_ + ": .npy shape: (" + std::string(numbers.substr(0, 80)) +
-                        ": must have at most 8 extents and 2^48 values");
+    const std::int64_t factor = std::max<std::int64_t>(extent, 1);
+    if (extent < 0 || shape_.size() == 8 || left_ > kMostValues / factor)
+      throw ImportError(name_ + ": .npy shape: " + std::string(numbers.substr(0, 80)) +
+                        "): must have at most 8 extents and 2^48 values");
     shape_.push_back(extent);
-    left_ *= extent;
+    left_ *= factor;
+    none |= extent == 0;
   }
+  if (none && left_ > kMostLayersTimesExperts)
+    throw ImportError(name_ + ": .npy shape: " + description() +
+                      ": holds no values: extents beside a 0 must make at most " +
+                      std::to_string(kMostLayersTimesExperts));
+  if (none) left_ = 0;
   if (entry_of(header, "fortran_order").starts_with("True") && shape_.size() > 1)
     throw ImportError(name_ + ": .npy array in Fortran order: save numpy.ascontiguousarray(array)");
 }

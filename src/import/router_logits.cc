@@ -24,7 +24,8 @@ class RouterLogitsReader : public StepReader {
     const auto& shape = array_.shape();
     const std::size_t n = shape.size();
     if (!array_.is_float() || n < 2 || n > 4 || shape[n - 1] < 2 || shape[n - 1] > kMostExperts ||
-        shape[n - 2] > kMostTokens || (n > 2 && (shape[n - 3] > kMostLayers || shape[n - 3] < 1))) {
+        shape[n - 2] > kMostTokens || shape[n - 2] < 1 || (n > 3 && shape[0] < 1) ||
+        (n > 2 && (shape[n - 3] > kMostLayers || shape[n - 3] < 1))) {
       throw OtherFormat(file.name() + ": expected router logits [layers, tokens, experts] as floats: found " +
                         array_.description());
     }
@@ -49,6 +50,7 @@ class RouterLogitsReader : public StepReader {
     if (step_ == steps_) return false;
     step.step = step_++;
     step.layers.clear();
+    held_ = 0;
     // Logits of one forward pass are one micro-batch.
     const std::string tag = apart_ ? "mb0" : "";
     for (std::int64_t l = 0; l < layers_; ++l) read_layer(l, step.layers[{static_cast<int>(l), tag}]);
@@ -139,7 +141,7 @@ class RouterLogitsReader : public StepReader {
       layer.token_entropy_sum += std::max(0.0, entropy);
       if (pairs_) {
         chosen.assign(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(k));
-        layer.pairs.add(chosen);
+        layer.pairs.add(chosen, held_, file_.name());
       }
       for (std::size_t j = 0; j < k; ++j) ++(sequence_length_ > 0 ? of_sequence : layer.counts)[order[j]];
       if (sequence_length_ > 0) {
@@ -169,6 +171,7 @@ class RouterLogitsReader : public StepReader {
   bool sigmoid_;
   std::int64_t sequence_length_;
   std::int64_t experts_ = 0, tokens_ = 0, layers_ = 0, steps_ = 0, step_ = 0;
+  std::int64_t held_ = 0;  // pairs of this step
   std::vector<std::uint8_t> mask_;
 };
 

@@ -36,8 +36,8 @@ struct SlotsOfLayer {
 /// The choices of one sequence, layer by layer, in the order [tokens, layers, k].
 class Sequence {
  public:
-  Sequence(ImportedStep& step, std::int64_t layers, int top_k, bool pairs)
-      : step_(step), top_k_(top_k), pairs_(pairs) {
+  Sequence(ImportedStep& step, std::int64_t layers, int top_k, bool pairs, const std::string& place)
+      : step_(step), top_k_(top_k), pairs_(pairs), place_(place) {
     layers_.resize(static_cast<std::size_t>(layers));
   }
   /// One token of one layer; -1 = a slot that was not routed.
@@ -63,7 +63,7 @@ class Sequence {
       ++of.counts[static_cast<std::size_t>(expert)];
       routed = true;
     }
-    if (pairs_ && routed) of.pairs.add(experts);
+    if (pairs_ && routed) of.pairs.add(experts, held_, place);
     of.tokens += routed;
     of.filled += same;
   }
@@ -79,6 +79,14 @@ class Sequence {
       layer.add_sequence(layers_[l].counts, layers_[l].tokens);
       layer.pairs += layers_[l].pairs;
     }
+    // A sequence has limits of its own: together they have the step's.
+    std::int64_t cells = 0, pairs = 0;
+    for (const auto& [key, layer] : step_.layers) {
+      cells += static_cast<std::int64_t>(layer.counts.size());
+      pairs += layer.pairs.size();
+    }
+    check_cells(cells, place_);
+    PairCounts::check(pairs, place_);
   }
 
  private:
@@ -90,7 +98,8 @@ class Sequence {
   ImportedStep& step_;
   int top_k_;
   bool pairs_;
-  std::int64_t cells_ = 0;  // layers × experts
+  std::string place_;                  // of its first array
+  std::int64_t cells_ = 0, held_ = 0;  // layers × experts; pairs
   std::vector<Layer> layers_;
 };
 
@@ -103,7 +112,7 @@ class Request {
     if (!sequence_) {
       layers_ = layers;
       top_k_ = top_k;
-      sequence_.emplace(step_, layers, top_k, pairs_);
+      sequence_.emplace(step_, layers, top_k, pairs_, place);
     }
     if (layers != layers_ || top_k != top_k_)
       throw ImportError(place + ": [tokens, " + std::to_string(layers) + ", " + std::to_string(top_k) +
@@ -316,7 +325,7 @@ class MegatronReader : public StepReader {
   bool next(ImportedStep& step) override {
     if (!more_) return false;
     step.layers.clear();
-    cells_ = 0;
+    cells_ = held_ = 0;
     micro_batches_.clear();
     step.step = step_;
     while (more_ && step_ == step.step) {
@@ -403,7 +412,7 @@ class MegatronReader : public StepReader {
       }
       if (const std::int64_t expert_twice = twice(chosen_); expert_twice >= 0)
         throw chosen_twice(file_.place() + ": top_indices", expert_twice);
-      if (options_.pairs) layer.pairs.add(chosen_);
+      if (options_.pairs) layer.pairs.add(chosen_, held_, file_.place());
       *layer.tokens += routed;
     }
   }
@@ -427,7 +436,10 @@ class MegatronReader : public StepReader {
         throw wrong("tpe: " + std::to_string(counts.size()) + " experts: expected " +
                     std::to_string(layer.counts.size()) + ", as in the micro-batch before");
       layer.every_expert = true;
-      if (layer.counts.size() < counts.size()) layer.counts.resize(counts.size());
+      if (layer.counts.size() < counts.size()) {
+        check_cells(cells_ += static_cast<std::int64_t>(counts.size() - layer.counts.size()), file_.place());
+        layer.counts.resize(counts.size());
+      }
       std::size_t i = 0;
       for (const JsonValue count : counts.elements()) {
         if (!count.is_number()) throw wrong("tpe: expected whole numbers");
@@ -442,7 +454,7 @@ class MegatronReader : public StepReader {
   ImportNotes& notes_;
   JsonParser parser_;
   std::vector<std::int64_t> chosen_;                          // by one token
-  std::int64_t cells_ = 0;                                    // layers × experts of this step
+  std::int64_t cells_ = 0, held_ = 0;                         // layers × experts and pairs of this step
   std::map<std::pair<int, std::string>, int> micro_batches_;  // of this step, by layer
   std::int64_t step_ = 0;
   bool more_ = false;

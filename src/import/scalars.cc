@@ -67,7 +67,9 @@ class Grid {
   /// A layer that has a value in a step has one for each of its experts: those that were expected or set before.
   void expect(int layer, int expert) {
     std::size_t& experts = experts_[layer];
-    experts = std::max(experts, static_cast<std::size_t>(expert) + 1);
+    const std::size_t more = std::max(experts, static_cast<std::size_t>(expert) + 1) - experts;
+    check_cells(cells_ += static_cast<std::int64_t>(more), name_);
+    experts += more;
   }
   void set(int layer, int expert, double value) {
     expect(layer, expert);
@@ -106,6 +108,7 @@ class Grid {
   LoadValues values_;
   std::map<int, std::vector<double>> rows_;
   std::map<int, std::size_t> experts_;
+  std::int64_t cells_ = 0;  // the sum of experts_
 };
 
 /// One metric only may be read: values of two would be taken for each other.

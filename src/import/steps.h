@@ -33,8 +33,10 @@ inline std::int64_t added(std::int64_t a, std::int64_t b) {
 /// How many tokens chose both of two experts. Where a token's experts are known and ImportOptions::pairs asks for it.
 class PairCounts {
  public:
-  /// The experts of one token; -1 = a slot that was not routed. One that stands twice makes no pair with itself.
-  void add(std::span<const std::int64_t> experts) {
+  /// The experts of one token; -1 = a slot that was not routed. One that stands twice makes no pair with itself. `held`:
+  /// the pairs of all layers of the step so far.
+  void add(std::span<const std::int64_t> experts, std::int64_t& held, const std::string& place) {
+    const std::size_t before = both_.size();
     bool routed = false;
     for (std::size_t i = 0; i < experts.size(); ++i) {
       routed |= experts[i] >= 0;
@@ -44,7 +46,16 @@ class PairCounts {
       }
     }
     tokens_ += routed ? 1 : 0;
+    check(held += static_cast<std::int64_t>(both_.size() - before), place);
   }
+  /// Pairs of one step have a limit. A token adds half a million of them at most.
+  static void check(std::int64_t held, const std::string& place) {
+    if (held > kMostPairs)
+      throw ImportError(place + ": --pairs: " + std::to_string(held) +
+                        " pairs of experts in one step: must be at most " + std::to_string(kMostPairs));
+  }
+  /// Pairs with at least one token.
+  std::int64_t size() const { return static_cast<std::int64_t>(both_.size()); }
   PairCounts& operator+=(const PairCounts& other) {
     for (const auto& [pair, tokens] : other.both_) both_[pair] += tokens;
     tokens_ += other.tokens_;

@@ -8,7 +8,9 @@
 #include <charconv>
 #include <cstdio>
 #include <filesystem>
+#include <optional>
 
+#include "base/input_limits.h"
 #include "base/part_file.h"
 #include "base/sigpipe.h"
 #include "log/log_lines.h"
@@ -16,6 +18,8 @@
 
 namespace moectl {
 namespace {
+
+constexpr std::size_t kMostAtOnce = std::size_t{1} << 30;
 
 /// The step of a record that this writer wrote, or -1 for a header.
 std::int64_t step_of(std::string_view line) {
@@ -36,7 +40,9 @@ std::int64_t piece_after_others(const std::string& path) {
     std::int64_t piece = 0;
     if (!name.starts_with(start)) continue;
     const auto [end, error] = std::from_chars(name.data() + start.size(), name.data() + name.size(), piece);
-    if (error == std::errc() && end == name.data() + name.size()) last = std::max(last, piece);
+    // A number that no writer gives is some other file's.
+    if (error == std::errc() && end == name.data() + name.size() && piece < kMostPieces)
+      last = std::max(last, piece);
   }
   return last + 1;
 }
@@ -80,7 +86,12 @@ bool LogSink::write(std::string_view text) {
   }
   const NoSigpipe guard;  // a reader that leaves must not end the training
   errno = 0;
-  if (zip_) return text.empty() || gzwrite(zip_, text.data(), static_cast<unsigned>(text.size())) > 0;
+  while (zip_ && !text.empty()) {
+    // gzwrite returns an int: it takes no more at once than that can hold.
+    const std::string_view part = text.substr(0, kMostAtOnce);
+    if (gzwrite(zip_, part.data(), static_cast<unsigned>(part.size())) <= 0) return false;
+    text.remove_prefix(part.size());
+  }
   while (!text.empty()) {
     const ssize_t wrote = ::write(file_, text.data(), text.size());
     if (wrote < 0 && errno == EINTR) continue;
@@ -105,25 +116,36 @@ std::string piece_path(const std::string& path, std::int64_t piece) {
 std::int64_t piece_of(const std::string& path) {
   constexpr std::string_view kStart = "{\"format\":\"moectl-run\",\"version\":1,\"piece\":";
   std::int64_t piece = 1;
+  bool damaged = false;
   LogLines lines(path);
   std::string_view line;
   try {
     if (!lines.next(line)) return piece_after_others(path);
-    if (line.starts_with(kStart))
-      std::from_chars(line.data() + kStart.size(), line.data() + line.size(), piece);
+    if (line.starts_with(kStart)) {
+      const auto [end, error] =
+          std::from_chars(line.data() + kStart.size(), line.data() + line.size(), piece);
+      damaged = error != std::errc() || piece < 1 || piece > kMostPieces;
+    }
   } catch (const LogError&) {
-    return piece_after_others(path);  // torn before its first line was whole
+    if (!lines.torn()) throw;
+    return piece_after_others(path);  // before its first line was whole
   }
+  if (damaged) throw LogError(path + ":1: piece: must be from 1 to " + std::to_string(kMostPieces));
   return piece;
 }
 
 KeptLog keep_before(const std::string& path, std::int64_t step) {
   KeptLog result;
   std::int64_t& keep = result.bytes;
-  std::string kept;
   const bool zipped = is_zipped(path);
+  const std::string part = path + ".part";
+  LogLines lines(path);
+  std::optional<LogSink> sink;  // of what is kept of a compressed log, which may not fit into memory
+  const auto written = [&](bool good) {
+    if (!good) throw LogError(part + ": cannot be written");
+  };
+  if (zipped) written(sink.emplace(part, LogSink::How::kBeside, true).is_open());
   try {
-    LogLines lines(path);
     std::string_view line;
     while (lines.next(line) && lines.complete() && step_of(line) < step) {
       keep = lines.offset();
@@ -132,19 +154,23 @@ KeptLog keep_before(const std::string& path, std::int64_t step) {
         if (lines.number() == 1) result.first_config = config;
         result.last_config = std::move(config);
       }
-      if (zipped) kept.append(line).push_back('\n');
+      if (zipped) written(sink->write(line) && sink->write("\n"));
     }
   } catch (const LogError&) {
-    // A run that was killed leaves its gzip file without an end; what came before can be kept.
-    if (!zipped) throw;
+    // A run that was killed leaves its gzip file without an end: what came before can be kept. What is damaged in any other
+    // way stays as it is: behind the damage there may be more.
+    std::error_code ignored;
+    if (!zipped || !lines.torn()) {
+      if (zipped) std::filesystem::remove(part, ignored);
+      throw;
+    }
   }
   if (!zipped) {
     std::filesystem::resize_file(path, static_cast<std::uintmax_t>(keep));
     return result;
   }
-  const std::string part = path + ".part";
-  LogSink sink(part, LogSink::How::kBeside, true);
-  if (!sink.is_open() || !sink.write(kept) || !sink.flush()) throw LogError(part + ": cannot be written");
+  written(sink->flush());
+  sink.reset();
   std::filesystem::rename(part, path);
   return result;
 }

@@ -73,11 +73,11 @@ bool LogLines::fill() {
   }
   const std::size_t got =
       read_some(buffer_.data() + end_, std::min(buffer_.size() - kPadding - end_, kFirstBuffer));
-  const bool torn = got == 0 && !follow_ && file_.fault().empty() && file_.torn();
-  if (torn || !file_.fault().empty()) {
+  torn_ = got == 0 && !follow_ && file_.fault().empty() && file_.torn();
+  if (torn_ || !file_.fault().empty()) {
     broken_ = true;
     throw LogError(name_ + ':' + std::to_string(number_ + 1) + ": " +
-                   (torn ? "gzip: unexpected end of file: must be a whole gzip file" : file_.fault()));
+                   (torn_ ? "gzip: unexpected end of file: must be a whole gzip file" : file_.fault()));
   }
   end_ += got;
   return got > 0;

@@ -30,6 +30,8 @@ class LogLines {
   bool complete() const { return complete_; }
   /// Bytes (uncompressed) up to the end of that line.
   std::int64_t offset() const { return offset_; }
+  /// True once next() has thrown at the end of a gzip file that was cut off, as a writer that was killed leaves it.
+  bool torn() const { return torn_; }
   /// True once next() has thrown: there is nothing more to read.
   bool broken() const { return broken_; }
   const std::string& name() const { return name_; }
@@ -49,6 +51,7 @@ class LogLines {
   std::int64_t number_ = 0, offset_ = 0;
   bool complete_ = true;
   bool broken_ = false;
+  bool torn_ = false;
   bool replaced_ = false;
   bool finished_ = false;  // follow_ said that nothing more will be written
 };

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <set>
 #include <utility>
 
 #include "base/input_limits.h"
@@ -10,9 +11,6 @@
 
 namespace moectl {
 namespace {
-
-// Of a rotated log; its file names have six digits at least.
-constexpr std::int64_t kMostPieces = 1'000'000'000;
 
 void read_values(const LineReader& line, const std::string& field, JsonValue entry, const char* key,
                  std::vector<double>& out) {
@@ -143,6 +141,7 @@ void read_groups(const LineReader& line, JsonValue from, const std::string& key,
   if (!groups->is_array()) line.reject(key, *groups, "must be an array of groups");
   const std::optional<int> experts = std::exchange(header.experts, std::nullopt);
   const std::optional<int> top_k = std::exchange(header.top_k, std::nullopt);
+  std::set<int> met;
   std::int64_t layers = 0;
   std::size_t g = 0;
   for (const JsonValue value : groups->elements()) {
@@ -152,8 +151,14 @@ void read_groups(const LineReader& line, JsonValue from, const std::string& key,
     const std::string ids_key = header.is_run ? "ids" : "layers";
     const auto ids = value.find(ids_key);
     if (!ids || !ids->is_array()) line.fail(path + ids_key, "missing", "required: an array of layer ids");
+    if (ids->size() > static_cast<std::size_t>(kMostLayers - layers)) {
+      line.fail(path + ids_key, std::to_string(ids->size()) + " values",
+                "must be at most " + std::to_string(kMostLayers) + " in all groups");
+    }
     for (const JsonValue id : ids->elements()) {
-      group.layers.push_back(static_cast<int>(line.integer(path + ids_key, id, 0, 1 << 30)));
+      const auto layer = static_cast<int>(line.integer(path + ids_key, id, 0, 1 << 30));
+      if (!met.insert(layer).second) line.reject(path + ids_key, id, "must be in one group, once");
+      group.layers.push_back(layer);
     }
     for (const auto& [name, out] : {std::pair{"experts", &group.experts}, std::pair{"top_k", &group.top_k}}) {
       if (const auto number = value.find(name))
@@ -249,8 +254,16 @@ void Assumptions::say(const LogLine& line, const std::string& field, const std::
     said_.push_back("assumed: " + line.file + ':' + std::to_string(line.number) + ": " + field + ": " + what);
 }
 
-LogRecord read_record(const LogLine& at, const LogHeader& header, const LogDefaults& defaults,
-                      Assumptions& assumptions) {
+LayerGroups groups_of(const LogHeader& header) {
+  LayerGroups groups;
+  for (std::size_t g = 0; g < header.groups.size(); ++g) {
+    for (const int layer : header.groups[g].layers) groups.emplace(layer, g);
+  }
+  return groups;
+}
+
+LogRecord read_record(const LogLine& at, const LogHeader& header, const LayerGroups& groups,
+                      const LogDefaults& defaults, Assumptions& assumptions) {
   const LineReader line(at);
   LogRecord record;
   record.line = at.number;
@@ -276,13 +289,10 @@ LogRecord read_record(const LogLine& at, const LogHeader& header, const LogDefau
     const LogGroup equal{{}, header.experts, header.top_k, header.targets};
     const LogGroup* group = &equal;
     if (!header.groups.empty()) {
-      const auto has = [&](const LogGroup& one) {
-        return std::ranges::find(one.layers, record.layer) != one.layers.end();
-      };
-      const auto found = std::ranges::find_if(header.groups, has);
-      if (found == header.groups.end())
+      const auto found = groups.find(record.layer);
+      if (found == groups.end())
         line.reject("layer", layer, "must be in one of the groups of the first line");
-      group = &*found;
+      group = &header.groups[found->second];
     }
     // A run log with `per_expert: false` has no counts; a trace has them, or loads instead.
     const auto load = line.find("load");

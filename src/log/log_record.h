@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <set>
 #include <string>
 #include <string_view>
@@ -46,8 +47,12 @@ class Assumptions {
   std::vector<std::string> said_;
 };
 
-/// Throws LogError. `defaults`: for what neither the first line nor the record says.
-LogRecord read_record(const LogLine& line, const LogHeader& header, const LogDefaults& defaults,
-                      Assumptions& assumptions);
+/// The number of each layer's group in the first line; empty if all layers are equal.
+using LayerGroups = std::map<int, std::size_t>;
+LayerGroups groups_of(const LogHeader& header);
+
+/// Throws LogError. `groups`: groups_of(header); `defaults`: for what neither the first line nor the record says.
+LogRecord read_record(const LogLine& line, const LogHeader& header, const LayerGroups& groups,
+                      const LogDefaults& defaults, Assumptions& assumptions);
 
 }  // namespace moectl

@@ -30,6 +30,10 @@ void add(LogRecord& to, const LogRecord& more) {
     to.loss = more.loss;
   }
   add_recorded(to.stats, to.domains, more.stats, more.domains);
+  if (!to.stats.valid()) {
+    throw LogError("layer " + std::to_string(to.layer) + ": step " + std::to_string(to.step) +
+                   ": the parts of the step: their sums must be at most 2^63 - 1");
+  }
   if (__builtin_add_overflow(to.tokens, more.tokens, &to.tokens))
     to.tokens = std::numeric_limits<std::int64_t>::max();
   // Of a run log: what holds for one part alone is measured anew.

@@ -158,6 +158,11 @@ struct LogReader::File {
   bool is_header() const { return object().find("format").has_value(); }
   LogLine line() const { return {lines->name(), lines->number(), object()}; }
 
+  void take_header(LogHeader of_file) {
+    header = std::move(of_file);
+    groups = groups_of(header);
+  }
+
   /// The first line of the file: a header, or a record of a trace without one.
   void read_first() {
     try {
@@ -166,12 +171,12 @@ struct LogReader::File {
         first_is_record = true;
         return;
       }
-      header = read_header(line());
+      take_header(read_header(line()));
     } catch (const LogError& e) {
       pass_over(e, true);
       if (!is_header()) return;
       // Of another version, what is named and formed as in this one is read.
-      header = read_header(line(), true);
+      take_header(read_header(line(), true));
       other_version = true;
     }
     first_line = without_number(object());
@@ -243,7 +248,7 @@ struct LogReader::File {
     joined = true;
     if (follow) {
       // With `follow`, the caller wants the run that is being written now.
-      header = read_header(line(), true);
+      take_header(read_header(line(), true));
       first_line = without_number(object());
       seen = Seen();
       layers.clear();
@@ -283,7 +288,7 @@ struct LogReader::File {
       changes.push_back(read_config_change(line()));
     }
     const LogLine here = line();
-    LogRecord record = read_record(here, header, defaults, assumptions);
+    LogRecord record = read_record(here, header, groups, defaults, assumptions);
     if (record.layer >= 0 && header.layers && header.groups.empty() && !header.is_run)
       count_layer(here, record.layer);
     seen.add_layer(here, record);
@@ -334,6 +339,7 @@ struct LogReader::File {
   JsonParser parsed;
   json first_line;
   LogHeader header;
+  LayerGroups groups;  // of the header
   LogDefaults defaults;
   Assumptions assumptions;
   std::set<int> layers;

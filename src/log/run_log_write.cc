@@ -8,6 +8,7 @@
 #include <functional>
 #include <utility>
 
+#include "base/input_limits.h"
 #include "base/printable.h"
 #include "log/json_writer.h"
 #include "log/log_file.h"
@@ -80,6 +81,7 @@ struct RunLogWriter::File {
   /// The next piece is begun beside the full one and then takes its name, so that a full disk or a kill leaves
   /// a log with a header under `path` in any case.
   void rotate() {
+    if (piece == kMostPieces) return give_up("its pieces have no more numbers");
     const std::string full = piece_path(path, piece++), part = path + ".part";
     std::error_code failed, ignored;
     sink = std::make_unique<LogSink>(part, LogSink::How::kBeside, is_zipped(path));

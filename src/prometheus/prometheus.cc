@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <limits>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -18,6 +19,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/input_limits.h"
 #include "base/printable.h"
 #include "export/step_sample.h"
 #include "moectl/health.h"
@@ -38,7 +40,7 @@ struct LayerState {
   std::int64_t tokens = 0, dropped = 0;
   bool reports_drops = false;
   std::string health;
-  std::map<std::string, bool, std::less<>> alerts;  // every name met, and whether it stands
+  std::map<std::string, bool, std::less<>> alerts;  // the names met first, and whether each stands
   struct ActuatorState {
     std::vector<double> applied;
     std::optional<double> min, max;
@@ -49,6 +51,11 @@ struct LayerState {
   void add(const StepSample& sample, std::size_t most_pairs);
 };
 
+/// A counter stops at its largest value: one that turned negative would be none.
+void count_up(std::int64_t& counter, std::int64_t more) {
+  if (__builtin_add_overflow(counter, more, &counter)) counter = std::numeric_limits<std::int64_t>::max();
+}
+
 void LayerState::add(const StepSample& sample, std::size_t most_pairs) {
   if (sample.metrics) metrics = *sample.metrics;
   if (sample.stats) {
@@ -57,18 +64,21 @@ void LayerState::add(const StepSample& sample, std::size_t most_pairs) {
     relative_loads(stats.counts(), sample.targets, loads);
     if (most_pairs > 0) paired_experts(stats, most_pairs, pairs);
     assigned.resize(counts.size(), 0);
-    for (std::size_t i = 0; i < counts.size(); ++i) assigned[i] += counts[i];
-    tokens += stats.tokens();
+    for (std::size_t i = 0; i < counts.size(); ++i) count_up(assigned[i], counts[i]);
+    count_up(tokens, stats.tokens());
     if (stats.dropped()) {
       reports_drops = true;
-      dropped += stats.scalar(RoutingStats::kDropped);
+      count_up(dropped, stats.scalar(RoutingStats::kDropped));
     }
   }
   health = sample.health;
   for (auto& [name, stands] : alerts) stands = false;
   for (const std::string_view alert : sample.alerts) {
-    const auto it = alerts.find(alert);
-    (it == alerts.end() ? alerts.emplace(alert, true).first : it)->second = true;
+    if (const auto it = alerts.find(alert); it != alerts.end()) {
+      it->second = true;
+    } else if (alerts.size() < kMostNames) {
+      alerts.emplace(alert, true);
+    }
   }
   for (std::size_t a = 0; a < kActuatorCount; ++a) {
     const ActuatorSample& from = sample.actuators[a];
@@ -427,7 +437,14 @@ class PrometheusFeed::State : public prometheus::Collectable {
   void add(const LogRecord& record, const Metrics& metrics) {
     const std::scoped_lock lock(mutex_);
     add(sample_of(record, metrics, &alerts_));
-    for (const LoggedNotice& notice : record.notices) ++totals_.notices[{record.layer, notice.kind}];
+    for (const LoggedNotice& notice : record.notices) {
+      const std::pair key(record.layer, notice.kind);
+      if (const auto it = totals_.notices.find(key); it != totals_.notices.end()) {
+        ++it->second;
+      } else if (++kinds_[record.layer] <= kMostNames) {
+        totals_.notices.emplace(key, 1);
+      }
+    }
   }
   void set_log_faults(std::int64_t count) {
     const std::scoped_lock lock(mutex_);
@@ -449,6 +466,7 @@ class PrometheusFeed::State : public prometheus::Collectable {
   const PrometheusOptions options_;
   mutable std::mutex mutex_;
   Totals totals_;
+  std::map<int, std::size_t> kinds_;      // of the notices of each layer
   std::vector<std::string_view> alerts_;  // scratch space of add()
 };
 

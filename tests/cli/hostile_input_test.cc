@@ -5,6 +5,7 @@
 #include <zlib.h>
 
 #include <filesystem>
+#include <functional>
 
 #include "base/input_limits.h"
 #include "moectl/run_log.h"
@@ -301,6 +302,102 @@ TEST(HostileInput, ANameOfDotsStaysInItsFolder) {
     EXPECT_TRUE(std::filesystem::exists(dir.path(std::string("out/board/") + name))) << name;
     for (const auto& entry : std::filesystem::directory_iterator(dir.path("out")))
       EXPECT_EQ(entry.path().filename(), "board") << name;
+  }
+}
+
+/// 1025 records of 2^53 tokens: their counts sum to more than 64 bits hold. `varies` is the field that tells them apart.
+std::string records_beyond_64_bits(const std::function<std::string(int)>& varies) {
+  std::string lines;
+  for (int i = 0; i < 1025; ++i)
+    lines += "{" + varies(i) +
+             R"(,"layer":0,"tokens":9007199254740992,"top_k":1,"counts":[9007199254740990,2]})" + "\n";
+  return lines;
+}
+
+TEST(HostileInput, CountsThatSumBeyond64BitsAreNamed) {
+  const TempDir dir;
+  dir.write("parts.jsonl",
+            records_beyond_64_bits([](int i) { return R"("step":0,"tag":"mb)" + std::to_string(i) + '"'; }));
+  dir.write("steps.jsonl", records_beyond_64_bits([](int i) { return "\"step\":" + std::to_string(i); }));
+  for (const auto& [command, words] :
+       {std::pair{"compare parts.jsonl",
+                  "layer 0: step 0: the parts of the step: their sums must be at most 2^63 - 1"},
+        std::pair{"report parts.jsonl -o r.html", "layer 0: step 0: the parts of the step: their sums"},
+        std::pair{"compare --sum-steps 0 steps.jsonl",
+                  "layer 0: step 1023: counts of the steps up to this one: must be at most 2^63 - 1"}}) {
+    const ToolResult result = run_tool(dir, command);
+    EXPECT_EQ(result.code, 1) << command;
+    EXPECT_THAT(result.err, HasSubstr(words)) << command;
+  }
+}
+
+TEST(HostileInput, NoNameMakesALineOrAColumn) {
+  const TempDir dir;
+  const std::string name = "x,\"y\"\nlayer 7, train: collapsed", s = json_of(name);
+  std::string lines;
+  for (int step = 0; step < 8; ++step) {
+    lines += R"({"step":)" + std::to_string(step) +
+             R"(,"layer":0,"tokens":8,"top_k":2,"counts":[5,4,4,3],"tag":)" + s + R"(,"domain_counts":{)" +
+             s + ":[5,4,4,3]}}\n";
+  }
+  dir.write("t.jsonl", lines);
+  dir.write("c.yaml", "version: 1\nmodel: {layers: 1, experts: 4, top_k: 2, domains: [" + s + ", b]}\n");
+  for (const std::string command :
+       {"metrics t.jsonl --trends --format table", "metrics t.jsonl --trends --format csv",
+        "metrics t.jsonl --format screen --by tag", "check c.yaml --explain"}) {
+    const ToolResult result = run_tool(dir, command);
+    EXPECT_EQ(result.code, 0) << command << ": " << result.err;
+    EXPECT_THAT(result.out, HasSubstr("collapsed")) << command;
+    EXPECT_THAT(result.out, Not(HasSubstr("\nlayer 7"))) << command;
+  }
+  EXPECT_THAT(run_tool(dir, "metrics t.jsonl --trends --format csv").out,
+              HasSubstr(R"(,0,"x,""y""\u000alayer 7, train: collapsed",)"));
+}
+
+TEST(HostileInput, NamesOfALogMakeNoEndlessSeries) {
+  const TempDir dir;
+  std::string lines =
+      R"({"format":"moectl-run","version":1,"config":{"model":{"layers":1,"experts":4,"top_k":2}}})"
+      "\n";
+  for (int step = 0; step < 2000; ++step) {
+    const std::string n = std::to_string(step);
+    lines += R"({"step":)" + n + R"(,"layer":0,"tokens":8,"counts":[5,4,4,3],"health":"h)" + n +
+             R"(","alerts":["a)" + n + "\"]}\n";
+  }
+  dir.write("run.jsonl", lines);
+  ASSERT_EQ(run_tool(dir, "tensorboard run.jsonl -o board").code, 0);
+  std::uintmax_t size = 0;
+  for (const auto& entry : std::filesystem::recursive_directory_iterator(dir.path("board")))
+    size += entry.is_regular_file() ? entry.file_size() : 0;
+  EXPECT_LT(size, 20U << 20);  // without a limit: 2000 names of each kind in the last step
+}
+
+TEST(HostileInput, LayersOfTheFirstLineAreCountedAndDiffer) {
+  const TempDir dir;
+  const auto log = [&](const std::string& ids) {
+    dir.write("t.jsonl",
+              R"({"format":"moectl-trace","version":1,"experts":4,"top_k":2,"groups":[{"layers":[0)" + ids +
+                  "]}]}\n" + kRecord + "\n");
+    return run_tool(dir, "metrics t.jsonl");
+  };
+  std::string many;
+  for (int id = 1; id <= 65536; ++id) many += ',' + std::to_string(id);
+  EXPECT_THAT(log(many).err,
+              HasSubstr("t.jsonl:1: groups[0].layers: 65537 values: must be at most 65536 in all groups"));
+  EXPECT_THAT(log(",0").err, HasSubstr("t.jsonl:1: groups[0].layers: 0: must be in one group, once"));
+  EXPECT_EQ(log(",1").code, 0);
+}
+
+TEST(HostileInput, ASectionOfTheConfigInALogThatIsNoneIsNamed) {
+  const TempDir dir;
+  for (const char* section : {"5", R"({"policy":5})"}) {
+    dir.write(
+        "run.jsonl",
+        R"({"format":"moectl-run","version":1,"config":{"model":{"layers":1,"experts":4,"top_k":2},"expert_bias":)" +
+            std::string(section) + "}}\n" + R"({"step":0,"layer":0,"tokens":8,"counts":[5,4,4,3]})" + "\n");
+    const ToolResult result = run_tool(dir, "report run.jsonl -o r.html");
+    EXPECT_EQ(result.code, 1);
+    EXPECT_THAT(result.err, HasSubstr("run.jsonl:1: config: expert_bias: "));
   }
 }
 

@@ -14,6 +14,7 @@
 namespace moectl {
 namespace {
 
+using ::testing::AllOf;
 using ::testing::HasSubstr;
 
 struct Still : Policy {
@@ -542,6 +543,63 @@ TEST(Config, ATargetMayBeZero) {
       parse_config("version: 1\nmodel: {layers: 1, experts: 4, top_k: 2, targets: [0.5, 0.3, 0.2, 0]}\n");
   EXPECT_EQ(c.model.targets[3], 0);
   EXPECT_EQ(parse_config(to_yaml(c)).model.targets, c.model.targets);
+}
+
+// Each group once copied what holds for all of them.
+TEST(HostileInput, ManyGroupsOfLayersAreReadInLinearTime) {
+  const auto groups = [](int count, const std::string& rest = "") {
+    std::string text = "version: 1\nmodel: {top_k: 2}\nlayers: [";
+    for (int g = 0; g < count; ++g) text += "{ids: [" + std::to_string(g) + "], experts: 4},";
+    return text + "]\n" + rest;
+  };
+  EXPECT_EQ(parse_config(groups(4000)).layers.size(), 4000U);
+  const auto wrong = [](const std::string& text) {
+    try {
+      parse_config(text);
+    } catch (const ConfigError& error) {
+      return std::string(error.what());
+    }
+    return std::string();
+  };
+  EXPECT_THAT(wrong(groups(4097)),
+              HasSubstr("4097 groups of layers × 1 spans of the timeline: must be at most 4096"));
+  std::string timeline = "timeline: [";
+  for (int from = 1; from <= 100; ++from) timeline += "{from: " + std::to_string(from) + "},";
+  EXPECT_THAT(wrong(groups(100, timeline + "]")),
+              HasSubstr("100 groups of layers × 101 spans of the timeline"));
+  // Ids that the entries name: each layer looks for itself among them.
+  std::string ids;
+  for (int i = 0; i < 65000; ++i) ids += "0,";
+  EXPECT_THAT(wrong("version: 1\nmodel: {layers: 1, experts: 4, top_k: 2}\ntimeline: [{from: 1, freeze: [" +
+                    ids + "]}, {from: 2, thaw: [" + ids + "]}]\n"),
+              HasSubstr("130000 ids up to here: freeze and thaw of all entries must name at most 65536"));
+}
+
+// An alias of four letters stands for as much as its anchor holds.
+TEST(HostileInput, AliasesCountAsWhatTheyStandFor) {
+  const auto wrong = [](const std::string& text) {
+    try {
+      parse_config("version: 1\nmodel: {experts: 4, top_k: 2}\n" + text, "c.yaml");
+    } catch (const ConfigError& error) {
+      return std::string(error.what());
+    }
+    return std::string();
+  };
+  std::string ids = "0";
+  for (int i = 1; i < 65536; ++i) ids += ',' + std::to_string(i);
+  std::string groups = "layers:\n- {ids: &i [" + ids + "]}\n";
+  for (int g = 0; g < 200; ++g) groups += "- {ids: *i}\n";
+  EXPECT_THAT(wrong(groups), AllOf(HasSubstr("c.yaml:19:"),
+                                   HasSubstr("more than 1048576 values, lists and maps: must be at most")));
+  // Ten aliases in each of twenty lists: 10^20.
+  std::string lists = "a0: &a0 [1]\n";
+  for (int l = 1; l <= 20; ++l) {
+    lists += "a" + std::to_string(l) + ": &a" + std::to_string(l) + " [";
+    for (int i = 0; i < 10; ++i) lists += "*a" + std::to_string(l - 1) + ",";
+    lists += "]\n";
+  }
+  EXPECT_THAT(wrong(lists), HasSubstr("more than 1048576 values, lists and maps"));
+  EXPECT_THAT(wrong("health: &h {phases: [*h]}\n"), HasSubstr("an alias within what it stands for"));
 }
 
 }  // namespace

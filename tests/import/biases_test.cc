@@ -3,12 +3,14 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 
 #include <bit>
 #include <cstring>
 #include <string>
 #include <vector>
 
+#include "altered_state.h"
 #include "cli/tool.h"
 #include "import/import.h"
 #include "moectl/controller.h"
@@ -191,6 +193,53 @@ TEST(BiasFiles, DeepNestingIsRefusedBeforeItIsParsed) {
     EXPECT_THAT(what_of(directory.write("file", text)), HasSubstr("nested deeper than 64 levels"));
   }
   EXPECT_EQ(what_of(directory.write("brackets.json", R"([[0.5, 0.25]])")), "");
+}
+
+// Each layer was looked for from the start of the state: so many of them took minutes.
+TEST(HostileInput, AStateOfManyLayersIsReadOnce) {
+  const auto entry = [](const std::string& name, char type, std::uint64_t count, const std::string& data) {
+    const auto length = static_cast<std::uint32_t>(name.size());
+    return std::string(reinterpret_cast<const char*>(&length), 4) + name + type +
+           std::string(reinterpret_cast<const char*>(&count), 8) + data;
+  };
+  std::string body =
+      entry("steps", 'i', 1, std::string(8, '\0')) + entry("settings_from", 'i', 1, std::string(8, '\0'));
+  for (int layer = 0; layer < 300000; ++layer) body += entry("layer " + std::to_string(layer), 's', 0, "");
+  const TempDir dir;
+  dir.write("state", testing::with_state_header(body));
+  EXPECT_THAT(what_of(dir.path("state")), HasSubstr("holds no biases"));
+}
+
+TEST(HostileInput, BiasesOfMoreLayersTimesExpertsThanThereMayBeAreRefused) {
+  const TempDir dir;
+  std::string header = "{'descr': '<i1', 'fortran_order': False, 'shape': (70, 65536), }";
+  header.resize(118, ' ');
+  dir.write("b.npy", std::string("\x93NUMPY\1\0\x76\0", 10) + header);
+  EXPECT_THAT(what_of(dir.path("b.npy")),
+              HasSubstr("b.npy: 4587520 layers x experts: must be at most 4194304"));
+  // Tensors that all lie at the same bytes.
+  std::string tensors = "{";
+  for (int layer = 0; layer < 70; ++layer) {
+    tensors += (layer ? ",\"layers." : "\"layers.") + std::to_string(layer) +
+               R"(.expert_bias":{"dtype":"BF16","shape":[65536],"data_offsets":[0,131072]})";
+  }
+  dir.write("b.safetensors", safetensors(tensors + "}", std::string(131072, '\0')));
+  EXPECT_THAT(what_of(dir.path("b.safetensors")), HasSubstr("layers x experts: must be at most 4194304"));
+}
+
+// A pipe has no end until someone writes it, and some devices have none at all.
+TEST(HostileInput, BiasesOfAConfigAreAFile) {
+  const TempDir dir;
+  for (const std::string& path : {dir.path("."), std::string("/dev/zero")}) {
+    try {
+      read_biases(path);
+      ADD_FAILURE() << path;
+    } catch (const ConfigError& error) {
+      EXPECT_THAT(error.what(), HasSubstr(path + ": must be a regular file"));
+    }
+  }
+  ASSERT_EQ(mkfifo(dir.path("pipe").c_str(), 0600), 0);
+  EXPECT_THROW(read_biases(dir.path("pipe")), ConfigError);
 }
 
 }  // namespace

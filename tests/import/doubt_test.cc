@@ -537,7 +537,7 @@ TEST(ImportInDoubt, LayersTimesExpertsAreLimitedBeforeMemoryIsTaken) {
                               "hf z.npy --top-k 2", "sglang logical_count.npy --top-k 2"})
     EXPECT_THAT(refused_in(dir, command), HasSubstr("must be at most 4194304")) << command;
   for (const char* command : {"hf zero.npy --top-k 2", "sglang empty.npy --top-k 2"})
-    EXPECT_THAT(refused_in(dir, command), HasSubstr("expected")) << command;
+    EXPECT_THAT(refused_in(dir, command), HasSubstr(".npy shape: (281474976710656, 0, ")) << command;
 }
 
 TEST(ImportInDoubt, LogitsThatChooseNothingAreRefused) {

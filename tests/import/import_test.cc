@@ -469,5 +469,81 @@ TEST(Import, LongInputsAreStreamed) {
   EXPECT_EQ(std::system(command.c_str()), 0) << TempDir::read(dir.path("err"));
 }
 
+std::string npy(const std::string& type, const std::string& shape, const std::string& data = "") {
+  std::string header = "{'descr': '" + type + "', 'fortran_order': False, 'shape': " + shape + ", }";
+  header.resize(118, ' ');
+  return std::string("\x93NUMPY\1\0\x76\0", 10) + header + data;
+}
+
+// 128 bytes that promise 2^47 steps without a value.
+TEST(HostileInput, AnArrayWithoutValuesHasNoEndOfSteps) {
+  const TempDir dir;
+  const auto wrong = [&](const std::string& format, const std::string& array) {
+    dir.write("a.npy", array);
+    const ToolResult result = run_tool(dir, "import " + format + " a.npy --top-k 1 --experts 2 -o o.jsonl");
+    EXPECT_EQ(result.code, 1);
+    EXPECT_FALSE(std::filesystem::exists(dir.path("o.jsonl")));
+    return result.err;
+  };
+  for (const std::string format : {"hf", "vllm", "sglang"}) {
+    EXPECT_THAT(
+        wrong(format, npy("<f4", "(140737488355328, 1, 0, 2)")),
+        HasSubstr(
+            "a.npy: .npy shape: [140737488355328, 1, 0, 2] of float32: holds no values: extents beside a "
+            "0 must make at most 4194304"));
+  }
+  EXPECT_THAT(wrong("hf", npy("<f4", "(1000000, 1, 0, 2)")), HasSubstr("expected router logits"));
+  EXPECT_THAT(wrong("hf", npy("<f4", "(0, 1, 4, 2)")), HasSubstr("expected router logits"));
+}
+
+// A name of 24 bytes asks for 65536 experts.
+TEST(HostileInput, ScalarsOfMoreLayersTimesExpertsThanThereMayBeAreRefused) {
+  const TempDir dir;
+  std::string header = "step", row = "0";
+  for (int layer = 0; layer < 70; ++layer) {
+    header += ",t_layer" + std::to_string(layer) + "_expert65535";
+    row += ",1";
+  }
+  dir.write("w.csv", header + "\n" + row + "\n");
+  const ToolResult result = run_tool(dir, "import wandb w.csv --top-k 1 -o o.jsonl");
+  EXPECT_EQ(result.code, 1);
+  EXPECT_THAT(result.err, HasSubstr("w.csv: 4259840 layers x experts in one step: must be at most 4194304"));
+}
+
+// The layers of one request are as many as a step may have, and those of the next are others.
+TEST(HostileInput, RequestsOfAStepHaveTheLimitOfTheStep) {
+  const TempDir dir;
+  std::string lines;
+  for (int request = 0; request < 2; ++request) {
+    lines += R"({"routed_experts":[[)";
+    for (int layer = 0; layer < 80; ++layer) {
+      lines += layer ? "," : "";
+      lines += layer / 40 == request ? "[65535]" : "[-1]";
+    }
+    lines += "]]}\n";
+  }
+  dir.write("r.jsonl", lines);
+  EXPECT_THAT(
+      run_tool(dir, "import vllm r.jsonl --tokens-per-step 2 -o o.jsonl").err,
+      HasSubstr("r.jsonl:2: routed_experts: 5242880 layers x experts in one step: must be at most 4194304"));
+}
+
+// A token of 1024 experts makes half a million pairs.
+TEST(HostileInput, PairsOfAStepHaveALimit) {
+  std::string data;
+  for (int token = 0; token < 40; ++token) {
+    for (int i = 0; i < 1024; ++i) {
+      const auto expert = static_cast<std::uint16_t>(token * 400 + i);
+      data.append(reinterpret_cast<const char*>(&expert), 2);
+    }
+  }
+  const TempDir dir;
+  dir.write("p.npy", npy("<u2", "(40, 1, 1024)", data));
+  const ToolResult result = run_tool(dir, "import vllm p.npy --pairs -o o.jsonl");
+  EXPECT_EQ(result.code, 1);
+  EXPECT_THAT(result.err, HasSubstr("p.npy: --pairs: "));
+  EXPECT_THAT(result.err, HasSubstr(" pairs of experts in one step: must be at most 8388608"));
+}
+
 }  // namespace
 }  // namespace moectl

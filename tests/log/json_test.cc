@@ -216,7 +216,7 @@ TEST(Json, AWrongElementFarDownALongArrayIsNamedAtOnce) {
   EXPECT_THAT(
       [&] {
         Assumptions assumptions;
-        read_record({"t", 1, parser.value()}, LogHeader(), {}, assumptions);
+        read_record({"t", 1, parser.value()}, LogHeader(), {}, {}, assumptions);
       },
       ThrowsMessage<LogError>("t:1: counts[65535]: [0]: must be a whole number"));
   EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(5));

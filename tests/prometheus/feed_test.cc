@@ -551,5 +551,28 @@ TEST(PrometheusFeed, LoadsAreOverTheirTargets) {
   }
 }
 
+// A hostile log may name as many alerts as it likes, and counts that sum beyond 64 bits.
+TEST(PrometheusFeed, KeepsTheFirstNamesAndItsCountersNonNegative) {
+  PrometheusFeed feed("127.0.0.1:0");
+  LogRecord record;
+  record.layer = 0;
+  record.tag = "train";
+  record.stats = RoutingStats({.experts = 2, .top_k = 1, .needs = {}});
+  record.stats.add_counts(std::vector<std::int64_t>{(std::int64_t{1} << 53) - 2, 2}, std::int64_t{1} << 53);
+  for (int step = 0; step < 1100; ++step) {
+    record.step = step;
+    record.alerts = {"a" + std::to_string(step)};
+    record.notices = {{.kind = "n" + std::to_string(step), .text = "", .step = step}};
+    feed.write(record, Metrics());
+  }
+  const std::string text = feed.text();
+  EXPECT_GT(sample(text, "moectl_tokens_total{layer=\"0\"}"), 9.2e18);
+  EXPECT_GT(sample(text, "moectl_expert_assignments_total{layer=\"0\",expert=\"0\"}"), 9.2e18);
+  EXPECT_EQ(sample(text, "moectl_alert{layer=\"0\",alert=\"a63\"}"), 0);
+  EXPECT_THAT(text, Not(HasSubstr("alert=\"a64\"")));
+  EXPECT_THAT(text, HasSubstr("kind=\"n63\""));
+  EXPECT_THAT(text, Not(HasSubstr("kind=\"n64\"")));
+}
+
 }  // namespace
 }  // namespace moectl
