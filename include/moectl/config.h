@@ -138,7 +138,7 @@ struct ControllerConfig {
   ControllerConfig();
   ActuatorConfig& actuator(Actuator which);
   const ActuatorConfig& actuator(Actuator which) const;
-  /// Steps from the routing to the decision that uses it, for a reason outside the controller.
+  /// Steps from the routing to the decision that uses it.
   int delay() const { return model.delay + lag; }
 };
 

@@ -85,8 +85,7 @@ struct PolicyContext {
   int experts = 0;
   int top_k = 0;
   int domains = 0;  ///< Domains whose tokens are counted separately.
-  int delay =
-      0;  ///< Steps from the routing to the decision that uses it, for a reason outside the controller.
+  int delay = 0;    ///< Steps from the routing to the decision that uses it: model.delay + lag.
   ScoreSpace score_space = ScoreSpace::kProbability;
   double initial = 0;        ///< The actuator's value at the start.
   double min = 0, max = 0;   ///< Its range.

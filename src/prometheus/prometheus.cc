@@ -438,12 +438,8 @@ class PrometheusFeed::State : public prometheus::Collectable {
     const std::scoped_lock lock(mutex_);
     add(sample_of(record, metrics, &alerts_));
     for (const LoggedNotice& notice : record.notices) {
-      const std::pair key(record.layer, notice.kind);
-      if (const auto it = totals_.notices.find(key); it != totals_.notices.end()) {
-        ++it->second;
-      } else if (++kinds_[record.layer] <= kMostNames) {
-        totals_.notices.emplace(key, 1);
-      }
+      // A log may name kinds without end; each would be a series that stays.
+      ++totals_.notices[{record.layer, notice_kind_of(notice.kind) ? notice.kind : "other"}];
     }
   }
   void set_log_faults(std::int64_t count) {
@@ -466,7 +462,6 @@ class PrometheusFeed::State : public prometheus::Collectable {
   const PrometheusOptions options_;
   mutable std::mutex mutex_;
   Totals totals_;
-  std::map<int, std::size_t> kinds_;      // of the notices of each layer
   std::vector<std::string_view> alerts_;  // scratch space of add()
 };
 
