@@ -52,6 +52,44 @@ const PolicyRegistry& registry() {
   return all;
 }
 
+ActuatorConfig drawn_actuator(Choices& choices, Actuator actuator) {
+  std::vector<std::string> fitting;
+  for (const PolicyDescription* policy : registry().all()) {
+    if (std::ranges::count(policy->actuators, actuator) > 0) fitting.push_back(policy->name);
+  }
+  ActuatorConfig own;
+  own.policy = fitting[choices.below(fitting.size())];
+  own.limits = default_limits(actuator);
+  if (is_multiplicative(actuator)) {
+    own.initial = actuator == Actuator::kAuxLossWeight ? 0.01 : 1;
+    own.scope = choices.one_of({Scope::kLayer, Scope::kModel});
+  }
+  if (choices.flag()) {
+    own.limits.rate = choices.one_of({1e-3, 0.25, 3.0, 100.0});
+    if (!is_multiplicative(actuator)) {
+      own.limits.min = -choices.one_of({0.5, 2.0, 1e9, 0.0});
+      own.limits.max = choices.one_of({0.5, 2.0, 1e9, 0.0});
+      own.limits.center = choices.flag();
+    }
+    own.limits.deadband = choices.one_of({0.0, 0.0, 1e-3, 10.0});
+    own.limits.warmup = choices.byte() % 4;
+    own.limits.cadence = choices.between(1, 4);
+    own.limits.cooldown = choices.byte() % 3;
+  }
+  if (own.policy == "adaptive_bias" && choices.flag()) own.options.set("rescue", true);
+  if (own.policy == "adaptive_bias" && choices.flag()) own.options.set("feedforward", std::string("tags"));
+  if (own.policy == "quantile_bias" && choices.flag()) {
+    const bool k3 = choices.flag();
+    own.options.set("form", std::string(k3 ? "k3" : "local_mean"));
+    if (k3) own.options.set("gain", 1.0);
+  }
+  if (own.policy == "pi") {
+    own.options.set("metric", std::string("load_cv"));
+    own.options.set("target", 0.3);
+  }
+  return own;
+}
+
 ControllerConfig drawn_config(Choices& choices) {
   ControllerConfig config;
   config.model.layers = choices.between(1, 3);
@@ -84,46 +122,22 @@ ControllerConfig drawn_config(Choices& choices) {
   config.collect.sequences = collected & 2;
   config.collect.probabilities = collected & 4;
   config.collect.margins = collected & 8;
-  for (const Actuator actuator : kActuators) {
-    std::vector<std::string> fitting;
-    for (const PolicyDescription* policy : registry().all()) {
-      if (std::ranges::count(policy->actuators, actuator) > 0) fitting.push_back(policy->name);
-    }
-    ActuatorConfig& own = config.actuator(actuator);
-    own.policy = fitting[choices.below(fitting.size())];
-    own.limits = default_limits(actuator);
-    if (is_multiplicative(actuator)) {
-      own.initial = actuator == Actuator::kAuxLossWeight ? 0.01 : 1;
-      own.scope = choices.one_of({Scope::kLayer, Scope::kModel});
-    }
-    if (choices.flag()) {
-      own.limits.rate = choices.one_of({1e-3, 0.25, 3.0, 100.0});
-      if (!is_multiplicative(actuator)) {
-        own.limits.min = -choices.one_of({0.5, 2.0, 1e9, 0.0});
-        own.limits.max = choices.one_of({0.5, 2.0, 1e9, 0.0});
-        own.limits.center = choices.flag();
-      }
-      own.limits.deadband = choices.one_of({0.0, 0.0, 1e-3, 10.0});
-      own.limits.warmup = choices.byte() % 4;
-      own.limits.cadence = choices.between(1, 4);
-      own.limits.cooldown = choices.byte() % 3;
-    }
-    if (own.policy == "adaptive_bias" && choices.flag()) own.options.set("rescue", true);
-    if (own.policy == "adaptive_bias" && choices.flag()) own.options.set("feedforward", std::string("tags"));
-    if (own.policy == "quantile_bias" && choices.flag()) {
-      const bool k3 = choices.flag();
-      own.options.set("form", std::string(k3 ? "k3" : "local_mean"));
-      if (k3) own.options.set("gain", 1.0);
-    }
-    if (own.policy == "pi") {
-      own.options.set("metric", std::string("load_cv"));
-      own.options.set("target", 0.3);
-    }
-  }
+  for (const Actuator actuator : kActuators) config.actuator(actuator) = drawn_actuator(choices, actuator);
   if (choices.below(4) == 0 && config.model.experts > 1) {
     const auto n = static_cast<std::size_t>(config.model.experts);
     config.model.targets.assign(n, 0);
     for (std::size_t i = 1; i < n; ++i) config.model.targets[i] = 1.0 / static_cast<double>(n - 1);
+  }
+  if (choices.below(3) == 1 && config.model.layers > 1) {
+    config.model.targets.clear();
+    LayerGroup first, rest;
+    first.count = 1;
+    rest.count = config.model.layers - 1;
+    rest.experts = choices.between(1, 8);
+    rest.top_k = 1 + static_cast<int>(choices.below(static_cast<std::size_t>(std::min(3, rest.experts))));
+    rest.frozen = choices.below(4) == 3;
+    if (choices.flag()) rest.expert_bias = drawn_actuator(choices, Actuator::kExpertBias);
+    config.layers = {first, rest};
   }
   return config;
 }
@@ -305,20 +319,27 @@ void controller(Bytes bytes) {
   }
   Subject subject(config);
   Controller twin(config, registry());
-  const bool by_record = twin.shape(0).needs.required_local;
+  bool by_record = false;
+  for (int layer = 0; layer < config.model.layers; ++layer)
+    by_record |= twin.shape(layer).needs.required_local;
   const bool reduces = choices.flag();
   if (reduces) {
     twin.set_reduction([](std::span<std::int64_t>) {});
     subject.reduce();
   }
-  const auto n = static_cast<std::size_t>(config.model.experts),
-             k = static_cast<std::size_t>(config.model.top_k);
+  // The layers behind the first may be a group of their own.
+  const auto actuator_of = [&](int layer, Actuator actuator) -> const ActuatorConfig& {
+    const bool own = layer > 0 && !config.layers.empty() && actuator == Actuator::kExpertBias;
+    return own && config.layers[1].expert_bias ? *config.layers[1].expert_bias : config.actuator(actuator);
+  };
   std::array<std::map<int, bool>, kActuatorCount> adopted;
   int steps = 0;
   for (; steps < 400 && (!choices.done() || steps < 50); ++steps) {
     const std::uint8_t disturbance = choices.byte();
     for (int layer = 0; layer < config.model.layers; ++layer) {
       if (choices.below(16) == 15) continue;
+      const auto n = static_cast<std::size_t>(twin.shape(layer).experts),
+                 k = static_cast<std::size_t>(twin.shape(layer).top_k);
       const Batch batch = drawn_batch(choices, n, k, twin.shape(layer));
       const std::size_t tokens = batch.experts.size() / k;
       const std::int64_t micro_batch = choices.flag() ? layer : -1;
@@ -365,13 +386,22 @@ void controller(Bytes bytes) {
       }
       case 22: {
         const int layer = static_cast<int>(choices.below(static_cast<std::size_t>(config.model.layers)));
-        std::vector<double> values(n);
+        const Limits& limits = actuator_of(layer, Actuator::kExpertBias).limits;
+        std::vector<double> values(static_cast<std::size_t>(twin.shape(layer).experts));
         for (double& value : values)
-          value = std::clamp(static_cast<double>(choices.byte()) / 64 - 2, config.expert_bias.limits.min,
-                             config.expert_bias.limits.max);
+          value = std::clamp(static_cast<double>(choices.byte()) / 64 - 2, limits.min, limits.max);
         twin.adopt(layer, values);
         subject->adopt(layer, values);
         adopted[0][layer] = true;
+        break;
+      }
+      case 23: {
+        const int layer = static_cast<int>(choices.below(static_cast<std::size_t>(config.model.layers)));
+        const bool is_weight = choices.flag();
+        const Limits& limits = (is_weight ? config.aux_loss_weight : config.router_temperature).limits;
+        const double value = std::lerp(limits.min, limits.max, static_cast<double>(choices.byte()) / 255);
+        for (Controller* each : {&twin, &*subject})
+          is_weight ? each->adopt_aux_loss_weight(layer, value) : each->adopt_temperature(layer, value);
         break;
       }
       default:
@@ -399,7 +429,7 @@ void controller(Bytes bytes) {
           before[l].bias, {&before[l].weight, 1}, {&before[l].temperature, 1}};
       const std::span<const double> is[] = {now.bias, {&now.weight, 1}, {&now.temperature, 1}};
       for (std::size_t a = 0; a < kActuatorCount; ++a) {
-        const ActuatorConfig& own = config.actuator(kActuators[a]);
+        const ActuatorConfig& own = actuator_of(layer, kActuators[a]);
         const LimitReport why = report.layers.empty()        ? LimitReport()  // mode off
                                 : own.scope == Scope::kModel ? report.model[a].reasons
                                                              : report.layers[l].actuators[a].reasons;

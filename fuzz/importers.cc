@@ -1,5 +1,7 @@
 #include "import/import.h"
 
+#include <algorithm>
+
 #include "fuzz/choices.h"
 #include "fuzz/memory_file.h"
 #include "import/biases.h"
@@ -18,7 +20,14 @@ void importers(Bytes bytes) {
   options.sequence_length = choices.one_of<std::int64_t>({0, 2});
   options.values = choices.one_of({"auto", "counts", "share", "percent", "ratio"});
   options.scores = choices.one_of({"softmax", "sigmoid"});
-  const MemoryFile file(choices.rest());
+  const std::uint8_t more = choices.byte();
+  options.pairs = more & 1;
+  options.by_rank = more & 2;
+  options.by_micro_batch = more & 4;
+  const Bytes rest = choices.rest();
+  const std::size_t of_mask = std::min<std::size_t>(16 * (more >> 4), rest.size());
+  const MemoryFile mask(rest.first(of_mask)), file(rest.subspan(of_mask));
+  if (of_mask > 0) options.mask = mask.path();
   try {
     if (format < formats.size()) {
       import_trace(formats[format].name, {file.path()}, "/dev/null", options);

@@ -35,8 +35,12 @@ constexpr bool inflates_too_far(std::int64_t inflated, std::int64_t packed) {
 inline constexpr std::int64_t kMostExperts = 65536;
 inline constexpr std::int64_t kMostLayers = 65536;
 inline constexpr std::int64_t kMostLayersTimesExperts = std::int64_t{1} << 22;
-/// Numbers that a controller, or one record, holds of all its layers: 1 GiB.
+/// Numbers that the sums of a controller hold, of all its layers: 1 GiB.
 inline constexpr std::int64_t kMostNumbers = std::int64_t{1} << 27;
+/// Numbers in the sums of one record of a log, 128 MiB, and of all its layers and tags, 512 MiB: whoever reads on may keep
+/// a sum for each.
+inline constexpr std::int64_t kMostNumbersOfRecord = std::int64_t{1} << 24;
+inline constexpr std::int64_t kMostNumbersOfLog = std::int64_t{1} << 26;
 /// Different names of one kind (alerts, states of health) of a layer that an exporter keeps: each becomes a series that
 /// stays. Further ones are left out.
 inline constexpr std::size_t kMostNames = 64;
@@ -44,6 +48,13 @@ inline constexpr std::size_t kMostNames = 64;
 inline constexpr std::int64_t kMostPairs = std::int64_t{1} << 23;
 /// Pieces of a rotated log.
 inline constexpr std::int64_t kMostPieces = 1'000'000'000;
+/// Bytes of the header of a .npy array, numpy's own limit being 10 000, and of a safetensors file, where it is the format's
+/// own limit; and of one event of TensorBoard.
+inline constexpr std::size_t kLongestNpyHeader = std::size_t{1} << 16;
+inline constexpr std::uint64_t kLongestSafetensorsHeader = 100'000'000;
+inline constexpr std::uint64_t kLongestEvent = std::uint64_t{1} << 26;
+/// Tokens of a forward pass in a dump of router logits: a mask takes a byte for each.
+inline constexpr std::int64_t kMostTokensOfDump = std::int64_t{1} << 28;
 /// Steps of the longest window, and of the longest delay.
 inline constexpr int kLongestWindow = 10000;
 inline constexpr int kLongestDelay = 1000;

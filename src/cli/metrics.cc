@@ -326,6 +326,7 @@ class Window {
       return;
     }
     add_recorded(layer.stats, layer.domains, record.stats, record.domains);
+    require_range(layer.stats, record.layer, "the records of the window");
   }
   const std::map<int, Layer>& layers() const { return layers_; }
 

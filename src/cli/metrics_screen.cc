@@ -270,6 +270,7 @@ int print_screen(LogReader& reader, const std::function<MetricsOptions(const Log
                          ": experts and top_k must not change within a trace");
       row.sum = reshaped(row.sum, {}, needs, {});
       row.sum += reshaped(stats, {}, needs, {});
+      require_range(row.sum, layer, "the records of the trace");
     }
     const Metrics metrics = measurer.measure(stats, how);
     const FloorInForce floor = floor_of(metrics);

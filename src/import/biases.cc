@@ -29,8 +29,6 @@ namespace {
 
 using nlohmann::json;
 
-constexpr std::uint64_t kMostHeader = 100'000'000;  // the limit of the safetensors format itself
-
 /// Layers × experts of all biases have a limit, which is checked before memory is taken for more.
 void check_cells(std::int64_t cells, const std::string& path) {
   if (cells > kMostLayersTimesExperts)
@@ -114,7 +112,7 @@ LayerBiases from_safetensors(const std::string& path, const std::string& pattern
   std::uint64_t length = 0;
   if (!file.read(length_bytes, 8)) fail(path, "cannot be read");
   std::memcpy(&length, length_bytes, 8);
-  if (length > kMostHeader)
+  if (length > kLongestSafetensorsHeader)
     fail(path, "its header has " + std::to_string(length) + " bytes: must be at most 10^8");
   std::string text(static_cast<std::size_t>(length), '\0');
   if (!file.read(text.data(), static_cast<std::streamsize>(length))) fail(path, "ends within its header");

@@ -15,7 +15,6 @@ namespace moectl {
 namespace {
 
 constexpr std::size_t kBuffer = std::size_t{1} << 18, kPadding = 64;
-constexpr std::size_t kLongestHeader = std::size_t{1} << 16;  // of .npy; numpy's own limit is 10 000
 constexpr std::int64_t kMostValues = std::int64_t{1} << 48;
 
 /// Exactly `size` bytes.
@@ -94,7 +93,7 @@ std::size_t Bytes::read(char* to, std::size_t size) {
 }
 
 std::string_view Bytes::peek(std::size_t size) {
-  while (end_ - begin_ < std::min(size, kLongestHeader) && fill()) {
+  while (end_ - begin_ < std::min(size, kLongestNpyHeader) && fill()) {
   }
   return {buffer_.data() + begin_, std::min(size, end_ - begin_)};
 }
@@ -139,9 +138,9 @@ NpyReader::NpyReader(ByteStream& stream, std::string name) : stream_(stream), na
   read_all(stream_, start, width, name_);
   const std::size_t length =
       width == 2 ? little_endian<std::uint16_t>(start) : little_endian<std::uint32_t>(start);
-  if (length > kLongestHeader)
+  if (length > kLongestNpyHeader)
     throw ImportError(name_ + ": .npy header: " + std::to_string(length) + " bytes: must be at most " +
-                      std::to_string(kLongestHeader));
+                      std::to_string(kLongestNpyHeader));
   std::string header(length, ' ');
   read_all(stream_, header.data(), length, name_);
   const std::string_view type = entry_of(header, "descr");

@@ -4,12 +4,11 @@
 #include <cmath>
 #include <numeric>
 
+#include "base/input_limits.h"
 #include "import/steps.h"
 
 namespace moectl {
 namespace {
-
-constexpr std::int64_t kMostTokens = std::int64_t{1} << 28;  // a mask takes a byte a token
 
 class RouterLogitsReader : public StepReader {
  public:
@@ -24,7 +23,7 @@ class RouterLogitsReader : public StepReader {
     const auto& shape = array_.shape();
     const std::size_t n = shape.size();
     if (!array_.is_float() || n < 2 || n > 4 || shape[n - 1] < 2 || shape[n - 1] > kMostExperts ||
-        shape[n - 2] > kMostTokens || shape[n - 2] < 1 || (n > 3 && shape[0] < 1) ||
+        shape[n - 2] > kMostTokensOfDump || shape[n - 2] < 1 || (n > 3 && shape[0] < 1) ||
         (n > 2 && (shape[n - 3] > kMostLayers || shape[n - 3] < 1))) {
       throw OtherFormat(file.name() + ": expected router logits [layers, tokens, experts] as floats: found " +
                         array_.description());

@@ -8,6 +8,7 @@
 #include <optional>
 #include <set>
 
+#include "base/input_limits.h"
 #include "import/loads.h"
 #include "import/steps.h"
 #include "import/table.h"
@@ -316,15 +317,17 @@ class TensorBoardReader : public StepReader {
   }
 
  private:
-  static constexpr std::uint64_t kLongestEvent = std::uint64_t{1} << 26;
-
   bool read_event() {
     values_.clear();
     char head[12];
     if (!fill(head, sizeof head)) return false;
     const auto length = from_bytes<std::uint64_t>({head, 8});
-    if (from_bytes<std::uint32_t>({head + 8, 4}) != masked_crc32c(head, 8) || length > kLongestEvent)
-      throw ImportError(file_.name() + ": event " + std::to_string(events_) + ": damaged length");
+    const std::string here = file_.name() + ": event " + std::to_string(events_);
+    if (from_bytes<std::uint32_t>({head + 8, 4}) != masked_crc32c(head, 8))
+      throw ImportError(here + ": damaged length");
+    if (length > kLongestEvent)
+      throw ImportError(here + ": " + std::to_string(length) + " bytes: must be at most " +
+                        std::to_string(kLongestEvent));
     record_.resize(length + 4);
     // A file that is still written, or whose run was killed, may end within an event.
     if (!fill(record_.data(), record_.size())) return false;

@@ -329,9 +329,10 @@ RoutingStats read_stats(const LineReader& line, const LogGroup& header,
     for (const auto member : (*by_domain)->members())
       line.check_array(field + std::string(member.key), member.value, counts.size());
   }
-  if (const std::size_t numbers = shape.flat_size(); numbers > static_cast<std::size_t>(kMostNumbers)) {
+  if (const std::size_t numbers = shape.flat_size();
+      numbers > static_cast<std::size_t>(kMostNumbersOfRecord)) {
     line.fail(name, std::to_string(numbers) + " numbers in all sums",
-              "must be at most " + std::to_string(kMostNumbers));
+              "must be at most " + std::to_string(kMostNumbersOfRecord));
   }
   RoutingStats stats(shape);
   read_counts(line, counts, are_shares || are_loads(counts), given_tokens, defaults, assumptions, stats);
@@ -376,6 +377,7 @@ RoutingStats read_stats(const LineReader& line, const LogGroup& header,
     read_domains(line, by_name, stats);
     if (domain_losses) read_domain_losses(line, *domain_losses, by_name, stats);
   }
+  if (const Offence offence = first_offence(stats); !offence.empty()) line.refuse(offence.words());
   return stats;
 }
 

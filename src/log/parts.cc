@@ -30,10 +30,7 @@ void add(LogRecord& to, const LogRecord& more) {
     to.loss = more.loss;
   }
   add_recorded(to.stats, to.domains, more.stats, more.domains);
-  if (!to.stats.valid()) {
-    throw LogError("layer " + std::to_string(to.layer) + ": step " + std::to_string(to.step) +
-                   ": the parts of the step: their sums must be at most 2^63 - 1");
-  }
+  require_range(to.stats, to.layer, "step " + std::to_string(to.step) + ": the parts of the step");
   if (__builtin_add_overflow(to.tokens, more.tokens, &to.tokens))
     to.tokens = std::numeric_limits<std::int64_t>::max();
   // Of a run log: what holds for one part alone is measured anew.
@@ -104,7 +101,7 @@ std::optional<LogRecord> WholeRecords::next() {
 }
 
 void WholeRecords::end_step() {
-  constexpr std::int64_t kMostHeld = std::int64_t{1} << 22;  // counts: some 100 MB
+  constexpr std::int64_t kMostHeld = std::int64_t{1} << 24;  // numbers: 128 MB
   Step& step = held_.emplace_back();
   const std::int64_t number = parts_.front().step;
   for (LogRecord& part : parts_) {
@@ -114,7 +111,7 @@ void WholeRecords::end_step() {
       continue;
     }
     part.tag = keep_ranks_ ? parts.of_rank : parts.rest;
-    held_counts_ += part.stats.experts();
+    held_numbers_ += static_cast<std::int64_t>(part.stats.flat().size());
     const std::pair<int, std::string> key(part.layer, part.tag);
     const Rank rank(parts.number.size(), parts.number);
     auto& ranks = step.parts[key];
@@ -126,7 +123,7 @@ void WholeRecords::end_step() {
   }
   parts_.clear();
   if (!keep_ranks_) see(number, step);
-  if (held_counts_ > kMostHeld) copies_.decide();
+  if (held_numbers_ > kMostHeld) copies_.decide();
   if (!copies_.open()) release();
 }
 
@@ -160,7 +157,7 @@ void WholeRecords::release() {
     }
   }
   held_.clear();
-  held_counts_ = 0;
+  held_numbers_ = 0;
   if (std::string note = copies_.note(); note != said_) {
     said_ = std::move(note);
     if (say_ && !said_.empty()) say_(said_);

@@ -58,7 +58,7 @@ class WholeRecords {
   std::set<std::string> whole_;   // tags that came without parts
   std::vector<LogRecord> parts_;  // of the step that is being read
   std::deque<Step> held_;
-  std::int64_t held_counts_ = 0;
+  std::int64_t held_numbers_ = 0;
   std::deque<LogRecord> ready_;
   std::optional<LogRecord> upcoming_;
   RankCopies copies_{"leave out the records of one of them, or see each by `moectl metrics --by rank`"};

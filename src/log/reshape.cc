@@ -4,6 +4,8 @@
 #include <iterator>
 #include <utility>
 
+#include "moectl/run_log.h"
+
 namespace moectl {
 
 RoutingStats reshaped(const RoutingStats& stats, const std::vector<std::string>& domains,
@@ -71,7 +73,7 @@ RoutingStats reshaped(const RoutingStats& stats, const std::vector<std::string>&
     const bool all = std::ranges::all_of(domains, [&](const std::string& name) {
       return std::find(wanted_domains.begin(), wanted_domains.end(), name) != wanted_domains.end();
     });
-    out.set_scalar(S::kDomainTokens, all ? stats.scalar(S::kDomainTokens) : tokens);
+    out.set_scalar(S::kDomainTokens, all ? stats.scalar(S::kDomainTokens) : std::min(tokens, stats.tokens()));
   }
   return out;
 }
@@ -105,6 +107,11 @@ void add_recorded(RoutingStats& sum, std::vector<std::string>& domains, const Ro
   sum = reshaped(sum, domains, needs, all);
   sum += reshaped(more, more_domains, needs, all);
   domains = std::move(all);
+}
+
+void require_range(const RoutingStats& sum, int layer, const std::string& added) {
+  if (sum.valid()) return;
+  throw LogError("layer " + std::to_string(layer) + ": " + added + ": their sums must be at most 2^63 - 1");
 }
 
 }  // namespace moectl

@@ -23,4 +23,7 @@ void add_pairs(std::optional<RoutingStats>& sum, const RoutingStats& more);
 void add_recorded(RoutingStats& sum, std::vector<std::string>& domains, const RoutingStats& more,
                   const std::vector<std::string>& more_domains);
 
+/// Throws LogError, which says what was `added` up of which layer, unless the sum is in its range.
+void require_range(const RoutingStats& sum, int layer, const std::string& added);
+
 }  // namespace moectl

@@ -42,6 +42,14 @@ class Seen {
                       std::to_string(kMostLayersTimesExperts));
       }
     }
+    // A later record may have more arrays than the first.
+    const auto numbers = static_cast<std::int64_t>(stats.flat().size());
+    numbers_ += std::max<std::int64_t>(numbers - steps.numbers, 0);
+    steps.numbers = std::max(steps.numbers, numbers);
+    if (numbers_ > kMostNumbersOfLog) {
+      here.fail("layer", std::to_string(numbers_) + " numbers in the sums of all layers and tags",
+                "must be at most " + std::to_string(kMostNumbersOfLog));
+    }
     same("counts", stats.experts(), steps.experts, " values");
     same("top_k", stats.top_k(), steps.top_k, "");
   }
@@ -60,9 +68,10 @@ class Seen {
     std::vector<std::int64_t> ordered;
     std::set<std::int64_t> late;
     int experts = 0, top_k = 0;
+    std::int64_t numbers = 0;
   };
   std::map<std::pair<int, std::string>, Steps> steps_;
-  std::int64_t cells_ = 0;
+  std::int64_t cells_ = 0, numbers_ = 0;
 };
 
 /// Finds steps that are missing between others. The distance of steps is the smallest seen; before it has held

@@ -112,6 +112,90 @@ static_assert(kArrayNames.size() == RoutingStats::kArrayCount);
 
 constexpr std::int64_t kFar = std::int64_t{1} << 62;
 
+// ---- Parts and wholes. ----
+
+// A sum that is more than what it is part of.
+struct Excess {
+  const char* field = nullptr;  // none if null
+  std::int64_t index = -1;
+  const char* whole = "";
+  std::int64_t most = 0;
+};
+
+std::int64_t product_or_most(std::int64_t a, std::int64_t b) {
+  std::int64_t product = 0;
+  return __builtin_mul_overflow(a, b, &product) ? std::numeric_limits<std::int64_t>::max() : product;
+}
+
+// Whether numbers of at least 0 sum to at most `most`.
+bool sum_to_at_most(std::span<const std::int64_t> values, std::int64_t most) {
+  for (const std::int64_t value : values) {
+    if ((most -= value) < 0) return false;
+  }
+  return true;
+}
+
+bool halves_sum_to_at_most(std::span<const std::int64_t> words, std::int64_t most) {
+  for (const std::int64_t word : words) {
+    if ((most -= (word & 0xffffffff) + (word >> 32)) < 0) return false;
+  }
+  return true;
+}
+
+// The first expert whose part of `array`, `width` numbers, sums to more than `most`; as many as there are if none does.
+template <class Fits>
+std::int64_t first_expert(std::span<const std::int64_t> array, std::size_t width, const Fits& fits) {
+  std::size_t expert = 0;
+  while (expert * width < array.size() && fits(array.subspan(expert * width, width))) ++expert;
+  return expert * width < array.size() ? static_cast<std::int64_t>(expert) : -1;
+}
+
+Excess first_excess(const RoutingStats& sums) {
+  using S = RoutingStats;
+  const std::int64_t tokens = sums.tokens(), k = sums.top_k(), assignments = sums.assignments();
+  for (const S::Scalar part : {S::kGapTokens, S::kSequenceTokens, S::kBeyondSplit, S::kProbTokens,
+                               S::kDropTokens, S::kDomainTokens, S::kMarginTokens, S::kPairTokens}) {
+    if (sums.scalar(part) > tokens) return {kScalarNames[part], -1, "tokens", tokens};
+  }
+  if (sums.choices_sq() > product_or_most(assignments, k))
+    return {"choices_sq", -1, "the assignments * top_k", product_or_most(assignments, k)};
+  if (sums.scalar(S::kDropped) > assignments) return {"dropped", -1, "the assignments", assignments};
+  // A token's distribution has at most the entropy of N equal shares, and what rounding adds.
+  const double most_entropy =
+      1.001 * std::log(sums.experts()) * static_cast<double>(sums.scalar(S::kProbTokens));
+  if (from_fixed(sums.scalar(S::kTokenEntropySum)) > most_entropy + 1)
+    return {"token_entropy_sum", -1, "ln(experts) for each token", std::llrint(most_entropy)};
+
+  const std::span<const std::int64_t> counts = sums.counts(), near = sums.array(S::kGapNear);
+  for (std::size_t i = 0; i < near.size(); ++i) {
+    if (near[i] > counts[i]) return {"gap_near", static_cast<std::int64_t>(i), "the count", counts[i]};
+  }
+  if (!sum_to_at_most(near, sums.scalar(S::kGapTokens)))
+    return {"gap_near: the sum", -1, "gap_tokens", sums.scalar(S::kGapTokens)};
+  const std::span<const std::int64_t> domains = sums.array(S::kDomainCounts);
+  for (std::size_t i = 0; i < counts.size(); ++i) {
+    std::int64_t left = counts[i];
+    for (std::size_t at = i; at < domains.size() && left >= 0; at += counts.size()) left -= domains[at];
+    if (left < 0)
+      return {"domain_counts: the sum over domains", static_cast<std::int64_t>(i), "the count", counts[i]};
+  }
+  const auto within = [tokens](auto fits) {
+    return [tokens, fits](std::span<const std::int64_t> of_expert) { return fits(of_expert, tokens); };
+  };
+  if (const auto i = first_expert(sums.array(S::kMargins), kMarginBins, within(sum_to_at_most)); i >= 0)
+    return {"margins: the sum", i, "tokens", tokens};
+  if (!sum_to_at_most(sums.array(S::kPairs), product_or_most(sums.scalar(S::kPairTokens), k * (k - 1) / 2)))
+    return {"pairs: the sum", -1, "pair_tokens * top_k (top_k - 1)/2",
+            product_or_most(sums.scalar(S::kPairTokens), k * (k - 1) / 2)};
+  // Of more tokens the two counts of a word may run into each other, and nobody reads them.
+  if (tokens > kMostRequiredTokens) return {};
+  if (const auto i =
+          first_expert(sums.array(S::kRequiredBins), kRequiredWords, within(halves_sum_to_at_most));
+      i >= 0)
+    return {"required_bins: the sum", i, "tokens", tokens};
+  return {};
+}
+
 // A negative sum: one that was negative, or that wrapped around.
 Offence negative(const char* field, std::int64_t index, std::int64_t value) {
   return value < -kFar ? overflow_of(field) : offence_at(field, index, value, "must be at least 0");
@@ -251,6 +335,10 @@ Offence first_offence(const StatsShape& shape, const TokenLosses& batch) {
   });
 }
 
+bool fit_together(const RoutingStats& sums) {
+  return first_excess(sums).field == nullptr;
+}
+
 Offence first_offence(const RoutingStats& sums) {
   if (sums.valid()) return {};
   for (int s = 0; s < RoutingStats::kScalarCount; ++s) {
@@ -269,7 +357,14 @@ Offence first_offence(const RoutingStats& sums) {
     }
   }
   if (sums.invalid_records() != 0) return {};
-  return check_counts(sums.shape(), sums.counts(), sums.tokens(), std::nullopt).offence;
+  const Offence counts = check_counts(sums.shape(), sums.counts(), sums.tokens(), std::nullopt).offence;
+  if (!counts.empty()) return counts;
+  const Excess excess = first_excess(sums);
+  if (excess.index < 0)
+    return written("%s: must be at most %s (%lld)", excess.field, excess.whole,
+                   static_cast<long long>(excess.most));
+  return written("%s of expert %lld: must be at most %s (%lld)", excess.field,
+                 static_cast<long long>(excess.index), excess.whole, static_cast<long long>(excess.most));
 }
 
 }  // namespace moectl

@@ -175,7 +175,7 @@ bool RoutingStats::valid() const {
   std::int64_t most = 0;
   if (__builtin_mul_overflow(tokens(), std::int64_t{top_k()}, &most))
     most = std::numeric_limits<std::int64_t>::max();
-  return signs >= 0 && total <= most;
+  return signs >= 0 && total <= most && fit_together(*this);
 }
 
 RoutingStats& RoutingStats::operator+=(const RoutingStats& other) {

@@ -180,6 +180,21 @@ TEST(HostileInput, SizesAreCheckedBeforeMemoryIsTaken) {
   const std::string start = R"({"step":0,"layer":0,"tokens":1000000,"top_k":1,"counts":)";
   refused(trace(start + array_of(65537) + "}\n"), "t.jsonl:1: counts: 65537 values: must be at most 65536");
   refused(trace(start + array_of(65536) + ",\"margins\":[]}\n"), "margins: 0 values: must have 65536");
+  // Two bytes an expert ask for a number for each pair.
+  const auto pairs_of = [&](int experts) {
+    std::string pairs = array_of(experts) + ",\"pairs\":[[]";
+    for (int i = 1; i < experts; ++i) pairs += ",[]";
+    return pairs + "]}\n";
+  };
+  refused(trace(start + pairs_of(8000)),
+          "t.jsonl:1: counts: 32012032 numbers in all sums: must be at most 16777216");
+  std::string many;
+  for (int layer = 0; layer < 40; ++layer) {
+    many += R"({"step":0,"layer":)" + std::to_string(layer) + R"(,"tokens":1850,"top_k":1,"counts":)" +
+            pairs_of(1850);
+  }
+  refused(trace(many),
+          "t.jsonl:40: layer: 68564400 numbers in the sums of all layers and tags: must be at most 67108864");
   std::string domains = "{\"d0\":[]";
   for (int d = 1; d < 50000; ++d) domains += ",\"d" + std::to_string(d) + "\":[]";
   refused(trace(start + array_of(65536) + ",\"domain_counts\":" + domains + "}}\n"),
@@ -323,11 +338,35 @@ TEST(HostileInput, CountsThatSumBeyond64BitsAreNamed) {
        {std::pair{"compare parts.jsonl",
                   "layer 0: step 0: the parts of the step: their sums must be at most 2^63 - 1"},
         std::pair{"report parts.jsonl -o r.html", "layer 0: step 0: the parts of the step: their sums"},
+        std::pair{"metrics --sum steps.jsonl",
+                  "layer 0: the records of the trace: their sums must be at most 2^63 - 1"},
+        std::pair{"metrics --compare train train steps.jsonl",
+                  "layer 0: the records of the window: their sums must be at most 2^63 - 1"},
         std::pair{"compare --sum-steps 0 steps.jsonl",
                   "layer 0: step 1023: counts of the steps up to this one: must be at most 2^63 - 1"}}) {
     const ToolResult result = run_tool(dir, command);
     EXPECT_EQ(result.code, 1) << command;
     EXPECT_THAT(result.err, HasSubstr(words)) << command;
+  }
+}
+
+// What a log says of parts of its counts is compared with them.
+TEST(HostileInput, NoPartOfARecordIsMoreThanItsWhole) {
+  const TempDir dir;
+  for (const auto& [more, words] :
+       {std::pair{R"("gap_sum":1,"gap_width_sum":1,"gap_near":[6,0,0,0])",
+                  "gap_near of expert 0: must be at most the count (5)"},
+        std::pair{R"("gap_sum":1,"gap_width_sum":1,"gap_near":[5,4,0,0])",
+                  "gap_near: the sum: must be at most gap_tokens (8)"},
+        std::pair{R"("prob_sum":[4,2,1,1],"sqrt_prob_sum":[4,2,1,1],"token_entropy_sum":900)",
+                  "token_entropy_sum: must be at most ln(experts) for each token (11)"},
+        std::pair{R"("pairs":[[1,4,4,3],[2,4,3],[3,3],[]])",
+                  "pairs: the sum: must be at most pair_tokens * top_k (top_k - 1)/2 (8)"}}) {
+    dir.write("t.jsonl",
+              R"({"step":0,"layer":0,"tokens":8,"top_k":2,"counts":[5,4,4,3],)" + std::string(more) + "}\n");
+    const ToolResult result = run_tool(dir, "metrics t.jsonl");
+    EXPECT_EQ(result.code, 1) << more;
+    EXPECT_THAT(result.err, HasSubstr("t.jsonl:1: " + std::string(words))) << more;
   }
 }
 

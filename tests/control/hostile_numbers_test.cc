@@ -1,9 +1,13 @@
 // Numbers at the ends of their types: in configs, in what a step reports, in what a collective returns.
 #include <gmock/gmock.h>
 
+#include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
+#include <random>
 
+#include "measure/offence.h"
 #include "moectl/controller.h"
 
 namespace moectl {
@@ -92,6 +96,115 @@ TEST(HostileNumbers, CountsAboveTheChoicesOfAllTokensAreInvalid) {
       ASSERT_EQ(report.notices.size(), 1U);
       EXPECT_THAT(std::string(report.notices[0].text), HasSubstr("counts: ")) << wrong;
     }
+  }
+}
+
+StatsNeeds all_sums() {
+  StatsNeeds needs{
+      .gap = true, .sequences = true, .probabilities = true, .margins = true, .pairs = true, .domains = 2};
+  needs.required_bins = true;
+  return needs;
+}
+
+/// Eight tokens of four experts, with everything that a router can report of them.
+RoutingStats eight_tokens() {
+  RoutingStats stats({4, 2, all_sums()});
+  std::vector<std::int64_t> experts, domains;
+  std::vector<float> top, scores, probabilities;
+  for (std::int64_t t = 0; t < 8; ++t) {
+    experts.insert(experts.end(), {t % 4, (t + 1) % 4});
+    domains.push_back(t % 2);
+    top.insert(top.end(), {3, 2, 1.5F});
+    for (std::int64_t i = 0; i < 4; ++i) {
+      scores.push_back(i == t % 4 ? 3.F : i == (t + 1) % 4 ? 2.F : 1.5F);
+      probabilities.push_back(0.25F);
+    }
+  }
+  stats.set_gap_width(1);
+  EXPECT_TRUE(stats.add({.experts = experts,
+                         .sequence_length = 4,
+                         .top_values = top,
+                         .biased_scores = scores,
+                         .probabilities = probabilities,
+                         .domain_ids = domains,
+                         .dropped = 1}));
+  return stats;
+}
+
+// Each sum that is part of another is compared with it, and the message names both.
+TEST(HostileNumbers, NoPartIsMoreThanItsWhole) {
+  using S = RoutingStats;
+  ASSERT_TRUE(eight_tokens().valid());
+  const auto refused = [](const std::function<void(S&)>& change, const std::string& words) {
+    S stats = eight_tokens();
+    change(stats);
+    EXPECT_FALSE(stats.valid()) << words;
+    EXPECT_EQ(first_offence(stats).words(), words);
+  };
+  const auto scalar = [&](S::Scalar which, std::int64_t value, const std::string& words) {
+    refused([=](S& stats) { stats.set_scalar(which, value); }, words);
+  };
+  scalar(S::kGapTokens, 9, "gap_tokens: must be at most tokens (8)");
+  scalar(S::kSequenceTokens, 9, "sequence_tokens: must be at most tokens (8)");
+  scalar(S::kBeyondSplit, kMost, "beyond_split: must be at most tokens (8)");
+  scalar(S::kProbTokens, 9, "prob_tokens: must be at most tokens (8)");
+  scalar(S::kDropTokens, kMost, "drop_tokens: must be at most tokens (8)");
+  scalar(S::kDomainTokens, 9, "domain_tokens: must be at most tokens (8)");
+  scalar(S::kMarginTokens, 9, "margin_tokens: must be at most tokens (8)");
+  scalar(S::kPairTokens, 9, "pair_tokens: must be at most tokens (8)");
+  scalar(S::kChoicesSq, 33, "choices_sq: must be at most the assignments * top_k (32)");
+  scalar(S::kDropped, 17, "dropped: must be at most the assignments (16)");
+  scalar(S::kTokenEntropySum, std::int64_t{13} << 24,
+         "token_entropy_sum: must be at most ln(experts) for each token (11)");
+  const auto element = [&](S::Array which, std::size_t at, std::int64_t value, const std::string& words) {
+    refused([=](S& stats) { stats.mutable_array(which)[at] = value; }, words);
+  };
+  element(S::kGapNear, 2, 5, "gap_near of expert 2: must be at most the count (4)");
+  element(S::kGapNear, 2, 3, "gap_near: the sum: must be at most gap_tokens (8)");
+  element(S::kDomainCounts, 5, 3,
+          "domain_counts: the sum over domains of expert 1: must be at most the count (4)");
+  element(S::kDomainCounts, 1, kMost,
+          "domain_counts: the sum over domains of expert 1: must be at most the count (4)");
+  element(S::kMargins, 3 * kMarginBins, kMost, "margins: the sum of expert 3: must be at most tokens (8)");
+  element(S::kPairs, 1, 9, "pairs: the sum: must be at most pair_tokens * top_k (top_k - 1)/2 (8)");
+  element(S::kRequiredBins, kRequiredWords, std::int64_t{9} << 32,
+          "required_bins: the sum of expert 1: must be at most tokens (8)");
+}
+
+// Sums of any honest batches fit together: with padding, empty slots, an expert chosen twice, and over steps and ranks.
+TEST(HostileNumbers, SumsOfWhatWasRoutedFitTogether) {
+  std::mt19937_64 random(20261130);
+  const auto below = [&](std::uint64_t n) { return static_cast<std::int64_t>(random() % n); };
+  const auto score = [&] { return static_cast<float>(below(1 << 20)) / (1 << 10); };
+  RoutingStats over_steps({6, 3, all_sums()});
+  for (int batch = 0; batch < 2000; ++batch) {
+    const std::size_t tokens = 1 + static_cast<std::size_t>(below(40));
+    std::vector<std::int64_t> experts, domains;
+    std::vector<std::uint8_t> mask;
+    std::vector<float> top, scores, probabilities;
+    for (std::size_t t = 0; t < tokens; ++t) {
+      const std::int64_t slots = below(4);
+      for (std::int64_t j = 0; j < 3; ++j) experts.push_back(j < slots ? below(6) : -1);
+      domains.push_back(below(2));
+      mask.push_back(below(8) == 0 ? 0 : 1);
+      const float start = score();
+      for (int j = 0; j < 4; ++j) top.push_back(start - static_cast<float>(j) * score());
+      std::sort(top.end() - 4, top.end(), std::greater<>());
+      for (int i = 0; i < 6; ++i) scores.push_back(score());
+      for (int i = 0; i < 6; ++i) probabilities.push_back(1 + score());
+    }
+    RoutingStats stats({6, 3, all_sums()});
+    stats.set_gap_width(static_cast<double>(score()));
+    RoutingBatch given{.experts = experts, .mask = mask};
+    if (below(2)) given.domain_ids = domains;
+    if (below(2)) given.top_values = top;
+    if (!given.top_values.empty() && below(2)) given.biased_scores = scores;
+    if (below(2)) given.probabilities = probabilities;
+    ASSERT_TRUE(stats.add(given)) << stats.offence().words();
+    ASSERT_TRUE(stats.valid()) << first_offence(stats).words();
+    if (below(50) == 0) stats.drop_required();
+    over_steps += stats;
+    ASSERT_TRUE(over_steps.valid()) << first_offence(over_steps).words();
   }
 }
 

@@ -411,6 +411,16 @@ TEST(ImportInDoubt, TheLastStepOfAFileThatIsStillWrittenIsLeftOut) {
               HasSubstr("step 0, layer 0: values of 2 experts: expected 4, as in other steps"));
 }
 
+TEST(ImportInDoubt, AnEventThatIsTooLongIsToldFromADamagedOne) {
+  const TempDir dir;
+  const std::string size = little_endian((1U << 26) + 1, 8);
+  dir.write("e", events(0, 3, 100) + size + little_endian(masked_crc32c(size.data(), 8), 4));
+  EXPECT_THAT(refused_in(dir, "tensorboard e --top-k 1"),
+              HasSubstr("e: event 12: 67108865 bytes: must be at most 67108864"));
+  dir.write("e", events(0, 3, 100) + size + "abcd");
+  EXPECT_THAT(refused_in(dir, "tensorboard e --top-k 1"), HasSubstr("e: event 12: damaged length"));
+}
+
 // ---- Parts of a run ----
 
 TEST(ImportInDoubt, OfAResumedRunTheLaterFileCounts) {

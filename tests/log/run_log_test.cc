@@ -901,6 +901,24 @@ TEST(RunLogWriter, AResumedRotatedLogHasTheSamePieces) {
   }
 }
 
+// Where the next piece, and the shortened log of a resumed run, are written, a link may have been planted.
+TEST(RunLogWriter, APlantedLinkIsNotFollowed) {
+  for (const char* name : {"run.jsonl", "run.jsonl.gz"}) {
+    const TempDir dir;
+    dir.write("victim", "precious");
+    const auto plant = [&] {
+      std::filesystem::create_symlink(dir.path("victim"), dir.path(std::string(name) + ".part"));
+    };
+    plant();
+    write_rotated(dir.path(name), 0, 23, true);
+    EXPECT_GE(last_piece(dir.path(name)), 2);
+    if (std::string_view(name) == "run.jsonl.gz") plant();
+    write_rotated(dir.path(name), 7, 30, true);
+    EXPECT_EQ(TempDir::read(dir.path("victim")), "precious") << name;
+    EXPECT_FALSE(std::filesystem::is_symlink(dir.path(name))) << name;
+  }
+}
+
 TEST(RunLogWriter, AFailedRotationIsReportedOnceAndKeepsTheLog) {
   const TempDir dir;
   const std::string path = dir.path("run.jsonl");

@@ -344,8 +344,8 @@ TEST(PrometheusFeed, AnswersWhileOthersIdleOrTrickle) {
 
 TEST(PrometheusFeed, AnswersNothingButGet) {
   PrometheusFeed feed("127.0.0.1:0");
-  for (const char* method : {"POST", "PUT", "DELETE", "OPTIONS", "TRACE", "CONNECT", "PATCH", "PROPFIND",
-                             "MKCOL", "GETT", "get", "\x16\x03\x01"}) {
+  for (const char* method : {"HEAD", "POST", "PUT", "DELETE", "OPTIONS", "TRACE", "CONNECT", "PATCH",
+                             "PROPFIND", "MKCOL", "GETT", "get", "\x16\x03\x01"}) {
     const int connection = connect_to(feed.port());
     const std::string request = std::string(method) + " /metrics HTTP/1.0\r\nHost: x\r\n\r\n";
     ASSERT_EQ(send(connection, request.data(), request.size(), MSG_NOSIGNAL),
