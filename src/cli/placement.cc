@@ -128,7 +128,7 @@ struct Judged {
       false;  // --max-moves: no plan was found that beats the experts where they are on the steps planned on
   Placement today, start, plan;
   std::vector<double> later;  // loads of the steps that the plan has not seen
-  BlockMeans linear, planned, told, gain;
+  BlockMeans linear, planned, hindsight, gain;
 };
 
 /// Plans on the first part, judges on the rest.
@@ -159,14 +159,14 @@ Judged judge(int layer, const History& history, const Options& options) {
   const bool may_stay = options.placement.repeats || repeats_in(start) == 0;
   judged.kept = !free && may_stay && mean_of(judged.plan) <= mean_of(start);
   if (judged.kept) judged.plan = start;
-  // The same planner, told what came: its mean, without any forecast.
+  // The same planner in hindsight, given what came: its mean, without any forecast.
   std::vector<double> later(static_cast<std::size_t>(history.experts), 0.0);
   const auto rows = rows_of(history, split, steps);
   for (std::size_t i = 0; i < rows.size(); ++i) later[i % later.size()] += rows[i];
   judged.today = today;
   judged.start = start;
   judged.later = later;
-  const Placement told = plan_placement(later, options.placement, samples);
+  const Placement hindsight = plan_placement(later, options.placement, samples);
   for (std::size_t s = split; s < steps; ++s) {
     const std::vector<double> loads = history.step(s);
     double tokens = 0;
@@ -175,7 +175,7 @@ Judged judge(int layer, const History& history, const Options& options) {
                  after = judged.kept ? before : balancedness(judged.plan, loads);
     judged.linear.add(before, tokens);
     judged.planned.add(after, tokens);
-    judged.told.add(balancedness(told, loads), tokens);
+    judged.hindsight.add(balancedness(hindsight, loads), tokens);
     judged.gain.add(after - before, tokens);
   }
   judged.moves = moves_between(start, judged.plan);
@@ -314,7 +314,7 @@ int placement(Options options) {
     }
   }
   // Layers are judged on the same steps: the total is the mean over layers, its interval that of their mean gain.
-  Estimate linear, planned, told, gain;
+  Estimate linear, planned, hindsight, gain;
   double low = 0, high = 0;
   bool ranged = true;
   int moves = 0;
@@ -323,7 +323,7 @@ int placement(Options options) {
     const Estimate g = layer.gain.estimate();
     linear.mean += layer.linear.estimate().mean / n;
     planned.mean += layer.planned.estimate().mean / n;
-    told.mean += layer.told.estimate().mean / n;
+    hindsight.mean += layer.hindsight.estimate().mean / n;
     gain.mean += g.mean / n;
     ranged = ranged && g.low;
     // As if layers moved together: an interval that is wide enough whatever they have in common.
@@ -355,7 +355,7 @@ int placement(Options options) {
       list.push_back({{"layer", layer.layer},
                       {"linear", json_of(layer.linear.estimate())},
                       {"planned", json_of(layer.planned.estimate())},
-                      {"told", json_of(layer.told.estimate())},
+                      {"hindsight", json_of(layer.hindsight.estimate())},
                       {"gain", json_of(g)},
                       {"moves", layer.moves},
                       {"loads", loads_of(layer)},
@@ -367,7 +367,7 @@ int placement(Options options) {
                       {"slots", layers[0].plan.experts.size()},
                       {"linear", linear.mean},
                       {"planned", planned.mean},
-                      {"told", told.mean},
+                      {"hindsight", hindsight.mean},
                       {"gain", json_of(gain)},
                       {"moves", moves},
                       {"verdict", name_of(verdict)},
@@ -375,19 +375,20 @@ int placement(Options options) {
                      .dump(2)
               << '\n';
   } else {
-    Table table({"layer", "linear", "planned", "told", "gain", "95 %", "moves", "verdict"});
+    Table table({"layer", "linear", "planned", "hindsight", "gain", "95 %", "moves", "verdict"});
     for (const Judged& layer : layers) {
       const Estimate g = layer.gain.estimate();
       table.add({std::to_string(layer.layer), digits(layer.linear.estimate().mean),
-                 digits(layer.planned.estimate().mean), digits(layer.told.estimate().mean), digits(g.mean),
-                 range(g), std::to_string(layer.moves), name_of(verdict_of(g, options.min_gain))});
+                 digits(layer.planned.estimate().mean), digits(layer.hindsight.estimate().mean),
+                 digits(g.mean), range(g), std::to_string(layer.moves),
+                 name_of(verdict_of(g, options.min_gain))});
     }
-    table.add({"mean", digits(linear.mean), digits(planned.mean), digits(told.mean), digits(gain.mean),
+    table.add({"mean", digits(linear.mean), digits(planned.mean), digits(hindsight.mean), digits(gain.mean),
                range(gain), std::to_string(moves), name_of(verdict)});
-    std::cout << table.text()
-              << "\nBalancedness (mean over largest device load) of the steps after the first "
-              << brief(100 * options.train)
-              << " %, on which the plan was made. told: the same planner told those steps.\n";
+    std::cout
+        << table.text() << "\nBalancedness (mean over largest device load) of the steps after the first "
+        << brief(100 * options.train)
+        << " %, on which the plan was made. hindsight: the same planner, given those steps themselves.\n";
   }
   std::ostream& say = options.format == "table" ? std::cout : std::cerr;
   if (options.placement.max_moves >= 0) {

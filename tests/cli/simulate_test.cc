@@ -37,7 +37,7 @@ class SimulateTool : public ::testing::Test {
   TempDir dir_;
 };
 
-TEST_F(SimulateTool, ComparesConfigsOnOnePlant) {
+TEST_F(SimulateTool, ComparesConfigsOnOneRouter) {
   const auto rows = json("adaptive.yaml sign.yaml --steps 400 --scenario shift");
   ASSERT_EQ(rows.size(), 2U);
   EXPECT_EQ(rows[0]["config"], "adaptive.yaml");

@@ -696,7 +696,7 @@ Outcome run_plant(const char* config_name, Scenario scenario, CollapseKind kind,
   return out;
 }
 
-TEST(GuardOnThePlant, RecoversACollapseThatThePolicyDoesNot) {
+TEST(GuardOnTheRouter, RecoversACollapseThatThePolicyDoesNot) {
   const Outcome with = run_plant("sign_bias", Scenario::kCollapse, CollapseKind::kDeadThird, true, 3);
   const Outcome without = run_plant("sign_bias", Scenario::kCollapse, CollapseKind::kDeadThird, false, 3);
   EXPECT_GE(with.interventions, 1);
@@ -706,7 +706,7 @@ TEST(GuardOnThePlant, RecoversACollapseThatThePolicyDoesNot) {
 
 // All three actuators are fixed, so the guard is the only one to act, and whatever made the router collapse goes on.
 // bench/collapse.cc runs it over hundreds of seeds.
-TEST(GuardOnThePlant, RecoversTheBalanceAlone) {
+TEST(GuardOnTheRouter, RecoversTheBalanceAlone) {
   int recovered = 0, without = 0, runs = 0;
   for (const CollapseKind kind : {CollapseKind::kRunaway, CollapseKind::kColdStart, CollapseKind::kDeadThird,
                                   CollapseKind::kPoisonedBias}) {
@@ -741,7 +741,7 @@ TEST(GuardOnThePlant, RecoversTheBalanceAlone) {
 }
 
 // What nothing else holds the guard goes on holding, with trials to let go twice as far apart each time.
-TEST(GuardOnThePlant, HoldsTheBalanceAloneWithoutCycling) {
+TEST(GuardOnTheRouter, HoldsTheBalanceAloneWithoutCycling) {
   for (const CollapseKind kind :
        {CollapseKind::kRunaway, CollapseKind::kColdStart, CollapseKind::kDeadThird}) {
     ControllerConfig config;
@@ -785,14 +785,14 @@ TEST(GuardOnThePlant, HoldsTheBalanceAloneWithoutCycling) {
   }
 }
 
-TEST(GuardOnThePlant, DoesNoHarmWhenThePolicyRecovers) {
+TEST(GuardOnTheRouter, DoesNoHarmWhenThePolicyRecovers) {
   for (const CollapseKind kind :
        {CollapseKind::kRunaway, CollapseKind::kColdStart, CollapseKind::kPoisonedBias}) {
     EXPECT_LT(run_plant("sign_bias", Scenario::kCollapse, kind, true, 3).max_vio, 0.5) << name_of(kind);
   }
 }
 
-TEST(GuardOnThePlant, LeavesHealthyRunsAlone) {
+TEST(GuardOnTheRouter, LeavesHealthyRunsAlone) {
   for (const Scenario scenario : {Scenario::kSteady, Scenario::kShift, Scenario::kNoise}) {
     for (const char* policy : {"sign_bias", "adaptive_bias"}) {
       EXPECT_EQ(run_plant(policy, scenario, CollapseKind::kRunaway, true, 5).interventions, 0)

@@ -520,10 +520,10 @@ struct Plant {
   const char* form;
 };
 
-class AdaptiveOnAPlant : public ::testing::TestWithParam<Plant> {};
+class AdaptiveOnARouter : public ::testing::TestWithParam<Plant> {};
 
 // Closed on the simulated router with a domain that switches on: within 1.3 × the noise floor before and after.
-TEST_P(AdaptiveOnAPlant, StaysNearTheNoiseFloor) {
+TEST_P(AdaptiveOnARouter, StaysNearTheNoiseFloor) {
   const Plant& p = GetParam();
   ControllerConfig config = load_config(std::string(MOECTL_SOURCE_DIR) + "/policies/adaptive_bias.yaml");
   config.model = {.layers = 1,
@@ -552,7 +552,7 @@ TEST_P(AdaptiveOnAPlant, StaysNearTheNoiseFloor) {
 }
 
 INSTANTIATE_TEST_SUITE_P(
-    Routers, AdaptiveOnAPlant,
+    Routers, AdaptiveOnARouter,
     ::testing::Values(Plant{"sigmoid16", 16, 2, SimulatedGate::kSigmoid, ScoreSpace::kProbability, "gap"},
                       Plant{"softmax16", 16, 2, SimulatedGate::kSoftmax, ScoreSpace::kProbability, "gap"},
                       Plant{"logit64", 64, 6, SimulatedGate::kSigmoid, ScoreSpace::kLogit, "gap"},
