@@ -93,7 +93,7 @@ ActuatorLoop::ActuatorLoop(Actuator actuator, const ControllerConfig& config, co
 
 void ActuatorLoop::start_checks(const ControllerConfig& config) {
   load_check_.reset();
-  response_told_ = held_for_wiring_ = false;
+  response_told_ = false;
   entropy_check_.reset();
   entropy_offset_ = 0;
   if (!safety_.responsiveness) return;
@@ -120,18 +120,17 @@ std::span<const double> ActuatorLoop::probe() const {
 
 void ActuatorLoop::watch_load(bool applies, bool miswired, const RoutingStats& stats, const Metrics& metrics,
                               std::int64_t step, Notices& notices) {
-  if (held_for_wiring_ && !miswired) {
+  if (load_check_->held_for_wiring() && !miswired) {
     load_check_->release();
-    held_for_wiring_ = response_told_ = false;
+    response_told_ = false;
   }
   // Without assignments no load is known: a record may hold tokens that chose no expert.
   load_check_->observe(applies && metrics.max_load ? &stats : nullptr, metrics.load_cv.value_or(0),
                        floor_of(metrics).cv.value_or(0), applied_);
   if (!applies) return;
-  // After the observation: a load that seems to answer is no proof against a bias that is seen not to be used.
-  if (miswired && !load_check_->holds()) {
-    load_check_->hold();
-    held_for_wiring_ = response_told_ = true;  // told by the check of the wiring, which knows more
+  if (miswired && !load_check_->held_for_wiring()) {
+    load_check_->hold_for_wiring();
+    response_told_ = true;  // told by the check of the wiring, which knows more
   }
   const Responsiveness now = load_check_->report();
   const bool silent = now.state == Response::kUnresponsive;
@@ -363,7 +362,6 @@ void ActuatorLoop::exchange_entropy_check(StateIo& io) {
 void ActuatorLoop::exchange_load_check(StateIo& io) {
   load_check_->exchange(io);
   io.value("response_told", response_told_);
-  io.value("held_for_wiring", held_for_wiring_);
 }
 
 void ActuatorLoop::exchange_windows(StateIo& io) {

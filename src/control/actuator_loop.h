@@ -125,7 +125,6 @@ class ActuatorLoop {
   Limits limits_;
   std::optional<ResponseCheck> load_check_;
   bool response_told_ = false;  // that the load does not answer
-  bool held_for_wiring_ = false;
   std::optional<ScalarResponse> entropy_check_;
   bool entropy_checked_ = false;  // in this step
   double entropy_offset_ = 0;

@@ -45,8 +45,8 @@ class ChoiceCheck {
 
  private:
   static constexpr int kSteps = 3;
-  // Steps without a verdict. Only a probe shows a held layer's fault again: a pause of 8 decisions comes before it, and
-  // its first block of 8 may be too small to show anything.
+  // Steps without a verdict after which a held layer is let go. Where its test moves are too small to be seen in the scores,
+  // a fault that lasts is seen again as soon as the policy's are not.
   static constexpr std::int64_t kRemembered = 24;
   Wiring last_ = Wiring::kUnknown;
   int steps_ = 0;         // in which last_ stood

@@ -24,6 +24,7 @@ constexpr double kSharp = 0.3;  // the largest standard error of a gain that cou
 // A layer answers if its gain is surely above kAnswers, and does not if it is very surely below kSilent.
 constexpr double kAnswers = 0.25, kSilent = 0.5;
 constexpr double kSmallestSize = 1.0 / 64;
+constexpr double kSizeToSee = 0.25;  // of a test move that is looked at in the router's own scores
 constexpr std::int64_t kMaxBlocks = 6;
 constexpr std::int64_t kFirstBackoff = 32, kLastBackoff = 128;
 // A layer that is balanced has nothing to answer.
@@ -216,6 +217,7 @@ void ResponseCheck::compare() {
 void ResponseCheck::judge() {
   if (probes()) {
     if (!probe_.all_made()) return;
+    if (for_wiring_) return start_block();
     // An answer in time is looked for first, then one that is late.
     const std::int64_t in_time = static_cast<std::int64_t>(delay_) + 1;
     const std::int64_t waited = probe_.wait();
@@ -353,16 +355,18 @@ void ResponseCheck::restart() {
   }
 }
 
-void ResponseCheck::hold() {
+void ResponseCheck::hold_for_wiring() {
   state_ = Response::kUnresponsive;
   found_ = GainEstimate{0, 0};
   late_ = 0;
-  held_ = true;
+  held_ = for_wiring_ = true;
   restart();
+  probe_.begin(kSizeToSee);
+  start_block();
 }
 
 void ResponseCheck::release() {
-  held_ = false;
+  held_ = for_wiring_ = false;
   probe_.stop();
   quiet_ = 0;
   restart();
@@ -392,7 +396,7 @@ void ResponseCheck::on_applied(const LimitReport& why) {
     restart();
   } else if (!why.held() || why.has(Reason::kDeadband)) {
     if (!probe_.advance()) return;
-    probe_.begin(first_size());
+    probe_.begin(for_wiring_ ? kSizeToSee : first_size());
     start_block();
   }
 }
@@ -436,9 +440,11 @@ void ResponseCheck::exchange(StateIo& io) {
   probe_.exchange(io, kBias, kSum);
   io.value("response.late", late_, {0, static_cast<std::int64_t>(kProbeLags) - 1});
   io.value("response.held", held_);
+  io.value("response.for_wiring", for_wiring_);
   io.choice("response.waits", waits_, Waits::kAtBase);
   io.value("response.based", based_);
   exchange_found(io, "response.found", "response.gain", "response.error", found_);
+  io.check(held_ || !for_wiring_, "response.for_wiring", "be held");
   io.check(held_ == (state_ == Response::kUnresponsive), "response.held", "agree with the state");
   io.check(found_ || (state_ != Response::kAnswers && !held_), "response.found",
            "be there if the load was judged");

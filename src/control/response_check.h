@@ -56,10 +56,12 @@ class ResponseCheck {
   void observe(const RoutingStats* stats, double load_cv, double floor_cv, std::span<const double> in_force);
   /// Forgets what it knows, because the biases moved for another reason (the guard, a rollback, a frozen layer).
   void restart();
-  /// Holds the biases where the load last answered, or where they began, until a probe has an answer: the router surely
-  /// uses others.
-  void hold();
-  /// Ends a hold of hold().
+  /// Holds the biases where the load last answered, or where they began, until release(): the router was seen to use
+  /// others. What ends it is the sight of its own, which takes a bias just large enough to be seen. So the test moves go on,
+  /// small and without a pause, and no answer of the load is looked for: a router that uses them in another layer, or turned
+  /// round, is disturbed as little as can be.
+  void hold_for_wiring();
+  bool held_for_wiring() const { return for_wiring_; }
   void release();
   /// The biases in force hold no probe any more.
   void leave_probe() { probe_.leave(); }
@@ -119,7 +121,8 @@ class ResponseCheck {
   // What a resting check reads lies together, since a step finds little of it in the caches.
   Response state_ = Response::kUnknown;
   std::int64_t late_ = 0;
-  bool held_ = false;         // the last probe had no answer
+  bool held_ = false;         // the last probe had no answer, or
+  bool for_wiring_ = false;   // the router was seen to use other biases
   Waits waits_ = Waits::kNo;  // the policy, during this probe
   bool based_ = true;         // base_ is known
   bool scaled_ = false;       // slope_ was measured
