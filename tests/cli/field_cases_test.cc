@@ -1,5 +1,4 @@
-// Cases from runs of others, by their numbers in the project's list. A8: advice that did not follow the cause. D1, D2:
-// answers that contradicted each other, and floors without a name. D4: counts summed over steps. D5, D6: set-points.
+// Cases from runs of others that the tool shows, by the ids of tests/field_cases.md.
 #include <gmock/gmock.h>
 
 #include <cmath>

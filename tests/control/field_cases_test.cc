@@ -1,5 +1,5 @@
-// What loops of others, and attacks, have shown: by their numbers in the project's list (FieldCases), and what had no
-// number (LooseEnds). Each test asserts what the user should see.
+// What loops of others (FieldCases) and attacks (LooseEnds) have shown: the list is tests/field_cases.md. Each test asserts
+// what the user should see.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 

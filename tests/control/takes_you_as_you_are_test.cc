@@ -1,5 +1,5 @@
 // What comes from elsewhere: biases of another trainer, a state of another config, layers of another split, layers that
-// differ. By the numbers in the project's list (FieldCases).
+// differ. By the ids of tests/field_cases.md.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 

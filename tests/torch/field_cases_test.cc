@@ -1,6 +1,4 @@
-// Cases from loops that others wrote, by their numbers in the project's list. A1: a router that does not choose by its
-// layer's bias. A2: a handed-out tensor that a module has as its own buffer loses its storage. A4: inputs that never come.
-// A6: masks that mean something else.
+// Cases from loops that others wrote with LibTorch, by the ids of tests/field_cases.md.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <torch/torch.h>
