@@ -69,7 +69,8 @@ class Replay {
     if (!writer_->ok()) return 1;  // the writer has reported the error
     if (options_.run != "-") {
       std::cout << "replayed " << controller_->steps() << " steps of " << config_.model.layers
-                << " layers to " << options_.run << '\n';
+                << " layers to " << options_.run
+                << ", open loop: the recorded routes answer no decision, so none is held for that\n";
     }
     return 0;
   }

@@ -42,7 +42,10 @@ TEST(Replay, EqualsSignBiasStepByStep) {
   dir.write("sign.yaml", kSign);
   const ToolResult result = run_tool(dir, "replay sign.yaml t.jsonl -o run.jsonl");
   ASSERT_EQ(result.code, 0) << result.err;
-  EXPECT_EQ(result.out, "replayed 60 steps of 2 layers to run.jsonl\n");
+  EXPECT_EQ(result.out,
+            "replayed 60 steps of 2 layers to run.jsonl, open loop: the recorded routes answer no decision, "
+            "so none is held "
+            "for that\n");
   // Without -o, the same log on standard output.
   const ToolResult log = run_tool(dir, "replay sign.yaml t.jsonl");
   EXPECT_EQ(log.out, TempDir::read(dir.path("run.jsonl")));
