@@ -43,6 +43,7 @@
 // - It needs all scores of the router, not only the largest k+1. `k3` and `local_mean` are counted on the host: scores on an
 //   accelerator are copied.
 // - If many tokens have nearly the same margin, the quantile lies at the edge of such a cluster and jumps across it.
+// - Where all scores are equal, as in a router that begins at zero, so are the quantiles: biases move once scores differ.
 // - With k = N there are no margins, and biases do not move.
 #include <cstdint>
 #include <vector>

@@ -24,7 +24,6 @@ constexpr double kSharp = 0.3;  // the largest standard error of a gain that cou
 // A layer answers if its gain is surely above kAnswers, and does not if it is very surely below kSilent.
 constexpr double kAnswers = 0.25, kSilent = 0.5;
 constexpr double kSmallestSize = 1.0 / 64;
-constexpr double kSizeToSee = 0.25;  // of a test move that is looked at in the router's own scores
 constexpr std::int64_t kMaxBlocks = 6;
 constexpr std::int64_t kFirstBackoff = 32, kLastBackoff = 128;
 // A layer that is balanced has nothing to answer.
@@ -217,7 +216,7 @@ void ResponseCheck::compare() {
 void ResponseCheck::judge() {
   if (probes()) {
     if (!probe_.all_made()) return;
-    if (for_wiring_) return start_block();
+    if (for_wiring_) return start_marks();
     // An answer in time is looked for first, then one that is late.
     const std::int64_t in_time = static_cast<std::int64_t>(delay_) + 1;
     const std::int64_t waited = probe_.wait();
@@ -282,6 +281,10 @@ void ResponseCheck::start_probe() {
 void ResponseCheck::start_block() {
   const bool room = probe_.start_block(slope_, slope_sum_ / static_cast<double>(experts_), noise());
   if (!room && !held_) give_up();
+}
+
+void ResponseCheck::start_marks() {
+  probe_.start_marks(slope_, slope_sum_ / static_cast<double>(experts_));
 }
 
 // An instrument that hardly moved says nothing, however large its gain.
@@ -361,8 +364,7 @@ void ResponseCheck::hold_for_wiring() {
   late_ = 0;
   held_ = for_wiring_ = true;
   restart();
-  probe_.begin(kSizeToSee);
-  start_block();
+  start_marks();
 }
 
 void ResponseCheck::release() {
@@ -396,7 +398,8 @@ void ResponseCheck::on_applied(const LimitReport& why) {
     restart();
   } else if (!why.held() || why.has(Reason::kDeadband)) {
     if (!probe_.advance()) return;
-    probe_.begin(for_wiring_ ? kSizeToSee : first_size());
+    if (for_wiring_) return start_marks();
+    probe_.begin(first_size());
     start_block();
   }
 }

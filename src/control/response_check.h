@@ -109,6 +109,7 @@ class ResponseCheck {
   double first_size() const;
   void start_probe();
   void start_block();
+  void start_marks();
   static bool sharp(const GainEstimate& found);
   bool finds_answer(std::size_t lags);
   void finish_block();

@@ -17,6 +17,11 @@ constexpr double kSizeStep = 8, kLargestSize = 4;
 constexpr double kLeastPattern = 1e-100;  // Σ q², so that what it divides is a number
 constexpr double kLeastNoise = 1e-12;     // of a load that does not move at all, squared, in patterns
 constexpr std::int64_t kPause = 8;        // decisions between the probes of a held layer
+constexpr double kMarkedLoad = 0.06;      // relative load
+
+double steepness(double slope, double mean_slope) {
+  return std::max(slope, mean_slope / 4);
+}
 
 }  // namespace
 
@@ -132,24 +137,33 @@ void BiasProbe::begin(double size) {
   size_ = size;
 }
 
-bool BiasProbe::start_block(std::span<const double> slope, double mean_slope, double noise_sq) {
+// Half of the experts up and half down, each by what should change its load by `load` of the mean one.
+void BiasProbe::shape(double load, std::span<const double> slope, double mean_slope) {
   decision_ = 0;
   waited_ = 0;
   series_.clear();
+  for (std::size_t i = 0; i < experts_; ++i) {
+    pattern_[i] = (mean_slope > 0 ? std::min(load / steepness(slope[i], mean_slope), rate_ / 2) : 0) *
+                  (std::popcount(i & code_) % 2 == 0 ? 1 : -1);
+  }
+  const double mean = sum_of(pattern_) / static_cast<double>(experts_);
+  for (double& part : pattern_) part -= mean;
+}
+
+void BiasProbe::start_marks(std::span<const double> slope, double mean_slope) {
+  shape(kMarkedLoad, slope, mean_slope);
+}
+
+bool BiasProbe::start_block(std::span<const double> slope, double mean_slope, double noise_sq) {
   const double n = static_cast<double>(experts_);
   const double base = std::sqrt(noise_sq / (kProbeSigns.size() * n)) / kProbeError;
   const double small = std::min(size_, 1.0), large = std::max(size_, 1.0);
   const double load = small * std::min(large * base, kLargestProbe),
                needed = small * std::min(base, kLargestProbe);
+  shape(load, slope, mean_slope);
   std::size_t cut = 0;
-  for (std::size_t i = 0; i < experts_; ++i) {
-    const double steep = std::max(slope[i], mean_slope / 4);
-    pattern_[i] = (mean_slope > 0 ? std::min(load / steep, rate_ / 2) : 0) *
-                  (std::popcount(i & code_) % 2 == 0 ? 1 : -1);
-    cut += mean_slope > 0 && rate_ / 2 < needed / steep / kMostCut ? 1 : 0;
-  }
-  const double mean = sum_of(pattern_) / n;
-  for (double& part : pattern_) part -= mean;
+  for (std::size_t i = 0; i < experts_; ++i)
+    cut += mean_slope > 0 && rate_ / 2 < needed / steepness(slope[i], mean_slope) / kMostCut ? 1 : 0;
   return 2 * cut <= experts_;
 }
 

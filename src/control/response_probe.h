@@ -79,6 +79,8 @@ class BiasProbe {
   void begin(double size);
   /// Shapes the test moves of a block for these slopes. Returns whether the rate leaves room for one that tells.
   bool start_block(std::span<const double> slope, double mean_slope, double noise_sq);
+  /// Test moves of six hundredths of the mean load, for whoever looks at the router's own scores.
+  void start_marks(std::span<const double> slope, double mean_slope);
   /// Ends a block: adds it to those before if `clear`, else forgets them all. After a small one the next is eight times as
   /// large, at most of size 1. After one whose error is above 0.08, whatever caused it, it is larger by as much: up to four
   /// times that, and at most half of the mean load.
@@ -117,6 +119,7 @@ class BiasProbe {
   void exchange(StateIo& io, NumberRange bias, NumberRange sum);
 
  private:
+  void shape(double load, std::span<const double> slope, double mean_slope);
   GainSums block(std::size_t late, double noise_sq) const;
   double next_sign() const;
 

@@ -187,14 +187,14 @@ TEST(HostileInput, SizesAreCheckedBeforeMemoryIsTaken) {
     return pairs + "]}\n";
   };
   refused(trace(start + pairs_of(8000)),
-          "t.jsonl:1: counts: 32012032 numbers in all sums: must be at most 16777216");
+          "t.jsonl:1: counts: 32004032 numbers in all sums: must be at most 16777216");
   std::string many;
   for (int layer = 0; layer < 40; ++layer) {
     many += R"({"step":0,"layer":)" + std::to_string(layer) + R"(,"tokens":1850,"top_k":1,"counts":)" +
             pairs_of(1850);
   }
   refused(trace(many),
-          "t.jsonl:40: layer: 68564400 numbers in the sums of all layers and tags: must be at most 67108864");
+          "t.jsonl:40: layer: 68488280 numbers in the sums of all layers and tags: must be at most 67108864");
   std::string domains = "{\"d0\":[]";
   for (int d = 1; d < 50000; ++d) domains += ",\"d" + std::to_string(d) + "\":[]";
   refused(trace(start + array_of(65536) + ",\"domain_counts\":" + domains + "}}\n"),

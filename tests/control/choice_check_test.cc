@@ -193,7 +193,7 @@ TEST(FieldCases, A1_ALayerWhoseRouterUsesAnotherBiasIsHeldUntilItIsMended) {
       }
     }
     EXPECT_GT(largest, 0.005);
-    EXPECT_LT(largest, 0.05);
+    EXPECT_LT(largest, 0.07);  // 6 % of the mean load, at the slope that is assumed here
     for (const LayerReport& layer : plant.controller().report().layers) {
       EXPECT_TRUE(layer.actuators[0].reasons.has(Reason::kUnresponsive));
       EXPECT_EQ(layer.responsiveness.state, Response::kUnresponsive);
