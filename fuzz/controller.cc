@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <functional>
 #include <map>
 #include <new>
 #include <optional>
@@ -194,6 +195,30 @@ Batch drawn_batch(Choices& choices, std::size_t n, std::size_t k, const StatsSha
   return batch;
 }
 
+/// A few tokens of one layer that are routed by its bias, by none, by its opposite, or by another layer's.
+void show_choices(Choices& choices, Controller& twin, Controller& subject) {
+  const int layers = twin.config().model.layers;
+  const int layer = static_cast<int>(choices.below(static_cast<std::size_t>(layers)));
+  const int other = static_cast<int>(choices.below(static_cast<std::size_t>(layers)));
+  const double factor = choices.one_of({1.0, 0.0, -1.0});
+  const auto n = static_cast<std::size_t>(twin.shape(layer).experts),
+             k = static_cast<std::size_t>(twin.shape(layer).top_k);
+  const std::span<const double> bias =
+      twin.bias(twin.shape(other).experts == twin.shape(layer).experts ? other : layer);
+  std::vector<float> scores(n), biased(n);
+  std::vector<std::int64_t> order(n);
+  for (std::size_t i = 0; i < n; ++i) {
+    scores[i] = 0.01F * static_cast<float>(choices.byte());
+    biased[i] = scores[i] + static_cast<float>(factor * bias[i]);
+    order[i] = static_cast<std::int64_t>(i);
+  }
+  std::ranges::stable_sort(order, std::greater<>(),
+                           [&](std::int64_t i) { return biased[static_cast<std::size_t>(i)]; });
+  order.resize(k);
+  for (Controller* each : {&twin, &subject})
+    each->check_choices(layer, {.experts = order, .biased_scores = biased, .scores = scores});
+}
+
 /// The values in force of one layer.
 struct Values {
   std::vector<double> bias;
@@ -357,6 +382,7 @@ void controller(Bytes bytes) {
         with_little_memory(1 + disturbance / 4, [&] { subject->record(layer, whole); });
       }
     }
+    if (choices.below(4) == 3) show_choices(choices, twin, *subject);
     switch (disturbance % 8) {
       case 1:
         subject.reload();

@@ -128,8 +128,8 @@ class RoutingStats {
   std::int64_t invalid_records() const { return scalar(kInvalidRecords); }
   /// Of the first invalid record since clear(); empty if this object saw none. Not part of the payload.
   const Offence& offence() const { return offence_; }
-  /// False if a record was invalid, a sum is negative or more than its whole (only corrupted input or an overflow can
-  /// cause that), or a sum of losses, which may have any sign, is beyond ±2^62.
+  /// False if a record was invalid, a sum is negative or more than its whole (corrupted input, an overflow, drops that were
+  /// counted twice), or a sum of losses, which may have any sign, is beyond ±2^62.
   bool valid() const;
 
   // A value is absent unless every counted token contributed to it: partial sums are never returned.

@@ -35,12 +35,9 @@ constexpr bool inflates_too_far(std::int64_t inflated, std::int64_t packed) {
 inline constexpr std::int64_t kMostExperts = 65536;
 inline constexpr std::int64_t kMostLayers = 65536;
 inline constexpr std::int64_t kMostLayersTimesExperts = std::int64_t{1} << 22;
-/// Numbers that the sums of a controller hold, of all its layers: 1 GiB.
+/// Numbers in the sums of all layers of a controller, or of all layers and tags of a log, of which whoever reads it may
+/// keep the sums: 1 GiB.
 inline constexpr std::int64_t kMostNumbers = std::int64_t{1} << 27;
-/// Numbers in the sums of one record of a log, 128 MiB, and of all its layers and tags, 512 MiB: whoever reads on may keep
-/// a sum for each.
-inline constexpr std::int64_t kMostNumbersOfRecord = std::int64_t{1} << 24;
-inline constexpr std::int64_t kMostNumbersOfLog = std::int64_t{1} << 26;
 /// Different names of one kind (alerts, states of health) of a layer that an exporter keeps: each becomes a series that
 /// stays. Further ones are left out.
 inline constexpr std::size_t kMostNames = 64;

@@ -118,20 +118,16 @@ std::span<const double> ActuatorLoop::probe() const {
   return entropy_offset_ != 0 ? std::span(&entropy_offset_, 1) : std::span<const double>();
 }
 
-void ActuatorLoop::watch_load(bool applies, bool miswired, const RoutingStats& stats, const Metrics& metrics,
-                              std::int64_t step, Notices& notices) {
-  if (load_check_->held_for_wiring() && !miswired) {
-    load_check_->release();
-    response_told_ = false;
-  }
+void ActuatorLoop::watch_load(bool applies, WiringSeen seen, const RoutingStats& stats,
+                              const Metrics& metrics, std::int64_t step, Notices& notices) {
+  wiring_.observe(seen);
+  if (load_check_->held_for_wiring() && !wiring_.miswired()) load_check_->release();
   // Without assignments no load is known: a record may hold tokens that chose no expert.
   load_check_->observe(applies && metrics.max_load ? &stats : nullptr, metrics.load_cv.value_or(0),
                        floor_of(metrics).cv.value_or(0), applied_);
   if (!applies) return;
-  if (miswired && !load_check_->held_for_wiring()) {
-    load_check_->hold_for_wiring();
-    response_told_ = true;  // told by the check of the wiring, which knows more
-  }
+  if (wiring_.miswired() && !load_check_->held_for_wiring()) load_check_->hold_for_wiring();
+  if (load_check_->held_for_wiring()) return;  // told by the check of the wiring, which knows more
   const Responsiveness now = load_check_->report();
   const bool silent = now.state == Response::kUnresponsive;
   if (silent == response_told_ || (!silent && now.state != Response::kAnswers)) return;
@@ -362,6 +358,7 @@ void ActuatorLoop::exchange_entropy_check(StateIo& io) {
 void ActuatorLoop::exchange_load_check(StateIo& io) {
   load_check_->exchange(io);
   io.value("response_told", response_told_);
+  wiring_.exchange(io);
 }
 
 void ActuatorLoop::exchange_windows(StateIo& io) {

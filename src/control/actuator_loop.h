@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "control/choice_check.h"
 #include "control/notices.h"
 #include "control/response_check.h"
 #include "control/safety.h"
@@ -54,9 +55,9 @@ class ActuatorLoop {
   bool checks_load() const { return load_check_.has_value(); }
   bool checks_entropy() const { return entropy_check_.has_value(); }
   void start_checks(const ControllerConfig& config);
-  /// Every step. `applies`: whether what is decided comes into force. `miswired`: some rank found that the router does not use
-  /// these biases.
-  void watch_load(bool applies, bool miswired, const RoutingStats& stats, const Metrics& metrics,
+  /// Every step. `applies`: whether what is decided comes into force. `seen`: by all ranks, of whether the router uses these
+  /// biases.
+  void watch_load(bool applies, WiringSeen seen, const RoutingStats& stats, const Metrics& metrics,
                   std::int64_t step, Notices& notices);
   /// Before limit(): what the decision of this step saw. Absent: nothing is known of this step.
   struct EntropySeen {
@@ -124,6 +125,7 @@ class ActuatorLoop {
   std::vector<double> deployed_;
   Limits limits_;
   std::optional<ResponseCheck> load_check_;
+  WiringMemory wiring_;
   bool response_told_ = false;  // that the load does not answer
   std::optional<ScalarResponse> entropy_check_;
   bool entropy_checked_ = false;  // in this step

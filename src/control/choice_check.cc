@@ -129,11 +129,24 @@ std::string ChoiceCheck::observe(const WiringVerdict& verdict, std::int64_t step
   // A layer that uses the bias of another seems to use none while the other's is zero: one fault, two verdicts.
   const bool surely_wrong = verdict.what == Wiring::kNotAdded || verdict.what == Wiring::kWrongSign ||
                             verdict.what == Wiring::kWrongLayer;
-  if (!surely_wrong) surely_wrong_ = 0;
+  seen_ = std::max(seen_, surely_wrong ? WiringSeen::kOther : WiringSeen::kNoOther);
   if (verdict.what == Wiring::kGood || step == last_step_) return "";
-  surely_wrong_ += surely_wrong;
   last_step_ = step;
-  return ++steps_ == kSteps ? words(verdict) : "";
+  return ++steps_ == kWiringSteps ? words(verdict) : "";
+}
+
+void WiringMemory::observe(WiringSeen seen) {
+  quiet_ = seen == WiringSeen::kNothing ? quiet_ + 1 : 0;
+  if (seen == WiringSeen::kOther) {
+    steps_ = std::min<std::int64_t>(steps_ + 1, kWiringSteps);
+  } else if (seen == WiringSeen::kNoOther || quiet_ > kRemembered) {
+    steps_ = quiet_ = 0;
+  }
+}
+
+void WiringMemory::exchange(StateIo& io) {
+  io.value("wiring.steps", steps_, {0, kWiringSteps});
+  io.value("wiring.quiet", quiet_, {0, kRemembered});
 }
 
 }  // namespace moectl

@@ -151,7 +151,7 @@ void Controller::Loop::watch() {
       layer->monitor->observe_nothing();
     }
     if (layer->biases().checks_load()) {
-      layer->biases().watch_load(applies(*layer), layer->miswired, layer->stats, layer->metrics, steps_,
+      layer->biases().watch_load(applies(*layer), layer->wiring, layer->stats, layer->metrics, steps_,
                                  notices_);
     }
   }

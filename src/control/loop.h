@@ -121,7 +121,7 @@ class Controller::Loop {  // NOLINT(clang-analyzer-optin.performance.Padding)
     Metrics metrics;
     std::optional<LayerMonitor> monitor;
     std::optional<LayerGuard> guard;
-    bool miswired = false;  // some rank found that the router does not use this layer's bias
+    WiringSeen wiring = WiringSeen::kNothing;                       // in this step, by all ranks
     std::array<std::optional<ActuatorLoop>, kActuatorCount> loops;  // those of `scope: layer`
     std::array<InputWatch, kActuatorCount> inputs;
     std::array<StatsNeeds, kActuatorCount> missing;

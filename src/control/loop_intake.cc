@@ -112,7 +112,10 @@ void Controller::Loop::use_previous_sums(const StepInfo& info) {
   if (std::exchange(arrived_, false)) {
     unpack(payload_);
   } else {
-    for (const auto& layer : layers_) layer->stats.clear();
+    for (const auto& layer : layers_) {
+      layer->stats.clear();
+      layer->wiring = WiringSeen::kNothing;
+    }
     info_ = StepInfo{};
   }
   clear_intake();
@@ -127,7 +130,7 @@ void Controller::Loop::check_ranks() {
 void Controller::Loop::pack(Payload& payload, const StepInfo& info) const {
   for (std::size_t l = 0; l < layers_.size(); ++l) {
     payload.put(l, layers_[l]->intake.flat());
-    payload.put_miswired(l, layers_[l]->choices.miswired(steps_));
+    payload.put_wiring(l, layers_[l]->choices.seen());
   }
   bool failed = false;
   for (const auto& layer : layers_) {
@@ -145,7 +148,7 @@ void Controller::Loop::unpack(Payload& payload) {
     if (!payload.in_range(l)) {  // a sum may have wrapped around, and back into its range
       stats.set_scalar(RoutingStats::kInvalidRecords, std::max<std::int64_t>(1, stats.invalid_records()));
     }
-    layers_[l]->miswired = payload.miswired(l);
+    layers_[l]->wiring = payload.wiring(l);
   }
   say_who_holds(payload);
   info_ = payload.info(mixture_);
@@ -190,6 +193,7 @@ void Controller::Loop::clear_intake() {
     layer->seen.clear();
     layer->fingerprints.clear();
     layer->repeats.end_step();
+    layer->choices.end_step();
   }
 }
 
@@ -197,7 +201,7 @@ void Controller::Loop::use_local_sums(const StepInfo& info) {
   say_offences();
   for (const auto& layer : layers_) {
     std::swap(layer->stats, layer->intake);
-    layer->miswired = layer->choices.miswired(steps_);
+    layer->wiring = layer->choices.seen();
   }
   clear_intake();
   info_ = usable(info);

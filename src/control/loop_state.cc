@@ -272,6 +272,7 @@ void Controller::Loop::exchange_recorded(StateIo& io, Layer& layer) {
   if (!layer.past_biases.empty()) io.values("past_biases", layer.past_biases);
   exchange_sums(io, "recorded", layer.intake);
   exchange_ids(io, layer.seen, layer.fingerprints);
+  layer.choices.exchange_seen(io);
 }
 
 // Of the whole model.

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "base/foreign.h"
+#include "control/choice_check.h"
 #include "moectl/controller.h"
 #include "moectl/policy.h"
 #include "moectl/state.h"
@@ -44,7 +45,7 @@ void check_same_everywhere(const Reduction& reduction, std::span<const std::stri
 
 class Payload {
  public:
-  /// One array of sums a layer, of these sizes; then the magnitude of each; then whether its wiring is wrong; then the
+  /// One array of sums a layer, of these sizes; then the magnitude of each; then what was seen of its wiring; then the
   /// words of StepInfo.
   Payload(std::span<const std::size_t> sizes, std::size_t domains);
 
@@ -55,10 +56,19 @@ class Payload {
   void put(std::size_t i, std::span<const std::int64_t> sums);
   /// Whether the sum over ranks of layer i is surely in range: none of its sums can have wrapped around.
   bool in_range(std::size_t i) const;
-  /// Writes whether this rank found that the router of layer i does not use its bias.
-  void put_miswired(std::size_t i, bool miswired) { sums_[begins_.back() + layers() + i] = miswired ? 1 : 0; }
-  /// Whether some rank found that.
-  bool miswired(std::size_t i) const { return sums_[begins_.back() + layers() + i] > 0; }
+  /// Writes what this rank saw of the wiring of layer i.
+  void put_wiring(std::size_t i, WiringSeen seen) {
+    sums_[begins_.back() + layers() + i] = seen == WiringSeen::kOther     ? 1
+                                           : seen == WiringSeen::kNoOther ? kNoOtherSeen
+                                                                          : 0;
+  }
+  /// What all ranks saw.
+  WiringSeen wiring(std::size_t i) const {
+    const std::int64_t sum = sums_[begins_.back() + layers() + i];
+    return sum % kNoOtherSeen != 0 ? WiringSeen::kOther
+           : sum != 0              ? WiringSeen::kNoOther
+                                   : WiringSeen::kNothing;
+  }
   /// Writes this rank's part of everything else. `failed`: a policy of this rank threw in its last decision. `held`: by
   /// the host.
   void put(const StepInfo& info, std::uint64_t actuation, bool failed, bool held);
@@ -98,6 +108,7 @@ class Payload {
     kHeld,
     kWordCount
   };
+  static constexpr std::int64_t kNoOtherSeen = std::int64_t{1} << 32;  // more than ranks
   std::int64_t& word(Word which) { return sums_[sums_.size() - domains_ - kWordCount + which]; }
   std::int64_t word(Word which) const { return sums_[sums_.size() - domains_ - kWordCount + which]; }
 

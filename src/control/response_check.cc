@@ -215,8 +215,7 @@ void ResponseCheck::compare() {
 
 void ResponseCheck::judge() {
   if (probes()) {
-    if (!probe_.all_made()) return;
-    if (for_wiring_) return start_marks();
+    if (!probe_.all_made() || for_wiring_) return;
     // An answer in time is looked for first, then one that is late.
     const std::int64_t in_time = static_cast<std::int64_t>(delay_) + 1;
     const std::int64_t waited = probe_.wait();
@@ -345,11 +344,17 @@ void ResponseCheck::give_up() {
   set_reference(/*answered=*/false);
 }
 
-void ResponseCheck::restart() {
+void ResponseCheck::forget_steps() {
   filled_ = nap_ = compared_ = 0;
   resting_ = referenced_ = false;
   error_over_floor_ = 0;
-  if (held_) {
+}
+
+void ResponseCheck::restart() {
+  forget_steps();
+  if (for_wiring_) {
+    start_marks();
+  } else if (held_) {
     probe_.pause();
   } else {
     state_ = Response::kUnknown;
@@ -364,14 +369,15 @@ void ResponseCheck::hold_for_wiring() {
   late_ = 0;
   held_ = for_wiring_ = true;
   restart();
-  start_marks();
 }
 
 void ResponseCheck::release() {
   held_ = for_wiring_ = false;
+  state_ = Response::kUnknown;
+  found_.reset();
   probe_.stop();
   quiet_ = 0;
-  restart();
+  forget_steps();
 }
 
 void ResponseCheck::adjust(std::span<double> wanted, LimitReport& why) const {
@@ -397,8 +403,12 @@ void ResponseCheck::on_applied(const LimitReport& why) {
     leave_probe();
     restart();
   } else if (!why.held() || why.has(Reason::kDeadband)) {
-    if (!probe_.advance()) return;
-    if (for_wiring_) return start_marks();
+    const bool paused_till_now = probe_.advance();
+    if (for_wiring_) {
+      if (probe_.last_made()) start_marks();
+      return;
+    }
+    if (!paused_till_now) return;
     probe_.begin(first_size());
     start_block();
   }

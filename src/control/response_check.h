@@ -57,9 +57,9 @@ class ResponseCheck {
   /// Forgets what it knows, because the biases moved for another reason (the guard, a rollback, a frozen layer).
   void restart();
   /// Holds the biases where the load last answered, or where they began, until release(): the router was seen to use
-  /// others. What ends it is the sight of its own, which takes a bias just large enough to be seen. So the test moves go on,
-  /// small and without a pause, and no answer of the load is looked for: a router that uses them in another layer, or turned
-  /// round, is disturbed as little as can be.
+  /// others. What ends it is the sight of its own. So the test moves are small ones, which are looked for in the router's
+  /// scores, without a pause; no answer of the load is. A router that uses them in another layer, or turned round, is
+  /// disturbed little.
   void hold_for_wiring();
   bool held_for_wiring() const { return for_wiring_; }
   void release();
@@ -110,6 +110,7 @@ class ResponseCheck {
   void start_probe();
   void start_block();
   void start_marks();
+  void forget_steps();
   static bool sharp(const GainEstimate& found);
   bool finds_answer(std::size_t lags);
   void finish_block();

@@ -103,6 +103,8 @@ class BiasProbe {
   /// A decision was made: the next test move is in force. Returns whether a pause has ended.
   bool advance();
   bool paused() const { return decision_ < 0; }
+  bool last_made() const { return decision_ >= static_cast<std::int64_t>(kProbeSigns.size()); }
+  /// And the decision after the last one, which takes it back.
   bool all_made() const { return decision_ > static_cast<std::int64_t>(kProbeSigns.size()); }
   void stop() { decision_ = 0; }
   /// Counts the steps after the last test move, and the blocks.

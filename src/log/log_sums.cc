@@ -329,10 +329,9 @@ RoutingStats read_stats(const LineReader& line, const LogGroup& header,
     for (const auto member : (*by_domain)->members())
       line.check_array(field + std::string(member.key), member.value, counts.size());
   }
-  if (const std::size_t numbers = shape.flat_size();
-      numbers > static_cast<std::size_t>(kMostNumbersOfRecord)) {
+  if (const std::size_t numbers = shape.flat_size(); numbers > static_cast<std::size_t>(kMostNumbers)) {
     line.fail(name, std::to_string(numbers) + " numbers in all sums",
-              "must be at most " + std::to_string(kMostNumbersOfRecord));
+              "must be at most " + std::to_string(kMostNumbers));
   }
   RoutingStats stats(shape);
   read_counts(line, counts, are_shares || are_loads(counts), given_tokens, defaults, assumptions, stats);
@@ -377,7 +376,10 @@ RoutingStats read_stats(const LineReader& line, const LogGroup& header,
     read_domains(line, by_name, stats);
     if (domain_losses) read_domain_losses(line, *domain_losses, by_name, stats);
   }
-  if (const Offence offence = first_offence(stats); !offence.empty()) line.refuse(offence.words());
+  if (const Offence offence = first_offence(stats); !offence.empty()) {
+    const char* const assumed = given_tokens ? "" : "; `tokens` is missing, and was assumed";
+    line.refuse(std::string(offence.words()) + assumed);
+  }
   return stats;
 }
 

@@ -101,7 +101,7 @@ std::optional<LogRecord> WholeRecords::next() {
 }
 
 void WholeRecords::end_step() {
-  constexpr std::int64_t kMostHeld = std::int64_t{1} << 24;  // numbers: 128 MB
+  constexpr std::int64_t kMostHeld = std::int64_t{1} << 26;  // numbers: 512 MiB
   Step& step = held_.emplace_back();
   const std::int64_t number = parts_.front().step;
   for (LogRecord& part : parts_) {

@@ -42,16 +42,17 @@ class Seen {
                       std::to_string(kMostLayersTimesExperts));
       }
     }
-    // A later record may have more arrays than the first.
-    const auto numbers = static_cast<std::int64_t>(stats.flat().size());
-    numbers_ += std::max<std::int64_t>(numbers - steps.numbers, 0);
-    steps.numbers = std::max(steps.numbers, numbers);
-    if (numbers_ > kMostNumbersOfLog) {
-      here.fail("layer", std::to_string(numbers_) + " numbers in the sums of all layers and tags",
-                "must be at most " + std::to_string(kMostNumbersOfLog));
-    }
     same("counts", stats.experts(), steps.experts, " values");
     same("top_k", stats.top_k(), steps.top_k, "");
+    // A later record may have more arrays than the first.
+    const auto more =
+        std::max<std::int64_t>(static_cast<std::int64_t>(stats.flat().size()) - steps.numbers, 0);
+    if (more > kMostNumbers - numbers_) {
+      here.fail("layer", std::to_string(numbers_ + more) + " numbers in the sums of all layers and tags",
+                "must be at most " + std::to_string(kMostNumbers));
+    }
+    numbers_ += more;
+    steps.numbers += more;
   }
   bool add(const LogRecord& record) {
     Steps& steps = steps_[{record.layer, record.tag}];

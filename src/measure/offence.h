@@ -34,7 +34,7 @@ Offence first_offence(const StatsShape& shape, const RoutingBatch& batch);
 Offence first_offence(const StatsShape& shape, const TokenLosses& batch);
 /// Whether tokens can have such sums, none of which is negative: no part is more than its whole, as the tokens with a
 /// domain than all tokens, and the near gaps of an expert than its assignments. Sums by expert that the host forms itself
-/// (losses, norms, latencies) and sums of squares are not compared.
+/// (losses, norms, latencies) and sums over sequences are not compared.
 bool fit_together(const RoutingStats& sums);
 /// Why sums are not valid(); empty if invalid records are the only reason.
 Offence first_offence(const RoutingStats& sums);

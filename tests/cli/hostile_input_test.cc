@@ -186,15 +186,16 @@ TEST(HostileInput, SizesAreCheckedBeforeMemoryIsTaken) {
     for (int i = 1; i < experts; ++i) pairs += ",[]";
     return pairs + "]}\n";
   };
-  refused(trace(start + pairs_of(8000)),
-          "t.jsonl:1: counts: 32004032 numbers in all sums: must be at most 16777216");
+  refused(trace(start + pairs_of(17000)),
+          "t.jsonl:1: counts: 144525532 numbers in all sums: must be at most 134217728");
   std::string many;
-  for (int layer = 0; layer < 40; ++layer) {
+  for (int layer = 0; layer < 79; ++layer) {
     many += R"({"step":0,"layer":)" + std::to_string(layer) + R"(,"tokens":1850,"top_k":1,"counts":)" +
             pairs_of(1850);
   }
-  refused(trace(many),
-          "t.jsonl:40: layer: 68488280 numbers in the sums of all layers and tags: must be at most 67108864");
+  refused(
+      trace(many),
+      "t.jsonl:79: layer: 135264353 numbers in the sums of all layers and tags: must be at most 134217728");
   std::string domains = "{\"d0\":[]";
   for (int d = 1; d < 50000; ++d) domains += ",\"d" + std::to_string(d) + "\":[]";
   refused(trace(start + array_of(65536) + ",\"domain_counts\":" + domains + "}}\n"),
@@ -359,7 +360,7 @@ TEST(HostileInput, NoPartOfARecordIsMoreThanItsWhole) {
         std::pair{R"("gap_sum":1,"gap_width_sum":1,"gap_near":[5,4,0,0])",
                   "gap_near: the sum: must be at most gap_tokens (8)"},
         std::pair{R"("prob_sum":[4,2,1,1],"sqrt_prob_sum":[4,2,1,1],"token_entropy_sum":900)",
-                  "token_entropy_sum: must be at most ln(experts) for each token (11)"},
+                  "token_entropy_sum: must be at most ln(experts) for each token (12)"},
         std::pair{R"("pairs":[[1,4,4,3],[2,4,3],[3,3],[]])",
                   "pairs: the sum: must be at most pair_tokens * top_k (top_k - 1)/2 (8)"}}) {
     dir.write("t.jsonl",

@@ -205,6 +205,24 @@ TEST(FieldCases, A1_ALayerWhoseRouterUsesAnotherBiasIsHeldUntilItIsMended) {
   }
 }
 
+// A run that is resumed from a state in the middle of such a hold does what the run that went on does.
+TEST(ChoiceCheck, AHoldGoesOnAfterLoading) {
+  Plant plant;
+  plant.run(4, [](int) { return std::vector<double>(kExperts); });
+  Controller other(Plant::config());
+  other.load(plant.controller().save());
+  const std::vector<std::int64_t> chosen = {0, 1, 0, 2, 0, 3};
+  for (int step = 0; step < 30; ++step) {
+    for (Controller* each : {&plant.controller(), &other}) {
+      for (int l = 0; l < 2; ++l) each->record(l, {.experts = chosen});
+      each->step();
+      const bool held = each->report().layers[0].actuators[0].reasons.has(Reason::kUnresponsive);
+      EXPECT_EQ(held, step < 24) << step;
+    }
+    ASSERT_EQ(other.save(), plant.controller().save()) << step;
+  }
+}
+
 // The samples stop to come, as where the router no longer records its scores.
 TEST(ChoiceCheck, AFaultThatIsNotHeardOfAgainHoldsNothing) {
   Plant plant;

@@ -155,7 +155,7 @@ TEST(HostileNumbers, NoPartIsMoreThanItsWhole) {
   scalar(S::kChoicesSq, 33, "choices_sq: must be at most the assignments * top_k (32)");
   scalar(S::kDropped, 17, "dropped: must be at most the assignments (16)");
   scalar(S::kTokenEntropySum, std::int64_t{13} << 24,
-         "token_entropy_sum: must be at most ln(experts) for each token (11)");
+         "token_entropy_sum: must be at most ln(experts) for each token (12)");
   const auto element = [&](S::Array which, std::size_t at, std::int64_t value, const std::string& words) {
     refused([=](S& stats) { stats.mutable_array(which)[at] = value; }, words);
   };
