@@ -187,7 +187,7 @@ TEST(HostileInput, SizesAreCheckedBeforeMemoryIsTaken) {
     return pairs + "]}\n";
   };
   refused(trace(start + pairs_of(17000)),
-          "t.jsonl:1: counts: 144525532 numbers in all sums: must be at most 134217728");
+          "t.jsonl:1: counts: 144508532 numbers in all sums: must be at most 134217728");
   std::string many;
   for (int layer = 0; layer < 79; ++layer) {
     many += R"({"step":0,"layer":)" + std::to_string(layer) + R"(,"tokens":1850,"top_k":1,"counts":)" +
