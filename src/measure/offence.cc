@@ -155,7 +155,8 @@ Excess first_excess(const RoutingStats& sums) {
   const std::int64_t tokens = sums.tokens(), k = sums.top_k(), assignments = sums.assignments();
   for (const S::Scalar part : {S::kGapTokens, S::kSequenceTokens, S::kBeyondSplit, S::kProbTokens,
                                S::kDropTokens, S::kDomainTokens, S::kMarginTokens, S::kPairTokens}) {
-    if (sums.scalar(part) > tokens) return {kScalarNames[part], -1, "tokens", tokens};
+    if (sums.scalar(part) > tokens)
+      return {kScalarNames[static_cast<std::size_t>(part)], -1, "tokens", tokens};
   }
   if (sums.choices_sq() > product_or_most(assignments, k))
     return {"choices_sq", -1, "the assignments * top_k", product_or_most(assignments, k)};
