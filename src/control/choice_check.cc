@@ -136,10 +136,10 @@ std::string ChoiceCheck::observe(const WiringVerdict& verdict, std::int64_t step
 }
 
 void WiringMemory::observe(WiringSeen seen) {
-  quiet_ = seen == WiringSeen::kNothing ? quiet_ + 1 : 0;
   if (seen == WiringSeen::kOther) {
     steps_ = std::min<std::int64_t>(steps_ + 1, kWiringSteps);
-  } else if (seen == WiringSeen::kNoOther || quiet_ > kRemembered) {
+    quiet_ = 0;
+  } else if (seen == WiringSeen::kNoOther || steps_ == 0 || ++quiet_ > kRemembered) {
     steps_ = quiet_ = 0;
   }
 }

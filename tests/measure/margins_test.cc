@@ -188,11 +188,13 @@ TEST(RequiredBins, ArePackedExactlyUpToTheirBound) {
   stats.set_scalar(RoutingStats::kTokens, kMostRequiredTokens);
   stats.set_scalar(RoutingStats::kMarginTokens, kMostRequiredTokens);
   const auto words = stats.mutable_array(RoutingStats::kRequiredBins);
-  words[0] = kMostRequiredTokens | (kMostRequiredTokens << 32);
+  words[0] = kMostRequiredTokens;  // all tokens of expert 0 in its first bin, all of expert 1 in its second
+  words[kRequiredWords] = kMostRequiredTokens << 32;
   EXPECT_TRUE(stats.valid());
   EXPECT_TRUE(stats.has_required_bins());
   EXPECT_EQ(required(stats, 0, 0), kMostRequiredTokens);
-  EXPECT_EQ(required(stats, 0, 1), kMostRequiredTokens);
+  EXPECT_EQ(required(stats, 1, 0), 0);
+  EXPECT_EQ(required(stats, 1, 1), kMostRequiredTokens);
   stats.set_scalar(RoutingStats::kTokens, kMostRequiredTokens + 1);
   stats.set_scalar(RoutingStats::kMarginTokens, kMostRequiredTokens + 1);
   EXPECT_FALSE(stats.has_required_bins());
