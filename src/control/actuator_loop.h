@@ -59,6 +59,7 @@ class ActuatorLoop {
   /// biases.
   void watch_load(bool applies, WiringSeen seen, const RoutingStats& stats, const Metrics& metrics,
                   std::int64_t step, Notices& notices);
+  const WiringMemory& wiring() const { return wiring_; }
   /// Before limit(): what the decision of this step saw. Absent: nothing is known of this step.
   struct EntropySeen {
     double entropy, largest;  // nats; the mean over layers, and of ln N

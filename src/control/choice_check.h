@@ -63,6 +63,10 @@ class WiringMemory {
   /// Whether the router surely uses another bias than its layer's: so it was in three steps, and none said since that it
   /// does not.
   bool miswired() const { return steps_ >= kWiringSteps; }
+  /// That a router uses no other bias tells something only after it was seen to use one.
+  WiringSeen news(WiringSeen seen) const {
+    return seen == WiringSeen::kNoOther && steps_ == 0 ? WiringSeen::kNothing : seen;
+  }
   void exchange(StateIo& io);
 
  private:

@@ -130,7 +130,7 @@ void Controller::Loop::check_ranks() {
 void Controller::Loop::pack(Payload& payload, const StepInfo& info) const {
   for (std::size_t l = 0; l < layers_.size(); ++l) {
     payload.put(l, layers_[l]->intake.flat());
-    payload.put_wiring(l, layers_[l]->choices.seen());
+    payload.put_wiring(l, layers_[l]->biases().wiring().news(layers_[l]->choices.seen()));
   }
   bool failed = false;
   for (const auto& layer : layers_) {

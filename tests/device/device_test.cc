@@ -16,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "altered_state.h"
 #include "autocast.h"
 #include "moectl/torch/evaluation.h"
 #include "moectl/torch/observations.h"
@@ -93,8 +94,9 @@ TEST(OnDevice, SumsAreThoseOfTheHost) {
 TEST(OnDevice, AWholeRunWithSavingAndLoadingEndsInTheStateOfTheHost) {
   for (const int lag : {0, 1}) {
     const std::string host = state_after(40, lag, {}, -1);
-    EXPECT_TRUE(state_after(40, lag, on_device(), -1) == host) << "lag " << lag;
-    EXPECT_TRUE(state_after(40, lag, on_device(), 17) == host) << "lag " << lag << ", saved and loaded";
+    EXPECT_EQ(testing::first_difference(state_after(40, lag, on_device(), -1), host), "") << "lag " << lag;
+    EXPECT_EQ(testing::first_difference(state_after(40, lag, on_device(), 17), host), "")
+        << "lag " << lag << ", saved and loaded";
   }
 }
 
@@ -112,7 +114,7 @@ TEST(OnDevice, AStateMovesBetweenHostAndDevice) {
     step(host, seed, ::torch::kCPU);
     step(device, seed, the_device());
   }
-  EXPECT_TRUE(device.save() == host.save());
+  EXPECT_EQ(testing::first_difference(device.save(), host.save()), "");
 }
 
 TEST(OnDevice, ARouterRoutesAndIsRecordedUnderAutocastAsWithoutIt) {
