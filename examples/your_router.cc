@@ -48,6 +48,7 @@ struct Pass {
 struct Routed {
   Tensor experts, gates;         // [T, k]
   Tensor scores, biased_scores;  // [T, N]
+  Tensor shares;                 // [T, N] of the scores, with their gradient
   Tensor top_values;             // [T, k+1]
 };
 
@@ -74,6 +75,7 @@ struct RouterImpl : torch::nn::Module {
       out.top_values = std::get<0>(best);
       out.experts = replayed.defined() ? replayed : std::get<1>(best).narrow(1, 0, kTopK).contiguous();
     }
+    out.shares = scores / scores.sum(-1, true);
     const Tensor chosen = scores.gather(1, out.experts);  // gates are of the scores without the bias
     out.gates = chosen / (chosen.sum(-1, true) + 1e-9);
     return out;
@@ -82,6 +84,14 @@ struct RouterImpl : torch::nn::Module {
   Tensor weight, bias;
 };
 TORCH_MODULE(Router);
+
+/// N Σ f_i P_i over the real tokens, f_i the share of the choices and P_i that of the scores: 1 where both are even.
+Tensor balance_loss(const Routed& routed, const Tensor& mask) {
+  const Tensor real = mask.reshape({-1}).to(torch::kFloat), tokens = real.sum();
+  const Tensor choices =
+      torch::zeros({kExperts}).scatter_add(0, routed.experts.reshape({-1}), real.repeat_interleave(kTopK));
+  return kExperts * (choices / (kTopK * tokens)).dot(real.matmul(routed.shares) / tokens);
+}
 
 /// Routed experts in bfloat16 beside one that all tokens share.
 struct MoeImpl : torch::nn::Module {
@@ -100,6 +110,7 @@ struct MoeImpl : torch::nn::Module {
     const Tensor tokens = x.reshape({-1, kWidth});
     const Routed routed = route(tokens, pass);
     const std::vector<std::int64_t> shape = {x.size(0), x.size(1), kTopK};
+    balance = balance_loss(routed, pass.mask);
 
     // moectl: what the router did, in any micro-batch. The mask keeps padding out of the counts. The number of the
     // micro-batch makes a recomputed forward pass count once.
@@ -144,6 +155,7 @@ struct MoeImpl : torch::nn::Module {
   int layer;
   Router router{nullptr};
   Tensor in, out;
+  Tensor balance;  // of the last pass
   torch::nn::Linear shared_in{nullptr}, shared_out{nullptr};
   std::map<std::int64_t, Tensor> rollout;  // the mistake "replayed-routes": routes of an earlier pass
 };
@@ -161,7 +173,7 @@ struct ModelImpl : torch::nn::Module {
     head = register_module("head", torch::nn::Linear(kWidth, kVocabulary));
   }
 
-  /// Mean loss of the real tokens.
+  /// Mean loss of the real tokens; in training with the auxiliary losses.
   Tensor forward(const Batch& batch, const Pass& pass) {
     Tensor x = embedding(batch.tokens);
     x = x + 0.5 * torch::cat({torch::zeros_like(x.narrow(1, 0, 1)), x.narrow(1, 0, kLength - 1)}, 1);
@@ -169,7 +181,11 @@ struct ModelImpl : torch::nn::Module {
     const Tensor losses = torch::nn::functional::cross_entropy(
         head(x).view({-1, kVocabulary}), batch.next.reshape(-1),
         torch::nn::functional::CrossEntropyFuncOptions().reduction(torch::kNone));
-    return losses.masked_select(batch.mask.reshape(-1)).mean();
+    Tensor loss = losses.masked_select(batch.mask.reshape(-1)).mean();
+    // moectl: the weight that the controller holds.
+    for (int l = 0; pass.meter == nullptr && l < kLayers; ++l)
+      loss = loss + pass.controller->aux_loss_weight(l) * layers[static_cast<std::size_t>(l)]->balance;
+    return loss;
   }
 
   torch::nn::Embedding embedding{nullptr};

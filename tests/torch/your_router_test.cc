@@ -5,12 +5,16 @@
 #include <unistd.h>
 
 #include <array>
+#include <cmath>
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <regex>
 #include <string>
+
+#include "moectl/run_log.h"
+#include "temp_dir.h"
 
 namespace {
 
@@ -110,6 +114,42 @@ TEST(YourRouter, FromShadowToActiveNothingIsNoticed) {
   const std::string output = output_with("shadow-then-active", 140);
   EXPECT_EQ(noticed_at(output), -1) << output;
   expect_balance(output);
+}
+
+// pi on the weight of the auxiliary loss, while the model learns: at its target after sixty decisions.
+TEST(YourRouter, PiIsAtItsTargetWhileTheModelLearns) {
+  constexpr double kTarget = 0.25;
+  const moectl::TempDir dir;
+  dir.write("pi.yaml", R"(
+version: 1
+model: {layers: 3, experts: 16, top_k: 2}
+aux_loss_weight:
+  policy: pi
+  options: {metric: excess_cv, target: 0.25}
+  initial: 0.01
+  scope: model
+  limits: {max: 1, rate: 0.2, cadence: 5}
+)");
+  const Outcome outcome =
+      run("--steps 450 --policy " + dir.path("pi.yaml") + " --log " + dir.path("run.jsonl"));
+  ASSERT_EQ(outcome.code, 0) << outcome.output;
+  double squares = 0, first = 0;
+  int records = 0, first_records = 0;
+  moectl::LogReader log(dir.path("run.jsonl"));
+  while (const auto record = log.next()) {
+    if (record->tag != "train" || record->layer < 0) continue;
+    const double cv = record->metrics.at("load_cv"), floor = record->metrics.at("sampling_floor_cv");
+    if (record->step < 25) {
+      first += cv * cv - floor * floor;
+      ++first_records;
+    }
+    if (record->step < 300) continue;
+    squares += cv * cv - floor * floor;
+    ++records;
+  }
+  ASSERT_EQ(records, 450);  // 150 steps of three layers
+  EXPECT_NEAR(std::sqrt(squares / records), kTarget, 0.1 * kTarget);
+  EXPECT_GT(std::sqrt(first / first_records), 1.5 * kTarget);  // it was not there by itself
 }
 
 TEST(YourRouter, UnknownOptionsAreRefused) {
