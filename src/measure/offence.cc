@@ -6,6 +6,8 @@
 #include <cstdio>
 #include <limits>
 
+#include "measure/stats_checks.h"
+
 namespace moectl {
 namespace {
 
@@ -127,27 +129,21 @@ std::int64_t product_or_most(std::int64_t a, std::int64_t b) {
   return __builtin_mul_overflow(a, b, &product) ? std::numeric_limits<std::int64_t>::max() : product;
 }
 
-// Whether numbers of at least 0 sum to at most `most`.
-bool sum_to_at_most(std::span<const std::int64_t> values, std::int64_t most) {
-  for (const std::int64_t value : values) {
-    if ((most -= value) < 0) return false;
-  }
-  return true;
+// Whether two counts a word, of fewer than 2^26 words, sum to more than `most`.
+bool halves_exceed(std::span<const std::int64_t> words, std::int64_t most) {
+  std::int64_t sum = 0;
+  for (const std::int64_t word : words) sum += (word & 0xffffffff) + (word >> 32);
+  return sum > most;
 }
 
-bool halves_sum_to_at_most(std::span<const std::int64_t> words, std::int64_t most) {
-  for (const std::int64_t word : words) {
-    if ((most -= (word & 0xffffffff) + (word >> 32)) < 0) return false;
+// The first expert whose `width` numbers of `array` sum to more than `most`; -1 if there is none.
+template <class Exceeds>
+std::int64_t first_above(std::span<const std::int64_t> array, std::size_t width, std::int64_t most,
+                         const Exceeds& exceeds) {
+  for (std::size_t from = 0; from < array.size(); from += width) {
+    if (exceeds(array.subspan(from, width), most)) return static_cast<std::int64_t>(from / width);
   }
-  return true;
-}
-
-// The first expert whose part of `array`, `width` numbers, sums to more than `most`; as many as there are if none does.
-template <class Fits>
-std::int64_t first_expert(std::span<const std::int64_t> array, std::size_t width, const Fits& fits) {
-  std::size_t expert = 0;
-  while (expert * width < array.size() && fits(array.subspan(expert * width, width))) ++expert;
-  return expert * width < array.size() ? static_cast<std::int64_t>(expert) : -1;
+  return -1;
 }
 
 Excess first_excess(const RoutingStats& sums) {
@@ -162,37 +158,34 @@ Excess first_excess(const RoutingStats& sums) {
     return {"choices_sq", -1, "the assignments * top_k", product_or_most(assignments, k)};
   if (sums.scalar(S::kDropped) > assignments) return {"dropped", -1, "the assignments", assignments};
   // A token's distribution has at most the entropy of N equal shares, and what rounding adds, in half precision 0.4 %.
-  const double most_entropy =
-      1 + 1.01 * std::log(sums.experts()) * static_cast<double>(sums.scalar(S::kProbTokens));
-  if (from_fixed(sums.scalar(S::kTokenEntropySum)) > most_entropy)
-    return {"token_entropy_sum", -1, "ln(experts) for each token", std::llrint(most_entropy)};
-
+  if (const std::int64_t of_tokens = sums.scalar(S::kProbTokens); of_tokens > 0) {
+    const double largest = 1 + 1.01 * std::log(sums.experts()) * static_cast<double>(of_tokens);
+    if (from_fixed(sums.scalar(S::kTokenEntropySum)) > largest)
+      return {"token_entropy_sum", -1, "ln(experts) for each token", std::llrint(largest)};
+  }
   const std::span<const std::int64_t> counts = sums.counts(), near = sums.array(S::kGapNear);
-  for (std::size_t i = 0; i < near.size(); ++i) {
+  std::int64_t signs = 0;  // of differences of numbers of at least 0
+  for (std::size_t i = 0; i < near.size(); ++i) signs |= counts[i] - near[i];
+  for (std::size_t i = 0; signs < 0 && i < near.size(); ++i) {
     if (near[i] > counts[i]) return {"gap_near", static_cast<std::int64_t>(i), "the count", counts[i]};
   }
-  if (!sum_to_at_most(near, sums.scalar(S::kGapTokens)))
+  if (sum_exceeds(near, sums.scalar(S::kGapTokens)))
     return {"gap_near: the sum", -1, "gap_tokens", sums.scalar(S::kGapTokens)};
   const std::span<const std::int64_t> domains = sums.array(S::kDomainCounts);
-  for (std::size_t i = 0; i < counts.size(); ++i) {
+  for (std::size_t i = 0; i < counts.size() && !domains.empty(); ++i) {
     std::int64_t left = counts[i];
     for (std::size_t at = i; at < domains.size() && left >= 0; at += counts.size()) left -= domains[at];
     if (left < 0)
       return {"domain_counts: the sum over domains", static_cast<std::int64_t>(i), "the count", counts[i]};
   }
-  const auto within = [tokens](auto fits) {
-    return [tokens, fits](std::span<const std::int64_t> of_expert) { return fits(of_expert, tokens); };
-  };
-  if (const auto i = first_expert(sums.array(S::kMargins), kMarginBins, within(sum_to_at_most)); i >= 0)
+  if (const auto i = first_above(sums.array(S::kMargins), kMarginBins, tokens, sum_exceeds); i >= 0)
     return {"margins: the sum", i, "tokens", tokens};
-  if (!sum_to_at_most(sums.array(S::kPairs), product_or_most(sums.scalar(S::kPairTokens), k * (k - 1) / 2)))
-    return {"pairs: the sum", -1, "pair_tokens * top_k (top_k - 1)/2",
-            product_or_most(sums.scalar(S::kPairTokens), k * (k - 1) / 2)};
+  const std::int64_t most_pairs = product_or_most(sums.scalar(S::kPairTokens), k * (k - 1) / 2);
+  if (sum_exceeds(sums.array(S::kPairs), most_pairs))
+    return {"pairs: the sum", -1, "pair_tokens * top_k (top_k - 1)/2", most_pairs};
   // Of more tokens the two counts of a word may run into each other, and nobody reads them.
   if (tokens > kMostRequiredTokens) return {};
-  if (const auto i =
-          first_expert(sums.array(S::kRequiredBins), kRequiredWords, within(halves_sum_to_at_most));
-      i >= 0)
+  if (const auto i = first_above(sums.array(S::kRequiredBins), kRequiredWords, tokens, halves_exceed); i >= 0)
     return {"required_bins: the sum", i, "tokens", tokens};
   return {};
 }

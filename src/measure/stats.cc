@@ -166,16 +166,11 @@ bool RoutingStats::valid() const {
     signs |= beyond_half(sums_[i]);
   }
   if (signs < 0 || invalid_records() != 0) return false;
-  std::int64_t total = 0;
-  for (const std::int64_t count : counts()) {
-    total = wrapping_add(total, count);
-    signs |= total;  // a sum of non-negative numbers turns negative when it first overflows
-  }
   // A token chooses at most k experts.
   std::int64_t most = 0;
   if (__builtin_mul_overflow(tokens(), std::int64_t{top_k()}, &most))
     most = std::numeric_limits<std::int64_t>::max();
-  return signs >= 0 && total <= most && fit_together(*this);
+  return !sum_exceeds(counts(), most) && fit_together(*this);
 }
 
 RoutingStats& RoutingStats::operator+=(const RoutingStats& other) {

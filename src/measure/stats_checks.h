@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <stdexcept>
 #include <string>
 
@@ -16,6 +17,21 @@ inline std::int64_t wrapping_add(std::int64_t a, std::int64_t b) {
 
 inline std::int64_t wrapping_product(std::int64_t a, std::int64_t b) {
   return static_cast<std::int64_t>(static_cast<std::uint64_t>(a) * static_cast<std::uint64_t>(b));
+}
+
+// Whether numbers of at least 0 sum to more than `most`. Ordinary numbers take one pass without a branch.
+inline bool sum_exceeds(std::span<const std::int64_t> values, std::int64_t most) {
+  std::int64_t any = 0, sum = 0;
+  for (const std::int64_t value : values) {
+    any |= value;
+    sum = wrapping_add(sum, value);
+  }
+  // So many numbers below 2^36 stay below 2^62.
+  if (any < std::int64_t{1} << 36 && values.size() <= std::size_t{1} << 26) return sum > most;
+  for (const std::int64_t value : values) {
+    if ((most -= value) < 0) return true;
+  }
+  return false;
 }
 
 // Negative if the value is beyond ±2^62, where the two highest bits differ: on the way to an overflow, or back from one.
