@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """The seven mistakes of examples/your_router, and a healthy run, on several seeds: the table of bench/README.md.
 
-    mistakes.py YOUR_ROUTER [--seeds 1 2 3]
+    mistakes.py YOUR_ROUTER [--seeds 1 2 3] [--pi]
+
+--pi instead: how near pi on the auxiliary loss of the same model, which goes on learning, is to its target after sixty decisions.
 
 YOUR_ROUTER: the built example. Every mistake is made from the first step and mended at step 150 of 300. `fixed` is the same
 run with biases that stay 0. Balanced: the mean over layers of MaxVio, over the mean floor, both over ten steps, is below 1.6.
@@ -80,11 +82,42 @@ def row(program, directory, mistake, seed):
             f'{"not" if good is None else good} | {over_floor(sums, start + 50, min(start + 100, STEPS)):.2f} |')
 
 
+PI = """version: 1
+model: {layers: 3, experts: 16, top_k: 2}
+aux_loss_weight:
+  policy: pi
+  options: {metric: excess_cv, target: 0.25}
+  initial: 0.01
+  scope: model
+  limits: {max: 1, rate: 0.2, cadence: 5}
+"""
+
+
+def excess_under_pi(program, directory, seed):
+    """Root of the mean of CV² less its floor², over the layers and steps 300 to 450."""
+    policy, log = os.path.join(directory, 'pi.yaml'), os.path.join(directory, 'pi.jsonl')
+    with open(policy, 'w') as file:
+        file.write(PI)
+    subprocess.run([program, '--steps', '450', '--seed', str(seed), '--policy', policy, '--log', log], check=True,
+                   capture_output=True)
+    with open(log) as file:
+        records = [json.loads(line) for line in file][1:]
+    squares = [r['metrics']['load_cv'] ** 2 - r['metrics']['sampling_floor_cv'] ** 2 for r in records
+               if r.get('tag', 'train') == 'train' and r['layer'] is not None and r['step'] >= 300]
+    return (sum(squares) / len(squares)) ** 0.5
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument('program')
     parser.add_argument('--seeds', type=int, nargs='+', default=[1, 2, 3])
+    parser.add_argument('--pi', action='store_true')
     options = parser.parse_args()
+    if options.pi:
+        with tempfile.TemporaryDirectory() as directory:
+            for seed in options.seeds:
+                print(f'seed {seed}: excess_cv {excess_under_pi(options.program, directory, seed):.3f}, target 0.25', flush=True)
+        return
     print('| mistake | seed | noticed at step | what it says | held from step | validation loss at mending, less that of '
           '`fixed` | steps from mending to balance | floors, 50 to 100 steps after mending |\n|---|---|---|---|---|---|---|---|')
     with tempfile.TemporaryDirectory() as directory:

@@ -87,7 +87,7 @@ TORCH_MODULE(Router);
 
 /// N Σ f_i P_i over the real tokens, f_i the share of the choices and P_i that of the scores: 1 where both are even.
 Tensor balance_loss(const Routed& routed, const Tensor& mask) {
-  const Tensor real = mask.reshape({-1}).to(torch::kFloat), tokens = real.sum();
+  const Tensor real = mask.reshape({-1}).to(torch::kFloat), tokens = real.sum().clamp_min(1);
   const Tensor choices =
       torch::zeros({kExperts}).scatter_add(0, routed.experts.reshape({-1}), real.repeat_interleave(kTopK));
   return kExperts * (choices / (kTopK * tokens)).dot(real.matmul(routed.shares) / tokens);
