@@ -122,9 +122,11 @@ void ActuatorLoop::watch_load(bool applies, WiringSeen seen, const RoutingStats&
                               const Metrics& metrics, std::int64_t step, Notices& notices) {
   wiring_.observe(seen);
   if (load_check_->held_for_wiring() && !wiring_.miswired()) load_check_->release();
+  // A router that was seen to choose by its own biases is not held, whatever the load does: slopes may mislead.
+  if (load_check_->holds() && !load_check_->held_for_wiring() && wiring_.uses_own()) load_check_->release();
   // Without assignments no load is known: a record may hold tokens that chose no expert.
   load_check_->observe(applies && metrics.max_load ? &stats : nullptr, metrics.load_cv.value_or(0),
-                       floor_of(metrics).cv.value_or(0), applied_);
+                       floor_of(metrics).cv.value_or(0), applied_, wiring_.uses_own());
   if (!applies) return;
   if (wiring_.miswired() && !load_check_->held_for_wiring()) load_check_->hold_for_wiring();
   if (load_check_->held_for_wiring()) return;  // told by the check of the wiring, which knows more

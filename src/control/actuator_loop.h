@@ -59,7 +59,8 @@ class ActuatorLoop {
   /// biases.
   void watch_load(bool applies, WiringSeen seen, const RoutingStats& stats, const Metrics& metrics,
                   std::int64_t step, Notices& notices);
-  const WiringMemory& wiring() const { return wiring_; }
+  /// What of that to tell the other ranks.
+  WiringSeen news(WiringSeen seen) const { return wiring_.news(seen, load_check_ && load_check_->asks()); }
   /// Before limit(): what the decision of this step saw. Absent: nothing is known of this step.
   struct EntropySeen {
     double entropy, largest;  // nats; the mean over layers, and of ln N

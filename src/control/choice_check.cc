@@ -85,6 +85,7 @@ std::string words(const WiringVerdict& verdict) {
   switch (verdict.what) {
     case Wiring::kUnknown:
     case Wiring::kGood:
+    case Wiring::kFits:
       return "";
     case Wiring::kNotAdded:
       return "the router does not add the bias: add bias(layer), and no copy of it, to the scores before the "
@@ -119,34 +120,49 @@ WiringVerdict judge_choices(const ChoiceSample& sample, int top_k, int layer, in
     if (!chooses_largest(sample.biased_scores.subspan(t * n, n), sample.experts.subspan(t * k, k)))
       return {Wiring::kOtherChoice};
   }
-  return sample.scores.empty() ? WiringVerdict{Wiring::kGood} : judge_bias(sample, layer, layers, bias_of);
+  return sample.scores.empty() ? WiringVerdict{Wiring::kFits} : judge_bias(sample, layer, layers, bias_of);
 }
 
 std::string ChoiceCheck::observe(const WiringVerdict& verdict, std::int64_t step) {
-  if (verdict.what == Wiring::kUnknown) return "";
-  if (verdict.what != last_) steps_ = 0;
-  last_ = verdict.what;
+  const Wiring what = verdict.what;
+  if (what == Wiring::kUnknown) return "";
+  const bool surely_wrong =
+      what == Wiring::kNotAdded || what == Wiring::kWrongSign || what == Wiring::kWrongLayer;
+  seen_ = std::max(seen_, surely_wrong            ? WiringSeen::kOther
+                          : what == Wiring::kGood ? WiringSeen::kOwn
+                                                  : WiringSeen::kNoOther);
+  if (what == Wiring::kGood || what == Wiring::kFits) {
+    if (step != last_fault_ && step != last_good_ && ++good_ >= kClearSteps) steps_ = 0;
+    last_good_ = step;
+    return "";
+  }
   // A layer that uses the bias of another seems to use none while the other's is zero: one fault, two verdicts.
-  const bool surely_wrong = verdict.what == Wiring::kNotAdded || verdict.what == Wiring::kWrongSign ||
-                            verdict.what == Wiring::kWrongLayer;
-  seen_ = std::max(seen_, surely_wrong ? WiringSeen::kOther : WiringSeen::kNoOther);
-  if (verdict.what == Wiring::kGood || step == last_step_) return "";
-  last_step_ = step;
+  if (what != fault_) steps_ = 0;
+  fault_ = what;
+  good_ = 0;
+  if (step == last_fault_) return "";
+  last_fault_ = step;
   return ++steps_ == kWiringSteps ? words(verdict) : "";
 }
 
 void WiringMemory::observe(WiringSeen seen) {
+  if (seen != WiringSeen::kNothing) own_ = seen == WiringSeen::kOwn ? kRemembered : 0;
   if (seen == WiringSeen::kOther) {
     steps_ = std::min<std::int64_t>(steps_ + 1, kWiringSteps);
-    quiet_ = 0;
-  } else if (seen == WiringSeen::kNoOther || steps_ == 0 || ++quiet_ > kRemembered) {
-    steps_ = quiet_ = 0;
+    good_ = quiet_ = 0;
+  } else if (seen == WiringSeen::kNothing) {
+    own_ = std::max<std::int64_t>(own_ - 1, 0);
+    if (steps_ == 0 || ++quiet_ > kRemembered) steps_ = good_ = quiet_ = 0;
+  } else if (steps_ == 0 || ++good_ >= kClearSteps) {
+    steps_ = good_ = quiet_ = 0;
   }
 }
 
 void WiringMemory::exchange(StateIo& io) {
   io.value("wiring.steps", steps_, {0, kWiringSteps});
+  io.value("wiring.good", good_, {0, kClearSteps - 1});
   io.value("wiring.quiet", quiet_, {0, kRemembered});
+  io.value("wiring.own", own_, {0, kRemembered});
 }
 
 }  // namespace moectl

@@ -130,7 +130,7 @@ void Controller::Loop::check_ranks() {
 void Controller::Loop::pack(Payload& payload, const StepInfo& info) const {
   for (std::size_t l = 0; l < layers_.size(); ++l) {
     payload.put(l, layers_[l]->intake.flat());
-    payload.put_wiring(l, layers_[l]->biases().wiring().news(layers_[l]->choices.seen()));
+    payload.put_wiring(l, layers_[l]->biases().news(layers_[l]->choices.seen()));
   }
   bool failed = false;
   for (const auto& layer : layers_) {
@@ -201,7 +201,7 @@ void Controller::Loop::use_local_sums(const StepInfo& info) {
   say_offences();
   for (const auto& layer : layers_) {
     std::swap(layer->stats, layer->intake);
-    layer->wiring = layer->choices.seen();
+    layer->wiring = layer->biases().news(layer->choices.seen());
   }
   clear_intake();
   info_ = usable(info);

@@ -59,15 +59,17 @@ class Payload {
   /// Writes what this rank saw of the wiring of layer i.
   void put_wiring(std::size_t i, WiringSeen seen) {
     sums_[begins_.back() + layers() + i] = seen == WiringSeen::kOther     ? 1
-                                           : seen == WiringSeen::kNoOther ? kNoOtherSeen
+                                           : seen == WiringSeen::kNoOther ? kMoreThanRanks
+                                           : seen == WiringSeen::kOwn     ? kMoreThanRanks * kMoreThanRanks
                                                                           : 0;
   }
   /// What all ranks saw.
   WiringSeen wiring(std::size_t i) const {
     const std::int64_t sum = sums_[begins_.back() + layers() + i];
-    return sum % kNoOtherSeen != 0 ? WiringSeen::kOther
-           : sum != 0              ? WiringSeen::kNoOther
-                                   : WiringSeen::kNothing;
+    return sum % kMoreThanRanks != 0                    ? WiringSeen::kOther
+           : sum / kMoreThanRanks % kMoreThanRanks != 0 ? WiringSeen::kNoOther
+           : sum != 0                                   ? WiringSeen::kOwn
+                                                        : WiringSeen::kNothing;
   }
   /// Writes this rank's part of everything else. `failed`: a policy of this rank threw in its last decision. `held`: by
   /// the host.
@@ -108,7 +110,7 @@ class Payload {
     kHeld,
     kWordCount
   };
-  static constexpr std::int64_t kNoOtherSeen = std::int64_t{1} << 32;  // more than ranks
+  static constexpr std::int64_t kMoreThanRanks = std::int64_t{1} << 21;
   std::int64_t& word(Word which) { return sums_[sums_.size() - domains_ - kWordCount + which]; }
   std::int64_t word(Word which) const { return sums_[sums_.size() - domains_ - kWordCount + which]; }
 

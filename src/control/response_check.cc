@@ -87,12 +87,13 @@ void ResponseCheck::remember(std::span<const double> in_force) {
 }
 
 void ResponseCheck::observe(const RoutingStats* stats, double load_cv, double floor_cv,
-                            std::span<const double> in_force) {
+                            std::span<const double> in_force, bool trusted) {
   if (stats == nullptr || stats->assignments() < kFewest * static_cast<std::int64_t>(experts_)) {
     remember(in_force);
-    restart();
+    skip();
     return;
   }
+  skipped_ = 0;
   floor_sq_ = floor_cv * floor_cv;
   quiet_ = std::max<std::int64_t>(quiet_ - 1, 0);
   clock_ = (clock_ + 1) % kPeriod;
@@ -108,7 +109,7 @@ void ResponseCheck::observe(const RoutingStats* stats, double load_cv, double fl
   }
   if (held_ && !probes()) return;
   compare();
-  judge();
+  judge(trusted);
 }
 
 // Follows how far the layer is from balance, and decides whether there is anything to compare at this step.
@@ -213,7 +214,7 @@ void ResponseCheck::compare() {
   probe_.observe({weight_, slope_, now, load, weighted_.all, weighted_.now}, place(delay_));
 }
 
-void ResponseCheck::judge() {
+void ResponseCheck::judge(bool trusted) {
   if (probes()) {
     if (!probe_.all_made() || for_wiring_) return;
     // An answer in time is looked for first, then one that is late.
@@ -221,7 +222,7 @@ void ResponseCheck::judge() {
     const std::int64_t waited = probe_.wait();
     if (waited == in_time && finds_answer(1)) return;
     const std::int64_t latest = probe_.size() < 1 ? 0 : static_cast<std::int64_t>(kProbeLags) - 1;
-    if (waited == in_time + latest) finish_block();
+    if (waited == in_time + latest) finish_block(trusted);
     return;
   }
   if (held_) return;
@@ -245,7 +246,7 @@ void ResponseCheck::judge() {
     // Where the load seems to go the other way, the policy would run away. Only moves tell: along the whole way, an
     // expert that sank for a reason of its own looks the same.
     const bool reversed = moves && moves->gain + kVerySure * moves->error < 0;
-    waits_ = state_ == Response::kProbing && reversed ? Waits::kAtBase : Waits::kNo;
+    waits_ = state_ == Response::kProbing && reversed && !trusted ? Waits::kAtBase : Waits::kNo;
   }
 }
 
@@ -311,12 +312,13 @@ bool ResponseCheck::finds_answer(std::size_t lags) {
   return false;
 }
 
-void ResponseCheck::finish_block() {
+void ResponseCheck::finish_block(bool trusted) {
   const bool whole = probe_.size() >= 1;
   if (whole && finds_answer(kProbeLags)) return;
   const std::int64_t blocks = probe_.count_block();
   const std::optional<GainEstimate> found = probe_.answer(0, noise());
   if (whole && found && found->gain + kVerySure * found->error < kSilent) {
+    if (trusted) return give_up();
     state_ = Response::kUnresponsive;
     found_ = found;
     late_ = 0;
@@ -348,6 +350,18 @@ void ResponseCheck::forget_steps() {
   filled_ = nap_ = compared_ = 0;
   resting_ = referenced_ = false;
   error_over_floor_ = 0;
+}
+
+// A step of which nothing is known, or too few tokens. What was learnt stays, as long as in a pause after an answer.
+void ResponseCheck::skip() {
+  filled_ = 0;
+  if (skipped_ < kNap) {
+    ++skipped_;
+    return;
+  }
+  const bool based = based_;  // nothing moved the biases
+  restart();
+  based_ = based;
 }
 
 void ResponseCheck::restart() {
@@ -430,6 +444,7 @@ void ResponseCheck::exchange(StateIo& io) {
   io.value("response.newest", newest, {0, static_cast<std::int64_t>(delay_) + 2});
   newest_ = static_cast<std::size_t>(newest);
   io.value("response.steps", filled_);
+  io.value("response.skipped", skipped_, {0, kNap});
   io.value("response.clock", clock_, {0, kPeriod - 1});
   io.value("response.resting", resting_);
   io.value("response.referenced", referenced_);

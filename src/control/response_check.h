@@ -52,9 +52,11 @@ class ResponseCheck {
   static StatsNeeds needs() { return {.gap = true}; }
 
   /// One step. `stats`: its sums, valid, with assignments; null if there are none. `load_cv`: their CV. `floor_cv`: the CV
-  /// that sampling alone explains. `in_force`: the biases in force now. [N]
-  void observe(const RoutingStats* stats, double load_cv, double floor_cv, std::span<const double> in_force);
-  /// Forgets what it knows, because the biases moved for another reason (the guard, a rollback, a frozen layer).
+  /// that sampling alone explains. `in_force`: the biases in force now. [N] `trusted`: the router was seen to choose by
+  /// them, so they are not held whatever the load does.
+  void observe(const RoutingStats* stats, double load_cv, double floor_cv, std::span<const double> in_force,
+               bool trusted);
+  /// Forgets what it knows, because the biases moved for another reason (the guard, a rollback).
   void restart();
   /// Holds the biases where the load last answered, or where they began, until release(): the router was seen to use
   /// others. What ends it is the sight of its own. So the test moves are small ones, which are looked for in the router's
@@ -66,6 +68,8 @@ class ResponseCheck {
   /// The biases in force hold no probe any more.
   void leave_probe() { probe_.leave(); }
 
+  /// Whether it is not known whether the load answers, and test moves ask, or did.
+  bool asks() const { return held_ || state_ == Response::kProbing; }
   /// Whether the biases are held, whatever the policy proposes.
   bool holds() const { return held_; }
   /// The part of the biases in force that is a probe. [N], or empty without one.
@@ -103,7 +107,7 @@ class ResponseCheck {
   bool rests(double load_cv, std::span<const double> in_force);
   void follow(const RoutingStats& stats);
   void compare();
-  void judge();
+  void judge(bool trusted);
   void set_reference(bool answered);
   void keep_base(std::span<const double> biases);
   double first_size() const;
@@ -111,9 +115,10 @@ class ResponseCheck {
   void start_block();
   void start_marks();
   void forget_steps();
+  void skip();
   static bool sharp(const GainEstimate& found);
   bool finds_answer(std::size_t lags);
-  void finish_block();
+  void finish_block(bool trusted);
   void give_up();
   bool full() const { return filled_ >= static_cast<std::int64_t>(delay_) + 3; }
   std::size_t back() const { return delay_ == 0 ? 2 : 1; }
@@ -141,6 +146,7 @@ class ResponseCheck {
   std::int64_t alike_ = 0;             // steps in a row with the same loads
   std::int64_t clock_;                 // wakes a resting check; other layers at other steps
   std::int64_t filled_ = 0;            // steps in a row that were seen
+  std::int64_t skipped_ = 0;           // steps in a row that were not
   std::int64_t compared_ = 0;          // steps since it woke
   std::int64_t nap_ = 0;               // steps until the next comparison, after an answer
   std::int64_t quiet_ = 0;             // steps until the next probe may start

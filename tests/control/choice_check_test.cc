@@ -205,6 +205,52 @@ TEST(FieldCases, A1_ALayerWhoseRouterUsesAnotherBiasIsHeldUntilItIsMended) {
   }
 }
 
+// The bias is left out in every second step, or in two of five: still named and held, and let go five good steps later.
+TEST(ChoiceCheck, AFaultOfSomeStepsIsNamedAndHeld) {
+  for (const int period : {2, 5}) {
+    Plant plant;
+    std::vector<std::string> notices;
+    const auto run = [&](int steps, bool mended) {
+      for (int step = 0; step < steps; ++step) {
+        const bool wrong = !mended && step % period < (period == 2 ? 1 : 2);
+        const auto more =
+            plant.run(1, [&](int l) { return wrong ? std::vector<double>(kExperts) : plant.in_force(l); });
+        notices.insert(notices.end(), more.begin(), more.end());
+      }
+    };
+    const auto held = [&] {
+      return plant.controller().report().layers[0].actuators[0].reasons.has(Reason::kUnresponsive);
+    };
+    run(20, false);
+    expect_said(notices, "layer 0: the router does not add the bias",
+                "layer 1: the router does not add the bias");
+    EXPECT_TRUE(held()) << period;
+    run(12, true);
+    EXPECT_FALSE(held()) << period;
+  }
+}
+
+// One of two micro-batches leaves the bias out: no hold without a word.
+TEST(ChoiceCheck, AFaultOfSomeMicroBatchesIsNamedAndHeld) {
+  Controller controller(Plant::config());
+  const std::vector<std::int64_t> low = {0, 1}, all = {0, 1, 0, 2, 0, 3};
+  std::string said;
+  for (int step = 0; step < 10; ++step) {
+    const std::vector<double> bias(controller.bias(0).begin(), controller.bias(0).end());
+    std::vector<float> scores(kExperts), biased(kExperts);
+    for (std::size_t i = 0; i < kExperts; ++i) {
+      scores[i] = i < 2 ? 0.9F : 0.1F;  // chosen with the bias or without it
+      biased[i] = scores[i] + static_cast<float>(bias[i]);
+    }
+    for (int l = 0; l < 2; ++l) controller.record(l, {.experts = all});
+    for (const std::span<const float> used : {std::span<const float>(scores), std::span<const float>(biased)})
+      controller.check_choices(0, {.experts = low, .biased_scores = used, .scores = scores});
+    for (const Notice& notice : controller.step().notices) said += std::string(notice.text) + '\n';
+  }
+  EXPECT_TRUE(controller.report().layers[0].actuators[0].reasons.has(Reason::kUnresponsive));
+  EXPECT_THAT(said, HasSubstr("the router does not add the bias"));
+}
+
 // A run that is resumed from a state in the middle of such a hold does what the run that went on does.
 TEST(ChoiceCheck, AHoldGoesOnAfterLoading) {
   Plant plant;

@@ -10,6 +10,7 @@
 #include <functional>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -527,6 +528,67 @@ TEST(Responsiveness, ASharpSoftmaxIsBalancedAsWellAsWithoutTheCheck) {
     }
   }
   EXPECT_LT(floors[1], 1.2 * floors[0]);
+}
+
+// The last step of an epoch is a small one, and some record is invalid: what is known of the steps before stays.
+TEST(Responsiveness, SmallAndInvalidStepsHideNoFault) {
+  for (const bool invalid : {false, true}) {
+    Loop loop({.seed = 40131});
+    SimulatedRouter small({.tokens = 16, .seed = 40131});
+    const std::vector<double> zero(16);
+    for (int step = 0; step < 80; ++step) {
+      if (step % 8 != 7) {
+        loop.run(1, Loop::ignored);
+        continue;
+      }
+      RoutingStats stats(loop.controller.shape(0));
+      stats.add(small.route(zero));
+      if (invalid) stats.set_scalar(RoutingStats::kInvalidRecords, 1);
+      loop.controller.record(0, stats);
+      loop.controller.step();
+    }
+    EXPECT_GE(loop.noticed, 0) << invalid;
+    EXPECT_LE(loop.noticed, 60) << invalid;
+    EXPECT_LT(loop.largest_bias(), 0.3) << invalid;
+  }
+}
+
+// The biases that a fault had driven away when a record was invalid are not those that the load answered.
+TEST(Responsiveness, AnInvalidStepDoesNotMakeWoundUpBiasesTheGoodOnes) {
+  Loop loop({.seed = 40132});
+  loop.run(20, Loop::ignored);
+  RoutingStats stats(loop.controller.shape(0));
+  stats.add(loop.router.route(std::vector<double>(16)));
+  stats.set_scalar(RoutingStats::kInvalidRecords, 1);
+  loop.controller.record(0, stats);
+  loop.controller.step();
+  loop.run(100, Loop::ignored);
+  EXPECT_EQ(loop.last.state, Response::kUnresponsive);
+  EXPECT_LT(loop.largest_bias(), 0.1);
+}
+
+// A layer is not held for a load that does not answer where a sample of its tokens shows that it chooses by its biases.
+TEST(Responsiveness, ARouterSeenToUseItsBiasesIsNotHeld) {
+  for (const bool seen : {false, true}) {
+    Loop loop({.seed = 40133});
+    for (int step = 0; step < 150; ++step) {
+      if (seen) {
+        const std::span<const double> bias = loop.controller.bias(0);
+        std::vector<float> scores(16, 0.5F), biased(16);
+        for (std::size_t i = 0; i < 16; ++i) biased[i] = scores[i] + static_cast<float>(bias[i]);
+        std::vector<std::int64_t> order(16);
+        std::iota(order.begin(), order.end(), 0);
+        std::stable_sort(order.begin(), order.end(), [&](auto a, auto b) {
+          return biased[static_cast<std::size_t>(a)] > biased[static_cast<std::size_t>(b)];
+        });
+        loop.controller.check_choices(
+            0, {.experts = std::span(order).first(2), .biased_scores = biased, .scores = scores});
+      }
+      loop.run(1, Loop::ignored);
+    }
+    EXPECT_EQ(loop.held > 0, !seen);
+    EXPECT_EQ(loop.notices.find("does not answer") == std::string::npos, seen);
+  }
 }
 
 // An assignment or two an expert: a slope of each expert would be mostly noise, and an answer would seem too small.
