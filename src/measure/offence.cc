@@ -171,6 +171,21 @@ Excess first_excess(const RoutingStats& sums) {
   }
   if (sum_exceeds(near, sums.scalar(S::kGapTokens)))
     return {"gap_near: the sum", -1, "gap_tokens", sums.scalar(S::kGapTokens)};
+  const std::span<const std::int64_t> squares = sums.array(S::kSequenceSq),
+                                      cross = sums.array(S::kSequenceCross);
+  if (!squares.empty()) {
+    // The lengths of sequences, in assignments, are the sums of what their experts got.
+    const std::int64_t lengths = sums.scalar(S::kSequenceLenSq);
+    if (sums.scalar(S::kSequences) > tokens) return {"sequences", -1, "tokens", tokens};
+    if (sum_exceeds(cross, lengths)) return {"sequence_cross: the sum", -1, "sequence_len_sq", lengths};
+    std::int64_t all = 0;
+    for (const std::int64_t of_expert : cross) all += of_expert;
+    if (all < lengths) return {"sequence_len_sq", -1, "the sum of sequence_cross", all};
+    for (std::size_t i = 0; i < squares.size(); ++i) {
+      if (squares[i] > cross[i])
+        return {"sequence_sq", static_cast<std::int64_t>(i), "sequence_cross", cross[i]};
+    }
+  }
   const std::span<const std::int64_t> domains = sums.array(S::kDomainCounts);
   for (std::size_t i = 0; i < counts.size() && !domains.empty(); ++i) {
     std::int64_t left = counts[i];

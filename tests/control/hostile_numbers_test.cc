@@ -161,6 +161,10 @@ TEST(HostileNumbers, NoPartIsMoreThanItsWhole) {
   };
   element(S::kGapNear, 2, 5, "gap_near of expert 2: must be at most the count (4)");
   element(S::kGapNear, 2, 3, "gap_near: the sum: must be at most gap_tokens (8)");
+  scalar(S::kSequences, 9, "sequences: must be at most tokens (8)");
+  element(S::kSequenceCross, 1, kMost, "sequence_cross: the sum: must be at most sequence_len_sq (128)");
+  element(S::kSequenceCross, 1, 0, "sequence_len_sq: must be at most the sum of sequence_cross (96)");
+  element(S::kSequenceSq, 1, kMost, "sequence_sq of expert 1: must be at most sequence_cross (32)");
   element(S::kDomainCounts, 5, 3,
           "domain_counts: the sum over domains of expert 1: must be at most the count (4)");
   element(S::kDomainCounts, 1, kMost,
@@ -179,10 +183,11 @@ TEST(HostileNumbers, SumsOfWhatWasRoutedFitTogether) {
   RoutingStats over_steps({6, 3, all_sums()});
   for (int batch = 0; batch < 2000; ++batch) {
     const std::size_t tokens = 1 + static_cast<std::size_t>(below(40));
-    std::vector<std::int64_t> experts, domains;
+    std::vector<std::int64_t> experts, domains, sequences;
     std::vector<std::uint8_t> mask;
     std::vector<float> top, scores, probabilities;
     for (std::size_t t = 0; t < tokens; ++t) {
+      sequences.push_back(t == 0 ? 0 : sequences.back() + (below(4) == 0 ? 1 : 0));
       const std::int64_t slots = below(4);
       for (std::int64_t j = 0; j < 3; ++j) experts.push_back(j < slots ? below(6) : -1);
       domains.push_back(below(2));
@@ -197,6 +202,7 @@ TEST(HostileNumbers, SumsOfWhatWasRoutedFitTogether) {
     stats.set_gap_width(static_cast<double>(score()));
     RoutingBatch given{.experts = experts, .mask = mask};
     if (below(2)) given.domain_ids = domains;
+    if (below(2)) given.sequence_ids = sequences;
     if (below(2)) given.top_values = top;
     if (!given.top_values.empty() && below(2)) given.biased_scores = scores;
     if (below(2)) given.probabilities = probabilities;
