@@ -54,6 +54,7 @@ Difference difference_of(const std::vector<double>& a, const std::vector<double>
 }
 
 int biases(const Options& options) {
+  keep_inputs("--output", options.output, options.files);
   std::vector<LayerBiases> all;
   for (const std::string& file : options.files) all.push_back(biases_in(file, options.source));
   const bool json = options.format == "json";

@@ -1,8 +1,10 @@
 // moectl check CONFIG: validates a config, prints it with all defaults, and judges whether its targets can be reached.
 #include <algorithm>
+#include <cmath>
 #include <iostream>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <tuple>
 
 #include "base/fields.h"
 #include "cli/tool.h"
@@ -12,6 +14,7 @@
 #include "control/inputs.h"
 #include "feasibility/actuators.h"
 #include "moectl/config.h"
+#include "moectl/controller.h"
 #include "moectl/feasibility.h"
 
 namespace moectl::cli {
@@ -89,9 +92,24 @@ std::string text_of(const Conflict& conflict) {
                                      : conflict.message + "; nearest feasible: " + conflict.suggestion;
 }
 
+/// What the metric of a set-point can be.
+struct TargetBounds {
+  std::string where, actuator, metric;  ///< Where: empty, or a group and a step as messages begin with.
+  int experts = 0, top_k = 0;
+  Extent bounds;
+
+  bool same_as(const TargetBounds& other) const {
+    return std::tie(actuator, metric, experts, top_k, bounds.min, bounds.max) ==
+           std::tie(other.actuator, other.metric, other.experts, other.top_k, other.bounds.min,
+                    other.bounds.max);
+  }
+};
+
 /// What is found of all groups of layers, over the timeline; each message once.
 struct Judgement {
   std::vector<Conflict> conflicts;
+  bool set_points = false;  ///< True if some actuator has one.
+  std::vector<TargetBounds> targets;
   Feasibility bands;
   ActuatorJudgement actuators;
   NeededInputs inputs;
@@ -109,6 +127,16 @@ struct Judgement {
       conflicts.push_back(std::move(found));
     };
     for (Conflict& found : judge_targets(config)) conflict(std::move(found));
+    const ModelConfig& model = config.model;
+    for (const Target& target : targets_of(config)) {
+      set_points = true;
+      const auto bounds = bounds_of(target.metric, {model.experts, model.top_k, 0, model.targets});
+      if (!bounds) continue;
+      TargetBounds found{
+          where, std::string(name_of(target.actuator)), target.metric, model.experts, model.top_k, *bounds};
+      const auto same = [&](const TargetBounds& known) { return known.same_as(found); };
+      if (std::none_of(targets.begin(), targets.end(), same)) targets.push_back(std::move(found));
+    }
     const Feasibility of_bands = judge_bands(config);
     for (const Conflict& found : of_bands.conflicts) conflict(found);
     bands.undecided_together |= of_bands.undecided_together;
@@ -132,6 +160,12 @@ int check(const Options& options, const PolicyRegistry& registry) {
   const bool json = options.format == "json";
   try {
     config = load_config(options.config, registry);
+    // What a file of biases holds shows in a controller alone: it reads the file, and may refuse it.
+    const std::vector<LayerSettings> groups = layer_settings(config, 0);
+    if (std::any_of(groups.begin(), groups.end(),
+                    [](const LayerSettings& of) { return !of.config.expert_bias.initial.file.empty(); })) {
+      const Controller controller(config, registry);
+    }
   } catch (const ConfigError& e) {
     if (json) {
       const nlohmann::ordered_json verdict = {
@@ -167,6 +201,13 @@ int check(const Options& options, const PolicyRegistry& registry) {
                                       {"feasible", feasible},
                                       {"conflicts", list},
                                       {"inputs", {{"required", inputs.required}, {"used", inputs.used}}}};
+    for (const TargetBounds& target : judgement.targets) {
+      nlohmann::ordered_json& row = verdict["targets"].emplace_back();
+      row = {{"actuator", target.actuator}, {"metric", target.metric},  {"experts", target.experts},
+             {"top_k", target.top_k},       {"min", target.bounds.min}, {"max", target.bounds.max}};
+      if (std::isinf(target.bounds.max)) row.erase("max");
+      if (!target.where.empty()) row["where"] = target.where.substr(0, target.where.size() - 2);
+    }
     if (!actuators.notes.empty()) verdict["notes"] = actuators.notes;
     std::cout << verdict.dump() << '\n';
     return feasible ? 0 : 1;
@@ -186,7 +227,7 @@ int check(const Options& options, const PolicyRegistry& registry) {
               << " MB (two counts of a bin in 8 bytes; exact up to " << kMostRequiredTokens
               << " tokens a step)\n";
   }
-  if (config.model.tokens_per_step == 0 && !targets_of(config).empty()) {
+  if (config.model.tokens_per_step == 0 && judgement.set_points) {
     std::cout << "# model.tokens_per_step is not given: no target was compared with a noise floor\n";
   }
   if (bands.undecided_together) {
@@ -213,15 +254,12 @@ int check(const Options& options, const PolicyRegistry& registry) {
     std::cout
         << "# aux_loss_weight: the auxiliary loss pulls towards equal loads, not towards model.targets\n";
   }
-  for (const Target& target : config.layers.empty() ? targets_of(config) : std::vector<Target>()) {
-    const auto bounds =
-        bounds_of(target.metric, {config.model.experts, config.model.top_k, 0, config.model.targets});
-    if (!bounds) continue;
-    std::cout << "# " << name_of(target.actuator) << ".options.target: at N = " << config.model.experts
-              << ", k = " << config.model.top_k << ' ' << target.metric << " is " << text_of(*bounds) << '\n';
+  for (const TargetBounds& target : judgement.targets) {
+    std::cout << "# " << target.where << target.actuator << ".options.target: at N = " << target.experts
+              << ", k = " << target.top_k << ' ' << target.metric << " is " << text_of(target.bounds) << '\n';
   }
   for (const std::string& note : actuators.notes) std::cout << "# " << note << '\n';
-  if (!actuators.conflicts.empty() || !targets_of(config).empty()) {
+  if (!actuators.conflicts.empty() || judgement.set_points) {
     std::cout << "# which policy may hold which variable:\n";
     for (const std::string& line : actuator_recipe()) std::cout << "#   " << line << '\n';
   }

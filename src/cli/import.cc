@@ -60,7 +60,7 @@ void add_import(CLI::App& app, Tool& tool) {
   command
       ->add_option("--tokens-per-step", import.tokens_per_step,
                    "Tokens that make a step, for vllm and llama.cpp, which know none")
-      ->check(whole_number(1))
+      ->check(whole_number(1, std::int64_t{1} << 40))
       ->capture_default_str();
   command->add_option("--metric", import.metric,
                       "Part of the name of the wanted columns or tags, for wandb and tensorboard");
@@ -95,9 +95,12 @@ void add_import(CLI::App& app, Tool& tool) {
       options->import.by_rank = options->by == "rank";
       options->import.by_micro_batch = options->by == "micro-batch";
       const std::string& tag = options->import.tag;
+      if (tag.empty()) throw InputError("--tag: must not be empty");
       if (std::ranges::any_of(tag, [](unsigned char c) { return c < 0x20 || c == '"' || c == '\\'; }) ||
           find_not_utf8(tag) != std::string::npos)
         throw InputError("--tag: must be UTF-8 without quote, backslash or control character");
+      keep_inputs("--output", options->output, options->files);
+      keep_inputs("--output", options->output, {options->import.mask});
       const ImportReport report =
           import_trace(options->format, options->files, options->output, options->import);
       for (const std::string& note : report.notes) std::cerr << "import: " << note << '\n';

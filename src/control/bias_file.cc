@@ -5,9 +5,11 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <set>
 
 #include "base/fields.h"
 #include "base/input_limits.h"
+#include "base/printable.h"
 #include "base/whole_file.h"
 #include "moectl/config.h"
 
@@ -25,7 +27,20 @@ LayerBiases read_biases(const std::string& path) {
   const std::optional<std::string> text = read_up_to(file, kLargestJson);
   if (!text) fail("must be at most " + std::to_string(kLargestJson) + " bytes");
   if (nests_deeper(*text, kMostLevels)) fail("nested deeper than " + std::to_string(kMostLevels) + " levels");
-  const json all = json::parse(*text, nullptr, false);
+  std::map<int, std::set<std::string>> keys;  // of the objects around what is parsed, by their depth
+  std::optional<std::string> twice;
+  const json all = json::parse(
+      *text,
+      [&](int depth, json::parse_event_t event, json& parsed) {
+        if (event == json::parse_event_t::object_start) keys[depth + 1].clear();
+        if (event != json::parse_event_t::key) return true;
+        const auto [key, fresh] = keys[depth].insert(parsed.get<std::string>());
+        if (!fresh) twice = *key;
+        return true;
+      },
+      false);
+  if (all.is_discarded()) fail("not JSON");
+  if (twice) fail("key \"" + shown_briefly(*twice) + "\" stands twice in one object");
   if (!all.is_object() || all.value("format", json()) != "moectl-biases") {
     fail("must be a file of biases, as `moectl biases` writes one: {\"format\":\"moectl-biases\",…}");
   }
@@ -40,7 +55,9 @@ LayerBiases read_biases(const std::string& path) {
       fail("layers: " + key + ": must be the id of a layer");
     }
     if (!list.is_array()) fail("layers: " + key + ": must be a list of biases");
-    std::vector<double>& values = biases[id];
+    const auto [entry, fresh] = biases.try_emplace(id);
+    if (!fresh) fail("layers: " + key + ": layer " + std::to_string(id) + " stands twice");
+    std::vector<double>& values = entry->second;
     for (const json& value : list) {
       if (!value.is_number()) {
         fail("layers: " + key + '[' + std::to_string(values.size()) + "]: " + value.dump() +

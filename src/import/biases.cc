@@ -7,18 +7,24 @@
 #include <cmath>
 #include <cstring>
 #include <fstream>
+#include <iterator>
 #include <limits>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <set>
 #include <string_view>
+#include <utility>
 #include <vector>
 
+#include "base/format.h"
 #include "base/input_limits.h"
 #include "base/printable.h"
 #include "base/whole_file.h"
 #include "import/bytes.h"
 #include "import/import.h"
+#include "log/json.h"
+#include "log/log_record.h"
 #include "moectl/config.h"
 #include "moectl/run_log.h"
 #include "moectl/state.h"
@@ -106,6 +112,17 @@ std::optional<int> layer_in(const std::string& name, const std::string& pattern)
   return first;
 }
 
+/// The numbers of an array of whole numbers from 0 to 2^63 - 1; empty if it is none.
+std::vector<std::int64_t> wholes(JsonValue array) {
+  std::vector<std::int64_t> numbers;
+  if (!array.is_array()) return numbers;
+  for (const JsonValue value : array.elements()) {
+    if (!value.is_integer() || value.is_large() || value.as_integer() < 0) return {};
+    numbers.push_back(value.as_integer());
+  }
+  return numbers;
+}
+
 LayerBiases from_safetensors(const std::string& path, const std::string& pattern) {
   std::ifstream file(path, std::ios::binary);
   char length_bytes[8];
@@ -114,50 +131,57 @@ LayerBiases from_safetensors(const std::string& path, const std::string& pattern
   std::memcpy(&length, length_bytes, 8);
   if (length > kLongestSafetensorsHeader)
     fail(path, "its header has " + std::to_string(length) + " bytes: must be at most 10^8");
-  std::string text(static_cast<std::size_t>(length), '\0');
+  std::string text(static_cast<std::size_t>(length) + JsonParser::kPadding, '\0');
   if (!file.read(text.data(), static_cast<std::streamsize>(length))) fail(path, "ends within its header");
-  if (nests_deeper(text, kMostLevels))
-    fail(path, "nested deeper than " + std::to_string(kMostLevels) + " levels");
-  const json header = json::parse(text, nullptr, false);
-  if (!header.is_object()) fail(path, "its header is not JSON");
+  const auto held = static_cast<std::int64_t>(bytes_left(file));  // of tensors
+  JsonParser parser;
+  try {
+    parser.parse(std::string_view(text).substr(0, static_cast<std::size_t>(length)));
+  } catch (const JsonError& error) {
+    fail(path, "its header: " + std::string(error.what()));
+  }
+  if (!parser.value().is_object()) fail(path, "its header: must be a JSON object");
   LayerBiases biases;
+  std::map<int, std::string> names;  // of the tensors of `biases`
   std::set<std::string> others;
   std::int64_t cells = 0;
-  for (const auto& [name, tensor] : header.items()) {
+  for (const auto member : parser.value().members()) {
+    const std::string name(member.key);
+    const JsonValue tensor = member.value;
     if (name == "__metadata__") continue;
     const std::optional<int> layer = layer_in(name, pattern);
     if (!layer) {
       if (others.size() < 1000 && name.find("bias") != std::string::npos) others.insert(name);
       continue;
     }
-    // By value: Clang 14 lets no lambda capture a structured binding by reference.
-    const auto wrong = [&path, name = name](const std::string& what) { fail(path, name + ": " + what); };
-    if (!tensor.is_object() || !tensor.contains("dtype") || !tensor["dtype"].is_string() ||
-        !tensor.contains("data_offsets") || !tensor.contains("shape")) {
-      wrong("must have dtype, shape and data_offsets");
-    }
-    const std::string dtype = tensor["dtype"];
-    const auto type =
-        std::find_if(kTypes.begin(), kTypes.end(), [&](const Type& one) { return one.name == dtype; });
-    if (type == kTypes.end()) wrong("dtype " + dtype + ": must be F32, F64, F16 or BF16");
-    const json &shape = tensor["shape"], &offsets = tensor["data_offsets"];
-    if (!shape.is_array() || shape.size() != 1 || !shape[0].is_number_integer() || shape[0] < 1 ||
-        shape[0] > kMostExperts) {
-      wrong("shape " + shape.dump() + ": must be [experts]");
-    }
-    const auto experts = shape[0].get<std::size_t>();
-    if (!offsets.is_array() || offsets.size() != 2 || !offsets[0].is_number_unsigned() ||
-        !offsets[1].is_number_unsigned() || offsets[1] < offsets[0] ||
-        offsets[1].get<std::uint64_t>() - offsets[0].get<std::uint64_t>() != experts * type->size) {
-      wrong("data_offsets " + offsets.dump() + ": must hold its values");
-    }
-    check_cells(cells += static_cast<std::int64_t>(experts), path);
+    const auto wrong = [&](const std::string& what) { fail(path, name + ": " + what); };
+    const auto dtype = tensor.find("dtype"), shape = tensor.find("shape"),
+               offsets = tensor.find("data_offsets");
+    if (!dtype || !dtype->is_string() || !shape || !offsets) wrong("must have dtype, shape and data_offsets");
+    const auto type = std::ranges::find(kTypes, dtype->text(), &Type::name);
+    if (type == kTypes.end())
+      wrong("dtype " + shown_briefly(dtype->text()) + ": must be F32, F64, F16 or BF16");
+    const std::vector<std::int64_t> extents = wholes(*shape), range = wholes(*offsets);
+    if (extents.size() != 1 || extents[0] < 1 || extents[0] > kMostExperts)
+      wrong("shape " + shown_briefly(shape->dump()) + ": must be [experts]");
+    const auto experts = static_cast<std::size_t>(extents[0]);
     std::vector<char> raw(experts * type->size);
-    file.clear();
-    file.seekg(static_cast<std::streamoff>(8 + length + offsets[0].get<std::uint64_t>()));
-    if (!file.read(raw.data(), static_cast<std::streamsize>(raw.size()))) wrong("the file ends within it");
-    if (biases.count(*layer) > 0)
-      wrong("a second tensor of layer " + std::to_string(*layer) + ": name them with --tensor");
+    // Subtracted rather than added: what the header says may be near the largest number.
+    if (range.size() != 2 || range[1] < range[0] || range[1] - range[0] != std::ssize(raw)) {
+      wrong("data_offsets " + shown_briefly(offsets->dump()) + ": must be the begin and the end of its " +
+            std::to_string(raw.size()) + " bytes");
+    }
+    if (range[1] > held) {
+      wrong("data_offsets " + shown_briefly(offsets->dump()) + ": the file ends within it, after " +
+            std::to_string(held) + " bytes of tensors");
+    }
+    check_cells(cells += extents[0], path);
+    const auto [before, fresh] = names.emplace(*layer, name);
+    if (!fresh)
+      wrong("layer " + std::to_string(*layer) + " has " + before->second +
+            " as well: name the tensors with --tensor");
+    file.seekg(static_cast<std::streamoff>(8 + length) + range[0]);
+    if (!file.read(raw.data(), std::ssize(raw))) wrong("cannot be read");
     std::vector<double>& values = biases[*layer];
     for (std::size_t i = 0; i < experts; ++i)
       values.push_back(number_at(raw.data() + i * type->size, type->name));
@@ -239,6 +263,8 @@ LayerBiases from_state(const std::string& path, bool deployed) {
     const auto [at, error] = std::from_chars(name.data() + kLayer.size(), end, id);
     if (error != std::errc() || at != end || id < 0)
       fail(path, shown_briefly(name) + ": must be a layer's whole number");
+    if (biases.count(id) > 0)
+      fail(path, shown_briefly(name) + ": layer " + std::to_string(id) + " stands twice");
     state.section(name, [&](StateIo& layer) {
       if (auto section = layer.find(deployed ? "deployed" : "expert_bias")) {
         section->list(deployed ? "values" : "applied", biases[id]);
@@ -259,6 +285,8 @@ LayerBiases from_log(const std::string& path, bool deployed) {
              ? "is a trace: it holds counts and no biases"
              : "is none of a run log, a saved state, an .npy array, JSON lists and a safetensors checkpoint");
   }
+  const LogHeader header = log.header();
+  const LayerGroups groups = groups_of(header);
   LayerBiases biases;
   std::int64_t cells = 0;
   while (const auto record = log.next()) {
@@ -266,6 +294,19 @@ LayerBiases from_log(const std::string& path, bool deployed) {
     if (record->layer < 0 || record->tag != "train" || found == record->actuators.end()) continue;
     const LoggedActuator& logged = found->second;
     if (logged.applied.empty()) continue;
+    const auto group = groups.find(record->layer);
+    // Those of its counts, which the reader has compared with the config in force; else those of the first line.
+    int experts = record->stats.experts();
+    if (experts == 0)
+      experts = (group == groups.end() ? header.experts : header.groups[group->second].experts).value_or(0);
+    for (const auto& [key, list] :
+         {std::pair("applied", &logged.applied), std::pair("deployed", &logged.deployed)}) {
+      if (list->empty() || experts == 0 || std::ssize(*list) == experts) continue;
+      throw ImportError(path + ':' + std::to_string(record->line) + ": layer " +
+                        std::to_string(record->layer) + ": actuators.expert_bias." + key + ": " +
+                        std::to_string(list->size()) + " values: must have " + std::to_string(experts) +
+                        ", one for each expert");
+    }
     std::vector<double>& values = biases[record->layer];
     check_cells(
         cells += static_cast<std::int64_t>(logged.applied.size()) - static_cast<std::int64_t>(values.size()),
@@ -276,40 +317,113 @@ LayerBiases from_log(const std::string& path, bool deployed) {
   return biases;
 }
 
+/// Whether the file is JSON whose member "format" is that of a file of biases, however it is laid out. Reads no further than
+/// it takes to tell, and of a run log, whose first line tells, that line.
+class FindsFormat : public nlohmann::json_sax<json> {
+ public:
+  bool biases = false;
+
+  bool null() override { return other(); }
+  bool boolean(bool) override { return other(); }
+  bool number_integer(number_integer_t) override { return other(); }
+  bool number_unsigned(number_unsigned_t) override { return other(); }
+  bool number_float(number_float_t, const string_t&) override { return other(); }
+  bool binary(binary_t&) override { return other(); }
+  bool string(string_t& text) override {
+    biases = is_format_ && text == "moectl-biases";
+    return other();
+  }
+  bool key(string_t& name) override {
+    is_format_ = levels_ == 1 && name == "format";
+    return true;
+  }
+  bool start_object(std::size_t) override {
+    ++levels_;
+    return other();
+  }
+  bool start_array(std::size_t) override { return levels_++ > 0 && other(); }
+  bool end_object() override { return leave(); }
+  bool end_array() override { return leave(); }
+  bool parse_error(std::size_t, const std::string&, const nlohmann::detail::exception&) override {
+    return false;
+  }
+
+ private:
+  bool other() const { return !is_format_; }
+  bool leave() {
+    --levels_;
+    return true;
+  }
+  std::size_t levels_ = 0;
+  bool is_format_ = false;  // the value of "format" comes next
+};
+
+bool is_file_of_biases(std::ifstream& file) {
+  file.clear();
+  file.seekg(0);
+  // No token is longer than a file of biases may be.
+  const auto most = static_cast<std::ptrdiff_t>(std::min(bytes_left(file), kLargestJson));
+  using Characters = std::counted_iterator<std::istreambuf_iterator<char>>;
+  FindsFormat found;
+  json::sax_parse(Characters(std::istreambuf_iterator<char>(file), most), Characters({}, 0), &found,
+                  nlohmann::detail::input_format_t::json, false);
+  return found.biases;
+}
+
+LayerBiases read_any(const std::string& path, const BiasSource& source) {
+  std::ifstream file(path, std::ios::binary);
+  if (!file.is_open()) fail(path, "cannot be opened");
+  char start[64] = {};
+  file.read(start, sizeof start);
+  std::string_view begin(start, static_cast<std::size_t>(file.gcount()));
+  if (begin.starts_with("moectlst")) return from_state(path, source.deployed);
+  if (begin.starts_with("\x93NUMPY")) return from_npy(path, source.first_layer);
+  if (begin.size() > 8 && begin[8] == '{' && begin[7] == '\0') return from_safetensors(path, source.tensor);
+  if (is_file_of_biases(file)) return read_biases(path);
+  if (begin.starts_with("\xef\xbb\xbf")) begin.remove_prefix(3);  // what a text editor may put in front
+  const std::size_t first = begin.find_first_not_of(" \t\r\n");
+  if (first == std::string_view::npos || begin[first] != '[') return from_log(path, source.deployed);
+  file.clear();
+  file.seekg(0);
+  const std::optional<std::string> text = read_up_to(file, kLargestJson);
+  if (!text) fail(path, "must be at most " + std::to_string(kLargestJson) + " bytes");
+  if (nests_deeper(*text, kMostLevels))
+    fail(path, "nested deeper than " + std::to_string(kMostLevels) + " levels");
+  const json all = json::parse(*text, nullptr, false);
+  if (all.is_discarded()) fail(path, "not JSON");
+  return from_json(path, all, source.first_layer);
+}
+
+/// Whatever wrote them, biases are numbers that a router can add and that a file of biases can hold.
+void check(const LayerBiases& biases, const std::string& path) {
+  if (biases.empty()) fail(path, "holds no biases");
+  for (const auto& [layer, values] : biases) {
+    const std::string place = "layer " + std::to_string(layer);
+    if (values.empty()) fail(path, place + ": holds no biases: must have one for each expert");
+    for (std::size_t i = 0; i < values.size(); ++i) {
+      if (values[i] >= StateIo::kFinite.least && values[i] <= StateIo::kFinite.most) continue;
+      fail(path, place + ", expert " + std::to_string(i) + ": " + exact(values[i]) +
+                     ": must be a number from -1e100 to 1e100");
+    }
+  }
+}
+
 }  // namespace
 
 LayerBiases biases_in(const std::string& path, const BiasSource& source) {
   if (!source.tensor.empty() && source.tensor.find("{}") == std::string::npos) {
     throw ImportError("--tensor: " + source.tensor + ": must hold {} in place of the layer's number");
   }
-  std::ifstream file(path, std::ios::binary);
-  if (!file.is_open()) fail(path, "cannot be opened");
-  char start[64] = {};
-  file.read(start, sizeof start);
-  const std::string_view begin(start, static_cast<std::size_t>(file.gcount()));
   try {
-    if (begin.starts_with("moectlst")) return from_state(path, source.deployed);
-    if (begin.starts_with("\x93NUMPY")) return from_npy(path, source.first_layer);
-    if (begin.size() > 8 && begin[8] == '{' && begin[7] == '\0') return from_safetensors(path, source.tensor);
-    if (begin.starts_with("{\"format\":\"moectl-biases\"")) return read_biases(path);
-    const std::size_t first = begin.find_first_not_of(" \t\r\n");
-    if (first != std::string_view::npos && begin[first] == '[') {
-      file.clear();
-      file.seekg(0);
-      const std::optional<std::string> text = read_up_to(file, kLargestJson);
-      if (!text) fail(path, "must be at most " + std::to_string(kLargestJson) + " bytes");
-      if (nests_deeper(*text, kMostLevels))
-        fail(path, "nested deeper than " + std::to_string(kMostLevels) + " levels");
-      const json all = json::parse(*text, nullptr, false);
-      if (all.is_discarded()) fail(path, "not JSON");
-      return from_json(path, all, source.first_layer);
-    }
-    return from_log(path, source.deployed);
+    LayerBiases biases = read_any(path, source);
+    check(biases, path);
+    return biases;
   } catch (const ImportError&) {
     throw;
   } catch (const std::exception& error) {
     const std::string what = error.what();
-    fail(path, what.starts_with(path) ? what.substr(std::min(what.size(), path.size() + 2)) : what);
+    if (what.starts_with(path)) throw ImportError(what);  // perhaps with a line
+    fail(path, what);
   }
 }
 

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cctype>
 #include <charconv>
+#include <map>
 #include <optional>
 
 #include "base/format.h"
@@ -25,15 +26,15 @@ class SglangCsvReader : public StepReader {
     std::vector<std::string> names;
     split(line, ',', names);
     for (std::size_t i = 0; i < kColumns; ++i) {
-      const auto at = std::ranges::find(names, kNames[i]);
-      if (at == names.end()) {
+      const auto at = column_of(names, kNames[i], file);
+      if (!at) {
         throw OtherFormat(
             file.name() +
             ": expected CSV with the columns layer_id,expert_id,count, or an array logical_count as "
             ".npy or .npz: found " +
             start_of(line));
       }
-      columns_[i] = static_cast<std::size_t>(at - names.begin());
+      columns_[i] = *at;
     }
   }
 
@@ -43,6 +44,7 @@ class SglangCsvReader : public StepReader {
     step.step = 0;
     step.layers.clear();
     std::int64_t cells = 0;
+    std::map<std::int64_t, std::vector<bool>> seen;  // experts of each layer
     for (std::vector<std::string> fields; next_row(file_, ',', fields);) {
       std::int64_t values[kColumns];
       const std::int64_t most[] = {kMostLayers - 1, kMostExperts - 1, kLargestWhole};
@@ -56,6 +58,13 @@ class SglangCsvReader : public StepReader {
       ImportedLayer& layer = step.layers[{static_cast<int>(values[0]), ""}];
       layer.top_k = top_k_;
       layer.choose(values[1], cells, file_.place(), values[2]);
+      std::vector<bool>& experts = seen[values[0]];
+      experts.resize(layer.counts.size());
+      const auto expert = static_cast<std::size_t>(values[1]);
+      if (experts[expert])
+        throw ImportError(file_.place() + ": layer " + std::to_string(values[0]) + ", expert " +
+                          std::to_string(values[1]) + " stands twice: expected one count");
+      experts[expert] = true;
     }
     return true;
   }
@@ -157,9 +166,10 @@ class MatrixReader : public StepReader {
   bool next(ImportedStep& step) override {
     if (!more_) return false;
     step.layers.clear();
-    step.step = cell(step_column_, "step").value_or(rows_);
+    step.step = cell(step_column_, "step").value_or(steps_);
+    ++steps_;
+    int layer = layer_of_row();
     do {
-      const auto layer = static_cast<int>(cell(layer_column_, "layer", kMostLayers - 1).value_or(0));
       row_.clear();
       for (std::size_t i = 0; i < columns_; ++i) {
         if (i == step_column_ || i == layer_column_ || i == tokens_column_) continue;
@@ -174,9 +184,11 @@ class MatrixReader : public StepReader {
                           std::to_string(layer) + " stands twice");
       step.layers[{layer, ""}] =
           values_.counts(row_, file_.place(), cell(tokens_column_, "tokens", kMostTokensOfStep));
-      ++rows_;
       advance();
-    } while (more_ && step_column_ && cell(step_column_, "step") == step.step);
+      if (more_) layer = layer_of_row();
+      // Without step numbers a step ends where a layer comes again.
+    } while (more_ &&
+             (step_column_ ? cell(step_column_, "step") == step.step : step.layers.count({layer, ""}) == 0));
     if (more_ && step_column_ && *cell(step_column_, "step") < step.step)
       throw ImportError(file_.place() + ": steps must ascend");
     return true;
@@ -187,7 +199,7 @@ class MatrixReader : public StepReader {
 
   /// Which columns are no experts. Those of experts stand in the order of experts: their numbers, if they have them, show it.
   void read_names() {
-    std::optional<std::int64_t> last;
+    std::int64_t next = 0;  // expert
     std::size_t numbers = 0, experts = 0;
     std::string unnumbered;
     for (std::size_t i = 0; i < columns_; ++i) {
@@ -213,16 +225,19 @@ class MatrixReader : public StepReader {
         if (number >= kMostExperts)
           throw OtherFormat(file_.place() + ": column " + std::to_string(i + 1) + ": " + fields_[i] +
                             ": expected an expert from 0 to " + std::to_string(kMostExperts - 1));
-        if (last && number != *last + 1)
+        if (number != next)
           throw OtherFormat(file_.place() + ": column " + std::to_string(i + 1) + ": " + fields_[i] +
-                            ": expected expert " + std::to_string(*last + 1) +
-                            ": the columns of experts must stand in their order, and all be there");
-        last = number;
+                            ": expected expert " + std::to_string(next) +
+                            ": the columns of experts must stand in their order from 0, and all be there");
+        ++next;
       }
     }
     if (numbers > 0 && numbers < experts)
       throw OtherFormat(file_.place() + ": column " + unnumbered +
                         ": expected the number of an expert at its end, or step, layer or tokens");
+  }
+  int layer_of_row() const {
+    return static_cast<int>(cell(layer_column_, "layer", kMostLayers - 1).value_or(0));
   }
   void column_is(std::optional<std::size_t>& column, std::size_t i) const {
     if (column)
@@ -260,7 +275,7 @@ class MatrixReader : public StepReader {
   std::size_t columns_ = 0;
   std::optional<std::size_t> step_column_, layer_column_, tokens_column_;
   std::vector<double> row_;
-  std::int64_t rows_ = 0;
+  std::int64_t steps_ = 0;
   bool more_ = true;
 };
 

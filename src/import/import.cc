@@ -387,6 +387,10 @@ ImportReport import_trace(std::string_view name, const std::vector<std::string>&
                           std::to_string(layer.counts.size() - 1));
       const auto own = found.own.find(key.first);
       const std::size_t width = own == found.own.end() ? experts : own->second;
+      if (options.top_k > 0 && layer.top_k != options.top_k)
+        throw ImportError("--top-k: " + std::to_string(options.top_k) + ": step " +
+                          std::to_string(step.step) + ", layer " + std::to_string(key.first) +
+                          " has k = " + std::to_string(layer.top_k) + " in the files: leave it out");
       // No 0 stands for a value that the dump does not have.
       if (layer.every_expert && layer.counts.size() != width)
         throw ImportError("step " + std::to_string(step.step) + ", layer " + std::to_string(key.first) +

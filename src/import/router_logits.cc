@@ -96,7 +96,7 @@ class RouterLogitsReader : public StepReader {
     layer.sqrt_prob_sum.resize(n);
     layer.has_probabilities = true;
     if (k < n) layer.gap_sum = 0;
-    std::vector<double> row(n);
+    std::vector<double> logits(n), row(n);  // row: the scores
     std::vector<std::int64_t> of_sequence(n);
     std::vector<std::size_t> order(n);
     std::vector<std::int64_t> chosen;
@@ -108,11 +108,11 @@ class RouterLogitsReader : public StepReader {
     };
     for (std::int64_t t = 0; t < tokens_; ++t) {
       if (sequence_length_ > 0 && t % sequence_length_ == 0) close();
-      array_.read(row);
+      array_.read(logits);
       if (!mask_.empty() && mask_[static_cast<std::size_t>(t)] == 0) continue;
       // -inf takes an expert out of the choice; k of them must be left.
       std::size_t finite = 0;
-      for (const double z : row) {
+      for (const double z : logits) {
         if (std::isnan(z) || z == HUGE_VAL)
           throw ImportError(file_.name() + ": layer " + std::to_string(l) + ", token " + std::to_string(t) +
                             ": " + (std::isnan(z) ? "NaN" : "+inf") + " among the logits");
@@ -122,17 +122,19 @@ class RouterLogitsReader : public StepReader {
         throw ImportError(file_.name() + ": layer " + std::to_string(l) + ", token " + std::to_string(t) +
                           ": " + std::to_string(finite) +
                           " logits above -inf: expected at least k = " + std::to_string(k));
-      scores(row);
+      scores(logits, row);
       std::iota(order.begin(), order.end(), std::size_t{0});
-      // Of equal scores the first expert, as torch.topk mostly takes them.
-      std::partial_sort(
-          order.begin(), order.begin() + static_cast<std::ptrdiff_t>(std::min(k + 1, n)), order.end(),
-          [&](std::size_t a, std::size_t b) { return row[a] != row[b] ? row[a] > row[b] : a < b; });
-      if (layer.gap_sum) *layer.gap_sum += row[order[k - 1]] - row[order[k]];
-      const double sum = sigmoid_ ? std::accumulate(row.begin(), row.end(), 0.0) : 1;
+      // By the logits, which order the experts as the scores do: small scores become 0, that of -inf and others alike.
+      // Of equal ones the first expert, as torch.topk mostly takes them.
+      std::partial_sort(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(std::min(k + 1, n)),
+                        order.end(), [&](std::size_t a, std::size_t b) {
+                          return logits[a] != logits[b] ? logits[a] > logits[b] : a < b;
+                        });
+      if (layer.gap_sum) *layer.gap_sum += std::max(0.0, row[order[k - 1]] - row[order[k]]);
+      if (sigmoid_) normalise(logits, row);
       double entropy = 0;
       for (std::size_t i = 0; i < n; ++i) {
-        const double p = sum > 0 ? row[i] / sum : 1.0 / static_cast<double>(n);
+        const double p = row[i];
         layer.prob_sum[i] += p;
         layer.sqrt_prob_sum[i] += std::sqrt(p);
         if (p > 0) entropy -= p * std::log(p);
@@ -152,15 +154,24 @@ class RouterLogitsReader : public StepReader {
     close();
   }
 
-  void scores(std::vector<double>& row) const {
-    if (sigmoid_) {
-      for (double& z : row) z = 1 / (1 + std::exp(-z));
-      return;
-    }
-    const double largest = *std::ranges::max_element(row);
-    double sum = 0;
-    for (double& z : row) sum += z = std::exp(z - largest);
-    for (double& z : row) z /= sum;
+  void scores(const std::vector<double>& logits, std::vector<double>& out) const {
+    if (!sigmoid_) return softmax(logits, out);
+    std::ranges::transform(logits, out.begin(), [](double z) { return 1 / (1 + std::exp(-z)); });
+  }
+
+  static void softmax(const std::vector<double>& logits, std::vector<double>& out) {
+    const double largest = *std::ranges::max_element(logits);
+    std::ranges::transform(logits, out.begin(), [&](double z) { return std::exp(z - largest); });
+    const double sum = std::accumulate(out.begin(), out.end(), 0.0);
+    for (double& p : out) p /= sum;
+  }
+
+  /// Sigmoids by their sum. Far below 0 a sigmoid is the exponential of its logit: where all are too small for a number, the
+  /// softmax has their ratios.
+  static void normalise(const std::vector<double>& logits, std::vector<double>& sigmoids) {
+    const double sum = std::accumulate(sigmoids.begin(), sigmoids.end(), 0.0);
+    if (!(sum > 0)) return softmax(logits, sigmoids);
+    for (double& p : sigmoids) p /= sum;
   }
 
   Bytes& file_;

@@ -3,6 +3,7 @@
 #include <array>
 #include <charconv>
 #include <map>
+#include <optional>
 #include <set>
 
 #include "import/steps.h"
@@ -103,21 +104,25 @@ class Sequence {
   std::vector<Layer> layers_;
 };
 
+/// The first array of a file. All are [tokens, layers, k] of one model, which has one k and one number of layers.
+struct FirstArray {
+  std::int64_t layers = 0;
+  int top_k = 0;
+  std::string place;  // empty = there was none yet
+};
+
 /// A sequence whose arrays come one after another: those of a prompt and of what was generated from it.
 class Request {
  public:
-  Request(ImportedStep& step, bool pairs) : step_(step), pairs_(pairs) {}
-  /// The choices of layers, [layers, k]; those of an array must be as many as before.
+  Request(ImportedStep& step, bool pairs, FirstArray& first) : step_(step), pairs_(pairs), first_(first) {}
+  /// The choices of layers, [layers, k]; those of an array must be as many as in the first one.
   Sequence& sequence(std::int64_t layers, int top_k, const std::string& place) {
-    if (!sequence_) {
-      layers_ = layers;
-      top_k_ = top_k;
-      sequence_.emplace(step_, layers, top_k, pairs_, place);
-    }
-    if (layers != layers_ || top_k != top_k_)
+    if (first_.place.empty()) first_ = {layers, top_k, place};
+    if (layers != first_.layers || top_k != first_.top_k)
       throw ImportError(place + ": [tokens, " + std::to_string(layers) + ", " + std::to_string(top_k) +
-                        "]: expected [tokens, " + std::to_string(layers_) + ", " + std::to_string(top_k_) +
-                        "], as in the rest of the request");
+                        "]: expected [tokens, " + std::to_string(first_.layers) + ", " +
+                        std::to_string(first_.top_k) + "], as in " + first_.place);
+    if (!sequence_) sequence_.emplace(step_, layers, top_k, pairs_, place);
     return *sequence_;
   }
   void close(std::vector<SlotsOfLayer>& slots) {
@@ -128,8 +133,7 @@ class Request {
  private:
   ImportedStep& step_;
   bool pairs_;
-  std::int64_t layers_ = 0;
-  int top_k_ = 0;
+  FirstArray& first_;
   std::optional<Sequence> sequence_;
 };
 
@@ -232,7 +236,7 @@ class VllmReader : public StepReader {
     }
     std::int64_t tokens = 0;
     // The prompt is routed once; the choices generated from it go on from there, the first in the same sequence.
-    Request request(step, options_.pairs);
+    Request request(step, options_.pairs, first_);
     bool found = add_field(parser_.value(), "prompt_routed_experts", request, tokens);
     found = add_field(parser_.value(), "routed_experts", request, tokens) || found;
     if (const auto choices = parser_.value().find("choices"); choices && choices->is_array()) {
@@ -251,7 +255,7 @@ class VllmReader : public StepReader {
   }
 
   std::int64_t add_whole(NpyReader& array, const std::string& place, ImportedStep& step) {
-    Request request(step, options_.pairs);
+    Request request(step, options_.pairs, first_);
     const std::int64_t tokens = add_array(array, place, request);
     request.close(slots_);
     return tokens;
@@ -305,6 +309,7 @@ class VllmReader : public StepReader {
   std::unique_ptr<NpzReader> archive_;
   JsonParser parser_;
   std::vector<SlotsOfLayer> slots_;
+  FirstArray first_;
   std::int64_t step_ = 0;
 };
 
@@ -387,13 +392,21 @@ class MegatronReader : public StepReader {
     // A record of a layer that has one already in this step is of the next micro-batch.
     const int micro_batch = options_.by_micro_batch ? micro_batches_[{id, tag}]++ : 0;
     if (!indices->is_array()) throw wrong("top_indices: expected [tokens, k]");
-    if (indices->size() == 0) return;  // no tokens of this micro-batch: there is no k either
+    const auto tokens = static_cast<std::int64_t>(indices->size());
+    if (const std::int64_t said = whole("num_tokens", kLargestWhole, tokens); said != tokens)
+      throw wrong("num_tokens: " + std::to_string(said) + ": expected " + std::to_string(tokens) +
+                  ", as many as top_indices has");
+    const std::int64_t said_k = whole("topk", kLargestWhole, -1);
+    if (tokens == 0) return;  // no tokens of this micro-batch: there is no k either
     ImportedLayer& layer = step.layers[{id, part_tag(micro_batch, tag)}];
     layer.tokens = layer.tokens.value_or(0);
     for (const JsonValue token : indices->elements()) {
       if (!token.is_array() || token.size() < 1 || token.size() > 1024)
         throw wrong("top_indices: expected [tokens, k]");
       const auto k = static_cast<int>(token.size());
+      if (said_k >= 0 && said_k != k)
+        throw wrong("topk: " + std::to_string(said_k) + ": expected " + std::to_string(k) +
+                    ", the experts of a token in top_indices");
       if (layer.top_k != 0 && layer.top_k != k)
         throw wrong("top_indices: " + std::to_string(k) + " experts: expected " +
                     std::to_string(layer.top_k));
@@ -469,15 +482,10 @@ class LlamaCppReader : public StepReader {
       : file_(file), options_(options), notes_(notes), top_k_(needed_top_k(file, options)) {
     advance();
     if (!more_) throw wrong();
-    const auto column = [&](std::string_view name) {
-      for (std::size_t i = 0; i < fields_.size(); ++i) {
-        if (fields_[i] == name) return static_cast<int>(i);
-      }
-      return -1;
-    };
-    if (column("layer") >= 0 && column("expert") >= 0) {
-      layer_ = static_cast<std::size_t>(column("layer"));
-      expert_ = static_cast<std::size_t>(column("expert"));
+    const auto layer = column_of(fields_, "layer", file), expert = column_of(fields_, "expert", file);
+    if (layer && expert) {
+      layer_ = *layer;
+      expert_ = *expert;
       advance();
     } else if (fields_.size() != 2 || !number_of(fields_[0]) || !number_of(fields_[1])) {
       throw wrong();
@@ -501,7 +509,10 @@ class LlamaCppReader : public StepReader {
         if (layer < last_layer && chosen >= options_.tokens_per_step * top_k_) return true;
         pass += layer < last_layer;
       }
-      ++rows;
+      if (rows++ % top_k_ == 0) token_.clear();
+      if (!repeated_ && std::ranges::find(token_, expert) != token_.end())
+        repeated_ = chosen_twice(file_.place() + ": layer " + std::to_string(layer), expert);
+      token_.push_back(expert);
       last_layer = layer;
       chosen += layer == first_layer;
       ImportedLayer& of =
@@ -511,6 +522,7 @@ class LlamaCppReader : public StepReader {
     }
     if (rows % top_k_ != 0)
       notes_.say("the last rows end within a token: the file is cut off, or --top-k is wrong");
+    if (repeated_) throw *repeated_;
     return !step.layers.empty();
   }
 
@@ -520,6 +532,8 @@ class LlamaCppReader : public StepReader {
     if (rows % top_k_ != 0)
       throw ImportError(file_.place() + ": layer " + std::to_string(layer) + " has " + std::to_string(rows) +
                         " rows in this pass: expected a multiple of --top-k " + std::to_string(top_k_));
+    // Only now: under a wrong k rows of two tokens look like one.
+    if (repeated_) throw *repeated_;
   }
   OtherFormat wrong() const {
     return OtherFormat(file_.name() +
@@ -540,6 +554,8 @@ class LlamaCppReader : public StepReader {
   int top_k_;
   std::vector<std::string> fields_;
   std::size_t layer_ = 0, expert_ = 1;
+  std::vector<std::int64_t> token_;      // the experts of the token that is read
+  std::optional<ImportError> repeated_;  // of a token with an expert twice
   bool more_ = false;
   std::int64_t step_ = 0;
 };

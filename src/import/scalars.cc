@@ -8,6 +8,7 @@
 #include <optional>
 #include <set>
 
+#include "base/format.h"
 #include "base/input_limits.h"
 #include "import/loads.h"
 #include "import/steps.h"
@@ -72,12 +73,17 @@ class Grid {
     check_cells(cells_ += static_cast<std::int64_t>(more), name_);
     experts += more;
   }
-  void set(int layer, int expert, double value) {
+  void set(int layer, int expert, double value, std::int64_t step) {
     expect(layer, expert);
     auto& row = rows_[layer];
     if (static_cast<std::size_t>(expert) >= row.size())
       row.resize(static_cast<std::size_t>(expert) + 1, std::nan(""));
-    row[static_cast<std::size_t>(expert)] = value;
+    double& known = row[static_cast<std::size_t>(expert)];
+    if (!std::isnan(known) && known != value)
+      throw ImportError(name_ + ": step " + std::to_string(step) + ", layer " + std::to_string(layer) +
+                        ", expert " + std::to_string(expert) + " stands twice, as " + exact(known) +
+                        " and as " + exact(value) + ": expected one value");
+    known = value;
   }
   bool empty() const { return rows_.empty(); }
   void clear() { rows_.clear(); }
@@ -142,20 +148,26 @@ class WandbReader : public StepReader {
     split(line, ',', fields_);
     OneMetric metric(options);
     columns_.resize(fields_.size());
-    bool any = false;
+    std::map<std::pair<int, int>, std::size_t> known;  // columns by layer and expert
     for (std::size_t i = 0; i < fields_.size(); ++i) {
       const std::string& name = fields_[i];
       if (name == "Step" || name == "_step" || name == "step" || name == "trainer/global_step") {
+        column_of(fields_, name, file);  // one alone has the name
         if (!step_column_ || name != "trainer/global_step") step_column_ = i;
       }
       // A panel's export has the range of smoothed points beside each column.
       if (name.ends_with("__MIN") || name.ends_with("__MAX") || !metric.wants(name)) continue;
       if (!(columns_[i] = key_of(name))) continue;
       metric.add(*columns_[i], file.name());
+      const auto [before, fresh] = known.try_emplace({columns_[i]->layer, columns_[i]->expert}, i);
+      if (!fresh)
+        throw ImportError(file.place() + ": columns " + std::to_string(before->second + 1) + " and " +
+                          std::to_string(i + 1) + ": " + fields_[before->second] + " and " + name +
+                          " are both of layer " + std::to_string(columns_[i]->layer) + ", expert " +
+                          std::to_string(columns_[i]->expert) + ": expected one of them");
       grid_.expect(columns_[i]->layer, columns_[i]->expert);
-      any = true;
     }
-    if (!any) {
+    if (known.empty()) {
       throw OtherFormat(file.name() +
                         ": expected CSV with a column for each layer and expert, such as "
                         "moe-expert/tokens_layer0_expert3: found " +
@@ -188,7 +200,7 @@ class WandbReader : public StepReader {
         if (!value)
           throw ImportError(file_.place() + ": column " + std::to_string(i + 1) + ": \"" + fields_[i] +
                             "\": expected a number");
-        grid_.set(columns_[i]->layer, columns_[i]->expert, *value);
+        grid_.set(columns_[i]->layer, columns_[i]->expert, *value, step.step);
       }
       if (grid_.empty()) continue;  // a row of other metrics
       if (step.step <= last_)
@@ -297,7 +309,7 @@ class TensorBoardReader : public StepReader {
         throw ImportError(file_.name() + ": step " + std::to_string(event_step_) + " after step " +
                           std::to_string(step_) + ": steps must ascend");
       step_ = event_step_;
-      for (const auto& [key, value] : values_) grid_.set(key.layer, key.expert, value);
+      for (const auto& [key, value] : values_) grid_.set(key.layer, key.expert, value, step_);
       if (new_step) return true;
     }
     if (!any_)

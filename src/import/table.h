@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "import/bytes.h"
+#include "import/import.h"
 
 namespace moectl {
 
@@ -56,6 +57,19 @@ inline std::string join(const std::vector<std::string>& fields) {
   std::string text;
   for (const std::string& field : fields) text += (text.empty() ? "" : ",") + field;
   return text;
+}
+
+/// Where the column of that name stands, or nothing. Of two with one name nobody knows which is meant.
+inline std::optional<std::size_t> column_of(const std::vector<std::string>& names, std::string_view name,
+                                            const Bytes& file) {
+  const auto at = std::ranges::find(names, name);
+  if (at == names.end()) return std::nullopt;
+  const auto other = std::find(at + 1, names.end(), name);
+  if (other != names.end())
+    throw ImportError(file.place() + ": columns " + std::to_string(at - names.begin() + 1) + " and " +
+                      std::to_string(other - names.begin() + 1) + ": " + std::string(name) +
+                      " stands twice: expected one of them");
+  return static_cast<std::size_t>(at - names.begin());
 }
 
 /// The start of a file as a message shows it.

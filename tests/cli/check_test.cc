@@ -60,6 +60,45 @@ TEST(Check, AWrongConfigNamesThePlace) {
   EXPECT_THAT(json.json()["error"].get<std::string>(), HasSubstr("c.yaml:2:33"));
 }
 
+// The same words as where a controller is set up.
+TEST(Check, ReadsTheFileOfBiasesAsAControllerDoes) {
+  const TempDir dir;
+  dir.write("c.yaml",
+            "version: 1\nmodel: {layers: 2, experts: 4, top_k: 1}\n"
+            "expert_bias: {policy: sign_bias, initial: b.json}\n");
+  dir.write("t.jsonl", R"({"format":"moectl-trace","version":1})"
+                       "\n");
+  const auto refused = [&](const std::string& words) {
+    const ToolResult text = run_tool(dir, "check c.yaml");
+    EXPECT_EQ(text.code, 1);
+    EXPECT_EQ(text.out, "");
+    EXPECT_THAT(text.err, HasSubstr("expert_bias.initial: "));
+    EXPECT_THAT(text.err, HasSubstr("b.json: " + words));
+    EXPECT_EQ(text.err, run_tool(dir, "replay c.yaml t.jsonl").err);
+    EXPECT_EQ(run_tool(dir, "check c.yaml --explain").code, 1);
+    const ToolResult json = run_tool(dir, "check c.yaml --format json");
+    EXPECT_EQ(json.code, 1);
+    EXPECT_EQ(json.json()["valid"], false);
+    EXPECT_THAT(json.json()["error"].get<std::string>(), HasSubstr("b.json: " + words));
+  };
+  refused("cannot be opened");
+  dir.write("b.json", "biases");
+  refused("not JSON");
+  const auto biases = [&](const std::string& second) {
+    dir.write("b.json", R"({"format":"moectl-biases","version":1,"layers":{"0":[0,0,0,0])" + second + "}}");
+  };
+  biases("");
+  refused("must hold layer 1");
+  biases(R"(,"1":[0,0,0,0,0,0,0,0])");
+  refused("adopt: layer 1: expert_bias: 8 values: must be 4");
+  biases(R"(,"1":[])");
+  refused("adopt: layer 1: expert_bias: 0 values: must be 4");
+  biases(R"(,"1":[0,0,0,99])");
+  refused("adopt: layer 1: expert_bias[3]: 99: must be within limits.min and limits.max");
+  biases(R"(,"1":[0,0,0.5,0])");
+  EXPECT_EQ(run_tool(dir, "check c.yaml").code, 0);
+}
+
 TEST(Check, ATargetBelowTheNoiseFloorIsInfeasible) {
   const TempDir dir;
   // √((16/2 - 1)/2048) = 0.05846 for one step; over a cadence of 4 steps, half of it.

@@ -6,6 +6,7 @@
 #include <sys/stat.h>
 
 #include <bit>
+#include <cmath>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -193,6 +194,115 @@ TEST(BiasFiles, DeepNestingIsRefusedBeforeItIsParsed) {
     EXPECT_THAT(what_of(directory.write("file", text)), HasSubstr("nested deeper than 64 levels"));
   }
   EXPECT_EQ(what_of(directory.write("brackets.json", R"([[0.5, 0.25]])")), "");
+}
+
+// What no router can add, and what the file of -o cannot hold. The mean of no values has no minimum either.
+TEST(BiasFiles, EveryLayerHasFiniteNumbers) {
+  const TempDir dir;
+  const auto wrong = [&](const std::string& text, const std::string& words) {
+    const std::string path = dir.write("file", text);
+    EXPECT_THAT(what_of(path), HasSubstr(path + ": " + words)) << text;
+    for (const std::string arguments : {"file", "file file", "file --format json", "file -o out.json"}) {
+      const ToolResult result = run_tool(dir, "biases " + arguments);
+      EXPECT_EQ(result.code, 1) << arguments;
+      EXPECT_THAT(result.err, HasSubstr("file: " + words)) << arguments;
+    }
+  };
+  wrong("[[]]", "layer 0: holds no biases: must have one for each expert");
+  wrong("[[1,2,3],[]]", "layer 1: holds no biases");
+  wrong(R"({"format":"moectl-biases","version":1,"layers":{"0":[]}})", "layer 0: holds no biases");
+  wrong(R"({"format":"moectl-biases","version":1,"layers":{}})", "holds no biases");
+  wrong("[[1,2],[0,1e300]]", "layer 1, expert 1: 1e+300: must be a number from -1e100 to 1e100");
+  const std::string one = R"({"layers.4.expert_bias":{"dtype":"F32","shape":[3],"data_offsets":[0,12]}})";
+  wrong(safetensors(one, raw(std::vector<float>{0, 1, std::nanf("")})), "layer 4, expert 2: nan: must be");
+  wrong(safetensors(one, raw(std::vector<float>{0, -HUGE_VALF, 0})), "layer 4, expert 1: -inf: must be");
+  std::string header = "{'descr': '<f4', 'fortran_order': False, 'shape': (1, 2), }";
+  header.resize(118, ' ');
+  wrong(std::string("\x93NUMPY\x01\x00\x76\x00", 10) + header + raw(std::vector<float>{1, std::nanf("")}),
+        "layer 0, expert 1: nan: must be");
+}
+
+TEST(BiasFiles, ALogHasABiasForEachExpert) {
+  const TempDir dir;
+  const auto log = [&](const std::string& layers, const std::string& actuator) {
+    return dir.write("run.jsonl",
+                     R"({"format":"moectl-run","version":1,"config":{"model":)"
+                     R"({"layers":1,"experts":4,"top_k":1})" +
+                         layers +
+                         "}}\n"
+                         R"({"step":0,"layer":0,"tokens":8,"metrics":{},"health":"healthy","actuators":)"
+                         R"({"expert_bias":{)" +
+                         actuator + "}}}\n");
+  };
+  EXPECT_EQ(biases_in(log("", R"("applied":[0,1,2,3])")), (LayerBiases{{0, {0, 1, 2, 3}}}));
+  EXPECT_THAT(what_of(log("", R"("applied":[null,1,2,3])")), HasSubstr("run.jsonl: layer 0, expert 0: nan"));
+  EXPECT_THAT(what_of(log("", R"("applied":[1,2,3])")),
+              HasSubstr("run.jsonl:2: layer 0: actuators.expert_bias.applied: 3 values: must have 4"));
+  EXPECT_THAT(what_of(log("", R"("applied":[0,1,2,3],"deployed":[0])")),
+              HasSubstr("actuators.expert_bias.deployed: 1 values: must have 4"));
+  EXPECT_THAT(what_of(log(R"(,"layers":[{"ids":[0],"experts":8,"top_k":1}])", R"("applied":[0,1,2,3])")),
+              HasSubstr("4 values: must have 8"));
+}
+
+// Sums of offsets wrapped, and of two entries with one name the last one counted.
+TEST(BiasFiles, ACheckpointThatContradictsItselfIsRefused) {
+  const TempDir dir;
+  const auto what = [&](const std::string& header) {
+    return what_of(dir.write("c", safetensors(header, std::string(16, '\0'))));
+  };
+  const std::string tensor = R"({"dtype":"F32","shape":[4],"data_offsets":[)";
+  EXPECT_THAT(what(R"({"layers.1.expert_bias":)" + tensor + "18446744073709551592,18446744073709551608]}}"),
+              HasSubstr("c: layers.1.expert_bias: data_offsets [18446744073709551592,18446744073709551608]: "
+                        "must be the begin and the end of its 16 bytes"));
+  EXPECT_THAT(what(R"({"layers.1.expert_bias":)" + tensor + "9223372036854775784,9223372036854775800]}}"),
+              HasSubstr("the file ends within it, after 16 bytes of tensors"));
+  EXPECT_THAT(what(R"({"layers.1.expert_bias":)" + tensor + "1,17]}}"), HasSubstr("after 16 bytes"));
+  EXPECT_EQ(what(R"({"layers.1.expert_bias":)" + tensor + "0,16]}}"), "");
+  EXPECT_THAT(
+      what(R"({"layers.1.expert_bias":)" + tensor + R"(0,16]},"layers.1.expert_bias":)" + tensor + "0,16]}}"),
+      HasSubstr("key \"layers.1.expert_bias\" stands twice"));
+  EXPECT_THAT(
+      what(R"({"layers.1.a.expert_bias":)" + tensor + R"(0,16]},"layers.1.b.expert_bias":)" + tensor +
+           "0,16]}}"),
+      AllOf(HasSubstr("layers.1.a.expert_bias"), HasSubstr("layers.1.b.expert_bias"), HasSubstr("--tensor")));
+}
+
+TEST(BiasFiles, ALayerThatStandsTwiceIsRefused) {
+  const TempDir dir;
+  const auto what = [&](const std::string& layers) -> std::string {
+    const std::string path =
+        dir.write("b.json", R"({"format":"moectl-biases","version":1,"layers":)" + layers + "}");
+    std::string error;
+    try {
+      read_biases(path);
+    } catch (const ConfigError& e) {
+      error = e.what();
+    }
+    EXPECT_EQ(what_of(path), error);
+    return error;
+  };
+  EXPECT_EQ(what(R"({"0":[1,2],"1":[3,4]})"), "");
+  EXPECT_THAT(what(R"({"0":[1,2],"0":[3,4]})"), HasSubstr("b.json: key \"0\" stands twice in one object"));
+  EXPECT_THAT(what(R"({"0":[1,2]},"layers":{"0":[3,4]})"), HasSubstr("key \"layers\" stands twice"));
+  EXPECT_THAT(what(R"({"0":[1,2],"00":[3,4]})"), HasSubstr("b.json: layers: 00: layer 0 stands twice"));
+}
+
+// json.dump of Python puts blanks and lines where moectl writes none, and an editor may put a mark in front.
+TEST(BiasFiles, AFileOfBiasesIsToldByItsFormat) {
+  const TempDir dir;
+  const LayerBiases biases = {{0, {0.5, 0}}, {3, {-1, 0.25}}};
+  for (const std::string text :
+       {R"({"format": "moectl-biases", "version": 1, "layers": {"0": [0.5, 0], "3": [-1, 0.25]}})",
+        "{\n  \"layers\": {\"0\": [0.5, 0], \"3\": [-1, 0.25]},\n  \"version\": 1,\n"
+        "  \"format\": \"moectl-biases\"\n}\n",
+        "\xef\xbb\xbf\n{\"format\":\"moectl-biases\",\"version\":1,\"layers\":"
+        "{\"0\":[0.5,0],\"3\":[-1,0.25]}}"}) {
+    EXPECT_EQ(biases_in(dir.write("b.json", text)), biases) << text;
+    EXPECT_EQ(read_biases(dir.path("b.json")), biases) << text;
+  }
+  for (const char* other :
+       {R"({"note":{"format":"moectl-biases"}})", R"({"format":{"format":"moectl-biases"}})"})
+    EXPECT_THAT(what_of(dir.write("b.json", other)), HasSubstr("b.json:1: "));
 }
 
 // Each layer was looked for from the start of the state: so many of them took minutes.

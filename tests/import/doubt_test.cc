@@ -371,6 +371,11 @@ std::string little_endian(std::uint64_t value, int size) {
   for (int i = 0; i < size; ++i) bytes += static_cast<char>(value >> 8 * i);
   return bytes;
 }
+/// A stored entry of a zip archive, as numpy.savez writes it.
+std::string entry(const std::string& name, const std::string& data) {
+  return std::string("PK\x03\x04\x14\0\0\0\0\0", 10) + std::string(8, '\0') + little_endian(data.size(), 4) +
+         little_endian(data.size(), 4) + little_endian(name.size(), 2) + std::string(2, '\0') + name + data;
+}
 /// One scalar as an event of TensorBoard: a TFRecord.
 std::string scalar(int step, const std::string& tag, float value) {
   const auto text = [](int field, const std::string& bytes) {
@@ -508,7 +513,7 @@ TEST(ImportInDoubt, SharesTakeTheTokensOfTheirRow) {
   const auto all =
       imported_in(dir, "csv - --top-k 2", nullptr, "Tokens,Layer,e0,e1\n10,3,0.5,0.5\n20,4,0.5,0.5\n");
   EXPECT_EQ(at(all, 0, 3)["counts"], json({10, 10}));
-  EXPECT_EQ(at(all, 1, 4)["tokens"], 20);
+  EXPECT_EQ(at(all, 0, 4)["tokens"], 20);
 }
 
 TEST(ImportInDoubt, ColumnsThatAreNoExpertsAreNotTakenForThem) {
@@ -570,6 +575,24 @@ TEST(ImportInDoubt, LogitsThatChooseNothingAreRefused) {
   }
 }
 
+// Scores far below the largest are 0, as that of -inf is: the logits tell them apart.
+TEST(ImportInDoubt, TheChoiceIsThatOfTheLogits) {
+  const TempDir dir;
+  const float inf = HUGE_VALF;
+  const auto counts = [&](const std::vector<float>& values, const std::string& scores, int top_k) {
+    dir.write("z.npy", npy_of("<f4", "1, 1, " + std::to_string(values.size()), bytes_of(values)));
+    return imported_in(dir, "hf z.npy --scores " + scores + " --top-k " + std::to_string(top_k)).at(0);
+  };
+  EXPECT_EQ(counts({1000, -inf, 0, 1}, "softmax", 2)["counts"], json({1, 0, 0, 1}));
+  EXPECT_EQ(counts({1000, -inf, 0, 1}, "softmax", 3)["counts"], json({1, 0, 1, 1}));
+  EXPECT_EQ(counts({900, -inf, -801, -800}, "sigmoid", 2)["counts"], json({1, 0, 0, 1}));
+  EXPECT_EQ(counts({50, 60, 0}, "sigmoid", 1)["counts"], json({0, 1, 0})) << "both sigmoids are 1";
+  // All sigmoids are too small for a number.
+  const json small = counts({-inf, -800, -800}, "sigmoid", 1);
+  EXPECT_EQ(small["counts"], json({0, 1, 0}));
+  EXPECT_EQ(small["prob_sum"], json({0.0, 0.5, 0.5}));
+}
+
 TEST(ImportInDoubt, FourExtentsOfLogitsAreSaid) {
   const TempDir dir;
   dir.write("z.npy", npy_of("<f4", "3, 2, 2, 2", bytes_of(std::vector<float>(24, 1.0F))));
@@ -618,13 +641,102 @@ TEST(ImportInDoubt, ATokenChoosesAnExpertOnce) {
       HasSubstr("layer 0: 1 tokens hold one number k times: taken for tokens without routes, left out"));
 }
 
-// ---- Formats and names ----
-
-/// A stored entry of a zip archive, as numpy.savez writes it.
-std::string entry(const std::string& name, const std::string& data) {
-  return std::string("PK\x03\x04\x14\0\0\0\0\0", 10) + std::string(8, '\0') + little_endian(data.size(), 4) +
-         little_endian(data.size(), 4) + little_endian(name.size(), 2) + std::string(2, '\0') + name + data;
+TEST(ImportInDoubt, ATokenOfLlamaCppChoosesAnExpertOnce) {
+  const TempDir dir;
+  EXPECT_THAT(refused_in(dir, "llama.cpp - --top-k 2", "layer,expert\n0,0\n0,1\n1,1\n1,1\n"),
+              HasSubstr("<stdin>:5: layer 1: expert 1 stands twice in one token"));
+  // Of two tokens, and in the next pass, it is another choice.
+  EXPECT_EQ(imported_in(dir, "llama.cpp - --top-k 2", nullptr,
+                        "layer,expert\n0,0\n0,1\n0,1\n0,0\n1,1\n1,0\n0,1\n0,0\n1,0\n1,1\n")
+                .size(),
+            2U);
+  // The rows before the cut are whole tokens.
+  EXPECT_THAT(refused_in(dir, "llama.cpp - --top-k 2", "layer,expert\n0,3\n0,3\n0,1\n"),
+              HasSubstr(":3: layer 0: expert 3 stands twice"));
 }
+
+// ---- Two places that contradict each other ----
+
+TEST(ImportInDoubt, RequestsOfOneModelHaveOneK) {
+  const TempDir dir;
+  for (const char* more : {"", " --tokens-per-step 1"}) {
+    EXPECT_THAT(refused_in(dir, std::string("vllm -") + more,
+                           "{\"routed_experts\":[[[0,1]]]}\n{\"routed_experts\":[[[0,1,2]]]}\n"),
+                HasSubstr("<stdin>:2: routed_experts: [tokens, 1, 3]: expected [tokens, 1, 2], as in "
+                          "<stdin>:1: routed_experts"));
+  }
+  EXPECT_THAT(refused_in(dir, "vllm -", "{\"routed_experts\":[[[0]]]}\n{\"routed_experts\":[[[0],[1]]]}\n"),
+              HasSubstr(":2: routed_experts: [tokens, 2, 1]: expected [tokens, 1, 1]"));
+  dir.write("r.npz", entry("a.npy", npy_of("|u1", "1, 1, 2", std::string("\0\1", 2))) +
+                         entry("b.npy", npy_of("|u1", "1, 1, 3", std::string("\0\1\2", 3))));
+  EXPECT_THAT(refused_in(dir, "vllm r.npz"),
+              HasSubstr("r.npz: b.npy: [tokens, 1, 3]: expected [tokens, 1, 2], as in r.npz: a.npy"));
+  // The option gives what the files do not say, and nothing else.
+  EXPECT_THAT(refused_in(dir, "vllm - --top-k 3", "{\"routed_experts\":[[[0,1]]]}\n"),
+              HasSubstr("--top-k: 3: step 0, layer 0 has k = 2 in the files"));
+}
+
+TEST(ImportInDoubt, WhatARouterTraceSaysOfItsTokensIsTrue) {
+  const TempDir dir;
+  const auto line = [](const std::string& said) {
+    return R"({"step":0,"layer":0,)" + said + R"("top_indices":[[0,1],[2,1]]})" + "\n";
+  };
+  EXPECT_EQ(imported_in(dir, "megatron -", nullptr, line(R"("num_tokens":2,"topk":2,)"))[0]["tokens"], 2);
+  EXPECT_THAT(refused_in(dir, "megatron -", line(R"("num_tokens":2048,"topk":2,)")),
+              HasSubstr("<stdin>:1: num_tokens: 2048: expected 2, as many as top_indices has"));
+  EXPECT_THAT(refused_in(dir, "megatron -", line(R"("num_tokens":2,"topk":4,)")),
+              HasSubstr("<stdin>:1: topk: 4: expected 2, the experts of a token in top_indices"));
+  EXPECT_THAT(refused_in(dir, "megatron -", R"({"step":0,"layer":0,"num_tokens":3,"top_indices":[]})"),
+              HasSubstr("num_tokens: 3: expected 0"));
+}
+
+TEST(ImportInDoubt, AValueThatStandsTwiceIsRefused) {
+  const TempDir dir;
+  EXPECT_THAT(
+      refused_in(dir, "wandb - --top-k 1",
+                 "_step,tok/layer0_expert0,tok/layer0_expert1,tok/layer0_expert1\n0,5,3,4\n"),
+      HasSubstr("<stdin>:1: columns 3 and 4: tok/layer0_expert1 and tok/layer0_expert1 are both of layer 0, "
+                "expert 1: expected one of them"));
+  EXPECT_THAT(refused_in(dir, "wandb - --top-k 1", "_step,_step,t_expert0,t_expert1\n0,1,5,3\n"),
+              HasSubstr("<stdin>:1: columns 1 and 2: _step stands twice"));
+  EXPECT_THAT(refused_in(dir, "llama.cpp - --top-k 1", "layer,expert,expert\n0,1,0\n"),
+              HasSubstr("<stdin>:1: columns 2 and 3: expert stands twice"));
+  const std::string sglang = "layer_id,expert_id,count";
+  EXPECT_THAT(refused_in(dir, "sglang - --top-k 1", sglang + ",count\n0,1,5,6\n"),
+              HasSubstr("<stdin>:1: columns 3 and 4: count stands twice"));
+  EXPECT_THAT(refused_in(dir, "sglang - --top-k 1", sglang + "\n0,1,0\n1,1,2\n0,1,6\n"),
+              HasSubstr("<stdin>:4: layer 0, expert 1 stands twice: expected one count"));
+  const std::string tag = "moe/tokens_layer0_expert";
+  dir.write("e", scalar(3, tag + "0", 5) + scalar(3, tag + "1", 3) + scalar(3, tag + "1", 4));
+  EXPECT_THAT(refused_in(dir, "tensorboard e --top-k 1"),
+              HasSubstr("e: step 3, layer 0, expert 1 stands twice, as 3 and as 4: expected one value"));
+  dir.write("e", scalar(3, tag + "0", 5) + scalar(3, tag + "1", 3) + scalar(3, tag + "1", 3));
+  EXPECT_EQ(imported_in(dir, "tensorboard e --top-k 1")[0]["counts"], json({5, 3})) << "no contradiction";
+}
+
+TEST(ImportInDoubt, WithoutStepNumbersAStepEndsWhereALayerComesAgain) {
+  const TempDir dir;
+  const auto all =
+      imported_in(dir, "csv - --top-k 1", nullptr, "layer,e0,e1\n1,5,3\n0,4,4\n1,6,2\n0,1,7\n2,8,0\n");
+  ASSERT_EQ(all.size(), 5U);
+  EXPECT_EQ(at(all, 0, 1)["counts"], json({5, 3}));
+  EXPECT_EQ(at(all, 0, 0)["counts"], json({4, 4}));
+  EXPECT_EQ(at(all, 1, 1)["counts"], json({6, 2}));
+  EXPECT_EQ(at(all, 1, 0)["counts"], json({1, 7}));
+  EXPECT_EQ(at(all, 1, 2)["counts"], json({8, 0}));
+  EXPECT_THAT(refused_in(dir, "csv - --top-k 1", "step,layer,e0,e1\n0,1,5,3\n0,1,4,4\n"),
+              HasSubstr("<stdin>:3: step 0, layer 1 stands twice"));
+}
+
+TEST(ImportInDoubt, ColumnsOfExpertsBeginAtZero) {
+  const TempDir dir;
+  EXPECT_THAT(refused_in(dir, "csv - --top-k 1", "step,e4,e5,e6,e7\n0,5,3,1,1\n"),
+              HasSubstr("<stdin>:1: column 2: e4: expected expert 0"));
+  EXPECT_THAT(refused_in(dir, "csv - --top-k 1", "step,e0,e2\n0,5,3\n"),
+              HasSubstr("<stdin>:1: column 3: e2: expected expert 1"));
+}
+
+// ---- Formats and names ----
 
 TEST(ImportInDoubt, ArchivesOfCountsAreThoseOfSglang) {
   const TempDir dir;
@@ -659,6 +771,19 @@ TEST(ImportInDoubt, ATagMustBeText) {
     EXPECT_EQ(result.out, "") << tag;
     EXPECT_THAT(result.err, HasSubstr("--tag")) << tag;
   }
+  // A reader refuses a record without a word for its tag.
+  EXPECT_THAT(refused_in(dir, "csv - --top-k 1 --tag ''", "3,1\n"), HasSubstr("--tag: must not be empty"));
+}
+
+// Tokens · k is a number that does not wrap.
+TEST(ImportInDoubt, TokensOfAStepHaveALimit) {
+  const TempDir dir;
+  const std::string rows = "layer,expert\n0,0\n0,1\n0,1\n0,0\n",
+                    command = "import llama.cpp - --top-k 2 -o -";
+  const ToolResult result = run_tool(dir, command + " --tokens-per-step 4611686018427387904", rows);
+  EXPECT_EQ(result.code, 2);
+  EXPECT_THAT(result.err, AllOf(HasSubstr("--tokens-per-step"), HasSubstr("1099511627776")));
+  EXPECT_EQ(run_tool(dir, command + " --tokens-per-step 1099511627776", rows).code, 0);
 }
 
 }  // namespace
