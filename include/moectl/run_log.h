@@ -50,7 +50,7 @@ struct LogRecord {
   std::vector<std::string> domains;  ///< Names of the stats' domains, sorted.
   std::optional<double> loss;
   std::map<std::string, std::int64_t> next_mixture;
-  std::shared_ptr<const LoadTargets> targets;  ///< From the header; null = equal.
+  std::shared_ptr<const LoadTargets> targets;  ///< Of the config in force; null = equal.
   // Run logs only.
   std::int64_t tokens = 0;
   std::map<std::string, double> metrics;  ///< The metrics that were present.
@@ -104,9 +104,9 @@ enum class FaultPolicy {
 /// Name of a finished piece of the rotated log at `path`: "run.jsonl.000003".
 std::string piece_path(const std::string& path, std::int64_t piece);
 
-/// Reads one record after another. A config in the middle of a log (`{"step":…,"config":{…}}`) is no record: it is
-/// listed in config_changes(). `-` is standard input; gzip is recognised by its content. The remaining pieces of a
-/// rotated log are read first, oldest first, as one log.
+/// Reads one record after another. A config in the middle of a log (`{"step":…,"config":{…}}`) is no record: it
+/// holds for the records from its step on, and is listed in config_changes(). `-` is standard input; gzip is recognised
+/// by its content. The remaining pieces of a rotated log are read first, oldest first, as one log.
 ///
 /// A second header in a file means that two runs were joined. If both headers are equal, the run was resumed: reading
 /// goes on and repeated steps are skipped. Otherwise the second run is skipped.

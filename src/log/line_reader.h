@@ -110,9 +110,9 @@ class LineReader : public LogLine {
 using Domains = std::vector<std::pair<std::string_view, JsonValue>>;
 Domains domains_of(JsonValue object);
 
-/// The sums of a record, from its counts, or from shares of the load.
+/// The sums of a record, from its `counts`, or from its `load` where it has nothing else (`only_load`).
 RoutingStats read_stats(const LineReader& line, const LogGroup& header,
-                        std::optional<std::int64_t> given_tokens, JsonValue counts, bool are_shares,
+                        std::optional<std::int64_t> given_tokens, JsonValue counts, bool only_load,
                         const LogDefaults& defaults, Assumptions& assumptions);
 
 }  // namespace moectl

@@ -81,6 +81,10 @@ void read_responsiveness(const LineReader& line, const std::string& field, JsonV
   if (const auto slope = found.find("slope")) out.scaled = line.text(field + ".slope", *slope) == "measured";
 }
 
+bool is_actuator(std::string_view name) {
+  return std::ranges::any_of(kActuators, [&](Actuator which) { return name == name_of(which); });
+}
+
 void read_decisions(const LineReader& line, LogRecord& record) {
   if (const auto metrics = line.find("metrics")) {
     if (!metrics->is_object()) line.reject("metrics", *metrics, "must be an object");
@@ -102,6 +106,7 @@ void read_decisions(const LineReader& line, LogRecord& record) {
     for (const auto member : actuators->members()) {
       const JsonValue entry = member.value;
       const std::string name(member.key);
+      if (!is_actuator(name)) continue;  // like any field that is not known
       const std::string field = "actuators." + name;
       if (!entry.is_object()) line.reject(field, entry, "must be an object");
       LoggedActuator& actuator = record.actuators[name];
@@ -134,19 +139,19 @@ std::shared_ptr<const LoadTargets> read_targets(const LineReader& line, const st
   }
 }
 
-/// Groups of layers: those of a trace, or of a run's config.
-void read_groups(const LineReader& line, JsonValue from, const std::string& key, LogHeader& header) {
-  const auto groups = from.find(key);
+/// Groups of layers: those of a trace, or of a run's config. `name`: how messages name them.
+void read_groups(const LineReader& line, std::optional<JsonValue> groups, const std::string& name,
+                 LogHeader& header) {
   if (!groups) return;
-  if (!groups->is_array()) line.reject(key, *groups, "must be an array of groups");
+  if (!groups->is_array()) line.reject(name, *groups, "must be an array of groups");
   const std::optional<int> experts = std::exchange(header.experts, std::nullopt);
   const std::optional<int> top_k = std::exchange(header.top_k, std::nullopt);
   std::set<int> met;
   std::int64_t layers = 0;
   std::size_t g = 0;
   for (const JsonValue value : groups->elements()) {
-    const std::string path = LineReader::at(key, g++) + '.';
-    if (!value.is_object()) line.reject(path, value, "must be an object");
+    const std::string group_name = LineReader::at(name, g++), path = group_name + '.';
+    if (!value.is_object()) line.reject(group_name, value, "must be an object");
     LogGroup group{{}, experts, top_k, header.targets};
     const std::string ids_key = header.is_run ? "ids" : "layers";
     const auto ids = value.find(ids_key);
@@ -160,9 +165,9 @@ void read_groups(const LineReader& line, JsonValue from, const std::string& key,
       if (!met.insert(layer).second) line.reject(path + ids_key, id, "must be in one group, once");
       group.layers.push_back(layer);
     }
-    for (const auto& [name, out] : {std::pair{"experts", &group.experts}, std::pair{"top_k", &group.top_k}}) {
-      if (const auto number = value.find(name))
-        *out = static_cast<int>(line.integer(path + name, *number, 1, kMostExperts));
+    for (const auto& [key, out] : {std::pair{"experts", &group.experts}, std::pair{"top_k", &group.top_k}}) {
+      if (const auto number = value.find(key))
+        *out = static_cast<int>(line.integer(path + key, *number, 1, kMostExperts));
     }
     if (!group.experts) line.fail(path + "experts", "missing", "required");
     if (!group.top_k) line.fail(path + "top_k", "missing", "required");
@@ -180,6 +185,71 @@ void read_groups(const LineReader& line, JsonValue from, const std::string& key,
   }
   header.layers = static_cast<int>(layers);
   header.targets = nullptr;
+}
+
+/// What all layers have in common, of a trace or of a config's model.
+void read_model(const LineReader& line, JsonValue from, const std::string& prefix, LogHeader& header) {
+  for (const auto& [key, out] : {std::pair{"layers", &header.layers}, std::pair{"experts", &header.experts},
+                                 std::pair{"top_k", &header.top_k}}) {
+    if (const auto value = from.find(key)) {
+      *out = static_cast<int>(
+          line.integer(prefix + key, *value, 1, out == &header.layers ? kMostLayers : kMostExperts));
+    }
+  }
+  if (header.top_k && header.experts && *header.top_k > *header.experts) {
+    line.fail(prefix + "top_k", std::to_string(*header.top_k),
+              "must be at most experts (" + std::to_string(*header.experts) + ")");
+  }
+  if (const auto targets = from.find("targets"); targets && header.is_run)
+    header.targets = read_targets(line, prefix + "targets", *targets, header.experts);
+}
+
+// Keys of a config, which docs/config.md describes.
+constexpr const char *kPolicy = "policy", *kOptions = "options", *kMetric = "metric", *kTarget = "target";
+
+/// The actuators' sections of a config, of a group of layers or of an entry of the timeline: what tools take from them has
+/// its type.
+void check_sections(const LineReader& line, const std::string& path, JsonValue from) {
+  for (const Actuator which : kActuators) {
+    const auto section = from.find(name_of(which));
+    if (!section) continue;
+    const std::string field = path + std::string(name_of(which));
+    const auto policy = section->find(kPolicy);
+    if (!section->is_object() || (policy && !policy->is_string()))
+      line.reject(field, *section, "must be an object whose policy is a word");
+    const auto options = section->find(kOptions);
+    if (!options) continue;
+    if (!options->is_object()) line.reject(field + '.' + kOptions, *options, "must be an object");
+    // A set-point.
+    const auto metric = options->find(kMetric), target = options->find(kTarget);
+    const std::string option = field + '.' + kOptions + '.';
+    if (metric) line.text(option + kMetric, *metric);
+    if (metric && target) line.real(option + kTarget, *target);
+  }
+}
+
+void read_config(const LineReader& line, LogHeader& header) {
+  const JsonValue config = line.need("config");
+  if (!config.is_object()) line.reject("config", config, "must be an object");
+  header.config_json = config.dump();
+  const auto model = config.find("model");
+  if (!model) line.fail("config.model", "missing", "required");
+  if (!model->is_object()) line.reject("config.model", *model, "must be an object");
+  const std::string place = "config: ";
+  check_sections(line, place, config);
+  for (const std::string key : {"layers", "timeline"}) {
+    const auto list = config.find(key);
+    if (!list) continue;
+    if (!list->is_array()) line.reject(place + key, *list, "must be an array");
+    std::size_t i = 0;
+    for (const JsonValue entry : list->elements()) {
+      const std::string field = LineReader::at(place + key, i++);
+      if (!entry.is_object()) line.reject(field, entry, "must be an object");
+      check_sections(line, field + '.', entry);
+    }
+  }
+  read_model(line, *model, "config.model.", header);
+  read_groups(line, config.find("layers"), place + "layers", header);
 }
 
 }  // namespace
@@ -207,32 +277,13 @@ LogHeader read_header(const LogLine& at, bool any_version) {
   if (!any_version && line.integer("version", line.need("version")) != 1) {
     line.reject("version", line.need("version"), "must be 1, the only version there is");
   }
-  JsonValue from = line.object;
-  std::string prefix;
   if (header.is_run) {
-    const JsonValue config = line.need("config");
-    if (!config.is_object()) line.reject("config", config, "must be an object");
-    header.config_json = config.dump();
-    const auto model = config.find("model");
-    if (!model || !model->is_object()) line.fail("config.model", "missing", "required");
-    from = *model;
-    prefix = "config.model.";
+    read_config(line, header);
+  } else {
+    read_model(line, line.object, "", header);
+    const char* const key = "groups";
+    read_groups(line, line.find(key), key, header);
   }
-  for (const auto& [key, out] : {std::pair{"layers", &header.layers}, std::pair{"experts", &header.experts},
-                                 std::pair{"top_k", &header.top_k}}) {
-    if (const auto value = from.find(key)) {
-      *out = static_cast<int>(
-          line.integer(prefix + key, *value, 1, out == &header.layers ? kMostLayers : kMostExperts));
-    }
-  }
-  if (header.top_k && header.experts && *header.top_k > *header.experts) {
-    line.fail(prefix + "top_k", std::to_string(*header.top_k),
-              "must be at most experts (" + std::to_string(*header.experts) + ")");
-  }
-  if (const auto targets = from.find("targets"); targets && header.is_run)
-    header.targets = read_targets(line, prefix + "targets", *targets, header.experts);
-  const JsonValue groups_of = header.is_run ? line.need("config") : line.object;
-  read_groups(line, groups_of, header.is_run ? "layers" : "groups", header);
   if (const auto shift = line.find("shift")) header.shift = line.integer("shift", *shift);
   if (const auto piece = line.find("piece")) header.piece = line.integer("piece", *piece, 1, kMostPieces);
   return header;
@@ -242,11 +293,13 @@ bool is_config_change(const LogLine& line, const LogHeader& header) {
   return header.is_run && line.object.find("config") && !line.object.find("layer");
 }
 
-ConfigChange read_config_change(const LogLine& at) {
+ChangedConfig read_config_change(const LogLine& at) {
   const LineReader line(at);
-  const JsonValue config = line.need("config");
-  if (!config.is_object()) line.reject("config", config, "must be an object");
-  return {line.integer("step", line.need("step")), config.dump()};
+  ChangedConfig change;
+  change.step = line.integer("step", line.need("step"));
+  change.header.is_run = true;
+  read_config(line, change.header);
+  return change;
 }
 
 void Assumptions::say(const LogLine& line, const std::string& field, const std::string& what) {

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <set>
 #include <string>
 #include <string_view>
@@ -31,16 +32,29 @@ struct LogLine {
 /// Throws LogError. With `any_version`, of another version what is named and formed as in this one is read.
 LogHeader read_header(const LogLine& line, bool any_version = false);
 
+/// A config in the middle of a run.
+struct ChangedConfig {
+  std::int64_t step = 0;  ///< The first step that it holds for.
+  LogHeader header;       ///< What the first line would say with it.
+};
+
 /// Whether the line is a config in the middle of a run log.
 bool is_config_change(const LogLine& line, const LogHeader& header);
 /// Throws LogError.
-ConfigChange read_config_change(const LogLine& line);
+ChangedConfig read_config_change(const LogLine& line);
+
+/// What the rows of `counts` are in a whole file.
+struct CountRows {
+  double whole = 0;   ///< What each sums to: 1 for shares of the load, 100 for percent; 0: they are counts.
+  std::string place;  ///< The line that decided.
+};
 
 /// What was assumed where a file does not say it, each kind at its first line.
 class Assumptions {
  public:
   void say(const LogLine& line, const std::string& field, const std::string& what);
   const std::vector<std::string>& said() const { return said_; }
+  std::optional<CountRows> rows;  ///< Known from the first row that is not all zeros.
 
  private:
   std::set<std::string> fields_;

@@ -181,12 +181,30 @@ double whole_of(JsonValue loads) {
   return 0;
 }
 
-/// Whether `counts` can only be loads: not all are whole, and they sum to 1 or 100.
-bool are_loads(JsonValue counts) {
-  bool whole = true;
-  for (const JsonValue count : counts.elements())
-    whole &= count.is_integer() || !count.is_number() || count.as_double() == std::floor(count.as_double());
-  return !whole && whole_of(counts) > 0;
+const char* words_of(double whole) {
+  return whole > 1 ? "percent that sum to 100" : "shares that sum to 1";
+}
+
+/// What the row `counts` sums to if it holds loads (1, or 100 for percent), and 0 if it holds counts. [1,0,0,0] by itself may
+/// be one token, or all of the load: the first rows decide it for the whole file, by whether they are whole numbers.
+double whole_of_row(const LineReader& line, JsonValue counts, const Assumptions& assumptions) {
+  constexpr const char* kInstead = R"(; write shares of the load as "load", with "tokens")";
+  bool are_whole = true, are_zero = true;
+  for (const JsonValue count : counts.elements()) {
+    if (!count.is_number()) return 0;  // whoever reads it as a count names it
+    are_whole &= count.is_integer() || count.as_double() == std::floor(count.as_double());
+    are_zero &= count.as_double() == 0;
+  }
+  if (are_zero) return 0;  // no data, of either kind
+  const double whole = whole_of(counts);
+  const std::optional<CountRows>& rows = assumptions.rows;
+  if (!rows) return are_whole ? 0 : whole;
+  if (rows->whole > 0 && whole != rows->whole)
+    line.reject("counts", counts,
+                std::string("must be ") + words_of(rows->whole) + ", as in " + rows->place + kInstead);
+  if (rows->whole == 0 && !are_whole && whole > 0)
+    line.reject("counts", counts, "must be whole numbers, as in " + rows->place + kInstead);
+  return rows->whole;
 }
 
 /// Loads as whole counts that sum to `assignments`: rounded down, and the largest remainders up.
@@ -209,16 +227,16 @@ void counts_of_loads(JsonValue loads, std::int64_t assignments, std::span<std::i
 }
 
 /// The counts of a record, its tokens, and Σ_t k_t².
-void read_counts(const LineReader& line, JsonValue counts, bool are_shares,
-                 std::optional<std::int64_t> tokens, const LogDefaults& defaults, Assumptions& assumptions,
-                 RoutingStats& stats) {
+void read_counts(const LineReader& line, JsonValue counts, bool only_load, std::optional<std::int64_t> tokens,
+                 const LogDefaults& defaults, Assumptions& assumptions, RoutingStats& stats) {
   const StatsShape& shape = stats.shape();
   const std::span<std::int64_t> out = stats.mutable_array(RoutingStats::kCounts);
   const std::string shown = shape.top_k == 1 ? "" : " / top_k (" + std::to_string(shape.top_k) + ")";
   bool sum_is_known = true;
-  if (are_shares) {
-    const double whole = whole_of(counts);
-    if (whole == 0) line.reject("load", counts, "must be shares that sum to 1, or percent that sum to 100");
+  const double whole = only_load ? whole_of(counts) : whole_of_row(line, counts, assumptions);
+  if (only_load && whole == 0)
+    line.reject("load", counts, std::string("must be ") + words_of(1) + ", or " + words_of(100));
+  if (whole > 0) {
     const std::string read_as = std::string("read as ") + (whole > 1 ? "percent" : "shares") + " of the load";
     constexpr std::int64_t kFine = 1 << 20;  // tokens, so that no share is rounded much
     sum_is_known = tokens || defaults.tokens;
@@ -258,6 +276,8 @@ void read_counts(const LineReader& line, JsonValue counts, bool are_shares,
   if (!checked.offence.empty()) line.refuse(checked.offence.words());
   stats.set_scalar(RoutingStats::kTokens, *tokens);
   stats.set_scalar(RoutingStats::kChoicesSq, sum_is_known ? checked.choices_sq : 0);
+  if (!only_load && sum > 0 && !assumptions.rows)
+    assumptions.rows = CountRows{whole, line.file + ':' + std::to_string(line.number)};
 }
 
 }  // namespace
@@ -270,9 +290,9 @@ Domains domains_of(JsonValue object) {
 }
 
 RoutingStats read_stats(const LineReader& line, const LogGroup& header,
-                        std::optional<std::int64_t> given_tokens, JsonValue counts, bool are_shares,
+                        std::optional<std::int64_t> given_tokens, JsonValue counts, bool only_load,
                         const LogDefaults& defaults, Assumptions& assumptions) {
-  const char* const name = are_shares ? "load" : "counts";
+  const char* const name = only_load ? "load" : "counts";
   if (!counts.is_array() || counts.size() == 0)
     line.reject(name, counts, "must be an array, one for each expert");
   if (counts.size() > static_cast<std::size_t>(kMostExperts)) {
@@ -334,7 +354,7 @@ RoutingStats read_stats(const LineReader& line, const LogGroup& header,
               "must be at most " + std::to_string(kMostNumbers));
   }
   RoutingStats stats(shape);
-  read_counts(line, counts, are_shares || are_loads(counts), given_tokens, defaults, assumptions, stats);
+  read_counts(line, counts, only_load, given_tokens, defaults, assumptions, stats);
   const std::int64_t tokens = stats.tokens();
   if (gap) {
     stats.set_scalar(RoutingStats::kGapSum, line.fixed("gap_sum", *gap));

@@ -1,6 +1,8 @@
 // Files of lines → one record after another: pieces, damage, what is missing, and what is still being written.
 #include <algorithm>
 #include <filesystem>
+#include <iterator>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <utility>
@@ -129,6 +131,12 @@ json without_number(JsonValue header) {
 }  // namespace
 
 struct LogReader::File {
+  /// What a config says of the records.
+  struct Config {
+    LogHeader header;
+    LayerGroups groups;
+  };
+
   File(const std::string& p, FaultPolicy policy, std::function<bool()> f)
       : path(p), fault_policy(policy), follow(std::move(f)) {
     open(path);
@@ -262,6 +270,9 @@ struct LogReader::File {
       first_line = without_number(object());
       seen = Seen();
       layers.clear();
+      changes.clear();
+      changed.clear();
+      assumptions.rows.reset();
       holes = Holes();
       note("skipped: " + fault + "; a new run begins");
     } else if (without_number(object()) == first_line) {
@@ -295,10 +306,12 @@ struct LogReader::File {
     for (;;) {
       if (!advance()) return std::nullopt;
       if (!is_config_change(line(), header)) break;
-      changes.push_back(read_config_change(line()));
+      take_change(line());
     }
     const LogLine here = line();
-    LogRecord record = read_record(here, header, groups, defaults, assumptions);
+    const Config* const now = config_in_force();
+    LogRecord record = now ? read_record(here, now->header, now->groups, defaults, assumptions)
+                           : read_record(here, header, groups, defaults, assumptions);
     if (record.layer >= 0 && header.layers && header.groups.empty() && !header.is_run)
       count_layer(here, record.layer);
     seen.add_layer(here, record);
@@ -309,6 +322,33 @@ struct LogReader::File {
     }
     if (fault_policy != FaultPolicy::kStrict && record.tag == "train") look_for_hole(record.step);
     return record;
+  }
+
+  void take_change(const LogLine& here) {
+    ChangedConfig change = read_config_change(here);
+    for (const auto& [key, field] :
+         {std::pair{"layers", &LogHeader::layers}, std::pair{"experts", &LogHeader::experts},
+          std::pair{"top_k", &LogHeader::top_k}}) {
+      const std::optional<int>&found = change.header.*field, &wanted = header.*field;
+      if (found == wanted) continue;
+      here.fail(std::string("config.model.") + key, found ? std::to_string(*found) : "missing",
+                (wanted ? "must be " + std::to_string(*wanted) : "must be left out") +
+                    ", as in the first line: a run keeps its model");
+    }
+    changes.push_back({change.step, std::move(change.header.config_json)});
+    // One that is read later takes the place of all that would come after it.
+    changed.erase(changed.lower_bound(change.step), changed.end());
+    LayerGroups of_change = groups_of(change.header);
+    changed.emplace(change.step, Config{std::move(change.header), std::move(of_change)});
+  }
+
+  /// The changed config that holds for the record of this line; null: that of the first line.
+  const Config* config_in_force() const {
+    const auto step = object().find("step");
+    if (changed.empty() || !step || !step->is_number()) return nullptr;
+    const auto next =
+        changed.upper_bound(static_cast<std::int64_t>(std::clamp(step->as_double(), -1.0, 0x1p53)));
+    return next == changed.begin() ? nullptr : &std::prev(next)->second;
   }
 
   /// A trace names its layers as it likes, and has as many as its first line says.
@@ -356,6 +396,7 @@ struct LogReader::File {
   bool first_is_record = false;
   bool other_version = false, joined = false;
   std::vector<ConfigChange> changes;
+  std::map<std::int64_t, Config> changed;  // by the first step that they hold for
   Seen seen;
   Holes holes;
   std::vector<std::string> faults;

@@ -137,5 +137,37 @@ TEST(FieldCases, B5_AnUnchangedRunHasNoConfigRecord) {
   EXPECT_THAT(reader.config_changes(), IsEmpty());
 }
 
+// What the reader takes from a config holds from its step on, wherever the line stands; of two the one read last.
+TEST(ConfigChanges, OneHoldsFromItsStepOn) {
+  const TempDir dir;
+  const auto model = [](const std::string& more) {
+    return R"({"model":{"layers":1,"experts":2,"top_k":1)" + more + "}}";
+  };
+  const auto change = [&](int step, const std::string& targets) {
+    return R"({"step":)" + std::to_string(step) + R"(,"config":)" + model(R"(,"targets":)" + targets) + "}\n";
+  };
+  const std::string header =
+      R"({"format":"moectl-run","version":1,"config":)" + model(R"(,"targets":[0.6,0.4])") + "}\n";
+  const auto record = [](int step) {
+    return R"({"step":)" + std::to_string(step) + R"(,"layer":0,"tokens":4,"counts":[3,1]})" + "\n";
+  };
+  const auto read = [&](const std::string& text) {
+    LogReader reader(dir.write("run.jsonl", text));
+    std::vector<double> shares;
+    for (const LogRecord& found : records_of(reader))
+      shares.push_back(found.targets ? found.targets->shares()[0] : 0.5);
+    return shares;
+  };
+  EXPECT_THAT(read(header + change(2, "[0.75,0.25]") + record(0) + record(1) + change(3, "[]") + record(2) +
+                   record(3)),
+              ElementsAre(0.6, 0.6, 0.75, 0.5));
+  EXPECT_THAT(
+      read(header + change(3, "[0.75,0.25]") + record(0) + change(1, "[0.9,0.1]") + record(1) + record(4)),
+      ElementsAre(0.6, 0.9, 0.9));
+  EXPECT_THAT([&] { read(header + record(0) + R"({"step":1,"config":{"model":{"experts":4}}})" + "\n"); },
+              ::testing::ThrowsMessage<LogError>(
+                  HasSubstr("run.jsonl:3: config.model.layers: missing: must be 1, as in the first line")));
+}
+
 }  // namespace
 }  // namespace moectl
