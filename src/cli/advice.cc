@@ -66,7 +66,31 @@ std::string what_to_look_at(const std::string& actuator) {
   return "look whether the router divides its logits by the temperature in force";
 }
 
+constexpr const char* kSetPoints[] = {"aux_loss_weight", "router_temperature"};
+
+/// An option of an actuator's policy; null if there is none.
+const nlohmann::json* option_of(const nlohmann::json& config, const std::string& actuator, const char* name) {
+  const auto section = config.find(actuator);
+  if (section == config.end() || !section->contains("options")) return nullptr;
+  const nlohmann::json& options = section->at("options");
+  const auto option = options.find(name);
+  return option == options.end() ? nullptr : &*option;
+}
+
+/// The metric that an actuator holds at a set-point; empty if there is none.
+std::string metric_of(const nlohmann::json& config, const std::string& actuator) {
+  const nlohmann::json* metric = option_of(config, actuator, "metric");
+  return metric ? metric->get<std::string>() : "";
+}
+
 }  // namespace
+
+void Advice::take_config(nlohmann::json config) {
+  for (const char* name : kSetPoints) {
+    if (metric_of(config, name) != metric_of(config_, name)) set_points_.erase(name);
+  }
+  config_ = std::move(config);
+}
 
 std::string Advice::policy_of(const std::string& actuator) const {
   const auto it = config_.find(actuator);
@@ -89,22 +113,24 @@ void Advice::add(const LogRecord& record, const Metrics& metrics) {
     if (actuator.first == 0) actuator.first = actuator.applied;
   }
   if (record.layer < 0) return;
-  for (const char* name : {"aux_loss_weight", "router_temperature"}) {
-    const auto it = config_.find(name);
-    if (it == config_.end() || !it->contains("options") || !(*it)["options"].contains("metric")) continue;
-    const std::string metric = (*it)["options"]["metric"];
+  for (const char* name : kSetPoints) {
+    const std::string metric = metric_of(config_, name);
     const MetricField* field = find_metric(metric);
     if (field == nullptr) continue;
     const auto value = metric == "excess_cv" ? signed_excess_cv_sq(metrics) : metrics.*field->value;
     if (!value) continue;
     SetPoint& known = set_points_[name];
-    known.last.push_back(*value);
-    known.sum += *value;
+    const auto weight = static_cast<double>(std::max<std::int64_t>(record.tokens, 1));
+    known.last.emplace_back(*value, weight);
+    known.sum += *value * weight;
+    known.weights += weight;
     if (known.last.size() > kLast) {
-      known.sum -= known.last.front();
+      const auto& [old, old_weight] = known.last.front();
+      known.sum -= old * old_weight;
+      known.weights -= old_weight;
       known.last.pop_front();
     }
-    known.mean = known.sum / static_cast<double>(known.last.size());
+    known.mean = known.sum / known.weights;
     if (known.last.size() >= kFew) known.highest = std::max(known.highest.value_or(known.mean), known.mean);
   }
 }
@@ -112,9 +138,10 @@ void Advice::add(const LogRecord& record, const Metrics& metrics) {
 // The actuator is at its limit, and the metric stays away from its set-point.
 std::optional<std::string> Advice::out_of_reach(const std::string& name, const Actuator& actuator) const {
   const auto known = set_points_.find(name);
-  if (known == set_points_.end() || !config_[name]["options"].contains("target")) return std::nullopt;
-  const std::string metric = config_[name]["options"]["metric"];
-  const double target = config_[name]["options"]["target"];
+  const nlohmann::json* const given = option_of(config_, name, "target");
+  if (known == set_points_.end() || !given) return std::nullopt;
+  const std::string metric = metric_of(config_, name);
+  const double target = given->get<double>();
   const auto shown = [&](double x) {
     return metric == "excess_cv" ? std::copysign(std::sqrt(std::abs(x)), x) : x;
   };
@@ -172,8 +199,10 @@ std::vector<std::string> Advice::sentences(const nlohmann::json& now, double dea
   if (imbalanced && !controlled)
     says.emplace_back("no policy controls this run: try policies/adaptive_bias.yaml");
   if (imbalanced && controlled && says.empty()) {
-    says.push_back("layer " + now["worst_layer"].dump() + " stands at " + brief(now["worst"].get<double>()) +
-                   " x its " + now["floor"].get<std::string>() +
+    const nlohmann::json& worst = now["worst"];  // null: more than a double holds
+    says.push_back("layer " + now["worst_layer"].dump() + " stands at " +
+                   (worst.is_null() ? "more than 1e308" : brief(worst.get<double>())) + " x its " +
+                   now["floor"].get<std::string>() +
                    " though nothing holds the controller: let the run go on if MaxVio still falls; "
                    "if it does not, take a larger step or gain, or another policy "
                    "(moectl simulate CONFIG --set compares them)");

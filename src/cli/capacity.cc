@@ -25,12 +25,12 @@ struct Options {
   FaultPolicy fault_policy = FaultPolicy::kRepair;
 };
 
-// The factors that are tried for a wanted rate: in hundredths from 0.5 to 16, then no further.
-constexpr double kFirst = 0.5, kStep = 0.01;
-constexpr std::size_t kGrid = 1551;
+// The factors that are tried for a wanted rate: in hundredths up to 16, then no further. The largest rate that can be asked for, 99 %,
+// needs the first one.
+constexpr std::size_t kGrid = 1600;
 
 double grid_factor(std::size_t i) {
-  return kFirst + kStep * static_cast<double>(i);
+  return static_cast<double>(i + 1) / 100;
 }
 
 /// E max(0, X - c) for X of the binomial distribution: `trials`, each with `probability` up to ½. c: whole number. Above a mean
@@ -133,7 +133,7 @@ struct Layer {
   /// The smallest factor of the grid whose rate is at most `rate`; infinite if none is.
   double factor_for(double rate) const {
     for (std::size_t i = 0; i < kGrid; ++i) {
-      if (at_grid[i] <= rate * assignments) return grid_factor(i);
+      if (at_grid[i] <= rate * assignments * (1 + 1e-12)) return grid_factor(i);
     }
     return HUGE_VAL;
   }
@@ -204,12 +204,12 @@ int capacity(const Options& options) {
                       {"factor", json(layer.factor_for(options.drop))},
                       {"measured", layer.measured.empty() ? Json() : Json(layer.measured.estimate().mean)}});
     }
-    std::cout << Json{{"wanted_drop_rate", options.drop},
-                      {"factor", json(worst)},
-                      {"lower_bound", bound},
-                      {"granularity", granularity},
-                      {"layers", list}}
-                     .dump(2)
+    std::cout << json_text(Json{{"wanted_drop_rate", options.drop},
+                                {"factor", json(worst)},
+                                {"lower_bound", bound},
+                                {"granularity", granularity},
+                                {"layers", list}},
+                           2)
               << '\n';
     return 0;
   }
@@ -277,7 +277,7 @@ void add_capacity(CLI::App& app, Tool& tool) {
       ->check(positive_number())
       ->capture_default_str();
   command->add_option("--drop", options->drop, "Wanted drop rate, as a share: 0.01 is 1 %")
-      ->check(CLI::Range(0.0, 0.99))
+      ->check(number_between(0, 0.99))
       ->capture_default_str();
   command
       ->add_option("--parts", options->parts,

@@ -40,9 +40,10 @@ Figures figures_of_run(const std::string& run, const Options& options) {
   WholeRecords records = whole_records(log);
   Figures figures = read_figures(records, options.shift ? options.shift : log.header().shift, options.summed);
   if (figures.steps == 0 && log.fault_count() > 0) {
-    throw InputError(run + ": holds no record that can be read; " + log.faults().front());
+    throw InputError(shown_path(run) + ": holds no record that can be read; " + log.faults().front());
   }
-  if (figures.steps == 0) throw InputError(run + ": no record of a layer tagged 'train' has counts");
+  if (figures.steps == 0)
+    throw InputError(shown_path(run) + ": no record of a layer tagged 'train' has counts");
   say_faults(log, run);
   return figures;
 }
@@ -53,7 +54,7 @@ int compare(const Options& options) {
   if (options.format == "json") {
     auto all = nlohmann::ordered_json::array();
     for (std::size_t i = 0; i < figures.size(); ++i) all.push_back(json_of(options.runs[i], figures[i]));
-    std::cout << all.dump(2) << '\n';
+    std::cout << json_text(all, 2) << '\n';
     return 0;
   }
   // Runs as rows, without the columns that none of them has.

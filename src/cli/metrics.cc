@@ -8,7 +8,9 @@
 #include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <utility>
 
+#include "cli/metrics_counts.h"
 #include "cli/metrics_loads.h"
 #include "cli/metrics_screen.h"
 #include "cli/parts.h"
@@ -34,30 +36,73 @@ struct Options {
   ScreenOptions screen;
 };
 
-/// Measures with the options of the config, on records that fit it; without a config, with the targets of the run.
-struct Measuring {
-  MetricsOptions metrics;
-  MonitorOptions monitor;
-  std::optional<ModelConfig> model;
-  std::string config, trace;
-
+/// Measures each layer with the options that the config has for it, on records that fit it; without a config, with the
+/// targets of the run.
+class Measuring {
+ public:
+  Measuring(const Options& options, const PolicyRegistry& registry)
+      : trace_(options.trace), path_(options.config) {
+    if (path_.empty()) return;
+    const ControllerConfig config = load_config(path_, registry);
+    monitor_ = config.monitor;
+    defaults_ = defaults_of(config.model);
+    for (const LayerSettings& settings : layer_settings(config)) {
+      const std::string place =
+          config.layers.empty() ? "model" : "layers[" + std::to_string(groups_.size()) + ']';
+      if (!config.layers.empty()) {
+        for (const int layer : settings.ids) group_of_.emplace(layer, groups_.size());
+      }
+      groups_.push_back({place, settings.config.model, metrics_options(settings.config)});
+    }
+  }
+  const MonitorOptions& monitor() const { return monitor_; }
+  const LogDefaults& defaults() const { return defaults_; }
+  /// Throws InputError on a record that does not fit the config.
   MetricsOptions options(const LogRecord& record) const {
-    MetricsOptions options = metrics;
+    MetricsOptions options;
+    if (groups_.empty()) {
+      options.targets = targets_of(record);
+    } else {
+      const Group& group = find_group(record);
+      const auto must = [&](const char* field, int found, int wanted) {
+        if (found == wanted) return;
+        fail(record, field, found,
+             "must be " + std::to_string(wanted) + ", " + group.place + '.' + field + " of " + path_);
+      };
+      must("experts", record.stats.experts(), group.model.experts);
+      must("top_k", record.stats.top_k(), group.model.top_k);
+      options = group.metrics;
+    }
     options.details = true;
-    if (!model) options.targets = targets_of(record);
     return options;
   }
-  void check(const LogRecord& record) const {
-    if (!model) return;
-    const auto must = [&](const char* field, int found, int wanted) {
-      if (found == wanted) return;
-      throw InputError((trace == "-" ? "<stdin>" : trace) + ':' + std::to_string(record.line) + ": " + field +
-                       ": " + std::to_string(found) + ": must be " + std::to_string(wanted) + ", model." +
-                       field + " of " + config);
-    };
-    must("experts", record.stats.experts(), model->experts);
-    must("top_k", record.stats.top_k(), model->top_k);
+
+ private:
+  /// Equal layers of the config.
+  struct Group {
+    std::string place;  // in the config, for messages
+    ModelConfig model;
+    MetricsOptions metrics;
+  };
+
+  const Group& find_group(const LogRecord& record) const {
+    if (group_of_.empty()) return groups_.front();
+    const auto it = group_of_.find(record.layer);
+    if (it == group_of_.end())
+      fail(record, "layer", record.layer, "must be an id of the layer groups of " + path_);
+    return groups_[it->second];
   }
+  [[noreturn]] void fail(const LogRecord& record, const std::string& field, int found,
+                         const std::string& constraint) const {
+    throw InputError(shown_path(trace_) + ':' + std::to_string(record.line) + ": " + field + ": " +
+                     std::to_string(found) + ": " + constraint);
+  }
+
+  std::string trace_, path_;
+  MonitorOptions monitor_;
+  LogDefaults defaults_;
+  std::vector<Group> groups_;            // empty without a config
+  std::map<int, std::size_t> group_of_;  // by layer; empty if all layers are equal
 };
 
 void add_per_expert(const LogRecord& record, const LayerMonitor& monitor, Json& object) {
@@ -118,12 +163,13 @@ class Histories {
     options_.loads_only = loads_only;
   }
   const LayerMonitor& observe(const LogRecord& record, Metrics& metrics, const MetricsOptions& how) {
-    auto& monitor = monitors_[{record.layer, record.tag, record.stats.experts()}];
-    if (!monitor) {
+    auto& [monitor, targets] = monitors_[{record.layer, record.tag, record.stats.experts()}];
+    if (!monitor || targets != how.targets) {  // a history against other targets is another history
       // Inputs may be present in some records only.
       StatsShape shape = record.stats.shape();
       shape.needs.gradients = shape.needs.losses = shape.needs.latencies = true;
       monitor = std::make_unique<LayerMonitor>(shape, options_, how);
+      targets = how.targets;
     }
     monitor->observe(record.stats, metrics, record.loss);
     metrics.churn = churn_.of(record);
@@ -132,21 +178,24 @@ class Histories {
 
  private:
   MonitorOptions options_;
-  std::map<std::tuple<int, std::string, int>, std::unique_ptr<LayerMonitor>> monitors_;
+  struct History {
+    std::unique_ptr<LayerMonitor> monitor;
+    std::vector<double> targets;
+  };
+  std::map<std::tuple<int, std::string, int>, History> monitors_;
   Churn churn_;
 };
 
-int print_records(LogReader& reader, const Measuring& how, const std::string& format) {
-  Histories histories(how.monitor, true);
+int print_records(LogReader& reader, const Measuring& how, Counted& counted, const std::string& format) {
+  Histories histories(how.monitor(), true);
   CachedMeasurer measurer;
   std::vector<std::string> header = {"step", "layer"};
   for (const std::string& name : names()) header.push_back(name);
   Table table(header);
-  if (format == "csv") print_csv(header);
+  bool begun = false;
   while (const auto record = reader.next()) {
-    // Records of whole-model actuators, and of logs without counts, have no metrics.
-    if (record->layer < 0 || record->stats.experts() == 0) continue;
-    how.check(*record);
+    if (!counted.has_counts(*record)) continue;
+    if (!std::exchange(begun, true) && format == "csv") print_csv(header);
     const MetricsOptions options = how.options(*record);
     Metrics metrics = measurer.measure(record->stats, options);
     const LayerMonitor& monitor = histories.observe(*record, metrics, options);
@@ -155,7 +204,7 @@ int print_records(LogReader& reader, const Measuring& how, const std::string& fo
       if (record->tag != "train") line["tag"] = record->tag;
       line["metrics"] = json_of(metrics);
       add_per_expert(*record, monitor, line["metrics"]);
-      std::cout << line.dump() << '\n';
+      std::cout << json_text(line) << '\n';
       continue;
     }
     std::vector<std::string> row = {std::to_string(record->step), std::to_string(record->layer)};
@@ -169,6 +218,7 @@ int print_records(LogReader& reader, const Measuring& how, const std::string& fo
       table.add(std::move(row));
     }
   }
+  if (!counted.any()) counted.fail("no record of a layer has counts");
   if (format == "table") std::cout << table.text();
   return 0;
 }
@@ -216,31 +266,28 @@ void print_course(int layer, const std::string& tag, const Course& course, const
   }
   if (format != "json") return;
   const AuxLossReview review = review_aux_loss(course.aux_loss);
-  std::cout << Json{{"layer", layer},
-                    {"tag", tag},
-                    {"steps", course.steps},
-                    {"health", name_of(course.monitor->health())},
-                    {"steps_in_health", course.health},
-                    {"steps_with_alert", course.alerts},
-                    {"trends", trends},
-                    {"aux_loss_review",
-                     {{"verdict", name_of(review.verdict)},
-                      {"reason", review.reason},
-                      {"excess_cv", review.excess_cv}}}}
-                   .dump()
-            << '\n';
+  const Json line = {
+      {"layer", layer},
+      {"tag", tag},
+      {"steps", course.steps},
+      {"health", name_of(course.monitor->health())},
+      {"steps_in_health", course.health},
+      {"steps_with_alert", course.alerts},
+      {"trends", trends},
+      {"aux_loss_review",
+       {{"verdict", name_of(review.verdict)}, {"reason", review.reason}, {"excess_cv", review.excess_cv}}}};
+  std::cout << json_text(line) << '\n';
 }
 
-int print_trends(LogReader& reader, const Measuring& how, const std::string& format) {
-  Histories histories(how.monitor, false);
+int print_trends(LogReader& reader, const Measuring& how, Counted& counted, const std::string& format) {
+  Histories histories(how.monitor(), false);
   CachedMeasurer measurer;
   std::map<std::pair<int, std::string>, Course> courses;
   std::optional<double> model_weight;
   WholeRecords records = whole_records(reader);
   while (const auto record = records.next()) {
     if (record->layer < 0) model_weight = applied_weight(*record);
-    if (record->layer < 0 || record->stats.experts() == 0) continue;
-    how.check(*record);
+    if (!counted.has_counts(*record)) continue;
     const MetricsOptions options = how.options(*record);
     Metrics metrics = measurer.measure(record->stats, options);
     Course& course = courses[{record->layer, record->tag}];
@@ -254,6 +301,7 @@ int print_trends(LogReader& reader, const Measuring& how, const std::string& for
     }
     if (const auto applied = applied_weight(*record)) course.weight = applied;
   }
+  if (!counted.any()) counted.fail("no record of a layer has counts");
   const std::vector<std::string> header = {"metric", "layer",           "tag",         "ema",
                                            "slope",  "autocorrelation", "oscillation", "loss_correlation"};
   if (format == "csv") print_csv(header);
@@ -306,19 +354,20 @@ class Window {
     RoutingStats stats;
     MetricsOptions options;
     std::vector<std::string> domains;
-    double loss_sum = 0, losses = 0;
+    double loss_sum = 0, loss_tokens = 0;  // a loss is a mean over tokens
     std::optional<double> loss() const {
-      return losses > 0 ? std::optional<double>(loss_sum / losses) : std::nullopt;
+      return loss_tokens > 0 ? std::optional<double>(loss_sum / loss_tokens) : std::nullopt;
     }
   };
 
-  void add(const LogRecord& record, const Measuring& how) {
+  void add(const LogRecord& record, const MetricsOptions& options) {
     auto [it, is_new] = layers_.try_emplace(record.layer);
     Layer& layer = it->second;
-    if (is_new) layer.options = how.options(record);
+    layer.options = options;
     if (record.loss) {
-      layer.loss_sum += *record.loss;
-      layer.losses += 1;
+      const auto tokens = static_cast<double>(record.stats.tokens());
+      layer.loss_sum += *record.loss * tokens;
+      layer.loss_tokens += tokens;
     }
     if (is_new) {
       layer.stats = reshaped(record.stats, record.domains, record.stats.shape().needs, record.domains);
@@ -345,7 +394,7 @@ std::optional<double> load_distance(const RoutingStats& a, const RoutingStats& b
   return fisher_distance(shares(a), shares(b));
 }
 
-int print_comparison(LogReader& reader, const Measuring& how, const Options& options) {
+int print_comparison(LogReader& reader, const Measuring& how, Counted& counted, const Options& options) {
   const WindowName first_window(options.compare[0]), second_window(options.compare[1]);
   const std::string &first = first_window.text, &second = second_window.text;
   // Parts of a step are added up, unless a window names a rank or a micro-batch.
@@ -354,11 +403,12 @@ int print_comparison(LogReader& reader, const Measuring& how, const Options& opt
   WholeRecords records = whole_records(reader, one.rank || other.rank);
   Window a, b;
   while (const auto record = micro_batches ? reader.next() : records.next()) {
-    if (record->layer < 0 || record->stats.experts() == 0) continue;
-    how.check(*record);
-    if (first_window.has(*record)) a.add(*record, how);
-    if (second_window.has(*record)) b.add(*record, how);
+    if (!counted.has_counts(*record)) continue;
+    const MetricsOptions measured = how.options(*record);
+    if (first_window.has(*record)) a.add(*record, measured);
+    if (second_window.has(*record)) b.add(*record, measured);
   }
+  if (!counted.any()) counted.fail("no record of a layer has counts");
   for (const auto& [tag, window] : {std::pair{&first, &a}, std::pair{&second, &b}}) {
     if (window->layers().empty()) throw InputError("--compare: " + *tag + ": no record is in this window");
   }
@@ -399,12 +449,11 @@ int print_comparison(LogReader& reader, const Measuring& how, const Options& opt
     add("loss", left.loss(), right.loss());
     if (options.format == "json") {
       const auto distance = load_distance(left.stats, right.stats);
-      std::cout << Json{{"layer", layer},
-                        {"tags", {first, second}},
-                        {"load_distance", distance ? Json(*distance) : Json(nullptr)},
-                        {"metrics", metrics}}
-                       .dump()
-                << '\n';
+      const Json line = {{"layer", layer},
+                         {"tags", {first, second}},
+                         {"load_distance", distance ? Json(*distance) : Json(nullptr)},
+                         {"metrics", metrics}};
+      std::cout << json_text(line) << '\n';
     }
   }
   if (options.format == "table") std::cout << table.text();
@@ -412,30 +461,21 @@ int print_comparison(LogReader& reader, const Measuring& how, const Options& opt
 }
 
 int metrics(const Options& options, const PolicyRegistry& registry) {
-  Measuring how;
-  how.config = options.config;
-  how.trace = options.trace;
-  if (!options.config.empty()) {
-    const ControllerConfig config = load_config(options.config, registry);
-    how.metrics = metrics_options(config);
-    how.monitor = config.monitor;
-    how.model = config.model;
-  }
+  const char* const other = options.loads              ? "--loads"
+                            : options.trends           ? "--trends"
+                            : !options.compare.empty() ? "--compare"
+                                                       : nullptr;
+  if (other && options.format == "screen")
+    throw InputError(std::string("--format: screen: must be json, csv or table with ") + other);
+  const Measuring how(options, registry);
   LogReader reader(options.trace);
-  if (how.model) reader.set_defaults(defaults_of(*how.model));
+  reader.set_defaults(how.defaults());
+  Counted counted(options.trace);
+  const auto options_of = [&how](const LogRecord& record) { return how.options(record); };
   if (options.loads) {
-    const bool known = options.format_given && options.format != "screen";
-    const bool on_terminal = isatty(STDOUT_FILENO) == 1;
-    const int code = print_loads(
-        reader,
-        [&how](const LogRecord& record) {
-          how.check(record);
-          return how.options(record);
-        },
-        options.extremes,
-        known         ? options.format
-        : on_terminal ? "table"
-                      : "json");
+    const bool on_terminal = !options.format_given && isatty(STDOUT_FILENO) == 1;
+    const int code =
+        print_loads(reader, counted, options_of, options.extremes, on_terminal ? "table" : options.format);
     say_faults(reader, options.trace);
     return code;
   }
@@ -446,19 +486,13 @@ int metrics(const Options& options, const PolicyRegistry& registry) {
     screen.json = options.format_given && options.format == "json";
     if (summary && options.format_given && options.format != "json" && options.format != "screen")
       throw InputError("--format: " + options.format + ": must be screen or json with --sum, --by or --all");
-    const int code = print_screen(
-        reader,
-        [&how](const LogRecord& record) {
-          how.check(record);
-          return how.options(record);
-        },
-        screen);
+    const int code = print_screen(reader, counted, options_of, screen);
     say_faults(reader, options.trace);
     return code;
   }
-  const int code = options.trends            ? print_trends(reader, how, options.format)
-                   : options.compare.empty() ? print_records(reader, how, options.format)
-                                             : print_comparison(reader, how, options);
+  const int code = options.trends            ? print_trends(reader, how, counted, options.format)
+                   : options.compare.empty() ? print_records(reader, how, counted, options.format)
+                                             : print_comparison(reader, how, counted, options);
   say_faults(reader, options.trace);
   return code;
 }
@@ -499,8 +533,8 @@ void add_metrics(CLI::App& app, Tool& tool) {
   add_trace(*command, options->trace);
   command->add_option(
       "--config", options->config,
-      "Take capacity factor, thresholds, placement and targets from this config (without it, targets from "
-      "the run log itself)");
+      "Take capacity factor, thresholds, placement and targets from this config, of layers that differ each "
+      "from its own group (without it, targets from the run log itself)");
   command
       ->add_option("--compare", options->compare,
                    "Sum all records of each tag into one window per layer, and compare the two windows")

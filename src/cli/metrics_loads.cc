@@ -44,24 +44,23 @@ Loads loads_of(const Layer& layer) {
 
 }  // namespace
 
-int print_loads(LogReader& reader, const std::function<MetricsOptions(const LogRecord&)>& options_of,
-                std::size_t extremes, const std::string& format) {
+int print_loads(LogReader& reader, Counted& counted,
+                const std::function<MetricsOptions(const LogRecord&)>& options_of, std::size_t extremes,
+                const std::string& format) {
   std::map<int, Layer> layers;
   WholeRecords records = whole_records(reader);
   while (const auto record = records.next()) {
-    if (record->layer < 0 || record->stats.experts() == 0 || record->tag != "train") continue;
+    if (!counted.has_counts(*record) || record->tag != "train") continue;
     Layer& layer = layers[record->layer];
     const auto counts = record->stats.counts();
-    if (layer.counts.empty()) {
-      layer.counts.resize(counts.size());
-      layer.targets = options_of(*record).targets;
-    }
+    if (layer.counts.empty()) layer.counts.resize(counts.size());
+    layer.targets = options_of(*record).targets;
     if (layer.counts.size() != counts.size())
       throw InputError("layer " + std::to_string(record->layer) + ": experts must not change within a trace");
     for (std::size_t i = 0; i < counts.size(); ++i) layer.counts[i] = added(layer.counts[i], counts[i]);
     add_pairs(layer.pairs, record->stats);
   }
-  if (layers.empty()) throw InputError("no record tagged 'train' has counts");
+  if (layers.empty()) counted.fail("no record of a layer tagged 'train' has counts");
 
   std::vector<std::string> header = {"layer"};
   for (const auto& [name, share] : kShares) header.emplace_back(name);
@@ -92,7 +91,7 @@ int print_loads(LogReader& reader, const std::function<MetricsOptions(const LogR
                   std::to_string(pair.second) + " x" + moectl::brief(pair.lift, 3);
     }
     if (format == "json") {
-      std::cout << line.dump() << '\n';
+      std::cout << json_text(line) << '\n';
       return;
     }
     for (const Json& list : {least, most}) {

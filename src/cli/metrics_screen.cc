@@ -58,10 +58,6 @@ struct Judgement {
   std::vector<std::string> dead, cold, hot;
 };
 
-bool has_counts(const LogRecord& record) {
-  return record.layer >= 0 && record.stats.experts() > 0;
-}
-
 /// Experts of the summed counts that are out of line by more than chance.
 void name_experts(const Row& row, double floor_cv, Judgement& out) {
   const auto counts = row.sum.counts();
@@ -226,7 +222,7 @@ std::string wrapped(const std::string& text) {
   return out;
 }
 
-std::string counted(std::size_t count, const char* what) {
+std::string number_of(std::size_t count, const char* what) {
   return std::to_string(count) + ' ' + what + (count == 1 ? "" : "s");
 }
 
@@ -246,7 +242,8 @@ std::string rounded(double tokens) {
 
 }  // namespace
 
-int print_screen(LogReader& reader, const std::function<MetricsOptions(const LogRecord&)>& options_of,
+int print_screen(LogReader& reader, Counted& counted,
+                 const std::function<MetricsOptions(const LogRecord&)>& options_of,
                  const ScreenOptions& options) {
   std::map<std::pair<int, std::string>, Row> rows;
   CachedMeasurer measurer;
@@ -261,7 +258,7 @@ int print_screen(LogReader& reader, const std::function<MetricsOptions(const Log
     }
     StatsNeeds needs;
     needs.sequences = stats.has_sequences() && (is_new || row.sum.shape().needs.sequences);
-    if (is_new) row.options = how;
+    row.options = how;
     if (is_new) {
       row.sum = reshaped(stats, {}, needs, {});
     } else {
@@ -290,7 +287,7 @@ int print_screen(LogReader& reader, const std::function<MetricsOptions(const Log
   WholeRecords whole = whole_records(reader, options.by == "rank");
   const bool joins = options.by != "tag";
   while (const auto record = joins ? whole.next() : reader.next()) {
-    if (!has_counts(*record)) continue;
+    if (!counted.has_counts(*record)) continue;
     const MetricsOptions how = options_of(*record);
     if (options.by == "domain") {
       for (std::size_t d = 0; d < record->domains.size() && record->tag == "train"; ++d) {
@@ -311,9 +308,9 @@ int print_screen(LogReader& reader, const std::function<MetricsOptions(const Log
     std::string why = options.by == "domain" ? "no record has domain_counts"
                       : options.by == "rank"
                           ? "no record has a tag rank0, rank1, ...: `moectl import --by rank` writes them"
-                          : "no record tagged 'train' has counts";
+                          : "no record of a layer tagged 'train' has counts";
     if (!other_tags.empty()) why += "; there are others: --by tag";
-    throw InputError(why);
+    counted.fail(why);
   }
   const std::string group = options.by.empty() ? "" : options.by;
   std::vector<std::string> header = {"layer"};
@@ -334,14 +331,14 @@ int print_screen(LogReader& reader, const std::function<MetricsOptions(const Log
   std::set<std::string> floors;
   std::int64_t steps = 0;
   double tokens = 0;
-  std::string shapes;  // of the layers
+  std::vector<std::string> shapes;  // of the layers
   for (const auto& [key, row] : rows) {
     const Judgement j = judge(row, options.sum);
     steps = std::max(steps, row.steps);
     tokens = std::max(tokens, static_cast<double>(row.sum.tokens()));
     const std::string shape =
         std::to_string(row.sum.experts()) + " experts, top-" + std::to_string(row.sum.top_k());
-    if (shapes.find(shape) == std::string::npos) shapes += (shapes.empty() ? "" : " and ") + shape;
+    if (std::ranges::find(shapes, shape) == shapes.end()) shapes.push_back(shape);
     const std::string name = std::to_string(key.first) + (group.empty() ? "" : " " + printable(key.second));
     by_verdict[j.verdict].push_back(name);
     if (j.verdict != Verdict::kNoData) floors.insert(j.floor);
@@ -379,7 +376,7 @@ int print_screen(LogReader& reader, const std::function<MetricsOptions(const Log
     list.push_back(entry);
   }
   if (options.json) {
-    for (const Json& entry : list) std::cout << entry.dump() << '\n';
+    for (const Json& entry : list) std::cout << json_text(entry) << '\n';
     return 0;
   }
   const auto names = [&](Verdict verdict) { return joined(by_verdict[verdict], 4); };
@@ -396,8 +393,10 @@ int print_screen(LogReader& reader, const std::function<MetricsOptions(const Log
     table.add(std::move(lines[i].cells));
     if (!lines[i].out_of_line.empty()) experts.push_back(lines[i].out_of_line);
   }
-  std::cout << counted(rows.size(), group.empty() ? "layer" : "row") << ", " << shapes << ", "
-            << counted(static_cast<std::size_t>(steps), "step") << ", "
+  std::string all_shapes;
+  for (const std::string& shape : shapes) all_shapes += (all_shapes.empty() ? "" : " and ") + shape;
+  std::cout << number_of(rows.size(), group.empty() ? "layer" : "row") << ", " << all_shapes << ", "
+            << number_of(static_cast<std::size_t>(steps), "step") << ", "
             << std::to_string(static_cast<std::int64_t>(tokens)) << " tokens a layer; "
             << (options.sum  ? "counts summed over the steps"
                 : steps == 1 ? "one window"
@@ -448,7 +447,8 @@ int print_screen(LogReader& reader, const std::function<MetricsOptions(const Log
       say << "too few steps for an interval: at least " << kFewestSteps
           << " are needed; --sum judges the counts of all steps together.\n";
     } else {
-      say << "the interval holds " << kBalancedFloors << " floors; more tokens decide (sure at).\n";
+      say << "the interval holds " << kBalancedFloors << " floors; more tokens decide (" << header.back()
+          << ").\n";
     }
   }
   if (!by_verdict[Verdict::kBalanced].empty()) {

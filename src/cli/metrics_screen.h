@@ -4,7 +4,7 @@
 #include <functional>
 #include <string>
 
-#include "cli/tool.h"
+#include "cli/metrics_counts.h"
 #include "moectl/metrics.h"
 
 namespace moectl::cli {
@@ -21,7 +21,8 @@ struct ScreenOptions {
 };
 
 /// `options_of`: how a record is measured; it throws on a record that does not fit the config.
-int print_screen(LogReader& reader, const std::function<MetricsOptions(const LogRecord&)>& options_of,
+int print_screen(LogReader& reader, Counted& counted,
+                 const std::function<MetricsOptions(const LogRecord&)>& options_of,
                  const ScreenOptions& options);
 
 }  // namespace moectl::cli

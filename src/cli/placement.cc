@@ -10,7 +10,9 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <set>
+#include <utility>
 
+#include "base/input_limits.h"
 #include "cli/intervals.h"
 #include "cli/parts.h"
 #include "cli/placement_svg.h"
@@ -236,28 +238,49 @@ void write_svg(const std::vector<Judged>& layers, const std::string& path) {
   if (!file) throw InputError("--svg: " + path + ": cannot be written");
 }
 
+/// The numbers between those of the layers, and before the first, as "0 to 5, 7, 8"; cut where they are many.
+std::string missing_layers(const std::vector<Judged>& layers) {
+  constexpr int kMostShown = 16;
+  std::string text;
+  int next = 0, ranges = 0;
+  for (const Judged& layer : layers) {
+    const int first = std::exchange(next, layer.layer + 1), last = layer.layer - 1;
+    if (first > last || ++ranges > kMostShown) continue;
+    const bool few = last < first + 3;
+    for (int number = first; number <= (few ? last : first); ++number)
+      text += (text.empty() ? "" : ", ") + std::to_string(number);
+    if (!few) text += " to " + std::to_string(last);
+  }
+  if (ranges > kMostShown) text += " and " + std::to_string(ranges - kMostShown) + " more gaps";
+  return text;
+}
+
 /// The file that SGLang's --init-expert-location takes: a row for each layer of the model from 0 on, and no other key. Layers that
 /// the trace lacks (dense ones) stay in order.
 Json sglang_map(const std::vector<Judged>& layers, const PlacementOptions& options) {
+  // Before the rows of the layers between take memory: a trace may number its layers as it likes.
+  const std::size_t slots = layers[0].plan.experts.size();
+  const std::int64_t most = std::min(kMostLayers, kMostLayersTimesExperts / static_cast<std::int64_t>(slots));
+  if (const int last = layers.back().layer; last >= most)
+    throw InputError("--format: sglang: layer " + std::to_string(last) + ": must be below " +
+                     std::to_string(most) + " with " + std::to_string(slots) +
+                     " slots: the file has a row for each layer from 0 on");
   Json rows = Json::array();
-  std::string in_order;
   for (const Judged& layer : layers) {
-    if (layer.plan.experts.size() != layers[0].plan.experts.size())
+    if (layer.plan.experts.size() != slots)
       throw InputError("--format: sglang: layers " + std::to_string(layers[0].layer) + " and " +
                        std::to_string(layer.layer) + " have different numbers of slots: SGLang knows one");
     const int experts = 1 + std::ranges::max(layer.start.experts);
     for (auto missing = static_cast<int>(rows.size()); missing < layer.layer; ++missing) {
       rows.push_back(linear_placement(experts, options).experts);
-      in_order += (in_order.empty() ? "" : ", ") + std::to_string(missing);
     }
     rows.push_back(layer.plan.experts);
   }
   std::cerr << rows.size() << " layers, numbered as in the trace";
+  const std::string in_order = missing_layers(layers);
   if (!in_order.empty()) std::cerr << "; not in the trace, and so in order: " << in_order;
   std::cerr << ". SGLang wants a row for each hidden layer of the model, and --ep-num-redundant-experts "
-            << layers[0].plan.experts.size() -
-                   static_cast<std::size_t>(1 + std::ranges::max(layers[0].start.experts))
-            << ".\n";
+            << slots - static_cast<std::size_t>(1 + std::ranges::max(layers[0].start.experts)) << ".\n";
   return {{"physical_to_logical_map", rows}};
 }
 
@@ -283,6 +306,7 @@ int placement(Options options) {
   // vLLM-Ascend maps an expert to one slot of a device (its generate_expert_placement_map): a repeat would be lost, and the device would
   // have fewer experts than the others.
   options.placement.repeats = options.format != "ascend";
+  keep_inputs("--svg", options.svg, {options.trace});
   LogReader reader(options.trace, options.fault_policy);
   Histories histories;
   WholeRecords records = whole_records(reader);
@@ -338,16 +362,16 @@ int placement(Options options) {
   const Verdict verdict = verdict_of(gain, options.min_gain);
   if (!options.svg.empty()) write_svg(layers, options.svg);
   if (options.format == "sglang") {
-    std::cout << sglang_map(layers, options.placement).dump() << '\n';
+    std::cout << json_text(sglang_map(layers, options.placement)) << '\n';
   } else if (options.format == "ascend") {
-    std::cout << ascend_map(layers).dump() << '\n';
+    std::cout << json_text(ascend_map(layers)) << '\n';
   } else if (options.format == "phy2log") {
     Json maps = Json::array(), ids = Json::array();
     for (const Judged& layer : layers) {
       maps.push_back(layer.plan.experts);
       ids.push_back(layer.layer);
     }
-    std::cout << Json{{"layers", ids}, {"phy2log", maps}}.dump() << '\n';
+    std::cout << json_text(Json{{"layers", ids}, {"phy2log", maps}}) << '\n';
   } else if (options.format == "json") {
     Json list = Json::array();
     for (const Judged& layer : layers) {
@@ -362,17 +386,17 @@ int placement(Options options) {
                       {"verdict", name_of(verdict_of(g, options.min_gain))},
                       {"phy2log", layer.plan.experts}});
     }
-    std::cout << Json{{"devices", options.placement.devices},
-                      {"nodes", options.placement.nodes},
-                      {"slots", layers[0].plan.experts.size()},
-                      {"linear", linear.mean},
-                      {"planned", planned.mean},
-                      {"hindsight", hindsight.mean},
-                      {"gain", json_of(gain)},
-                      {"moves", moves},
-                      {"verdict", name_of(verdict)},
-                      {"layers", list}}
-                     .dump(2)
+    std::cout << json_text(Json{{"devices", options.placement.devices},
+                                {"nodes", options.placement.nodes},
+                                {"slots", layers[0].plan.experts.size()},
+                                {"linear", linear.mean},
+                                {"planned", planned.mean},
+                                {"hindsight", hindsight.mean},
+                                {"gain", json_of(gain)},
+                                {"moves", moves},
+                                {"verdict", name_of(verdict)},
+                                {"layers", list}},
+                           2)
               << '\n';
   } else {
     Table table({"layer", "linear", "planned", "hindsight", "gain", "95 %", "moves", "verdict"});
@@ -508,7 +532,7 @@ void add_placement(CLI::App& app, Tool& tool) {
                    "Experts that devices may have to load in a layer, in global plans; default: any number")
       ->check(whole_number(0, kMost));
   command->add_option("--train", options->train, "Share of the steps on which the plan is made")
-      ->check(CLI::Range(0.05, 0.95))
+      ->check(number_between(0.05, 0.95))
       ->capture_default_str();
   command
       ->add_option("--min-gain", options->min_gain, "Balancedness that a plan must add to be worth its moves")

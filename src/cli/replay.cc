@@ -9,7 +9,9 @@
 #include <map>
 #include <memory>
 #include <set>
+#include <utility>
 
+#include "base/host_hold.h"
 #include "cli/parts.h"
 #include "cli/tool.h"
 #include "log/reshape.h"
@@ -38,12 +40,16 @@ class Replay {
       must_agree("top_k", header.top_k, model.top_k, 1);
     }
     trace_.set_defaults(defaults_of(config_.model));
+    std::vector<std::string> inputs = files_of(config_);
+    inputs.insert(inputs.end(), {options.config, options.trace});
+    keep_inputs("--output", options.run, inputs);
     // Only now: a log that exists is not overwritten for inputs that do not fit together.
     controller_.emplace(config_, registry);
     writer_.emplace(options.run, config_, false, header.shift);
   }
 
   int run() {
+    say_if_held();
     while (writer_->ok()) {
       auto record = next();
       if (!record) break;
@@ -54,23 +60,26 @@ class Replay {
         std::cerr << "skipped: " << e.what() << '\n';
         continue;
       }
-      if (record->step != step_) finish_step();
-      step_ = record->step;
+      if (record->step != step_) begin_step(*record);
       take(*record);
     }
     finish_step();
     writer_->flush();
-    if (controller_->steps() == 0 && trace_.fault_count() > 0) {
+    if (steps_ == 0 && trace_.fault_count() > 0) {
       throw InputError(options_.trace + ": holds no record that can be read; " + trace_.faults().front());
     }
-    if (controller_->steps() == 0)
-      throw InputError(options_.trace + ": no record of a layer tagged 'train' has counts");
+    if (steps_ == 0) throw InputError(options_.trace + ": no record of a layer tagged 'train' has counts");
     say_faults(trace_, options_.trace);
     if (!writer_->ok()) return 1;  // the writer has reported the error
+    if (logged_ == 0) {
+      std::cerr << shown_path(options_.trace) << ": no step is a multiple of log.every (" << config_.log.every
+                << ") of " << options_.config << ": the log has no record\n";
+    }
     if (options_.run != "-") {
-      std::cout << "replayed " << controller_->steps() << " steps of " << config_.model.layers
-                << " layers to " << options_.run
-                << ", open loop: the recorded routes answer no decision, so none is held for that\n";
+      std::cout << "replayed " << steps_ << " steps of " << config_.model.layers
+                << " layers, wrote the records of " << logged_ << " steps to " << options_.run
+                << ", open loop: the recorded routes answer no decision"
+                << (environment_holds() ? "" : ", so none is held for that") << '\n';
     }
     return 0;
   }
@@ -142,14 +151,14 @@ class Replay {
       layers_[layer] = index++;
       names += (names.empty() ? "" : ", ") + std::to_string(layer);
     }
-    std::cerr << "assumed: " << (options_.trace == "-" ? "<stdin>" : options_.trace) << ": layers " << names
+    std::cerr << "assumed: " << shown_path(options_.trace) << ": layers " << names
               << " of the trace are layers 0 to " << layers - 1 << " of " << options_.config << '\n';
   }
 
   [[noreturn]] void fail(std::int64_t line, const std::string& field, const std::string& value,
                          const std::string& constraint) const {
-    throw InputError((options_.trace == "-" ? "<stdin>" : options_.trace) + ':' + std::to_string(line) +
-                     ": " + field + ": " + value + ": " + constraint);
+    throw InputError(shown_path(options_.trace) + ':' + std::to_string(line) + ": " + field + ": " + value +
+                     ": " + constraint);
   }
   [[noreturn]] void fail(const LogRecord& record, const std::string& field, const std::string& value,
                          const std::string& constraint) const {
@@ -199,14 +208,33 @@ class Replay {
     }
   }
 
+  /// The controller counts as the trace does: its timeline and schedules name the training's steps. It begins where the trace does; it
+  /// cannot skip steps later on, which is said.
+  void begin_step(const LogRecord& record) {
+    finish_step();
+    if (steps_ == 0) {
+      controller_->begin_at(record.step);
+    } else if (record.step != step_ + 1 && !std::exchange(gap_said_, true)) {
+      std::cerr << "assumed: " << shown_path(options_.trace) << ':' << record.line
+                << ": step: " << record.step << ": the step before it is " << step_
+                << "; timeline, schedules, warm-up and cadence count the steps that are there, from the "
+                   "first one on\n";
+    }
+    step_ = record.step;
+  }
+
   void finish_step() {
     if (!any_) return;
     StepInfo info;
     info.loss = loss_;
     info.next_mixture = mixture_;
     StepReport report = controller_->step(info);
-    report.step = step_;  // the trace's own number: it may begin late or skip
-    if (step_ % config_.log.every == 0) writer_->write(report);
+    report.step = step_;  // the trace's own number: it may skip some
+    ++steps_;
+    if (step_ % config_.log.every == 0) {
+      writer_->write(report);
+      ++logged_;
+    }
     any_ = false;
     loss_.reset();
     mixture_.clear();
@@ -222,6 +250,8 @@ class Replay {
   std::optional<Controller> controller_;
   std::optional<RunLogWriter> writer_;
   std::int64_t step_ = -1;
+  std::int64_t steps_ = 0, logged_ = 0;  // replayed, and written
+  bool gap_said_ = false;
   bool any_ = false;  // something was recorded for step_
   std::optional<double> loss_;
   std::vector<std::int64_t> mixture_;
@@ -235,6 +265,7 @@ void add_replay(CLI::App& app, Tool& tool) {
   command->footer(
       R"(The controller runs active and without lag: the value applied at step t uses the counts of step t.
 Records with another tag than 'train' are skipped. A trace may number its layers as it likes. A layer that a step does not mention has no data in that step.
+Timeline, schedules and warm-up begin at the trace's first step, as numbered there; steps that the trace skips are not counted.
 A damaged trace (torn or unreadable lines, holes, a second run joined on, another version) is replayed as far as it
 can be read, and the rest is reported. A record that is wrong ends the command, unless --salvage is given.
 

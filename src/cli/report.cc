@@ -22,7 +22,7 @@ struct Options {
 /// comes onto the page; its scripts put it there as text, never as HTML.
 std::string embedded(const nlohmann::json& value) {
   std::string text;
-  for (const char c : value.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace)) {
+  for (const char c : json_text(value)) {
     if (c == '<') {
       text += "\\u003c";
     } else {
@@ -49,6 +49,7 @@ std::string filled(std::string_view page, const std::map<std::string_view, std::
 }
 
 int report(const Options& options) {
+  keep_inputs("--output", options.output, options.runs);
   auto data = nlohmann::json::array();
   for (const std::string& path : options.runs) {
     ReportRun run(path, options.shift);

@@ -17,6 +17,7 @@ namespace {
 using nlohmann::json;
 
 constexpr std::size_t kColumns = 600;
+const char* const kFixed = "fixed";  // the policy that moves nothing
 // Names of alerts that are drawn: one row each. The others are counted.
 constexpr std::size_t kAlerts = 40;
 constexpr std::size_t kAlertLayers = 8;  // named for each column
@@ -48,7 +49,7 @@ std::string base64(const std::vector<unsigned char>& bytes) {
 /// Five digits: more than a screen shows, and a third of the bytes.
 json rounded(double value) {
   if (!std::isfinite(value)) return nullptr;
-  return std::stod(moectl::brief(value, 5));
+  return rounded_to(value, 5);
 }
 
 json lines_of(const Row& row) {
@@ -82,7 +83,7 @@ void halve_row(std::vector<T>& row, Merge merge) {
 
 /// The section of each actuator, with the names of all policies that move it. Where the config's own moves nothing, the
 /// first of a group of layers or of the timeline that does.
-nlohmann::json sections_of(const nlohmann::json& config, const std::string& path) {
+nlohmann::json sections_of(const nlohmann::json& config) {
   nlohmann::json sections = nlohmann::json::object();
   for (const Actuator which : kActuators) {
     const std::string name(name_of(which));
@@ -91,12 +92,8 @@ nlohmann::json sections_of(const nlohmann::json& config, const std::string& path
     const auto take = [&](const nlohmann::json& from) {
       if (!from.contains(name)) return;
       const nlohmann::json& section = from[name];
-      if (!section.is_object() || (section.contains("policy") && !section["policy"].is_string())) {
-        throw LogError(path + ":1: config: " + name + ": " + shown_briefly(section.dump()) +
-                       ": must be an object whose policy is a word");
-      }
-      const std::string policy = section.value("policy", "fixed");
-      if (policy == "fixed" || std::find(policies.begin(), policies.end(), policy) != policies.end()) return;
+      const std::string policy = section.value("policy", kFixed);
+      if (policy == kFixed || std::find(policies.begin(), policies.end(), policy) != policies.end()) return;
       if (policies.empty()) lead = section;
       policies.push_back(policy);
     };
@@ -105,7 +102,7 @@ nlohmann::json sections_of(const nlohmann::json& config, const std::string& path
       if (!config.contains(list)) continue;
       for (const nlohmann::json& entry : config[list]) take(entry);
     }
-    if (policies.empty()) policies.push_back("fixed");
+    if (policies.empty()) policies.push_back(kFixed);
     sections[name] = lead;
     sections[name]["policies"] = policies;
   }
@@ -119,12 +116,8 @@ ReportRun::ReportRun(const std::string& path, std::optional<std::int64_t> shift)
   header_ = reader.header();
   shift_ = shift ? shift : header_.shift;
   figures_ = RunFigures(shift_);
-  if (!header_.config_json.empty()) {
-    nlohmann::json config = nlohmann::json::parse(header_.config_json);
-    sections_ = sections_of(config, path == "-" ? "<stdin>" : path);
-    config.update(sections_);
-    advice_ = Advice(std::move(config));
-  }
+  if (!header_.config_json.empty()) take_config(nlohmann::json::parse(header_.config_json));
+  targets_ = header_.targets;
   // What the page will not show of the experts need not be kept: with hundreds in each of many layers it would be most
   // of the memory. Four times the columns of the load and bias maps are enough to choose from.
   std::size_t rows = 2U * static_cast<std::size_t>(header_.layers.value_or(1)) *
@@ -134,14 +127,44 @@ ReportRun::ReportRun(const std::string& path, std::optional<std::int64_t> shift)
   }
   while (kColumns / (2 * expert_each_) >= 4 * map_columns(rows)) expert_each_ *= 2;
   WholeRecords records = whole_records(reader);
-  while (const auto record = records.next()) add(*record);
+  std::size_t changes = 0;  // that hold
+  while (const auto record = records.next()) {
+    // Read ahead: the reader may be some steps further.
+    for (const std::vector<ConfigChange>& all = reader.config_changes();
+         changes < all.size() && all[changes].step <= record->step; ++changes) {
+      take_config(nlohmann::json::parse(all[changes].config_json));
+    }
+    add(*record);
+  }
   tell_config_changes(reader.config_changes());
   say_faults(reader, path);
   faults_ = reader.faults();
   fault_count_ = reader.fault_count();
-  if (records_ == 0) {
-    throw LogError((path == "-" ? "<stdin>" : path) + ": holds no record" +
-                   (faults_.empty() ? "" : "; the first fault is " + faults_.front()));
+  if (layers_.empty()) {
+    throw InputError(shown_path(path) +
+                     (records_ == 0 ? ": holds no record" : ": no record of a layer tagged 'train'") +
+                     (faults_.empty() ? "" : "; the first fault is " + faults_.front()));
+  }
+}
+
+/// The config from here on. The page names every policy of the run; advice is on the config in force.
+void ReportRun::take_config(const nlohmann::json& config) {
+  const nlohmann::json now = sections_of(config);
+  nlohmann::json merged = config;
+  merged.update(now);
+  advice_.take_config(std::move(merged));
+  if (sections_.is_null()) sections_ = nlohmann::json::object();
+  const nlohmann::json none = nlohmann::json::array({kFixed});
+  for (const auto& [name, section] : now.items()) {
+    nlohmann::json& known = sections_[name];
+    if (!known.is_null() && section["policies"] == none) continue;  // what moved it before is shown
+    nlohmann::json policies = nlohmann::json::array();
+    if (!known.is_null() && known["policies"] != none) policies = known["policies"];
+    for (const nlohmann::json& policy : section["policies"]) {
+      if (std::find(policies.begin(), policies.end(), policy) == policies.end()) policies.push_back(policy);
+    }
+    known = section;
+    known["policies"] = std::move(policies);
   }
 }
 
@@ -354,9 +377,10 @@ void ReportRun::add(const LogRecord& record) {
     told.text = notice.text;
   }
   if (record.layer < 0) return;
+  if (header_.groups.empty()) targets_ = record.targets;
   Layer& layer = layers_[record.layer];
   if (metrics.max_load) {
-    layer.last.push_back(metrics);
+    layer.last.emplace_back(metrics, record.tokens);
     if (layer.last.size() > kSteadyWindow) layer.last.pop_front();
   }
   if (metrics.max_vio) {
@@ -451,17 +475,19 @@ json ReportRun::now_json() const {
   };
   put_value("max_vio_over_floor", mean.max_vio);
   put_value("cv_over_floor", mean.cv);
-  now["known"] = mean.worst().has_value();
+  // Of a hand-made log a floor may stand in another layer than the metric.
+  const bool known = mean.worst() && now.contains("worst_layer");
+  now["known"] = known;
   now["layers_above"] = above;
-  now["balanced"] = mean.worst().has_value() && *mean.worst() <= kBalancedFloors && above == 0;
+  now["balanced"] = known && *mean.worst() <= kBalancedFloors && above == 0;
   FloorKind floor = FloorKind::kNone;
   for (const StepFigures& step : all) floor = joined(floor, step.floor);
   now["floor"] = name_of(floor);
   return now;
 }
 
-/// Every metric that has a value in the last hundred steps: its mean over them, in the layers from the lowest to the
-/// highest, percentiles over layers, and over all.
+/// Every metric that has a value in the last hundred steps: its mean over them, weighted by tokens as in figures.cc, in the
+/// layers from the lowest to the highest, percentiles over layers, and over all.
 json ReportRun::table_json() const {
   nlohmann::json rows = nlohmann::json::array();
   for (const MetricField& field : metric_fields()) {
@@ -469,15 +495,21 @@ json ReportRun::table_json() const {
     std::vector<double> means;
     int lowest = 0, highest = 0;
     for (const auto& [number, layer] : layers_) {
-      double sum = 0, count = 0;
-      for (const Metrics& metrics : layer.last) {
+      const auto has = [&](const Metrics& metrics) {
         const Metrics::Value& value = metrics.*field.value;
-        if (!value || !std::isfinite(*value)) continue;
-        sum += *value;
-        count += 1;
+        return value && std::isfinite(*value);
+      };
+      const bool known = std::ranges::any_of(
+          layer.last, [&](const auto& step) { return step.second > 0 && has(step.first); });
+      double sum = 0, weights = 0;
+      for (const auto& [metrics, tokens] : layer.last) {
+        if (!has(metrics)) continue;
+        const double weight = known ? static_cast<double>(tokens) : 1;
+        sum += *(metrics.*field.value) * weight;
+        weights += weight;
       }
-      if (count == 0) continue;
-      const double mean = sum / count;
+      if (!(weights > 0)) continue;
+      const double mean = sum / weights;
       if (layers.count == 0 || mean < layers.min) lowest = number;
       if (layers.count == 0 || mean > layers.max) highest = number;
       layers.add(mean);
@@ -513,7 +545,7 @@ json ReportRun::json() const {
   out["config"] =
       header_.config_json.empty() ? nlohmann::json(nullptr) : nlohmann::json::parse(header_.config_json);
   out["sections"] = sections_;
-  if (header_.targets) out["targets"] = header_.targets->shares();
+  if (targets_) out["targets"] = targets_->shares();
   const Figures figures = figures_.figures();
   for (const auto& [name, value] : fields_of(figures)) {
     out["figures"][name] = value ? nlohmann::json(*value) : nlohmann::json(nullptr);

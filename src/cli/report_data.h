@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <deque>
 #include <map>
+#include <memory>
 #include <optional>
 #include <set>
 #include <string>
@@ -56,7 +57,7 @@ class ReportRun {
     std::deque<StepFigures> now;                         // the last steps, of this layer
     std::vector<Row> load, bias, loss;                   // [N]
     std::vector<Health> health;                          // worst in each column
-    std::deque<Metrics> last;                            // of the last hundred steps
+    std::deque<std::pair<Metrics, std::int64_t>> last;   // of the last hundred steps, with their tokens
     std::map<std::string, std::vector<double>> domains;  // counts of the whole run, [N]
     std::optional<RoutingStats> pairs;                   // likewise
   };
@@ -84,6 +85,7 @@ class ReportRun {
     std::int64_t first = 0, count = 0;
   };
 
+  void take_config(const nlohmann::json& config);
   void add(const LogRecord& record);
   void add_alert(const std::string& name, const LogRecord& record, std::size_t column);
   nlohmann::json table_json() const;
@@ -108,7 +110,7 @@ class ReportRun {
   RecordMetrics metrics_{true};
   std::vector<double> loads_;  // scratch space
   RunFigures figures_{std::nullopt};
-  Advice advice_{nlohmann::json::object()};
+  Advice advice_;
   std::int64_t records_ = 0;
   std::optional<std::int64_t> first_;
   std::int64_t last_ = 0, width_ = 1;
@@ -121,7 +123,8 @@ class ReportRun {
   std::map<std::string, Alert> alerts_;
   // By kind, layer and text; but invalid data name another value each time.
   std::map<std::tuple<std::string, int, std::string>, Told> notices_;
-  nlohmann::json sections_;  // of the config's actuators; null without a config
+  nlohmann::json sections_;                     // of the configs' actuators; null without a config
+  std::shared_ptr<const LoadTargets> targets_;  // of all layers, in force at the end
   std::vector<std::string> faults_;
   std::int64_t fault_count_ = 0;
 };

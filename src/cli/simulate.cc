@@ -207,6 +207,7 @@ Figures simulate_one(const Options& options, const Variant& variant, const std::
   const std::optional<std::int64_t> event = event_of(plant);
   std::optional<RunLogWriter> writer;
   if (!run.empty()) {
+    keep_inputs("--output", run, files_of(config));
     writer.emplace(run, controller.config(), false, event);
     if (!writer->ok()) throw InputError("output: " + run + ": cannot be written");
     controller.set_log([&](const StepReport& report) { writer->write(report); });
@@ -285,7 +286,7 @@ Options like_trace(Options options, const std::set<std::string>& given, const Po
     text << value;
     command += std::string(" ") + option + ' ' + text.str();
   };
-  const auto three = [](double value) { return std::stod(moectl::brief(value, 3)); };
+  const auto three = [](double value) { return rounded_to(value, 3); };
   take("--clusters", options.plant.clusters, fit.options.clusters);
   take("--token-spread", options.plant.token_spread, three(fit.options.token_spread));
   take("--coherence", options.plant.coherence, three(fit.options.coherence));
@@ -323,6 +324,10 @@ int simulate_all(const Options& options, const PolicyRegistry& registry) {
       throw InputError("output: " + outputs.back() + ": two configs of the same name would both write it");
     }
   }
+  std::vector<std::string> inputs = options.configs;
+  if (!options.like.empty()) inputs.push_back(options.like);
+  for (const std::string& output : outputs) keep_inputs("--output", output, inputs);
+  say_if_held();
   const std::vector<Figures> figures = simulate_variants(options, variants, outputs, registry);
   if (options.output == "-") return 0;  // the run log went there
   if (options.format == "json") {
@@ -346,7 +351,7 @@ int simulate_all(const Options& options, const PolicyRegistry& registry) {
                                                           : nlohmann::ordered_json(name_of(figures[i].floor));
       all.push_back(std::move(row));
     }
-    std::cout << all.dump(2) << '\n';
+    std::cout << json_text(all, 2) << '\n';
     return 0;
   }
   const bool drops =
@@ -485,7 +490,7 @@ void add_simulate(CLI::App& app, Tool& tool) {
   add(tokens, "--token-spread", plant.token_spread, "Spread of the tokens in a cluster, logits",
       from_zero_number);
   add(tokens, "--coherence", plant.coherence,
-      "Share of a sequence's tokens that come from three clusters of its own", CLI::Range(0.0, 1.0));
+      "Share of a sequence's tokens that come from three clusters of its own", number_between(0, 1));
   add(tokens, "--preference", plant.preference, "Spread of what the router prefers, logits",
       from_zero_number);
   command->callback([&tool, options, command] {

@@ -39,7 +39,7 @@ std::string flow_of(const nlohmann::ordered_json& tree) {
   if (!tree.is_structured()) return tree.dump();
   std::string text;
   for (const auto& [key, item] : tree.items()) {
-    text += (text.empty() ? "" : ", ") + (tree.is_object() ? nlohmann::json(key).dump() + ": " : "") +
+    text += (text.empty() ? "" : ", ") + (tree.is_object() ? json_text(nlohmann::json(key)) + ": " : "") +
             flow_of(item);
   }
   return tree.is_object() ? '{' + text + '}' : '[' + text + ']';
@@ -69,6 +69,16 @@ std::vector<Variant> variants_of(const std::vector<std::string>& configs,
     const std::size_t equals = set.find('=');
     if (equals == 0 || equals == std::string::npos || equals + 1 == set.size())
       throw InputError("--set: " + set + ": must be KEY=VALUE or KEY=VALUE,VALUE,...");
+    const std::string key = set.substr(0, equals);
+    // What is set last would hold, and the runs would be labelled with both.
+    for (const auto& [before, value] : variants[0].changes) {
+      if (before == key)
+        throw InputError("--set: " + key +
+                         ": given twice: must be given once; KEY=A,B makes a run with each");
+      if (before.starts_with(key + '.') || key.starts_with(before + '.'))
+        throw InputError("--set: " + key + ": " + before +
+                         " is set as well: one must not be a part of the other");
+    }
     // Commas inside brackets belong to a value.
     std::vector<std::string> values(1);
     int depth = 0;
@@ -84,7 +94,7 @@ std::vector<Variant> variants_of(const std::vector<std::string>& configs,
     for (const Variant& variant : variants) {
       for (const std::string& value : values) {
         more.push_back(variant);
-        more.back().changes.emplace_back(set.substr(0, equals), value);
+        more.back().changes.emplace_back(key, value);
       }
     }
     variants = std::move(more);

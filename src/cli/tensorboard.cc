@@ -59,6 +59,7 @@ void write(const std::string& run, const std::string& directory, const Options& 
   if (records == 0 && log.fault_count() > 0) {
     throw InputError(run + ": holds no record that can be read; " + log.faults().front());
   }
+  if (records == 0) throw InputError(run + ": holds no record");
   say_faults(log, run);
 }
 
@@ -71,6 +72,7 @@ int tensorboard(const Options& options) {
       throw InputError(run + ": another run goes to " + each.back() +
                        " as well: give each a file name of its own");
     }
+    for (const std::string& path : {options.output, each.back()}) keep_inputs("--output", path, options.runs);
     std::error_code ignored;
     if (std::filesystem::exists(each.back(), ignored) && !std::filesystem::is_empty(each.back(), ignored)) {
       throw InputError(each.back() + ": already exists: remove it, or choose another directory");

@@ -1,10 +1,14 @@
 #include "cli/tool.h"
-#include "base/format.h"
 
 #include <algorithm>
+#include <charconv>
 #include <cmath>
+#include <filesystem>
 #include <iostream>
 #include <system_error>
+
+#include "base/format.h"
+#include "base/host_hold.h"
 
 namespace moectl::cli {
 namespace {
@@ -17,12 +21,12 @@ bool reads_as(const std::string& text, T& value) {
 
 // `text` is a number of type T that is good; else says what it must be.
 template <typename T, typename Good>
-CLI::Validator number_where(Good good, const std::string& what, bool above_zero) {
+CLI::Validator number_where(Good good, const std::string& what, const std::string& kind) {
   const auto check = [good, what](const std::string& text) {
     T value{};
     return reads_as(text, value) && good(value) ? std::string() : text + ": must be " + what;
   };
-  return {check, above_zero ? "POSITIVE" : "NONNEGATIVE"};
+  return {check, kind};
 }
 
 }  // namespace
@@ -33,15 +37,55 @@ CLI::Validator whole_number(std::int64_t least, std::int64_t most) {
                                  : "from " + std::to_string(least) + " to " + std::to_string(most);
   return number_where<std::int64_t>(
       [least, most](std::int64_t value) { return value >= least && value <= most; },
-      "a whole number " + range, least > 0);
+      "a whole number " + range, least > 0 ? "POSITIVE" : "NONNEGATIVE");
 }
 CLI::Validator number_from_zero() {
   return number_where<double>([](double value) { return value >= 0 && std::isfinite(value); },
-                              "a number of at least 0", false);
+                              "a number of at least 0", "NONNEGATIVE");
 }
 CLI::Validator positive_number() {
   return number_where<double>([](double value) { return value > 0 && std::isfinite(value); },
-                              "a number above 0", true);
+                              "a number above 0", "POSITIVE");
+}
+CLI::Validator number_between(double least, double most) {
+  const std::string from = moectl::brief(least), to = moectl::brief(most);
+  return number_where<double>([=](double value) { return value >= least && value <= most; },  // not NaN
+                              "a number from " + from + " to " + to, "in [" + from + ", " + to + ']');
+}
+
+void keep_inputs(const std::string& option, const std::string& output,
+                 const std::vector<std::string>& inputs) {
+  namespace fs = std::filesystem;
+  std::error_code ignored;
+  if (output == "-" || !fs::is_regular_file(output, ignored)) return;
+  // A log's finished pieces, RUN.000001 and so on, are read with it.
+  const fs::path path(output), number = path.extension();
+  const bool piece =
+      number.string().size() > 6 && number.string().find_first_not_of("0123456789", 1) == std::string::npos;
+  for (const std::string& input : inputs) {
+    const fs::path file = input == "-" ? "/dev/stdin" : input;
+    const bool same = fs::equivalent(path, file, ignored);
+    if (!same && !(piece && fs::equivalent(path.parent_path() / path.stem(), file, ignored))) continue;
+    throw InputError(option + ": " + output + (same ? ": is" : ": is a piece of") + " the input " +
+                     shown_path(input) + ": must be another file");
+  }
+}
+
+std::vector<std::string> files_of(const ControllerConfig& config) {
+  std::vector<std::string> files = {config.expert_bias.initial.file};
+  for (const LayerGroup& group : config.layers) {
+    if (group.expert_bias) files.push_back(group.expert_bias->initial.file);
+  }
+  for (const TimelineEntry& entry : config.timeline) {
+    if (entry.expert_bias) files.push_back(entry.expert_bias->initial.file);
+  }
+  std::erase(files, "");
+  return files;
+}
+
+void say_if_held() {
+  if (environment_holds())
+    std::cerr << "MOECTL_HOLD is set: every actuator is held where it is (host_hold)\n";
 }
 
 CLI::Option* add_format(CLI::App& command, std::string& format, std::vector<std::string> formats) {

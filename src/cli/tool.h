@@ -3,6 +3,7 @@
 
 #include <CLI/CLI.hpp>
 
+#include <charconv>
 #include <cstdint>
 #include <functional>
 #include <limits>
@@ -14,6 +15,7 @@
 
 #include "base/format.h"
 #include "base/printable.h"
+#include "moectl/config.h"
 #include "moectl/policy.h"
 #include "moectl/run_log.h"
 
@@ -53,10 +55,39 @@ void add_trace(CLI::App& command, std::string& path);
 /// The choice of an output format, the first being the default.
 CLI::Option* add_format(CLI::App& command, std::string& format, std::vector<std::string> formats);
 
-/// What an option takes: a whole number from `least` to `most`; a number of at least 0; one above 0.
+/// Throws if an output is one of the inputs, by a link or as standard input too: it would be emptied before it is read. What is no
+/// file, as `-`, a pipe or a device, passes. Before anything is opened for writing.
+void keep_inputs(const std::string& option, const std::string& output,
+                 const std::vector<std::string>& inputs);
+/// The files that a config names.
+std::vector<std::string> files_of(const ControllerConfig& config);
+/// Says on standard error that MOECTL_HOLD holds everything: figures and records are those of a controller that does nothing.
+void say_if_held();
+
+/// What an option takes: a whole number from `least` to `most`; a number of at least 0; one above 0; one from `least` to `most`. NaN
+/// and infinity are none of them.
 CLI::Validator whole_number(std::int64_t least, std::int64_t most = std::numeric_limits<std::int64_t>::max());
 CLI::Validator number_from_zero();
 CLI::Validator positive_number();
+CLI::Validator number_between(double least, double most);
+
+/// The name of an input in messages.
+inline std::string shown_path(const std::string& path) {
+  return path == "-" ? "<stdin>" : path;
+}
+
+/// JSON as text, to print. The name of a file or an argument may hold bytes that are not UTF-8.
+template <class Json>
+std::string json_text(const Json& value, int indent = -1) {
+  return value.dump(indent, ' ', false, Json::error_handler_t::replace);
+}
+
+/// The number with so many significant digits; one that has no such neighbour within a double's range stays as it is.
+inline double rounded_to(double value, int digits) {
+  const std::string text = moectl::brief(value, digits);
+  std::from_chars(text.data(), text.data() + text.size(), value);
+  return value;
+}
 
 /// What a config says of a trace that does not say it.
 LogDefaults defaults_of(const ModelConfig& model);

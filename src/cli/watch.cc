@@ -103,8 +103,10 @@ class Watch {
     screen_.draw_pending();
     live_ = false;
     say_faults();
-    if (options_.once && !any_ && reader_.fault_count() > 0) {
-      throw InputError(options_.run + ": holds no record that can be read");
+    if (options_.once && !any_) {
+      throw InputError(shown_path(options_.run) + (reader_.fault_count() > 0
+                                                       ? ": holds no record that can be read"
+                                                       : ": no record tagged 'train'"));
     }
     return 0;
   }

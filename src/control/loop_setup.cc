@@ -1,9 +1,9 @@
 // What a loop is made of: groups of equal layers, their actuators, and the values that they begin with.
-#include <cstdlib>
 #include <map>
 #include <stdexcept>
 #include <utility>
 
+#include "base/host_hold.h"
 #include "base/input_limits.h"
 #include "control/config_groups.h"
 #include "control/config_keys.h"
@@ -12,11 +12,6 @@
 
 namespace moectl {
 namespace {
-
-bool environment_holds() {
-  const char* const value = std::getenv("MOECTL_HOLD");
-  return value != nullptr && *value != '\0' && std::string_view(value) != "0";
-}
 
 // The sums of a layer are those of all its settings to come, so that a payload keeps its size over the timeline.
 StatsShape shape_of(const ControllerConfig& config, const PolicyRegistry& registry) {

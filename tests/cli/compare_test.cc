@@ -135,5 +135,43 @@ TEST(Compare, WrongRunsAreNamed) {
   EXPECT_THAT(torn.err, ::testing::StartsWith("skipped: torn.jsonl:2: line: not JSON"));
 }
 
+TEST(Compare, TheNameOfAFileMayHoldAnyByte) {
+  const TempDir dir;
+  const std::string name = "a\xff.jsonl";
+  dir.write(name, record(0, 50));
+  const ToolResult json = run_tool(dir, "compare '" + name + "' --format json");
+  ASSERT_EQ(json.code, 0) << json.err;
+  EXPECT_EQ(nlohmann::json::parse(json.out).at(0)["run"], "a\xef\xbf\xbd.jsonl");
+}
+
+// Targets are those of the config in force, not of the first line.
+TEST(Compare, ATargetThatChangesHoldsFromItsStepOn) {
+  const TempDir dir;
+  const std::string header =
+      R"({"format":"moectl-run","version":1,"config":{"model":{"layers":1,"experts":2,"top_k":1}}})"
+      "\n";
+  const auto change = [](int step) {
+    return R"({"step":)" + std::to_string(step) +
+           R"(,"config":{"model":{"layers":1,"experts":2,"top_k":1,"targets":[0.75,0.25]}}})"
+           "\n";
+  };
+  std::string at_once = header + change(0), later = header;
+  for (int step = 0; step < 40; ++step) {
+    if (step == 20) later += change(20);
+    at_once += record(step, 75);
+    later += record(step, 75);
+  }
+  dir.write("at_once.jsonl", at_once);
+  dir.write("later.jsonl", later);
+  const ToolResult result = run_tool(dir, "compare at_once.jsonl later.jsonl --format json");
+  ASSERT_EQ(result.code, 0) << result.err;
+  const auto figures = nlohmann::json::parse(result.out);
+  EXPECT_NEAR(figures[0]["max_vio"].get<double>(), 0, 1e-12);
+  EXPECT_NEAR(figures[1]["max_vio"].get<double>(), 0.25, 1e-12);  // half of the steps at 0.5
+  const ToolResult each = run_tool(dir, "metrics later.jsonl");
+  EXPECT_NEAR(each.json(19)["metrics"]["max_vio"].get<double>(), 0.5, 1e-12);
+  EXPECT_NEAR(each.json(20)["metrics"]["max_vio"].get<double>(), 0, 1e-12);
+}
+
 }  // namespace
 }  // namespace moectl

@@ -101,6 +101,10 @@ TEST(FieldCases, D1_HealthReportAndWatchAgreeOnEitherSideOfTheBound) {
                   kBalancedFloors,
               balanced);
     EXPECT_EQ(nlohmann::json::parse(last)["health"], balanced ? "healthy" : "imbalanced");
+    if (has_terminals()) {
+      const std::string drawn = drawn_by_watch(dir, 24, 80);
+      EXPECT_THAT(drawn.substr(drawn.rfind("step ")), HasSubstr(balanced ? "  healthy" : "  imbalanced"));
+    }
   }
 }
 
@@ -306,6 +310,41 @@ TEST(FieldCases, D5_TargetsOutsideWhatAMetricCanBeAreInfeasible) {
               HasSubstr("# aux_loss_weight.options.target: at N = 16, k = 2 excess_cv is from 0 to 2.646\n"));
 }
 
+// Each group of layers has its own N and k, and later entries of the timeline their own policies.
+TEST(FieldCases, D5_TheBoundsOfTargetsAreSaidForEachGroupAndInJson) {
+  const TempDir dir;
+  const std::string config =
+      "version: 1\nmodel: {layers: 3, experts: 16, top_k: 2, tokens_per_step: 4096}\n" +
+      pi_on("excess_cv", "0.3") + "layers: [{count: 2}, {count: 1, experts: 32, top_k: 4}]\n" +
+      "timeline:\n  - {from: 50, aux_loss_weight: {policy: pi, initial: 0.01, options: {metric: max_vio, "
+      "target: 1}, "
+      "limits: {min: 1.0e-4}}}\n";
+  const auto verdict = verdict_of(dir, config, 0);
+  std::vector<std::string> said;
+  for (const auto& row : verdict["targets"]) {
+    said.push_back(row.value("where", "") + '|' + row["actuator"].get<std::string>() + '|' +
+                   row["metric"].get<std::string>());
+  }
+  EXPECT_THAT(said, ::testing::ElementsAre("layers[0]|aux_loss_weight|excess_cv",
+                                           "layers[1]|aux_loss_weight|excess_cv",
+                                           "from step 50: layers[0]|aux_loss_weight|max_vio",
+                                           "from step 50: layers[1]|aux_loss_weight|max_vio"));
+  // √(16/2 - 1), and √(32/4 - 1), the same; 16/2 - 1.
+  EXPECT_NEAR(verdict["targets"][0]["max"].get<double>(), std::sqrt(7.0), 1e-12);
+  EXPECT_NEAR(verdict["targets"][1]["max"].get<double>(), std::sqrt(7.0), 1e-12);
+  EXPECT_EQ(verdict["targets"][2]["max"], 7);
+  EXPECT_EQ(verdict["targets"][1]["experts"], 32);
+  const std::string text = run_tool(dir, "check c.yaml").out;
+  EXPECT_THAT(
+      text,
+      HasSubstr(
+          "# layers[1]: aux_loss_weight.options.target: at N = 32, k = 4 excess_cv is from 0 to 2.646\n"));
+  EXPECT_THAT(
+      text,
+      HasSubstr(
+          "# from step 50: layers[0]: aux_loss_weight.options.target: at N = 16, k = 2 max_vio is from"));
+}
+
 // What the project itself hands out passes its own judgement.
 TEST(FieldCases, D5_TheShippedConfigsAreFeasible) {
   const TempDir dir;
@@ -388,31 +427,34 @@ TEST(FieldCases, A8_ARunWithoutAPolicyIsAdvisedToHaveOne) {
 
 TEST(FieldCases, A8_DeadExpertsAndTheFloorAreAdvisedOnlyWhereItHelps) {
   const TempDir dir;
+  // Two sequences of 50 tokens: all on the first expert, or 35 and 15, and 15 and 35.
+  const std::string uneven =
+      R"(,"sequences":2,"sequence_sq":[5000,0],"sequence_cross":[5000,0],"sequence_len_sq":5000)";
+  const std::string even =
+      R"(,"sequences":2,"sequence_sq":[1450,1450],"sequence_cross":[2500,2500],"sequence_len_sq":5000)";
   const auto says_of = [&](const std::vector<std::int64_t>& counts, const std::string& policy,
-                           bool sequences) {
-    std::string run =
-        R"({"format":"moectl-run","version":1,"config":{"model":{"layers":1,"experts":2,"top_k":1},)"
-        R"("expert_bias":{"policy":")" +
-        policy +
-        R"("}}})"
-        "\n";
-    for (int step = 0; step < 200; ++step) {
-      run += line_of(
-          step, counts,
-          sequences
-              ? R"(,"sequences":2,"sequence_sq":[5000,0],"sequence_cross":[5000,0],"sequence_len_sq":5000)"
-              : "");
-    }
+                           const std::string& sequences = "") {
+    std::string run = R"({"format":"moectl-run","version":1,"config":{"model":{"layers":1,"experts":)" +
+                      std::to_string(counts.size()) + R"(,"top_k":1},"expert_bias":{"policy":")" + policy +
+                      R"("}}})"
+                      "\n";
+    for (int step = 0; step < 200; ++step) run += line_of(step, counts, sequences);
     dir.write("run.jsonl", run);
-    EXPECT_EQ(run_tool(dir, "report run.jsonl -o r.html").code, 0);
+    const ToolResult result = run_tool(dir, "report run.jsonl -o r.html");
+    EXPECT_EQ(result.code, 0) << result.err;
     return data_of(TempDir::read(dir.path("r.html"))).at(0)["advice"].dump();
   };
-  EXPECT_THAT(says_of({100, 0}, "fixed", false),
-              HasSubstr("one expert is dead: a bias policy brings it back"));
-  EXPECT_THAT(says_of({100, 0}, "sign_bias", false), Not(HasSubstr("dead")));
-  EXPECT_THAT(says_of({50, 50}, "fixed", false), Not(HasSubstr("dead")));
-  EXPECT_THAT(says_of({50, 50}, "fixed", false), HasSubstr("only the noise floor is known"));
-  EXPECT_THAT(says_of({100, 0}, "sign_bias", true), Not(HasSubstr("only the noise floor is known")));
+  EXPECT_THAT(says_of({100, 0}, "fixed"), HasSubstr("one expert is dead: a bias policy brings it back"));
+  EXPECT_THAT(says_of({100, 0}, "sign_bias"), Not(HasSubstr("dead")));
+  EXPECT_THAT(says_of({50, 50}, "fixed"), Not(HasSubstr("dead")));
+  EXPECT_THAT(says_of({100, 0, 0, 0}, "fixed"),
+              HasSubstr("about 3 experts are dead: a bias policy brings them back"));
+  EXPECT_THAT(says_of({100, 0, 0, 0}, "sign_bias"), Not(HasSubstr("dead")));
+  EXPECT_THAT(says_of({97, 1, 1, 1}, "fixed"), Not(HasSubstr("dead")));
+  EXPECT_THAT(says_of({50, 50}, "fixed"), HasSubstr("only the noise floor is known"));
+  EXPECT_THAT(says_of({100, 0}, "sign_bias", uneven), Not(HasSubstr("only the noise floor is known")));
+  EXPECT_EQ(says_of({50, 50}, "sign_bias", even), R"(["nothing to change"])");
+  EXPECT_THAT(says_of({100, 0}, "sign_bias", uneven), Not(HasSubstr("nothing to change")));
 }
 
 // ---- D6: a set-point out of reach is said ----

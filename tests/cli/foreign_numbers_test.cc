@@ -157,5 +157,69 @@ TEST(FieldCases, C7_CountsInHalfPrecisionAreRefused) {
   EXPECT_EQ(metrics(fields("32768.0,32768.0,32768.0,32768.0")).code, 0);
 }
 
+/// A run of loads that spread for ten steps, and then all go to one expert, as JSON from a program that counts in floating
+/// point has them.
+std::string collapse(const std::string& spread, const std::string& all) {
+  std::string text;
+  for (int step = 0; step < 20; ++step)
+    text += line(step, 0, R"("top_k":1,"counts":)" + (step < 10 ? spread : all));
+  return text;
+}
+
+// A row [1,0,0,0] by itself is one token; in a file of shares it is all of the load.
+TEST(ForeignNumbers, ACollapsedRowOfAFileOfLoadsIsALoad) {
+  for (const auto& [spread, all] : {std::pair{"[0.2722,0.2718,0.2273,0.2287]", "[1.0,0.0,0.0,0.0]"},
+                                    {"[40.5,29.5,20.0,10.0]", "[100.0,0.0,0.0,0.0]"},
+                                    {"[40.5,29.5,20.0,10.0]", "[100,0,0,0]"}}) {
+    const TempDir dir;
+    dir.write("t.jsonl", collapse(spread, all));
+    const ToolResult result = run_tool(dir, "compare t.jsonl --format json");
+    ASSERT_EQ(result.code, 0) << all << result.err;
+    // Half of the steps are balanced to less than 0.7, half have all of the load on one of four: 4 - 1.
+    EXPECT_GT(nlohmann::json::parse(result.out)[0]["max_vio"].get<double>(), 1.5) << all;
+    const ToolResult each = run_tool(dir, "metrics t.jsonl");
+    EXPECT_NEAR(each.json(19)["metrics"]["max_vio"].get<double>(), 3, 1e-5) << all;
+    EXPECT_TRUE(each.json(19)["metrics"]["noise_floor_cv"].is_null()) << all;
+  }
+  // Whole percent among others, and a layer without data.
+  const ToolResult percent = metrics(line(0, 0, R"("tokens":1000,"top_k":2,"counts":[40.5,29.5,20,10])") +
+                                     line(1, 0, R"("tokens":1000,"top_k":2,"counts":[40,30,20,10])") +
+                                     line(2, 0, R"("tokens":0,"top_k":2,"counts":[0.0,0.0,0.0,0.0])"));
+  ASSERT_EQ(percent.code, 0) << percent.err;
+  EXPECT_NEAR(percent.json(1)["metrics"]["max_vio"].get<double>(), 0.6, 1e-12);
+  EXPECT_NEAR(percent.json(1)["metrics"]["noise_floor_cv"].get<double>(), std::sqrt((4.0 / 2 - 1) / 1000),
+              1e-12);
+  EXPECT_TRUE(percent.json(2)["metrics"]["max_vio"].is_null());
+}
+
+TEST(ForeignNumbers, RowsOfAnotherKindAreRefusedWithBothLines) {
+  const auto row = [](int step, const std::string& counts) {
+    return line(step, 0, R"("top_k":1,"counts":)" + counts);
+  };
+  const std::string shares = row(0, "[0.5,0.25,0.15,0.1]"), percent = row(0, "[50.5,24.5,15,10]"),
+                    counts = row(0, "[5,3,2,1]"), zeros = row(0, "[0,0,0,0]"),
+                    instead = R"(; write shares of the load as "load", with "tokens")";
+  const auto refused = [&](const std::string& text, const std::string& words) {
+    const ToolResult result = metrics(text);
+    EXPECT_EQ(result.code, 1) << text;
+    EXPECT_THAT(result.err, HasSubstr(words + instead)) << text;
+  };
+  refused(shares + row(1, "[5,3,2,1]"),
+          "<stdin>:2: counts: [5,3,2,1]: must be shares that sum to 1, as in <stdin>:1");
+  refused(shares + row(1, "[50.5,24.5,15,10]"), "must be shares that sum to 1, as in <stdin>:1");
+  refused(percent + row(1, "[5,3,2,1]"), "must be percent that sum to 100, as in <stdin>:1");
+  refused(counts + row(1, "[0.5,0.25,0.15,0.1]"),
+          "<stdin>:2: counts: [0.5,0.25,0.15,0.1]: must be whole numbers, as in <stdin>:1");
+  // The first row tells nothing.
+  refused(zeros + row(1, "[5,3,2,1]") + row(2, "[0.5,0.25,0.15,0.1]"), "as in <stdin>:2");
+  EXPECT_EQ(metrics(zeros + row(1, "[0.5,0.25,0.15,0.1]") + row(2, "[1,0,0,0]")).code, 0);
+  // With --salvage the rows of the other kind are left out, not the file.
+  const TempDir dir;
+  const ToolResult salvaged =
+      run_tool(dir, "compare - --salvage --format json", counts + row(1, "[0.5,0.25,0.15,0.1]"));
+  EXPECT_EQ(salvaged.code, 0);
+  EXPECT_THAT(salvaged.err, HasSubstr("skipped: <stdin>:2: counts: "));
+}
+
 }  // namespace
 }  // namespace moectl

@@ -9,6 +9,7 @@
 
 #include "base/input_limits.h"
 #include "moectl/run_log.h"
+#include "test_paths.h"
 #include "tool.h"
 
 namespace moectl {
@@ -361,6 +362,12 @@ TEST(HostileInput, NoPartOfARecordIsMoreThanItsWhole) {
                   "gap_near: the sum: must be at most gap_tokens (8)"},
         std::pair{R"("prob_sum":[4,2,1,1],"sqrt_prob_sum":[4,2,1,1],"token_entropy_sum":900)",
                   "token_entropy_sum: must be at most ln(experts) for each token (12)"},
+        std::pair{
+            R"("sequences":2,"sequence_sq":[13,8,8,5],"sequence_cross":[0,0,0,0],"sequence_len_sq":128)",
+            "sequence_len_sq: must be at most the sum of sequence_cross (0)"},
+        std::pair{
+            R"("sequences":9,"sequence_sq":[13,8,8,5],"sequence_cross":[40,32,32,24],"sequence_len_sq":128)",
+            "sequences: must be at most tokens (8)"},
         std::pair{R"("pairs":[[1,4,4,3],[2,4,3],[3,3],[]])",
                   "pairs: the sum: must be at most pair_tokens * top_k (top_k - 1)/2 (8)"}}) {
     dir.write("t.jsonl",
@@ -439,6 +446,113 @@ TEST(HostileInput, ASectionOfTheConfigInALogThatIsNoneIsNamed) {
     EXPECT_EQ(result.code, 1);
     EXPECT_THAT(result.err, HasSubstr("run.jsonl:1: config: expert_bias: "));
   }
+}
+
+// SGLang's file has a row for each layer from 0 on: a number makes it as long as it likes.
+TEST(HostileInput, ALayerFarAwayMakesNoRowForEachBefore) {
+  const TempDir dir;
+  const auto placed = [&](const std::vector<int>& layers, const std::string& more = "") {
+    std::string trace;
+    for (int step = 0; step < 4; ++step) {
+      for (const int layer : layers) {
+        trace += R"({"step":)" + std::to_string(step) + R"(,"layer":)" + std::to_string(layer) +
+                 R"(,"tokens":8,"top_k":2,"counts":[5,4,4,3]})" + "\n";
+      }
+    }
+    return run_tool(dir, "placement - --devices 2 --format sglang" + more, trace, in_little_memory());
+  };
+  const ToolResult far = placed({0, 1 << 30});
+  EXPECT_EQ(far.code, 1);
+  EXPECT_EQ(
+      far.err,
+      "moectl: --format: sglang: layer 1073741824: must be below 65536 with 4 slots: the file has a row for "
+      "each layer from 0 on\n");
+  EXPECT_THAT(placed({40000}, " --slots 128").err,
+              HasSubstr("layer 40000: must be below 32768 with 128 slots"));
+  EXPECT_THAT(placed({1, 3, 6, 11}).err, HasSubstr("in order: 0, 2, 4, 5, 7 to 10. SGLang"));
+  std::vector<int> odd;
+  for (int layer = 1; layer < 100; layer += 2) odd.push_back(layer);
+  EXPECT_THAT(placed(odd).err, HasSubstr("26, 28, 30 and 34 more gaps. SGLang"));
+}
+
+TEST(HostileInput, ANameThatIsNoUtf8IsShownInJson) {
+  const TempDir dir;
+  dir.write("c\xff.yaml", "version: 1\nmodel: {layers: 1, experts: 4, top_k: 2, tokens_per_step: 64}\n");
+  const ToolResult result = run_tool(dir, "simulate c*.yaml --steps 20 --format json");
+  ASSERT_EQ(result.code, 0) << result.err;
+  EXPECT_EQ(nlohmann::json::parse(result.out)[0]["config"], "c\xef\xbf\xbd.yaml");
+  const ToolResult key = run_tool(dir, "simulate c*.yaml --steps 20 --set 'expert_bias.\xff=1'");
+  EXPECT_EQ(key.code, 1);
+  EXPECT_THAT(key.err, HasSubstr("unknown key"));
+}
+
+// What is written is emptied first: an input that is its own output would be lost.
+TEST(HostileInput, NoOutputTakesThePlaceOfAnInput) {
+  const TempDir dir;
+  std::string trace;
+  for (int step = 0; step < 4; ++step) {
+    trace += R"({"step":)" + std::to_string(step) + R"(,"layer":0,"tokens":8,"top_k":2,"counts":[5,4,4,3]})" +
+             "\n";
+  }
+  const std::string config =
+      "version: 1\nmodel: {layers: 1, experts: 4, top_k: 2, tokens_per_step: 64}\nexpert_bias: {initial: "
+      "b.json}\n";
+  dir.write("m.csv", "1,2,3\n1,2,4\n");
+  dir.write("t", trace);
+  dir.write("t.jsonl", trace);
+  dir.write("t.jsonl.000001", trace);
+  write_gzip(dir.path("t.jsonl.gz"), trace, 1);
+  const std::string packed = TempDir::read(dir.path("t.jsonl.gz"));
+  dir.write("c.yaml", config);
+  ASSERT_EQ(run_tool(dir, "replay " MOECTL_SOURCE_DIR
+                          "/policies/fixed.yaml t.jsonl --layers 1 --experts 4 --top-k 2 -o fixed.jsonl")
+                .code,
+            0);
+  ASSERT_EQ(run_tool(dir, "biases fixed.jsonl -o b.json").code, 0);
+  const std::string biases = TempDir::read(dir.path("b.json"));
+  std::filesystem::create_symlink("t.jsonl", dir.path("link"));
+  std::filesystem::create_hard_link(dir.path("t.jsonl"), dir.path("other_name"));
+  const struct {
+    std::string arguments, words;
+  } cases[] = {
+      {"replay c.yaml t.jsonl -o t.jsonl", "--output: t.jsonl: is the input t.jsonl: must be another file"},
+      {"replay c.yaml t.jsonl.gz -o t.jsonl.gz", "--output: t.jsonl.gz: is the input t.jsonl.gz"},
+      {"replay c.yaml t.jsonl -o ./t.jsonl", "--output: ./t.jsonl: is the input t.jsonl"},
+      {"replay c.yaml t.jsonl -o link", "--output: link: is the input t.jsonl"},
+      {"replay c.yaml link -o t.jsonl", "--output: t.jsonl: is the input link"},
+      {"replay c.yaml t.jsonl -o other_name", "--output: other_name: is the input t.jsonl"},
+      {"replay c.yaml t.jsonl -o t.jsonl.000001",
+       "--output: t.jsonl.000001: is a piece of the input t.jsonl"},
+      {"replay c.yaml t.jsonl -o c.yaml", "--output: c.yaml: is the input c.yaml"},
+      {"replay c.yaml t.jsonl -o b.json", "--output: b.json: is the input b.json"},
+      {"simulate c.yaml --steps 20 -o c.yaml", "--output: c.yaml: is the input c.yaml"},
+      {"simulate c.yaml --steps 20 -o b.json", "--output: b.json: is the input b.json"},
+      {"simulate c.yaml --steps 20 --like t.jsonl -o t.jsonl", "--output: t.jsonl: is the input t.jsonl"},
+      {"report t.jsonl -o t.jsonl", "--output: t.jsonl: is the input t.jsonl"},
+      {"placement t.jsonl --devices 2 --svg t.jsonl", "--svg: t.jsonl: is the input t.jsonl"},
+      {"import csv m.csv --top-k 1 -o m.csv", "--output: m.csv: is the input m.csv"},
+      {"import hf x.npy --mask m.csv -o m.csv", "--output: m.csv: is the input m.csv"},
+      {"biases b.json -o b.json", "--output: b.json: is the input b.json"},
+      {"tensorboard t.jsonl -o t.jsonl", "--output: t.jsonl: is the input t.jsonl"},
+      {"tensorboard t -o .", "--output: ./t: is the input t"},
+  };
+  for (const auto& c : cases) {
+    const ToolResult result = run_tool(dir, c.arguments);
+    EXPECT_EQ(result.code, 1) << c.arguments;
+    EXPECT_THAT(result.err, HasSubstr("moectl: " + c.words)) << c.arguments;
+    for (const char* name : {"t", "t.jsonl", "t.jsonl.000001", "link", "other_name"})
+      ASSERT_EQ(TempDir::read(dir.path(name)), trace) << c.arguments << ": " << name;
+    ASSERT_EQ(TempDir::read(dir.path("t.jsonl.gz")), packed) << c.arguments;
+    ASSERT_EQ(TempDir::read(dir.path("c.yaml")), config) << c.arguments;
+    ASSERT_EQ(TempDir::read(dir.path("b.json")), biases) << c.arguments;
+    ASSERT_EQ(TempDir::read(dir.path("m.csv")), "1,2,3\n1,2,4\n") << c.arguments;
+  }
+  const ToolResult redirected = run_tool(dir, "replay c.yaml - -o .in", trace);
+  EXPECT_THAT(redirected.err, HasSubstr("--output: .in: is the input <stdin>"));
+  EXPECT_EQ(TempDir::read(dir.path(".in")), trace);
+  // What is no file keeps nothing that could be lost.
+  EXPECT_EQ(run_tool(dir, "replay c.yaml t.jsonl -o /dev/null").code, 0);
+  EXPECT_EQ(run_tool(dir, "replay c.yaml - -o run.jsonl", trace).code, 0);
 }
 
 }  // namespace

@@ -1,6 +1,8 @@
 #include <gmock/gmock.h>
 #include <zlib.h>
 
+#include <algorithm>
+
 #include "moectl/metrics.h"
 #include "tool.h"
 
@@ -319,6 +321,117 @@ TEST(MetricsCommand, ExpertsWithSmallTargetsAreNotDead) {
   EXPECT_EQ(aimed.json(29)["metrics"]["cold_experts"], 0);
   EXPECT_EQ(aimed.json(29)["metrics"]["inactive_experts"], 1);
   EXPECT_EQ(run_tool(dir, "metrics -", trace).json(29)["metrics"]["dead_experts"], 2);
+}
+
+// Each layer is judged by its own group of the config.
+TEST(MetricsCommand, LayersThatDifferHaveTheirOwnGroup) {
+  const TempDir dir;
+  const std::string model = "version: 1\nmodel: {tokens_per_step: 800}\n",
+                    policy = "expert_bias: {policy: sign_bias}\n";
+  dir.write("c.yaml",
+            model +
+                "layers: [{ids: [0], experts: 4, top_k: 2}, {ids: [1], experts: 4, top_k: 2, targets: [0.5, "
+                "0.25, 0.125, 0.125]}, {ids: [7], experts: 2, top_k: 1}]\n" +
+                policy);
+  const auto line = [](int layer, int top_k, const std::string& counts) {
+    return R"({"step":0,"layer":)" + std::to_string(layer) + R"(,"tokens":800,"top_k":)" +
+           std::to_string(top_k) + R"(,"counts":)" + counts + "}\n";
+  };
+  const std::string two = line(0, 2, "[800,400,200,200]") + line(1, 2, "[800,400,200,200]");
+  dir.write("t.jsonl", two + line(7, 1, "[600,200]"));
+  const ToolResult result = run_tool(dir, "metrics t.jsonl --config c.yaml");
+  ASSERT_EQ(result.code, 0) << result.err;
+  EXPECT_NEAR(result.json(0)["metrics"]["max_vio"].get<double>(), 1, 1e-12);
+  EXPECT_NEAR(result.json(1)["metrics"]["max_vio"].get<double>(), 0, 1e-12);
+  EXPECT_NEAR(result.json(2)["metrics"]["max_vio"].get<double>(), 0.5, 1e-12);
+  for (const char* form : {" --trends", " --loads", " --sum --format json", " --format screen",
+                           " --compare train@0: train@:1"}) {
+    EXPECT_EQ(run_tool(dir, std::string("metrics t.jsonl --config c.yaml") + form).code, 0) << form;
+  }
+  const ToolResult loads = run_tool(dir, "metrics t.jsonl --config c.yaml --loads --format json");
+  EXPECT_DOUBLE_EQ(loads.json(1)["p95"].get<double>(), 1);
+  const auto said = [&](const std::string& wrong) {
+    return run_tool(dir, "metrics - --config c.yaml", two + wrong).err;
+  };
+  EXPECT_EQ(said(line(7, 1, "[600,100,100]")),
+            "moectl: <stdin>:3: experts: 3: must be 2, layers[2].experts of c.yaml\n");
+  EXPECT_EQ(said(line(7, 2, "[800,800]")),
+            "moectl: <stdin>:3: top_k: 2: must be 1, layers[2].top_k of c.yaml\n");
+  EXPECT_EQ(said(line(2, 2, "[800,400,200,200]")),
+            "moectl: <stdin>:3: layer: 2: must be an id of the layer groups of c.yaml\n");
+}
+
+TEST(MetricsCommand, ATraceWithoutCountsIsRefusedWithTheReason) {
+  const TempDir dir;
+  dir.write("run.jsonl",
+            R"({"format":"moectl-run","version":1,"config":{"model":{"layers":1,"experts":2,"top_k":1}}})"
+            "\n"
+            R"({"step":0,"layer":null})"
+            "\n"
+            R"({"step":0,"layer":0,"tokens":100,"top_k":1,"metrics":{"max_vio":0.5}})"
+            "\n");
+  dir.write("none.jsonl", "");
+  dir.write("other.jsonl", R"({"step":0,"layer":0,"tokens":2,"top_k":1,"counts":[1,1],"tag":"other"})");
+  for (const char* form : {"", " --format csv", " --format table", " --trends", " --loads", " --sum",
+                           " --format screen", " --by domain", " --compare train other"}) {
+    const ToolResult none = run_tool(dir, std::string("metrics none.jsonl") + form);
+    EXPECT_EQ(none.code, 1) << form;
+    EXPECT_EQ(none.out, "") << form;
+    EXPECT_THAT(none.err, StartsWith("moectl: none.jsonl: no record ")) << form;
+    const ToolResult off = run_tool(dir, std::string("metrics run.jsonl") + form);
+    EXPECT_EQ(off.code, 1) << form;
+    EXPECT_EQ(off.err,
+              "moectl: run.jsonl:3: counts: missing: required: this log was written with per_expert off\n")
+        << form;
+  }
+  EXPECT_EQ(
+      run_tool(dir, "metrics other.jsonl --sum").err,
+      "moectl: other.jsonl: no record of a layer tagged 'train' has counts; there are others: --by tag\n");
+  EXPECT_EQ(run_tool(dir, "metrics other.jsonl --loads").err,
+            "moectl: other.jsonl: no record of a layer tagged 'train' has counts\n");
+}
+
+TEST(MetricsCommand, NoFormatIsDroppedWithoutAWord) {
+  const TempDir dir;
+  dir.write("t.jsonl", kTrace);
+  for (const std::string form : {"--trends", "--loads", "--compare train validation"}) {
+    const ToolResult result = run_tool(dir, "metrics t.jsonl --format screen " + form);
+    EXPECT_EQ(result.code, 1) << form;
+    EXPECT_EQ(result.out, "") << form;
+    EXPECT_EQ(result.err, "moectl: --format: screen: must be json, csv or table with " +
+                              form.substr(0, form.find(' ')) + '\n');
+  }
+}
+
+TEST(MetricsCommand, TheScreenNamesEachShapeAndItsOwnColumn) {
+  const TempDir dir;
+  std::string wide = "[20";
+  for (int e = 1; e < 64; ++e) wide += ",20";
+  const std::string trace = R"({"step":0,"layer":0,"tokens":640,"top_k":2,"counts":)" + wide + "]}\n" +
+                            R"({"step":0,"layer":1,"tokens":640,"top_k":2,"counts":[360,340,300,280]})" +
+                            "\n";
+  // "4 experts, top-2" is a part of "64 experts, top-2".
+  EXPECT_THAT(run_tool(dir, "metrics - --format screen", trace).out,
+              StartsWith("2 layers, 64 experts, top-2 and 4 experts, top-2, 1 step"));
+  const std::string near = R"({"step":0,"layer":0,"tokens":100,"top_k":1,"counts":[58,42]})"
+                           "\n";
+  std::string unsure = run_tool(dir, "metrics - --sum --format screen", near).out;
+  std::ranges::replace(unsure, '\n', ' ');
+  EXPECT_THAT(unsure, HasSubstr("more tokens decide (imbalanced from)"));
+  EXPECT_THAT(run_tool(dir, "metrics - --format screen", near).out,
+              HasSubstr("more tokens decide (sure at)"));
+}
+
+// A loss is a mean over tokens: a step of one token counts for little.
+TEST(MetricsCommand, TheLossOfAWindowIsWeightedByTokens) {
+  const std::string trace = R"({"step":0,"layer":0,"tokens":99,"top_k":1,"counts":[50,49],"loss":2})"
+                            "\n"
+                            R"({"step":1,"layer":0,"tokens":1,"top_k":1,"counts":[1,0],"loss":12})"
+                            "\n";
+  const TempDir dir;
+  const ToolResult result = run_tool(dir, "metrics - --compare train train@:1", trace);
+  ASSERT_EQ(result.code, 0) << result.err;
+  EXPECT_NEAR(result.json()["metrics"]["loss"]["train"].get<double>(), (99 * 2 + 12) / 100.0, 1e-12);
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 #include <gmock/gmock.h>
 
 #include <cmath>
+#include <map>
 #include <random>
 
 #include "tool.h"
@@ -9,6 +10,7 @@ namespace moectl {
 namespace {
 
 using ::testing::HasSubstr;
+using ::testing::Not;
 using Numbers = std::vector<double>;
 
 // The published method: Megatron's form, no limit that acts.
@@ -43,7 +45,8 @@ TEST(Replay, EqualsSignBiasStepByStep) {
   const ToolResult result = run_tool(dir, "replay sign.yaml t.jsonl -o run.jsonl");
   ASSERT_EQ(result.code, 0) << result.err;
   EXPECT_EQ(result.out,
-            "replayed 60 steps of 2 layers to run.jsonl, open loop: the recorded routes answer no decision, "
+            "replayed 60 steps of 2 layers, wrote the records of 60 steps to run.jsonl, open loop: the "
+            "recorded routes answer no decision, "
             "so none is held "
             "for that\n");
   // Without -o, the same log on standard output.
@@ -213,6 +216,93 @@ TEST(Replay, HonoursTheLogSection) {
   EXPECT_EQ(result.json(3)["step"], 2);
   EXPECT_FALSE(result.json(3).contains("counts"));
   EXPECT_NEAR(result.json(3)["actuators"]["expert_bias"]["max"].get<double>(), 0.003, 1e-12);
+}
+
+// Steps of one layer of four experts, of which one has too much and one too little.
+std::string steps_of(int from, int to, int by = 1) {
+  std::string trace;
+  for (int step = from; step < to; step += by) {
+    trace += R"({"step":)" + std::to_string(step) +
+             R"(,"layer":0,"tokens":8,"top_k":2,"counts":[5,4,4,3]})"
+             "\n";
+  }
+  return trace;
+}
+const std::string kOneLayer = "version: 1\nmodel: {layers: 1, experts: 4, top_k: 2}\n";
+
+// What a log says of each step: the bias of the last expert, whose load is too small.
+std::map<int, double> biases_in(const ToolResult& log) {
+  std::map<int, double> biases;
+  for (std::size_t line = 1; line < log.lines().size(); ++line) {
+    const auto record = log.json(line);
+    if (record.contains("actuators")) {
+      const auto& bias = record["actuators"]["expert_bias"];
+      biases[record["step"]] = bias["applied"].back();
+    }
+  }
+  return biases;
+}
+
+TEST(Replay, TimelineAndSchedulesCountTheStepsOfTheTrace) {
+  const TempDir dir;
+  const std::string trace = steps_of(1000, 1020);
+  dir.write("late.yaml", kOneLayer + "timeline: [{from: 1005, expert_bias: {policy: sign_bias}}]\n");
+  const ToolResult late = run_tool(dir, "replay late.yaml -", trace);
+  ASSERT_EQ(late.code, 0) << late.err;
+  const auto moved = biases_in(late);
+  EXPECT_EQ(moved.at(1004), 0);
+  EXPECT_DOUBLE_EQ(moved.at(1005), 0.001);
+  EXPECT_DOUBLE_EQ(moved.at(1006), 0.002);
+  EXPECT_THAT(late.out,
+              HasSubstr(R"("step":1005,"text":"timeline: the entry from step 1005 holds from here on")"));
+  EXPECT_EQ(late.err, "");
+  // An entry from before the trace holds from its first step on, and a warm-up is over.
+  dir.write("early.yaml",
+            kOneLayer + "timeline: [{from: 5, expert_bias: {policy: sign_bias, limits: {warmup: 1002}}}]\n");
+  const auto early = biases_in(run_tool(dir, "replay early.yaml -", trace));
+  EXPECT_EQ(early.at(1001), 0);
+  EXPECT_DOUBLE_EQ(early.at(1002), 0.001);
+  dir.write("scheduled.yaml",
+            kOneLayer +
+                "expert_bias: {policy: sign_bias, gain_schedule: {shape: step, from: 1003, until: 1003}}\n");
+  const auto scheduled = biases_in(run_tool(dir, "replay scheduled.yaml -", trace));
+  EXPECT_DOUBLE_EQ(scheduled.at(1001), 0.002);
+  EXPECT_DOUBLE_EQ(scheduled.at(1019), scheduled.at(1004)) << "no move at the end of the schedule";
+}
+
+TEST(Replay, SaysWhereTheTraceSkipsSteps) {
+  const TempDir dir;
+  dir.write("c.yaml", kOneLayer + "expert_bias: {policy: sign_bias}\n");
+  EXPECT_EQ(run_tool(dir, "replay c.yaml -", steps_of(7, 20)).err, "");
+  const ToolResult sampled = run_tool(dir, "replay c.yaml -", steps_of(0, 500, 100));
+  EXPECT_EQ(sampled.code, 0);
+  EXPECT_EQ(
+      sampled.err,
+      "assumed: <stdin>:2: step: 100: the step before it is 0; timeline, schedules, warm-up and cadence "
+      "count the steps that are there, from the first one on\n");
+}
+
+TEST(Replay, SaysHowManyStepsItsLogHolds) {
+  const TempDir dir;
+  dir.write("c.yaml", kOneLayer + "log: {every: 10}\n");
+  EXPECT_THAT(run_tool(dir, "replay c.yaml - -o run.jsonl", steps_of(0, 20)).out,
+              HasSubstr("replayed 20 steps of 1 layers, wrote the records of 2 steps to run.jsonl"));
+  for (const char* output : {"", " -o run.jsonl"}) {
+    const ToolResult none = run_tool(dir, std::string("replay c.yaml -") + output, steps_of(1, 200, 10));
+    EXPECT_EQ(none.code, 0);
+    EXPECT_THAT(
+        none.err,
+        HasSubstr("<stdin>: no step is a multiple of log.every (10) of c.yaml: the log has no record\n"));
+  }
+}
+
+TEST(Replay, SaysThatTheEnvironmentHoldsEverything) {
+  const TempDir dir;
+  dir.write("c.yaml", kOneLayer + "expert_bias: {policy: sign_bias}\n");
+  const ToolResult held = run_tool(dir, "replay c.yaml - -o run.jsonl", steps_of(0, 3), "MOECTL_HOLD=1");
+  EXPECT_EQ(held.err, "MOECTL_HOLD is set: every actuator is held where it is (host_hold)\n");
+  EXPECT_THAT(held.out, Not(HasSubstr("none is held")));
+  EXPECT_EQ(run_tool(dir, "replay c.yaml - -o run.jsonl", steps_of(0, 3), "MOECTL_HOLD=0").err, "");
 }
 
 }  // namespace

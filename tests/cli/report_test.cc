@@ -246,5 +246,148 @@ TEST(Report, LoadsAreShownOverTheirTargets) {
   EXPECT_FALSE(data_of(TempDir::read(dir.path("r.html"))).at(0).contains("targets"));
 }
 
+/// The first line of a run log: the model, and more of its config.
+std::string first_line(const std::string& config = "") {
+  return R"({"format":"moectl-run","version":1,"config":{"model":{"layers":1,"experts":2,"top_k":1})" +
+         config + "}}\n";
+}
+
+/// The page's data, or what was said instead.
+nlohmann::json reported(const TempDir& dir, const std::string& log, std::string* said = nullptr) {
+  dir.write("run.jsonl", log);
+  const ToolResult result = run_tool(dir, "report run.jsonl -o r.html");
+  if (said) *said = result.err;
+  if (result.code != 0) return nullptr;
+  return data_of(TempDir::read(dir.path("r.html"))).at(0);
+}
+
+TEST(Report, WithoutTrainingRecordsThereIsNothingToReport) {
+  const TempDir dir;
+  std::string said;
+  EXPECT_TRUE(reported(dir, record(0, "[50,50]", R"(,"tag":"validation")"), &said).is_null());
+  EXPECT_EQ(said, "moectl: run.jsonl: no record of a layer tagged 'train'\n");
+  EXPECT_TRUE(reported(dir, first_line() + R"({"step":0,"layer":null,"loss":2})" + "\n", &said).is_null());
+  EXPECT_EQ(said, "moectl: run.jsonl: no record of a layer tagged 'train'\n");
+}
+
+TEST(Report, AdviceIsOnTheConfigInForce) {
+  const TempDir dir;
+  const auto run = [&](const std::string& before, const std::string& after) {
+    const auto section = [](const std::string& policy) {
+      return R"(,"expert_bias":{"policy":")" + policy + R"("})";
+    };
+    std::string log = first_line(section(before));
+    for (int step = 0; step < 200; ++step) {
+      if (step == 50) {
+        log += R"({"step":50,"config":{"model":{"layers":1,"experts":2,"top_k":1})" + section(after) + "}}\n";
+      }
+      log += record(step, "[90,10]", R"(,"actuators":{"expert_bias":{"applied":[0.5,-0.5],"reasons":[]}})");
+    }
+    return reported(dir, log);
+  };
+  const auto started = run("fixed", "sign_bias");
+  EXPECT_THAT(started["advice"].dump(), Not(HasSubstr("no policy controls this run")));
+  EXPECT_EQ(started["sections"]["expert_bias"]["policies"], nlohmann::json::parse(R"(["sign_bias"])"));
+  EXPECT_EQ(started["sections"]["expert_bias"]["policy"], "sign_bias");
+  const auto stopped = run("sign_bias", "fixed");
+  EXPECT_THAT(stopped["advice"].dump(), HasSubstr("no policy controls this run"));
+  EXPECT_EQ(stopped["sections"]["expert_bias"]["policies"], nlohmann::json::parse(R"(["sign_bias"])"));
+  EXPECT_EQ(run("sign_bias", "adaptive_bias")["sections"]["expert_bias"]["policies"],
+            nlohmann::json::parse(R"(["sign_bias","adaptive_bias"])"));
+}
+
+TEST(Report, ASetPointIsThatOfTheConfigInForce) {
+  const TempDir dir;
+  const auto config = [](const std::string& metric) {
+    return R"(,"aux_loss_weight":{"policy":"pi","options":{"metric":")" + metric + R"(","target":0.1}})";
+  };
+  std::string log = first_line(config("load_cv"));
+  for (int step = 0; step < 200; ++step) {
+    if (step == 50)
+      log +=
+          R"({"step":50,"config":{"model":{"layers":1,"experts":2,"top_k":1})" + config("max_load") + "}}\n";
+    log +=
+        record(step, "[90,10]", R"(,"actuators":{"aux_loss_weight":{"applied":[0.1],"reasons":["range"]}})");
+  }
+  EXPECT_THAT(
+      reported(dir, log)["advice"].dump(),
+      HasSubstr("is at its limit (0.1) and max_load stays at 0.9: the target of 0.1 lies out of reach"));
+}
+
+TEST(Report, TheMeansOfItsTableAreWeightedByTokens) {
+  const TempDir dir;
+  std::string run;
+  for (int step = 0; step < 200; ++step) {
+    const bool large = step % 10 == 0;
+    run += R"({"step":)" + std::to_string(step) + R"(,"layer":0,"tokens":)" + (large ? "9991" : "1") +
+           R"(,"top_k":1,"counts":)" + (large ? "[4995,4996]" : "[1,0]") + "}\n";
+  }
+  const auto page = reported(dir, run);
+  ASSERT_FALSE(page.is_null());
+  int found = 0;
+  for (const auto& row : page["metrics"]) {
+    if (row["name"] != "max_vio") continue;
+    ++found;
+    // Ten steps of 9991 tokens and ninety of one, as `compare` has it.
+    EXPECT_NEAR(row["mean"].get<double>(), 100 / 1e5, 1e-7);
+    EXPECT_NEAR(row["mean"].get<double>(), page["figures"]["max_vio"].get<double>(), 1e-7);
+  }
+  EXPECT_EQ(found, 1);
+}
+
+TEST(Report, WrongTypesOfAConfigAreNamed) {
+  const TempDir dir;
+  const auto weight = [](const std::string& options) {
+    return R"(,"aux_loss_weight":{"policy":"pi","options":)" + options + '}';
+  };
+  const std::pair<std::string, std::string> kWrong[] = {
+      {R"(,"expert_bias":5)", "config: expert_bias: 5: must be an object whose policy is a word"},
+      {R"(,"expert_bias":{"policy":[1]})",
+       R"(config: expert_bias: {"policy":[1]}: must be an object whose policy is a word)"},
+      {weight("7"), "config: aux_loss_weight.options: 7: must be an object"},
+      {weight(R"({"metric":5})"), "config: aux_loss_weight.options.metric: 5: must be a word in quotes"},
+      {weight(R"({"metric":"max_vio","target":"x"})"),
+       R"(config: aux_loss_weight.options.target: "x": must be a number)"},
+      {R"(,"timeline":7)", "config: timeline: 7: must be an array"},
+      {R"(,"timeline":[{},3])", "config: timeline[1]: 3: must be an object"},
+      {R"(,"timeline":[{"router_temperature":1}])",
+       "config: timeline[0].router_temperature: 1: must be an object whose policy is a word"},
+      {R"(,"layers":{})", "config: layers: {}: must be an array"},
+      {R"(,"layers":[{"ids":[0],"expert_bias":[]}])",
+       "config: layers[0].expert_bias: []: must be an object whose policy is a word"},
+  };
+  for (const auto& [config, words] : kWrong) {
+    std::string said;
+    const std::string acted =
+        record(0, "[50,50]", R"(,"actuators":{"aux_loss_weight":{"applied":[1],"reasons":["range"]}})");
+    EXPECT_TRUE(reported(dir, first_line(config) + acted, &said).is_null()) << config;
+    EXPECT_EQ(said, "moectl: run.jsonl:1: " + words + '\n');
+    EXPECT_EQ(run_tool(dir, "compare run.jsonl").err, "moectl: run.jsonl:1: " + words + '\n');
+    // The same in the middle of a run.
+    const std::string change =
+        R"({"step":1,"config":{"model":{"layers":1,"experts":2,"top_k":1})" + config + "}}\n";
+    EXPECT_FALSE(reported(dir, first_line() + acted + change, &said).is_null()) << config;
+    EXPECT_EQ(said, "skipped: run.jsonl:3: " + words + '\n');
+  }
+  std::string said;
+  EXPECT_FALSE(reported(dir, first_line() + record(0, "[50,50]") + R"({"step":1,"config":{}})" + "\n", &said)
+                   .is_null());
+  EXPECT_EQ(said, "skipped: run.jsonl:3: config.model: missing: required\n");
+}
+
+TEST(Report, StrangeNumbersAndActuatorsAreRead) {
+  const TempDir dir;
+  std::string said;
+  const std::string mode = R"(,"mode":"active")";
+  const auto page = reported(
+      dir,
+      first_line(mode) +
+          record(0, "[50,50]", R"(,"loss":1e-310,"actuators":{"mode":{"applied":[1],"reasons":["rate"]}})") +
+          record(1, "[50,50]", R"(,"loss":1.7976931348623157e308)"),
+      &said);
+  ASSERT_FALSE(page.is_null()) << said;
+  EXPECT_EQ(page["actuators"], nlohmann::json::object());
+}
+
 }  // namespace
 }  // namespace moectl

@@ -4,8 +4,10 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <fstream>
 #include <numeric>
 
+#include "test_paths.h"
 #include "tool.h"
 
 namespace moectl {
@@ -330,6 +332,60 @@ TEST_F(SimulateTool, NamesTheError) {
   EXPECT_EQ(run("adaptive.yaml --steps 0").code, 2);
   EXPECT_EQ(run("missing.yaml").code, 1);
   EXPECT_EQ(run("adaptive.yaml sign.yaml -o -").code, 1);
+}
+
+TEST_F(SimulateTool, AKeyThatIsSetTwiceIsRefused) {
+  const std::string step = "sign.yaml --steps 20 --set expert_bias.options.step=1e-3,1e-2 --set ";
+  const struct {
+    const char *set, *message;
+  } cases[] = {
+      {"expert_bias.options.step=1", "--set: expert_bias.options.step: given twice: must be given once"},
+      {"'expert_bias={policy: fixed}'", "--set: expert_bias: expert_bias.options.step is set as well"},
+      {"expert_bias.options.step.x=1",
+       "--set: expert_bias.options.step.x: expert_bias.options.step is set as well"}};
+  for (const auto& c : cases) {
+    const ToolResult result = run(step + c.set);
+    EXPECT_EQ(result.code, 1) << c.set;
+    EXPECT_THAT(result.err, ::testing::HasSubstr(c.message));
+  }
+  EXPECT_EQ(run(step + "expert_bias.options.zero_mean_move=false").code, 0);
+}
+
+TEST_F(SimulateTool, SaysThatTheEnvironmentHoldsEverything) {
+  const std::string held = "MOECTL_HOLD is set: every actuator is held where it is (host_hold)\n";
+  EXPECT_EQ(run_tool(dir_, "simulate sign.yaml --steps 20", "", "MOECTL_HOLD=1").err, held);
+  EXPECT_EQ(run("sign.yaml --steps 20").err, "");
+}
+
+// docs/targets.md promises what its own commands give.
+TEST(Targets, TheCommandsOfThePageReachTheTarget) {
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+  GTEST_SKIP() << "1600 steps for one figure";
+#endif
+  std::ifstream page(MOECTL_SOURCE_DIR "/docs/targets.md");
+  std::vector<std::string> commands;
+  const std::string start = "   moectl ";
+  for (std::string line; std::getline(page, line);) {
+    if (line.starts_with(start)) commands.push_back(line.substr(start.size()));
+  }
+  ASSERT_THAT(commands, ::testing::ElementsAre(
+                            ::testing::HasSubstr("-o before.jsonl"), "compare before.jsonl", "check pi.yaml",
+                            ::testing::HasSubstr("-o after.jsonl"), "compare before.jsonl after.jsonl"));
+  const TempDir dir;
+  std::filesystem::copy(MOECTL_SOURCE_DIR "/policies", dir.path("policies"));
+  const auto figures = [&](const std::string& command) {
+    return nlohmann::json::parse(run_tool(dir, command + " --format json").out).back();
+  };
+  ASSERT_EQ(run_tool(dir, commands[0]).code, 0);
+  const auto before = figures(commands[1]);
+  const double target = 1.25 * before["cv"].get<double>() / before["cv_over_floor"].get<double>();
+  std::string config = TempDir::read(dir.path("policies/pi.yaml"));
+  const std::string key = "    target: ", old = key + "0.15 ";
+  ASSERT_NE(config.find(old), std::string::npos);
+  dir.write("pi.yaml", config.replace(config.find(old), old.size(), key + std::to_string(target) + ' '));
+  EXPECT_EQ(run_tool(dir, commands[2]).code, 0);
+  ASSERT_EQ(run_tool(dir, commands[3]).code, 0);
+  EXPECT_NEAR(figures(commands[4])["excess_cv"].get<double>(), target, 0.1 * target);
 }
 
 }  // namespace

@@ -41,4 +41,20 @@ inline ToolResult run_tool(const TempDir& dir, const std::string& arguments, con
           TempDir::read(dir.path(".err"))};
 }
 
+/// Containers may have no pseudo-terminals.
+inline bool has_terminals() {
+  return std::system("script -qec true /dev/null </dev/null >/dev/null 2>&1") == 0;
+}
+
+/// `moectl watch run.jsonl --once` as it is drawn in a terminal of that size.
+inline std::string drawn_by_watch(const TempDir& dir, int rows, int columns) {
+  const std::string command = "cd '" + dir.path("") + "' && script -qec \"stty rows " + std::to_string(rows) +
+                              " cols " + std::to_string(columns) +
+                              "; '" MOECTL_TOOL "' watch run.jsonl --once\" /dev/null </dev/null >out 2>&1";
+  EXPECT_EQ(std::system(command.c_str()), 0);
+  std::string out = TempDir::read(dir.path("out"));
+  std::erase(out, '\r');
+  return out;
+}
+
 }  // namespace moectl

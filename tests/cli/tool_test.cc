@@ -46,6 +46,44 @@ TEST(Tool, ANumberOutOfRangeIsNamedWithItsConstraint) {
   EXPECT_EQ(run_tool(dir, "tensorboard run.jsonl -o out --histogram-every 1.5").code, 2);
 }
 
+// NaN lies in every range that is tested by its ends.
+TEST(Tool, ARealNumberThatIsNotFiniteIsRefused) {
+  const TempDir dir;
+  for (const char* option :
+       {"capacity t --drop", "capacity t --factors", "placement t --devices 2 --train",
+        "placement t --devices 2 --min-gain", "simulate c --coherence", "simulate c --capacity-factor",
+        "simulate c --jitter", "simulate c --score-scale", "simulate c --mixture-spread",
+        "simulate c --token-spread", "simulate c --preference"}) {
+    for (const char* value : {"nan", "-nan", "inf", "-inf", "1e999"}) {
+      const ToolResult result = run_tool(dir, std::string(option) + ' ' + value);
+      EXPECT_EQ(result.code, 2) << option << ' ' << value;
+      EXPECT_THAT(result.err, HasSubstr(std::string(value) + ": must be a number ")) << option;
+    }
+  }
+  EXPECT_THAT(run_tool(dir, "capacity t --drop 1").err,
+              HasSubstr("--drop: 1: must be a number from 0 to 0.99"));
+}
+
+TEST(Tool, TheFactorForADropRateAgreesWithTheRateAtThatFactor) {
+  const TempDir dir;
+  // 400 assignments, 100 an expert: a factor of 0.01 takes one of each, and drops 99 %.
+  const std::string trace = R"({"step":0,"layer":0,"tokens":400,"top_k":1,"counts":[100,100,100,100]})";
+  for (const char* drop : {"0.99", "0.9", "0.71", "0.29"}) {
+    const std::string factor = std::string("capacity - --format json --drop ") + drop;
+    const double found = nlohmann::json::parse(run_tool(dir, factor, trace).out)["factor"];
+    EXPECT_NEAR(found, 1 - std::stod(drop), 1e-12);
+  }
+  EXPECT_THAT(run_tool(dir, "capacity - --drop 0.99 --factors 0.01 1", trace).out,
+              HasSubstr("At most 99.0 % in every layer: capacity factor at least 0.01."));
+}
+
+TEST(Tool, ALogWithoutRecordsIsNoBoard) {
+  const TempDir dir;
+  const ToolResult result = run_tool(dir, "tensorboard /dev/null -o board");
+  EXPECT_EQ(result.code, 1);
+  EXPECT_EQ(result.err, "moectl: /dev/null: holds no record\n");
+}
+
 TEST(Tool, HelpHasExamples) {
   const TempDir dir;
   EXPECT_EQ(run_tool(dir, "--help").code, 0);

@@ -38,6 +38,19 @@ TEST(Watch, SaysOfAFileWithoutRecordsThatThereAreNone) {
   EXPECT_THAT(result.err, HasSubstr("notes.md: holds no record that can be read"));
 }
 
+TEST(Watch, SaysOfALogWithoutTrainingThatThereIsNone) {
+  const TempDir dir;
+  dir.write("other.jsonl",
+            R"({"step":0,"layer":0,"tag":"validation","tokens":8,"top_k":2,"counts":[5,4,4,3]})"
+            "\n");
+  for (const auto& [log, name] :
+       {std::pair{"/dev/null", "/dev/null"}, {"other.jsonl", "other.jsonl"}, {"-", "<stdin>"}}) {
+    const ToolResult result = run_tool(dir, std::string("watch --once ") + log);
+    EXPECT_EQ(result.code, 1) << log;
+    EXPECT_EQ(result.err, std::string("moectl: ") + name + ": no record tagged 'train'\n");
+  }
+}
+
 TEST(Watch, ShowsDecisionsAndTheirReasons) {
   const TempDir dir;
   dir.write(
@@ -117,22 +130,6 @@ TEST(Watch, RefusesAProcessForStandardInput) {
   EXPECT_THAT(result.err, HasSubstr("standard input ends with its writer"));
 }
 
-/// Containers may have no pseudo-terminals.
-bool has_terminals() {
-  return std::system("script -qec true /dev/null </dev/null >/dev/null 2>&1") == 0;
-}
-
-/// The view as it is drawn in a terminal of that size.
-std::string drawn(const TempDir& dir, int rows, int columns) {
-  const std::string command = "cd '" + dir.path("") + "' && script -qec \"stty rows " + std::to_string(rows) +
-                              " cols " + std::to_string(columns) +
-                              "; '" MOECTL_TOOL "' watch run.jsonl --once\" /dev/null </dev/null >out 2>&1";
-  EXPECT_EQ(std::system(command.c_str()), 0);
-  std::string out = TempDir::read(dir.path("out"));
-  std::erase(out, '\r');
-  return out;
-}
-
 // A log from elsewhere must not drive the terminal.
 TEST(Watch, ShowsNoControlCharactersOfALog) {
   if (!has_terminals()) GTEST_SKIP() << "no terminal can be opened here";
@@ -143,7 +140,7 @@ TEST(Watch, ShowsNoControlCharactersOfALog) {
             R"({"step":7,"layer":0,"tokens":100,"counts":[50,50],"health":"fine\u001b[2J",)"
             R"("actuators":{"expert_bias":{"applied":[0,0],"reasons":["rate\u000anext"]}}})"
             "\n");
-  const std::string view = drawn(dir, 24, 80);
+  const std::string view = drawn_by_watch(dir, 24, 80);
   EXPECT_THAT(view, HasSubstr("fine\\u001b[2J\x1b[K\n"));
   EXPECT_THAT(view, HasSubstr("[rate\\u000anext]\x1b[K\n"));
   EXPECT_THAT(view, Not(HasSubstr("\x1b[2J")));
@@ -166,7 +163,7 @@ TEST(Watch, SaysEachNotice) {
   ASSERT_EQ(lines.size(), 2U);
   EXPECT_EQ(lines[1], "step 2  notice: layer 0: the load does not answer");
   if (!has_terminals()) return;
-  EXPECT_THAT(drawn(dir, 24, 80), HasSubstr("\nnotice: layer 0: the load does not answer\x1b[K\n"));
+  EXPECT_THAT(drawn_by_watch(dir, 24, 80), HasSubstr("\nnotice: layer 0: the load does not answer\x1b[K\n"));
 }
 
 // Layers with their loads and health, then the last decisions; each frame over the one before.
@@ -182,7 +179,7 @@ TEST(Watch, DrawsAViewInATerminal) {
       R"({"format":"moectl-run","version":1,"config":{"model":{"layers":2,"experts":2,"top_k":1}}})"
       "\n";
   dir.write("run.jsonl", header + line(0, "[50,50]", "healthy") + line(1, "[100,0]", "collapsed") + "torn");
-  const std::string wide = drawn(dir, 24, 80);
+  const std::string wide = drawn_by_watch(dir, 24, 80);
   // MaxVio is 0 and 1; an even load is half a block, all of the load a whole one. Three columns an expert.
   EXPECT_THAT(wide, HasSubstr("run.jsonl  step 7\x1b[K\nloss 2.5  MaxVio 0.5 (6.077x noise floor)"));
   EXPECT_THAT(wide, HasSubstr("\nlayer 0  MaxVio 0        ▄▄▄▄▄▄  healthy\x1b[K\n"));
@@ -197,16 +194,16 @@ TEST(Watch, DrawsAViewInATerminal) {
             R"("targets":[0.75,0.25]}}})"
             "\n" +
                 line(0, "[75,25]", "healthy") + line(1, "[50,50]", "imbalanced") + "torn");
-  const std::string aimed = drawn(dir, 24, 80);
+  const std::string aimed = drawn_by_watch(dir, 24, 80);
   EXPECT_THAT(aimed, HasSubstr("\nlayer 0  MaxVio 0        ▄▄▄▄▄▄  healthy\x1b[K\n"));
   EXPECT_THAT(aimed, HasSubstr("\nlayer 1  MaxVio 1        ▃▃▃███  imbalanced\x1b[K\n"));
   dir.write("run.jsonl", header + line(0, "[50,50]", "healthy") + line(1, "[100,0]", "collapsed") + "torn");
   // No line is wider than the terminal, and no view higher.
-  const std::string narrow = drawn(dir, 6, 41);
+  const std::string narrow = drawn_by_watch(dir, 6, 41);
   EXPECT_THAT(narrow, HasSubstr("\nloss 2.5  MaxVio 0.5 (6.077x noise floor)\x1b[K\n"));
   EXPECT_THAT(narrow, HasSubstr("\n… 2 more layers\x1b[K\nexpert_bias"));
   // Of five rows one is the cursor's: with three lines of the model and the layers, one is left for what comes last.
-  const std::string low = drawn(dir, 5, 80);
+  const std::string low = drawn_by_watch(dir, 5, 80);
   EXPECT_THAT(low, HasSubstr("\n… 2 more layers\x1b[K\nexpert_bias -0.25..0.1 [rate x2]\x1b[K\n"));
   EXPECT_THAT(low, HasSubstr("\x1b[4F"));
   EXPECT_THAT(low, Not(HasSubstr("lines skipped")));
