@@ -40,6 +40,8 @@ def main(files):
             show(what, time[a] / time[b], budget)
     if STEP in time and LARGE in time:
         show("step: time per expert at 100 x 4096 / at 58 x 256", time[LARGE] / 409600 / (time[STEP] / 14848), "<= 1.6")
+    if "step_wiring" in time:  # of 58 layers, in microseconds
+        show("step, mode off: ns a layer for its three tensors, and all else that remains", 1000 * time["step_wiring"] / 58, "<= 20")
     for name, value in share.items():
         if name.startswith(CHECKS):
             show(f"{name.split('/')[0]}: what the check of the answer adds to a step", value, "<= 0.05")

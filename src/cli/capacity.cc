@@ -174,7 +174,8 @@ int capacity(const Options& options) {
     if (const auto dropped = record->stats.dropped()) layer.measured.add(*dropped / all, all);
   }
   say_faults(reader, options.trace);
-  if (layers.empty()) throw InputError(options.trace + ": no record tagged '" + options.tag + "' has counts");
+  if (layers.empty())
+    throw InputError(shown_path(options.trace) + ": no record tagged '" + options.tag + "' has counts");
   if (of_whole && of_parts)
     throw InputError(options.trace +
                      ": holds records of whole steps and of their ranks or micro-batches: --tag chooses");

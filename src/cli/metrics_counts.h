@@ -23,8 +23,9 @@ class Counted {
   bool any() const { return any_; }
   [[noreturn]] void fail(const std::string& why) const {
     if (any_ || first_without_ == 0) throw InputError(file_ + ": " + why);
-    throw InputError(file_ + ':' + std::to_string(first_without_) +
-                     ": counts: missing: required: this log was written with per_expert off");
+    throw InputError(
+        file_ + ':' + std::to_string(first_without_) +
+        ": counts: missing: required: this log was written with per_expert off, or the step was invalid");
   }
 
  private:

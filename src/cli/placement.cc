@@ -318,7 +318,7 @@ int placement(Options options) {
   }
   say_faults(reader, options.trace);
   if (histories.layers().empty())
-    throw InputError(options.trace + ": no record tagged '" + options.tag + "' has counts");
+    throw InputError(shown_path(options.trace) + ": no record tagged '" + options.tag + "' has counts");
   if (histories.joined_steps() > 1) {
     std::cerr << "placement: " << histories.joined_steps()
               << " steps are joined to one: balancedness of single steps is lower\n";

@@ -66,9 +66,11 @@ class Replay {
     finish_step();
     writer_->flush();
     if (steps_ == 0 && trace_.fault_count() > 0) {
-      throw InputError(options_.trace + ": holds no record that can be read; " + trace_.faults().front());
+      throw InputError(shown_path(options_.trace) + ": holds no record that can be read; " +
+                       trace_.faults().front());
     }
-    if (steps_ == 0) throw InputError(options_.trace + ": no record of a layer tagged 'train' has counts");
+    if (steps_ == 0)
+      throw InputError(shown_path(options_.trace) + ": no record of a layer tagged 'train' has counts");
     say_faults(trace_, options_.trace);
     if (!writer_->ok()) return 1;  // the writer has reported the error
     if (logged_ == 0) {
@@ -186,7 +188,8 @@ class Replay {
                : "must be an id of the layer groups of " + options_.config);
     }
     if (record.stats.experts() == 0) {
-      fail(record, "counts", "missing", "required: this log was written with per_expert off");
+      fail(record, "counts", "missing",
+           "required: this log was written with per_expert off, or the step was invalid");
     }
     const StatsShape& shape = controller_->shape(record.layer);
     must_agree("experts", record.stats.experts(), shape.experts, record.line);

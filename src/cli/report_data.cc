@@ -127,12 +127,15 @@ ReportRun::ReportRun(const std::string& path, std::optional<std::int64_t> shift)
   }
   while (kColumns / (2 * expert_each_) >= 4 * map_columns(rows)) expert_each_ *= 2;
   WholeRecords records = whole_records(reader);
-  std::size_t changes = 0;  // that hold
+  std::string in_force = header_.config_json;
   while (const auto record = records.next()) {
-    // Read ahead: the reader may be some steps further.
-    for (const std::vector<ConfigChange>& all = reader.config_changes();
-         changes < all.size() && all[changes].step <= record->step; ++changes) {
-      take_config(nlohmann::json::parse(all[changes].config_json));
+    // The reader may be some steps further, and what it read last may hold for this step already.
+    const std::vector<ConfigChange>& all = reader.config_changes();
+    const auto next = std::ranges::upper_bound(all, record->step, {}, &ConfigChange::step);
+    const std::string& now = next == all.begin() ? header_.config_json : std::prev(next)->config_json;
+    if (now != in_force) {
+      in_force = now;
+      take_config(nlohmann::json::parse(now));
     }
     add(*record);
   }

@@ -57,9 +57,9 @@ void write(const std::string& run, const std::string& directory, const Options& 
   board.flush();
   if (!board.ok()) throw InputError(directory + ": cannot be written");
   if (records == 0 && log.fault_count() > 0) {
-    throw InputError(run + ": holds no record that can be read; " + log.faults().front());
+    throw InputError(shown_path(run) + ": holds no record that can be read; " + log.faults().front());
   }
-  if (records == 0) throw InputError(run + ": holds no record");
+  if (records == 0) throw InputError(shown_path(run) + ": holds no record");
   say_faults(log, run);
 }
 

@@ -29,6 +29,13 @@ CLI::Validator number_where(Good good, const std::string& what, const std::strin
   return {check, kind};
 }
 
+/// Whether a file is a finished piece of a log, RUN.000001 and so on: they are written and read with it.
+bool is_piece_of(const std::filesystem::path& file, const std::filesystem::path& log) {
+  const std::string number = file.extension().string();
+  return number.size() > 6 && number.find_first_not_of("0123456789", 1) == std::string::npos &&
+         file.parent_path() / file.stem() == log;
+}
+
 }  // namespace
 
 CLI::Validator whole_number(std::int64_t least, std::int64_t most) {
@@ -57,17 +64,19 @@ void keep_inputs(const std::string& option, const std::string& output,
                  const std::vector<std::string>& inputs) {
   namespace fs = std::filesystem;
   std::error_code ignored;
-  if (output == "-" || !fs::is_regular_file(output, ignored)) return;
-  // A log's finished pieces, RUN.000001 and so on, are read with it.
-  const fs::path path(output), number = path.extension();
-  const bool piece =
-      number.string().size() > 6 && number.string().find_first_not_of("0123456789", 1) == std::string::npos;
+  if (output == "-" || (fs::exists(output, ignored) && !fs::is_regular_file(output, ignored))) return;
+  const fs::path path = fs::weakly_canonical(fs::absolute(output, ignored), ignored);
   for (const std::string& input : inputs) {
-    const fs::path file = input == "-" ? "/dev/stdin" : input;
-    const bool same = fs::equivalent(path, file, ignored);
-    if (!same && !(piece && fs::equivalent(path.parent_path() / path.stem(), file, ignored))) continue;
-    throw InputError(option + ": " + output + (same ? ": is" : ": is a piece of") + " the input " +
-                     shown_path(input) + ": must be another file");
+    const fs::path given = input == "-" ? "/dev/stdin" : input,
+                   file = fs::weakly_canonical(fs::absolute(given, ignored), ignored);
+    const char* const is = fs::equivalent(path, given, ignored)       ? ": is"
+                           : is_piece_of(path, file)                  ? ": is a piece of"
+                           : is_piece_of(file, path)                  ? ": has as a piece"
+                           : file.string() == path.string() + ".part" ? ": is written by way of"
+                                                                      : nullptr;
+    if (is != nullptr)
+      throw InputError(option + ": " + output + is + " the input " + shown_path(input) +
+                       ": must be another file");
   }
 }
 

@@ -118,17 +118,28 @@ std::span<const double> ActuatorLoop::probe() const {
   return entropy_offset_ != 0 ? std::span(&entropy_offset_, 1) : std::span<const double>();
 }
 
-void ActuatorLoop::watch_load(bool applies, WiringSeen seen, const RoutingStats& stats,
+void ActuatorLoop::watch_load(bool applies, WiringSeen seen, bool told, const RoutingStats& stats,
                               const Metrics& metrics, std::int64_t step, Notices& notices) {
   wiring_.observe(seen);
   if (load_check_->held_for_wiring() && !wiring_.miswired()) load_check_->release();
   // A router that was seen to choose by its own biases is not held, whatever the load does: slopes may mislead.
-  if (load_check_->holds() && !load_check_->held_for_wiring() && wiring_.uses_own()) load_check_->release();
+  if (load_check_->holds() && !load_check_->held_for_wiring() && wiring_.uses_own()) {
+    load_check_->release();
+    response_told_ = false;
+    notices.add(NoticeKind::kUnresponsive, layer_, step,
+                {"the router was seen to choose by these biases: the policy goes on"});
+  }
   // Without assignments no load is known: a record may hold tokens that chose no expert.
   load_check_->observe(applies && metrics.max_load ? &stats : nullptr, metrics.load_cv.value_or(0),
                        floor_of(metrics).cv.value_or(0), applied_, wiring_.uses_own());
   if (!applies) return;
-  if (wiring_.miswired() && !load_check_->held_for_wiring()) load_check_->hold_for_wiring();
+  if (wiring_.miswired() && !load_check_->held_for_wiring()) {
+    load_check_->hold_for_wiring();
+    if (!told)
+      notices.add(
+          NoticeKind::kWiring, layer_, step,
+          {"the router was seen to use another bias than this layer's, on this rank or on others: held"});
+  }
   if (load_check_->held_for_wiring()) return;  // told by the check of the wiring, which knows more
   const Responsiveness now = load_check_->report();
   const bool silent = now.state == Response::kUnresponsive;

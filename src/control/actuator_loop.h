@@ -56,8 +56,8 @@ class ActuatorLoop {
   bool checks_entropy() const { return entropy_check_.has_value(); }
   void start_checks(const ControllerConfig& config);
   /// Every step. `applies`: whether what is decided comes into force. `seen`: by all ranks, of whether the router uses these
-  /// biases.
-  void watch_load(bool applies, WiringSeen seen, const RoutingStats& stats, const Metrics& metrics,
+  /// biases. `told`: this rank has named the fault that it saw.
+  void watch_load(bool applies, WiringSeen seen, bool told, const RoutingStats& stats, const Metrics& metrics,
                   std::int64_t step, Notices& notices);
   /// What of that to tell the other ranks.
   WiringSeen news(WiringSeen seen) const { return wiring_.news(seen, load_check_ && load_check_->asks()); }

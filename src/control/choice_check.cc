@@ -81,6 +81,11 @@ WiringVerdict judge_bias(const ChoiceSample& sample, int layer, int layers, cons
   return own.exceeds(kWellAbove) ? WiringVerdict{Wiring::kOtherBias} : WiringVerdict{};
 }
 
+// That the router uses another bias than its layer's.
+bool surely_wrong(Wiring what) {
+  return what == Wiring::kNotAdded || what == Wiring::kWrongSign || what == Wiring::kWrongLayer;
+}
+
 std::string words(const WiringVerdict& verdict) {
   switch (verdict.what) {
     case Wiring::kUnknown:
@@ -126,23 +131,24 @@ WiringVerdict judge_choices(const ChoiceSample& sample, int top_k, int layer, in
 std::string ChoiceCheck::observe(const WiringVerdict& verdict, std::int64_t step) {
   const Wiring what = verdict.what;
   if (what == Wiring::kUnknown) return "";
-  const bool surely_wrong =
-      what == Wiring::kNotAdded || what == Wiring::kWrongSign || what == Wiring::kWrongLayer;
-  seen_ = std::max(seen_, surely_wrong            ? WiringSeen::kOther
-                          : what == Wiring::kGood ? WiringSeen::kOwn
-                                                  : WiringSeen::kNoOther);
   if (what == Wiring::kGood || what == Wiring::kFits) {
+    if (what == Wiring::kGood) seen_ = std::max(seen_, WiringSeen::kOwn);
     if (step != last_fault_ && step != last_good_ && ++good_ >= kClearSteps) steps_ = 0;
     last_good_ = step;
     return "";
   }
+  seen_ = std::max(seen_, surely_wrong(what) ? WiringSeen::kOther : WiringSeen::kNoOther);
   // A layer that uses the bias of another seems to use none while the other's is zero: one fault, two verdicts.
-  if (what != fault_) steps_ = 0;
+  if (what != fault_ && !(surely_wrong(what) && surely_wrong(fault_))) steps_ = 0;
   fault_ = what;
   good_ = 0;
   if (step == last_fault_) return "";
   last_fault_ = step;
   return ++steps_ == kWiringSteps ? words(verdict) : "";
+}
+
+bool ChoiceCheck::told() const {
+  return steps_ >= kWiringSteps && surely_wrong(fault_);
 }
 
 void WiringMemory::observe(WiringSeen seen) {

@@ -51,6 +51,8 @@ class ChoiceCheck {
   /// Of the step that is recorded; a sample that shows another bias outweighs others.
   WiringSeen seen() const { return seen_; }
   void end_step() { seen_ = WiringSeen::kNothing; }
+  /// Whether this rank has said of the present fault that the router uses another bias.
+  bool told() const;
   void exchange_seen(StateIo& io) { io.choice("wiring_seen", seen_, WiringSeen::kOther); }
 
  private:
@@ -69,7 +71,7 @@ class WiringMemory {
   /// or after them that said that it does not.
   bool miswired() const { return steps_ >= kWiringSteps; }
   /// What is to be told and remembered of a step. Which bias a router uses tells something only after it was seen to use
-  /// another one, or while it is asked whether the load answers. So the state of a healthy run does not depend on what was sampled.
+  /// another one, or while it is asked whether the load answers. So what was sampled before is in no state.
   WiringSeen news(WiringSeen seen, bool asked) const {
     return seen == WiringSeen::kOther || asked || steps_ > 0 || own_ > 0 ? seen : WiringSeen::kNothing;
   }

@@ -151,8 +151,8 @@ void Controller::Loop::watch() {
       layer->monitor->observe_nothing();
     }
     if (layer->biases().checks_load()) {
-      layer->biases().watch_load(applies(*layer), layer->wiring, layer->stats, layer->metrics, steps_,
-                                 notices_);
+      layer->biases().watch_load(applies(*layer), layer->wiring, layer->choices.told(), layer->stats,
+                                 layer->metrics, steps_, notices_);
     }
   }
   for_each_actuator([this](ActuatorLoop& loop, std::size_t, int only) {

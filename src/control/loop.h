@@ -35,8 +35,9 @@ inline StepInfo usable(StepInfo info) {
 // Members stand in the order of their meaning; there is one Loop a controller, so that its padding costs nothing.
 class Controller::Loop {  // NOLINT(clang-analyzer-optin.performance.Padding)
  public:
-  /// `step`: of the config's timeline.
-  Loop(ControllerConfig config, const PolicyRegistry& registry, std::int64_t step = 0);
+  /// `step`: of the config's timeline. `goes_on`: the values in force come from another loop, so that those that the config
+  /// begins with do not matter.
+  Loop(ControllerConfig config, const PolicyRegistry& registry, std::int64_t step = 0, bool goes_on = false);
 
   const ControllerConfig& config() const { return config_; }
   const StatsShape& shape(int layer) const { return layer_at(layer).group->shape; }

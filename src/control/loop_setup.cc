@@ -94,7 +94,8 @@ void Controller::Loop::Layer::forget_biases() {
   for (std::int64_t step = 0; step < delay; ++step) remember_biases(step);
 }
 
-Controller::Loop::Loop(ControllerConfig config, const PolicyRegistry& registry, std::int64_t step)
+Controller::Loop::Loop(ControllerConfig config, const PolicyRegistry& registry, std::int64_t step,
+                       bool goes_on)
     : config_(std::move(config)), registry_(registry), payload_({}, 0) {
   validate(config_, registry_);
   held_ = environment_holds();
@@ -163,7 +164,7 @@ Controller::Loop::Loop(ControllerConfig config, const PolicyRegistry& registry, 
     model_loops_[a].emplace(kActuators[a], model_config_, registry_, -1);
     model_loops_[a]->make_windows(shapes);
   }
-  start_from_files();
+  if (!goes_on) start_from_files();
   for (const auto& layer : layers_) layer->forget_biases();
   mixture_.assign(config_.model.domains.size(), 0);
   notices_ = Notices(layers_.size());

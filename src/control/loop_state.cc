@@ -485,7 +485,7 @@ LayerPlan Controller::Loop::plan(int layer) const {
 std::unique_ptr<Controller::Loop> Controller::Loop::at_next_entry() {
   std::vector<KeptPart> parts;
   const std::string state = save();
-  auto fresh = std::make_unique<Loop>(config_, registry_, steps_);
+  auto fresh = std::make_unique<Loop>(config_, registry_, steps_, /*goes_on=*/true);
   fresh->keep_what_fits(StateIo(state), parts);
   fresh->take_over_from(*this);
   for (const int id : ids_) fresh->freeze(id, plan(id).frozen);

@@ -360,7 +360,7 @@ void ResponseCheck::skip() {
     ++skipped_;
     return;
   }
-  const bool based = based_;  // nothing moved the biases
+  const bool based = based_;  // no guard and no rollback moved the biases
   restart();
   based_ = based;
 }

@@ -522,7 +522,7 @@ class LlamaCppReader : public StepReader {
     }
     if (rows % top_k_ != 0)
       notes_.say("the last rows end within a token: the file is cut off, or --top-k is wrong");
-    if (repeated_) throw *repeated_;
+    if (repeated_) throw ImportError(*repeated_);
     return !step.layers.empty();
   }
 
@@ -533,7 +533,7 @@ class LlamaCppReader : public StepReader {
       throw ImportError(file_.place() + ": layer " + std::to_string(layer) + " has " + std::to_string(rows) +
                         " rows in this pass: expected a multiple of --top-k " + std::to_string(top_k_));
     // Only now: under a wrong k rows of two tokens look like one.
-    if (repeated_) throw *repeated_;
+    if (repeated_) throw ImportError(*repeated_);
   }
   OtherFormat wrong() const {
     return OtherFormat(file_.name() +

@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <filesystem>
 #include <optional>
+#include <utility>
 
 #include "base/input_limits.h"
 #include "base/part_file.h"
@@ -148,10 +149,15 @@ KeptLog keep_before(const std::string& path, std::int64_t step) {
   try {
     std::string_view line;
     while (lines.next(line) && lines.complete() && step_of(line) < step) {
-      keep = lines.offset();
+      const std::int64_t before = std::exchange(keep, lines.offset());
       if (lines.number() == 1 && step_of(line) < 0) result.header = keep;
       if (std::string config = config_of(line); !config.empty()) {
-        if (lines.number() == 1) result.first_config = config;
+        if (lines.number() == 1) {
+          result.first_config = config;
+        } else {
+          result.last_change = step_of(line);
+          if (result.header == before) result.header = keep;
+        }
         result.last_config = std::move(config);
       }
       if (zipped) written(sink->write(line) && sink->write("\n"));

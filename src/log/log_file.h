@@ -43,8 +43,9 @@ std::int64_t piece_of(const std::string& path);
 /// What is left of a log that was cut.
 struct KeptLog {
   std::int64_t bytes = 0;                     // before compression
-  std::int64_t header = 0;                    // of which are the first line
+  std::int64_t header = 0;                    // of which are the first line, and lines of configs behind it
   std::string first_config{}, last_config{};  // of the header, and of the last line that changes it
+  std::int64_t last_change = 0;               // the step of that line
 };
 /// Cuts off a log what stands in it from `step` on, and a last line that was torn. Throws on files that cannot be read or
 /// rewritten.

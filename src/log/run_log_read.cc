@@ -326,18 +326,11 @@ struct LogReader::File {
 
   void take_change(const LogLine& here) {
     ChangedConfig change = read_config_change(here);
-    for (const auto& [key, field] :
-         {std::pair{"layers", &LogHeader::layers}, std::pair{"experts", &LogHeader::experts},
-          std::pair{"top_k", &LogHeader::top_k}}) {
-      const std::optional<int>&found = change.header.*field, &wanted = header.*field;
-      if (found == wanted) continue;
-      here.fail(std::string("config.model.") + key, found ? std::to_string(*found) : "missing",
-                (wanted ? "must be " + std::to_string(*wanted) : "must be left out") +
-                    ", as in the first line: a run keeps its model");
-    }
-    changes.push_back({change.step, std::move(change.header.config_json)});
-    // One that is read later takes the place of all that would come after it.
+    // One that is read later takes the place of all that would come after it. Pieces of a log repeat the one that holds.
     changed.erase(changed.lower_bound(change.step), changed.end());
+    std::erase_if(changes, [&](const ConfigChange& one) { return one.step >= change.step; });
+    const std::string& before = changes.empty() ? header.config_json : changes.back().config_json;
+    if (change.header.config_json != before) changes.push_back({change.step, change.header.config_json});
     LayerGroups of_change = groups_of(change.header);
     changed.emplace(change.step, Config{std::move(change.header), std::move(of_change)});
   }

@@ -48,12 +48,14 @@ struct RunLogWriter::File {
     json.text().clear();
   }
 
-  /// All pieces of a log begin with the config that its first one began with.
+  /// All pieces of a log begin with the config that its first one began with, and say which one holds now: the piece that told of it
+  /// may be removed.
   std::string header() const {
     std::string text = "{\"format\":\"moectl-run\",\"version\":1";
     if (rotates()) text += ",\"piece\":" + std::to_string(piece);
     if (shift) text += ",\"shift\":" + std::to_string(*shift);
-    return text + ",\"config\":" + first_config + "}\n";
+    text += ",\"config\":" + first_config + "}\n";
+    return last_config == first_config ? text : text + changed();
   }
 
   /// Writes the config of step `step`, unless the log says already that it holds.
@@ -62,7 +64,11 @@ struct RunLogWriter::File {
     const std::string now = to_json(config_from(config, step));
     if (now == last_config) return;
     last_config = now;
-    json.text() += "{\"step\":" + std::to_string(step) + ",\"config\":" + now + "}\n";
+    last_change = step;
+    json.text() += changed();
+  }
+  std::string changed() const {
+    return "{\"step\":" + std::to_string(last_change) + ",\"config\":" + last_config + "}\n";
   }
   bool config_changes_at(std::int64_t step) const {
     return next_entry < config.timeline.size() && config.timeline[next_entry].from <= step;
@@ -117,6 +123,7 @@ struct RunLogWriter::File {
       header_size = kept.header;
       if (!kept.first_config.empty()) first_config = kept.first_config;
       if (!kept.last_config.empty()) last_config = kept.last_config;
+      last_change = kept.last_change;
     } catch (const std::exception& e) {
       return give_up(e.what());
     }
@@ -131,6 +138,7 @@ struct RunLogWriter::File {
   bool good = true;
   bool resuming = false;
   std::string first_config, last_config;  // in the header, and the one that holds as far as the log says
+  std::int64_t last_change = 0;           // the step that it holds from, or a later one
   std::size_t next_entry = 0;             // of the config's timeline
   JsonWriter json;
   std::optional<std::int64_t> shift;

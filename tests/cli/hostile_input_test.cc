@@ -501,6 +501,8 @@ TEST(HostileInput, NoOutputTakesThePlaceOfAnInput) {
   dir.write("t", trace);
   dir.write("t.jsonl", trace);
   dir.write("t.jsonl.000001", trace);
+  dir.write("gone.jsonl.000001", trace);
+  dir.write("q.part", trace);
   write_gzip(dir.path("t.jsonl.gz"), trace, 1);
   const std::string packed = TempDir::read(dir.path("t.jsonl.gz"));
   dir.write("c.yaml", config);
@@ -523,6 +525,11 @@ TEST(HostileInput, NoOutputTakesThePlaceOfAnInput) {
       {"replay c.yaml t.jsonl -o other_name", "--output: other_name: is the input t.jsonl"},
       {"replay c.yaml t.jsonl -o t.jsonl.000001",
        "--output: t.jsonl.000001: is a piece of the input t.jsonl"},
+      {"replay c.yaml t.jsonl.000001 -o t.jsonl",
+       "--output: t.jsonl: has as a piece the input t.jsonl.000001"},
+      {"replay c.yaml gone.jsonl.000001 -o gone.jsonl",
+       "--output: gone.jsonl: has as a piece the input gone.jsonl.000001"},
+      {"import csv q.part --top-k 1 -o q", "--output: q: is written by way of the input q.part"},
       {"replay c.yaml t.jsonl -o c.yaml", "--output: c.yaml: is the input c.yaml"},
       {"replay c.yaml t.jsonl -o b.json", "--output: b.json: is the input b.json"},
       {"simulate c.yaml --steps 20 -o c.yaml", "--output: c.yaml: is the input c.yaml"},
@@ -540,7 +547,8 @@ TEST(HostileInput, NoOutputTakesThePlaceOfAnInput) {
     const ToolResult result = run_tool(dir, c.arguments);
     EXPECT_EQ(result.code, 1) << c.arguments;
     EXPECT_THAT(result.err, HasSubstr("moectl: " + c.words)) << c.arguments;
-    for (const char* name : {"t", "t.jsonl", "t.jsonl.000001", "link", "other_name"})
+    for (const char* name :
+         {"t", "t.jsonl", "t.jsonl.000001", "gone.jsonl.000001", "q.part", "link", "other_name"})
       ASSERT_EQ(TempDir::read(dir.path(name)), trace) << c.arguments << ": " << name;
     ASSERT_EQ(TempDir::read(dir.path("t.jsonl.gz")), packed) << c.arguments;
     ASSERT_EQ(TempDir::read(dir.path("c.yaml")), config) << c.arguments;

@@ -251,6 +251,18 @@ TEST(ChoiceCheck, AFaultOfSomeMicroBatchesIsNamedAndHeld) {
   EXPECT_THAT(said, HasSubstr("the router does not add the bias"));
 }
 
+// The bias is left out in one step and subtracted in the next: one fault, which is told.
+TEST(ChoiceCheck, AFaultThatChangesItsFaceIsTold) {
+  Plant plant;
+  std::vector<std::string> notices;
+  for (int step = 0; step < 12; ++step) {
+    const auto more = plant.run(1, [&](int l) { return plant.in_force(l, step % 2 == 0 ? 0 : -1); });
+    notices.insert(notices.end(), more.begin(), more.end());
+  }
+  EXPECT_EQ(notices.size(), 2U);  // a layer each
+  EXPECT_TRUE(plant.controller().report().layers[0].actuators[0].reasons.has(Reason::kUnresponsive));
+}
+
 // A run that is resumed from a state in the middle of such a hold does what the run that went on does.
 TEST(ChoiceCheck, AHoldGoesOnAfterLoading) {
   Plant plant;

@@ -533,6 +533,31 @@ TEST(ControllerRanks, OneRanksWrongWiringHoldsThatLayerOnAll) {
   });
 }
 
+// Each step another rank leaves the bias out: no rank sees it three times, and all hold and say so.
+TEST(ControllerRanks, AFaultThatGoesRoundIsHeldAndToldOnAll) {
+  constexpr int kRanks = 4;
+  Ranks ranks(kRanks);
+  on_ranks(kRanks, [&](int rank) {
+    Controller controller(small_config("sign_bias"));
+    controller.set_reduction(ranks.reduction());
+    const std::vector<std::int64_t> chosen = {0, 1};
+    const std::vector<float> scores = {0.4F, 0.3F, 0.1F, 0};
+    std::string said;
+    for (int i = 0; i < 9; ++i) {
+      record_all(controller, {8, 4, 2, 2});
+      if (i > 0 && i % kRanks == rank) {
+        controller.check_choices(
+            0, {.experts = std::span(chosen).first(static_cast<std::size_t>(controller.config().model.top_k)),
+                .biased_scores = scores,
+                .scores = scores});
+      }
+      for (const Notice& notice : controller.step().notices) said += std::string(notice.text) + '\n';
+    }
+    EXPECT_TRUE(controller.report().layers[0].actuators[0].reasons.has(Reason::kUnresponsive)) << rank;
+    EXPECT_THAT(said, HasSubstr("use another bias than this layer's, on this rank or on others")) << rank;
+  });
+}
+
 TEST(ControllerRanks, OneRanksBadLossMakesItUnknownToAll) {
   Ranks ranks(2);
   on_ranks(2, [&](int rank) {

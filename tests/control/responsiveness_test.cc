@@ -569,10 +569,11 @@ TEST(Responsiveness, AnInvalidStepDoesNotMakeWoundUpBiasesTheGoodOnes) {
 
 // A layer is not held for a load that does not answer where a sample of its tokens shows that it chooses by its biases.
 TEST(Responsiveness, ARouterSeenToUseItsBiasesIsNotHeld) {
-  for (const bool seen : {false, true}) {
+  // The first step in which it is seen: never, at once, or when it is held already.
+  for (const int from : {1000, 0, 100}) {
     Loop loop({.seed = 40133});
     for (int step = 0; step < 150; ++step) {
-      if (seen) {
+      if (step >= from) {
         const std::span<const double> bias = loop.controller.bias(0);
         std::vector<float> scores(16, 0.5F), biased(16);
         for (std::size_t i = 0; i < 16; ++i) biased[i] = scores[i] + static_cast<float>(bias[i]);
@@ -586,8 +587,10 @@ TEST(Responsiveness, ARouterSeenToUseItsBiasesIsNotHeld) {
       }
       loop.run(1, Loop::ignored);
     }
-    EXPECT_EQ(loop.held > 0, !seen);
-    EXPECT_EQ(loop.notices.find("does not answer") == std::string::npos, seen);
+    EXPECT_EQ(loop.held > 0, from > 0);
+    EXPECT_EQ(loop.last.state == Response::kUnresponsive, from == 1000);
+    EXPECT_EQ(loop.notices.find("does not answer") != std::string::npos, from > 0);
+    EXPECT_EQ(loop.notices.find("was seen to choose by these biases") != std::string::npos, from == 100);
   }
 }
 

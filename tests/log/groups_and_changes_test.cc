@@ -2,6 +2,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <filesystem>
 #include <string>
 #include <vector>
 
@@ -164,9 +165,42 @@ TEST(ConfigChanges, OneHoldsFromItsStepOn) {
   EXPECT_THAT(
       read(header + change(3, "[0.75,0.25]") + record(0) + change(1, "[0.9,0.1]") + record(1) + record(4)),
       ElementsAre(0.6, 0.9, 0.9));
-  EXPECT_THAT([&] { read(header + record(0) + R"({"step":1,"config":{"model":{"experts":4}}})" + "\n"); },
-              ::testing::ThrowsMessage<LogError>(
-                  HasSubstr("run.jsonl:3: config.model.layers: missing: must be 1, as in the first line")));
+}
+
+// A run that was resumed with other layers, or that names them in groups now, is one log.
+TEST(ConfigChanges, LayersMayComeAndGo) {
+  const TempDir dir;
+  const auto record = [](int step, int layer) {
+    return R"({"step":)" + std::to_string(step) + R"(,"layer":)" + std::to_string(layer) +
+           R"(,"tokens":4,"counts":[3,1]})" + "\n";
+  };
+  const std::string header =
+      R"({"format":"moectl-run","version":1,"config":{"model":{"layers":1,"experts":2,"top_k":1}}})"
+      "\n";
+  for (const char* now : {R"({"model":{"layers":2,"experts":2,"top_k":1}})",
+                          R"({"model":{"top_k":1},"layers":[{"ids":[0,1],"experts":2,"top_k":1}]})"}) {
+    LogReader reader(dir.write("run.jsonl", header + record(0, 0) + R"({"step":1,"config":)" + now + "}\n" +
+                                                record(1, 0) + record(1, 1)));
+    EXPECT_THAT(records_of(reader), SizeIs(3)) << now;
+  }
+}
+
+// The piece that told of a change may be removed, so each later one says which config holds.
+TEST(ConfigChanges, EachPieceOfALogSaysWhatHolds) {
+  const TempDir dir;
+  const std::string path = dir.path("run.jsonl");
+  const ControllerConfig config = parse_config(
+      "version: 1\nmodel: {layers: 1, experts: 4, top_k: 1}\nexpert_bias: {policy: sign_bias}\n"
+      "log: {rotate_mb: 0.006, keep: 1}\n"
+      "timeline: [{from: 3, expert_bias: {policy: proportional_bias}}]");
+  Controller controller(config);
+  run(controller, path, config, 40, false);
+  ASSERT_FALSE(std::filesystem::exists(piece_path(path, 1)));
+  LogReader reader(path, FaultPolicy::kRepair);
+  EXPECT_FALSE(records_of(reader).empty());
+  ASSERT_THAT(reader.config_changes(), SizeIs(1));
+  EXPECT_EQ(reader.config_changes()[0].step, 3);
+  EXPECT_THAT(reader.config_changes()[0].config_json, HasSubstr(R"("policy":"proportional_bias")"));
 }
 
 }  // namespace
