@@ -113,7 +113,7 @@ int biases(const Options& options) {
          {"correlation", d.correlation ? nlohmann::json(*d.correlation) : nlohmann::json(nullptr)}});
   }
   if (json) {
-    for (const auto& row : rows) std::cout << row.dump() << '\n';
+    for (const auto& row : rows) std::cout << json_text(row) << '\n';
   } else {
     std::cout << table.text();
   }

@@ -170,7 +170,7 @@ int check(const Options& options, const PolicyRegistry& registry) {
     if (json) {
       const nlohmann::ordered_json verdict = {
           {"valid", false}, {"feasible", false}, {"conflicts", nlohmann::json::array()}, {"error", e.what()}};
-      std::cout << verdict.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) << '\n';
+      std::cout << json_text(verdict) << '\n';
     }
     throw;
   }
@@ -209,7 +209,7 @@ int check(const Options& options, const PolicyRegistry& registry) {
       if (!target.where.empty()) row["where"] = target.where.substr(0, target.where.size() - 2);
     }
     if (!actuators.notes.empty()) verdict["notes"] = actuators.notes;
-    std::cout << verdict.dump() << '\n';
+    std::cout << json_text(verdict) << '\n';
     return feasible ? 0 : 1;
   }
   if (options.explain) {

@@ -484,6 +484,11 @@ TEST(HostileInput, ANameThatIsNoUtf8IsShownInJson) {
   const ToolResult key = run_tool(dir, "simulate c*.yaml --steps 20 --set 'expert_bias.\xff=1'");
   EXPECT_EQ(key.code, 1);
   EXPECT_THAT(key.err, HasSubstr("unknown key"));
+  dir.write("a.json", "[[1, 2], [3, 4]]");
+  dir.write("b\xff.json", "[[1, 2]]");
+  const ToolResult biases = run_tool(dir, "biases a.json b*.json --format json");
+  ASSERT_EQ(biases.code, 0) << biases.err;
+  EXPECT_EQ(biases.json(1)["differs"], "not in b\xef\xbf\xbd.json");
 }
 
 // What is written is emptied first: an input that is its own output would be lost.
