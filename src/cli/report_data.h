@@ -21,6 +21,12 @@
 
 namespace moectl::cli {
 
+/// How many columns the page shows of a run at most.
+inline constexpr std::size_t kColumns = 600;
+
+/// How many columns the page has room for, of maps with so many rows in all.
+std::size_t map_columns(std::size_t rows);
+
 /// Smallest, largest and mean of what fell into one column.
 struct Extremes {
   float min = 0, max = 0;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 
 #include "control/payload.h"
 
@@ -64,6 +65,22 @@ void RepeatWatch::end_step() {
 bool RepeatWatch::is_news() {
   constexpr int kSteps = 3;
   return !said_ && steps_ >= kSteps && (said_ = true);
+}
+
+bool leaves_probabilities(const RoutingBatch& batch, int top_k, std::span<const double> bias) {
+  constexpr std::size_t kTokens = 8;
+  constexpr double kRoom = 0.01;   // bfloat16 rounds less
+  constexpr double kMasked = 1e4;  // a value of this size says that an expert is not to be chosen
+  const auto k = static_cast<std::size_t>(top_k);
+  for (std::size_t t = 0; t < std::min(kTokens, batch.experts.size() / k); ++t) {
+    if (!batch.mask.empty() && batch.mask[t] == 0) continue;
+    for (std::size_t j = 0; j < k && batch.experts[t * k + j] >= 0; ++j) {
+      const double value = batch.top_values[t * (k + 1) + j], room = kRoom * std::max(1.0, std::abs(value));
+      const double score = value - bias[static_cast<std::size_t>(batch.experts[t * k + j])];
+      if (std::abs(value) < kMasked && (score < -room || score > 1 + room)) return false;
+    }
+  }
+  return true;
 }
 
 StatsNeeds missing_in(const RoutingStats& stats, const StatsNeeds& required) {

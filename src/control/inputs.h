@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -28,6 +29,10 @@ class RepeatWatch {
   bool said_ = false;
   int steps_ = 0;
 };
+
+/// Whether the values by which experts were chosen, less the biases that they should hold, are probabilities: in [0, 1]. Of the
+/// first tokens of a batch with top_values. [N]
+bool leaves_probabilities(const RoutingBatch& batch, int top_k, std::span<const double> bias);
 
 /// One of the inputs of `needs`, at least one of which is set, by the name of its field.
 std::string_view input_name(const StatsNeeds& needs);

@@ -121,6 +121,13 @@ void Controller::Loop::compare_with_config() {
            Number(std::int64_t{layer->group->config.model.split_sequences}).text(),
            ", and a sequence came with an id that is not below it: the sampling floor is not known"});
     }
+    if (layer->no_probabilities && !std::exchange(scores_said_, true)) {
+      notices_.add(
+          NoticeKind::kConfig, layer->id, steps_,
+          {"the values by which experts were chosen, less the biases in force, are no probabilities, and "
+           "model.score_space says so: is the bias added to logits (then say score_space: logit), or "
+           "does the router add other biases than bias(layer)?"});
+    }
     if (!layer->repeats.is_news()) continue;
     notices_.add(
         NoticeKind::kConfig, layer->id, steps_,

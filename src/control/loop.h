@@ -118,6 +118,7 @@ class Controller::Loop {  // NOLINT(clang-analyzer-optin.performance.Padding)
     bool told = false;        // the first offence of the sums recorded since the last step was said
     bool told_before = false;
     bool uncollected_sequences = false;  // under the mutex
+    bool no_probabilities = false;       // the same
     RoutingStats stats;                  // this step's sums, over all ranks
     Metrics metrics;
     std::optional<LayerMonitor> monitor;
@@ -241,7 +242,7 @@ class Controller::Loop {  // NOLINT(clang-analyzer-optin.performance.Padding)
   std::vector<Said> said_;  // since the last step
   bool log_failed_ = false;
   std::vector<ConfigComparison> comparisons_;  // one a group
-  bool sequences_said_ = false, split_said_ = false;
+  bool sequences_said_ = false, split_said_ = false, scores_said_ = false;
   std::function<void(const StepReport&)> log_;
   std::vector<LayerReport> layer_reports_;
   StepReport report_;

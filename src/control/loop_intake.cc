@@ -72,6 +72,10 @@ void Controller::Loop::record(int layer, std::int64_t micro_batch, const Routing
   record(layer, micro_batch, micro_batch < 0 ? 0 : fingerprint_of(batch), [&](RoutingStats& sums) {
     if (micro_batch < 0) at.repeats.observe(batch, at.group->shape.top_k);
     sums.add(batch);
+    const ModelConfig& model = at.group->config.model;
+    at.no_probabilities |= !batch.top_values.empty() && sums.valid() && model.delay == 0 &&
+                           model.score_space == ScoreSpace::kProbability &&
+                           !leaves_probabilities(batch, model.top_k, at.biases().applied());
     at.uncollected_sequences |=
         !at.group->shape.needs.sequences && (batch.sequence_length > 0 || !batch.sequence_ids.empty());
   });

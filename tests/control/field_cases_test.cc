@@ -285,6 +285,54 @@ TEST(FieldCases, A7_SequencesThatNothingCollectsAreSaidOnce) {
   }
 }
 
+// The scores of a token are what its largest values hold beyond the biases.
+TEST(FieldCases, A7_ScoresThatAreNoProbabilitiesAreSaidOnce) {
+  struct Case {
+    ScoreSpace space;
+    float largest;  // of the values
+    double bias;    // of the expert that has it
+    bool said;
+  };
+  for (const Case& c :
+       {Case{ScoreSpace::kProbability, 0.9F, 0, false}, Case{ScoreSpace::kProbability, 1.004F, 0, false},
+        Case{ScoreSpace::kProbability, 2.5F, 0, true}, Case{ScoreSpace::kLogit, 2.5F, 0, false},
+        Case{ScoreSpace::kProbability, 1.3F, 0.5, false}, Case{ScoreSpace::kProbability, 1.3F, -0.5, true},
+        Case{ScoreSpace::kProbability, 0.2F, 0.5, true}}) {
+    SCOPED_TRACE(c.largest);
+    ControllerConfig config = config_of("fixed", 1, 4, 1);
+    config.model.score_space = c.space;
+    Controller controller(config);
+    controller.adopt(0, std::vector<double>{c.bias, 0, 0, -c.bias});
+    std::vector<std::string> all;
+    for (int step = 0; step < 5; ++step) {
+      const Indices experts = {0, 1, 2, 3, 1, 2, 3, 0};
+      std::vector<float> values(16);
+      for (std::size_t t = 0; t < 8; ++t) {
+        const double bias = controller.bias(0)[static_cast<std::size_t>(experts[t])];
+        values[2 * t] = experts[t] == 0 ? c.largest : static_cast<float>(0.8 + bias);
+        values[2 * t + 1] = values[2 * t] - 0.1F;
+      }
+      controller.record(0, {.experts = experts, .top_values = values});
+      for (const std::string& notice : notices_of(controller.step())) all.push_back(notice);
+    }
+    if (c.said) {
+      EXPECT_THAT(all, ElementsAre(::testing::AllOf(HasSubstr("config@0"), HasSubstr("score_space: logit"))));
+    } else {
+      EXPECT_THAT(all, IsEmpty());
+    }
+  }
+}
+
+// A chosen expert that was masked, a token that does not count, an empty slot: their values say nothing.
+TEST(FieldCases, A7_ValuesOfWhatWasNotChosenAreNotLookedAt) {
+  Controller controller(config_of("fixed", 1, 4, 2));
+  const Indices experts = {0, 1, 2, 3, 1, -1, 0, 2};
+  const std::vector<std::uint8_t> mask = {1, 0, 1, 1};
+  const std::vector<float> values = {.9F, -1e9F, -1e9F, 7, 6, 5, .9F, -7, -8, .9F, .8F, .7F};
+  controller.record(0, {.experts = experts, .mask = mask, .top_values = values});
+  EXPECT_THAT(notices_of(controller.step()), IsEmpty());
+}
+
 // ---- Policies, callbacks and plug-ins that throw. ----
 
 enum class Fault { kNone, kPropose, kTold, kNumber, kNull };

@@ -155,7 +155,7 @@ TEST_P(EveryGate, StaysFiniteAtPerfectBalanceAndAtTheExtremes) {
 
 TEST(TopKRouter, BiasMovesTheChoiceAndNeverTheGates) {
   const Tensor z = logits({3, 2, 1, 0});
-  TopKRouter router(options());
+  TopKRouter router(options().score_space(ScoreSpace::kLogit));
   const RouterOutput plain = router->route(z);
   const RouterOutput biased =
       router->route(z, {.actuators = {.bias = ::torch::tensor({0.0, 0.0, 2.5, 0.0})}});
@@ -175,7 +175,7 @@ TEST(TopKRouter, BiasMovesTheChoiceAndNeverTheGates) {
 TEST(TopKRouter, InLogitSpaceTemperatureNeverMovesTheChoice) {
   ::torch::manual_seed(3);
   const Tensor z = ::torch::randn({200, 4}, kDouble), bias = ::torch::randn({4}, kDouble);
-  TopKRouter router(options().gate(Gate::kSoftmax));
+  TopKRouter router(options().gate(Gate::kSoftmax).score_space(ScoreSpace::kLogit));
   const RouterOutput cold =
       router->route(z, {.actuators = {.bias = bias, .temperature = ::torch::tensor(0.2)}});
   const RouterOutput hot =

@@ -246,7 +246,7 @@ TEST(UserReports, Item12_TheMeanBiasDoesNotDriftUnlessAskedTo) {  // torchtitan 
 }
 
 TEST(UserReports, Item13_NoBiasLetsAMaskedGroupWin) {  // DeepSeek-V3 741
-  TopKRouter router(TopKRouterOptions(3, 8, 2).groups(4).groups_kept(1));
+  TopKRouter router(TopKRouterOptions(3, 8, 2).groups(4).groups_kept(1).score_space(ScoreSpace::kLogit));
   const Tensor logits = ::torch::tensor({{0.1, 0.2, 9.0, 9.1, 0.3, 0.4, 0.5, 0.6}});
   for (const double sink : {-1.0, -100.0, -1e8}) {
     const Tensor bias = ::torch::full({8}, sink);

@@ -37,7 +37,8 @@ struct TopKRouterOptions {
   TORCH_ARG(std::int64_t, experts);  ///< N ≥ 1.
   TORCH_ARG(std::int64_t, top_k);    ///< 1 ≤ k ≤ N.
   TORCH_ARG(Gate, gate) = Gate::kSigmoid;
-  TORCH_ARG(ScoreSpace, score_space) = ScoreSpace::kLogit;  ///< Where the bias is added for selection.
+  /// Where the bias is added for selection: as model.score_space says.
+  TORCH_ARG(ScoreSpace, score_space) = ScoreSpace::kProbability;
   TORCH_ARG(bool, normalize) = true;    ///< Gate weights of a token sum to `scale`. Meaningless for k = 1.
   TORCH_ARG(double, scale) = 1.0;       ///< Factor on the gate weights, > 0.
   TORCH_ARG(std::int64_t, groups) = 1;  ///< Number of equal groups of neighbouring experts; divides N.
