@@ -3,6 +3,7 @@
 #include <array>
 #include <charconv>
 #include <map>
+#include <memory>
 #include <optional>
 #include <set>
 
@@ -122,7 +123,7 @@ class Request {
       throw ImportError(place + ": [tokens, " + std::to_string(layers) + ", " + std::to_string(top_k) +
                         "]: expected [tokens, " + std::to_string(first_.layers) + ", " +
                         std::to_string(first_.top_k) + "], as in " + first_.place);
-    if (!sequence_) sequence_.emplace(step_, layers, top_k, pairs_, place);
+    if (!sequence_) sequence_ = std::make_unique<Sequence>(step_, layers, top_k, pairs_, place);
     return *sequence_;
   }
   void close(std::vector<SlotsOfLayer>& slots) {
@@ -134,7 +135,7 @@ class Request {
   ImportedStep& step_;
   bool pairs_;
   FirstArray& first_;
-  std::optional<Sequence> sequence_;
+  std::unique_ptr<Sequence> sequence_;
 };
 
 /// Adds an array [tokens, layers, k] to a request; returns its tokens.
