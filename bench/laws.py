@@ -78,7 +78,8 @@ def all_laws(runs):
         end = geometric([statistics.fmean(r[3] for r in x) for x in of if x[0][3] is not None])
         wander = statistics.fmean(statistics.fmean(r[4] for r in x) for x in of)
         print(f"| {law} | {ratio:.3f} | {steps:.0f} | {areas:.1f} | {end:.3f} | {wander:.3f} |")
-    print(f"\nMeans over {len(shared)} plants; of x floor and area geometric; a run that never settles counts as {NEVER} steps.")
+    print(f"\nMeans over {len(shared)} simulated routers; of x floor and area geometric; "
+          f"a run that never settles counts as {NEVER} steps.")
 
 
 def main():

@@ -114,7 +114,7 @@ class AdaptiveBias final : public Policy {
         // In decisions: a window of several steps was routed by the biases of most of them.
         delay_(static_cast<std::size_t>((context.delay + context.cadence / 2) / context.cadence)),
         slope_(form_, context.score_space == ScoreSpace::kLogit, n_),
-        past_((delay_ + Lateness::kMost + 2) * n_),
+        past_biases_((delay_ + Lateness::kMost + 2) * n_),
         errors_(2 * n_),
         white_(n_) {
     for (auto* of_experts : {&estimate_, &drift_, &proposed_}) of_experts->resize(n_);
@@ -169,7 +169,7 @@ class AdaptiveBias final : public Policy {
     io.value("adaptive.q", q_, {kLeastQ, kMostQ});
     io.value("adaptive.drift_share", drift_share_, {kLeastDrift, kMostDrift});
     io.value("adaptive.noise", noise_, {1, StateIo::kNotNegative.most});
-    io.values("adaptive.past", past_);
+    io.values("adaptive.past_biases", past_biases_);
     io.values("adaptive.estimate", estimate_);
     io.values("adaptive.variance", variance_, StateIo::kNotNegative);
     io.values("adaptive.drift", drift_);
@@ -187,7 +187,7 @@ class AdaptiveBias final : public Policy {
     const std::size_t rows = ring.size() / n_;
     return std::span(ring).subspan((static_cast<std::size_t>(decisions()) + rows - back) % rows * n_, n_);
   }
-  std::span<double> past(std::size_t back) { return row(past_, back); }
+  std::span<double> past(std::size_t back) { return row(past_biases_, back); }
   std::span<double> errors(std::size_t back) { return row(errors_, back); }
   std::int64_t decisions() const { return white_.decisions(); }
   std::size_t delay() const { return delay_ + lateness_.steps(); }
@@ -201,7 +201,7 @@ class AdaptiveBias final : public Policy {
     centre(now);
     if (decisions() > 0) return;
     std::copy(now.begin(), now.end(), estimate_.begin());
-    for (std::size_t at = n_; at < past_.size(); ++at) past_[at] = past_[at - n_];
+    for (std::size_t at = n_; at < past_biases_.size(); ++at) past_biases_[at] = past_biases_[at - n_];
   }
 
   void measure_errors(const LayerView& layer) {
@@ -295,7 +295,7 @@ class AdaptiveBias final : public Policy {
   bool limited_ = false;
   bool planned_ = false;                                       // the last propose() went through to its end
   double q_ = kFirstQ, noise_ = 1, drift_share_ = kMostDrift;  // q, n in floors squared, h
-  std::vector<double> past_, errors_;                          // own biases in force and e, rings [rows × N]
+  std::vector<double> past_biases_, errors_;                   // own biases in force and e, rings [rows × N]
   std::vector<double> estimate_, variance_, drift_, farther_, proposed_;  // m, P, v, growth of far steps [N]
   Whiteness white_;
 };

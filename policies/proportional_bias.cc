@@ -89,7 +89,7 @@ PolicyDescription proportional_bias() {
       choice("normalise", defaults.normalise,
              "what errors are divided by: none = all assignments, mean = the target load, rms = their RMS",
              {"none", "mean", "rms"}),
-      {"clip", defaults.clip, "steps", "largest normalised error that counts", 1e-6, 1e6},
+      {"clip", defaults.clip, "", "largest normalised error that counts", 1e-6, 1e6},
       {"zero_mean_move", defaults.zero_mean_move, "", "take the mean out of each move"},
       {"half_life", defaults.half_life, "steps", "after which the step has halved; 0 = it stays", 0, 1e12},
   };

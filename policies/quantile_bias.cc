@@ -25,9 +25,9 @@
 // [min b - 1, max b + 1], the bin ⌊1000 (r - low)/(high - low)⌋ and never beyond the outer ones; the first bin at which
 // the sum over all ranks reaches w_i kT (not rounded) is taken, linear within it; the bias is replaced, at every step. b
 // are the biases of the batch's own step, the same on every rank, so the bins are; with `lag: 1` they are those of the
-// step in flight. Scores must lie within [0, 1], or the bins miss them. Two counts share a word of the payload: 500 words
-// an expert, 59 MB for 58 layers × 256 experts. They are exact up to 2^29 tokens a step (kMostRequiredTokens); beyond, the
-// biases are held.
+// step whose sums are being reduced. Scores must lie within [0, 1], or the bins miss them. Two counts share a word of the
+// payload: 500 words an expert, 59 MB for 58 layers × 256 experts. They are exact up to 2^29 tokens a step
+// (kMostRequiredTokens); beyond, the biases are held.
 //
 // `local_mean` is Megatron-Core's: each micro-batch, a call of record(), has a quantile of its own, the order statistic
 // itself; the mean over micro-batches and ranks is what the bias goes to. The published EMA is 1 - gain, by default 0.
@@ -94,7 +94,7 @@ class QuantileBias final : public Policy {
   }
 
   void exchange(StateIo& io) override {
-    io.value("quantile.past", past_);
+    io.value("quantile.decisions", decisions_);
     io.values("quantile.routed_under", routed_under_);
   }
 
@@ -137,21 +137,20 @@ class QuantileBias final : public Policy {
   void count_from_then(std::span<const double> bias) {
     const auto delay = static_cast<std::int64_t>(delay_);
     const std::span<double> then =
-        std::span(routed_under_).subspan(static_cast<std::size_t>(past_ % delay) * experts_, experts_);
+        std::span(routed_under_).subspan(static_cast<std::size_t>(decisions_ % delay) * experts_, experts_);
     for (std::size_t i = 0; i < experts_; ++i) {
-      if (past_ >= delay) quantiles_[i] += then[i] - bias[i];
+      if (decisions_ >= delay) quantiles_[i] += then[i] - bias[i];
       then[i] = bias[i];
     }
-    ++past_;
+    ++decisions_;
   }
 
   Form form_;
   double gain_;
   std::size_t experts_, delay_;
-  std::int64_t past_ = 0;  // decisions so far
-  std::vector<double>
-      routed_under_;  // histogram: biases in force at the last `delay` decisions [delay × N], a ring
-  std::vector<double> quantiles_;  // histogram [N]
+  std::int64_t decisions_ = 0;
+  // Of the histogram: biases in force at the last `delay` decisions [delay × N], a ring; and quantiles [N].
+  std::vector<double> routed_under_, quantiles_;
 };
 
 }  // namespace
@@ -164,9 +163,8 @@ PolicyDescription quantile_bias() {
   d.actuators = {Actuator::kExpertBias};
   d.options = {
       choice("form", defaults.form,
-             "histogram: of margins, in bins that fit any scale; k3: Kimi K3's, of the whole batch; "
-             "local_mean: "
-             "Megatron-Core's, by micro-batch",
+             "histogram: of margins, in bins that fit any scale; "
+             "k3: Kimi K3's, of the whole batch; local_mean: Megatron-Core's, by micro-batch",
              {"histogram", "k3", "local_mean"}),
       {"gain", defaults.gain, "",
        "part of the distance to the quantile that one decision covers; 1 - EMA; published: 1", 0, 2},
@@ -179,9 +177,8 @@ PolicyDescription quantile_bias() {
     const Options o = Options::from(options);
     if (o.form != "k3") return "";
     if (context.score_space == ScoreSpace::kLogit) {
-      return "form: k3: bins scores within [0, 1], and logits are not (model.score_space: probability, or "
-             "form: "
-             "histogram)";
+      return "form: k3: bins scores within [0, 1], and logits are not "
+             "(model.score_space: probability, or form: histogram)";
     }
     if (context.cadence > 1)
       return "form: k3: needs limits.cadence: 1: its bins follow the biases of one step";

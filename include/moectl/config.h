@@ -24,7 +24,7 @@ class PolicyRegistry;  // policy.h
 
 enum class Mode {
   kActive,  ///< Decide and apply.
-  kShadow,  ///< Decide and log as if applied, but the training loop reads the initial values.
+  kShadow,  ///< Decide and log as if applied; what is in force stays.
   kOff,     ///< Record nothing, decide nothing.
 };
 std::string_view name_of(Mode mode);
@@ -109,7 +109,7 @@ struct TimelineEntry : SectionOverrides {
 struct LogConfig {
   std::int64_t every = 1;  ///< Steps between records, ≥ 1.
   bool per_expert = true;  ///< Arrays over experts in each record.
-  /// So many of the most and least loaded experts, and of the pairs, in each record; 0 = none.
+  /// Number of most loaded experts, of least loaded ones and of pairs in each record; 0 = none.
   int extremes = 0;
   /// Largest size of a piece of the log, MB (10^6 bytes); 0 = one piece without limit.
   double rotate_mb = 0;

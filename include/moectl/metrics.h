@@ -143,6 +143,8 @@ struct MetricField {
   std::string_view unit;
   std::string_view formula;
   Metrics::Value Metrics::*value;
+  /// It follows from the experts' loads, which biases bring to balance whatever its set-point is.
+  bool of_load = false;
 };
 
 /// Every scalar metric, in the order of the table: the names are those of run logs, configs and `moectl metrics`.

@@ -19,15 +19,15 @@ struct PlacementOptions {
   int devices = 1;  ///< ≥ 1.
   int nodes = 1;    ///< Must divide devices and groups.
   int groups = 0;   ///< Groups of neighbouring experts that stay on one node; 0 = every expert for itself.
-  int slots =
-      0;  ///< Of all devices; a multiple of devices, at least the experts; 0 = the smallest such number.
-  bool refine =
-      true;  ///< false: EPLB's rules alone, with copies of one expert apart where `repeats` is false.
+  /// Of all devices; a multiple of devices, at least the experts; 0 = the smallest such number.
+  int slots = 0;
+  /// false: EPLB's rules alone, with copies of one expert apart where `repeats` is false.
+  bool refine = true;
   /// May a device hold two copies of one expert? They serve no other device, but where there are few slots, and as EPLB does it, they can
   /// make loads more even. false: no, for engines that keep one copy; a device then has no more slots than its node has experts.
   bool repeats = true;
-  int max_moves =
-      -1;  ///< Experts that may be loaded onto devices that lack them; -1 = any number. Needs nodes = 1.
+  /// Experts that may be loaded onto devices that lack them; -1 = any number. Needs nodes = 1.
+  int max_moves = -1;
   friend bool operator==(const PlacementOptions&, const PlacementOptions&) = default;
 };
 

@@ -21,8 +21,8 @@ std::optional<Response> response_of(std::string_view name);
 
 struct Responsiveness {
   Response state = Response::kNotApplicable;
-  /// Change of load seen over the change expected: 1 = as expected, 0 = nobody listens, negative = wrong sign. Absent
-  /// while unknown.
+  /// Change of load seen over the change expected: 1 = as expected, 0 = the load does not respond, negative = wrong
+  /// sign. Absent while unknown.
   std::optional<double> gain{};
   std::optional<double> error{};  ///< Standard error of `gain`.
   /// Steps by which the answer to the last probe came later than the declared delay; more is not tried than 4.

@@ -1,5 +1,5 @@
 // clang-format off
-// SimulatedRouter: one MoE layer's router without a model ("the plant"). It closes the control loop in microseconds.
+// SimulatedRouter: one MoE layer's router without a model. It closes the control loop in microseconds.
 //
 // THE MODEL. Time is counted in training steps; one call of route() is one step: a forward pass over T tokens, then
 // what training does to the router.
@@ -32,8 +32,8 @@
 // does in training. There is no loss; the cost of balance is `displacement()`: the distance of the preferences from
 // those that the task wants. Layers share their tokens and nothing else.
 //
-// THE CONSTANTS were fixed before any policy was tuned on the plant, against training runs of a byte-level language model
-// (3 layers × 16 experts, top-2, sigmoid gate, 16 × 128 bytes a step, 700 steps). Plant, seeds 1–3 (training):
+// THE CONSTANTS were fixed before any policy was tuned on it, against training runs of a byte-level language model
+// (3 layers × 16 experts, top-2, sigmoid gate, 16 × 128 bytes a step, 700 steps). Simulated router, seeds 1–3 (training):
 //   uncontrolled           MaxVio 3.6–6.0 (3.3), CV 1.3–1.8 (1.2)
 //   sampling floor         MaxVio .38–.40 (.41): 3.5–3.7 × the noise floor (3.5–3.8)
 //   auxiliary loss         1e-3: MaxVio 2.0–4.2 (1.8); 1e-2 settles in 170–325 steps (515–601), 1e-1 in 27–30 (89–106)
@@ -41,9 +41,9 @@
 //   a domain switches on   MaxVio 1.1–2.0 at the first step (2.5), excess area under sign 1e-3 58–118 (170)
 //   stability              integral control in units of the score gap goes unstable between gains 1 and 1.4 (0.7–1.4
 //                          over seven router types)
-// So the plant is as hard to balance as training, and settles two to four times faster, because a real router keeps
-// learning against the controller. The walk is slower than in so short a training (a cluster forgets in 50 000 steps),
-// as in runs of that length.
+// So the simulated router is as hard to balance as training, and settles two to four times faster, because a real router
+// keeps learning against the controller. The walk is slower than in so short a training (a cluster forgets in 50 000
+// steps), as in runs of that length.
 //
 // Every random number is a hash of (seed, layer, step, token), so a run depends only on its options: it has the
 // same bits on every platform with IEEE floats, whatever ran before.

@@ -531,7 +531,7 @@ class Controller:
     def load(self, state: bytes, keep: str = "everything") -> List[Dict[str, Any]]:
         """keep: "everything", for a state of the same config; or "what_fits", for one of another config: values in force
         in any case, memories where they fit. Returns what became of each part: dicts of layer, key, fate ("kept",
-        "adapted", "dropped") and why. Raises StateError; the running state is then untouched."""
+        "adapted", "dropped") and, if it was not kept, why. Raises StateError; the running state is then untouched."""
         kept = c_void_p()
         given = raw("state", state)
         self._call(lib.moectl_load, given, len(given), _keep(keep), byref(kept))

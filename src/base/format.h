@@ -1,8 +1,11 @@
 // Numbers as text.
 #pragma once
 
+#include <algorithm>
 #include <charconv>
+#include <cstdint>
 #include <string>
+#include <string_view>
 
 namespace moectl {
 
@@ -23,5 +26,27 @@ inline std::string fixed(double value, int places) {
   char text[512];  // the largest double has 309 digits before its point
   return {text, std::to_chars(text, text + sizeof text, value, std::chars_format::fixed, places).ptr};
 }
+
+/// The same without allocation.
+class Number {
+ public:
+  /// For notices: with two places.
+  explicit Number(double value) {
+    end_ =
+        std::to_chars(text_, text_ + sizeof text_, std::clamp(value, -1e6, 1e6), std::chars_format::fixed, 2)
+            .ptr;
+  }
+  explicit Number(std::int64_t value) { end_ = std::to_chars(text_, text_ + sizeof text_, value).ptr; }
+  Number(double value, int digits) {
+    end_ = std::to_chars(text_, text_ + sizeof text_, value, std::chars_format::general, digits).ptr;
+  }
+  Number(const Number&) = delete;
+  Number& operator=(const Number&) = delete;
+  std::string_view text() const { return {text_, end_}; }
+
+ private:
+  char text_[32];
+  const char* end_;
+};
 
 }  // namespace moectl

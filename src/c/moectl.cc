@@ -309,9 +309,12 @@ int moectl_record_counts(moectl_controller* c, int layer, const int64_t* counts,
           stats.add_counts(own, tokens[number]);
           return;
         }
-        // Unsigned, so that counts that cannot be are left to the library to reject.
+        // Counts that cannot be are left to the library to reject, by their own name.
+        constexpr std::uint64_t kMost = std::numeric_limits<std::int64_t>::max();
         std::uint64_t sum = 0;
-        for (const std::int64_t count : own) sum += static_cast<std::uint64_t>(count);
+        for (const std::int64_t count : own) {
+          sum = std::min(kMost, sum + static_cast<std::uint64_t>(std::max<std::int64_t>(count, 0)));
+        }
         const std::uint64_t k = top_k_of(handle, id);
         stats.add_counts(own, static_cast<std::int64_t>(sum / k + (sum % k > 0)));
       });

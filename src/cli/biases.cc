@@ -126,9 +126,10 @@ void add_biases(CLI::App& app, Tool& tool) {
   CLI::App* command =
       app.add_subcommand("biases", "Take the selection biases out of a file, or compare two files");
   command->footer(
-      R"(FILE is a run log (what was in force at its end), a saved state (both with what to deploy: --deployed), an .npy array [layers, experts], JSON lists, a
-safetensors checkpoint, or a file of biases that -o wrote. Several files of different layers are joined by -o.
-A config takes the result as its start: expert_bias: {policy: adaptive_bias, initial: biases.json}. In a comparison
+      R"(FILE is a run log (what was in force at its end), a saved state (both with what to deploy:
+--deployed), an .npy array [layers, experts], JSON lists, a safetensors checkpoint, or a file of
+biases that -o wrote. Several files of different layers are joined by -o. A config takes the
+result as its start: expert_bias: {policy: adaptive_bias, initial: biases.json}. In a comparison
 what all experts of a layer have in common is left out, since it changes no choice.
 
 Examples:

@@ -281,15 +281,12 @@ void add_check(CLI::App& app, Tool& tool) {
   CLI::App* command =
       app.add_subcommand("check", "Validate a config, print it resolved, judge its feasibility");
   command->footer(
-      "Standard output is the whole config with every default filled in, ready to use, with the verdict as "
-      "a\n"
-      "comment at its end; what contradicts what goes to standard error. With --format json, standard "
-      "output\n"
-      "is the verdict alone.\n\n"
-      "Judged: bands and set-points against each other, the noise floor and what a metric can be at N and "
-      "k;\n"
-      "and actuators against each other, since two that steer one variable work against each other. Which\n"
-      "policy may hold which variable:\n" +
+      "Standard output is the whole config with every default filled in, ready to use, with the verdict\n"
+      "as a comment at its end. The reasons why a config is infeasible go to standard error. With\n"
+      "--format json, standard output is the verdict alone.\n\n"
+      "Judged: bands and set-points against each other, the noise floor and what a metric can be at N\n"
+      "and k; and actuators against each other, since two that steer one variable work against each\n"
+      "other. Which policy may hold which variable:\n" +
       recipe() +
       "\n"
       "Examples:\n"
@@ -299,17 +296,18 @@ void add_check(CLI::App& app, Tool& tool) {
   CLI::Option* config = command->add_option("CONFIG", options->config, "YAML config");
   CLI::Option* format = add_format(*command, options->format, {"text", "json"});
   command
-      ->add_flag("--explain", options->explain,
-                 "Every key instead, with its value, default, range, unit and meaning")
+      ->add_flag(
+          "--explain", options->explain,
+          "Every key instead, with its value, default, range, unit and meaning; without CONFIG, the defaults")
       ->excludes(format);
   CLI::Option* reference =
       command->add_flag("--reference", options->reference, "Every key there is, as Markdown; without CONFIG")
           ->excludes(config);
   command->callback([&tool, options, config, reference] {
-    if (config->empty() && reference->empty()) throw CLI::RequiredError("CONFIG");
-    tool.run = [&tool, options] {
-      if (!options->reference) return check(*options, tool.registry);
-      std::cout << config_reference(tool.registry);
+    if (config->empty() && reference->empty() && !options->explain) throw CLI::RequiredError("CONFIG");
+    tool.run = [&tool, options, given = !config->empty()] {
+      if (given) return check(*options, tool.registry);
+      std::cout << (options->reference ? config_reference(tool.registry) : explain({}, tool.registry));
       return 0;
     };
   });

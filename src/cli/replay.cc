@@ -267,10 +267,12 @@ void add_replay(CLI::App& app, Tool& tool) {
       app.add_subcommand("replay", "Show what the controller would have commanded on recorded counts");
   command->footer(
       R"(The controller runs active and without lag: the value applied at step t uses the counts of step t.
-Records with another tag than 'train' are skipped. A trace may number its layers as it likes. A layer that a step does not mention has no data in that step.
-Timeline, schedules and warm-up begin at the trace's first step, as numbered there; steps that the trace skips are not counted.
-A damaged trace (torn or unreadable lines, holes, a second run joined on, another version) is replayed as far as it
-can be read, and the rest is reported. A record that is wrong ends the command, unless --salvage is given.
+Records with another tag than 'train' are skipped. A trace may number its layers as it likes. A
+layer that a step does not mention has no data in that step. Timeline, schedules and warm-up begin
+at the trace's first step, as numbered there; steps that the trace skips are not counted. A
+damaged trace (torn or unreadable lines, holes, a second run joined on, another version) is
+replayed as far as it can be read, and the rest is reported. A record that is wrong ends the
+command, unless --salvage is given.
 
 Examples:
   moectl replay policies/sign_bias.yaml trace.jsonl -o run.jsonl

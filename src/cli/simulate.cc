@@ -15,7 +15,6 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <set>
-#include <sstream>
 #include <thread>
 #include <utility>
 
@@ -78,7 +77,7 @@ ControllerConfig config_of(const Options& options, const Variant& variant, const
   return config;
 }
 
-// The step at which the plant changes, if it does.
+// The step at which the simulated router changes, if it does.
 std::optional<std::int64_t> event_of(const SimulationOptions& plant) {
   const bool from_the_start =
       plant.scenario == Scenario::kSteady || plant.scenario == Scenario::kDelay ||
@@ -263,7 +262,7 @@ std::vector<Figures> simulate_variants(const Options& options, const std::vector
   return figures;
 }
 
-/// The plant of the options, fitted to the trace of --like; options that were given replace what was fitted.
+/// The simulated router of the options, fitted to the trace of --like; options that were given replace what was fitted.
 Options like_trace(Options options, const std::set<std::string>& given, const PolicyRegistry& registry) {
   const TraceMoments trace = moments_of(options.like);
   if (trace.layers == 0)
@@ -282,9 +281,12 @@ Options like_trace(Options options, const std::set<std::string>& given, const Po
   const auto take = [&](const char* option, auto& to, const auto& value) {
     if (given.count(option)) return;
     to = value;
-    std::ostringstream text;
-    text << value;
-    command += std::string(" ") + option + ' ' + text.str();
+    command += std::string(" ") + option + ' ';
+    if constexpr (std::is_floating_point_v<std::decay_t<decltype(value)>>) {
+      command += brief(value);
+    } else {
+      command += std::to_string(value);
+    }
   };
   const auto three = [](double value) { return rounded_to(value, 3); };
   take("--clusters", options.plant.clusters, fit.options.clusters);
@@ -429,7 +431,7 @@ void add_simulate(CLI::App& app, Tool& tool) {
 
   const char* const run = "Run";
   add(run, "--steps", options->steps, "Control steps", positive_int);
-  add(run, "--seed", plant.seed, "Of the simulated router and its tokens", from_zero);
+  add(run, "--seed", plant.seed, "Random seed of the simulated router and its tokens", from_zero);
   command
       ->add_option("-o,--output", options->output,
                    "Run log to write; with several configs, one a config: RUN-NAME")

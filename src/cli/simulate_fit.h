@@ -1,4 +1,4 @@
-// `moectl simulate --like TRACE`: what a trace says of the plant, and what the fit found.
+// `moectl simulate --like TRACE`: what a trace says of the simulated router, and what the fit found.
 #pragma once
 
 #include <string>

@@ -87,14 +87,11 @@ int tensorboard(const Options& options) {
 void add_tensorboard(CLI::App& app, Tool& tool) {
   CLI::App* command = app.add_subcommand("tensorboard", "Write TensorBoard event files of runs");
   command->footer(
-      "Scalars: loss, means over layers beside their floors and percentiles of MaxVio over layers "
-      "(balance/...), metrics by layer, the scalar "
-      "actuators, and\n"
-      "the number of layers in each state of health, under each alert, and with each reason that kept an "
-      "actuator from\n"
-      "its proposal. Histograms: load over the mean, and bias, of each layer's experts. Logs carry no clock: "
-      "wall time\n"
-      "is the step.\n\n"
+      "Scalars: loss, means over layers beside their floors and percentiles of MaxVio over layers\n"
+      "(balance/...), metrics by layer, the scalar actuators, and the number of layers in each state of\n"
+      "health, under each alert, and with each reason that kept an actuator from its proposal.\n"
+      "Histograms: load over the mean, and bias, of each layer's experts. Logs carry no clock: wall\n"
+      "time is the step.\n\n"
       "Examples:\n"
       "  moectl tensorboard runs/demo/*.jsonl -o board && tensorboard --logdir board\n"
       "  moectl tensorboard run.jsonl -o board --metric all --histogram-every 100");

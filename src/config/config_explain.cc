@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "base/printable.h"
+#include "control/config_fields.h"
 #include "control/config_keys.h"
 
 namespace moectl {
@@ -106,6 +107,17 @@ std::string explain(const ControllerConfig& config, const PolicyRegistry& regist
   return text;
 }
 
+// What a section of the reference is: "layers[]" is of the list `layers`.
+std::string doc_of_section(std::string section) {
+  if (section.ends_with("[]")) section.resize(section.size() - 2);
+  std::string doc;
+  const ControllerConfig config;
+  for_each_field(config, [&](const FieldInfo& field, const auto&) {
+    if (field.key == section) doc = field.doc;
+  });
+  return doc;
+}
+
 std::string config_reference(const PolicyRegistry& registry) {
   std::string text = kHead;
   const std::vector<Row> rows = rows_of({}, registry);
@@ -122,9 +134,13 @@ std::string config_reference(const PolicyRegistry& registry) {
     const std::string at = dot == std::string::npos ? "" : row.path.substr(0, dot);
     // One table for the three actuators, whose keys are the same.
     if (at == name_of(Actuator::kAuxLossWeight) || at == name_of(Actuator::kRouterTemperature)) continue;
-    if (at != section)
+    if (at != section) {
+      std::string doc = doc_of_section(at);
+      if (at == "expert_bias")
+        doc += ' ' + doc_of_section("aux_loss_weight") + ' ' + doc_of_section("router_temperature");
       text += "\n## " + (at == "expert_bias" ? "expert_bias, aux_loss_weight, router_temperature" : at) +
-              '\n' + table(true);
+              '\n' + (doc.empty() ? "" : '\n' + doc + '\n') + table(true);
+    }
     section = at;
     if (!at.empty()) row.path.erase(0, dot + 1);
     if (at == "expert_bias") {

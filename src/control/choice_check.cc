@@ -6,8 +6,8 @@
 namespace moectl {
 namespace {
 
-constexpr double kNear =
-    0.25;  // of the bias, in squares: what differs by less is the bias, rounded or a step old
+// Of the bias, in squares: what differs by less is the bias, rounded or a step old.
+constexpr double kNear = 0.25;
 constexpr double kSurely = 0.0625;  // what differs by less is another cause, surely
 // Of the largest score. A router in bfloat16 rounds a bias below the first away, and disturbs one below the second.
 constexpr double kRounding = 0.004, kWellAbove = 0.02;
@@ -93,9 +93,8 @@ std::string words(const WiringVerdict& verdict) {
     case Wiring::kFits:
       return "";
     case Wiring::kNotAdded:
-      return "the router does not add the bias: add bias(layer), and no copy of it, to the scores before the "
-             "choice "
-             "of the k largest";
+      return "the router does not add the bias: add bias(layer), and no copy of it, "
+             "to the scores before the choice of the k largest";
     case Wiring::kWrongSign:
       return "the router subtracts the bias: add it to the scores";
     case Wiring::kWrongLayer:
@@ -104,9 +103,8 @@ std::string words(const WiringVerdict& verdict) {
     case Wiring::kOtherBias:
       return "the router adds something else than the bias in force: perhaps a copy that is not updated";
     case Wiring::kOtherChoice:
-      return "the recorded experts are not the k largest of the recorded biased_scores: replayed or masked "
-             "routes, "
-             "or scores of another pass";
+      return "the recorded experts are not the k largest of the recorded biased_scores: "
+             "replayed or masked routes, or scores of another pass";
   }
   return "";
 }

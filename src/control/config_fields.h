@@ -91,7 +91,8 @@ inline constexpr auto kFieldsOf<ModelConfig> = std::tuple{
 template <>
 inline constexpr auto kFieldsOf<Limits> = std::tuple{
     Field{"min", &Limits::min, kRanks, kApplied,
-          "Smallest value that is applied; a loss weight: at least 0, a temperature: at least 1e-9."},
+          "Smallest value that is applied; a loss weight: at least 0 (default 1e-4 if `initial` is not 0), a "
+          "temperature: at least 1e-9."},
     Field{"max", &Limits::max, kRanks, kApplied, "Largest value that is applied."},
     Field{"rate", &Limits::rate, kRanks, kRate,
           "Largest move of one decision: score units for biases, |ln(new/old)| for the two scalars, at most "
@@ -123,7 +124,7 @@ inline constexpr auto kFieldsOf<GainSchedule> = std::tuple{
 template <>
 inline constexpr auto kFieldsOf<ActuatorConfig> = std::tuple{
     Field{"policy", &ActuatorConfig::policy, kState, kPolicy, "What decides the actuator's value."},
-    Field{"options", &ActuatorConfig::options, kState, "Options of the policy."},
+    Field{"options", &ActuatorConfig::options, kState, "Options of the policy, listed below."},
     Field{
         "initial", &ActuatorConfig::initial, kRanks,
         "Value at the start, within the limits. Biases also: a list of one value an expert, or the name of a "
@@ -260,7 +261,7 @@ inline constexpr auto kFieldsOf<TimelineEntry> = std::tuple_cat(
 template <>
 inline constexpr auto kFieldsOf<ControllerConfig> = std::tuple{
     Field{"mode", &ControllerConfig::mode, kRanks,
-          "active: decide and apply; shadow: decide and log, apply the initial values; off: do nothing."},
+          "active: decide and apply; shadow: decide and log, move nothing; off: do nothing."},
     Field{"lag", &ControllerConfig::lag, kState, kLag, "steps",
           "0: a step waits for the sums of all ranks; 1: it decides on those of the step before."},
     Field{"model", &ControllerConfig::model, kState, "The model.", Presence::kRequired},

@@ -12,6 +12,8 @@ std::string range_of(const FieldInfo& field) {
     std::vector<std::string> names;
     for (const T choice : choices_of(T{})) names.emplace_back(name_of(choice));
     return listed(names);
+  } else if constexpr (std::is_same_v<T, PolicyOptions>) {
+    return "the policy's";
   } else if constexpr (std::is_same_v<T, Initial>) {
     return "number, list or file";
   } else if constexpr (kIsOptional<T>) {
@@ -80,6 +82,7 @@ class Flat {
       for (const auto& [metric, band] : value)
         put(path + '.' + metric, '[' + shown(band.low) + ", " + shown(band.high) + ']', true);
     } else if constexpr (std::is_same_v<T, PolicyOptions>) {
+      if (value.values().empty() && complete_) put(path, "", false);
       for (const auto& [name, option] : value.values()) put(path + '.' + name, shown(option), true);
     } else {
       bool is_given = true;

@@ -100,7 +100,7 @@ void LayerGuard::follow_loads(std::int64_t step, const RoutingStats& stats, cons
   double heaviest = 0, second = 0, target_of_heaviest = 0;  // smoothed loads, relative to their targets
   vio_ = 0;
   for (std::size_t i = 0; i < errors_.size(); ++i) {
-    // An expert that should receive no tokens: its error is minus its tokens, in mean targets (load_targets.h).
+    // An expert that should receive no tokens: its error is -(its tokens / the mean target), as in load_targets.h.
     const double target = targets_[i] * total, unit = target > 0 ? target : even_target_ * total;
     if (!(unit > 0)) continue;
     errors_[i] = (target - static_cast<double>(stats.counts()[i])) / unit;
@@ -386,12 +386,12 @@ void LayerGuard::exchange(StateIo& io) {
   io.value("guard.gap", gap_, StateIo::kNotNegative);
   io.value("guard.vio_average", vio_average_);
   io.value("guard.start_vio", start_vio_);
-  io.value("guard.helped", partial_success_bound_);
+  io.value("guard.partial_success_bound", partial_success_bound_);
   io.value("guard.was_balanced", was_balanced_);
   io.value("guard.lost_sum", lost_sum_);
   io.value("guard.lost_steps", lost_steps_);
-  io.value("guard.raised", scalar_exponent_, {0, 1});
-  io.value("guard.held", last_good_exponent_, {0, 1});
+  io.value("guard.scalar_exponent", scalar_exponent_, {0, 1});
+  io.value("guard.last_good_exponent", last_good_exponent_, {0, 1});
   io.values("guard.errors", errors_);  // a step without data decides on those of the step before
   io.values("guard.smoothed_errors", smoothed_);
   io.values("guard.bias_steps", steps_);

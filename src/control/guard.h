@@ -67,8 +67,8 @@ class LayerGuard {
   double balanced_max_vio_ = 0;                  // MaxVio that counts as balanced
   double vio_ = 0, vio_average_ = 0;             // MaxVio of this step, and smoothed
   double start_vio_ = 0;                         // MaxVio when the intervention began
-  double partial_success_bound_ =
-      0;  // kPartialSuccess · start_vio_ if it helped without restoring balance, else 0
+  // kPartialSuccess · start_vio_ if the intervention helped without restoring balance, else 0.
+  double partial_success_bound_ = 0;
   // The larger of MaxVio of the smoothed loads (what remains once chance has averaged out) and half of vio_average_.
   double excess_ = 0;
   bool was_balanced_ = false;

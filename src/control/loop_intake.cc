@@ -32,6 +32,8 @@ void Controller::Loop::check_choices(int layer, const ChoiceSample& sample) {
   if (verdict.other_layer >= 0) {
     verdict.other_layer = layers_[static_cast<std::size_t>(verdict.other_layer)]->id;
   }
+  at.miswired |=
+      verdict.what != Wiring::kUnknown && verdict.what != Wiring::kGood && verdict.what != Wiring::kFits;
   const std::string text = at.choices.observe(verdict, steps_);
   if (!text.empty()) say(NoticeKind::kWiring, layer, text);
 }
@@ -73,9 +75,9 @@ void Controller::Loop::record(int layer, std::int64_t micro_batch, const Routing
     if (micro_batch < 0) at.repeats.observe(batch, at.group->shape.top_k);
     sums.add(batch);
     const ModelConfig& model = at.group->config.model;
-    at.no_probabilities |= !batch.top_values.empty() && sums.valid() && model.delay == 0 &&
-                           model.score_space == ScoreSpace::kProbability &&
-                           !leaves_probabilities(batch, model.top_k, at.biases().applied());
+    at.values_outside |= !batch.top_values.empty() && sums.valid() && model.delay == 0 &&
+                         model.score_space == ScoreSpace::kProbability &&
+                         !leaves_probabilities(batch, model.top_k, at.biases().applied());
     at.uncollected_sequences |=
         !at.group->shape.needs.sequences && (batch.sequence_length > 0 || !batch.sequence_ids.empty());
   });
@@ -198,6 +200,9 @@ void Controller::Loop::clear_intake() {
     layer->fingerprints.clear();
     layer->repeats.end_step();
     layer->choices.end_step();
+    // What the wiring explains says nothing of the scores.
+    layer->no_probabilities |= layer->values_outside && !layer->miswired;
+    layer->values_outside = layer->miswired = false;
   }
 }
 

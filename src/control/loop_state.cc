@@ -12,6 +12,32 @@
 namespace moectl {
 namespace {
 
+// What stands first in a state.
+struct Head {
+  std::int64_t steps = 0, settings_from = 0;
+  void exchange(StateIo& io) {
+    io.value("steps", steps);
+    io.value("settings_from", settings_from);
+  }
+};
+
+// What stands first of a layer.
+struct LayerHead {
+  std::string config;
+  bool frozen = false, by_host = false;
+  void exchange(StateIo& io) {
+    io.text("config", config);
+    io.value("frozen", frozen);
+    io.value("frozen_by_host", by_host);
+  }
+};
+
+void exchange_pending(StateIo& io, PendingReduction& pending, bool& arrived, Payload& sums) {
+  pending.exchange(io);
+  io.value("arrived", arrived);
+  sums.exchange(io, "sums", arrived);
+}
+
 using Fate = KeptPart::Fate;
 
 /// The lines of `a` and `b` that differ, as pairs; a key that only one of them has with an empty line in the other.
@@ -117,8 +143,7 @@ std::string Controller::Loop::save_layer(int layer) {
   Layer& at = layer_at(layer);
   finish_pending();
   StateIo out;
-  out.value("steps", steps_);
-  out.value("settings_from", settings_from_);
+  Head{steps_, settings_from_}.exchange(out);
   out.section(section_of(at.id), [&](StateIo& io) { exchange_layer(io, at); });
   exchange_common(out);
   if (pending_) out.section("sums", [&](StateIo& io) { exchange_sums_of(io, at); });
@@ -168,11 +193,10 @@ std::unique_ptr<Controller::Loop> Controller::Loop::loaded(std::string_view stat
                                                            std::vector<KeptPart>& parts) const {
   StateIo in(state);
   StateIo peek = in;
-  std::int64_t steps = 0, settings_from = 0;
-  peek.value("steps", steps);
-  peek.value("settings_from", settings_from);
-  auto fresh =
-      std::make_unique<Loop>(config_, registry_, keep == Keep::everything ? settings_from : last_of(steps));
+  Head head;
+  head.exchange(peek);
+  auto fresh = std::make_unique<Loop>(config_, registry_,
+                                      keep == Keep::everything ? head.settings_from : last_of(head.steps));
   if (keep == Keep::everything) {
     fresh->exchange(in);
     in.finish();
@@ -186,20 +210,19 @@ std::unique_ptr<Controller::Loop> Controller::Loop::loaded(std::string_view stat
 std::unique_ptr<Controller::Loop> Controller::Loop::layer_loaded(int layer, std::string_view state, Keep keep,
                                                                  std::vector<KeptPart>& parts) {
   StateIo in(state);
-  std::int64_t steps = 0, settings_from = 0;
-  in.value("steps", steps);
-  in.value("settings_from", settings_from);
+  Head head;
+  head.exchange(in);
   const std::string name = section_of(layer_at(layer).id);
   if (!in.find(name)) {
     throw StateError("state: must hold " + name + ", as save_layer(" + std::to_string(layer) + ") writes it");
   }
   std::vector<KeptPart> own;  // of the other layers: all stays
   const std::string before = save();
-  auto fresh =
-      std::make_unique<Loop>(config_, registry_, keep == Keep::everything ? settings_from : last_of(steps));
+  auto fresh = std::make_unique<Loop>(config_, registry_,
+                                      keep == Keep::everything ? head.settings_from : last_of(head.steps));
   fresh->keep_what_fits(StateIo(before), own);
   fresh->take_over_from(*this);
-  fresh->steps_ = steps;
+  fresh->steps_ = head.steps;
   fresh->freeze_as(*this);
   Layer& at = fresh->layer_at(layer);
   at.frozen = frozen_at(config_, at.id, fresh->settings_from_);  // the state knows what the host did
@@ -219,8 +242,10 @@ std::unique_ptr<Controller::Loop> Controller::Loop::layer_loaded(int layer, std:
 }
 
 void Controller::Loop::exchange(StateIo& io) {
-  io.value("steps", steps_);
-  io.value("settings_from", settings_from_);
+  Head head{steps_, settings_from_};
+  head.exchange(io);
+  steps_ = head.steps;
+  settings_from_ = head.settings_from;
   std::vector<std::int64_t> ids(ids_.begin(), ids_.end());
   io.list("layers", ids);
   if (!std::equal(ids.begin(), ids.end(), ids_.begin(), ids_.end())) {
@@ -236,21 +261,15 @@ void Controller::Loop::exchange(StateIo& io) {
   }
   exchange_common(io);
   if (!pending_) return;
-  io.section("pending", [&](StateIo& inner) {
-    pending_->exchange(inner);
-    inner.value("arrived", arrived_);
-    payload_.exchange(inner, "sums", arrived_);
-  });
+  io.section("pending", [&](StateIo& inner) { exchange_pending(inner, *pending_, arrived_, payload_); });
 }
 
 void Controller::Loop::exchange_layer(StateIo& io, Layer& layer) {
   const std::string& own = layer.group->description;
-  std::string saved = own;
-  io.text("config", saved);
-  if (saved != own) throw StateError(first_difference(saved, own));
-  io.value("frozen", layer.frozen);
-  bool by_host = frozen_by_host(layer);
-  io.value("frozen_by_host", by_host);
+  LayerHead head{own, layer.frozen, frozen_by_host(layer)};
+  head.exchange(io);
+  if (head.config != own) throw StateError(first_difference(head.config, own));
+  layer.frozen = head.frozen;
   io.section("intake", [&](StateIo& inner) { exchange_recorded(inner, layer); });
   io.section("watch", [&](StateIo& inner) { layer.monitor->exchange(inner); });
   if (layer.guard) io.section("guard", [&](StateIo& inner) { layer.guard->exchange(inner); });
@@ -293,9 +312,9 @@ void Controller::Loop::exchange_common(StateIo& io) {
 
 void Controller::Loop::keep_what_fits(const StateIo& state, std::vector<KeptPart>& parts) {
   StateIo in = state;
-  std::int64_t settings_from = 0;
-  in.value("steps", steps_);
-  in.value("settings_from", settings_from);
+  Head head;
+  head.exchange(in);
+  steps_ = head.steps;
   std::vector<std::int64_t> ids;
   in.list("layers", ids);
   for (const auto& layer : layers_) {
@@ -320,9 +339,7 @@ void Controller::Loop::keep_what_fits(const StateIo& state, std::vector<KeptPart
     PendingReduction& pending = pending_.emplace(payload_);
     bool arrived = false;
     Payload sums = payload_;
-    pending.exchange(io);
-    io.value("arrived", arrived);
-    sums.exchange(io, "sums", arrived);
+    exchange_pending(io, pending, arrived, sums);
     payload_ = std::move(sums);
     arrived_ = arrived;
   });
@@ -349,16 +366,14 @@ void Controller::Loop::keep_common(const StateIo& in, std::vector<KeptPart>& par
 
 void Controller::Loop::keep_layer(StateIo in, Layer& layer, std::vector<KeptPart>& parts) {
   const std::string& own = layer.group->description;
-  std::string saved;
-  in.text("config", saved);
+  LayerHead head;
+  head.exchange(in);
+  const std::string& saved = head.config;
   // What the host had changed by freeze() holds again; else the config that holds now decides.
-  bool frozen = false, by_host = false;
-  in.value("frozen", frozen);
-  in.value("frozen_by_host", by_host);
-  if (by_host && frozen != layer.frozen) {
-    layer.frozen = frozen;
+  if (head.by_host && head.frozen != layer.frozen) {
+    layer.frozen = head.frozen;
     parts.push_back({layer.id, "frozen", Fate::kAdapted,
-                     frozen ? "freeze() of the host holds the layer" : "the host has thawed the layer"});
+                     head.frozen ? "freeze() of the host holds the layer" : "the host has thawed the layer"});
   }
   const auto report = [&](const char* key, const std::string& wrong,
                           std::initializer_list<std::string_view> keys) {

@@ -10,24 +10,10 @@
 #include <string_view>
 #include <vector>
 
+#include "base/format.h"
 #include "moectl/notice.h"
 
 namespace moectl {
-
-// A number in a notice, decimals with two places: without allocation and whatever the locale.
-class Number {
- public:
-  explicit Number(double value)
-      : end_(std::to_chars(text_, text_ + sizeof text_, std::clamp(value, -1e6, 1e6),
-                           std::chars_format::fixed, 2)
-                 .ptr) {}
-  explicit Number(std::int64_t value) : end_(std::to_chars(text_, text_ + sizeof text_, value).ptr) {}
-  std::string_view text() const { return {text_, end_}; }
-
- private:
-  char text_[24] = {};
-  const char* end_;
-};
 
 class Notices {
  public:

@@ -12,8 +12,8 @@ namespace {
 
 constexpr std::uint64_t kFnvOffset = 0xcbf29ce484222325ULL;
 constexpr std::uint64_t kFnvPrime = 0x100000001b3ULL;
-constexpr int kMagnitudeBits =
-    20;  // what a magnitude leaves out, so that those of 2^20 ranks add up below 2^63
+// What a magnitude leaves out, so that those of 2^20 ranks add up below 2^63.
+constexpr int kMagnitudeBits = 20;
 constexpr std::int64_t kMostRanks = std::int64_t{1} << kMagnitudeBits;
 constexpr int kHashBits = 20;  // so that R ranks' squares add up far below 2^63
 

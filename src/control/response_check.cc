@@ -34,8 +34,8 @@ constexpr NumberRange kBias{-1e12, 1e12}, kLoad{0, 1e15}, kSum{-1e200, 1e200};
 // The check of a balanced layer is awake for kAwake steps in each kPeriod, and for those that fill its memory.
 constexpr std::int64_t kPeriod = 512, kAwake = 16;
 constexpr std::int64_t kFewest = 4;  // assignments an expert in a step; with fewer, slopes are mostly noise
-constexpr std::int64_t kAlike = 8;   // steps with the same loads
-constexpr std::int64_t kNap = 12;    // steps without a comparison after an answer
+constexpr std::int64_t kSameLoads = 8;  // steps with the same loads
+constexpr std::int64_t kNap = 12;       // steps without a comparison after an answer
 
 }  // namespace
 
@@ -119,10 +119,10 @@ bool ResponseCheck::rests(double load_cv, std::span<const double> in_force) {
   // The average of a layer that balanced itself at once is still high for thirty steps.
   unbalanced_ = std::min(ratio, error_over_floor_) > kImbalance;
   // Loads that are the same again and again are no new routing, however even they are: it is asked what moves them.
-  alike_ = load_cv == last_cv_ ? std::min(alike_ + 1, kAlike) : 0;
+  same_loads_ = load_cv == last_cv_ ? std::min(same_loads_ + 1, kSameLoads) : 0;
   last_cv_ = load_cv;
-  unbalanced_ |= alike_ >= kAlike;
-  const bool balanced = error_over_floor_ <= kImbalance && alike_ < kAlike && !adjusts();
+  unbalanced_ |= same_loads_ >= kSameLoads;
+  const bool balanced = error_over_floor_ <= kImbalance && same_loads_ < kSameLoads && !adjusts();
   if (nap_ > 0) {
     --nap_;
     return true;
@@ -459,7 +459,7 @@ void ResponseCheck::exchange(StateIo& io) {
   io.value("response.noise_sq", noise_sq_, {0, 1e100});
   io.value("response.error_over_floor", error_over_floor_, {0, 1e6});
   io.value("response.last_cv", last_cv_, StateIo::kNotNegative);
-  io.value("response.alike", alike_, {0, kAlike});
+  io.value("response.same_loads", same_loads_, {0, kSameLoads});
   moves_.exchange(io, kSum);
   io.choice("response.state", state_, Response::kUnresponsive);
   io.value("response.quiet", quiet_);

@@ -143,7 +143,7 @@ class ResponseCheck {
   double floor_sq_ = 0;
   double error_over_floor_ = 0;  // of their squares, smoothed
   double last_cv_ = 0;
-  std::int64_t alike_ = 0;             // steps in a row with the same loads
+  std::int64_t same_loads_ = 0;        // steps in a row with the same loads
   std::int64_t clock_;                 // wakes a resting check; other layers at other steps
   std::int64_t filled_ = 0;            // steps in a row that were seen
   std::int64_t skipped_ = 0;           // steps in a row that were not

@@ -39,8 +39,8 @@ void exchange_found(StateIo& io, const char* found, const char* gain, const char
 /// Sums of a regression through an instrument z: of the changes seen, y, on those expected, x.
 struct GainSums {
   double zy = 0, zx = 0;
-  double zz =
-      0;  // Σ z² times what of the noise differs: the relative load, for counts scatter in proportion to it
+  // Σ z² times what of the noise differs: the relative load, for counts scatter in proportion to it.
+  double zz = 0;
   void add(const GainSums& more, double keep);
   std::optional<GainEstimate> estimate(double noise_sq) const;
   void exchange(StateIo& io, NumberRange range);

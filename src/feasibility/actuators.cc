@@ -1,50 +1,18 @@
 #include "feasibility/actuators.h"
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <limits>
 
 #include "base/format.h"
 #include "feasibility/load_extents.h"
+#include "moectl/metrics.h"
 
 namespace moectl {
 namespace {
 
 constexpr double kOpen = std::numeric_limits<double>::infinity();
 constexpr double kSlack = 1e-9;
-
-constexpr std::array<std::string_view, 31> kLoadMetrics = {"entropy",
-                                                           "entropy_normalized",
-                                                           "effective_experts",
-                                                           "kl_to_uniform",
-                                                           "load_std",
-                                                           "load_cv",
-                                                           "max_load",
-                                                           "min_load",
-                                                           "max_to_mean",
-                                                           "max_vio",
-                                                           "gini",
-                                                           "utilization_variance",
-                                                           "inactive_experts",
-                                                           "inactive_fraction",
-                                                           "dead_experts",
-                                                           "hot_experts",
-                                                           "cold_experts",
-                                                           "drop_rate",
-                                                           "predicted_drop_rate",
-                                                           "straggler_slowdown",
-                                                           "excess_cv",
-                                                           "balancedness",
-                                                           "load_p5",
-                                                           "load_p25",
-                                                           "load_p50",
-                                                           "load_p75",
-                                                           "load_p95",
-                                                           "max_vio_global",
-                                                           "fsi",
-                                                           "fhs",
-                                                           "fhs_alarm"};
 
 }  // namespace
 
@@ -54,7 +22,8 @@ std::string text_of(const Extent& bounds) {
 }
 
 bool is_load_metric(std::string_view metric) {
-  return std::find(kLoadMetrics.begin(), kLoadMetrics.end(), metric) != kLoadMetrics.end();
+  const MetricField* const field = find_metric(metric);
+  return field && field->of_load;
 }
 
 std::optional<Extent> bounds_of(std::string_view metric, const LoadSpace& space) {

@@ -311,7 +311,9 @@ LayerBiases from_log(const std::string& path, bool deployed) {
     check_cells(
         cells += static_cast<std::int64_t>(logged.applied.size()) - static_cast<std::int64_t>(values.size()),
         path);
-    values = deployed && !logged.deployed.empty() ? logged.deployed : logged.applied;
+    // In shadow what is logged as applied was never in force.
+    const bool shadow = std::ranges::find(logged.reasons, name_of(Reason::kShadow)) != logged.reasons.end();
+    values = (deployed || shadow) && !logged.deployed.empty() ? logged.deployed : logged.applied;
   }
   if (biases.empty()) fail(path, "holds no biases of single experts (log.per_expert is off?)");
   return biases;

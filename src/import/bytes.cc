@@ -14,7 +14,6 @@
 namespace moectl {
 namespace {
 
-constexpr std::size_t kBuffer = std::size_t{1} << 18, kPadding = 64;
 constexpr std::int64_t kMostValues = std::int64_t{1} << 48;
 
 /// Exactly `size` bytes.
@@ -59,62 +58,40 @@ Bytes::Bytes(const std::string& path, std::string name)
     : name_(!name.empty() ? std::move(name)
             : path == "-" ? "<stdin>"
                           : path),
-      file_(path),
-      buffer_(kBuffer + kPadding) {
+      file_(path) {
   if (!file_.fault().empty()) throw ImportError(name_ + ": cannot be opened: " + file_.fault());
 }
 
 bool Bytes::fill() {
-  if (begin_ > 0) {
-    std::memmove(buffer_.data(), buffer_.data() + begin_, end_ - begin_);
-    end_ -= begin_;
-    begin_ = 0;
+  const std::span<char> room = buffer_.room();
+  if (room.empty()) {
+    throw ImportError(name_ + ':' + std::to_string(line_ + 1) + ": line: longer than " +
+                      std::to_string(kLongestLine) + " bytes");
   }
-  if (end_ == buffer_.size() - kPadding) {
-    if (end_ >= kLongestLine) {
-      throw ImportError(name_ + ':' + std::to_string(line_ + 1) + ": line: longer than " +
-                        std::to_string(kLongestLine) + " bytes");
-    }
-    buffer_.resize(end_ * 2 + kPadding);
-  }
-  const std::size_t got = file_.read(buffer_.data() + end_, buffer_.size() - kPadding - end_);
+  const std::size_t got = file_.read(room.data(), room.size());
   if (!file_.fault().empty()) throw ImportError(name_ + ": " + file_.fault());
   if (got == 0 && file_.torn()) throw ImportError(name_ + ": gzip: unexpected end of file");
-  end_ += got;
+  buffer_.added(got);
   return got > 0;
 }
 
 std::size_t Bytes::read(char* to, std::size_t size) {
-  if (begin_ == end_ && !fill()) return 0;
-  const std::size_t got = std::min(size, end_ - begin_);
-  std::memcpy(to, buffer_.data() + begin_, got);
-  begin_ += got;
-  return got;
+  if (buffer_.held().empty() && !fill()) return 0;
+  const std::string_view held = buffer_.held().substr(0, size);
+  std::memcpy(to, held.data(), held.size());
+  buffer_.take(held.size());
+  return held.size();
 }
 
 std::string_view Bytes::peek(std::size_t size) {
-  while (end_ - begin_ < std::min(size, kLongestNpyHeader) && fill()) {
+  while (buffer_.held().size() < std::min(size, kLongestNpyHeader) && fill()) {
   }
-  return {buffer_.data() + begin_, std::min(size, end_ - begin_)};
+  return buffer_.held().substr(0, size);
 }
 
 bool Bytes::line(std::string_view& text) {
-  for (std::size_t searched = begin_;;) {
-    if (const void* found = std::memchr(buffer_.data() + searched, '\n', end_ - searched)) {
-      const auto at = static_cast<std::size_t>(static_cast<const char*>(found) - buffer_.data());
-      text = {buffer_.data() + begin_, at - begin_};
-      begin_ = at + 1;
-      break;
-    }
-    const std::size_t held = end_ - begin_;
-    if (!fill()) {
-      if (held == 0) return false;
-      text = {buffer_.data() + begin_, held};
-      begin_ = end_;
-      break;
-    }
-    searched = begin_ + held;
-  }
+  bool complete = true;
+  if (!buffer_.line(text, complete, [this] { return fill(); })) return false;
   ++line_;
   if (text.ends_with('\r')) text.remove_suffix(1);
   if (line_ == 1 && text.starts_with("\xef\xbb\xbf")) text.remove_prefix(3);

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "base/input_file.h"
+#include "base/line_buffer.h"
 
 namespace moectl {
 
@@ -40,8 +41,7 @@ class Bytes : public ByteStream {
 
   std::string name_;
   InputFile file_;
-  std::vector<char> buffer_;
-  std::size_t begin_ = 0, end_ = 0;
+  LineBuffer buffer_;
   std::int64_t line_ = 0;
 };
 

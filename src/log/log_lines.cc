@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstring>
 #include <thread>
 #include <utility>
 
@@ -14,19 +13,11 @@
 #include "moectl/run_log.h"
 
 namespace moectl {
-namespace {
-
-constexpr std::size_t kFirstBuffer = std::size_t{1} << 18;
-
-}  // namespace
 
 LogError::LogError(const std::string& what) : std::runtime_error(message_line(what)) {}
 
 LogLines::LogLines(const std::string& path, std::function<bool()> follow)
-    : name_(path == "-" ? "<stdin>" : path),
-      follow_(std::move(follow)),
-      file_(path),
-      buffer_(kFirstBuffer + kPadding) {
+    : name_(path == "-" ? "<stdin>" : path), follow_(std::move(follow)), file_(path) {
   if (!file_.fault().empty()) throw LogError(name_ + ": cannot be opened: " + file_.fault());
 }
 
@@ -58,52 +49,26 @@ bool LogLines::was_replaced() const {
 }
 
 bool LogLines::fill() {
-  if (begin_ > 0) {
-    std::memmove(buffer_.data(), buffer_.data() + begin_, end_ - begin_);
-    end_ -= begin_;
-    begin_ = 0;
+  const std::span<char> room = buffer_.room();
+  if (room.empty()) {
+    broken_ = true;
+    throw LogError(name_ + ':' + std::to_string(number_ + 1) + ": line: longer than " +
+                   std::to_string(kLongestLine) + " bytes: must hold one record");
   }
-  if (end_ == buffer_.size() - kPadding) {
-    if (end_ >= kLongestLine) {
-      broken_ = true;
-      throw LogError(name_ + ':' + std::to_string(number_ + 1) + ": line: longer than " +
-                     std::to_string(kLongestLine) + " bytes: must hold one record");
-    }
-    buffer_.resize(end_ * 2 + kPadding);
-  }
-  const std::size_t got =
-      read_some(buffer_.data() + end_, std::min(buffer_.size() - kPadding - end_, kFirstBuffer));
+  const std::size_t got = read_some(room.data(), std::min(room.size(), LineBuffer::kFirst));
   torn_ = got == 0 && !follow_ && file_.fault().empty() && file_.torn();
   if (torn_ || !file_.fault().empty()) {
     broken_ = true;
     throw LogError(name_ + ':' + std::to_string(number_ + 1) + ": " +
                    (torn_ ? "gzip: unexpected end of file: must be a whole gzip file" : file_.fault()));
   }
-  end_ += got;
+  buffer_.added(got);
   return got > 0;
 }
 
 bool LogLines::next(std::string_view& line) {
-  std::size_t searched = begin_;
-  for (;;) {
-    if (const void* found = std::memchr(buffer_.data() + searched, '\n', end_ - searched)) {
-      const auto at = static_cast<std::size_t>(static_cast<const char*>(found) - buffer_.data());
-      line = {buffer_.data() + begin_, at - begin_};
-      offset_ += static_cast<std::int64_t>(at - begin_) + 1;
-      begin_ = at + 1;
-      break;
-    }
-    const std::size_t held = end_ - begin_;
-    if (!fill()) {
-      if (held == 0) return false;
-      line = {buffer_.data() + begin_, held};
-      offset_ += static_cast<std::int64_t>(held);
-      begin_ = end_;
-      complete_ = false;
-      break;
-    }
-    searched = begin_ + held;
-  }
+  if (!buffer_.line(line, complete_, [this] { return fill(); })) return false;
+  offset_ += static_cast<std::int64_t>(line.size()) + (complete_ ? 1 : 0);
   ++number_;
   return true;
 }

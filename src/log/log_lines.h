@@ -8,12 +8,13 @@
 #include <vector>
 
 #include "base/input_file.h"
+#include "base/line_buffer.h"
 
 namespace moectl {
 
 class LogLines {
  public:
-  static constexpr std::size_t kPadding = 64;
+  static constexpr std::size_t kPadding = LineBuffer::kPadding;
 
   /// `-` is standard input. Throws LogError if the file cannot be opened. With `follow`, the end of a file
   /// that is still being written is waited at until another file stands under its name, it was cut short, or
@@ -21,8 +22,8 @@ class LogLines {
   explicit LogLines(const std::string& path, std::function<bool()> follow = {});
 
   /// The next line without its end; false at the end of the file. The view holds until the next call, and kPadding bytes
-  /// after it can be read, as simdjson wants. Throws
-  /// LogError on a damaged gzip file and on lines longer than any record can be.
+  /// after it can be read, as simdjson wants. Throws LogError on a damaged gzip file and on lines longer than any record
+  /// can be.
   bool next(std::string_view& line);
   /// Number of the line that next() returned last, from 1.
   std::int64_t number() const { return number_; }
@@ -46,8 +47,7 @@ class LogLines {
   std::string name_;
   std::function<bool()> follow_;
   InputFile file_;
-  std::vector<char> buffer_;
-  std::size_t begin_ = 0, end_ = 0;
+  LineBuffer buffer_;
   std::int64_t number_ = 0, offset_ = 0;
   bool complete_ = true;
   bool broken_ = false;

@@ -266,9 +266,8 @@ void read_counts(const LineReader& line, JsonValue counts, bool only_load, std::
   const bool all_counted = *tokens <= kLargestInteger / shape.top_k && sum == *tokens * shape.top_k;
   if (!all_counted && is_rounded(counts, out)) {
     line.fail("counts", "sum " + std::to_string(sum),
-              "no count has more than 11 significant bits, and the sum is not tokens * top_k: half precision "
-              "(float16, "
-              "bfloat16) rounds counts; write them from whole numbers or float32");
+              "no count has more than 11 significant bits, and the sum is not tokens * top_k: "
+              "half precision (float16, bfloat16) rounds counts; write them from whole numbers or float32");
   }
   std::optional<std::int64_t> squares;
   if (const auto given = line.find("choices_sq")) squares = line.integer("choices_sq", *given);

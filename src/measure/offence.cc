@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <cstdio>
 #include <limits>
 
+#include "base/format.h"
 #include "measure/stats_checks.h"
 
 namespace moectl {
@@ -19,12 +19,15 @@ Offence written(const char* format, Values... values) {
   return offence;
 }
 
-Offence offence_of(std::string_view field, std::int64_t index, const char* value,
+Offence offence_of(std::string_view field, std::int64_t index, std::string_view value,
                    std::string_view constraint) {
-  const int f = static_cast<int>(field.size()), c = static_cast<int>(constraint.size());
-  if (index < 0) return written("%.*s = %s: %.*s", f, field.data(), value, c, constraint.data());
-  return written("%.*s[%lld] = %s: %.*s", f, field.data(), static_cast<long long>(index), value, c,
-                 constraint.data());
+  const auto size = [](std::string_view text) { return static_cast<int>(text.size()); };
+  if (index < 0) {
+    return written("%.*s = %.*s: %.*s", size(field), field.data(), size(value), value.data(),
+                   size(constraint), constraint.data());
+  }
+  return written("%.*s[%lld] = %.*s: %.*s", size(field), field.data(), static_cast<long long>(index),
+                 size(value), value.data(), size(constraint), constraint.data());
 }
 
 /// "must be in [0, N)".
@@ -214,15 +217,12 @@ Offence negative(const char* field, std::int64_t index, std::int64_t value) {
 
 Offence offence_at(std::string_view field, std::int64_t index, std::int64_t value,
                    std::string_view constraint) {
-  char shown[24];
-  std::snprintf(shown, sizeof shown, "%lld", static_cast<long long>(value));
-  return offence_of(field, index, shown, constraint);
+  return offence_of(field, index, Number(value).text(), constraint);
 }
 
 Offence offence_at(std::string_view field, std::int64_t index, double value, std::string_view constraint) {
-  char shown[32];
-  std::snprintf(shown, sizeof shown, "%.6g", value);
-  return offence_of(field, index, std::isnan(value) ? "nan" : shown, constraint);  // not "-nan"
+  return offence_of(field, index, std::isnan(value) ? "nan" : Number(value, 6).text(),
+                    constraint);  // not "-nan"
 }
 
 Offence overflow_of(std::string_view field) {

@@ -331,9 +331,8 @@ void add_responsiveness(const Totals& all, Families& out) {
     }
   };
   out.gauge("moectl_response",
-            "1 for what is known of the answer to the actuator (the load's to the biases, the token "
-            "entropy's to the "
-            "temperature), 0 for the rest.");
+            "1 for what is known of the answer to the actuator (the load's to the biases, "
+            "the token entropy's to the temperature), 0 for the rest.");
   each([&](const Labels& labels, const Responsiveness& found) {
     if (found.state == Response::kNotApplicable) return;
     for (int r = 0; r < kResponseCount; ++r) {

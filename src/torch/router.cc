@@ -13,8 +13,7 @@ using ::torch::Tensor;
 
 template <typename T>
 void require(bool holds, const char* name, T value, const char* constraint) {
-  if (!holds)
-    throw std::invalid_argument(std::string(name) + ": " + std::to_string(value) + ": " + constraint);
+  if (!holds) throw std::invalid_argument(c10::str(name, ": ", value, ": ", constraint));
 }
 
 /// ln softplus(x). Softplus underflows below about -100, where it equals exp(x): both branches stay finite,

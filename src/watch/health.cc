@@ -28,15 +28,15 @@ constexpr Threshold kCollapsingEntropy{0.8, 0.85};    // below, for the slope to
 constexpr Threshold kFisherAlarm{0.5, 0.25};          // above, smoothed share of steps with the alarm
 // The same to enter and to leave, so that the state and the other answers agree: dwell alone keeps it from flickering.
 constexpr Threshold kImbalance{kBalancedFloors, kBalancedFloors};  // above, floors
-constexpr double kFewSteps =
-    2;  // of the first step: the threshold is 1 + this over the steps seen times as high
+// Of the first steps: the threshold is 1 + this over the steps seen times as high.
+constexpr double kFewSteps = 2;
 constexpr Threshold kSwing{0.5, 0.35};            // above; sampling noise stays below 0.1
 constexpr Threshold kSwingWidth{1.5, 1.25};       // above, CV of the swing over the floor's
 constexpr Threshold kStagnant{0.5, 0.25};         // above, smoothed number of stagnant experts
 constexpr Threshold kWeakEntropy{0.95, 0.93};     // above, entropy_normalized; published
 constexpr Threshold kWeakInformation{0.05, 0.1};  // below, nats between expert and token or domain
 // above, domain_exclusivity. Mean plus 5 (to leave: 3) standard deviations of the largest smoothed value of a run,
-// 0.227 + 5 · 0.031, over 60 runs of healthy simulated routers (seeds 101–120 of three plants), so healthy runs do not
+// 0.227 + 5 · 0.031, over 60 runs of healthy simulated routers (three kinds, seeds 101–120), so healthy runs do not
 // reach it. The failure_modes tests measure it again, and check it on other seeds and routers.
 constexpr Threshold kExclusive{0.38, 0.32};
 constexpr Threshold kLatencyTail{2.0, 1.5};  // above, p99 over p50 of experts

@@ -89,8 +89,8 @@ class LoadTrend {
  private:
   static constexpr std::array<int, 7> kLags = {1, 2, 3, 4, 5, 6, 8};
   static constexpr std::size_t kMemory = 8;
-  static constexpr std::int64_t kShiftEvery =
-      4;  // steps: a change of eight steps' mean can wait for its test
+  // Steps: a change of eight steps' mean can wait for its test.
+  static constexpr std::int64_t kShiftEvery = 4;
 
   struct Block {
     std::int64_t steps = 0;

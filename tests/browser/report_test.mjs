@@ -334,9 +334,9 @@ test('loads are shown over unequal targets', async () => {
   await page.keyboard.press('ArrowRight');
   assert.match(await says(), /^expert 0, step 1: 0\.795× its target of 50 %$/);
   for (let i = 0; i < 3; ++i) await page.keyboard.press('ArrowDown');
-  assert.match(await says(), /^expert 3, step 1: 0\.299× the mean target, and nothing is wanted$/);
+  assert.match(await says(), /^expert 3, step 1: 0\.299× the mean target; this expert should receive no tokens$/);
   await page.keyboard.press('ArrowLeft');
-  assert.equal(await says(), 'expert 3, step 0: next to nothing, as wanted');
+  assert.equal(await says(), 'expert 3, step 0: about 0× the mean target; this expert should receive no tokens');
   await page.click('#domains-section > summary');
   await page.focus('#domains canvas');
   for (let i = 0; i < 3; ++i) await page.keyboard.press('ArrowRight');

@@ -210,6 +210,18 @@ TEST_F(C, CountsWithoutTokensAreAsManyAsTheyNeed) {
   moectl_free_text(json);
 }
 
+// The count is what is wrong, not the tokens that follow from it.
+TEST_F(C, ACountThatCannotBeIsNamed) {
+  const std::int64_t counts[] = {-1, 0, 0, 0, 1, 1, 1, 1};
+  ASSERT_EQ(moectl_record_counts(c_, MOECTL_ALL_LAYERS, counts, 8, nullptr), MOECTL_OK);
+  ASSERT_EQ(moectl_step(c_, nullptr), MOECTL_OK);
+  char* json = nullptr;
+  ASSERT_EQ(moectl_report_json(c_, 1, &json), MOECTL_OK);
+  EXPECT_THAT(json, HasSubstr("counts[0] = -1: must be"));
+  EXPECT_THAT(json, testing::Not(HasSubstr("tokens =")));
+  moectl_free_text(json);
+}
+
 TEST_F(C, AReductionThatFailsChangesNothing) {
   record();
   ASSERT_EQ(moectl_set_reduction(

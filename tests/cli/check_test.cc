@@ -41,6 +41,15 @@ TEST(Check, ExplainsEveryKey) {
   EXPECT_THAT(result.out, HasSubstr("\nsafety.oscillation.min_gain: (not given)   # default 0.05; "));
 }
 
+TEST(Check, ExplainsTheDefaultsWithoutAConfig) {
+  const TempDir dir;
+  const ToolResult result = run_tool(dir, "check --explain");
+  EXPECT_EQ(result.code, 0) << result.err;
+  EXPECT_THAT(result.out, HasSubstr("\nexpert_bias.options: (not given)   # default none; "));
+  EXPECT_THAT(result.out, HasSubstr("\nsafety.oscillation: off   # default off; off, on or its keys\n"));
+  EXPECT_EQ(run_tool(dir, "check").code, 2);
+}
+
 TEST(Check, PrintsTheReferenceWithoutAConfig) {
   const TempDir dir;
   EXPECT_THAT(run_tool(dir, "check --reference").out, HasSubstr("| `capacity_factor` | 1.25 | above 0 |"));

@@ -230,7 +230,8 @@ nlohmann::json verdict_of(const TempDir& dir, const std::string& config, int cod
 
 TEST(FieldCases, D5_TwoActuatorsOnTheLoadAreAConflictWithARecipe) {
   const TempDir dir;
-  for (const char* metric : {"excess_cv", "load_cv", "max_vio", "predicted_drop_rate", "balancedness"}) {
+  for (const char* metric :
+       {"excess_cv", "load_cv", "max_vio", "predicted_drop_rate", "balancedness", "minority_share"}) {
     const auto verdict = verdict_of(
         dir, std::string(kModel) + "expert_bias: {policy: adaptive_bias}\n" + pi_on(metric, "0.3"), 1);
     EXPECT_EQ(verdict["valid"], true);

@@ -293,7 +293,7 @@ TEST(MetricsCommand, TakesTheTargetsOfTheRunItself) {
   dir.write("wrong.jsonl", header.substr(0, header.find("0.75")) + "0.7,0.25]}}}\n" + line);
   const ToolResult wrong = run_tool(dir, "metrics wrong.jsonl");
   EXPECT_EQ(wrong.code, 1);
-  EXPECT_THAT(wrong.err, HasSubstr("wrong.jsonl:1: config.model.targets: [0.7,0.25]: targets: sum 0.950000"));
+  EXPECT_THAT(wrong.err, HasSubstr("wrong.jsonl:1: config.model.targets: [0.7,0.25]: targets: sum 0.95"));
   // As many as there are experts, or loads would silently be held against equal ones.
   dir.write("short.jsonl", header.substr(0, header.find("0.75")) + "0.75,0.25,0]}}}\n" + line);
   const ToolResult other = run_tool(dir, "metrics short.jsonl");

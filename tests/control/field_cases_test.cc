@@ -333,6 +333,26 @@ TEST(FieldCases, A7_ValuesOfWhatWasNotChosenAreNotLookedAt) {
   EXPECT_THAT(notices_of(controller.step()), IsEmpty());
 }
 
+// Where a sample of choices shows what is wrong with the wiring, that is said, and not that the scores may be logits.
+TEST(FieldCases, A7_WhatTheWiringExplainsIsNotSaidOfTheScores) {
+  for (const bool added : {true, false}) {
+    Controller controller(config_of("fixed", 1, 4, 1));
+    controller.adopt(0, std::vector<double>{2, 0, 0, -2});
+    std::string all;
+    for (int step = 0; step < 5; ++step) {
+      std::vector<float> scores = {.1F, .2F, .3F, .4F}, biased = scores;
+      const Indices chosen = {added ? 0 : 3};
+      for (std::size_t i = 0; i < 4 && added; ++i) biased[i] += static_cast<float>(controller.bias(0)[i]);
+      const std::vector<float> largest = {added ? 2.1F : .4F, .3F};
+      controller.record(0, {.experts = chosen, .top_values = largest});
+      controller.check_choices(0, {.experts = chosen, .biased_scores = biased, .scores = scores});
+      for (const std::string& notice : notices_of(controller.step())) all += notice + '\n';
+    }
+    EXPECT_THAT(all, ::testing::Not(HasSubstr("config@")));
+    EXPECT_EQ(all.find("does not add the bias") == std::string::npos, added) << all;
+  }
+}
+
 // ---- Policies, callbacks and plug-ins that throw. ----
 
 enum class Fault { kNone, kPropose, kTold, kNumber, kNull };

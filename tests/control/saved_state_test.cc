@@ -238,7 +238,7 @@ TEST(SavedStates, NumbersThatNoRunCanHaveAreRefusedByName) {
   EXPECT_THROW(
       controller.load(with_number(state, "response.state", 0, static_cast<std::int64_t>(Response::kAnswers))),
       StateError);
-  EXPECT_FALSE(refused("adaptive.past", std::int64_t{5}));
+  EXPECT_FALSE(refused("adaptive.past_biases", std::int64_t{5}));
 }
 
 // More micro-batches than there is room for: longer by an id and a fingerprint for each, and complete.

@@ -242,6 +242,9 @@ TEST(BiasFiles, ALogHasABiasForEachExpert) {
               HasSubstr("actuators.expert_bias.deployed: 1 values: must have 4"));
   EXPECT_THAT(what_of(log(R"(,"layers":[{"ids":[0],"experts":8,"top_k":1}])", R"("applied":[0,1,2,3])")),
               HasSubstr("4 values: must have 8"));
+  // In shadow what is logged as applied was never in force.
+  EXPECT_EQ(biases_in(log("", R"("applied":[0,1,2,3],"deployed":[0,0,0,1],"reasons":["shadow"])")),
+            (LayerBiases{{0, {0, 0, 0, 1}}}));
 }
 
 // Sums of offsets wrapped, and of two entries with one name the last one counted.

@@ -59,7 +59,13 @@ TEST(LoadTargets, AreChecked) {
   try {
     LoadTargets(2, Shares{0.5, 0.4});
   } catch (const std::invalid_argument& e) {
-    EXPECT_STREQ(e.what(), "targets: sum 0.900000: must sum to 1 within 1e-6");
+    EXPECT_STREQ(e.what(), "targets: sum 0.9: must sum to 1 within 1e-6");
+  }
+  // As many digits as it takes to see what is wrong.
+  try {
+    LoadTargets(2, Shares{1, -1e-9});
+  } catch (const std::invalid_argument& e) {
+    EXPECT_STREQ(e.what(), "targets[1]: -1e-09: must be 0 to 1");
   }
 }
 

@@ -500,11 +500,12 @@ TEST(AdaptiveBias, AStateBeyondTheRangesOfTheEssayIsRefused) {
     const char* name;
     double least, most;
   };
-  for (const Range& range : {Range{"adaptive.q", 1e-4, 10}, Range{"adaptive.drift_share", 0.003, 0.25},
-                             Range{"adaptive.noise", 1, 1e100}, Range{"adaptive.variance", 0, 1e100},
-                             Range{"adaptive.farther", 1, 4}, Range{"adaptive.errors", -1, 1},
-                             Range{"adaptive.past", -1e100, 1e100}, Range{"adaptive.estimate", -1e100, 1e100},
-                             Range{"adaptive.drift", -1e100, 1e100}}) {
+  for (const Range& range :
+       {Range{"adaptive.q", 1e-4, 10}, Range{"adaptive.drift_share", 0.003, 0.25},
+        Range{"adaptive.noise", 1, 1e100}, Range{"adaptive.variance", 0, 1e100},
+        Range{"adaptive.farther", 1, 4}, Range{"adaptive.errors", -1, 1},
+        Range{"adaptive.past_biases", -1e100, 1e100}, Range{"adaptive.estimate", -1e100, 1e100},
+        Range{"adaptive.drift", -1e100, 1e100}}) {
     EXPECT_TRUE(loads(range.name, range.least)) << range.name;
     EXPECT_TRUE(loads(range.name, range.most)) << range.name;
     EXPECT_FALSE(loads(range.name, std::nextafter(range.least, -1e300))) << range.name;

@@ -70,7 +70,7 @@ const responsesOf = (run, r) => {
           .map((v) => element('td', {}, String(v))));
   const head = ['layer', 'actuator', 'answer', 'gain', 'slope', 'late by', 'steps held', 'from step'].map((t) => element('th', {scope: 'col'}, t));
   $('health').append(element('figure', {}, element('figcaption', {}, key(r), `${shortNames[r]}: does the load answer the biases, the token entropy the temperature? At the end`),
-                             element('p', {class: 'note'}, 'Gain: change seen over the change expected. 1: as expected; 0: nobody listens; negative: wrong sign. With an assumed slope only the sign counts.'),
+                             element('p', {class: 'note'}, 'Gain: change seen over the change expected. 1: as expected; 0: the load does not respond; negative: wrong sign. With an assumed slope only the sign counts.'),
                              element('div', {class: 'scroll'},
                                      element('table', {class: 'responses'}, element('thead', {}, element('tr', {}, ...head)),
                                              element('tbody', {}, ...run.responses.map(row))))));

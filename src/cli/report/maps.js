@@ -79,12 +79,12 @@ const expertMap = (id, run, layer, map, words, low, high) => {
   axisUnder($(id), run);
   rampKey($(id).parentElement, DIVERGING, low, high);
 };
-// Relative loads: where nothing is wanted, what an expert gets stands on top of 1, in mean targets.
+// `load`: relative. That of an expert with target 0 is 1 + its load / the mean target.
 const loadWords = (run, load, expert) => {
   if (!run.targets) return `${number(load)}× the mean load`;
   const target = run.targets[expert];
   if (target > 0) return `${number(load)}× its target of ${number(100 * target)} %`;
-  return load > 1 ? `${number(load - 1)}× the mean target, and nothing is wanted` : 'next to nothing, as wanted';
+  return `${load > 1 ? number(load - 1) : 'about 0'}× the mean target; this expert should receive no tokens`;
 };
 const drawMaps = () => {
   const run = runs[$('map-run').value], layer = run.layers[$('map-layer').value];
