@@ -1028,7 +1028,7 @@ TEST(SimulateSet, ATerminalGetsABar) {
   ASSERT_EQ(std::system(command.c_str()), 0);
   const std::string shown = TempDir::read(dir.path("shown"));
   EXPECT_THAT(shown, HasSubstr("\r[####################"));
-  EXPECT_THAT(shown, HasSubstr(" 50 %, "));
+  EXPECT_THAT(shown, HasSubstr(" %, 0 of 2 runs"));  // which ones are seen is a matter of time
   EXPECT_THAT(shown, HasSubstr("] 100 %, 2 of 2 runs"));
   EXPECT_THAT(shown, HasSubstr("never"));
 }
