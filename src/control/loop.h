@@ -118,9 +118,8 @@ class Controller::Loop {  // NOLINT(clang-analyzer-optin.performance.Padding)
     bool told = false;        // the first offence of the sums recorded since the last step was said
     bool told_before = false;
     bool uncollected_sequences = false;  // under the mutex
-    bool values_outside =
-        false;              // of [0, 1], less the biases, where scores are probabilities; under the mutex
-    bool miswired = false;  // a sample of choices showed it since the last step; under the mutex
+    // Of [0, 1], less the biases, where scores are probabilities: since the last step, under the mutex; and at some step.
+    bool values_outside = false;
     bool no_probabilities = false;
     RoutingStats stats;  // this step's sums, over all ranks
     Metrics metrics;

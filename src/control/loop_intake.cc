@@ -32,8 +32,6 @@ void Controller::Loop::check_choices(int layer, const ChoiceSample& sample) {
   if (verdict.other_layer >= 0) {
     verdict.other_layer = layers_[static_cast<std::size_t>(verdict.other_layer)]->id;
   }
-  at.miswired |=
-      verdict.what != Wiring::kUnknown && verdict.what != Wiring::kGood && verdict.what != Wiring::kFits;
   const std::string text = at.choices.observe(verdict, steps_);
   if (!text.empty()) say(NoticeKind::kWiring, layer, text);
 }
@@ -199,10 +197,10 @@ void Controller::Loop::clear_intake() {
     layer->seen.clear();
     layer->fingerprints.clear();
     layer->repeats.end_step();
-    layer->choices.end_step();
     // What the wiring explains says nothing of the scores.
-    layer->no_probabilities |= layer->values_outside && !layer->miswired;
-    layer->values_outside = layer->miswired = false;
+    layer->no_probabilities |=
+        std::exchange(layer->values_outside, false) && layer->choices.seen() < WiringSeen::kNoOther;
+    layer->choices.end_step();
   }
 }
 
