@@ -27,7 +27,7 @@ struct GuardOptions {
   /// less), (0, 1].
   double entropy_fall = 0.15;
   /// Triggers when this share of the experts with a target above 0 is dead, (0, 1].
-  double dead_share = 0.25;
+  double max_dead_share = 0.25;
   /// Triggers when this share of the tokens chooses the same expert, (0, 1]. For an expert whose target share of the
   /// tokens t = k w is above the even share s = k/N, the threshold is max_token_share + (1 - max_token_share) (t -
   /// s)/(1 - s).

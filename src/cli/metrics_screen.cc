@@ -10,6 +10,7 @@
 
 #include "cli/intervals.h"
 #include "cli/parts.h"
+#include "export/step_sample.h"
 #include "log/reshape.h"
 #include "measure/cached_measurer.h"
 #include "measure/percentiles.h"
@@ -37,7 +38,7 @@ struct Row {
   MetricsOptions options;
   std::int64_t steps = 0;
   BlockMeans cv, max_vio, floor_cv, floor_max_vio;
-  std::set<bool> sampling;
+  FloorKind floor = FloorKind::kNone;             ///< Of its steps.
   std::int64_t sampled_steps = 0, sequences = 0;  ///< Steps with a sampling floor, and their sequences.
   std::int64_t without_sequences = 0, records = 0;
 };
@@ -98,9 +99,7 @@ Judgement judge(const Row& row, bool sum) {
     return out;
   const auto tokens = static_cast<double>(row.sum.tokens());
   const double n = row.sum.experts();
-  out.floor = row.sampling.size() == 2 ? "mixed floors"
-              : *row.sampling.begin()  ? "sampling floor"
-                                       : "noise floor";
+  out.floor = name_of(row.floor);
   name_experts(row, *sum_floor.cv, out);
   // The relative variance of the square of a sampling floor, which J sequences tell: that of a χ² with (N-1)(J-1) degrees of
   // freedom.
@@ -278,7 +277,7 @@ int print_screen(LogReader& reader, Counted& counted,
     row.max_vio.add(*metrics.max_vio, tokens);
     row.floor_cv.add(*floor.cv, tokens);
     row.floor_max_vio.add(*floor.max_vio, tokens);
-    row.sampling.insert(floor.sampling);
+    row.floor = joined(row.floor, floor.sampling ? FloorKind::kSampling : FloorKind::kNoise);
     if (!floor.sampling) return;
     ++row.sampled_steps;
     row.sequences += stats.scalar(RoutingStats::kSequences);

@@ -177,7 +177,7 @@ inline constexpr auto kFieldsOf<GuardOptions> = std::tuple{
     Field{"fhs", &GuardOptions::fhs, kRanks, "Trigger: FHS is above 1 and clear of the noise."},
     Field{"entropy_fall", &GuardOptions::entropy_fall, kRanks, kShare,
           "Trigger: entropy_normalized is this far below its slow average."},
-    Field{"dead_share", &GuardOptions::dead_share, kRanks, kShare,
+    Field{"max_dead_share", &GuardOptions::max_dead_share, kRanks, kShare,
           "Trigger: this share of the experts with a target above 0 is dead."},
     Field{"max_token_share", &GuardOptions::max_token_share, kRanks, kShare,
           "Trigger: this share of the tokens chooses one expert (raised for experts with large targets)."},

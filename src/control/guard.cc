@@ -169,8 +169,8 @@ GuardReport LayerGuard::strongest_trigger(std::int64_t step, const RoutingStats&
                            : *metrics.entropy_normalized;
     entropy_known_ = true;
   }
-  if (metrics.dead_experts && *metrics.dead_experts >= options_.dead_share * wanted_) {
-    raise(GuardTrigger::kDeadExperts, *metrics.dead_experts, options_.dead_share * wanted_);
+  if (metrics.dead_experts && *metrics.dead_experts >= options_.max_dead_share * wanted_) {
+    raise(GuardTrigger::kDeadExperts, *metrics.dead_experts, options_.max_dead_share * wanted_);
   }
   // With k = N every expert gets every token, which is no fault.
   watch_max_load(stats, metrics);

@@ -93,7 +93,7 @@ GuardOptions only(GuardTrigger signal) {
   GuardOptions options = quick();
   options.fhs = signal == GuardTrigger::kFhs;
   if (signal != GuardTrigger::kEntropyFall) options.entropy_fall = 1;
-  if (signal != GuardTrigger::kDeadExperts) options.dead_share = 1;
+  if (signal != GuardTrigger::kDeadExperts) options.max_dead_share = 1;
   if (signal != GuardTrigger::kMaxLoad) options.max_token_share = 1;
   options.lost_after = signal == GuardTrigger::kLostBalance ? 10 : 1000000;
   return options;
@@ -842,7 +842,7 @@ TEST(GuardWithTargets, EntropyMayFallToThatOfTheTargets) {
 // One of the two experts with a target above 0; relative to all four experts it would take two.
 TEST(GuardWithTargets, DeadShareRefersToExpertsWithATarget) {
   GuardOptions options = only(GuardTrigger::kDeadExperts);
-  options.dead_share = 0.5;
+  options.max_dead_share = 0.5;
   Controller controller(guarded_with(options, {0, 0.5, 0.5, 0}));
   EXPECT_EQ(steps_to_intervention(controller, {0, 50, 50, 0}, 200), -1);
   const int steps = steps_to_intervention(controller, {0, 100, 0, 0}, 200);
