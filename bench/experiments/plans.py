@@ -80,6 +80,17 @@ def laws(gate, space, layers=3, experts=16, top_k=2):
               for label, title, options in adaptive)
 
 
+def sweep(among):
+    """Fixed aux weights and bias steps beside what replaces a sweep; those that `among` has are taken from it."""
+    head, more = MODEL.format(layers=3, experts=16, top_k=2, space='probability'), ('--gate', 'sigmoid')
+    had = {v.label: v for v in among}
+    weights = (('aux-' + w, Variant('aux-' + w, 'aux loss ' + w, head + aux(float(w)), more))
+               for w in ('3e-4', '1e-3', '3e-3', '1e-2', '3e-2', '1e-1', '3e-1'))
+    steps = (('sign-' + s, Variant('sign-' + s, 'sign ' + s, head + PUBLISHED + bias('sign_bias', f'step: {float(s)}'), more))
+             for s in ('3e-4', '1e-3', '3e-3', '1e-2', '3e-2'))
+    return (had['none'], *(had.get(label, made) for label, made in (*weights, *steps)), had['pi'], had['ours-plain'])
+
+
 # A model of an eighth of the work, so that many runs are possible.
 SMALL = ('--batch', '8', '--length', '64', '--width', '48', '--expert-hidden', '48')
 FAULTS = ('favourite', 'sunk-third', 'flat', 'biases')  # of train_moe_lm --fault
@@ -131,15 +142,7 @@ PLANS = {plan.name: plan for plan in (
     Plan('balance-softmax', 'The same with a softmax gate; ours adds its bias to the logits',
          laws('softmax', 'logit'), FRESH),
     Plan('sweep', 'One closed loop against a sweep: seven fixed aux weights, five fixed bias steps',
-         tuple(Variant(f'aux-{weight}', f'aux loss {weight}',
-                       MODEL.format(layers=3, experts=16, top_k=2, space='probability') + aux(float(weight)))
-               for weight in ('3e-4', '1e-3', '3e-3', '1e-2', '3e-2', '1e-1', '3e-1')) +
-         tuple(Variant(f'sign-{step}', f'sign {step}',
-                       MODEL.format(layers=3, experts=16, top_k=2, space='probability') + PUBLISHED +
-                       bias('sign_bias', f'step: {float(step)}'))
-               for step in ('3e-4', '1e-3', '3e-3', '1e-2', '3e-2')) +
-         tuple(v for v in laws('sigmoid', 'probability') if v.label in ('none', 'pi', 'ours-plain')),
-         FRESH, quick=('none', 'pi')),
+         sweep(laws('sigmoid', 'probability')), FRESH, quick=('none', 'pi')),
     Plan('published-shape', '64 experts, top-6, 4 layers, as in arXiv 2408.15664 but for the width',
          tuple(v for v in laws('sigmoid', 'probability', layers=4, experts=64, top_k=6)
                if v.label in ('none', 'aux-1e-3', 'aux-1e-2', 'sign-1e-3', 'k3', 'ours', 'ours-plain')),
@@ -149,3 +152,9 @@ PLANS = {plan.name: plan for plan in (
     Plan('recovery', 'Four kinds of forced collapse, with and without guard', recovery(), (601, 602, 603, 604), arguments=SMALL,
          base='fixed-healthy', quick=('fixed-healthy', 'fixed-favourite'), table='recovery'),
 )}
+
+
+def trained_in(plan, variant):
+    """The first plan that trains this variant on the same seeds, for as long: its runs serve the later ones too."""
+    return next(p.name for p in PLANS.values()
+                if variant in p.variants and (p.seeds, p.steps, p.arguments) == (plan.seeds, plan.steps, plan.arguments))

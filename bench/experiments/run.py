@@ -114,22 +114,23 @@ class Run:
 
 
 def runs_of(plan, options):
-    seeds = options.seeds or plan.seeds
     arguments = [*plan.arguments, *(('--text', *options.text) if options.text else ())]
-    work = os.path.join(options.work, plan.name)
-    results = os.path.join(HERE, 'results', plan.name)
-    labels = options.only or [v.label for v in plan.variants]
-    if options.quick or options.steps or options.text:  # not what the plan says
-        work = results = os.path.join(options.work, 'quick', plan.name)
+    seeds, labels = options.seeds or plan.seeds, options.only or [v.label for v in plan.variants]
     if options.quick:
         seeds, labels = seeds[:2], options.only or plan.quick
-    for folder in (work, results):
-        os.makedirs(folder, exist_ok=True)
     steps = options.steps or (QUICK_STEPS if options.quick else plan.steps)
+    as_planned = not (options.quick or options.steps or options.text)
+
+    def run(seed, variant):
+        home = plans.trained_in(plan, variant)
+        work = os.path.join(options.work, home if as_planned else os.path.join('quick', home))
+        results = os.path.join(HERE, 'results', home) if as_planned else work
+        for folder in (work, results):
+            os.makedirs(folder, exist_ok=True)
+        return Run(plan, variant, seed, ['--steps', str(steps), *variant.arguments, *arguments], (work, results), options.checkpoint_every)
+
     # By seed first: what is there early is a whole row of pairs.
-    return [Run(plan, plan.variant(label), seed, ['--steps', str(steps), *plan.variant(label).arguments, *arguments],
-                (work, results), options.checkpoint_every)
-            for seed in seeds for label in labels]
+    return [run(seed, plan.variant(label)) for seed in seeds for label in labels]
 
 
 def show(done, total, running, rate, left):
@@ -212,6 +213,7 @@ def main():
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         sys.exit(f'{options.work}: another run.py is at work there')
+    runs = {run.summary: run for run in runs}.values()  # two plans may share a run
     waiting = [run for run in runs if not run.done()]
     print(f'{len(runs) - len(waiting)} runs done before, {len(waiting)} to go', file=sys.stderr)
     if waiting:

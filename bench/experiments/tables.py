@@ -18,11 +18,12 @@ import plans
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
-def load(folder, plan):
+def load(results, plan):
     """Summaries by label, then by seed; variants in the plan's order. Those of another config than today's are left out."""
     found = {}
     for variant in plan.variants:
         by_seed = {}
+        folder = os.path.join(results, plans.trained_in(plan, variant))
         prefix, expected = variant.label + '-s', [*variant.arguments, *plan.arguments]
         for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
             if name.startswith(prefix) and name.endswith('.json') and name[len(prefix):-5].isdigit():
@@ -301,7 +302,7 @@ def main():
     wrong = []
     for name in options.names or plans.PLANS:
         plan = plans.PLANS[name]
-        found = load(os.path.join(options.results, name), plan)
+        found = load(options.results, plan)
         if not found:
             continue
         make, note = {'balance': (balance, NOTE), 'recovery': (recovery, RECOVERY_NOTE), 'early': (warnings, EARLY_NOTE)}[plan.table]
