@@ -44,25 +44,32 @@ class Lateness {
       const Double8 far = is_far(at.get(&errors[i])) + is_far(at.get(&last[i]));
       return at.keep(equal(far, splat(0)));
     };
-    std::copy_backward(moved_.begin(), moved_.end() - 1, moved_.end());
-    const std::span<const double> newest = past(0), before = past(1);
-    moved_[0] = sum_over(n, [&](std::size_t i, auto at) -> Double8 {
-      const Double8 move = effect(slope, newest, before, i, at);
-      return tells(i, at) * move * move;
+    std::array<std::span<const double>, kMost + 2> biases;
+    for (std::size_t late = 0; late < biases.size(); ++late) biases[late] = past(late);
+    const auto move = [&](std::size_t late, std::size_t i, auto at) -> Double8 {
+      const Double8 way = at.get(&biases[late][i]) - at.get(&biases[late + 1][i]);
+      return within(at.get(&slope[i]) * way, splat(kMostEffect));
+    };
+    const auto [newest_sq, told] = sums_over<2>(n, [&](std::size_t i, auto at, Double8* sums) {
+      const Double8 tell = tells(i, at), newest = move(0, i, at);
+      sums[0] += tell * newest * newest;
+      sums[1] += tell;
     });
+    std::copy_backward(moved_.begin(), moved_.end() - 1, moved_.end());
+    moved_[0] = newest_sq;
     for (double& evidence : evidence_) evidence *= kKept;
-    const double told = sum_over(n, tells), largest = *std::max_element(moved_.begin(), moved_.end());
+    const double largest = *std::max_element(moved_.begin(), moved_.end());
     if (!(told > 1 && largest > told * noise)) return;
-    for (std::size_t late = 0; late <= kMost + 1; ++late) {
-      const bool none = late > kMost;
-      const std::span<const double> to = past(none ? 0 : late), from = past(none ? 0 : late + 1);
-      const double left = sum_over(n, [&](std::size_t i, auto at) -> Double8 {
-        const Double8 move = none ? splat(0) : effect(slope, to, from, i, at);
-        const Double8 change = at.get(&errors[i]) - at.get(&last[i]) + move;
-        return tells(i, at) * (change * change + doubt_sq * move * move);
-      });
-      evidence_[late] -= told / 2 * std::log1p(left / (2 * told * noise));
-    }
+    const auto left = sums_over<kMost + 2>(n, [&](std::size_t i, auto at, Double8* sums) {
+      const Double8 tell = tells(i, at), change = at.get(&errors[i]) - at.get(&last[i]);
+      for (std::size_t late = 0; late <= kMost; ++late) {
+        const Double8 made = move(late, i, at), rest = change + made;
+        sums[late] += tell * (rest * rest + doubt_sq * made * made);
+      }
+      sums[kMost + 1] += tell * change * change;  // no effect at all
+    });
+    for (std::size_t late = 0; late < left.size(); ++late)
+      evidence_[late] -= told / 2 * std::log1p(left[late] / (2 * told * noise));
     const auto best = std::max_element(evidence_.begin(), evidence_.end() - 1);
     if (*best > std::max(evidence_[steps()], evidence_.back()) + kClear) steps_ = best - evidence_.begin();
   }
@@ -74,12 +81,6 @@ class Lateness {
   }
 
  private:
-  template <class At>
-  static Double8 effect(std::span<const double> slope, std::span<const double> to,
-                        std::span<const double> from, std::size_t i, At at) {
-    return within(at.get(&slope[i]) * (at.get(&to[i]) - at.get(&from[i])), splat(kMostEffect));
-  }
-
   static constexpr double kKept = 0.9, kClear = 10;
   std::array<double, kMost + 2> evidence_{};  // the last entry: no effect at all
   std::array<double, kMost + 1> moved_{};     // Σ (s Δb)² of the last moves, the newest first

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -38,9 +39,12 @@ class Whiteness {
   /// After measure(): the correlations. `lags`: how many of them may tell of a swing.
   void compare(std::size_t lags) {
     nearest_ = lowest_ = distant_ = 0;
+    std::array<double, kTogether> products{};
     for (std::size_t lag = 1; lag <= kLags && static_cast<std::int64_t>(lag) <= decisions_; ++lag) {
+      const std::size_t place = (lag - 1) % kTogether;
+      if (place == 0) products = products_from(lag);
       const double scale = norms_[slot(0)] * norms_[slot(lag)];
-      const double r = scale > 0 ? std::clamp(dot(newest(), row(lag)) / scale, -1.0, 1.0) : 0;
+      const double r = scale > 0 ? std::clamp(products[place] / scale, -1.0, 1.0) : 0;
       double& average = correlations_[lag - 1];
       average += kEma * (r - average);
       if (lag <= lags) lowest_ = std::min(lowest_, average);
@@ -67,7 +71,19 @@ class Whiteness {
 
  private:
   static constexpr std::size_t kRows = kLags + 1;
+  static constexpr std::size_t kTogether = 4;  // lags in one pass over the experts; divides kLags
   static constexpr double kEma = 0.2, kSignificance = 0.8;
+
+  // Of the newest with those of `lag` and the lags after it.
+  std::array<double, kTogether> products_from(std::size_t lag) {
+    const double* const now = newest().data();
+    std::array<const double*, kTogether> then;
+    for (std::size_t k = 0; k < kTogether; ++k) then[k] = row(lag + k).data();
+    return sums_over<kTogether>(n_, [&](std::size_t i, auto at, Double8* sums) {
+      const Double8 z = at.get(now + i);
+      for (std::size_t k = 0; k < kTogether; ++k) sums[k] += z * at.get(then[k] + i);
+    });
+  }
 
   // Rings: of this decision, and of those `back` before it.
   std::size_t slot(std::size_t back) const {

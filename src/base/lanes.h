@@ -4,6 +4,7 @@
 // which is written here.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -206,6 +207,20 @@ inline bool all_equal(std::span<const double> a, std::span<const double> b) {
     most = larger(most, larger(difference, -difference));
   });
   return largest_of(most) == 0;
+}
+
+/// Several sums over an array of this size in one pass: `add(i, at, sums)` adds to each. Each has the bits of a pass of its
+/// own, and none waits for another.
+template <std::size_t Count, class Add>
+std::array<double, Count> sums_over(std::size_t size, Add add) {
+  Double8 sums[Count];
+  for (Double8& sum : sums) sum = splat(0);
+  std::size_t i = 0;
+  for (; i + 8 <= size; i += 8) add(i, AllEight{}, sums);
+  if (i < size) add(i, FirstFew{size - i}, sums);
+  std::array<double, Count> out;
+  for (std::size_t k = 0; k < Count; ++k) out[k] = sum_of(sums[k]);
+  return out;
 }
 
 /// Both must have the same length.
