@@ -17,65 +17,71 @@
 //   gap        mean distance of the last chosen and the first rejected score, times k: a
 //              bias that moves by it changes a load by about the load's size (slope.h)   score units
 //
-//   model      e_i = (c̄_i - c_i)/c̄_i = σ_i (b*_i - b_i(t-d)) + noise of variance R.   s_i b*_i: a random walk, q R a step.
-//              σ_i is the true slope. It is known roughly: its standard deviation is half of s_i (κ = ½).
+//   model      e_i = (c̄_i - c_i)/c̄_i = σ_i (b*_i - b_i(t-d)) + noise of variance R.   s_i b*_i: a random walk of variance
+//              q R a decision, on top of v_i. σ_i is the true slope, known roughly: its standard deviation is half of s_i (κ = ½).
 //
 // Biases taken over from a checkpoint may be right. So the first window sets P_i = mean(z²) - R, at least q R: if its errors
 // are only noise, the first step is small. One decision, in this order:
 //
-//   1 under way    w_i = s_i (b_i(t-d) - m_i)      moves not seen yet: an error of -w_i is expected. 0 if d = 0
+//   1 under way    w_i = s_i (b_i(t-d) - m_i)      less the moves not seen yet: an error of -w_i is expected. 0 if d = 0
 //   2 innovation   z_i = clip(e_i, ±1) + w_i       seen minus expected. e_i = 1: no tokens, -1: twice the target
 //   3 tuning       q, R and the drift's share h follow from the correlations of z (below)
 //   4 surprise     if z_i² > 16 (P_i + R + κ² w_i²) and the loop does not swing, b*_i jumped: P_i = z_i² - R, v_i = 0
 //   5 gain         K_i = P_i / S_i,   S_i = P_i + R + κ² (P_i + w_i²)
 //   6 variance     P_i = (1 - K_i) P_i + q R
-//   7 drift        v_i += h K_r²/(2 - K_r) z_i / s_i,  K_r the gain at rest: K_r²/(1 - K_r) = q
+//   7 drift        v_i += h K_r²/(2 - K_r) z_i / s_i,  K_r the gain at rest if the slope were known: K_r²/(1 - K_r) = q
 //   8 estimate     m_i += clip(K_i z_i / s_i + v_i, ± one gap),   then m -= mean(m), v -= mean(v)
 //
-// S is the variance of z and P its covariance with what is sought, so K = P/S is the best linear weight. A wrong slope
-// makes two errors, and S holds both: in the step that is taken now (κ² P), and in what is expected of the moves under way
-// (κ² w²). So K ≤ 1/(1 + κ²) = 0.8: the first step, if errors are far above the noise, goes four fifths of the way, at most
-// one gap; and the farther the moves under way go, the smaller the gain. At rest P reproduces itself, and the gain is a
-// matter of q alone (0.05: 0.2, 1e-4: 0.01); R decides how far the filter goes at first, and what is a surprise: four standard
-// deviations, by chance one expert in 16 000. While the true slope is less than twice s_i, the loop is stable.
+// S is the variance of z and P its covariance with what is sought, so K = P/S is the best linear weight. A wrong slope makes
+// two errors, and S holds both: in what z shows of the estimate's own error (κ² P), and in what is expected of the moves
+// under way (κ² w²). So K ≤ 1/(1 + κ²) = 0.8: the first step, if errors are far above the noise, goes four fifths of the
+// way, at most one gap; and the farther the moves under way go, the smaller the gain. At rest P settles (K P = q R), and the
+// gain is a matter of q alone (0.05: 0.2, 1e-4: 0.01); R decides how far the filter goes at first, and what is a surprise:
+// four standard deviations, by chance one expert in 16 000. While the true slope is less than twice s_i, the loop is stable.
 //
 // Tuning. A filter with the right q has innovations that do not resemble each other. ρ_l is the correlation, over the
 // experts, of z now and z of l decisions ago; a_l is its average over time (whiteness.h).
 //
 //   q        If neighbours are alike, the filter is too slow: q rises. If they alternate, it is too fast: q falls.
 //            ln q += 0.2 ρ_1, at most a factor e in five decisions; q is first 0.05, and 1e-4 to 10. The loop swings if the
-//            lowest a_l is clear of chance. That a_l then stands for ρ_1: a swing has a longer period. Looked at are the lags
-//            1 to 4 + 2d, and all 12 while mean(z²) is above 4 R: at rest the lowest of twelve would look like a swing by chance.
+//            lowest a_l is clear of chance. That a_l then stands for ρ_1: a swing has a longer period. Looked at are the
+//            first 4 + 2d lags of 12, and all while mean(z²) is above 4 R: at rest the lowest of twelve would look so by chance.
 //   noise    Mixtures vary from batch to batch. That is noise too, but the floor does not include it. n measures it: the
-//            average, weight 0.1, of mean(z²)(1 - max(ρ_1, 0))/floor², each at most 4 n: what z has of the last z is no noise.
-//   drift    Routers sharpen, so b* moves on steadily, and a filter without v stays behind it. K²/(2 - K) is the weight for a
-//            steady trend. But when a trend stops, a large v goes on: so h is at most ¼, as at first. Innovations that are
-//            unlike 5 to 12 decisions later show that; if they stay alike, v misses a trend: ln h += 0.4 mean(a_5 … a_12), h at
-//            least 0.003. While the loop swings, and where targets are met exactly, v fades by 0.9. A cut move teaches it nothing.
+//            average, weight 0.1, of mean(z²)(1 - max(ρ_1, 0))/floor², each at most 4 n: what z has of the last z is no
+//            noise, and one odd batch is no proof. At rest that includes P, so R stands 1/(1 - K) too high.
+//   drift    Routers sharpen, so b* moves on steadily, and a filter without v stays behind it. K²/(2 - K) is the weight for
+//            a steady trend. But when a trend stops, a large v goes on: so h is at most ¼, as at first. Negative
+//            correlations over 5 to 12 decisions show that, positive ones that v misses a trend:
+//            ln h += 0.4 mean(a_5 … a_12), h at least 0.003. While the loop swings, or a whole layer meets its targets exactly, v fades by 0.9. A
+//            cut move leaves v as it was.
 //
 // Special cases.
 //
-//   far       An expert with under a tenth of its target, or with twice its target or more, has an error that says only
-//             "at least so far". So e_i and the bound of one gap grow 1.3 times after an error of the same sign, up to 4 times
-//             while that lasts and the loop does not swing. Wrong biases at the start settle so in half of the steps.
-//   lateness  Up to four decisions beyond the declared delay are found (lateness.h), not always.
+//   far       An expert with under a tenth of its target, or with twice its target or more, has an error that says only "at
+//             least so far". So the clipped e_i and the bound of one gap grow 1.3 times after an error of the same sign, up
+//             to 4 times while that lasts and the loop does not swing. Wrong biases at the start then settle in half of the
+//             steps.
+//   lateness  Up to four decisions beyond the declared delay are found (lateness.h), if the moves are clear of the noise.
 //   rescue    (`rescue: true`) An expert with under a tenth of its target for two steps goes half of what its margins say
 //             (margins.h), whatever the gap: the whole way overshoots, because other experts move too.
-//   limits    m becomes what was applied. Innovations stay alike then: only a swing tunes q, h stays, and v does not learn.
+//   limits    Where limits cut a move, m becomes what was applied. Innovations stay alike then: only a swing tunes q, h
+//             stays, and v does not learn.
 //
 // Form. `gap` needs the k+1 largest scores of each token. `counts` does without and settles later: whiteness tunes a move u,
-// which stands for the gap, and the slopes (slope.h), too rough to predict with: w_i = 0. With a delay q and u are tuned 1 + d
-// times as slowly. Feed-forward (`feedforward: tags`, feedforward.h) is the filter's known input: it is not part of b_i(t-d),
-// and what it knows to leave over is not part of e_i.
+// which stands for the gap, and the slopes (slope.h); these are too rough to predict with: w_i = 0, and with a delay its q
+// and u are tuned 1 + d times as slowly. Feed-forward (`feedforward: tags`, feedforward.h) is the filter's known input: it
+// is not part of b_i(t-d), and what it knows to leave over is not part of e_i.
 //
 // Sources: Kalman, "A new approach to linear filtering and prediction problems", 1960; whiteness: Mehra, "On the
-// identification of variances and adaptive Kalman filtering", 1970; K²/(2 - K): Benedict and Bordner, "Synthesis of an optimal
-// set of radar track-while-scan smoothing equations", 1962; moves under way: Smith, "Closer control of loops with dead time".
+// identification of variances and adaptive Kalman filtering", 1970; K²/(2 - K): Benedict and Bordner, "Synthesis of an
+// optimal set of radar track-while-scan smoothing equations", 1962; moves under way: Smith, "Closer control of loops with
+// dead time", 1957.
 //
 // Limitations
 // - Lumpy routing (a dozen clusters of nearly identical tokens) moves whole clusters at once; no slope describes it.
-// - With a delay, two experts that take tokens from each other answer at up to twice their slopes and may swing. Counts only
-//   do not settle with a softmax four decisions late, any router eight late, or a lateness of two that is not declared.
+// - With a delay, a steady trend is met d decisions late: an error of s d v stays. Two experts that take tokens from each
+//   other answer at up to twice their slopes and may swing. Counts only do not settle with a softmax four decisions late,
+//   any router eight late, or a lateness of two that is not declared.
 // - One R serves all experts: one with a small target is surprised more often.
 #include <algorithm>
 #include <cmath>

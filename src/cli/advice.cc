@@ -188,6 +188,23 @@ void Advice::say_actuator(const std::string& name, const Actuator& actuator, boo
     says.push_back(who + "was held back by limits.rate most of the time: raise it");
 }
 
+void Advice::say_dead(double dead, std::vector<std::string>& says) const {
+  const bool one = dead < 1.5;
+  const std::string who = one ? "one expert" : "about " + brief(std::round(dead)) + " experts",
+                    them = one ? "it" : "them", policy = policy_of("expert_bias");
+  if (policy == "fixed") {
+    says.push_back(who + (one ? " is" : " are") + " dead: a bias policy brings " + them + " back");
+    return;
+  }
+  // A cause that was named for the biases explains the dead ones too.
+  for (const std::string& sentence : says)
+    if (sentence.starts_with("expert_bias ")) return;
+  says.push_back(who + (one ? " stays" : " stay") + " dead though " + policy + " raises " +
+                 (one ? "its bias" : "their biases") + ": look whether the router masks " + them +
+                 "; if it does not, a larger step or gain brings " + them +
+                 " back, or adaptive_bias with rescue: true");
+}
+
 std::vector<std::string> Advice::sentences(const nlohmann::json& now, double dead) const {
   std::vector<std::string> says;
   const bool imbalanced = now["known"].get<bool>() && !now["balanced"].get<bool>();
@@ -207,10 +224,7 @@ std::vector<std::string> Advice::sentences(const nlohmann::json& now, double dea
                    "if it does not, take a larger step or gain, or another policy "
                    "(moectl simulate CONFIG --set compares them)");
   }
-  if (dead > 0.5 && policy_of("expert_bias") == "fixed")
-    says.push_back(dead < 1.5 ? "one expert is dead: a bias policy brings it back"
-                              : "about " + brief(std::round(dead)) +
-                                    " experts are dead: a bias policy brings them back");
+  if (dead > 0.5) say_dead(dead, says);
   if (now["floor"] == "noise floor")
     says.emplace_back("only the noise floor is known: collect sequences for the sampling floor of real text");
   if (says.empty()) says.emplace_back("nothing to change");

@@ -37,6 +37,7 @@ class Advice {
     std::optional<double> highest;               // that the mean was
   };
   std::string policy_of(const std::string& actuator) const;
+  void say_dead(double dead, std::vector<std::string>& says) const;
   void say_actuator(const std::string& name, const Actuator& actuator, bool imbalanced,
                     std::vector<std::string>& says) const;
   std::optional<std::string> out_of_reach(const std::string& name, const Actuator& actuator) const;

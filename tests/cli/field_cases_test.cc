@@ -446,11 +446,16 @@ TEST(FieldCases, A8_DeadExpertsAndTheFloorAreAdvisedOnlyWhereItHelps) {
     return data_of(TempDir::read(dir.path("r.html"))).at(0)["advice"].dump();
   };
   EXPECT_THAT(says_of({100, 0}, "fixed"), HasSubstr("one expert is dead: a bias policy brings it back"));
-  EXPECT_THAT(says_of({100, 0}, "sign_bias"), Not(HasSubstr("dead")));
+  EXPECT_THAT(
+      says_of({100, 0}, "sign_bias"),
+      HasSubstr("one expert stays dead though sign_bias raises its bias: look whether the router masks it"));
   EXPECT_THAT(says_of({50, 50}, "fixed"), Not(HasSubstr("dead")));
   EXPECT_THAT(says_of({100, 0, 0, 0}, "fixed"),
               HasSubstr("about 3 experts are dead: a bias policy brings them back"));
-  EXPECT_THAT(says_of({100, 0, 0, 0}, "sign_bias"), Not(HasSubstr("dead")));
+  EXPECT_THAT(says_of({100, 0, 0, 0}, "sign_bias"), HasSubstr("about 3 experts stay dead though sign_bias"));
+  EXPECT_THAT(says_of({100, 0}, "sign_bias",
+                      R"(,"actuators":{"expert_bias":{"applied":[0.5,-0.5],"reasons":["frozen"]}})"),
+              Not(HasSubstr("dead")));  // what froze it explains it
   EXPECT_THAT(says_of({97, 1, 1, 1}, "fixed"), Not(HasSubstr("dead")));
   EXPECT_THAT(says_of({50, 50}, "fixed"), HasSubstr("only the noise floor is known"));
   EXPECT_THAT(says_of({100, 0}, "sign_bias", uneven), Not(HasSubstr("only the noise floor is known")));
