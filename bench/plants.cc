@@ -115,7 +115,7 @@ std::vector<StepFigures> run(const Law& law, const Plant& plant) {
       controller.record(0, batch);
     } else {
       double width = 0;
-      controller.record(0, [&](RoutingStats& stats) { width = stats.gap_width(); });
+      controller.record_with(0, [&](RoutingStats& stats) { width = stats.gap_width(); });
       RoutingStats& stats = late.emplace_back(controller.shape(0));
       stats.set_gap_width(width);
       stats.add(batch);

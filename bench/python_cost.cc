@@ -57,7 +57,7 @@ int main() {
     for (int layer = 0; layer < 58; ++layer) {
       const auto own = all.subspan(static_cast<std::size_t>(layer) * 256, 256);
       const std::int64_t sum = std::accumulate(own.begin(), own.end(), std::int64_t{0});
-      stepping.record(layer, [&](moectl::RoutingStats& stats) { stats.add_counts(own, (sum + 7) / 8); });
+      stepping.record_with(layer, [&](moectl::RoutingStats& stats) { stats.add_counts(own, (sum + 7) / 8); });
     }
   };
   std::printf("step %.2f\n", median_of(record_counts, [&] { stepping.step({.loss = 2.0}); }));

@@ -327,8 +327,8 @@ void Training::observe_losses(const Pass& pass, const Tensor& losses) {
     moectl::TorchController& controller = *controllers_[static_cast<std::size_t>(layer.layer)];
     moectl::record_losses(controller, layer.layer, layer.indices, losses, {.domain_ids = pass.domain_ids});
     if (layer.latencies.empty()) continue;
-    controller.controller().record(layer.layer,
-                                   [&](moectl::RoutingStats& sums) { sums.add_latencies(layer.latencies); });
+    controller.controller().record_with(
+        layer.layer, [&](moectl::RoutingStats& sums) { sums.add_latencies(layer.latencies); });
   }
   control_seconds_ += seconds_since(start);
 }

@@ -39,7 +39,7 @@ inline ControllerConfig config_of_biases(const std::string& policy, int layers, 
 /// A micro-batch of which only the counts are known, of as few tokens as they allow.
 inline void record_counts(Controller& controller, int layer, const std::vector<std::int64_t>& counts) {
   const std::int64_t total = std::accumulate(counts.begin(), counts.end(), std::int64_t{0});
-  controller.record(
+  controller.record_with(
       layer, [&](RoutingStats& sums) { sums.add_counts(counts, (total + sums.top_k() - 1) / sums.top_k()); });
 }
 

@@ -184,7 +184,7 @@ class Controller {
   void record(int layer, const RoutingStats& stats);
   /// Adds per-expert observations to the layer's sums under its lock (gradient norms, losses, latencies).
   /// `micro_batch` as above, but a repeat is not compared. If `add` throws, nothing is recorded.
-  void record(int layer, const std::function<void(RoutingStats&)>& add, std::int64_t micro_batch = -1);
+  void record_with(int layer, const std::function<void(RoutingStats&)>& add, std::int64_t micro_batch = -1);
 
   /// Checks that the experts are the k largest of the biased scores, and that those are the scores plus the bias in
   /// force. What is wrong in three steps is a notice of kind `wiring` on this rank: not added, wrong sign, another

@@ -66,7 +66,7 @@ struct RoutingBatch {
 
 /// The losses of one micro-batch's tokens. Losses are known only after the forward pass, so they are recorded
 /// separately from the routing: once per layer, in addition to its RoutingBatch, before the step.
-///   controller.record(layer, [&](RoutingStats& stats) { stats.add_token_losses(losses); });
+///   controller.record_with(layer, [&](RoutingStats& stats) { stats.add_token_losses(losses); });
 struct TokenLosses {
   /// [tokens × k], as in RoutingBatch: a token's loss goes to each of its experts.
   std::span<const std::int64_t> experts{};

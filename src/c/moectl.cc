@@ -304,7 +304,7 @@ int moectl_record_counts(moectl_controller* c, int layer, const int64_t* counts,
     require_given(counts, "counts");
     for_layers(handle, layer, [&](int id, std::size_t number, std::size_t at) {
       const std::span own(counts + at, experts_of(handle, id));
-      handle.controller.record(id, [&](moectl::RoutingStats& stats) {
+      handle.controller.record_with(id, [&](moectl::RoutingStats& stats) {
         if (tokens) {
           stats.add_counts(own, tokens[number]);
           return;
@@ -325,7 +325,7 @@ int moectl_record_counts(moectl_controller* c, int layer, const int64_t* counts,
 int moectl_record_value(moectl_controller* c, int layer, const char* name, double value) {
   return with(c, [&](moectl_controller& handle) {
     require_given(name, "name");
-    handle.controller.record(layer, [&](moectl::RoutingStats& stats) { stats.add_value(name, value); });
+    handle.controller.record_with(layer, [&](moectl::RoutingStats& stats) { stats.add_value(name, value); });
   });
 }
 

@@ -33,7 +33,8 @@ void Controller::record(int layer, const RoutingStats& stats) {
   loop_->record(layer, -1, 0, [&stats](RoutingStats& sums) { sums += stats; });
 }
 
-void Controller::record(int layer, const std::function<void(RoutingStats&)>& add, std::int64_t micro_batch) {
+void Controller::record_with(int layer, const std::function<void(RoutingStats&)>& add,
+                             std::int64_t micro_batch) {
   loop_->record_foreign(layer, micro_batch, add);
 }
 

@@ -67,7 +67,7 @@ void simulate(Controller& controller, const SimulationOptions& options, std::int
       std::deque<RoutingStats>& queue = waiting[l];
       RoutingStats& late = queue.emplace_back(controller.shape(layer));
       // The width below which a gap is near, as for what is recorded in time.
-      controller.record(layer, [&late](RoutingStats& sums) { late.set_gap_width(sums.gap_width()); });
+      controller.record_with(layer, [&late](RoutingStats& sums) { late.set_gap_width(sums.gap_width()); });
       late.add(batch);
       if (queue.size() > static_cast<std::size_t>(options.delay)) {
         controller.record(layer, queue.front());

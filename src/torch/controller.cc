@@ -106,7 +106,7 @@ void TorchController::record(int layer, const ::torch::Tensor& indices, const Re
   }
   check_record(controller_.shape(layer), indices, options);
   const std::size_t at = place_of(layer);
-  controller_.record(
+  controller_.record_with(
       layer, [&](RoutingStats& sums) { sums_->add(at, indices, options, sums.gap_width()); },
       options.micro_batch);
 }
@@ -119,7 +119,7 @@ void TorchController::record_counts(int layer, const ::torch::Tensor& counts,
   const std::span<const std::int64_t> values{whole.data_ptr<std::int64_t>(),
                                              static_cast<std::size_t>(shape.experts)};
   const std::int64_t sum = std::accumulate(values.begin(), values.end(), std::int64_t{0});
-  controller_.record(
+  controller_.record_with(
       layer,
       [&](RoutingStats& sums) {
         sums.add_counts(values, tokens.value_or((sum + shape.top_k - 1) / shape.top_k));

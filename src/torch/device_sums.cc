@@ -50,8 +50,8 @@ void DeviceSums::drain(Controller& controller) {
   sums_[filling_].zero_();
   arrived.wait();
   for (std::size_t l = 0; l < shapes_.size(); ++l) {
-    controller.record(controller.layers()[l],
-                      [&](RoutingStats& sums) { add_to(sums.flat(), of_layer(drained_, l)); });
+    controller.record_with(controller.layers()[l],
+                           [&](RoutingStats& sums) { add_to(sums.flat(), of_layer(drained_, l)); });
   }
 }
 

@@ -23,7 +23,7 @@ void require_experts(std::size_t found, const StatsShape& shape) {
 }
 
 void add_value(TorchController& controller, int layer, const char* name, double value) {
-  controller.controller().record(layer, [&](RoutingStats& sums) { sums.add_value(name, value); });
+  controller.controller().record_with(layer, [&](RoutingStats& sums) { sums.add_value(name, value); });
 }
 
 /// Norms of the loss's gradient in each of the weights [weights], 0 where it does not reach.
@@ -42,7 +42,7 @@ Tensor gradient_norms(const Tensor& loss, const std::vector<Tensor>& weights) {
 
 void add_norms(TorchController& controller, int layer, const Tensor& squares) {
   const Tensor norms = squares.sqrt().to(::torch::kCPU, ::torch::kDouble).contiguous();
-  controller.controller().record(layer, [&](RoutingStats& sums) {
+  controller.controller().record_with(layer, [&](RoutingStats& sums) {
     sums.add_grad_norms({norms.data_ptr<double>(), static_cast<std::size_t>(norms.numel())});
   });
 }
@@ -100,7 +100,7 @@ void record_losses(TorchController& controller, int layer, const Tensor& indices
   const HostBatch host(shape, indices, given);
   const RoutingBatch& batch = host.batch();
   const Tensor values = losses.detach().to(::torch::kCPU, ::torch::kFloat).contiguous();
-  controller.controller().record(layer, [&](RoutingStats& sums) {
+  controller.controller().record_with(layer, [&](RoutingStats& sums) {
     sums.add_token_losses({.experts = batch.experts,
                            .losses = {values.data_ptr<float>(), static_cast<std::size_t>(values.numel())},
                            .mask = batch.mask,

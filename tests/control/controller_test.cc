@@ -900,7 +900,8 @@ TEST(ControllerProperty, AppliedValuesObeyTheLimitsForAnyInput) {
         if (chance(0.1)) {
           Counts huge(n, std::int64_t{1} << 40);
           if (chance(0.3)) huge[0] = -7;
-          controller.record(l, [&](RoutingStats& sums) { sums.add_counts(huge, std::int64_t{1} << 40); });
+          controller.record_with(l,
+                                 [&](RoutingStats& sums) { sums.add_counts(huge, std::int64_t{1} << 40); });
         }
         if (chance(0.05)) controller.freeze(l, chance(0.5));
       }

@@ -122,15 +122,16 @@ TEST(FieldCases, A5_EveryInputNamesItsFirstOffence) {
        },
        "counts[1] = -5: must be at least 0"},
       {[&](Controller& c) {
-         c.record(0, [](RoutingStats& s) { s.add_grad_norms(std::vector<double>{1, 2, kNaN}); });
+         c.record_with(0, [](RoutingStats& s) { s.add_grad_norms(std::vector<double>{1, 2, kNaN}); });
        },
        "grad_norms[2] = nan: must be from 0 to 2^24"},
       {[&](Controller& c) {
-         c.record(0, [](RoutingStats& s) { s.add_latencies(std::vector<double>{1, -1, 1}); });
+         c.record_with(0, [](RoutingStats& s) { s.add_latencies(std::vector<double>{1, -1, 1}); });
        },
        "latencies[1] = -1: must be from 0 to 2^24"},
       {[&](Controller& c) {
-         c.record(0, [&](RoutingStats& s) { s.add_token_losses({.experts = experts, .losses = losses}); });
+         c.record_with(0,
+                       [&](RoutingStats& s) { s.add_token_losses({.experts = experts, .losses = losses}); });
        },
        "losses[2] = nan: must be a number of magnitude at most 2^24"},
   };
@@ -629,7 +630,7 @@ TEST(LooseEnds, ARecordThatThrowsHasAddedNothingAndCountsOnceOnRetry) {
   Controller controller(config_of("sign_bias"));
   const Indices counts = {8, 4, 2, 2};
   const auto add = [&](bool fails) {
-    controller.record(
+    controller.record_with(
         0,
         [&](RoutingStats& sums) {
           sums.add_counts(counts, 16);
@@ -706,8 +707,8 @@ TEST(LooseEnds, AnOverflowedWindowIsDroppedAndTheNextOneDecides) {
     controller.record(0, {.experts = experts});
     // 8192 times 6e6 fits; sixteen steps of it do not.
     const std::vector<float> losses = all_equal(experts.size(), step < 16 ? 6e6 : 3);
-    controller.record(0,
-                      [&](RoutingStats& s) { s.add_token_losses({.experts = experts, .losses = losses}); });
+    controller.record_with(
+        0, [&](RoutingStats& s) { s.add_token_losses({.experts = experts, .losses = losses}); });
     controller.step();
     if (step % 16 == 15) invalid.push_back(reasons_of(controller.report()).has(Reason::kInvalid));
     if (step == 20) {  // through a checkpoint
@@ -771,7 +772,7 @@ TEST(LooseEnds, SumsOverRanksNeverWrapUnnoticed) {
         }
       });
       const auto step = [&](std::int64_t loss) -> const StepReport& {
-        controller.record(0, [&](RoutingStats& sums) {
+        controller.record_with(0, [&](RoutingStats& sums) {
           sums.add_counts(Indices{8, 4, 2, 2}, 16);
           sums.mutable_array(RoutingStats::kExpertLossSum)[0] = loss;
         });

@@ -51,7 +51,7 @@ ControllerConfig guarded(const GuardOptions& guard) {
 
 const LayerReport& feed(Controller& controller, const Counts& counts) {
   const std::int64_t total = std::accumulate(counts.begin(), counts.end(), std::int64_t{0});
-  controller.record(0, [&](RoutingStats& sums) { sums.add_counts(counts, total); });
+  controller.record_with(0, [&](RoutingStats& sums) { sums.add_counts(counts, total); });
   return controller.step().layers[0];
 }
 
@@ -81,7 +81,7 @@ TEST(Guard, IgnoresALayerWhereAllExpertsAreChosen) {
   config.model.top_k = config.model.experts;
   Controller controller(config);
   for (int step = 0; step < 20; ++step) {
-    controller.record(0, [](RoutingStats& sums) { sums.add_counts(kEven, 25); });
+    controller.record_with(0, [](RoutingStats& sums) { sums.add_counts(kEven, 25); });
     const LayerReport& report = controller.step().layers[0];
     ASSERT_EQ(report.guard.state, GuardState::kWatching) << step;
     EXPECT_EQ(report.guard.trigger, GuardTrigger::kNone) << step;
@@ -580,7 +580,7 @@ TEST(Guard, GuardsThatShareAnActuatorRestoreItsValue) {
   const auto step = [](Controller& controller, int i) {
     for (int layer = 0; layer < 2; ++layer) {
       const bool piled = i >= 10 + 8 * layer && i < 30 + 8 * layer;
-      controller.record(layer, [&](RoutingStats& sums) { sums.add_counts(piled ? kPile : kEven, 100); });
+      controller.record_with(layer, [&](RoutingStats& sums) { sums.add_counts(piled ? kPile : kEven, 100); });
     }
     controller.step();
   };
@@ -618,8 +618,8 @@ TEST(Guard, AmongGuardsThatShareAnActuatorTheLargestMoveDecides) {
     const auto step = [&](bool early_piled, bool late_piled) {
       for (std::size_t layer = 0; layer < 2; ++layer) {
         const bool piled = layer == early ? early_piled : late_piled;
-        controller.record(static_cast<int>(layer),
-                          [&](RoutingStats& sums) { sums.add_counts(piled ? kPile : kEven, 100); });
+        controller.record_with(static_cast<int>(layer),
+                               [&](RoutingStats& sums) { sums.add_counts(piled ? kPile : kEven, 100); });
       }
       return controller.step().layers;
     };

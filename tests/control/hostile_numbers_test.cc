@@ -20,7 +20,9 @@ constexpr std::int64_t kMost = std::numeric_limits<std::int64_t>::max();
 const std::string kModel = "version: 1\nmodel: {layers: 1, experts: 4, top_k: 2}\n";
 
 void record(Controller& controller) {
-  controller.record(0, [](RoutingStats& sums) { sums.add_counts(std::vector<std::int64_t>{8, 4, 2, 2}, 8); });
+  controller.record_with(0, [](RoutingStats& sums) {
+    sums.add_counts(std::vector<std::int64_t>{8, 4, 2, 2}, 8);
+  });
 }
 
 // Steps are added to steps: none may be so many that a sum turns negative, which once meant no cooldown at all.

@@ -54,7 +54,7 @@ void record(Controller& controller, int step, int share) {
   for (int layer = 0; layer < kLayers; ++layer) {
     const std::vector<std::int64_t> counts = recorded(step, layer, share);
     const std::int64_t total = std::accumulate(counts.begin(), counts.end(), std::int64_t{0});
-    controller.record(layer, [&](RoutingStats& sums) { sums.add_counts(counts, total / kTopK); });
+    controller.record_with(layer, [&](RoutingStats& sums) { sums.add_counts(counts, total / kTopK); });
   }
 }
 
@@ -440,7 +440,7 @@ TEST(Lag, AnExchangeAddsItsSumsAlsoWhenTheyAreSentAgain) {
   for (int step = 0; step < 6; ++step) {
     record(controller, step, 0);
     record(host, step, 0);
-    host.record(0, [&](RoutingStats& sums) { sums.add_counts(elsewhere, 1); });
+    host.record_with(0, [&](RoutingStats& sums) { sums.add_counts(elsewhere, 1); });
     lose = step == 3;
     if (lose) {
       EXPECT_THROW(controller.step(), ReductionError);

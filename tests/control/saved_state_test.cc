@@ -108,7 +108,7 @@ class SavedState : public ::testing::TestWithParam<Case> {
       controller.record(l, batch, micro_batch);
       if (needs.gradients) {
         const std::vector<double> values(n, 0.01 * static_cast<double>(1 + random() % 50));
-        controller.record(l, [&](RoutingStats& stats) {
+        controller.record_with(l, [&](RoutingStats& stats) {
           stats.add_grad_norms(values);
           stats.add_latencies(values);
           stats.add_expert_losses(values, std::vector<std::int64_t>(n, 4));

@@ -125,7 +125,7 @@ void run(Controller& controller) {
       controller.record(l, batch, step % 2);
       if (!needs.gradients) continue;
       const std::vector<double> values(n, 0.02);
-      controller.record(l, [&](RoutingStats& stats) {
+      controller.record_with(l, [&](RoutingStats& stats) {
         stats.add_grad_norms(values);
         stats.add_latencies(values);
         stats.add_expert_losses(values, std::vector<std::int64_t>(n, 4));

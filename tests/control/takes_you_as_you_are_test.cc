@@ -147,7 +147,7 @@ TEST(FieldCases, B1_TheNextDecisionTakesACommonShiftOutWhateverTheRate) {
   Controller controller(config);
   controller.adopt(0, Biases{7, 8, 9, 12});
   EXPECT_EQ(bias_of(controller, 0), (Biases{7, 8, 9, 12}));
-  controller.record(0, [](RoutingStats& sums) {
+  controller.record_with(0, [](RoutingStats& sums) {
     sums.add_counts(std::vector<std::int64_t>{10, 10, 10, 10}, 40);
   });
   controller.step();

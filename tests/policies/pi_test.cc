@@ -120,7 +120,7 @@ Closed close_loop(const Loop& loop) {
       }
       std::int64_t total = 0;
       for (const auto c : counts) total += c;
-      controller.record(0, [&](RoutingStats& sums) { sums.add_counts(counts, total); });
+      controller.record_with(0, [&](RoutingStats& sums) { sums.add_counts(counts, total); });
       controller.step();
     }
     out.moves += decision >= loop.decisions - 100 && controller.aux_loss_weight(0) != before;

@@ -69,7 +69,7 @@ TEST(SignBias, ThePublishedConfigEqualsTheMethodThroughTheWholeLoop) {
       Counts counts(16);
       for (auto& c : counts) c = static_cast<std::int64_t>(2 * (random() % 20));
       counts[5] += 40;
-      controller.record(l, [&](RoutingStats& sums) {
+      controller.record_with(l, [&](RoutingStats& sums) {
         sums.add_counts(counts, std::accumulate(counts.begin(), counts.end(), std::int64_t{0}) / 2);
       });
       auto& e = expected[static_cast<std::size_t>(l)];

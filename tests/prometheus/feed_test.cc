@@ -193,7 +193,7 @@ TEST(PrometheusFeed, ServesWhatTheHostMeasured) {
   PrometheusFeed feed("127.0.0.1:0", options);
   controller.set_log([&](const StepReport& report) { feed.write(report); });
   for (int layer = 0; layer < 2; ++layer) record(controller, layer, {25, 25, 25, 25});
-  controller.record(1, [&](RoutingStats& stats) {
+  controller.record_with(1, [&](RoutingStats& stats) {
     for (const auto& [name, value] : values) EXPECT_TRUE(stats.add_value(name, value)) << name;
   });
   controller.step();

@@ -225,7 +225,7 @@ int main(int argc, char** argv) {
         controller->record(l, {.experts = std::vector<std::int64_t>{0, 99}});
         continue;
       }
-      controller->record(l, [&](moectl::RoutingStats& sums) { sums.add_counts(counts, kTokens); });
+      controller->record_with(l, [&](moectl::RoutingStats& sums) { sums.add_counts(counts, kTokens); });
     }
     moectl::StepInfo info{.loss = 2.5 + 0.01 * static_cast<double>(random() % 10)};
     if (active(kNoLoss, 20)) info.loss = since % 2 ? std::nan("") : HUGE_VAL;

@@ -3,7 +3,7 @@
 // what its experts put out, and what its balance loss weighs beside the task's; they are metrics (docs/metrics.md) that are
 // absent until they are recorded, and steps between take no notice. The router's losses come with RecordOptions.
 // Latencies are plain numbers:
-//   controller.controller().record(layer, [&](moectl::RoutingStats& sums) { sums.add_latencies(seconds); });
+//   controller.controller().record_with(layer, [&](moectl::RoutingStats& sums) { sums.add_latencies(seconds); });
 #pragma once
 
 #include <torch/torch.h>
