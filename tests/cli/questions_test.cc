@@ -566,7 +566,8 @@ TEST(HostNumbers, ReachMetricsReportAndTensorBoard) {
   const json rows = json::parse(page.substr(from, page.find("</script>", from) - from))[0]["metrics"];
   std::string all;
   for (const auto& [name, mean] : means) {
-    const auto row = std::ranges::find_if(rows, [&](const json& one) { return one["name"] == name; });
+    const auto row =
+        std::ranges::find_if(rows, [&name = name](const json& one) { return one["name"] == name; });
     ASSERT_NE(row, rows.end()) << name;
     EXPECT_EQ((*row)["mean"], mean) << name;
     EXPECT_EQ((*row)["over_layers"], json({mean, mean, mean, mean, mean})) << "one layer has it";

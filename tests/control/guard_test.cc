@@ -710,7 +710,7 @@ TEST(GuardOnTheRouter, RecoversTheBalanceAlone) {
   int recovered = 0, without = 0, runs = 0;
   for (const CollapseKind kind : {CollapseKind::kRunaway, CollapseKind::kColdStart, CollapseKind::kDeadThird,
                                   CollapseKind::kPoisonedBias}) {
-    for (const std::uint64_t seed : {1, 2, 3}) {
+    for (const std::uint64_t seed : {1u, 2u, 3u}) {
       const auto max_vio = [&](bool guard) {
         ControllerConfig config;
         config.model = {

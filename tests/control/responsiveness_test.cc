@@ -323,7 +323,7 @@ TEST(Responsiveness, AProbeThatAHoldBreaksOffIsStillNoPartOfWhatIsDeployed) {
 // Biases of the router's own that no scores justify are made up for, and the reach does not take that back.
 TEST(Responsiveness, ForeignBiasesAreMadeUpForAndStaySo) {
   constexpr double size = 2.5;  // of probabilities
-  for (const std::uint64_t seed : {40125, 40126, 40127}) {
+  for (const std::uint64_t seed : {40125u, 40126u, 40127u}) {
     Loop loop({.seed = seed});
     const auto use = [&](std::span<const double> bias) {
       std::vector<double> used = Loop::as_told(bias);

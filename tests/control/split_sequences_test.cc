@@ -41,7 +41,8 @@ Indices sequence(int which) {
   std::mt19937_64 random(static_cast<std::uint64_t>(which) + 1);
   Indices experts;
   for (int t = 0; t < kLength; ++t) {
-    const auto first = static_cast<std::int64_t>(random() % 3 == 0 ? random() % kExperts : which % kExperts);
+    const auto first = static_cast<std::int64_t>(random() % 3 == 0 ? random() % kExperts
+                                                                   : static_cast<unsigned>(which % kExperts));
     experts.push_back(first);
     experts.push_back((first + 1 + static_cast<std::int64_t>(random() % 3)) % kExperts);
   }

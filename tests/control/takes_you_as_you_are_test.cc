@@ -96,7 +96,7 @@ double error_of(const std::vector<double>& values, std::size_t from, std::size_t
 // ---- B1: biases come in. ----
 
 TEST(FieldCases, B1_AdoptedBiasesAreInForceAtOnceAndThePolicyGoesOnFromThem) {
-  for (const std::uint64_t seed : {9101, 9102, 9103, 9104, 9105}) {
+  for (const std::uint64_t seed : {9101u, 9102u, 9103u, 9104u, 9105u}) {
     SimulationOptions plant = plant_of();
     plant.seed = seed;
     Model model(plant);

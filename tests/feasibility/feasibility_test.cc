@@ -172,7 +172,7 @@ TEST(Feasibility, RandomSearchNeverBeatsTheExtremes) {
     for (int trial = 0; trial < trials; ++trial) {
       const Load load = random_load(n, k, random);
       ASSERT_LE(load.max, 1.0 / k + 1e-9);
-      const auto inside = [&](double value, const Extent& extent, const char* what) {
+      const auto inside = [&, &n = n, &k = k](double value, const Extent& extent, const char* what) {
         EXPECT_GE(value, extent.min - 1e-7) << what << " N " << n << " k " << k << " trial " << trial;
         EXPECT_LE(value, extent.max + 1e-7) << what << " N " << n << " k " << k << " trial " << trial;
       };

@@ -377,7 +377,7 @@ Counts random_counts(std::size_t n, std::mt19937_64& random) {
     }
   }
   if (std::all_of(counts.begin(), counts.end(), [](auto c) { return c == 0; }))
-    counts[below(n) % std::ssize(counts)] = 1;
+    counts[static_cast<std::size_t>(below(n)) % counts.size()] = 1;
   return counts;
 }
 

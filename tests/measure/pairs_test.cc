@@ -91,7 +91,8 @@ TEST(Pairs, AreAbsentWhereATokenMayHaveNone) {
 TEST(Pairs, AreThoseOfTheSetsThatTokensChose) {
   std::mt19937_64 random(18);
   for (int run = 0; run < 60; ++run) {
-    const int n = 2 + static_cast<int>(random() % 9), k = 1 + static_cast<int>(random() % std::min(n, 5));
+    const int n = 2 + static_cast<int>(random() % 9),
+              k = 1 + static_cast<int>(random() % static_cast<unsigned>(std::min(n, 5)));
     RoutingStats whole(shape_of(n, k)), first(shape_of(n, k)), second(shape_of(n, k));
     std::map<std::pair<std::int64_t, std::int64_t>, std::int64_t> expected;
     Indices experts;

@@ -322,7 +322,7 @@ TEST(AdaptiveBias, AHeldStepKeepsTheFeedforwardInForce) {
 TEST(AdaptiveBias, FeedforwardUnderATightRateDoesNoHarm) {
   const auto steady = [](const char* feedforward) {
     double ratio = 0;
-    for (const std::uint64_t seed : {1, 2, 3}) {
+    for (const std::uint64_t seed : {1u, 2u, 3u}) {
       ControllerConfig config = load_config(std::string(MOECTL_SOURCE_DIR) + "/policies/adaptive_bias.yaml");
       config.model.layers = 1;
       config.model.domains = {"a", "b", "c", "d"};
@@ -347,7 +347,7 @@ TEST(AdaptiveBias, FeedforwardUnderATightRateDoesNoHarm) {
 // at up to twice their slopes, which is as far as the filter is stable: so one of these seeds stays at 1.6 floors.
 TEST(AdaptiveBias, ADeclaredDelayOfEightStepsUnderASoftmaxStaysNearTheFloor) {
   double mean = 0;
-  for (const std::uint64_t seed : {3, 4, 102, 103}) {
+  for (const std::uint64_t seed : {3u, 4u, 102u, 103u}) {
     ControllerConfig config = load_config(std::string(MOECTL_SOURCE_DIR) + "/policies/adaptive_bias.yaml");
     config.model.layers = 1;
     config.model.delay = 8;

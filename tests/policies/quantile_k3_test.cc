@@ -294,7 +294,9 @@ TEST(QuantileK3, LateBatchesAreBinnedAboutTheirOwnBiases) {
     for (int step = 0; step < 14; ++step) {
       in_force.push_back(bias_of(controller, 0));
       // What is recorded now was routed `delay` steps ago.
-      const auto then = [&](int at) { return in_force[static_cast<std::size_t>(std::max(0, at - delay))]; };
+      const auto then = [&, &delay = delay](int at) {
+        return in_force[static_cast<std::size_t>(std::max(0, at - delay))];
+      };
       routed.emplace_back();
       if (step % 5 != 3) {
         routed.back() = batch_at(step, 0);
