@@ -309,7 +309,9 @@ def main():
         steps = 5 * max(len(f['series']) for runs in found.values() for f in runs.values())
         pictured = plan.table == 'balance'  # few enough lines to tell apart
         done, wanted = sum(map(len, found.values())), len(plan.variants) * len(plan.seeds)
-        made = {f'{name}.md': f'# {plan.what}\n\n{done} of {wanted} runs. `./dev experiments {name}`; the summaries of the runs: [{name}/]({name}/).\n\n' +
+        homes = dict.fromkeys(plans.trained_in(plan, v) for v in plan.variants if v.label in found)
+        links = ', '.join(f'[{home}/]({home}/)' for home in homes)
+        made = {f'{name}.md': f'# {plan.what}\n\n{done} of {wanted} runs. `./dev experiments {name}`; the summaries of the runs: {links}.\n\n' +
                               (f'![MaxVio over its floor by step]({name}.svg)\n\n' if pictured else '') + make(plan, found) + '\n' + note}
         if pictured:
             made[f'{name}.svg'] = picture(plan, found, steps)
