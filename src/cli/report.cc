@@ -4,6 +4,7 @@
 #include <map>
 #include <memory>
 
+#include "base/printable.h"
 #include "cli/report_data.h"
 #include "cli/report_page.h"
 #include "cli/terminal.h"
@@ -18,11 +19,11 @@ struct Options {
   std::string output;
 };
 
-/// JSON that may stand inside a script element: nothing in it can end the element. The one way in which text of others
+/// JSON that may stand inside a script element: nothing in it can end the element, and nothing steers a terminal. The one way in which text of others
 /// comes onto the page; its scripts put it there as text, never as HTML.
 std::string embedded(const nlohmann::json& value) {
   std::string text;
-  for (const char c : json_text(value)) {
+  for (const char c : printable(json_text(value))) {
     if (c == '<') {
       text += "\\u003c";
     } else {

@@ -70,14 +70,6 @@ ReportRun::ReportRun(const std::string& path, std::optional<std::int64_t> shift)
   figures_ = RunFigures(shift_);
   if (!header_.config_json.empty()) take_config(nlohmann::json::parse(header_.config_json));
   targets_ = header_.targets;
-  // What the page will not show of the experts need not be kept: with hundreds in each of many layers it would be most
-  // of the memory. Four times the columns of the load and bias maps are enough to choose from.
-  std::size_t rows = 2U * static_cast<std::size_t>(header_.layers.value_or(1)) *
-                     static_cast<std::size_t>(header_.experts.value_or(1));
-  for (const LogGroup& group : header_.groups) {
-    rows += 2U * group.layers.size() * static_cast<std::size_t>(group.experts.value_or(1));
-  }
-  while (kColumns / (2 * expert_each_) >= 4 * map_columns(rows)) expert_each_ *= 2;
   WholeRecords records = whole_records(reader);
   std::string in_force = header_.config_json;
   while (const auto record = records.next()) {
@@ -161,10 +153,33 @@ void ReportRun::halve() {
     });
   }
   for (auto& [name, alert] : alerts_) {
-    halve_row(alert.layers, [](std::set<int>& a, const std::set<int>& b) { a.insert(b.begin(), b.end()); });
+    std::map<std::size_t, std::set<int>> halved;
+    for (auto& [column, layers] : alert.layers) halved[column / 2].merge(layers);
+    alert.layers = std::move(halved);
   }
   for (auto& [number, layer] : layers_) {
     halve_row(layer.health, [](Health& a, Health b) { a = std::max(a, b); });
+  }
+}
+
+// What the page will not show of the experts need not be kept: with hundreds in each of many layers it would be most of the
+// memory. A few times the columns of its maps are enough to choose from, the fewer the more experts there are.
+void ReportRun::grow(std::vector<Row>& rows, std::size_t size) {
+  if (size <= rows.size()) return;
+  expert_rows_ += size - rows.size();
+  if (expert_rows_ > kMostRows)
+    throw InputError(shown_path(name_) + ": loads, biases and losses of more than " +
+                     std::to_string(kMostRows) +
+                     " experts, over all layers: a page must have at most that many");
+  rows.resize(size);
+  const std::size_t choice = expert_rows_ > kManyRows ? 1 : 4;
+  while (kColumns / (2 * expert_each_) >= choice * map_columns(expert_rows_)) {
+    expert_each_ *= 2;
+    for (auto& [number, layer] : layers_) {
+      for (auto* all : {&layer.load, &layer.bias, &layer.loss}) {
+        for (Row& row : *all) halve_row(row, [](Extremes& a, const Extremes& b) { a.merge(b); });
+      }
+    }
   }
 }
 
@@ -174,7 +189,6 @@ void ReportRun::add_alert(const std::string& name, const LogRecord& record, std:
   if (is_new) alert.first = record.step;
   if (is_new || record.step != alert.last) ++alert.steps;
   alert.last = record.step;
-  if (alert.layers.size() <= column) alert.layers.resize(column + 1);
   alert.layers[column].insert(record.layer);
 }
 
@@ -274,22 +288,24 @@ void ReportRun::add(const LogRecord& record) {
     Health& worst = layer.health[column];
     worst = std::max(worst, health_of(record.health).value_or(Health::kNoData));
   }
-  const std::size_t coarse = column / expert_each_;
   const RoutingStats& stats = record.stats;
   add_pairs(layer.pairs, stats);
   const auto n = static_cast<std::size_t>(stats.experts());
-  if (n > 0 && stats.assignments() > 0) {
-    layer.load.resize(n);
+  const bool has_load = n > 0 && stats.assignments() > 0, has_loss = stats.shape().needs.losses;
+  const auto biases = record.actuators.find("expert_bias");
+  if (has_load) grow(layer.load, n);
+  if (biases != record.actuators.end()) grow(layer.bias, biases->second.applied.size());
+  if (has_loss) grow(layer.loss, n);
+  const std::size_t coarse = column / expert_each_;
+  if (has_load) {
     relative_loads(stats.counts(), record.targets.get(), loads_);
     for (std::size_t i = 0; i < n; ++i) put(layer.load[i], coarse, loads_[i]);
   }
-  if (const auto it = record.actuators.find("expert_bias"); it != record.actuators.end()) {
-    const std::vector<double>& bias = it->second.applied;
-    layer.bias.resize(std::max(layer.bias.size(), bias.size()));
+  if (biases != record.actuators.end()) {
+    const std::vector<double>& bias = biases->second.applied;
     for (std::size_t i = 0; i < bias.size(); ++i) put(layer.bias[i], coarse, bias[i]);
   }
-  if (stats.shape().needs.losses) {
-    layer.loss.resize(n);
+  if (has_loss) {
     const auto sums = stats.array(RoutingStats::kExpertLossSum),
                tokens = stats.array(RoutingStats::kExpertLossTokens);
     for (std::size_t i = 0; i < n; ++i) {

@@ -26,6 +26,8 @@ inline constexpr std::size_t kColumns = 600;
 
 /// How many columns the page has room for, of maps with so many rows in all.
 std::size_t map_columns(std::size_t rows);
+/// Rows of one expert that a run may have, and those from which memory counts more than what the maps may choose from.
+inline constexpr std::size_t kMostRows = std::size_t{1} << 20, kManyRows = 100'000;
 
 /// Smallest, largest and mean of what fell into one column.
 struct Extremes {
@@ -81,7 +83,7 @@ class ReportRun {
 
   /// When an alert stood, and in which layers.
   struct Alert {
-    std::vector<std::set<int>> layers;  // of each column
+    std::map<std::size_t, std::set<int>> layers;  // by column
     std::int64_t first = 0, last = 0, steps = 0;
   };
 
@@ -105,6 +107,7 @@ class ReportRun {
   std::size_t column_of(std::int64_t step);
   std::size_t expert_columns() const;
   void halve();
+  void grow(std::vector<Row>& rows, std::size_t size);
   template <typename Visit>
   void for_each_row(Visit visit);
   nlohmann::json expert_map(const std::vector<Row>& rows, std::size_t columns, double scale,
@@ -120,6 +123,7 @@ class ReportRun {
   std::int64_t records_ = 0;
   std::optional<std::int64_t> first_;
   std::int64_t last_ = 0, width_ = 1;
+  std::size_t expert_rows_ = 0;  // over all layers, of loads, biases and losses
   std::size_t expert_each_ = 1;  // columns that a row of one expert keeps as one
   std::map<int, Layer> layers_;
   std::map<std::pair<int, std::string>, Answer> answers_;  // by layer (-1: the whole model) and actuator

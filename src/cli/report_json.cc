@@ -99,9 +99,7 @@ json ReportRun::alerts_json() const {
     if (all.size() == kAlerts) break;
     nlohmann::json columns = nlohmann::json::array();
     std::set<int> ever;
-    for (std::size_t c = 0; c < alert.layers.size(); ++c) {
-      const std::set<int>& layers = alert.layers[c];
-      if (layers.empty()) continue;
+    for (const auto& [c, layers] : alert.layers) {
       ever.insert(layers.begin(), layers.end());
       nlohmann::json named = nlohmann::json::array();
       for (const int layer : layers) {

@@ -9,6 +9,7 @@
 #include <iostream>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <thread>
 #include <utility>
 
@@ -26,7 +27,8 @@ namespace moectl::cli {
 namespace {
 
 struct Options {
-  std::string run, listen;
+  std::string run;
+  std::optional<std::string> listen;
   std::vector<std::string> metrics;
   int extremes = -1;
   std::int64_t every = 1;
@@ -56,8 +58,8 @@ void wait_for_file(const Options& options) {
 class Endpoint {
  public:
   explicit Endpoint(const Options& options) {
-    const std::string& address = options.listen;
-    if (address.empty()) return;
+    if (!options.listen) return;
+    const std::string& address = *options.listen;
 #ifdef MOECTL_PROMETHEUS
     feed_ = std::make_unique<PrometheusFeed>(
         address, PrometheusOptions{.metrics = options.metrics, .extremes = options.extremes});

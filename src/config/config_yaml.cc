@@ -171,6 +171,11 @@ YamlFile::YamlFile(std::string_view text, std::string name) : name_(std::move(na
         place_of(text, bad),
         {"encoding", std::string("byte 0x") + kDigits[byte >> 4] + kDigits[byte & 15], "must be UTF-8"});
   }
+  // libyaml compares each %TAG with all before it: a large file of them would take hours.
+  for (std::size_t at = text.find("%TAG"); at != std::string_view::npos; at = text.find("%TAG", at + 1)) {
+    if (at == 0 || text[at - 1] == '\n' || text[at - 1] == '\r')
+      throw error(place_of(text, at), {"syntax", "%TAG", "must not be there: a config has no tags"});
+  }
   root_ = &nodes_.emplace_back();
   read(text);
   if (root_->kind == Kind::kNull) throw error(Place{}, {"file", "(empty)", "must be a map of keys"});

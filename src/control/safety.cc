@@ -244,7 +244,9 @@ LimitReport SafetyLimiter::apply(const LimitContext& context, std::span<const do
     return report;
   }
   if (actuator_ == Actuator::kExpertBias) {
-    // The mean of values that came from elsewhere goes at once: it changes no choice, so no rate applies.
+    // The mean of values that came from elsewhere goes at once: it changes no choice, so no rate applies. It is taken anew,
+    // since a state may say what it likes.
+    if (common_ != 0) common_ = mean(applied);
     for (double& value : applied) value -= common_;
     take_common_out();
     clip_biases(applied, report);

@@ -441,7 +441,7 @@ class MegatronReader : public StepReader {
     notes_.say("tpe holds the experts that live on the rank: right for a rank that has them all");
     if (!tpe.is_array()) throw wrong("tpe: expected [micro-batches, experts]");
     for (const JsonValue counts : tpe.elements()) {
-      if (!counts.is_array() || counts.size() > kMostExperts)
+      if (!counts.is_array() || counts.size() == 0 || counts.size() > kMostExperts)
         throw wrong("tpe: expected [micro-batches, experts]");
       const int micro_batch = options_.by_micro_batch ? micro_batches_[{id, tag}]++ : 0;
       ImportedLayer& layer = step.layers[{id, part_tag(micro_batch, tag)}];

@@ -278,6 +278,26 @@ test('what is damaged is said on the page', async () => {
   await page.close();
 });
 
+// What a log may hold though no controller writes it: each once stopped the page's script, or never ended.
+const bias = (policy, limits) => ({model: {layers: 1, experts: 4, top_k: 2}, expert_bias: {policy, limits}});
+const moved = (step) => ({counts: [5, 4, 4, 3], top_k: 2, actuators: {expert_bias: {applied: [0.1 * step, 0, 0, -0.1 * step], reasons: ['rate']}}});
+for (const [name, header, record] of [
+  ['a policy named as a property of every object', bias('constructor', {min: -1, max: 1, rate: 1}), moved],
+  ['a policy named __proto__', bias('__proto__', {min: -1, max: 1, rate: 1}), moved],
+  ['a limit that is no number', bias('sign_bias', {min: 'a', max: 1, rate: 'b'}), moved],
+  ['a floor next to zero', bias('fixed', {}), () => ({metrics: {max_vio: 0, load_cv: 0.1, noise_floor_max_vio: 5e-324, noise_floor_cv: 0.1}})],
+  ['a negative MaxVio', bias('fixed', {}), () => ({metrics: {max_vio: -1, load_cv: 0.1, noise_floor_max_vio: 0.1, noise_floor_cv: 0.1}})]]) {
+  test(`the page stands with ${name}`, async () => {
+    const lines = [{format: 'moectl-run', version: 1, config: header}];
+    for (let step = 0; step < 6; ++step) lines.push({step, layer: 0, tokens: 8, ...record(step)});
+    writeFileSync(join(dir, 'odd.jsonl'), lines.map((l) => JSON.stringify(l) + '\n').join(''));
+    execFileSync(tool, ['report', 'odd.jsonl', '-o', 'odd.html'], {cwd: dir, stdio: 'ignore'});
+    const [page, complaints] = await open({}, 'odd.html');
+    assert.deepEqual(complaints, []);
+    await page.close();
+  });
+}
+
 test('it prints in light colours without controls', async () => {
   const [page] = await open({colorScheme: 'dark'});
   await page.emulateMedia({media: 'print'});

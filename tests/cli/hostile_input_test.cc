@@ -475,6 +475,32 @@ TEST(HostileInput, ALayerFarAwayMakesNoRowForEachBefore) {
   EXPECT_THAT(placed(odd).err, HasSubstr("26, 28, 30 and 34 more gaps. SGLang"));
 }
 
+TEST(HostileInput, APageKeepsNoMoreOfTheExpertsThanItCanShow) {
+  const TempDir dir;
+  std::string counts = "1";
+  for (int i = 1; i < 65536; ++i) counts += ",1";
+  const auto log = [&](int layers, const std::string& more) {
+    std::string lines;
+    for (const int step : {0, 599}) {
+      for (int l = 0; l < layers; ++l) {
+        lines += R"({"step":)" + std::to_string(step) + R"(,"layer":)" + std::to_string(l) +
+                 R"(,"tokens":65536,"top_k":1,"counts":[)" + counts + ']' + more + "}\n";
+      }
+    }
+    dir.write("wide.jsonl", lines);
+    return run_tool(dir, "report wide.jsonl -o wide.html", "", in_little_memory());
+  };
+  EXPECT_EQ(log(2, "").code, 0);
+  EXPECT_THAT(log(17, "").err, HasSubstr("experts, over all layers: a page must have at most that many"));
+  // Names of alerts, each once, far from the first column.
+  std::string names = R"({"step":0,"layer":0,"tokens":4,"top_k":1,"counts":[1,3]})"
+                      "\n"
+                      R"({"step":599,"layer":0,"tokens":4,"top_k":1,"counts":[1,3],"alerts":[)";
+  for (int i = 0; i < 100'000; ++i) names += (i ? ",\"n" : "\"n") + std::to_string(i) + '"';
+  dir.write("names.jsonl", names + "]}\n");
+  EXPECT_EQ(run_tool(dir, "report names.jsonl -o names.html", "", in_little_memory()).code, 0);
+}
+
 TEST(HostileInput, ANameThatIsNoUtf8IsShownInJson) {
   const TempDir dir;
   dir.write("c\xff.yaml", "version: 1\nmodel: {layers: 1, experts: 4, top_k: 2, tokens_per_step: 64}\n");

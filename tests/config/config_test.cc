@@ -256,6 +256,8 @@ INSTANTIATE_TEST_SUITE_P(
               "c.yaml:2:71: syntax: not YAML: nested too deeply: must be at most 64 levels"},
         Wrong{"Control", "version: 1\n# \x01\n",
               "c.yaml:2:3: syntax: not YAML: control characters are not allowed"},
+        Wrong{"TagDirective", "%YAML 1.1\n%TAG !a! x\n---\nversion: 1\n",
+              "c.yaml:2:1: syntax: %TAG: must not be there: a config has no tags"},
         Wrong{"Tag", "version: !!int 1\n", "c.yaml:1:1: version: tag:yaml.org,2002:int: must carry no tag"},
         Wrong{"KeyIsAList", "version: 1\n? [a]\n: 1\n", "c.yaml:2:3: [...]: 1: keys must be plain words"},
         // Keys.

@@ -196,6 +196,25 @@ TEST_P(SavedState, WhateverItsNumbersItIsRefusedOrTheRunStaysWithinItsLimits) {
 INSTANTIATE_TEST_SUITE_P(EveryPolicy, SavedState, ::testing::ValuesIn(cases()),
                          [](const auto& one) { return one.param.name; });
 
+// The mean of adopted biases is taken out at once. A state that tells another mean does not move them.
+TEST(SavedStates, AMeanThatTheBiasesDoNotHaveMovesNothing) {
+  ControllerConfig config = with(Actuator::kExpertBias, "sign_bias");
+  config.expert_bias.limits.rate = 0.01;
+  Controller controller(config);
+  const std::string state = controller.save();
+  const auto n = static_cast<std::size_t>(config.model.experts);
+  std::vector<std::int64_t> experts;
+  for (std::size_t i = 0; i < n * static_cast<std::size_t>(config.model.top_k); ++i)
+    experts.push_back(static_cast<std::int64_t>(i % n));
+  for (const double common : {-0.9, 0.3, 1e9}) {
+    Controller loaded(config);
+    loaded.load(with_number(state, "limiter.common", 0, common));
+    loaded.record(0, {.experts = experts});
+    loaded.step();
+    for (const double b : loaded.bias(0)) EXPECT_LE(std::abs(b), 0.0101) << common;
+  }
+}
+
 // What once wrote out of bounds, turned negative or was taken for a gain.
 TEST(SavedStates, NumbersThatNoRunCanHaveAreRefusedByName) {
   Controller controller(with(Actuator::kExpertBias, "adaptive_bias"));

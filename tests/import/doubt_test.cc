@@ -359,6 +359,10 @@ TEST(ImportInDoubt, MissingExpertsAreNoZeros) {
   dir.write("a.jsonl",
             "{\"iter\":0,\"layer\":0,\"tpe\":[[1,2,3]]}\n{\"iter\":1,\"layer\":0,\"tpe\":[[1,2]]}\n");
   EXPECT_THAT(refused_in(dir, "megatron a.jsonl --top-k 1"), HasSubstr("values of 2 experts: expected 3"));
+  // A micro-batch without experts is none: millions of them would take memory and hold nothing.
+  dir.write("b.jsonl", "{\"iter\":0,\"layer\":0,\"tpe\":[[1,2,3],[]]}\n");
+  EXPECT_THAT(refused_in(dir, "megatron b.jsonl --top-k 1 --by micro-batch"),
+              HasSubstr("1: tpe: expected [micro-batches, experts]"));
 }
 
 std::string varint(std::uint64_t value) {

@@ -16,6 +16,7 @@ const element = (tag, attributes = {}, ...children) => {
 };
 const number = (v, digits = 3) => {
   if (v === null || v === undefined) return '–';
+  if (typeof v !== 'number') return String(v);  // a log's config holds what its writer wrote
   if (Number.isInteger(v)) return String(v);
   return Number(v.toPrecision(digits)).toString();
 };
@@ -112,16 +113,16 @@ const reach = ({value}) => {
   const start = value.mean.find((v) => v !== null);
   return all.reduce((far, v) => (Math.abs(v - start) > Math.abs(far - start) ? v : far), start);
 };
-const WHY = {
-  sign_bias: 'each expert by a fixed step towards the mean load',
-  adaptive_bias: 'each expert by its load error over the slope of its load, as much as the filter believes it',
-};
+const WHY = new Map([
+  ['sign_bias', 'each expert by a fixed step towards the mean load'],
+  ['adaptive_bias', 'each expert by its load error over the slope of its load, as much as the filter believes it'],
+]);
 const whyOf = (run, actuator) => {
   if (!decides(run, actuator)) return 'by the guard or a roll-back alone';
   const {policy, policies, options} = run.sections[actuator];
   if (policies.length > 1) return 'as the policy of each layer decides';
   if (options?.metric && options.target !== undefined) return `towards ${options.metric} = ${number(options.target)}`;
-  return (WHY[policy] ?? `as ${policy} decides`).replace('the mean load', run.targets ? 'its target load' : 'the mean load');
+  return (WHY.get(policy) ?? `as ${policy} decides`).replace('the mean load', run.targets ? 'its target load' : 'the mean load');
 };
 const answerMoved = (run, r) => {
   if (!isController(run)) {

@@ -121,7 +121,7 @@ const balanceChart = (id, series, floor, label) => {
     {data: points(run, run.series[floor]?.mean), label: named(r, run.floor || 'floor'), borderColor: colour(r), borderDash: [5, 4], borderWidth: 1, run},
   ]);
   // A logarithm has no zero: a balance far under the floor is drawn at the lower edge, and said as it is.
-  const floors = runs.flatMap((run) => run.series[floor]?.mean ?? []).filter((v) => v > 0);
+  const floors = runs.flatMap((run) => run.series[floor]?.mean ?? []).filter((v) => v > 1e-12);
   const edge = floors.length ? 0.2 * floors.reduce((a, v) => Math.min(a, v)) : 1e-3;
   let low = Infinity, high = edge;
   for (const set of datasets) {
@@ -180,7 +180,10 @@ const actuatorChart = (name) => {
   let min = multiplicative ? low / pad : low - pad, max = multiplicative ? high * pad : high + pad;
   // Limits far outside what was used would flatten it; they are drawn where they come into view. As a band where all
   // runs have the same, else as lines in each run's colour.
-  const limitsOf = (run) => run.sections?.[name]?.limits;
+  const limitsOf = (run) => {
+    const limits = run.sections?.[name]?.limits;
+    return Number.isFinite(limits?.min) && Number.isFinite(limits.max) ? limits : undefined;
+  };
   const limited = shown.filter(([run]) => limitsOf(run));
   const textOf = (l) => `limits ${number(l.min)} to ${number(l.max)}, rate ${number(l.rate)} a step`;
   const alike = new Set(limited.map(([run]) => textOf(limitsOf(run)))).size === 1;

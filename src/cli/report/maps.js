@@ -2,7 +2,7 @@
 // Blue – white – orange for ratios; black – purple – yellow (after cividis) for amounts. Both even in lightness.
 const mix = (a, b, t) => a.map((v, i) => Math.round(v + (b[i] - v) * t));
 const ramp = (stops) => (t) => {
-  const at = Math.max(0, Math.min(1, t)) * (stops.length - 1), i = Math.min(stops.length - 2, Math.floor(at));
+  const at = Math.max(0, Math.min(1, t || 0)) * (stops.length - 1), i = Math.min(stops.length - 2, Math.floor(at));
   return mix(stops[i], stops[i + 1], at - i);
 };
 const DIVERGING = ramp([[8, 64, 129], [67, 147, 195], [247, 247, 247], [230, 150, 60], [140, 60, 0]]);
