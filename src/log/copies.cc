@@ -128,7 +128,8 @@ void RankCopies::group() {
     for (std::size_t j = 0; j < i; ++j) {
       if (!met_[i][j] || differ_[i][j]) continue;
       if (told_[i] && told_[j]) {
-        if (first_[i] == i) first_[i] = first_[j];
+        if (first_[i] != i) continue;  // compared already with all that are like the first
+        first_[i] = first_[j];
         for (std::size_t other = 0; other < i; ++other) {
           if (first_[other] == first_[i] && differ_[i][other])
             throw LogError("ranks " + names_[other] + " and " + names_[i] + " differ, and rank " + names_[j] +

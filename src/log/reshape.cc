@@ -2,6 +2,9 @@
 
 #include <algorithm>
 #include <iterator>
+#include <map>
+#include <set>
+#include <string_view>
 #include <utility>
 
 #include "moectl/run_log.h"
@@ -54,10 +57,14 @@ RoutingStats reshaped(const RoutingStats& stats, const std::vector<std::string>&
   if (needs.losses && has.losses) copy_arrays({S::kExpertLossSum, S::kExpertLossTokens});
   const bool domain_losses = needs.domain_losses && has.domain_losses;
   std::int64_t tokens = 0;
+  std::map<std::string_view, int> places;
+  for (std::size_t d = 0; d < domains.size() && needs.domains > 0; ++d) {
+    places.try_emplace(domains[d], static_cast<int>(d));
+  }
   for (std::size_t d = 0; d < wanted_domains.size() && needs.domains > 0; ++d) {
-    const auto it = std::find(domains.begin(), domains.end(), wanted_domains[d]);
-    if (it == domains.end()) continue;
-    const auto from = static_cast<int>(it - domains.begin());
+    const auto it = places.find(wanted_domains[d]);
+    if (it == places.end()) continue;
+    const int from = it->second;
     const auto to = out.mutable_array(S::kDomainCounts).subspan(d * stats.counts().size());
     std::ranges::copy(stats.domain_counts(from), to.begin());
     tokens += stats.domain_tokens(from);
@@ -70,9 +77,9 @@ RoutingStats reshaped(const RoutingStats& stats, const std::vector<std::string>&
   }
   // All tokens, or a number that differs from them: what is partial is absent.
   if (!wanted_domains.empty() && needs.domains > 0) {
-    const bool all = std::ranges::all_of(domains, [&](const std::string& name) {
-      return std::find(wanted_domains.begin(), wanted_domains.end(), name) != wanted_domains.end();
-    });
+    const std::set<std::string_view> wanted(wanted_domains.begin(), wanted_domains.end());
+    const bool all =
+        std::ranges::all_of(domains, [&](const std::string& name) { return wanted.contains(name); });
     out.set_scalar(S::kDomainTokens, all ? stats.scalar(S::kDomainTokens) : std::min(tokens, stats.tokens()));
   }
   return out;

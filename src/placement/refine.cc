@@ -15,6 +15,20 @@ bool holds(const std::vector<int>& items, int of, std::span<const int> expert) {
   return std::ranges::any_of(items, [&](int other) { return expert[at(other)] == of; });
 }
 
+/// Of each copy on a device: whether `others` have one of its expert. `none`: it is not asked.
+std::vector<char> held_too(const std::vector<int>& items, const std::vector<int>& others,
+                           std::span<const int> expert, bool none) {
+  std::vector<char> found(items.size(), 0);
+  if (none) return found;
+  std::vector<int> there;
+  for (const int other : others) there.push_back(expert[at(other)]);
+  std::ranges::sort(there);
+  std::ranges::transform(items, found.begin(), [&](int item) {
+    return static_cast<char>(std::ranges::binary_search(there, expert[at(item)]));
+  });
+  return found;
+}
+
 /// The last copies may have found no other room: exchanges a second copy on a device for the closest load elsewhere. False if
 /// some device still has two copies.
 bool separate(std::span<const double> weights, Devices& devices, std::span<const int> expert) {
@@ -69,16 +83,14 @@ void exchange(std::span<const double> weights, Devices& devices, std::span<const
     Index best_a = 0, best_b = 0, best_d = h;
     for (Index d = 0; d < devices.size(); ++d) {
       if (sums[d] >= best) continue;
+      const std::vector<char> a_held = held_too(devices[h], devices[d], expert, repeats),
+                              b_held = held_too(devices[d], devices[h], expert, repeats);
       for (Index a = 0; a < devices[h].size(); ++a) {
         const double wa = weights[at(devices[h][a])];
         for (Index b = 0; b < devices[d].size(); ++b) {
           const double less = wa - weights[at(devices[d][b])];
           const double larger = std::max(sums[h] - less, sums[d] + less);
-          if (larger >= best) continue;
-          if (!repeats && (holds(devices[d], expert[at(devices[h][a])], expert) ||
-                           holds(devices[h], expert[at(devices[d][b])], expert))) {
-            continue;
-          }
+          if (larger >= best || a_held[a] || b_held[b]) continue;
           best = larger;
           best_a = a;
           best_b = b;
@@ -168,11 +180,13 @@ class SampleExchange {
         others[r] = largest;
       }
       const double *of_h = loads_.data() + h * samples_, *of_d = loads_.data() + d * samples_;
+      const std::vector<char> a_held = held_too(devices_[h], devices_[d], expert_, repeats_),
+                              b_held = held_too(devices_[d], devices_[h], expert_, repeats_);
       for (Index a = 0; a < devices_[h].size(); ++a) {
-        if (!repeats_ && holds(devices_[d], expert_[at(devices_[h][a])], expert_)) continue;
+        if (a_held[a]) continue;
         const double* from = row(devices_[h][a]);
         for (Index b = 0; b < devices_[d].size(); ++b) {
-          if (!repeats_ && holds(devices_[h], expert_[at(devices_[d][b])], expert_)) continue;
+          if (b_held[b]) continue;
           const double* to = row(devices_[d][b]);
           double sum = 0;
           for (Index r = 0; r < samples_ && sum < best; ++r) {

@@ -501,6 +501,30 @@ TEST(HostileInput, APageKeepsNoMoreOfTheExpertsThanItCanShow) {
   EXPECT_EQ(run_tool(dir, "report names.jsonl -o names.html", "", in_little_memory()).code, 0);
 }
 
+// By the cube of the experts, or the square of the domains, these would take many minutes.
+TEST(HostileInput, ManyExpertsAndDomainsArePlacedAndCompared) {
+  const TempDir dir;
+  std::string counts, domains, wide, log;
+  for (int i = 0; i < 16384; ++i) counts += (i ? "," : "") + std::to_string(1 + i % 97);
+  const int sum = 168 * (97 * 98 / 2) + 88 * 89 / 2;  // 16384 = 168 · 97 + 88
+  for (const int step : {0, 1}) {
+    wide += R"({"step":)" + std::to_string(step) + R"(,"layer":0,"top_k":1,"tokens":)" + std::to_string(sum) +
+            R"(,"counts":[)" + counts + "]}\n";
+  }
+  dir.write("wide.jsonl", wide);
+  const ToolResult placed = run_tool(dir, "placement wide.jsonl --devices 2");
+  EXPECT_EQ(placed.code, 0) << placed.err;
+  for (int i = 0; i < 200'000; ++i) domains += (i ? ",\"d" : "\"d") + std::to_string(i) + "\":[0,1]";
+  for (const int step : {0, 1}) {
+    log += R"({"step":)" + std::to_string(step) +
+           R"(,"layer":0,"top_k":1,"tokens":400000,"counts":[200000,200000],"domain_counts":{)" + domains +
+           "}}\n";
+  }
+  dir.write("domains.jsonl", log);
+  const ToolResult compared = run_tool(dir, "metrics domains.jsonl --compare train@0:1 train@1:");
+  EXPECT_EQ(compared.code, 0) << compared.err;
+}
+
 TEST(HostileInput, ANameThatIsNoUtf8IsShownInJson) {
   const TempDir dir;
   dir.write("c\xff.yaml", "version: 1\nmodel: {layers: 1, experts: 4, top_k: 2, tokens_per_step: 64}\n");
