@@ -71,7 +71,8 @@ int biases(const Options& options) {
     std::ofstream out(options.output, std::ios::binary);
     out << biases_json(joined);
     if (!out.flush()) throw InputError(options.output + ": cannot be written");
-    std::cout << "wrote the biases of " << joined.size() << " layers to " << options.output << '\n';
+    std::cout << "wrote the biases of " << joined.size() << " layers to " << said_path(options.output)
+              << '\n';
     return 0;
   }
   if (all.size() > 2) throw InputError("FILE: two files are compared; more can be joined with -o");

@@ -104,8 +104,8 @@ void add_import(CLI::App& app, Tool& tool) {
       const ImportReport report =
           import_trace(options->format, options->files, options->output, options->import);
       for (const std::string& note : report.notes) std::cerr << "import: " << note << '\n';
-      std::cerr << options->output << ": " << report.steps << " steps, " << report.records << " records, "
-                << report.experts << " experts\n";
+      std::cerr << said_path(options->output) << ": " << report.steps << " steps, " << report.records
+                << " records, " << report.experts << " experts\n";
       return 0;
     };
   });

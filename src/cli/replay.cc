@@ -74,12 +74,12 @@ class Replay {
     say_faults(trace_, options_.trace);
     if (!writer_->ok()) return 1;  // the writer has reported the error
     if (logged_ == 0) {
-      std::cerr << shown_path(options_.trace) << ": no step is a multiple of log.every (" << config_.log.every
-                << ") of " << options_.config << ": the log has no record\n";
+      std::cerr << said_path(options_.trace) << ": no step is a multiple of log.every (" << config_.log.every
+                << ") of " << said_path(options_.config) << ": the log has no record\n";
     }
     if (options_.run != "-") {
       std::cout << "replayed " << steps_ << " steps of " << config_.model.layers
-                << " layers, wrote the records of " << logged_ << " steps to " << options_.run
+                << " layers, wrote the records of " << logged_ << " steps to " << said_path(options_.run)
                 << ", open loop: the recorded routes answer no decision"
                 << (environment_holds() ? "" : ", so none is held for that") << '\n';
     }
@@ -153,8 +153,9 @@ class Replay {
       layers_[layer] = index++;
       names += (names.empty() ? "" : ", ") + std::to_string(layer);
     }
-    std::cerr << "assumed: " << shown_path(options_.trace) << ": layers " << names
-              << " of the trace are layers 0 to " << layers - 1 << " of " << options_.config << '\n';
+    std::cerr << "assumed: " << said_path(options_.trace) << ": layers " << names
+              << " of the trace are layers 0 to " << layers - 1 << " of " << said_path(options_.config)
+              << '\n';
   }
 
   [[noreturn]] void fail(std::int64_t line, const std::string& field, const std::string& value,
@@ -218,8 +219,8 @@ class Replay {
     if (steps_ == 0) {
       controller_->begin_at(record.step);
     } else if (record.step != step_ + 1 && !std::exchange(gap_said_, true)) {
-      std::cerr << "assumed: " << shown_path(options_.trace) << ':' << record.line
-                << ": step: " << record.step << ": the step before it is " << step_
+      std::cerr << "assumed: " << said_path(options_.trace) << ':' << record.line << ": step: " << record.step
+                << ": the step before it is " << step_
                 << "; timeline, schedules, warm-up and cadence count the steps that are there, from the "
                    "first one on\n";
     }

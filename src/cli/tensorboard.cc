@@ -67,7 +67,10 @@ int tensorboard(const Options& options) {
   std::set<std::string> directories;
   std::vector<std::string> each;
   for (const std::string& run : options.runs) {
-    each.push_back((std::filesystem::path(options.output) / name_of_run(run)).string());
+    const std::filesystem::path folder = std::filesystem::path(options.output) / name_of_run(run);
+    if (std::filesystem::is_symlink(folder))
+      throw InputError(folder.string() + ": is a link: events are written under their own name only");
+    each.push_back(folder.string());
     if (!directories.insert(each.back()).second) {
       throw InputError(run + ": another run goes to " + each.back() +
                        " as well: give each a file name of its own");

@@ -115,7 +115,7 @@ void say_faults(const LogReader& log, const std::string& path) {
   for (const std::string& assumption : log.assumptions()) std::cerr << assumption << '\n';
   for (const std::string& fault : log.faults()) std::cerr << fault << '\n';
   if (const auto more = log.fault_count() - static_cast<std::int64_t>(log.faults().size()); more > 0) {
-    std::cerr << path << ": " << more << " more faults\n";
+    std::cerr << said_path(path) << ": " << more << " more faults\n";
   }
 }
 

@@ -76,6 +76,11 @@ inline std::string shown_path(const std::string& path) {
   return path == "-" ? "<stdin>" : path;
 }
 
+/// The same in a line of its own making: a line break in a name would make a second one.
+inline std::string said_path(const std::string& path) {
+  return printable(shown_path(path));
+}
+
 /// JSON as text, to print. The name of a file or an argument may hold bytes that are not UTF-8.
 template <class Json>
 std::string json_text(const Json& value, int indent = -1) {

@@ -304,7 +304,8 @@ ChangedConfig read_config_change(const LogLine& at) {
 
 void Assumptions::say(const LogLine& line, const std::string& field, const std::string& what) {
   if (fields_.insert(field).second)
-    said_.push_back("assumed: " + line.file + ':' + std::to_string(line.number) + ": " + field + ": " + what);
+    said_.push_back("assumed: " + printable(line.file) + ':' + std::to_string(line.number) + ": " + field +
+                    ": " + what);
 }
 
 LayerGroups groups_of(const LogHeader& header) {

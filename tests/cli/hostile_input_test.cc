@@ -322,6 +322,18 @@ TEST(HostileInput, ANameOfDotsStaysInItsFolder) {
   }
 }
 
+TEST(HostileInput, ALinkInPlaceOfARunIsNotFollowed) {
+  const TempDir dir;
+  for (const char* name : {"a.jsonl", "b.jsonl"}) dir.write(name, kRecord + "\n");
+  std::filesystem::create_directories(dir.path("victim"));
+  std::filesystem::create_directories(dir.path("board"));
+  std::filesystem::create_directory_symlink("../victim", dir.path("board/b"));
+  const ToolResult result = run_tool(dir, "tensorboard a.jsonl b.jsonl -o board");
+  EXPECT_EQ(result.code, 1);
+  EXPECT_THAT(result.err, HasSubstr("board/b: is a link"));
+  EXPECT_TRUE(std::filesystem::is_empty(dir.path("victim")));
+}
+
 /// 1025 records of 2^53 tokens: their counts sum to more than 64 bits hold. `varies` is the field that tells them apart.
 std::string records_beyond_64_bits(const std::function<std::string(int)>& varies) {
   std::string lines;
@@ -399,6 +411,20 @@ TEST(HostileInput, NoNameMakesALineOrAColumn) {
   }
   EXPECT_THAT(run_tool(dir, "metrics t.jsonl --trends --format csv").out,
               HasSubstr(R"(,0,"x,""y""\u000alayer 7, train: collapsed",)"));
+}
+
+TEST(HostileInput, NoNameOfAFileMakesALine) {
+  const TempDir dir;
+  std::string lines;
+  for (int line = 0; line < 200; ++line) lines += "torn\n";
+  lines += R"({"step":0,"layer":0,"tokens":8,"top_k":2,"counts":[5,4,4,3]})"
+           "\n";
+  dir.write("a\nFORGED.jsonl", lines);
+  for (const std::string command : {"compare 'a\nFORGED.jsonl'", "watch 'a\nFORGED.jsonl' --once"}) {
+    const ToolResult result = run_tool(dir, command);
+    EXPECT_THAT(result.err, HasSubstr("FORGED")) << command;
+    EXPECT_THAT(result.err, Not(HasSubstr("\nFORGED"))) << command;
+  }
 }
 
 TEST(HostileInput, NamesOfALogMakeNoEndlessSeries) {
