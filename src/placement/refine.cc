@@ -20,8 +20,8 @@ std::vector<char> held_too(const std::vector<int>& items, const std::vector<int>
                            std::span<const int> expert, bool none) {
   std::vector<char> found(items.size(), 0);
   if (none) return found;
-  std::vector<int> there;
-  for (const int other : others) there.push_back(expert[at(other)]);
+  std::vector<int> there(others.size());
+  std::ranges::transform(others, there.begin(), [&](int other) { return expert[at(other)]; });
   std::ranges::sort(there);
   std::ranges::transform(items, found.begin(), [&](int item) {
     return static_cast<char>(std::ranges::binary_search(there, expert[at(item)]));
