@@ -52,8 +52,8 @@
 //   drift    Routers sharpen, so b* moves on steadily, and a filter without v stays behind it. K²/(2 - K) is the weight for
 //            a steady trend. But when a trend stops, a large v goes on: so h is at most ¼, as at first. Negative
 //            correlations over 5 to 12 decisions show that, positive ones that v misses a trend:
-//            ln h += 0.4 mean(a_5 … a_12), h at least 0.003. While the loop swings, or a whole layer meets its targets exactly, v fades by 0.9. A
-//            cut move leaves v as it was.
+//            ln h += 0.4 mean(a_5 … a_12), h at least 0.003. While the loop swings, or a whole layer meets its targets
+//            exactly, v fades by 0.9. A cut move leaves v as it was.
 //
 // Special cases.
 //

@@ -71,7 +71,8 @@ class Whiteness {
 
  private:
   static constexpr std::size_t kRows = kLags + 1;
-  static constexpr std::size_t kTogether = 4;  // lags in one pass over the experts; divides kLags
+  static constexpr std::size_t kTogether = 4;  // lags in one pass over the experts
+  static_assert(kLags % kTogether == 0);
   static constexpr double kEma = 0.2, kSignificance = 0.8;
 
   // Of the newest with those of `lag` and the lags after it.

@@ -19,8 +19,8 @@ struct Options {
   std::string output;
 };
 
-/// JSON that may stand inside a script element: nothing in it can end the element, and nothing steers a terminal. The one way in which text of others
-/// comes onto the page; its scripts put it there as text, never as HTML.
+/// JSON that may stand inside a script element: nothing in it can end the element, and nothing steers a terminal. The one
+/// way in which text of others comes onto the page; its scripts put it there as text, never as HTML.
 std::string embedded(const nlohmann::json& value) {
   std::string text;
   for (const char c : printable(json_text(value))) {

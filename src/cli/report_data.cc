@@ -23,6 +23,10 @@ void put(Row& row, std::size_t column, double value) {
   row[column].add(value);
 }
 
+void merge(Extremes& into, const Extremes& more) {
+  into.merge(more);
+}
+
 template <typename T, typename Merge>
 void halve_row(std::vector<T>& row, Merge merge) {
   for (std::size_t i = 0; 2 * i < row.size(); ++i) {
@@ -146,7 +150,7 @@ void ReportRun::for_each_row(Visit visit) {
 
 void ReportRun::halve() {
   width_ *= 2;
-  for_each_row([](Row& row) { halve_row(row, [](Extremes& a, const Extremes& b) { a.merge(b); }); });
+  for_each_row([](Row& row) { halve_row(row, merge); });
   for (auto& [name, track] : tracks_) {
     halve_row(track.reasons, [](auto& a, const auto& b) {
       for (const auto& [reason, count] : b) a[reason] += count;
@@ -177,7 +181,7 @@ void ReportRun::grow(std::vector<Row>& rows, std::size_t size) {
     expert_each_ *= 2;
     for (auto& [number, layer] : layers_) {
       for (auto* all : {&layer.load, &layer.bias, &layer.loss}) {
-        for (Row& row : *all) halve_row(row, [](Extremes& a, const Extremes& b) { a.merge(b); });
+        for (Row& row : *all) halve_row(row, merge);
       }
     }
   }
