@@ -2,6 +2,7 @@
 // base units in the name, ratios from 0 to 1, counters ending in _total.
 #include "moectl/prometheus.h"
 
+#include <CivetServer.h>
 #include <arpa/inet.h>
 #include <prometheus/collectable.h>
 #include <prometheus/exposer.h>
@@ -405,6 +406,24 @@ std::string checked_address(const std::string& address) {
 /// that idle or trickle hold up a scrape for about a second.
 const std::vector<std::string> kServer = {"num_threads", "32", "request_timeout_ms", "1000"};
 
+/// Refuses what is not a plain GET of /metrics, before the server looks at it, and has its connection closed. A request
+/// with a body must not reach the server, which reads a body to its end however long that takes, and holds a thread so
+/// long.
+int refuse_all_but_scrapes(mg_connection* connection) {
+  const mg_request_info& request = *mg_get_request_info(connection);
+  const char* const length = mg_get_header(connection, "Content-Length");
+  const auto refuse = [&](int status, const char* why) {
+    mg_send_http_error(connection, status, "%s", why);
+    return status;
+  };
+  if (request.request_method != std::string_view("GET")) return refuse(405, "only GET is answered");
+  if (request.local_uri != std::string_view("/metrics")) return refuse(404, "only /metrics is here");
+  if ((length != nullptr && length != std::string_view("0")) ||
+      mg_get_header(connection, "Transfer-Encoding") != nullptr)
+    return refuse(400, "a request must have no body");
+  return 0;
+}
+
 }  // namespace
 
 class PrometheusFeed::State : public prometheus::Collectable {
@@ -468,8 +487,10 @@ PrometheusFeed::PrometheusFeed(const std::string& address, PrometheusOptions opt
     : state_(std::make_shared<State>(std::move(options))) {
   std::vector<std::string> server = {"listening_ports", checked_address(address)};
   server.insert(server.end(), kServer.begin(), kServer.end());
+  CivetCallbacks callbacks;
+  callbacks.begin_request = refuse_all_but_scrapes;
   try {
-    exposer_ = std::make_unique<prometheus::Exposer>(server);
+    exposer_ = std::make_unique<prometheus::Exposer>(server, &callbacks);
   } catch (const std::exception& e) {
     throw std::runtime_error(address + ": cannot be listened at (in use?): " + e.what());
   }

@@ -325,37 +325,65 @@ TEST(PrometheusFeed, AnswersWhileOthersIdleOrTrickle) {
     const Silent idle(feed.port(), 48);
     EXPECT_LT(seconds(), 25);
   }
-  const Silent trickling(feed.port(), 48);
-  std::atomic<bool> done = false;
-  std::thread writer([&] {
-    const std::string start = "GET /metrics HTTP/1.1\r\nX: ";
-    for (const int connection : trickling.connections)
-      send(connection, start.data(), start.size(), MSG_NOSIGNAL);
-    while (!done) {
-      for (const int connection : trickling.connections) send(connection, "a", 1, MSG_NOSIGNAL);
-      std::this_thread::sleep_for(std::chrono::milliseconds(100));
-    }
-  });
-  EXPECT_LT(seconds(), 25);
-  EXPECT_LT(seconds(), 25);
-  done = true;
-  writer.join();
+  // Heads, and bodies with and without a length, that come a byte at a time and never end.
+  for (const std::string start :
+       {"GET /metrics HTTP/1.1\r\nX: ",
+        "GET /metrics HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n",
+        "GET /metrics HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n3b9aca00\r\n",
+        "POST /metrics HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n"}) {
+    SCOPED_TRACE(start);
+    const Silent trickling(feed.port(), 48);
+    std::atomic<bool> done = false;
+    std::thread writer([&] {
+      for (const int connection : trickling.connections)
+        send(connection, start.data(), start.size(), MSG_NOSIGNAL);
+      while (!done) {
+        for (const int connection : trickling.connections) send(connection, "a", 1, MSG_NOSIGNAL);
+        std::this_thread::sleep_for(std::chrono::milliseconds(100));
+      }
+    });
+    EXPECT_LT(seconds(), 25);
+    EXPECT_LT(seconds(), 25);
+    done = true;
+    writer.join();
+  }
+}
+
+/// The first line of the answer to a request.
+std::string first_line(int port, const std::string& request) {
+  const int connection = connect_to(port);
+  EXPECT_EQ(send(connection, request.data(), request.size(), MSG_NOSIGNAL),
+            static_cast<ssize_t>(request.size()));
+  std::string answer(256, '\0');
+  answer.resize(
+      static_cast<std::size_t>(std::max<ssize_t>(0, read(connection, answer.data(), answer.size()))));
+  close(connection);
+  return answer.substr(0, answer.find("\r\n"));
+}
+
+TEST(PrometheusFeed, AnswersNoRequestWithABody) {
+  PrometheusFeed feed("127.0.0.1:0");
+  const auto answer = [&](const std::string& field) {
+    return first_line(feed.port(), "GET /metrics HTTP/1.1\r\nHost: x\r\n" + field + "\r\n\r\n");
+  };
+  EXPECT_EQ(answer("Accept: */*"), "HTTP/1.1 200 OK");
+  EXPECT_EQ(answer("Content-Length: 0"), "HTTP/1.1 200 OK");
+  for (const char* body : {"Content-Length: 1", "Content-Length: 00", "content-length: 1000000000",
+                           "Content-Length: -1", "Transfer-Encoding: chunked", "Transfer-Encoding: identity",
+                           "Content-Length: 0\r\nTransfer-Encoding: chunked"})
+    EXPECT_THAT(answer(body), HasSubstr(" 4")) << body;
 }
 
 TEST(PrometheusFeed, AnswersNothingButGet) {
   PrometheusFeed feed("127.0.0.1:0");
   for (const char* method : {"HEAD", "POST", "PUT", "DELETE", "OPTIONS", "TRACE", "CONNECT", "PATCH",
                              "PROPFIND", "MKCOL", "GETT", "get", "\x16\x03\x01"}) {
-    const int connection = connect_to(feed.port());
-    const std::string request = std::string(method) + " /metrics HTTP/1.0\r\nHost: x\r\n\r\n";
-    ASSERT_EQ(send(connection, request.data(), request.size(), MSG_NOSIGNAL),
-              static_cast<ssize_t>(request.size()));
-    std::string answer(64, '\0');
-    answer.resize(static_cast<std::size_t>(std::max<ssize_t>(0, read(connection, answer.data(), 64))));
-    close(connection);
+    const std::string answer =
+        first_line(feed.port(), std::string(method) + " /metrics HTTP/1.0\r\nHost: x\r\n\r\n");
     EXPECT_TRUE(answer.empty() || answer.substr(8, 2) == " 4") << method << ": " << answer;
   }
-  EXPECT_EQ(http_get(feed.port(), "/"), "");
+  for (const char* path : {"/", "/metricsfoo", "/metrics/", "/metrics/x", "/Metrics", "//metrics/.."})
+    EXPECT_EQ(http_get(feed.port(), path), "") << path;
   EXPECT_EQ(http_get(feed.port(), "/../../../../etc/passwd"), "");
   EXPECT_THAT(http_get(feed.port(), "/metrics"), HasSubstr("moectl_steps_total"));
 }
