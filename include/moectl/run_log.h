@@ -50,7 +50,8 @@ struct LogRecord {
   std::vector<std::string> domains;  ///< Names of the stats' domains, sorted.
   std::optional<double> loss;
   std::map<std::string, std::int64_t> next_mixture;
-  std::shared_ptr<const LoadTargets> targets;  ///< Of the config in force; null = equal.
+  std::shared_ptr<const LoadTargets> targets;      ///< Of the config in force; null = equal.
+  std::shared_ptr<const std::string> config_json;  ///< Of the config in force; null if there is none.
   // Run logs only.
   std::int64_t tokens = 0;
   std::map<std::string, double> metrics;  ///< The metrics that were present.
@@ -70,8 +71,8 @@ struct LogGroup {
 
 /// A config that took the place of the one before it in the middle of a run.
 struct ConfigChange {
-  std::int64_t step = 0;    ///< The first step that it holds for.
-  std::string config_json;  ///< All of it.
+  std::int64_t step = 0;                           ///< The first step that it holds for.
+  std::shared_ptr<const std::string> config_json;  ///< All of it.
 };
 
 /// The first line of a file.
@@ -81,8 +82,8 @@ struct LogHeader {
   std::vector<LogGroup>
       groups{};  ///< Empty if all layers are equal; else experts, top_k and targets are theirs.
   std::optional<std::int64_t> shift;  ///< The step at which the data changed, if the training loop says so.
-  std::string config_json;            ///< The config object of a run log, else empty.
-  std::shared_ptr<const LoadTargets> targets{};  ///< Of a run log with unequal targets, else null.
+  std::shared_ptr<const std::string> config_json;  ///< The config object of a run log, else null.
+  std::shared_ptr<const LoadTargets> targets{};    ///< Of a run log with unequal targets, else null.
   std::int64_t piece = 0;  ///< The piece of a rotated log that is being read, from 1; else 0.
 };
 

@@ -41,6 +41,8 @@ inline constexpr std::int64_t kMostNumbers = std::int64_t{1} << 27;
 /// Different names of one kind (alerts, states of health) of a layer that an exporter keeps: each becomes a series that
 /// stays. Further ones are left out.
 inline constexpr std::size_t kMostNames = 64;
+/// Columns of a line of CSV: one an expert of every layer, for several metrics.
+inline constexpr std::size_t kMostColumns = std::size_t{1} << 20;
 /// Pairs of experts that an import holds of one step.
 inline constexpr std::int64_t kMostPairs = std::int64_t{1} << 23;
 /// Pieces of a rotated log.

@@ -95,7 +95,6 @@ void add_import(CLI::App& app, Tool& tool) {
       options->import.by_rank = options->by == "rank";
       options->import.by_micro_batch = options->by == "micro-batch";
       const std::string& tag = options->import.tag;
-      if (tag.empty()) throw InputError("--tag: must not be empty");
       if (std::ranges::any_of(tag, [](unsigned char c) { return c < 0x20 || c == '"' || c == '\\'; }) ||
           find_not_utf8(tag) != std::string::npos)
         throw InputError("--tag: must be UTF-8 without quote, backslash or control character");

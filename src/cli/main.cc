@@ -65,6 +65,16 @@ int run(int argc, char** argv) {
   add_simulate(app, tool);
   add_tensorboard(app, tool);
   add_watch(app, tool);
+  // An empty value is a variable of a shell that nobody has set.
+  const CLI::Validator not_empty(
+      [](const std::string& value) { return value.empty() ? "must not be empty" : ""; }, "");
+  std::vector<CLI::App*> commands = app.get_subcommands({});
+  commands.push_back(&app);
+  for (CLI::App* const command : commands) {
+    for (CLI::Option* const option : command->get_options()) {
+      if (option->get_items_expected_max() > 0) option->check(not_empty);
+    }
+  }
   app.footer(
       "Exit codes: 0 good, 1 the input or config is wrong, 2 usage.\n'moectl COMMAND --help' has examples.");
   try {

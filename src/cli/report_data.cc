@@ -72,18 +72,14 @@ ReportRun::ReportRun(const std::string& path, std::optional<std::int64_t> shift)
   header_ = reader.header();
   shift_ = shift ? shift : header_.shift;
   figures_ = RunFigures(shift_);
-  if (!header_.config_json.empty()) take_config(nlohmann::json::parse(header_.config_json));
+  std::shared_ptr<const std::string> in_force = header_.config_json;
+  if (in_force) take_config(nlohmann::json::parse(*in_force));
   targets_ = header_.targets;
   WholeRecords records = whole_records(reader);
-  std::string in_force = header_.config_json;
   while (const auto record = records.next()) {
-    // The reader may be some steps further, and what it read last may hold for this step already.
-    const std::vector<ConfigChange>& all = reader.config_changes();
-    const auto next = std::ranges::upper_bound(all, record->step, {}, &ConfigChange::step);
-    const std::string& now = next == all.begin() ? header_.config_json : std::prev(next)->config_json;
-    if (now != in_force) {
-      in_force = now;
-      take_config(nlohmann::json::parse(now));
+    if (record->config_json && record->config_json != in_force) {
+      in_force = record->config_json;
+      take_config(nlohmann::json::parse(*in_force));
     }
     add(*record);
   }
@@ -199,9 +195,9 @@ void ReportRun::add_alert(const std::string& name, const LogRecord& record, std:
 /// Each key that changed, as a notice.
 void ReportRun::tell_config_changes(const std::vector<ConfigChange>& changes) {
   using nlohmann::json;
-  json before = json::parse(header_.config_json.empty() ? "{}" : header_.config_json);
+  json before = json::parse(header_.config_json ? *header_.config_json : "{}");
   for (const ConfigChange& change : changes) {
-    const json now = json::parse(change.config_json);
+    const json now = json::parse(*change.config_json);
     const json was = before.flatten(), is = now.flatten();
     const auto tell = [&](const std::string& key, const std::string& from, const std::string& to) {
       if (key.starts_with("/timeline")) return;

@@ -251,8 +251,7 @@ json ReportRun::json() const {
   out["alert_names"] = alerts_.size();
   out["notices"] = notices_json();
   out["shift"] = shift_ ? nlohmann::json(*shift_) : nlohmann::json(nullptr);
-  out["config"] =
-      header_.config_json.empty() ? nlohmann::json(nullptr) : nlohmann::json::parse(header_.config_json);
+  out["config"] = header_.config_json ? nlohmann::json::parse(*header_.config_json) : nlohmann::json(nullptr);
   out["sections"] = sections_;
   if (targets_) out["targets"] = targets_->shares();
   const Figures figures = figures_.figures();

@@ -26,19 +26,42 @@ bool holds(const std::vector<int>& ids, int layer) {
 }  // namespace
 
 ControllerConfig config_at(const ControllerConfig& config, std::int64_t step) {
-  ControllerConfig now = config_from(config, step);
-  now.timeline.clear();
-  now.layers.clear();
+  // A timeline may have thousands of entries: none is copied, and of each section only what holds in the end. All members
+  // have a name here, so that none can be forgotten.
+  const auto& [mode, lag, model, metrics, monitor, expert_bias, aux_loss_weight, router_temperature, safety,
+               guard, log, collect, layers, timeline] = config;
+  const ActuatorConfig* actuators[kActuatorCount];
+  for (std::size_t a = 0; a < kActuatorCount; ++a) actuators[a] = &config.actuator(kActuators[a]);
+  const SafetyOptions* safety_now = &safety;
+  const GuardOptions* guard_now = &guard;
+  for (const TimelineEntry& entry : timeline) {
+    if (entry.from > step) continue;
+    for (std::size_t a = 0; a < kActuatorCount; ++a) {
+      if (const auto& section = section_of(entry, kActuators[a])) actuators[a] = &*section;
+    }
+    if (entry.safety) safety_now = &*entry.safety;
+    if (entry.guard) guard_now = &*entry.guard;
+  }
+  ControllerConfig now;
+  now.mode = mode;
+  now.lag = lag;
+  now.model = model;
+  now.metrics = metrics;
+  now.monitor = monitor;
+  for (std::size_t a = 0; a < kActuatorCount; ++a) now.actuator(kActuators[a]) = *actuators[a];
+  now.safety = *safety_now;
+  now.guard = *guard_now;
+  now.log = log;
+  now.collect = collect;
   return now;
 }
 
 ControllerConfig config_from(const ControllerConfig& config, std::int64_t step) {
-  ControllerConfig now = config;
-  std::erase_if(now.timeline, [&](const TimelineEntry& entry) {
-    if (entry.from > step) return false;
-    override(now, entry);
-    return true;
-  });
+  ControllerConfig now = config_at(config, step);
+  now.layers = config.layers;
+  for (const TimelineEntry& entry : config.timeline) {
+    if (entry.from > step) now.timeline.push_back(entry);
+  }
   return now;
 }
 

@@ -391,6 +391,11 @@ LayerBiases read_any(const std::string& path, const BiasSource& source) {
   if (!text) fail(path, "must be at most " + std::to_string(kLargestJson) + " bytes");
   if (nests_deeper(*text, kMostLevels))
     fail(path, "nested deeper than " + std::to_string(kMostLevels) + " levels");
+  // Each value is followed by a comma or a bracket, and takes several times its text.
+  const auto values = std::ranges::count_if(*text, [](char c) { return c == ',' || c == ']' || c == '}'; });
+  if (values > 2 * kMostLayersTimesExperts)
+    fail(path,
+         std::to_string(values) + " values: must be at most " + std::to_string(2 * kMostLayersTimesExperts));
   const json all = json::parse(*text, nullptr, false);
   if (all.is_discarded()) fail(path, "not JSON");
   return from_json(path, all, source.first_layer);

@@ -212,7 +212,7 @@ void NpyReader::read(std::span<std::int64_t> out) {
 class NpzReader::Entry : public ByteStream {
  public:
   Entry(Bytes& file, bool deflated, std::uint64_t packed)
-      : file_(file), packed_(packed), whole_(static_cast<std::int64_t>(packed)), deflated_(deflated) {
+      : file_(file), packed_(packed), whole_(packed), deflated_(deflated) {
     if (deflated_ && inflateInit2(&inflater_, -MAX_WBITS) != Z_OK) throw std::bad_alloc();
   }
   ~Entry() override {
@@ -237,7 +237,7 @@ class NpzReader::Entry : public ByteStream {
     }
     const std::size_t got = wanted - inflater_.avail_out;
     inflated_ += static_cast<std::int64_t>(got);
-    const std::int64_t taken = whole_ - static_cast<std::int64_t>(packed_);
+    const auto taken = static_cast<std::int64_t>(whole_ - packed_);
     if (inflates_too_far(inflated_, taken)) {
       throw ImportError(file_.name() + ": zip: " + std::to_string(inflated_) + " bytes from " +
                         std::to_string(taken) + ": must be at most " + std::to_string(kMostInflation) +
@@ -260,8 +260,8 @@ class NpzReader::Entry : public ByteStream {
   }
 
   Bytes& file_;
-  std::uint64_t packed_;
-  std::int64_t whole_, inflated_ = 0;
+  std::uint64_t packed_, whole_;
+  std::int64_t inflated_ = 0;
   bool deflated_;
   z_stream inflater_{};
   char input_[16384] = {};

@@ -24,7 +24,7 @@ class SglangCsvReader : public StepReader {
     std::string_view line;
     file.line(line);
     std::vector<std::string> names;
-    split(line, ',', names);
+    split(file, line, ',', names);
     for (std::size_t i = 0; i < kColumns; ++i) {
       const auto at = column_of(names, kNames[i], file);
       if (!at) {
@@ -150,7 +150,7 @@ class MatrixReader : public StepReader {
     std::string_view line;
     if (!file.line(line)) throw wrong();
     separator_ = line.find(';') != line.npos ? ';' : line.find('\t') != line.npos ? '\t' : ',';
-    split(line, separator_, fields_);
+    split(file, line, separator_, fields_);
     const bool header =
         !std::ranges::all_of(fields_, [](const std::string& f) { return number_of(f).has_value(); });
     columns_ = fields_.size();

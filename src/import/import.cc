@@ -70,9 +70,8 @@ class TraceWriter {
     if (!file_) throw ImportError(path + ": cannot be written: " + std::strerror(errno ? errno : ENOMEM));
   }
   ~TraceWriter() {
-    if (!file_) return;
-    gzclose(file_);
-    if (part_ != path_ && path_ != "-") std::remove(part_.c_str());
+    if (file_) gzclose(file_);
+    if (is_part()) std::remove(part_.c_str());
   }
   TraceWriter(const TraceWriter&) = delete;
   TraceWriter& operator=(const TraceWriter&) = delete;
@@ -84,13 +83,20 @@ class TraceWriter {
     const int code = gzclose(file_);
     file_ = nullptr;
     if (code != Z_OK) fail();
-    if (path_ != "-" && part_ != path_) fs::rename(part_, path_);
+    if (!is_part()) return;
+    std::error_code error;
+    fs::rename(part_, path_, error);
+    if (error) throw ImportError(path_ + ": cannot be written: " + error.message());
+    part_ = path_;
   }
 
  private:
   [[noreturn]] void fail() const {
     throw ImportError(path_ + ": cannot be written: " + std::strerror(errno ? errno : EIO));
   }
+  /// Whether what is written has another name than the file will have.
+  bool is_part() const { return path_ != "-" && part_ != path_; }
+
   std::string path_, part_;
   gzFile file_ = nullptr;
 };

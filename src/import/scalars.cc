@@ -145,7 +145,7 @@ class WandbReader : public StepReader {
       : file_(file), grid_(file, options, notes) {
     std::string_view line;
     file.line(line);
-    split(line, ',', fields_);
+    split(file, line, ',', fields_);
     OneMetric metric(options);
     columns_.resize(fields_.size());
     std::map<std::pair<int, int>, std::size_t> known;  // columns by layer and expert
@@ -181,7 +181,7 @@ class WandbReader : public StepReader {
     std::string_view line;
     while (file_.line(line)) {
       if (line.empty()) continue;
-      split(line, ',', fields_);
+      split(file_, line, ',', fields_);
       if (fields_.size() != columns_.size())
         throw ImportError(file_.place() + ": " + std::to_string(fields_.size()) + " columns: expected " +
                           std::to_string(columns_.size()));

@@ -9,15 +9,20 @@
 #include <string_view>
 #include <vector>
 
+#include "base/input_limits.h"
 #include "import/bytes.h"
 #include "import/import.h"
 
 namespace moectl {
 
-/// The fields of a line (RFC 4180: quotes may stand around a field and twice inside it), without blanks around them.
-inline void split(std::string_view line, char separator, std::vector<std::string>& fields) {
+/// The fields of a line of `file` (RFC 4180: quotes may stand around a field and twice inside it), without blanks around
+/// them.
+inline void split(const Bytes& file, std::string_view line, char separator,
+                  std::vector<std::string>& fields) {
   std::size_t n = 0;
   const auto field = [&]() -> std::string& {
+    if (n == kMostColumns)
+      throw ImportError(file.place() + ": must have at most " + std::to_string(kMostColumns) + " columns");
     if (n == fields.size()) fields.emplace_back();
     fields[n].clear();
     return fields[n++];
@@ -49,7 +54,7 @@ inline bool next_row(Bytes& file, char separator, std::vector<std::string>& fiel
   do {
     if (!file.line(line)) return false;
   } while (line.empty());
-  split(line, separator, fields);
+  split(file, line, separator, fields);
   return true;
 }
 

@@ -231,7 +231,7 @@ void check_sections(const LineReader& line, const std::string& path, JsonValue f
 void read_config(const LineReader& line, LogHeader& header) {
   const JsonValue config = line.need("config");
   if (!config.is_object()) line.reject("config", config, "must be an object");
-  header.config_json = config.dump();
+  header.config_json = std::make_shared<std::string>(config.dump());
   const auto model = config.find("model");
   if (!model) line.fail("config.model", "missing", "required");
   if (!model->is_object()) line.reject("config.model", *model, "must be an object");

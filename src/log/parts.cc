@@ -10,6 +10,8 @@
 namespace moectl {
 namespace {
 
+constexpr std::int64_t kMostHeld = std::int64_t{1} << 26;  // numbers: 512 MiB
+
 bool is_numbered(std::string_view text, std::string_view word) {
   return text.size() > word.size() && text.starts_with(word) &&
          text.find_first_not_of("0123456789", word.size()) == std::string_view::npos;
@@ -37,6 +39,20 @@ void add(LogRecord& to, const LogRecord& more) {
   to.metrics.clear();
   to.health.clear();
   to.alerts.clear();
+}
+
+/// What a record that is held takes, in numbers of eight bytes.
+std::int64_t size_of(const LogRecord& record) {
+  constexpr std::int64_t kWord = 8;  // a string, or a value with its key
+  std::size_t words = record.domains.size() + record.next_mixture.size() + record.metrics.size() +
+                      record.alerts.size() + record.notices.size();
+  std::size_t numbers = sizeof record / sizeof(double) + record.stats.flat().size();
+  for (const auto& [name, actuator] : record.actuators) {
+    words += actuator.reasons.size();
+    numbers += sizeof actuator / sizeof(double) + actuator.proposed.size() + actuator.applied.size() +
+               actuator.deployed.size();
+  }
+  return static_cast<std::int64_t>(numbers) + kWord * static_cast<std::int64_t>(words);
 }
 
 }  // namespace
@@ -93,7 +109,10 @@ std::optional<LogRecord> WholeRecords::next() {
     if (!parts.any()) whole_.insert(record->tag);
     if (!parts.any() || record->layer < 0 || record->stats.experts() == 0 || whole_.contains(parts.rest)) {
       if (held_.empty()) return record;
+      held_numbers_ += size_of(*record);
       held_.emplace_back().passed.push_back(std::move(*record));
+      if (held_numbers_ > kMostHeld)
+        copies_.decide();  // throws: whoever waits longer takes memory without end
       continue;
     }
     parts_.push_back(std::move(*record));
@@ -101,17 +120,16 @@ std::optional<LogRecord> WholeRecords::next() {
 }
 
 void WholeRecords::end_step() {
-  constexpr std::int64_t kMostHeld = std::int64_t{1} << 26;  // numbers: 512 MiB
   Step& step = held_.emplace_back();
   const std::int64_t number = parts_.front().step;
   for (LogRecord& part : parts_) {
     const TagParts parts = parts_of(part.tag);
+    held_numbers_ += size_of(part);
     if (whole_.contains(parts.rest)) {  // it came later in the same step
       step.passed.push_back(std::move(part));
       continue;
     }
     part.tag = keep_ranks_ ? parts.of_rank : parts.rest;
-    held_numbers_ += static_cast<std::int64_t>(part.stats.flat().size());
     const std::pair<int, std::string> key(part.layer, part.tag);
     const Rank rank(parts.number.size(), parts.number);
     auto& ranks = step.parts[key];

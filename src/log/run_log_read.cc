@@ -20,11 +20,10 @@ using nlohmann::json;
 /// Which (step, layer, tag) have been seen. Files come in the order of the steps, so one number a record is enough.
 class Seen {
  public:
-  /// Throws LogError on a layer whose experts or k change, and on more layers than a model has: whoever reads on takes
-  /// memory for each.
+  /// Throws LogError on a layer whose experts or k change, and on more layers than a model has, with counts or without:
+  /// whoever reads on takes memory for each.
   void add_layer(const LogLine& here, const LogRecord& record) {
     const RoutingStats& stats = record.stats;
-    if (stats.experts() == 0) return;
     const std::string layer = "layer " + std::to_string(record.layer);
     const auto same = [&](const char* field, int now, int& before, const char* what) {
       if (before == 0) before = now;
@@ -33,17 +32,19 @@ class Seen {
                   "must be " + std::to_string(before) + ", as in the lines of " + layer + " before");
       }
     };
-    Steps& steps = steps_[{record.layer, record.tag}];
-    if (steps.experts == 0) {
-      cells_ += stats.experts();
-      const auto layers = static_cast<std::int64_t>(steps_.size());
-      if (layers > kMostLayers || cells_ > kMostLayersTimesExperts) {
-        here.fail("layer",
-                  std::to_string(layers) + " layers and tags, " + std::to_string(cells_) + " experts in all",
-                  "must be at most " + std::to_string(kMostLayers) + " and " +
-                      std::to_string(kMostLayersTimesExperts));
-      }
+    const auto entry = steps_.find({record.layer, record.tag});
+    const bool is_new = entry == steps_.end(), first_counts = is_new || entry->second.experts == 0;
+    const auto layers = static_cast<std::int64_t>(steps_.size()) + (is_new ? 1 : 0);
+    const std::int64_t cells = cells_ + (first_counts ? stats.experts() : 0);
+    if (layers > kMostLayers || cells > kMostLayersTimesExperts) {
+      here.fail("layer",
+                std::to_string(layers) + " layers and tags, " + std::to_string(cells) + " experts in all",
+                "must be at most " + std::to_string(kMostLayers) + " and " +
+                    std::to_string(kMostLayersTimesExperts));
     }
+    cells_ = cells;
+    Steps& steps = is_new ? steps_[{record.layer, record.tag}] : entry->second;
+    if (stats.experts() == 0) return;
     same("counts", stats.experts(), steps.experts, " values");
     same("top_k", stats.top_k(), steps.top_k, "");
     // A later record may have more arrays than the first.
@@ -133,6 +134,8 @@ json without_number(JsonValue header) {
 struct LogReader::File {
   /// What a config says of the records.
   struct Config {
+    Config() = default;
+    explicit Config(LogHeader of_line) : header(std::move(of_line)), groups(groups_of(header)) {}
     LogHeader header;
     LayerGroups groups;
   };
@@ -176,10 +179,7 @@ struct LogReader::File {
   bool is_header() const { return object().find("format").has_value(); }
   LogLine line() const { return {lines->name(), lines->number(), object()}; }
 
-  void take_header(LogHeader of_file) {
-    header = std::move(of_file);
-    groups = groups_of(header);
-  }
+  void take_header(LogHeader of_file) { first = Config(std::move(of_file)); }
 
   /// The first line of the file: a header, or a record of a trace without one.
   void read_first() {
@@ -202,17 +202,17 @@ struct LogReader::File {
 
   /// Begins with the oldest piece that is left of a rotated log.
   void find_pieces() {
-    if (header.piece <= 1 || path == "-") return;
-    std::int64_t oldest = header.piece;
+    if (first.header.piece <= 1 || path == "-") return;
+    std::int64_t oldest = first.header.piece;
     while (oldest > 1 && std::filesystem::exists(piece_path(path, oldest - 1))) --oldest;
     if (oldest > 1 && fault_policy != FaultPolicy::kStrict) {
       note("missing: " + path + ": " + range_of("piece", 1, oldest - 1) + " of the log");
     }
-    for (std::int64_t piece = oldest; piece < header.piece; ++piece)
+    for (std::int64_t piece = oldest; piece < first.header.piece; ++piece)
       pending.push_back(piece_path(path, piece));
     if (pending.empty()) return;
     pending.push_back(path);
-    header.piece = oldest - 1;
+    first.header.piece = oldest - 1;
     next_piece();
   }
 
@@ -220,17 +220,17 @@ struct LogReader::File {
   bool next_piece() {
     if (pending.empty()) {
       if (!lines->replaced()) return false;
-      const std::int64_t read = header.piece;
+      const std::int64_t read = first.header.piece;
       open(path);
       read_header_again();
       // It may have been rotated more than once since; the oldest pieces may be gone.
-      std::int64_t oldest = header.piece;
+      std::int64_t oldest = first.header.piece;
       while (oldest - 1 > read && std::filesystem::exists(piece_path(path, oldest - 1))) --oldest;
-      for (std::int64_t piece = oldest; piece < header.piece; ++piece)
+      for (std::int64_t piece = oldest; piece < first.header.piece; ++piece)
         pending.push_back(piece_path(path, piece));
       if (pending.empty()) return true;
       pending.push_back(path);
-      header.piece = read;
+      first.header.piece = read;
     }
     open(pending.front());
     pending.erase(pending.begin());
@@ -247,8 +247,8 @@ struct LogReader::File {
         return;
       }
       const LogHeader next = read_header(line(), other_version);
-      if (without_number(object()) == first_line && next.piece > header.piece) {
-        header.piece = next.piece;
+      if (without_number(object()) == first_line && next.piece > first.header.piece) {
+        first.header.piece = next.piece;
       } else {
         join();
       }
@@ -305,14 +305,14 @@ struct LogReader::File {
   std::optional<LogRecord> read_next() {
     for (;;) {
       if (!advance()) return std::nullopt;
-      if (!is_config_change(line(), header)) break;
+      if (!is_config_change(line(), first.header)) break;
       take_change(line());
     }
     const LogLine here = line();
-    const Config* const now = config_in_force();
-    LogRecord record = now ? read_record(here, now->header, now->groups, defaults, assumptions)
-                           : read_record(here, header, groups, defaults, assumptions);
-    if (record.layer >= 0 && header.layers && header.groups.empty() && !header.is_run)
+    const Config& now = config_in_force();
+    LogRecord record = read_record(here, now.header, now.groups, defaults, assumptions);
+    record.config_json = now.header.config_json;
+    if (record.layer >= 0 && first.header.layers && first.header.groups.empty() && !first.header.is_run)
       count_layer(here, record.layer);
     seen.add_layer(here, record);
     if (!seen.add(record)) {
@@ -329,27 +329,28 @@ struct LogReader::File {
     // One that is read later takes the place of all that would come after it. Pieces of a log repeat the one that holds.
     changed.erase(changed.lower_bound(change.step), changed.end());
     std::erase_if(changes, [&](const ConfigChange& one) { return one.step >= change.step; });
-    const std::string& before = changes.empty() ? header.config_json : changes.back().config_json;
-    if (change.header.config_json != before) changes.push_back({change.step, change.header.config_json});
-    LayerGroups of_change = groups_of(change.header);
-    changed.emplace(change.step, Config{std::move(change.header), std::move(of_change)});
+    const auto& before = changes.empty() ? first.header.config_json : changes.back().config_json;
+    if (!before || *change.header.config_json != *before)
+      changes.push_back({change.step, change.header.config_json});
+    changed.emplace(change.step, Config(std::move(change.header)));
   }
 
-  /// The changed config that holds for the record of this line; null: that of the first line.
-  const Config* config_in_force() const {
+  /// The config that holds for the record of this line.
+  const Config& config_in_force() const {
     const auto step = object().find("step");
-    if (changed.empty() || !step || !step->is_number()) return nullptr;
+    if (changed.empty() || !step || !step->is_number()) return first;
     const auto next =
         changed.upper_bound(static_cast<std::int64_t>(std::clamp(step->as_double(), -1.0, 0x1p53)));
-    return next == changed.begin() ? nullptr : &std::prev(next)->second;
+    return next == changed.begin() ? first : std::prev(next)->second;
   }
 
   /// A trace names its layers as it likes, and has as many as its first line says.
   void count_layer(const LogLine& here, int layer) {
     if (layers.count(layer) > 0) return;
-    if (std::ssize(layers) == *header.layers) {
-      here.fail("layer", std::to_string(layer),
-                "must be one of " + std::to_string(*header.layers) + ", as many as the first line says");
+    if (std::ssize(layers) == *first.header.layers) {
+      here.fail(
+          "layer", std::to_string(layer),
+          "must be one of " + std::to_string(*first.header.layers) + ", as many as the first line says");
     }
     layers.insert(layer);
   }
@@ -381,8 +382,7 @@ struct LogReader::File {
   std::vector<std::string> pending;  // pieces still to be read
   JsonParser parsed;
   json first_line;
-  LogHeader header;
-  LayerGroups groups;  // of the header
+  Config first;  // of the first line
   LogDefaults defaults;
   Assumptions assumptions;
   std::set<int> layers;
@@ -400,7 +400,7 @@ LogReader::LogReader(const std::string& path, FaultPolicy fault_policy, std::fun
     : file_(std::make_unique<File>(path, fault_policy, std::move(follow))) {}
 LogReader::~LogReader() = default;
 const LogHeader& LogReader::header() const {
-  return file_->header;
+  return file_->first.header;
 }
 const std::vector<ConfigChange>& LogReader::config_changes() const {
   return file_->changes;

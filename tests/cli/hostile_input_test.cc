@@ -527,6 +527,57 @@ TEST(HostileInput, APageKeepsNoMoreOfTheExpertsThanItCanShow) {
   EXPECT_EQ(run_tool(dir, "report names.jsonl -o names.html", "", in_little_memory()).code, 0);
 }
 
+// `-o "$OUT"` with a variable that nobody has set.
+TEST(HostileInput, NoValueIsEmpty) {
+  const TempDir dir;
+  dir.write("run.jsonl", kRecord + "\n");
+  for (const std::string command :
+       {"import csv run.jsonl --top-k 1 -o ''", "report run.jsonl -o ''", "tensorboard run.jsonl -o ''",
+        "biases run.jsonl -o ''", "placement run.jsonl --devices 2 --svg ''", "compare ''",
+        "--plugin '' policies"}) {
+    const ToolResult result = run_tool(dir, command);
+    EXPECT_EQ(result.code, 2) << command;
+    EXPECT_THAT(result.err, HasSubstr(": must not be empty")) << command;
+  }
+  EXPECT_FALSE(std::filesystem::exists(dir.path(".part")));
+}
+
+// What follows a log keeps something of each layer, with counts or without.
+TEST(HostileInput, LayersWithoutCountsAreCountedToo) {
+  const TempDir dir;
+  std::string lines =
+      R"({"format":"moectl-run","version":1,"config":{"model":{"layers":65536,"experts":2,"top_k":1}}})"
+      "\n";
+  for (int layer = 0; layer < 65536; ++layer)
+    lines += R"({"step":0,"layer":)" + std::to_string(layer) + R"(,"tokens":1,"health":"healthy"})" + "\n";
+  dir.write("thin.jsonl",
+            lines + R"({"step":0,"layer":0,"tag":"one more","tokens":1,"health":"healthy"})" + "\n");
+  const std::string said =
+      "thin.jsonl:65538: layer: 65537 layers and tags, 0 experts in all: must be at most 65536";
+  EXPECT_THAT(run_tool(dir, "compare thin.jsonl").err, HasSubstr(said));
+  EXPECT_THAT(run_tool(dir, "watch thin.jsonl --once --plain").err, HasSubstr(said));
+}
+
+// Two ranks that may be copies of each other are held until they are told apart, with all that comes after them: a reader
+// holds no more than it has room for.
+TEST(HostileInput, WhatWaitsForARankHasALimit) {
+  const TempDir dir;
+  std::string lines;
+  for (const char* rank : {"rank0", "rank1"})
+    lines += R"({"step":0,"layer":0,"tag":")" + std::string(rank) +
+             R"(","tokens":2,"top_k":1,"counts":[1,1]})" + "\n";
+  std::string alerts = R"("a")";
+  for (int i = 1; i < 600'000; ++i) alerts += R"(,"a")";
+  for (int step = 1; step <= 60; ++step)
+    lines += R"({"step":)" + std::to_string(step) +
+             R"(,"layer":0,"tokens":2,"top_k":1,"counts":[1,1],"alerts":[)" + alerts + "]}\n";
+  dir.write("waits.jsonl", lines);
+  for (const char* command : {"compare waits.jsonl", "watch waits.jsonl --once --plain"})
+    EXPECT_THAT(run_tool(dir, command, "", in_little_memory()).err,
+                HasSubstr("ranks 0 and 1 hold the same counts, of too few tokens to tell"))
+        << command;
+}
+
 // By the cube of the experts, or the square of the domains, these would take many minutes.
 TEST(HostileInput, ManyExpertsAndDomainsArePlacedAndCompared) {
   const TempDir dir;

@@ -38,13 +38,6 @@ TEST(Watch, SaysOfAFileWithoutRecordsThatThereAreNone) {
   EXPECT_THAT(result.err, HasSubstr("notes.md: holds no record that can be read"));
 }
 
-TEST(Watch, AnEmptyAddressIsNoAddress) {
-  const TempDir dir;
-  const ToolResult result = run_tool(dir, "watch - --listen ''", record(0, 0, "[60,40]"));
-  EXPECT_EQ(result.code, 1);
-  EXPECT_THAT(result.err, HasSubstr("must be HOST:PORT"));
-}
-
 TEST(Watch, SaysOfALogWithoutTrainingThatThereIsNone) {
   const TempDir dir;
   dir.write("other.jsonl",

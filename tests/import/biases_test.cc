@@ -340,6 +340,15 @@ TEST(HostileInput, BiasesOfMoreLayersTimesExpertsThanThereMayBeAreRefused) {
   EXPECT_THAT(what_of(dir.path("b.safetensors")), HasSubstr("layers x experts: must be at most 4194304"));
 }
 
+// Two bytes of text make a value that takes twenty times as much.
+TEST(HostileInput, EmptyListsInPlaceOfBiasesAreCounted) {
+  const TempDir dir;
+  std::string lists = "[[]";
+  for (int i = 1; i < 8'400'000; ++i) lists += ",[]";
+  dir.write("b.json", lists + "]");
+  EXPECT_THAT(what_of(dir.path("b.json")), HasSubstr("values: must be at most 8388608"));
+}
+
 // A pipe has no end until someone writes it, and some devices have none at all.
 TEST(HostileInput, BiasesOfAConfigAreAFile) {
   const TempDir dir;

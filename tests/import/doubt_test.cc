@@ -775,8 +775,6 @@ TEST(ImportInDoubt, ATagMustBeText) {
     EXPECT_EQ(result.out, "") << tag;
     EXPECT_THAT(result.err, HasSubstr("--tag")) << tag;
   }
-  // A reader refuses a record without a word for its tag.
-  EXPECT_THAT(refused_in(dir, "csv - --top-k 1 --tag ''", "3,1\n"), HasSubstr("--tag: must not be empty"));
 }
 
 // Tokens · k is a number that does not wrap.

@@ -510,6 +510,20 @@ TEST(HostileInput, ScalarsOfMoreLayersTimesExpertsThanThereMayBeAreRefused) {
   EXPECT_THAT(result.err, HasSubstr("w.csv: 4259840 layers x experts in one step: must be at most 4194304"));
 }
 
+// Each comma of a line that shrinks to nothing is a field that takes memory.
+TEST(HostileInput, ColumnsHaveALimit) {
+  const TempDir dir;
+  const std::string commas(std::size_t{1} << 20, ',');
+  dir.write("first.csv", "step" + commas + "\n");
+  dir.write("later.csv", "layer_id,expert_id,count\n0,0,1\n" + commas + "\n");
+  EXPECT_THAT(run_tool(dir, "import wandb first.csv --top-k 1 -o o.jsonl").err,
+              HasSubstr("first.csv:1: must have at most 1048576 columns"));
+  EXPECT_THAT(run_tool(dir, "import csv first.csv --top-k 1 -o o.jsonl").err,
+              HasSubstr("first.csv:1: must have at most 1048576 columns"));
+  EXPECT_THAT(run_tool(dir, "import sglang later.csv --top-k 1 -o o.jsonl").err,
+              HasSubstr("later.csv:3: must have at most 1048576 columns"));
+}
+
 // The layers of one request are as many as a step may have, and those of the next are others.
 TEST(HostileInput, RequestsOfAStepHaveTheLimitOfTheStep) {
   const TempDir dir;

@@ -108,7 +108,7 @@ TEST(FieldCases, B5_AChangedConfigOfAResumedRunIsARecord) {
   EXPECT_THAT(records_of(reader), SizeIs(15));
   ASSERT_THAT(reader.config_changes(), SizeIs(1));
   EXPECT_EQ(reader.config_changes()[0].step, 5);
-  EXPECT_THAT(reader.config_changes()[0].config_json, HasSubstr(R"("rate":0.5)"));
+  EXPECT_THAT(*reader.config_changes()[0].config_json, HasSubstr(R"("rate":0.5)"));
 }
 
 TEST(FieldCases, B5_ATimelineIsLogged) {
@@ -122,7 +122,7 @@ TEST(FieldCases, B5_ATimelineIsLogged) {
   EXPECT_THAT(records_of(reader), SizeIs(7)) << "one is of the whole model: the notice that the entry holds";
   ASSERT_THAT(reader.config_changes(), SizeIs(1));
   EXPECT_EQ(reader.config_changes()[0].step, 3);
-  EXPECT_THAT(reader.config_changes()[0].config_json,
+  EXPECT_THAT(*reader.config_changes()[0].config_json,
               AllOf(HasSubstr(R"("policy":"proportional_bias")"), Not(HasSubstr("timeline"))));
 }
 
@@ -200,7 +200,7 @@ TEST(ConfigChanges, EachPieceOfALogSaysWhatHolds) {
   EXPECT_FALSE(records_of(reader).empty());
   ASSERT_THAT(reader.config_changes(), SizeIs(1));
   EXPECT_EQ(reader.config_changes()[0].step, 3);
-  EXPECT_THAT(reader.config_changes()[0].config_json, HasSubstr(R"("policy":"proportional_bias")"));
+  EXPECT_THAT(*reader.config_changes()[0].config_json, HasSubstr(R"("policy":"proportional_bias")"));
 }
 
 }  // namespace

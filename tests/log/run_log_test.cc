@@ -539,7 +539,7 @@ TEST(RunLogWriter, AWrittenLogReadsBackExactly) {
     EXPECT_EQ(reader.header().experts, 5);
     EXPECT_EQ(reader.header().top_k, 2);
     EXPECT_EQ(reader.header().shift, 40);
-    EXPECT_EQ(nlohmann::json::parse(reader.header().config_json), nlohmann::json::parse(to_json(config)));
+    EXPECT_EQ(nlohmann::json::parse(*reader.header().config_json), nlohmann::json::parse(to_json(config)));
     std::size_t i = 0;
     while (const auto record = reader.next()) {
       EXPECT_EQ(record->step, static_cast<std::int64_t>(i / 3));
