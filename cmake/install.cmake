@@ -89,7 +89,7 @@ if(MOECTL_PROMETHEUS)
   set(prometheus_requires "moectl-core = ${PROJECT_VERSION}")
   if(NOT BUILD_SHARED_LIBS)
     list(APPEND prometheus_requires prometheus-cpp-pull)
-    set(prometheus_libs -lcivetweb-cpp -lcivetweb)  # without a .pc file on bookworm
+    set(prometheus_libs -lcivetweb-cpp -lcivetweb)  # civetweb has no .pc file on bookworm
   endif()
   install_library(prometheus REQUIRES ${prometheus_requires} LIBS ${prometheus_libs})
   install(FILES include/moectl/prometheus.h DESTINATION ${header_dir} COMPONENT prometheus)

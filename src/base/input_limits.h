@@ -23,6 +23,13 @@ inline constexpr std::int64_t kMostSettings = 4096;
 inline constexpr std::size_t kLargestState = std::size_t{1} << 32;
 inline constexpr std::size_t kLargestJson = std::size_t{1} << 28;
 
+/// Values of a file of biases as JSON: those of as many layers and experts as there may be, and their lists. Values of a
+/// log's first line, or of a config in it: all that a config may have, with what is written in full.
+inline constexpr std::int64_t kMostJsonValues = std::int64_t{1} << 23,
+                              kMostLoggedValues = std::int64_t{1} << 21;
+/// Bytes of all configs of a log.
+inline constexpr std::size_t kMostConfigs = std::size_t{1} << 28;
+
 /// Compressed input: bytes that it may inflate to in any case, and how many times its own size beyond them. JSON of
 /// counts shrinks to a tenth, and to a hundredth where a layer has collapsed; gzip's own limit is a thousandth.
 inline constexpr std::int64_t kFreelyInflated = std::int64_t{1} << 26;
@@ -38,6 +45,9 @@ inline constexpr std::int64_t kMostLayersTimesExperts = std::int64_t{1} << 22;
 /// Numbers in the sums of all layers of a controller, or of all layers and tags of a log, of which whoever reads it may
 /// keep the sums: 1 GiB.
 inline constexpr std::int64_t kMostNumbers = std::int64_t{1} << 27;
+/// Numbers of eight bytes in the records that a reader holds: parts of a step, and what comes behind ranks that may be copies
+/// of each other. 512 MiB.
+inline constexpr std::int64_t kMostHeld = std::int64_t{1} << 26;
 /// Different names of one kind (alerts, states of health) of a layer that an exporter keeps: each becomes a series that
 /// stays. Further ones are left out.
 inline constexpr std::size_t kMostNames = 64;

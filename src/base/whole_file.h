@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <ios>
 #include <istream>
 #include <optional>
@@ -52,6 +53,11 @@ inline bool nests_deeper(std::string_view json, std::size_t levels) {
     }
   }
   return false;
+}
+
+/// At least as many as the values of a JSON text: each ends with a comma or a bracket, and takes several times its text.
+inline std::int64_t values_in(std::string_view json) {
+  return std::ranges::count_if(json, [](char c) { return c == ',' || c == ']' || c == '}'; });
 }
 
 }  // namespace moectl

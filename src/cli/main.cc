@@ -77,6 +77,15 @@ int run(int argc, char** argv) {
   }
   app.footer(
       "Exit codes: 0 good, 1 the input or config is wrong, 2 usage.\n'moectl COMMAND --help' has examples.");
+  for (int i = 1; i < argc; ++i) {
+    // CLI11 would take the next word as the value of --NAME=.
+    const std::string_view word = argv[i];
+    if (word.starts_with("--") && word.find('=') == word.size() - 1) {
+      std::cerr << word.substr(0, word.size() - 1)
+                << ": must not be empty\nRun with --help for more information.\n";
+      return 2;
+    }
+  }
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& e) {

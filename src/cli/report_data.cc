@@ -9,6 +9,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
+#include <set>
 
 namespace moectl::cli {
 namespace {
@@ -72,15 +74,16 @@ ReportRun::ReportRun(const std::string& path, std::optional<std::int64_t> shift)
   header_ = reader.header();
   shift_ = shift ? shift : header_.shift;
   figures_ = RunFigures(shift_);
-  std::shared_ptr<const std::string> in_force = header_.config_json;
-  if (in_force) take_config(nlohmann::json::parse(*in_force));
+  // Each once, in the order of the records: a late record does not bring an old one back.
+  std::set<std::shared_ptr<const std::string>> taken = {nullptr};
+  const auto take = [&](const std::shared_ptr<const std::string>& config) {
+    if (taken.insert(config).second) take_config(nlohmann::json::parse(*config));
+  };
+  take(header_.config_json);
   targets_ = header_.targets;
   WholeRecords records = whole_records(reader);
   while (const auto record = records.next()) {
-    if (record->config_json && record->config_json != in_force) {
-      in_force = record->config_json;
-      take_config(nlohmann::json::parse(*in_force));
-    }
+    take(record->config_json);
     add(*record);
   }
   tell_config_changes(reader.config_changes());

@@ -27,6 +27,8 @@ LayerBiases read_biases(const std::string& path) {
   const std::optional<std::string> text = read_up_to(file, kLargestJson);
   if (!text) fail("must be at most " + std::to_string(kLargestJson) + " bytes");
   if (nests_deeper(*text, kMostLevels)) fail("nested deeper than " + std::to_string(kMostLevels) + " levels");
+  if (const std::int64_t values = values_in(*text); values > kMostJsonValues)
+    fail(std::to_string(values) + " values: must be at most " + std::to_string(kMostJsonValues));
   std::map<int, std::set<std::string>> keys;  // of the objects around what is parsed, by their depth
   std::optional<std::string> twice;
   const json all = json::parse(

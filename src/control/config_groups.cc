@@ -27,7 +27,7 @@ bool holds(const std::vector<int>& ids, int layer) {
 
 ControllerConfig config_at(const ControllerConfig& config, std::int64_t step) {
   // A timeline may have thousands of entries: none is copied, and of each section only what holds in the end. All members
-  // have a name here, so that none can be forgotten.
+  // have a name here, so that a new one does not build until someone has come by.
   const auto& [mode, lag, model, metrics, monitor, expert_bias, aux_loss_weight, router_temperature, safety,
                guard, log, collect, layers, timeline] = config;
   const ActuatorConfig* actuators[kActuatorCount];

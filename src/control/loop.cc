@@ -121,7 +121,7 @@ void Controller::Loop::compare_with_config() {
            Number(std::int64_t{layer->group->config.model.split_sequences}).text(),
            ", and a sequence came with an id that is not below it: the sampling floor is not known"});
     }
-    if (layer->no_probabilities && !std::exchange(scores_said_, true)) {
+    if (layer->steps_outside == Layer::kSurelyOutside && !std::exchange(scores_said_, true)) {
       notices_.add(
           NoticeKind::kConfig, layer->id, steps_,
           {"the values by which experts were chosen, less the biases in force, are no probabilities, and "

@@ -118,9 +118,11 @@ class Controller::Loop {  // NOLINT(clang-analyzer-optin.performance.Padding)
     bool told = false;        // the first offence of the sums recorded since the last step was said
     bool told_before = false;
     bool uncollected_sequences = false;  // under the mutex
-    // Of [0, 1], less the biases, where scores are probabilities: since the last step, under the mutex; and at some step.
+    // Of [0, 1], less the biases, where scores are probabilities: since the last step, under the mutex; and in how many steps, of
+    // the first few. A wrong wiring makes such values too, and names itself once the biases have moved a little.
+    static constexpr int kSurelyOutside = 4;
     bool values_outside = false;
-    bool no_probabilities = false;
+    int steps_outside = 0;
     RoutingStats stats;  // this step's sums, over all ranks
     Metrics metrics;
     std::optional<LayerMonitor> monitor;

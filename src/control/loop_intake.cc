@@ -198,8 +198,9 @@ void Controller::Loop::clear_intake() {
     layer->fingerprints.clear();
     layer->repeats.end_step();
     // What the wiring explains says nothing of the scores.
-    layer->no_probabilities |=
-        std::exchange(layer->values_outside, false) && layer->choices.seen() < WiringSeen::kNoOther;
+    if (layer->choices.seen() >= WiringSeen::kNoOther) layer->steps_outside = 0;
+    if (std::exchange(layer->values_outside, false) && layer->choices.seen() < WiringSeen::kNoOther)
+      layer->steps_outside = std::min(layer->steps_outside + 1, Layer::kSurelyOutside);
     layer->choices.end_step();
   }
 }

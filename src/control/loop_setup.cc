@@ -144,8 +144,13 @@ Controller::Loop::Loop(ControllerConfig config, const PolicyRegistry& registry, 
       layers_.push_back(std::make_unique<Layer>(group, registry_, layers_.size(), id));
       Layer& layer = *layers_.back();
       layer.frozen = frozen_at(config_, id, step);
-      for (std::size_t e = 0; e < starts.size() && config_.mode == Mode::kActive; ++e)
-        layer.ever_moves |= group.decided[e] && !frozen_at(config_, id, starts[e]);
+      bool frozen = frozen_at(config_, id, 0);
+      layer.ever_moves = group.decided[0] && !frozen;
+      for (std::size_t e = 0; e < config_.timeline.size() && !layer.ever_moves; ++e) {
+        frozen = frozen_after(config_.timeline[e], id, frozen);
+        layer.ever_moves = group.decided[e + 1] && !frozen;
+      }
+      layer.ever_moves &= config_.mode == Mode::kActive;
       churn_scratch_.reserve(layers_.back()->move.size());  // a step allocates nothing
       shapes.push_back(group.shape);
     }

@@ -391,11 +391,8 @@ LayerBiases read_any(const std::string& path, const BiasSource& source) {
   if (!text) fail(path, "must be at most " + std::to_string(kLargestJson) + " bytes");
   if (nests_deeper(*text, kMostLevels))
     fail(path, "nested deeper than " + std::to_string(kMostLevels) + " levels");
-  // Each value is followed by a comma or a bracket, and takes several times its text.
-  const auto values = std::ranges::count_if(*text, [](char c) { return c == ',' || c == ']' || c == '}'; });
-  if (values > 2 * kMostLayersTimesExperts)
-    fail(path,
-         std::to_string(values) + " values: must be at most " + std::to_string(2 * kMostLayersTimesExperts));
+  if (const std::int64_t values = values_in(*text); values > kMostJsonValues)
+    fail(path, std::to_string(values) + " values: must be at most " + std::to_string(kMostJsonValues));
   const json all = json::parse(*text, nullptr, false);
   if (all.is_discarded()) fail(path, "not JSON");
   return from_json(path, all, source.first_layer);

@@ -65,7 +65,10 @@ class TraceWriter {
       part_ = special ? path : path + ".part";
       const int descriptor = special ? open(path.c_str(), O_WRONLY | O_TRUNC | O_CLOEXEC) : open_part(part_);
       if (descriptor >= 0) file_ = gzdopen(descriptor, mode);
-      if (descriptor >= 0 && !file_) close(descriptor);
+      if (descriptor >= 0 && !file_) {
+        close(descriptor);
+        if (is_part()) std::remove(part_.c_str());
+      }
     }
     if (!file_) throw ImportError(path + ": cannot be written: " + std::strerror(errno ? errno : ENOMEM));
   }

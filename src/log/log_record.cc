@@ -7,6 +7,7 @@
 
 #include "base/input_limits.h"
 #include "base/printable.h"
+#include "base/whole_file.h"
 #include "log/line_reader.h"
 
 namespace moectl {
@@ -232,6 +233,7 @@ void read_config(const LineReader& line, LogHeader& header) {
   const JsonValue config = line.need("config");
   if (!config.is_object()) line.reject("config", config, "must be an object");
   header.config_json = std::make_shared<std::string>(config.dump());
+  line.require_values("config", *header.config_json);
   const auto model = config.find("model");
   if (!model) line.fail("config.model", "missing", "required");
   if (!model->is_object()) line.reject("config.model", *model, "must be an object");
@@ -260,6 +262,11 @@ void LogLine::fail(const std::string& field, const std::string& value, const std
 
 void LogLine::refuse(std::string_view words) const {
   throw LogError(file + ':' + std::to_string(number) + ": " + std::string(words));
+}
+
+void LogLine::require_values(const std::string& field, std::string_view text) const {
+  if (const std::int64_t values = values_in(text); values > kMostLoggedValues)
+    fail(field, std::to_string(values) + " values", "must be at most " + std::to_string(kMostLoggedValues));
 }
 
 void LogLine::reject(const std::string& field, JsonValue value, const std::string& constraint) const {

@@ -27,6 +27,8 @@ struct LogLine {
                          const std::string& constraint) const;
   /// `words` name the field and the value.
   [[noreturn]] void refuse(std::string_view words) const;
+  /// `text`: the JSON of a field that is held as a whole.
+  void require_values(const std::string& field, std::string_view text) const;
 };
 
 /// Throws LogError. With `any_version`, of another version what is named and formed as in this one is read.

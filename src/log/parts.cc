@@ -5,12 +5,11 @@
 #include <map>
 #include <utility>
 
+#include "base/input_limits.h"
 #include "log/reshape.h"
 
 namespace moectl {
 namespace {
-
-constexpr std::int64_t kMostHeld = std::int64_t{1} << 26;  // numbers: 512 MiB
 
 bool is_numbered(std::string_view text, std::string_view word) {
   return text.size() > word.size() && text.starts_with(word) &&
@@ -41,18 +40,27 @@ void add(LogRecord& to, const LogRecord& more) {
   to.alerts.clear();
 }
 
+/// A string, or a value with its key, in numbers of eight bytes.
+std::int64_t words_of(std::string_view text) {
+  return 8 + static_cast<std::int64_t>(text.size() / sizeof(double));
+}
+
 /// What a record that is held takes, in numbers of eight bytes.
 std::int64_t size_of(const LogRecord& record) {
-  constexpr std::int64_t kWord = 8;  // a string, or a value with its key
-  std::size_t words = record.domains.size() + record.next_mixture.size() + record.metrics.size() +
-                      record.alerts.size() + record.notices.size();
   std::size_t numbers = sizeof record / sizeof(double) + record.stats.flat().size();
+  std::int64_t words = words_of(record.tag) + words_of(record.health);
+  const auto add_words = [&](const std::string& text) { words += words_of(text); };
+  std::ranges::for_each(record.domains, add_words);
+  std::ranges::for_each(record.alerts, add_words);
+  for (const auto& [name, tokens] : record.next_mixture) add_words(name);
+  for (const auto& [name, value] : record.metrics) add_words(name);
+  for (const LoggedNotice& notice : record.notices) words += words_of(notice.kind) + words_of(notice.text);
   for (const auto& [name, actuator] : record.actuators) {
-    words += actuator.reasons.size();
+    std::ranges::for_each(actuator.reasons, add_words);
     numbers += sizeof actuator / sizeof(double) + actuator.proposed.size() + actuator.applied.size() +
                actuator.deployed.size();
   }
-  return static_cast<std::int64_t>(numbers) + kWord * static_cast<std::int64_t>(words);
+  return static_cast<std::int64_t>(numbers) + words;
 }
 
 }  // namespace
@@ -109,14 +117,26 @@ std::optional<LogRecord> WholeRecords::next() {
     if (!parts.any()) whole_.insert(record->tag);
     if (!parts.any() || record->layer < 0 || record->stats.experts() == 0 || whole_.contains(parts.rest)) {
       if (held_.empty()) return record;
-      held_numbers_ += size_of(*record);
+      count_held(*record);
       held_.emplace_back().passed.push_back(std::move(*record));
-      if (held_numbers_ > kMostHeld)
-        copies_.decide();  // throws: whoever waits longer takes memory without end
       continue;
     }
+    count_held(*record);
     parts_.push_back(std::move(*record));
   }
+}
+
+/// Throws LogError where no more may be held.
+void WholeRecords::count_held(const LogRecord& record) {
+  held_numbers_ += size_of(record);
+  if (record.config_json && record.config_json != held_config_) {
+    held_config_ = record.config_json;
+    held_numbers_ += words_of(*held_config_);
+  }
+  if (held_numbers_ <= kMostHeld) return;
+  copies_.decide();
+  throw LogError("step " + std::to_string(record.step) + ": its parts take more than " +
+                 std::to_string(kMostHeld >> 17) + " MiB: import or log it without `--by`");
 }
 
 void WholeRecords::end_step() {
@@ -124,7 +144,6 @@ void WholeRecords::end_step() {
   const std::int64_t number = parts_.front().step;
   for (LogRecord& part : parts_) {
     const TagParts parts = parts_of(part.tag);
-    held_numbers_ += size_of(part);
     if (whole_.contains(parts.rest)) {  // it came later in the same step
       step.passed.push_back(std::move(part));
       continue;
@@ -141,7 +160,6 @@ void WholeRecords::end_step() {
   }
   parts_.clear();
   if (!keep_ranks_) see(number, step);
-  if (held_numbers_ > kMostHeld) copies_.decide();
   if (!copies_.open()) release();
 }
 
@@ -175,6 +193,7 @@ void WholeRecords::release() {
     }
   }
   held_.clear();
+  held_config_.reset();
   held_numbers_ = 0;
   if (std::string note = copies_.note(); note != said_) {
     said_ = std::move(note);

@@ -5,6 +5,7 @@
 #include <deque>
 #include <functional>
 #include <map>
+#include <memory>
 #include <optional>
 #include <set>
 #include <string>
@@ -48,6 +49,7 @@ class WholeRecords {
     std::vector<LogRecord> passed;
     std::map<std::pair<int, std::string>, std::map<Rank, LogRecord>> parts;
   };
+  void count_held(const LogRecord& record);
   void end_step();
   void see(std::int64_t number, const Step& step);
   void release();
@@ -58,7 +60,8 @@ class WholeRecords {
   std::set<std::string> whole_;   // tags that came without parts
   std::vector<LogRecord> parts_;  // of the step that is being read
   std::deque<Step> held_;
-  std::int64_t held_numbers_ = 0;
+  std::int64_t held_numbers_ = 0;                   // of held_ and of parts_
+  std::shared_ptr<const std::string> held_config_;  // the last that was counted
   std::deque<LogRecord> ready_;
   std::optional<LogRecord> upcoming_;
   RankCopies copies_{"leave out the records of one of them, or see each by `moectl metrics --by rank`"};

@@ -34,7 +34,9 @@ class Seen {
     };
     const auto entry = steps_.find({record.layer, record.tag});
     const bool is_new = entry == steps_.end(), first_counts = is_new || entry->second.experts == 0;
-    const auto layers = static_cast<std::int64_t>(steps_.size()) + (is_new ? 1 : 0);
+    // Records of the whole model are no layers, but take memory by their tags as well.
+    std::int64_t& counted = record.layer < 0 ? models_ : layers_;
+    const std::int64_t layers = counted + (is_new ? 1 : 0);
     const std::int64_t cells = cells_ + (first_counts ? stats.experts() : 0);
     if (layers > kMostLayers || cells > kMostLayersTimesExperts) {
       here.fail("layer",
@@ -42,6 +44,7 @@ class Seen {
                 "must be at most " + std::to_string(kMostLayers) + " and " +
                     std::to_string(kMostLayersTimesExperts));
     }
+    counted = layers;
     cells_ = cells;
     Steps& steps = is_new ? steps_[{record.layer, record.tag}] : entry->second;
     if (stats.experts() == 0) return;
@@ -75,7 +78,7 @@ class Seen {
     std::int64_t numbers = 0;
   };
   std::map<std::pair<int, std::string>, Steps> steps_;
-  std::int64_t cells_ = 0, numbers_ = 0;
+  std::int64_t layers_ = 0, models_ = 0, cells_ = 0, numbers_ = 0;
 };
 
 /// Finds steps that are missing between others. The distance of steps is the smallest seen; before it has held
@@ -123,8 +126,10 @@ std::string range_of(const std::string& word, std::int64_t from, std::int64_t to
 static_assert(LogLines::kPadding >= JsonParser::kPadding);
 
 /// Pieces of one log differ in their number alone.
-json without_number(JsonValue header) {
-  json object = json::parse(header.dump());
+json without_number(const LogLine& header) {
+  const std::string text = header.object.dump();
+  header.require_values("line", text);
+  json object = json::parse(text);
   object.erase("piece");
   return object;
 }
@@ -197,7 +202,7 @@ struct LogReader::File {
       take_header(read_header(line(), true));
       other_version = true;
     }
-    first_line = without_number(object());
+    first_line = without_number(line());
   }
 
   /// Begins with the oldest piece that is left of a rotated log.
@@ -247,7 +252,7 @@ struct LogReader::File {
         return;
       }
       const LogHeader next = read_header(line(), other_version);
-      if (without_number(object()) == first_line && next.piece > first.header.piece) {
+      if (without_number(line()) == first_line && next.piece > first.header.piece) {
         first.header.piece = next.piece;
       } else {
         join();
@@ -267,7 +272,7 @@ struct LogReader::File {
     if (follow) {
       // With `follow`, the caller wants the run that is being written now.
       take_header(read_header(line(), true));
-      first_line = without_number(object());
+      first_line = without_number(line());
       seen = Seen();
       layers.clear();
       changes.clear();
@@ -275,7 +280,7 @@ struct LogReader::File {
       assumptions.rows.reset();
       holes = Holes();
       note("skipped: " + fault + "; a new run begins");
-    } else if (without_number(object()) == first_line) {
+    } else if (without_number(line()) == first_line) {
       note("skipped: " + fault + "; the same run goes on, its repeated steps are skipped");
     } else {
       const std::int64_t from = lines->number();
@@ -329,9 +334,17 @@ struct LogReader::File {
     // One that is read later takes the place of all that would come after it. Pieces of a log repeat the one that holds.
     changed.erase(changed.lower_bound(change.step), changed.end());
     std::erase_if(changes, [&](const ConfigChange& one) { return one.step >= change.step; });
+    auto& config = change.header.config_json;
     const auto& before = changes.empty() ? first.header.config_json : changes.back().config_json;
-    if (!before || *change.header.config_json != *before)
-      changes.push_back({change.step, change.header.config_json});
+    if (before && *config == *before) {
+      config = before;
+    } else {
+      config_bytes += config->size();
+      if (config_bytes > kMostConfigs)
+        here.fail("config", std::to_string(config_bytes) + " bytes of configs so far",
+                  "must be at most " + std::to_string(kMostConfigs));
+      changes.push_back({change.step, config});
+    }
     changed.emplace(change.step, Config(std::move(change.header)));
   }
 
@@ -389,6 +402,7 @@ struct LogReader::File {
   bool first_is_record = false;
   bool other_version = false, joined = false;
   std::vector<ConfigChange> changes;
+  std::size_t config_bytes = 0;
   std::map<std::int64_t, Config> changed;  // by the first step that they hold for
   Seen seen;
   Holes holes;

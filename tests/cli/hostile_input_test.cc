@@ -534,12 +534,11 @@ TEST(HostileInput, NoValueIsEmpty) {
   for (const std::string command :
        {"import csv run.jsonl --top-k 1 -o ''", "report run.jsonl -o ''", "tensorboard run.jsonl -o ''",
         "biases run.jsonl -o ''", "placement run.jsonl --devices 2 --svg ''", "compare ''",
-        "--plugin '' policies"}) {
+        "--plugin '' policies", "report --output= run.jsonl other.jsonl", "compare run.jsonl --format="}) {
     const ToolResult result = run_tool(dir, command);
     EXPECT_EQ(result.code, 2) << command;
     EXPECT_THAT(result.err, HasSubstr(": must not be empty")) << command;
   }
-  EXPECT_FALSE(std::filesystem::exists(dir.path(".part")));
 }
 
 // What follows a log keeps something of each layer, with counts or without.
@@ -550,32 +549,85 @@ TEST(HostileInput, LayersWithoutCountsAreCountedToo) {
       "\n";
   for (int layer = 0; layer < 65536; ++layer)
     lines += R"({"step":0,"layer":)" + std::to_string(layer) + R"(,"tokens":1,"health":"healthy"})" + "\n";
+  // A record of the whole model is no layer.
+  lines += R"({"step":0,"layer":null,"actuators":{}})"
+           "\n";
   dir.write("thin.jsonl",
             lines + R"({"step":0,"layer":0,"tag":"one more","tokens":1,"health":"healthy"})" + "\n");
   const std::string said =
-      "thin.jsonl:65538: layer: 65537 layers and tags, 0 experts in all: must be at most 65536";
+      "thin.jsonl:65539: layer: 65537 layers and tags, 0 experts in all: must be at most 65536";
   EXPECT_THAT(run_tool(dir, "compare thin.jsonl").err, HasSubstr(said));
   EXPECT_THAT(run_tool(dir, "watch thin.jsonl --once --plain").err, HasSubstr(said));
 }
 
 // Two ranks that may be copies of each other are held until they are told apart, with all that comes after them: a reader
-// holds no more than it has room for.
+// holds no more than it has room for, and does not read on to the fault behind that.
 TEST(HostileInput, WhatWaitsForARankHasALimit) {
   const TempDir dir;
-  std::string lines;
-  for (const char* rank : {"rank0", "rank1"})
-    lines += R"({"step":0,"layer":0,"tag":")" + std::string(rank) +
-             R"(","tokens":2,"top_k":1,"counts":[1,1]})" + "\n";
-  std::string alerts = R"("a")";
-  for (int i = 1; i < 600'000; ++i) alerts += R"(,"a")";
-  for (int step = 1; step <= 60; ++step)
-    lines += R"({"step":)" + std::to_string(step) +
-             R"(,"layer":0,"tokens":2,"top_k":1,"counts":[1,1],"alerts":[)" + alerts + "]}\n";
-  dir.write("waits.jsonl", lines);
-  for (const char* command : {"compare waits.jsonl", "watch waits.jsonl --once --plain"})
-    EXPECT_THAT(run_tool(dir, command, "", in_little_memory()).err,
-                HasSubstr("ranks 0 and 1 hold the same counts, of too few tokens to tell"))
+  const std::string header =
+      R"({"format":"moectl-run","version":1,"config":{"model":{"layers":2,"experts":2,"top_k":1}}})"
+      "\n";
+  const auto record = [](int step, int layer, const std::string& tag, const std::string& alerts) {
+    return R"({"step":)" + std::to_string(step) + R"(,"layer":)" + std::to_string(layer) + R"(,"tag":")" +
+           tag + R"(","tokens":2,"top_k":1,"counts":[1,1],"alerts":[)" + alerts + "]}\n";
+  };
+  const auto said = [&](const std::string& lines) {
+    dir.write("waits.jsonl", lines);
+    const std::string compared = run_tool(dir, "compare waits.jsonl", "", in_little_memory()).err;
+    EXPECT_EQ(run_tool(dir, "watch waits.jsonl --once --plain", "", in_little_memory()).err, compared);
+    return compared;
+  };
+  const std::string doubt = header + record(0, 0, "rank0", "") + record(0, 0, "rank1", ""), fault = "{\n";
+  const std::string many = R"("a")" + [] {
+    std::string more;
+    for (int i = 1; i < 600'000; ++i) more += R"(,"a")";
+    return more;
+  }();
+  std::string lines = doubt;
+  for (int step = 1; step <= 20; ++step) lines += record(step, 0, "train", many);
+  const std::string in_doubt = "ranks 0 and 1 hold the same counts, of too few tokens to tell";
+  EXPECT_THAT(said(lines + fault), AllOf(HasSubstr(in_doubt), Not(HasSubstr("skipped"))));
+  // Few, but long.
+  const std::string name(4000, 'a');
+  std::string longs = '"' + name + '"';
+  for (int i = 1; i < 6000; ++i) longs += R"(,")" + name + '"';
+  lines = doubt;
+  for (int step = 1; step <= 24; ++step) lines += record(step, 0, "train", longs);
+  EXPECT_THAT(said(lines + fault), AllOf(HasSubstr(in_doubt), Not(HasSubstr("skipped"))));
+  // One step of one rank.
+  lines = header;
+  for (int part = 0; part < 20; ++part) lines += record(0, 0, "rank0/mb" + std::to_string(part), many);
+  EXPECT_THAT(said(lines + fault),
+              AllOf(HasSubstr("step 0: its parts take more than 512 MiB"), Not(HasSubstr("skipped"))));
+}
+
+// A list of two bytes takes twenty times as much in memory.
+TEST(HostileInput, ValuesAndConfigsOfALogHaveALimit) {
+  const TempDir dir;
+  std::string lists = "[]";
+  for (int i = 1; i < 2'100'000; ++i) lists += ",[]";
+  const std::string model = R"("model":{"layers":1,"experts":2,"top_k":1})",
+                    record = R"({"step":0,"layer":0,"tokens":2,"top_k":1,"counts":[1,1]})";
+  dir.write("header.jsonl", R"({"format":"moectl-run","version":1,"config":{)" + model + R"(,"x":[)" + lists +
+                                "]}}\n" + record + "\n");
+  dir.write("trace.jsonl", R"({"format":"moectl-trace","version":1,"layers":1,"experts":2,"top_k":1,"x":[)" +
+                               lists + "]}\n" + record + "\n");
+  for (const char* command : {"compare", "watch --once --plain", "report -o page.html"}) {
+    EXPECT_THAT(run_tool(dir, std::string(command) + " header.jsonl", "", in_little_memory()).err,
+                HasSubstr("header.jsonl:1: config: "))
         << command;
+    EXPECT_THAT(run_tool(dir, std::string(command) + " trace.jsonl", "", in_little_memory()).err,
+                HasSubstr("values: must be at most 2097152"))
+        << command;
+  }
+  std::string log = R"({"format":"moectl-run","version":1,"config":{)" + model + "}}\n";
+  const std::string text(std::size_t{30} << 20, 'x');
+  for (int step = 1; step < 10; ++step)
+    log += R"({"step":)" + std::to_string(step) + R"(,"config":{)" + model + R"(,"y":)" +
+           std::to_string(step) + R"(,"x":")" + text + "\"}}\n";
+  dir.write("configs.jsonl", log + record + "\n");
+  EXPECT_THAT(run_tool(dir, "compare configs.jsonl", "", in_little_memory()).err,
+              HasSubstr("bytes of configs so far: must be at most 268435456"));
 }
 
 // By the cube of the experts, or the square of the domains, these would take many minutes.

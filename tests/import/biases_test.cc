@@ -347,6 +347,8 @@ TEST(HostileInput, EmptyListsInPlaceOfBiasesAreCounted) {
   for (int i = 1; i < 8'400'000; ++i) lists += ",[]";
   dir.write("b.json", lists + "]");
   EXPECT_THAT(what_of(dir.path("b.json")), HasSubstr("values: must be at most 8388608"));
+  dir.write("own.json", R"({"format":"moectl-biases","version":1,"layers":)" + lists + "]}");
+  EXPECT_THAT(what_of(dir.path("own.json")), HasSubstr("values: must be at most 8388608"));
 }
 
 // A pipe has no end until someone writes it, and some devices have none at all.

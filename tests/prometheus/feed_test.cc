@@ -383,7 +383,9 @@ TEST(PrometheusFeed, AnswersNothingButGet) {
     EXPECT_TRUE(answer.empty() || answer.substr(8, 2) == " 4") << method << ": " << answer;
   }
   for (const char* path : {"/", "/metricsfoo", "/metrics/", "/metrics/x", "/Metrics", "//metrics/.."})
-    EXPECT_EQ(http_get(feed.port(), path), "") << path;
+    EXPECT_EQ(first_line(feed.port(), std::string("GET ") + path + " HTTP/1.0\r\n\r\n"),
+              "HTTP/1.0 404 Not Found")
+        << path;
   EXPECT_EQ(http_get(feed.port(), "/../../../../etc/passwd"), "");
   EXPECT_THAT(http_get(feed.port(), "/metrics"), HasSubstr("moectl_steps_total"));
 }
