@@ -43,8 +43,8 @@ class PrometheusFeed {
   /// HOST:PORT with a numeric host, [::1]:9464 for IPv6; PORT alone is one of 127.0.0.1; port 0 takes any free port. There
   /// is no authentication and no encryption: use an address other than loopback only in a trusted network. It answers
   /// only GET of /metrics without a body, and drops a request that does not arrive within a second, so that connections that
-  /// idle or trickle do not keep others waiting. Throws std::invalid_argument if `address` is not an address or an option is out of range,
-  /// std::runtime_error if it cannot listen there.
+  /// idle or trickle do not keep others waiting. Throws std::invalid_argument if `address` is not an address or an option
+  /// is out of range, std::runtime_error if it cannot listen there.
   explicit PrometheusFeed(const std::string& address, PrometheusOptions options = {});
   ~PrometheusFeed();
 

@@ -277,6 +277,7 @@ struct LogReader::File {
       layers.clear();
       changes.clear();
       changed.clear();
+      config_bytes = 0;
       assumptions.rows.reset();
       holes = Holes();
       note("skipped: " + fault + "; a new run begins");
@@ -331,20 +332,28 @@ struct LogReader::File {
 
   void take_change(const LogLine& here) {
     ChangedConfig change = read_config_change(here);
-    // One that is read later takes the place of all that would come after it. Pieces of a log repeat the one that holds.
-    changed.erase(changed.lower_bound(change.step), changed.end());
-    std::erase_if(changes, [&](const ConfigChange& one) { return one.step >= change.step; });
     auto& config = change.header.config_json;
-    const auto& before = changes.empty() ? first.header.config_json : changes.back().config_json;
-    if (before && *config == *before) {
-      config = before;
-    } else {
+    // One that is read later takes the place of all that would come after it. Pieces of a log repeat the one that holds.
+    bool known = false;
+    const auto share = [&](const std::shared_ptr<const std::string>& other) {
+      if (known || !other || *config != *other) return;
+      config = other;
+      known = true;
+    };
+    while (!changes.empty() && changes.back().step >= change.step) {
+      share(changes.back().config_json);
+      changes.pop_back();
+    }
+    changed.erase(changed.lower_bound(change.step), changed.end());
+    const auto before = changes.empty() ? first.header.config_json : changes.back().config_json;
+    share(before);
+    if (!known) {
       config_bytes += config->size();
       if (config_bytes > kMostConfigs)
         here.fail("config", std::to_string(config_bytes) + " bytes of configs so far",
                   "must be at most " + std::to_string(kMostConfigs));
-      changes.push_back({change.step, config});
     }
+    if (config != before) changes.push_back({change.step, config});
     changed.emplace(change.step, Config(std::move(change.header)));
   }
 
